@@ -1,0 +1,180 @@
+"Words and pictures into ids, positions and pixels; queries and connectors out as a context."
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from kiwi_edit.core import preset
+from kiwi_edit.encoder import (IMAGE_TOKEN, QUERY_TOKEN, SPECIAL_TOKENS, VIDEO_TOKEN, KiwiProcessor, chat_text, collate_inputs, encode_context,
+                               make_tokenizer, mrope_positions, patchify_frames, prepare_inputs, resize_for_encoder, sample_frames, video_sizes,
+                               vision_features)
+from kiwi_edit.pipeline import KiwiEditPipeline
+
+GOLDEN = Path(os.environ.get("KIWI_EDIT_GOLDEN", Path(__file__).parent / "golden")) / "wan22"
+TEXTS = ["Replace the red circle with the object in the reference.", "Make it look like a painting.", "Remove the blue square."]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    torch.manual_seed(0)
+    return KiwiEditPipeline.from_preset(preset("tiny"), make_tokenizer(TEXTS, 600))
+
+
+def batch(pipe):
+    rng = np.random.default_rng(0)
+    clip = lambda frames, h=64, w=64: rng.integers(0, 256, (frames, h, w, 3), dtype=np.uint8)
+    references = [[], [Image.fromarray(clip(1, 48, 80)[0])], []]
+    return prepare_inputs(pipe.processor, pipe.guidance.config, TEXTS, [clip(1), clip(5), clip(5, 48, 80)], references)
+
+
+# tokenizer and processor
+
+def test_tokenizer_keeps_any_text_and_the_special_tokens():
+    tokenizer = make_tokenizer(TEXTS, 500)
+    assert len(tokenizer) <= 500
+    for text in ("Füge ein Boot hinzu.", "把红色的球换成蓝色", "добавь 🛶", TEXTS[0]):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    ids = tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)
+    assert len(set(ids)) == len(SPECIAL_TOKENS) and max(ids) < len(tokenizer)
+    assert tokenizer(QUERY_TOKEN * 3)["input_ids"] == [tokenizer.convert_tokens_to_ids(QUERY_TOKEN)] * 3
+    assert tokenizer.pad_token == "<|endoftext|>" and tokenizer.eos_token == "<|im_end|>"
+
+
+def test_tokenizer_learns_its_texts():
+    few, many = make_tokenizer(TEXTS, 278), make_tokenizer(TEXTS, 600)
+    assert len(many(TEXTS[0])["input_ids"]) < len(few(TEXTS[0])["input_ids"]) / 2
+    with pytest.raises(ValueError, match="`vocab_size` has to be at least 278 .* but is 100"): make_tokenizer(TEXTS, 100)
+
+
+def test_own_chat_layout_is_that_of_released_tokenizers():
+    ours, theirs = KiwiProcessor(make_tokenizer(TEXTS, 400)), KiwiProcessor.from_pretrained(GOLDEN / "diffusers/processor")
+    for mode in ("image", "video", "ref"):
+        assert chat_text(ours, mode, "Remove the cat.", 3) == chat_text(theirs, mode, "Remove the cat.", 3)
+
+
+def test_processor_round_trip(pipe, tmp_path):
+    pipe.processor.save_pretrained(tmp_path / "processor")
+    again = KiwiProcessor.from_pretrained(tmp_path / "processor")
+    clip = np.random.default_rng(1).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
+    a, b = (prepare_inputs(p, pipe.guidance.config, ["Ändere das Wetter"], [clip]) for p in (pipe.processor, again))
+    assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.pixel_values, b.pixel_values) and a.token_ids == b.token_ids
+    with pytest.raises(FileNotFoundError, match="`folder` has to be"): KiwiProcessor.from_pretrained(tmp_path / "nothing")
+
+
+# sizes, pixels, positions
+
+def test_tables_of_frames_and_sizes():
+    tables = json.loads((GOLDEN / "cases/resize.json").read_text(encoding="utf-8"))
+    for n, expected in tables["mllm_frame_sampling"].items(): assert sample_frames(int(n)) == expected
+    for row in tables["mllm_video_grid"]:
+        first, second = video_sizes(row["width"], row["height"], row["max_pixels"])
+        assert [list(first), list(second)] == [row["first_resize_wh"], row["second_resize_wh"]]
+    processor = KiwiProcessor.from_pretrained(GOLDEN / "diffusers/processor")
+    for row in tables["mllm_image_grid"]:
+        limit = 28 * 28 * (row["max_object_token"] or 16384)
+        _, grid = processor.image_patches(Image.new("RGB", (row["width"], row["height"])), 56 * 56, limit)
+        assert list(grid) == row["image_grid_thw"][0] if isinstance(row["image_grid_thw"][0], list) else list(grid) == row["image_grid_thw"]
+
+
+def test_pixels_of_a_video_frame():
+    pixels = load_file(GOLDEN / "cases/resize.safetensors")
+    ours = resize_for_encoder(pixels["input"][None].numpy())[0].permute(1, 2, 0)[::5, ::5]
+    off = (ours.int() - pixels["mllm_video_frame_of_input_sample"].int()).abs()
+    assert off.max() <= 1 and (off > 0).float().mean() < 0.01
+
+
+def test_patches_hold_every_pixel_once_and_neighbours_together():
+    pixels = torch.arange(3 * 3 * 28 * 56, dtype=torch.float32).reshape(3, 3, 28, 56)
+    rows, grid = patchify_frames(pixels)
+    assert grid == (2, 2, 4) and rows.shape == (16, 3 * 2 * 14 * 14)
+    assert torch.equal(rows[0].view(3, 2, 14, 14)[:, 1], pixels[1, :, :14, :14])
+    assert torch.equal(rows[2].view(3, 2, 14, 14)[:, 0], pixels[0, :, 14:, :14])  # the third patch of the first merged token
+    last = rows[8:].view(8, 3, 2, 14, 14)
+    assert torch.equal(last[:, :, 0], last[:, :, 1])  # the missing fourth frame repeats the third
+
+
+def test_positions():
+    flags = torch.tensor([0, 0] + [1] * 12 + [0, 0, 0], dtype=torch.bool)
+    positions = mrope_positions(flags, [(3, 4, 4)])
+    assert positions[:, :2].tolist() == [[0, 1]] * 3
+    assert positions[0, 2:14].tolist() == [2] * 4 + [4] * 4 + [6] * 4
+    assert positions[2, 2:6].tolist() == [2, 3, 2, 3]
+    assert positions[:, 14:].tolist() == [[7, 8, 9]] * 3  # beyond the largest, which is time here
+    with pytest.raises(ValueError, match="has to mark 16 tokens"): mrope_positions(flags, [(4, 4, 4)])
+
+
+# batches
+
+@torch.no_grad()
+def test_a_batch_gives_what_each_sample_gives_alone(pipe):
+    inputs = batch(pipe)
+    assert inputs.modes == ["image", "ref", "video"] and len(set(inputs.lengths.tolist())) == 3
+    context, mask = encode_context(pipe.mllm, pipe.guidance, inputs)
+    for i in range(3):
+        alone, alone_mask = encode_context(pipe.mllm, pipe.guidance, inputs[i])
+        assert alone_mask.all() and int(mask[i].sum()) == alone.shape[1] and mask[i, : alone.shape[1]].all()
+        assert torch.allclose(context[i, mask[i]], alone[0], atol=1e-5)
+    reference_tokens = int(mask[1].sum()) - 16
+    assert reference_tokens > 0 and int(mask[0].sum()) == int(mask[2].sum()) == 16
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("read_out", ("queries", "last_positions"))
+def test_cached_features_change_nothing(pipe, read_out):
+    pipe.guidance.register_to_config(query_read_out=read_out)
+    inputs = batch(pipe)
+    features = vision_features(pipe.mllm, inputs)
+    expected, _ = encode_context(pipe.mllm, pipe.guidance, inputs)
+    bare = inputs.without_pixels()
+    assert torch.equal(encode_context(pipe.mllm, pipe.guidance, bare, features)[0], expected)
+    order = [2, 0, 1]  # stored one by one, batched again in another order
+    again = collate_inputs([bare[i] for i in order])
+    assert torch.allclose(encode_context(pipe.mllm, pipe.guidance, again, [features[i] for i in order])[0], expected[order], atol=1e-5)
+    half = encode_context(pipe.mllm, pipe.guidance, bare, [f.half() for f in features])[0]
+    assert half.dtype == torch.float32 and torch.allclose(half, expected, atol=1e-2)
+    pipe.guidance.register_to_config(query_read_out="queries")
+
+
+def test_collate_is_undone_by_indexing(pipe):
+    inputs = batch(pipe)
+    again = collate_inputs([inputs[i] for i in range(3)])
+    for field in ("input_ids", "position_ids", "lengths", "pixel_values"): assert torch.equal(getattr(inputs, field), getattr(again, field))
+    assert again.grids == inputs.grids and len(again) == 3
+    with pytest.raises(ValueError, match="empty"): collate_inputs([])
+
+
+def test_gradients_reach_queries_and_connectors_under_autocast(pipe):
+    inputs = batch(pipe)
+    features = [f.half() for f in vision_features(pipe.mllm, inputs)]
+    with torch.autocast("cpu", torch.bfloat16):
+        context, _ = encode_context(pipe.mllm, pipe.guidance, inputs.without_pixels(), [f.detach() for f in features])
+    context.float().square().sum().backward()
+    for name in ("image_queries", "video_queries", "ref_queries", "connector.0.weight", "ref_connector.2.weight"):
+        assert pipe.guidance.get_parameter(name).grad.abs().sum() > 0, name
+    assert pipe.mllm.model.language_model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
+
+
+# bad input
+
+def test_wrong_inputs(pipe):
+    clip, config = np.zeros((5, 64, 64, 3), np.uint8), pipe.guidance.config
+    prepare = lambda prompt, source: prepare_inputs(pipe.processor, config, [prompt], [source])
+    with pytest.raises(ValueError, match="special token '<|image_pad|>'".replace("|", r"\|")): prepare("a " + IMAGE_TOKEN, clip)
+    with pytest.raises(TypeError, match="`prompt` has to be a string but is a int"): prepare(3, clip)
+    with pytest.raises(ValueError, match="`source` has to be"): prepare("a", clip[0])
+    with pytest.raises(ValueError, match="`source` has to be"): prepare("a", clip.astype(np.float32))
+    with pytest.raises(ValueError, match="of one length but have 2, 1 and 2"): prepare_inputs(pipe.processor, config, ["a", "b"], [clip])
+    inputs = prepare("a", clip)
+    with pytest.raises(ValueError, match="`vision` has to hold one row for each placeholder, 48, but holds 47"):
+        encode_context(pipe.mllm, pipe.guidance, inputs, [torch.zeros(47, 192)])
+    with pytest.raises(ValueError, match="cached features"): vision_features(pipe.mllm, inputs.without_pixels())
+    short = replace(inputs, input_ids=inputs.input_ids.masked_fill(inputs.input_ids == inputs.token_ids["query"], 5))
+    with pytest.raises(ValueError, match="`queries` has to hold one row for each placeholder, 0, but holds 16"):
+        encode_context(pipe.mllm, pipe.guidance, short)
+    assert VIDEO_TOKEN in SPECIAL_TOKENS

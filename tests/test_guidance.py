@@ -1,0 +1,195 @@
+"One denoiser call: what is added, what is appended, what is masked, what is computed once."
+import copy
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+
+from kiwi_edit.guidance import EditCache, KiwiGuidance, attend, denoise, rounded_sigma
+
+SIZES = dict(patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8, freq_dim=16, ffn_dim=32,
+             num_layers=2)
+
+
+def models(zero_init=False, **config):
+    torch.manual_seed(0)
+    transformer = WanTransformer3DModel(**SIZES).eval()
+    guidance = KiwiGuidance(hidden_size=16, dim=24, in_channels=4, patch_size=(1, 2, 2), num_image_queries=2, num_video_queries=3,
+                            num_ref_queries=4, zero_init=zero_init, **config).eval()
+    return transformer, guidance
+
+
+def arguments(batch=3, frames=2, references=2, tokens=5):
+    generator = torch.Generator().manual_seed(1)
+    normal = lambda *shape: torch.randn(*shape, generator=generator)
+    return dict(latents=normal(batch, 4, frames, 4, 6), timestep=torch.linspace(900, 100, batch), sigma=torch.linspace(0.9, 0.1, batch),
+                context=normal(batch, tokens, 24), source_latents=normal(batch, 4, frames, 4, 6),
+                reference_latents=normal(batch, 4, references, 4, 6))
+
+
+def test_zero_initialised_embedders_add_nothing():
+    transformer, guidance = models(zero_init=True)
+    with torch.no_grad():
+        args = arguments() | {"reference_latents": None}
+        assert torch.equal(denoise(transformer, guidance, **args), denoise(transformer, guidance, **args | {"source_latents": None}))
+        _, guidance = models()
+        assert not torch.allclose(denoise(transformer, guidance, **args), denoise(transformer, guidance, **args | {"source_latents": None}), atol=1e-3)
+
+
+def test_source_is_scaled_by_sigma():
+    transformer, guidance = models()
+    args = arguments() | {"reference_latents": None}
+    with torch.no_grad():
+        silent = denoise(transformer, guidance, **args | {"sigma": torch.zeros(3)})
+        assert torch.allclose(silent, denoise(transformer, guidance, **args | {"source_latents": None}), atol=1e-6)
+        guidance.source_embedder.bias.zero_()
+        doubled = args | {"sigma": args["sigma"] / 2, "source_latents": args["source_latents"] * 2}
+        assert torch.allclose(denoise(transformer, guidance, **args), denoise(transformer, guidance, **doubled), atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", (False, True))
+def test_a_batch_gives_what_each_sample_gives_alone(first):
+    transformer, guidance = models(ref_pad_first=first)
+    args = arguments()
+    context_mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0]], dtype=torch.bool)
+    reference_mask = torch.tensor([[1, 1], [1, 0], [0, 0]], dtype=torch.bool)
+    together = denoise(transformer, guidance, **args, context_mask=context_mask, reference_mask=reference_mask)
+    for i in range(3):
+        one = {k: v[i:i + 1] for k, v in args.items()}
+        one["context"] = one["context"][:, context_mask[i]]
+        one["reference_latents"] = one["reference_latents"][:, :, reference_mask[i]] if reference_mask[i].any() else None
+        assert torch.allclose(together[i:i + 1], denoise(transformer, guidance, **one), atol=2e-6), i
+
+
+@torch.no_grad()
+def test_reference_position_matters():
+    transformer, guidance = models()
+    _, before = models(ref_pad_first=True)
+    args = arguments(references=1)
+    assert not torch.allclose(denoise(transformer, guidance, **args), denoise(transformer, before, **args), atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", (False, True))
+def test_cache_gives_the_same_and_computes_once(first):
+    transformer, guidance = models(ref_pad_first=first)
+    args = arguments()
+    masks = dict(context_mask=torch.tensor([[True] * 5, [True] * 4 + [False], [True] * 5]),
+                 reference_mask=torch.tensor([[True, True], [True, False], [True, True]]))
+    calls = {"key": 0, "self": 0, "source": 0, "reference": 0}
+    def count(name): return lambda *_: calls.update({name: calls[name] + 1})
+    transformer.blocks[0].attn2.to_k.register_forward_hook(count("key"))
+    transformer.blocks[0].attn1.to_k.register_forward_hook(count("self"))
+    guidance.source_embedder.register_forward_hook(count("source"))
+    guidance.ref_embedder.register_forward_hook(count("reference"))
+    cache = EditCache()
+    for sigma in (0.9, 0.5, 0.1):
+        step = args | {"sigma": torch.full((3,), sigma), "timestep": torch.full((3,), 1000 * sigma)}
+        kept = {k: v for k, v in calls.items()}
+        expected = denoise(transformer, guidance, **step, **masks)
+        calls.update(kept)
+        assert torch.equal(denoise(transformer, guidance, **step, **masks, cache=cache), expected)
+    assert calls == {"key": 1, "self": 3, "source": 1, "reference": 1}
+
+
+def test_the_stock_forward_runs_and_is_left_as_it_was():
+    transformer, guidance = models()
+    calls = []
+    transformer.register_forward_hook(lambda *_: calls.append(1))
+    args = arguments()
+    stock = dict(hidden_states=args["latents"], timestep=args["timestep"], encoder_hidden_states=torch.randn(3, 7, 8), return_dict=False)
+    with torch.no_grad():
+        before = transformer(**stock)[0]
+        denoise(transformer, guidance, **args)
+        after = transformer(**stock)[0]
+        with pytest.raises(RuntimeError): denoise(transformer, guidance, **args | {"timestep": torch.zeros(2)})
+        assert torch.equal(transformer(**stock)[0], after)
+    assert len(calls) == 4 and torch.allclose(before, after, atol=1e-6)
+    names = [transformer.patch_embedding, transformer.rope, transformer.condition_embedder.text_embedder]
+    assert all(not module._forward_hooks for module in names)
+
+
+def test_wrapped_transformers_work():
+    transformer, guidance = models()
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+        def forward(self, *args, **kwargs): return self.module(*args, **kwargs)
+    args = arguments()
+    with torch.no_grad(): assert torch.equal(denoise(Wrapper(transformer), guidance, **args), denoise(transformer, guidance, **args))
+    with pytest.raises(TypeError, match="has to hold a WanTransformer3DModel but is a Linear"): denoise(torch.nn.Linear(2, 2), guidance, **args)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    transformer, guidance = models()
+    args = arguments()
+    masks = dict(context_mask=torch.tensor([[True] * 5, [True] * 3 + [False] * 2, [True] * 5]), reference_mask=torch.tensor([[True, False]] * 3))
+    gradients = []
+    for checkpointing in (False, True):
+        a, b = copy.deepcopy(transformer).train(), copy.deepcopy(guidance)
+        if checkpointing: a.enable_gradient_checkpointing()
+        first = denoise(a, b, **args, **masks)
+        second = denoise(a, b, **args)  # without masks: the first call's must still be known when it is computed again
+        (first.square().mean() + second.square().mean()).backward()
+        gradients.append({n: p.grad for m in (a, b) for n, p in m.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and "source_embedder.weight" in gradients[0]
+    for name, gradient in gradients[0].items(): assert torch.allclose(gradient, gradients[1][name], atol=1e-6), name
+
+
+def test_every_weight_but_the_text_embedder_learns_under_autocast():
+    transformer, guidance = models()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = denoise(transformer, guidance, **arguments())
+    out.float().square().mean().backward()
+    for name, parameter in transformer.named_parameters():
+        assert (parameter.grad is None) == ("text_embedder" in name), name
+    assert guidance.source_embedder.weight.grad.abs().sum() > 0 and guidance.ref_embedder.weight.grad.abs().sum() > 0
+
+
+def test_written_out_attention_is_attention():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, 3, 8, generator=generator).bfloat16() for n in (6, 9, 9))
+    mask = torch.ones(2, 1, 1, 9, dtype=torch.bool)
+    mask[1, ..., 5:] = False
+    for m in (None, mask):
+        written = attend(q, k, v, m)
+        with torch.no_grad(): stock = attend(q, k, v, m)
+        exact = attend(q.float(), k.float(), v.float(), m)
+        assert written.shape == stock.shape == (2, 6, 3, 8)
+        assert (written - exact).abs().max() < 0.02 and (stock - exact).abs().max() < 0.02
+
+
+def test_rounding_of_the_timestep():
+    timesteps, sigmas = torch.tensor([1000.0, 937.5, 833.3333]), torch.tensor([1.0, 0.9375, 0.8333, 0.0])
+    assert torch.equal(rounded_sigma(timesteps, timesteps, sigmas), sigmas[:3])
+    transformer, right = models()
+    _, rounding = models(round_timestep=True)
+    args = arguments() | {"timestep": torch.tensor([833.3333, 832.0, 500.0])}
+    with torch.no_grad(): a, b = denoise(transformer, right, **args), denoise(transformer, rounding, **args)
+    assert not torch.equal(a[0], b[0]) and torch.equal(a[1:], b[1:])  # 832 and 500 are bfloat16 numbers, 833.3 is not
+
+
+def test_round_trip(tmp_path):
+    _, guidance = models(ref_pad_first=True)
+    guidance.save_pretrained(tmp_path)
+    again = KiwiGuidance.from_pretrained(tmp_path)
+    assert again.config.ref_pad_first and again.config.patch_size == [1, 2, 2] or again.config.patch_size == (1, 2, 2)
+    for name, value in guidance.state_dict().items(): assert torch.equal(value, again.state_dict()[name])
+
+
+def test_wrong_shapes():
+    transformer, guidance = models()
+    args = arguments()
+    for change, message in (
+        ({"latents": torch.zeros(3, 5, 2, 4, 6)}, "`latents` has to have 4 channels"),
+        ({"latents": torch.zeros(3, 4, 2, 4, 5)}, "multiples of"),
+        ({"context": torch.zeros(3, 5, 8)}, r"`context` has to be \(3, N, 24\) but is \(3, 5, 8\)"),
+        ({"context_mask": torch.ones(3, 4, dtype=torch.bool)}, "`context_mask` has to be"),
+        ({"source_latents": torch.zeros(3, 4, 1, 4, 6)}, "`source_latents` has to be .* like `latents`"),
+        ({"reference_latents": torch.zeros(3, 4, 1, 2, 2)}, "`reference_latents` has to be"),
+        ({"reference_mask": torch.ones(3, 1, dtype=torch.bool)}, "`reference_mask` has to be"),
+    ):
+        with pytest.raises(ValueError, match=message): denoise(transformer, guidance, **args | change)
+    with pytest.raises(ValueError, match='`query_read_out` has to be "queries"'): models(query_read_out="first")

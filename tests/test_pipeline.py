@@ -1,0 +1,238 @@
+"The whole edit on a small random model: arguments, sizes, determinism, saving and loading."
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kiwi_edit import pipeline as module
+from kiwi_edit.core import preset
+from kiwi_edit.encoder import make_tokenizer
+from kiwi_edit.pipeline import KiwiEditPipeline, decode_latents, encode_frames, fit_reference, flow_sigmas
+
+PROMPT = "Replace the red circle with the object in the reference."
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    torch.manual_seed(0)
+    pipe = KiwiEditPipeline.from_preset("tiny", make_tokenizer([PROMPT], 400))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def clip(frames=5, height=64, width=64, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
+
+
+def picture(width=40, height=60, seed=1): return Image.fromarray(clip(1, height, width, seed)[0])
+
+
+def edit(pipe, prompt=PROMPT, video=None, reference=None, seed=0, **kwargs):
+    kwargs = {"num_inference_steps": 2, "output_type": "latent", "generator": torch.Generator().manual_seed(seed)} | kwargs
+    return pipe(prompt, clip() if video is None else video, reference, **kwargs).frames
+
+
+# results
+
+def test_forms_of_the_result(pipe):
+    latents = edit(pipe)
+    assert latents.shape == (1, 48, 2, 8, 8)
+    frames = edit(pipe, output_type="np")
+    assert frames.shape == (1, 5, 64, 64, 3) and frames.dtype == np.uint8
+    assert np.array_equal(frames, decode_latents(pipe.vae, latents))
+    images = edit(pipe, output_type="pil")[0]
+    assert [image.size for image in images] == [(64, 64)] * 5 and np.array_equal(np.asarray(images[3]), frames[0, 3])
+    tensor = edit(pipe, output_type="pt")
+    assert tensor.shape == (1, 5, 3, 64, 64) and 0 <= tensor.min() and tensor.max() <= 1
+    as_tuple = pipe(PROMPT, clip(), num_inference_steps=1, output_type="latent", return_dict=False)
+    assert isinstance(as_tuple, tuple) and as_tuple[0].shape == latents.shape
+
+
+def test_everything_given_changes_the_result(pipe):
+    base = edit(pipe)
+    assert torch.equal(base, edit(pipe))
+    for change in (dict(seed=1), dict(prompt="Remove the circle."), dict(video=clip(seed=5)), dict(reference=picture()), dict(num_inference_steps=3)):
+        assert (edit(pipe, **change) - base).abs().max() > 1e-3, change
+    one = edit(pipe, reference=picture())
+    assert (edit(pipe, reference=[picture(), picture(seed=2)]) - one).abs().max() > 1e-3
+    assert torch.equal(edit(pipe, reference=[picture()]), one)
+
+
+def test_loop_is_eulers_method(pipe):
+    levels = []
+    noise = torch.randn(1, 48, 2, 8, 8, generator=torch.Generator().manual_seed(3))
+    out = edit(pipe, latents=noise, num_inference_steps=4, callback_on_step_end=lambda p, i, t, kwargs: levels.append((i, float(t), kwargs["latents"])))
+    shift = pipe.scheduler.config.shift
+    shifted = [shift * s / (1 + (shift - 1) * s) for s in flow_sigmas(4)]
+    assert [i for i, _, _ in levels] == [0, 1, 2, 3]
+    assert np.allclose([t for _, t, _ in levels], [1000 * s for s in shifted], atol=1e-3)
+    assert torch.equal(levels[-1][2], out)
+    assert (levels[0][2] - noise).abs().max() > 1e-3
+
+
+def test_callback_may_change_the_latents(pipe):
+    out = edit(pipe, callback_on_step_end=lambda p, i, t, kwargs: {"latents": torch.zeros_like(kwargs["latents"])})
+    assert not out.any()
+    seen = []
+    edit(pipe, reference=picture(), callback_on_step_end=lambda p, i, t, kwargs: seen.append(kwargs) or {},
+         callback_on_step_end_tensor_inputs=["source_latents", "reference_latents"])
+    assert seen[0]["source_latents"].shape == (1, 48, 2, 8, 8) and seen[0]["reference_latents"].shape == (1, 48, 1, 8, 8)
+
+
+def test_guidance_scale(pipe):
+    plain = edit(pipe)
+    assert torch.equal(edit(pipe, guidance_scale=1.0, negative_prompt="blurry"), plain)
+    same = edit(pipe, guidance_scale=4.0, negative_prompt=PROMPT)  # the same words on both sides cancel out
+    assert torch.allclose(same, plain, atol=1e-3)
+    assert (edit(pipe, guidance_scale=4.0) - plain).abs().max() > 1e-3
+    longer = edit(pipe, guidance_scale=2.0, negative_prompt="a much longer sentence than the instruction is", reference=picture())
+    assert torch.isfinite(longer).all()
+
+
+def test_strength(pipe):
+    source = encode_frames(pipe.vae, clip())
+    steps = []
+    near = edit(pipe, num_inference_steps=10, strength=0.2, callback_on_step_end=lambda p, i, t, kwargs: steps.append(float(t)) or {})
+    far = edit(pipe, num_inference_steps=10)
+    assert len(steps) == 2 and (near - source).square().mean() < (far - source).square().mean() / 2
+    edit(pipe, num_inference_steps=10, strength=0.01)  # at least one step
+
+
+def test_what_does_not_change_is_computed_once(pipe):
+    counts = dict(source=0, reference=0, keys=0, encoder=0, vision=0)
+    hooks = [part.register_forward_hook(lambda *_, name=name: counts.update({name: counts[name] + 1})) for name, part in (
+        ("source", pipe.guidance.source_embedder), ("reference", pipe.guidance.ref_embedder), ("keys", pipe.transformer.blocks[0].attn2.to_k),
+        ("encoder", pipe.mllm.model.language_model), ("vision", pipe.mllm.model.visual))]
+    edit(pipe, reference=picture(), num_inference_steps=4, guidance_scale=2.0)
+    for hook in hooks: hook.remove()
+    assert counts == dict(source=1, reference=1, keys=1, encoder=1, vision=1)
+
+
+# sizes
+
+@pytest.mark.parametrize("shape, expected", [
+    ((1, 64, 64), (1, 64, 64)), ((3, 64, 64), (1, 64, 64)), ((6, 64, 64), (5, 64, 64)), ((5, 40, 90), None), ((5, 64, 8), None), ((2, 720, 1280), None)])
+def test_any_size_becomes_one_that_the_model_takes(pipe, shape, expected):
+    frames = pipe.prepare_video(clip(*shape))
+    assert (len(frames) - 1) % 4 == 0 and frames.shape[1] % 8 == 0 and frames.shape[2] % 8 == 0
+    assert frames.shape[1] * frames.shape[2] <= pipe.config.max_pixels
+    if expected: assert frames.shape[:3] == expected
+    assert edit(pipe, video=clip(*shape), output_type="np", num_inference_steps=1).shape == (1, *frames.shape)
+
+
+def test_forms_of_the_source(pipe, tmp_path):
+    frames = clip()
+    images = [Image.fromarray(f) for f in frames]
+    assert np.array_equal(pipe.prepare_video(images), frames) and np.array_equal(pipe.prepare_video(frames, num_frames=1), frames[:1])
+    assert pipe.prepare_video(images[0]).shape == (1, 64, 64, 3)
+    images[0].save(tmp_path / "one.png")
+    assert np.array_equal(pipe.prepare_video(tmp_path / "one.png"), frames[:1])
+    assert pipe.prepare_video(frames, height=32, width=48).shape == (5, 32, 48, 3)
+    picture().convert("RGBA").save(tmp_path / "ref.png")
+    assert edit(pipe, video=images[0], reference=str(tmp_path / "ref.png"), num_inference_steps=1).shape == (1, 48, 1, 8, 8)
+
+
+def test_trimming_is_logged(pipe, caplog):
+    with caplog.at_level("INFO", logger="kiwi_edit.pipeline"): pipe.prepare_video(clip(8))
+    assert "frames 1 to 5 of 8 at 64x64" in caplog.text
+
+
+def test_reference_is_fitted_on_white():
+    out = fit_reference(Image.new("RGB", (40, 20), (10, 20, 30)), 64, 64)
+    assert out.shape == (64, 64, 3) and (out[:16] == 255).all() and (out[48:] == 255).all() and (out[16:48] == (10, 20, 30)).all()
+    assert fit_reference(Image.new("RGB", (5000, 1)), 64, 32).shape == (32, 64, 3)
+
+
+def test_frames_to_latents_and_back(pipe):
+    frames = clip(5)
+    latents = encode_frames(pipe.vae, frames)
+    assert torch.equal(latents, encode_frames(pipe.vae, torch.from_numpy(frames)[None]))
+    assert decode_latents(pipe.vae, latents).shape == (1, 5, 64, 64, 3)
+    two = encode_frames(pipe.vae, np.stack([frames, clip(seed=2)]))
+    assert torch.allclose(two[:1], latents, atol=1e-4)
+    with pytest.raises(ValueError, match=r"`frames` has to hold 4k\+1 frames for this autoencoder but holds 4"): encode_frames(pipe.vae, clip(4))
+    with pytest.raises(ValueError, match="`frames` has to be"): encode_frames(pipe.vae, clip().astype(np.float32))
+
+
+# saving and loading
+
+def test_round_trip(pipe, tmp_path):
+    expected = edit(pipe, reference=picture())
+    pipe.save_pretrained(tmp_path / "model")
+    assert {p.name for p in (tmp_path / "model").iterdir() if p.is_dir()} == {"transformer", "vae", "scheduler", "mllm", "processor", "guidance"}
+    assert not list((tmp_path / "model").rglob("*.bin")) and not list((tmp_path / "model").rglob("*.py"))
+    again = KiwiEditPipeline.from_pretrained(tmp_path / "model")
+    again.set_progress_bar_config(disable=True)
+    assert again.config.max_frames == 5 and again.config.default_steps == 20 and not again.vae.training
+    assert torch.allclose(edit(again, reference=picture()), expected, atol=1e-5)
+
+
+def test_half_precision_on_disk(pipe, tmp_path):
+    expected = edit(pipe)
+    copy.deepcopy(pipe).to(torch.float16).save_pretrained(tmp_path)
+    size = sum(f.stat().st_size for f in tmp_path.rglob("*.safetensors"))
+    assert size < 2.2 * sum(p.numel() for part in (pipe.transformer, pipe.vae, pipe.mllm, pipe.guidance) for p in part.parameters())
+    again = KiwiEditPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert again.transformer.dtype == again.mllm.dtype == again.guidance.dtype == torch.float32
+    assert (edit(again) - expected).abs().max() < 0.1
+    low = KiwiEditPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    low.set_progress_bar_config(disable=True)
+    assert low.transformer.dtype == torch.bfloat16 and torch.isfinite(edit(low, reference=picture())).all()
+
+
+def test_bundled_names_and_foreign_layouts(pipe, tmp_path, monkeypatch):
+    pipe.save_pretrained(tmp_path / "some-model")
+    monkeypatch.setattr(module, "assets_dir", lambda: tmp_path)
+    assert module.bundled_models() == ["some-model"] and module.find_checkpoint("some-model") == tmp_path / "some-model"
+    with pytest.raises(FileNotFoundError, match="ships with the kit.* is 'kiwi'; known are: some-model, .*diffusers") as error:
+        KiwiEditPipeline.from_pretrained("kiwi")
+    assert "\n" not in str(error.value)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="model_index.json"): KiwiEditPipeline.from_pretrained(tmp_path / "empty")
+    (tmp_path / "empty/model_index.json").write_text(json.dumps({"mllm_encoder": ["a", "b"]}))
+    monkeypatch.setitem(module.FOREIGN_LAYOUTS, "mllm_encoder", f"{__name__}:reader")
+    assert KiwiEditPipeline.from_pretrained(tmp_path / "empty", torch_dtype=torch.bfloat16) == (tmp_path / "empty", torch.bfloat16)
+
+
+def reader(folder, torch_dtype): return folder, torch_dtype
+
+
+def test_hub_ids_that_cannot_be_fetched_are_one_line():
+    with pytest.raises(FileNotFoundError, match="`name` has to be a model that can be fetched") as error:
+        KiwiEditPipeline.from_pretrained("nobody/nothing-here", local_files_only=True)
+    assert "\n" not in str(error.value)
+
+
+def test_preset_and_tokenizer_have_to_fit():
+    small = preset("tiny")
+    small.mllm["text_config"]["vocab_size"] = 300
+    with pytest.raises(ValueError, match="at most the 300 tokens of the preset"): KiwiEditPipeline.from_preset(small, make_tokenizer([PROMPT] * 3, 400))
+
+
+# bad input
+
+@pytest.mark.parametrize("change, message", [
+    (dict(prompt="  "), "`prompt` has to say what to edit but is '  '"),
+    (dict(prompt=None), None),
+    (dict(height=60, width=64), "`height` has to be a multiple of 8 but is 60"),
+    (dict(height=64), "`height` and `width` have to be given together"),
+    (dict(num_frames=4), r"`num_frames` has to be 4k\+1 .* but is 4; the nearest are 1 and 5"),
+    (dict(num_inference_steps=0), "`num_inference_steps` has to be at least 1 but is 0"),
+    (dict(sigmas=[1.0, 0.0]), "`sigmas` has to hold noise levels"),
+    (dict(guidance_scale=0.5), "`guidance_scale` has to be at least 1"),
+    (dict(strength=0), "`strength` has to lie above 0 and up to 1 but is 0"),
+    (dict(output_type="gif"), "`output_type` has to be .* but is 'gif'"),
+    (dict(callback_on_step_end_tensor_inputs=["noise"]), "`callback_on_step_end_tensor_inputs` has to be of"),
+    (dict(latents=torch.zeros(1, 48, 2, 4, 4)), r"`latents` has to be \(1, 48, 2, 8, 8\) for this clip but is \(1, 48, 2, 4, 4\)"),
+])
+def test_wrong_arguments(pipe, change, message):
+    with pytest.raises((ValueError, TypeError), match=message): edit(pipe, **change)
+
+
+def test_missing_source_and_instructions_in_other_scripts(pipe):
+    with pytest.raises(ValueError, match="`video` has to be a clip or an image but is None"): pipe(PROMPT)
+    assert torch.isfinite(edit(pipe, "把红色的圆换成一只猫 🐈", num_inference_steps=1)).all()

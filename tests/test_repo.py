@@ -1,0 +1,295 @@
+"""What holds the repository together: notebooks, modules, README, kit and wheel say the same."""
+import ast
+import importlib.util
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+MODULES = sorted(p for p in (ROOT / "kiwi_edit").glob("*.py") if not p.name.startswith("_"))
+TEXT = {".py", ".md", ".ini", ".toml", ".txt", ".json", ".jsonl", ".ipynb", ".yaml", ".yml", ".csv", ".html", ".css", ".js", ""}
+UNWATCHED = {".git", ".venv", "outputs", "data", "runs", "build", "dist", "__pycache__", ".pytest_cache", ".ipynb_checkpoints", ".gradio"}
+
+spec = importlib.util.spec_from_file_location("kit_notebooks", ROOT / ".ci" / "notebooks.py")
+kit_notebooks = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(kit_notebooks)
+
+
+def load(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def code_cells(notebook):
+    return [c for c in notebook["cells"] if c["cell_type"] == "code"]
+
+
+def by_name(paths):
+    return {"argvalues": paths, "ids": [p.name for p in paths]}
+
+
+# README and map
+
+
+def test_readme_equals_the_index():
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == kit_notebooks.readme(ROOT / "nbs" / "index.ipynb"), "`./kit export` writes it"
+
+
+def test_every_number_of_the_readme_is_measured():
+    waiting = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if "TODO" in line]
+    assert not waiting, f"{len(waiting)} lines still wait for a number"
+
+
+def test_the_map_matches_the_notebooks():
+    rows = re.findall(r"^\| \[(\w+)\]\(nbs/(\w+)\.ipynb\) \| (?:`kiwi_edit\.(\w+)`|none) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert [name for name, _, _ in rows] == [file for _, file, _ in rows] == [p.stem for p in NOTEBOOKS if p.stem != "index"]
+    assert {file: module or None for _, file, module in rows} == {p.stem: kit_notebooks.module_name(p) for p in NOTEBOOKS if p.stem != "index"}
+
+
+def test_links_of_the_readme_lead_somewhere():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    assert "assets/figures/hero.png" in links
+    assert not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_links_are_turned_towards_the_root():
+    assert kit_notebooks.relink('![a](../assets/a.png) [b](01_video.ipynb#x) <img src="../assets/c.png"> [d](https://e.org/../f)') == (
+        '![a](assets/a.png) [b](nbs/01_video.ipynb#x) <img src="assets/c.png"> [d](https://e.org/../f)'
+    )
+
+
+# notebooks
+
+
+@pytest.mark.parametrize("path", **by_name(NOTEBOOKS))
+def test_notebook_is_small_clean_and_shows_its_outputs(path):
+    assert path.stat().st_size < 2_000_000
+    notebook = load(path)
+    assert set(notebook["metadata"]) <= {"kernelspec", "nbdev"}, "`./kit export` cleans it"
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    outputs = [o for c in code_cells(notebook) for o in c["outputs"]]
+    assert outputs, "it has to be saved with its outputs"
+    assert not [o for o in outputs if o["output_type"] == "error"]
+    assert not [o for o in outputs if "application/vnd.jupyter.widget-view+json" in o.get("data", {})], "GitHub cannot show saved widgets"
+    assert not [c for c in code_cells(notebook) if c["execution_count"] is not None or c["metadata"].keys() - {"nbdev"}]
+
+
+@pytest.mark.parametrize("path", **by_name(NOTEBOOKS))
+def test_cells_that_end_in_a_value_show_it(path):
+    blank = []
+    for cell in code_cells(load(path)):
+        text = source(cell)
+        if cell["outputs"] or re.search(r"^#\|\s*(hide|export|eval:?\s*false|notest|slow|gpu)", text, re.M) or text.rstrip().endswith(";"):
+            continue
+        body = ast.parse(re.sub(r"^[%!].*$", "", text, flags=re.M)).body
+        if body and isinstance(body[-1], ast.Expr) and isinstance(body[-1].value, (ast.Name, ast.Attribute, ast.Subscript)):
+            blank.append(text)
+    assert not blank, "run it again: these cells end in a value and show none"
+
+
+@pytest.mark.parametrize("path", **by_name(NOTEBOOKS))
+def test_notebook_opens_with_title_and_summary(path):
+    opening = "\n".join(source(c) for c in load(path)["cells"][:3] if c["cell_type"] == "markdown")
+    assert re.match(r"# \S.*\n\n> \S", opening)
+
+
+# modules
+
+
+def numbers():
+    return {kit_notebooks.module_name(p): int(p.name[:2]) for p in NOTEBOOKS if p.name[:2].isdigit() and kit_notebooks.module_name(p)}
+
+
+def imported_rooms(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.level == 1 or (node.module or "").split(".")[0] == "kiwi_edit"):
+            inner = (node.module or "") if node.level else (node.module or "").partition(".")[2]
+            yield from [inner.split(".")[0]] if inner else [a.name for a in node.names]
+        elif isinstance(node, ast.Import):
+            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("kiwi_edit."))
+
+
+@pytest.mark.parametrize("path", **by_name(MODULES))
+def test_module_imports_only_lower_rooms(path):
+    number = numbers()
+    rooms = set(imported_rooms(ast.parse(path.read_text(encoding="utf-8"))))
+    assert path.stem in number, "every module comes out of a notebook"
+    assert not {room for room in rooms if room in number and number[room] >= number[path.stem]}
+    assert rooms <= number.keys() | {"__version__"}
+
+
+@pytest.mark.parametrize("path", **by_name(MODULES))
+def test_module_has_no_print_and_no_torchvision(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "print"]
+    assert not calls
+    names = [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
+    names += [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+    assert not [n for n in names if n.split(".")[0] == "torchvision"]
+
+
+# the whole tree
+
+
+def watched_files():
+    for folder, folders, files in os.walk(ROOT):
+        folders[:] = [f for f in folders if f not in UNWATCHED and not f.endswith(".egg-info")]
+        yield from (Path(folder) / f for f in files if Path(f).suffix in TEXT)
+
+
+def test_no_paths_of_somebodys_machine():
+    places = "|".join(["root", "home/[a-z]", "Users/[A-Za-z]", "work", "opt", "mnt", "tmp/[a-z]"])
+    pattern = re.compile(rf"(?<![\w./:}}~-])/(?:{places})[\w.-]*/|[A-Z]:\\\\Users")
+    found = []
+    for path in watched_files():
+        if path.suffix == ".ipynb":
+            cells = load(path)["cells"]
+            shown = [o.get("data", {}).get(kind, "") for c in cells for o in c.get("outputs", []) for kind in ("text/plain", "text/html", "text/markdown")]
+            shown += [o.get("text", "") for c in cells for o in c.get("outputs", [])]
+            text = "\n".join([source(c) for c in cells] + ["".join(s) for s in shown])
+        else:
+            text = path.read_text(encoding="utf-8", errors="replace")
+        found += [f"{path.relative_to(ROOT)}: {m.group()}" for m in pattern.finditer(text) if m.group() != "/path/to/"]
+    assert not found
+
+
+# packaging
+
+
+def project():
+    try:
+        import tomllib
+    except ImportError:
+        import tomli as tomllib
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_bounds_and_constraints():
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    lines = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    pins = {canonicalize_name(Requirement(line).name): line for line in lines}
+    assert pins["torch"] == "torch==2.13.0"
+    assert "torchvision" not in pins
+    assert not [line for line in lines if "+" in line or "://" in line or "==" not in line]
+    extras = project()["project"]["optional-dependencies"]
+    wanted = [Requirement(r) for r in project()["project"]["dependencies"] + extras["notebooks"] + extras["demo"] + extras["dev"]]
+    assert not [r.name for r in wanted if canonicalize_name(r.name) not in pins]
+    assert not [str(r) for r in wanted if {s.operator for s in r.specifier} != {">="}]
+
+
+def test_wheel_carries_the_assets(tmp_path):
+    tree = tmp_path / "tree"
+    for name in ("kiwi_edit", "assets"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(tree)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    wheel = next(tmp_path.glob("*.whl"))
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assets = {f"kiwi_edit/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "assets").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    modules = {f"kiwi_edit/{p.name}" for p in (ROOT / "kiwi_edit").glob("*.py")}
+    metadata = {n for n in names if ".dist-info/" in n}
+    assert names - metadata == assets | modules
+    assert {"kiwi_edit/assets/kiwi-edit-tiny/model_index.json", "kiwi_edit/assets/samples/clip.mp4", "kiwi_edit/assets/samples/reference.png"} <= names
+    assert wheel.stat().st_size < 100_000_000
+
+
+# the kit
+
+
+def kit_in(folder, python=None):
+    "A checkout with nothing but the kit, and a PATH with no Python but the pretended one."
+    tools = folder / "bin"
+    tools.mkdir(parents=True)
+    for tool in ("sh", "cat", "dirname", "cksum", "rm", "date", "sleep"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    if python:
+        (tools / "python3").write_text(f"#!/bin/sh\n{python}\n")
+        (tools / "python3").chmod(0o755)
+    for name in ("kit", "constraints.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder)
+    return lambda *arguments: subprocess.run(["sh", str(folder / "kit"), *arguments], env={"PATH": str(tools)}, capture_output=True, text=True, timeout=60)
+
+
+needs_sh = pytest.mark.skipif(os.name == "nt", reason="the kit is a POSIX shell script")
+
+
+@needs_sh
+def test_kit_explains_itself(tmp_path):
+    kit = kit_in(tmp_path / "a folder")
+    assert "./kit COMMAND" in kit("--help").stdout and kit("--help").returncode == 0
+    assert kit().returncode == 2
+    wrong = kit("tset")
+    assert wrong.returncode == 2 and 'no command named "tset"' in wrong.stderr
+
+
+@needs_sh
+@pytest.mark.parametrize(
+    "python, message",
+    [
+        (None, "no Python 3.10, 3.11, 3.12 or 3.13 found"),
+        ("echo 3.9", "python3 is 3.9"),
+        ("echo 3.14", "python3 is 3.14"),
+        ('case "$2" in *ensurepip*) exit 1 ;; esac; echo 3.12', "apt-get install python3.12-venv"),
+    ],
+    ids=["none", "too old", "too new", "no venv module"],
+)
+def test_kit_says_what_to_install(tmp_path, python, message):
+    kit = kit_in(tmp_path / "a folder", python)
+    result = kit("edit")
+    assert result.returncode == 1 and message in result.stderr and "install" in result.stderr
+    assert not (tmp_path / "a folder" / ".venv").exists() and not (tmp_path / "a folder" / ".venv.busy").exists()
+
+
+@needs_sh
+def test_kit_never_keeps_a_half_made_environment(tmp_path):
+    # a Python whose venv comes out, and whose pip fails the first time
+    made = tmp_path / "made"
+    fake = f"""
+case "$*" in
+    "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; echo made >> {made}; exit 0 ;;
+    *"pip install"*) [ -e {tmp_path}/works ] || exit 7; exit 0 ;;
+    *version_info*) echo 3.12 ;;
+esac
+exit 0"""
+    kit = kit_in(tmp_path / "c", fake)
+    for tool in ("mkdir", "cp"):
+        (tmp_path / "c" / "bin" / tool).symlink_to(shutil.which(tool))
+    failed = kit("setup")
+    assert failed.returncode == 1 and "set-up failed" in failed.stderr
+    assert not (tmp_path / "c" / ".venv" / ".kit-ready").exists()
+    (tmp_path / "c" / ".venv.busy").write_text("")  # what an interrupted run leaves
+    (tmp_path / "works").touch()
+    again = kit("setup")
+    assert again.returncode == 0 and "starting it anew" in again.stderr
+    assert made.read_text().count("made") == 2
+    quiet = kit("setup")
+    assert quiet.returncode == 0 and quiet.stderr == "" and made.read_text().count("made") == 2
+    with (tmp_path / "c" / "constraints.txt").open("a") as file:
+        file.write("# changed\n")
+    assert "installing" in kit("setup").stderr and made.read_text().count("made") == 2
+
+
+@needs_sh
+def test_entry_points_can_be_run():
+    for path in (ROOT / "kit", ROOT / ".ci" / "run"):
+        assert path.stat().st_mode & stat.S_IXUSR
+        subprocess.run([path.read_text().split("\n")[0].removeprefix("#!").split()[-1], "-n", str(path)], check=True)
+    assert "./kit test" in (ROOT / ".ci" / "run").read_text()
+    assert "./kit test" in (ROOT / "README.md").read_text(encoding="utf-8")

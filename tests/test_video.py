@@ -1,0 +1,478 @@
+"Video in and out: golden sizes and pixels, both decoders, what can be wrong with a file, and files that appear whole or not at all."
+import io, json, os, signal, struct, subprocess, sys
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from kiwi_edit import video
+from kiwi_edit.video import *
+from kiwi_edit.video import _decord
+
+GOLDEN = Path(__file__).parent / "golden/wan22/cases"
+TABLE = json.loads((GOLDEN / "resize.json").read_text())
+PIXELS = load_file(GOLDEN / "resize.safetensors")
+READERS = ["pyav"] + (["decord"] if _decord() else [])
+
+
+def gradient(count=12, height=48, width=64):
+    "Smooth frames whose brightness tells their index and whose corners differ."
+    y, x = np.mgrid[:height, :width]
+    return np.stack([np.stack([x * 255 // width, y * 255 // height, np.full_like(x, 10 + 20 * t % 240)], -1) for t in range(count)]).astype(np.uint8)
+
+
+def encode(path, frames, fps=10, codec="libx264", pixels="yuv420p", fmt=None, sound=0.0, **options):
+    "A video file made without the module under test; `sound` is the length of a tone that starts after half of it."
+    with av.open(str(path), "w", format=fmt) as out:
+        stream = out.add_stream(codec, rate=Fraction(fps), options={k: str(v) for k, v in options.items()})
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pixels
+        tone = out.add_stream("aac", rate=48000, layout="mono") if sound else None
+        for i, frame in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            picture.pts, picture.time_base = i, Fraction(1, fps)
+            out.mux(stream.encode(picture))
+        out.mux(stream.encode(None))
+        if tone:
+            samples = (np.sin(np.arange(int(48000 * sound)) / 48000 * 2 * np.pi * 440) * 0.5).astype(np.float32)
+            samples[:len(samples) // 2] = 0
+            frame = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
+            frame.sample_rate, frame.pts, frame.time_base = 48000, 0, Fraction(1, 48000)
+            out.mux(tone.encode(frame))
+            out.mux(tone.encode(None))
+    return path
+
+
+def turn(path, degrees):
+    "Write a rotation into the track header of an mp4, as a phone does."
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 4
+    matrix = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[degrees]
+    a, b, c, d = (v << 16 for v in matrix)
+    data[at + 40:at + 76] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    return path
+
+
+def loudness(path):
+    "Root mean square of the first audio stream in tenths of a second."
+    with av.open(str(path)) as container:
+        resampler = av.AudioResampler(format="fltp", layout="mono", rate=48000)
+        samples = np.concatenate([b.to_ndarray()[0] for f in container.decode(audio=0) for b in resampler.resample(f)])
+    return np.array([np.sqrt((part ** 2).mean()) for part in np.array_split(samples, max(1, len(samples) // 4800))])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory): return tmp_path_factory.mktemp("clips")
+
+@pytest.fixture(scope="module")
+def plain(folder): return encode(folder / "plain.mp4", gradient(), crf=10)
+
+
+# the official rules
+
+@pytest.mark.parametrize("table", ["training_operator", "inference_video_data"])
+def test_golden_sizes(table):
+    for row in TABLE[table]:
+        assert fit_size(row["width"], row["height"], row["max_pixels"], 32) == (row["out_width"], row["out_height"]), row
+
+@pytest.mark.parametrize("table,limit", [("training", "num_frames"), ("inference_video_data", "max_frame")])
+def test_golden_frame_counts(table, limit):
+    for row in TABLE["frame_count"][table]: assert usable_frames(row["file_frames"], row[limit]) == row["used"], row
+
+def test_golden_sampling():
+    for count, chosen in TABLE["mllm_frame_sampling"].items(): assert sample_indices(int(count)) == chosen
+
+@pytest.mark.parametrize("mode,name", [("training", "training_operator_max4096"), ("inference", "inference_video_data_max4096")])
+def test_golden_pixels(mode, name):
+    source = PIXELS["input"]
+    out = resize_frames(source, *fit_size(source.shape[1], source.shape[0], 4096), mode=mode)[0]
+    assert np.abs(out.astype(int) - PIXELS[name]).max() <= 1 # one level where Pillow's version differs
+
+@pytest.mark.parametrize("width,height", [(8, 480), (480, 8), (31, 31), (1, 1), (8, 10000), (10000, 8)])
+def test_narrow_sources_keep_one_multiple(width, height):
+    w, h = fit_size(width, height, 4096, 32)
+    assert w >= 32 and h >= 32 and w % 32 == h % 32 == 0 and w * h <= 4096
+    for mode in ("training", "inference", "stretch"):
+        assert resize_frames(np.zeros((1, height, width, 3), np.uint8), w, h, mode).shape == (1, h, w, 3)
+
+def test_size_errors():
+    with pytest.raises(ValueError, match="`width` has to be at least 1 but is 0"): fit_size(0, 10, 4096)
+    with pytest.raises(ValueError, match="`max_pixels` .* 1024 but is 100"): fit_size(64, 64, 100)
+    with pytest.raises(ValueError, match="`mode` has to be one of .* 'cover'"): resize_frames(gradient(1), 8, 8, "cover")
+
+@pytest.mark.parametrize("bad", [0, -3, 4, 6, 80])
+def test_frame_count_errors(bad):
+    with pytest.raises(ValueError, match=rf"4k\+1 .* is {bad}; the nearest are"): check_frame_count(bad)
+    assert check_frame_count(81) == 81
+
+def test_trim_and_paste_back():
+    assert len(trim_to_4k1(list(range(8)))) == 5 and len(trim_to_4k1(Clip(gradient(12)))) == 9
+    source = gradient(2, 40, 90)
+    same = paste_back(source, resize_frames(source, 80, 80, "inference"))
+    assert np.abs(same.astype(int) - source).mean() < 1 # down the centre up and back: nearly nothing is lost
+    edited = paste_back(source, np.zeros((2, 16, 16, 3), np.uint8))
+    assert (edited[:, :, 25:65] == 0).all() and (edited[:, :, :25] == source[:, :, :25]).all() and (edited[:, :, 65:] == source[:, :, 65:]).all()
+
+
+# frames
+
+def test_as_frames_forms():
+    frames = gradient(3)
+    for form in (frames, frames / 255.0, (frames / 255).astype(np.float32), [Image.fromarray(f) for f in frames], list(frames), Clip(frames)):
+        assert np.array_equal(as_frames(form), frames)
+    assert as_frames(frames[0]).shape == (1, 48, 64, 3) and as_frames(frames[..., 0]).shape == (3, 48, 64, 3)
+    assert as_frames(frames[..., :1]).shape == (3, 48, 64, 3)
+
+@pytest.mark.parametrize("bad,words", [
+    ([], "at least one frame"), (np.zeros((0, 4, 4, 3), np.uint8), "no empty axis"), (np.zeros((2, 4, 4, 4), np.uint8), r"\(2, 4, 4, 4\)"),
+    (np.full((1, 4, 4, 3), 7.0), r"span \[7, 7\]"), (np.full((1, 4, 4, 3), np.nan), "nan"), (np.zeros((1, 4, 4, 3), np.int64), "int64"),
+    ([np.zeros((4, 4, 3), np.uint8), np.zeros((4, 5, 3), np.uint8)], "share one shape")])
+def test_as_frames_errors(bad, words):
+    with pytest.raises(VideoError, match=words): as_frames(bad)
+
+def test_clip_slices_know_their_seconds():
+    clip = Clip(gradient(12), fps=4, start=10.0)
+    assert (clip.end, len(clip), clip.width, clip.height) == (13.0, 12, 64, 48)
+    part = clip[4:8]
+    assert (part.start, part.end, part.fps) == (11.0, 12.0, 4) and np.array_equal(part.frames, clip.frames[4:8])
+    assert clip[::3].fps == pytest.approx(4 / 3) and clip[::3].end == 13.0
+    assert np.array_equal(np.asarray(clip[-1]), clip.frames[-1])
+    with pytest.raises(IndexError): clip[5:5]
+    with pytest.raises(VideoError, match="`fps`"): Clip(gradient(1), fps=0)
+
+@pytest.mark.parametrize("shape", [(5, 64, 64), (1, 8, 300), (40, 180, 320)])
+def test_clip_shows_itself(shape):
+    count, height, width = shape
+    data = Clip(gradient(count, height, width), fps=8)._repr_png_()
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.format == "PNG" and image.width <= 240 and image.height <= 120
+        assert getattr(image, "n_frames", 1) == min(count, 12)
+    assert len(data) < 150_000
+
+
+# images
+
+def test_read_image_modes(tmp_path):
+    rng = np.random.default_rng(0)
+    rgb = Image.fromarray(rng.integers(0, 255, (6, 10, 3), dtype=np.uint8))
+    clear = rgb.convert("RGBA")
+    clear.putalpha(0)
+    clear.save(tmp_path / "clear.png")
+    assert (np.asarray(read_image(tmp_path / "clear.png")) == 255).all() # transparency shows white
+    rgb.quantize(8).save(tmp_path / "palette.png")
+    rgb.quantize(8).save(tmp_path / "seethrough.png", transparency=bytes([0] * 8))
+    assert read_image(tmp_path / "palette.png").mode == "RGB" and (np.asarray(read_image(tmp_path / "seethrough.png")) == 255).all()
+    gray = rng.integers(0, 255, (6, 10), dtype=np.uint8)
+    Image.fromarray(gray).save(tmp_path / "gray.png")
+    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "gray16.png")
+    for name in ("gray.png", "gray16.png"): assert np.array_equal(np.asarray(read_image(tmp_path / name)), np.repeat(gray[..., None], 3, -1))
+    rgb.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    Image.fromarray(gray > 100).save(tmp_path / "bits.png")
+    for name in ("cmyk.jpg", "bits.png"): assert read_image(tmp_path / name).mode == "RGB"
+
+@pytest.mark.parametrize("tag,turns", [(3, 2), (6, 3), (8, 1)])
+def test_exif_rotation(tmp_path, tag, turns):
+    frame = gradient(1, 32, 64)[0]
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    Image.fromarray(frame).save(tmp_path / "phone.png", exif=exif)
+    assert np.array_equal(np.asarray(read_image(tmp_path / "phone.png")), np.rot90(frame, turns))
+    clip, info = read_video(tmp_path / "phone.png"), video_info(tmp_path / "phone.png")
+    assert np.array_equal(clip.frames[0], np.rot90(frame, turns)) and (info.width, info.height) == (clip.width, clip.height)
+
+def test_read_image_errors(tmp_path):
+    (tmp_path / "text.png").write_text("text")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:3000])
+    with pytest.raises(FileNotFoundError, match="does not exist"): read_image(tmp_path / "none.png")
+    for bad, words in (("text.png", "is none"), ("cut.png", "complete image"), ("", "is a folder")):
+        with pytest.raises(VideoError, match=words) as error: read_image(tmp_path / bad)
+        assert "\n" not in str(error.value)
+
+def test_huge_image_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    Image.fromarray(gradient(1)[0]).save(tmp_path / "bomb.png")
+    with pytest.raises(VideoError, match="`path`"): read_image(tmp_path / "bomb.png")
+
+
+# reading
+
+@pytest.mark.parametrize("decoder", READERS)
+def test_read_all_and_some(plain, decoder):
+    clip = read_video(plain, decoder=decoder)
+    assert clip.frames.shape == (12, 48, 64, 3) and clip.fps == 10 and clip.path == plain
+    assert np.abs(clip.frames.astype(int) - gradient()).mean() < 4
+    part = read_video(plain, num_frames=3, start=2, stride=4, decoder=decoder)
+    assert np.array_equal(part.frames, clip.frames[[2, 6, 10]]) and part.fps == pytest.approx(2.5) and part.start == pytest.approx(0.2)
+    assert np.array_equal(read_video(plain, indices=[0, 11], decoder=decoder).frames, clip.frames[[0, 11]])
+    assert np.array_equal(read_video(plain, size=(32, 32), decoder=decoder).frames, resize_frames(clip.frames, 32, 32))
+
+@pytest.mark.skipif(len(READERS) < 2, reason="decord is not installed")
+def test_decoders_agree(plain):
+    assert np.array_equal(read_video(plain, decoder="decord").frames, read_video(plain, decoder="pyav").frames)
+
+@pytest.mark.parametrize("decoder", READERS)
+@pytest.mark.parametrize("degrees,turns", [(90, 3), (180, 2), (270, 1)])
+def test_rotation_metadata(folder, plain, decoder, degrees, turns):
+    path = folder / f"turned{degrees}.mp4"
+    path.write_bytes(plain.read_bytes())
+    turn(path, degrees)
+    expected = np.rot90(read_video(plain).frames, turns, axes=(1, 2))
+    info, clip = video_info(path), read_video(path, decoder=decoder)
+    assert (info.width, info.height) == (clip.width, clip.height) == (expected.shape[2], expected.shape[1])
+    assert np.array_equal(clip.frames, expected)
+    assert info.rotation == turns * 90 and info.decoder == ("decord" if "decord" in READERS else "pyav")
+
+def shown(clip): return [int(f[..., 2].mean().round()) for f in clip.frames]
+
+@pytest.mark.parametrize("name,options", [
+    ("bframes.mp4", dict(bf=3, g=8)), ("opengop.mp4", {"x264-params": "open-gop=1:keyint=8:bframes=3:scenecut=0"}),
+    ("bframes.mkv", dict(bf=3, g=8)), ("bframes.avi", dict(bf=3, g=8)), ("stream.ts", dict(bf=2, g=8))])
+def test_any_index_is_the_right_frame(folder, name, options):
+    frames = gradient(60)
+    frames[..., 2] = (np.arange(60) * 4)[:, None, None]
+    frames[..., :2] = 128 # a gray level a frame, and nothing else: an index that is off by one shows
+    path = encode(folder / name, frames, crf=4, **options)
+    everything = read_video(path, decoder="pyav")
+    assert len(everything) == 60 and np.abs(np.diff(shown(everything)) - 4).max() <= 2
+    for chosen in ([0], [7, 8, 9], [31, 59], [3, 17, 40, 41, 58]):
+        assert np.array_equal(read_video(path, indices=chosen).frames, everything.frames[chosen]), (name, chosen)
+    assert video_info(path).fps == pytest.approx(10)
+
+def test_seeking_decodes_little(folder, monkeypatch):
+    path = encode(folder / "keys.mp4", gradient(100), g=10, bf=0)
+    decoded = []
+    original = video._decode
+    def counted(*args):
+        for frame in original(*args): decoded.append(1); yield frame
+    monkeypatch.setattr(video, "_decode", counted)
+    assert np.array_equal(read_video(path, indices=[5, 95], decoder="pyav").frames.shape, (2, 48, 64, 3))
+    assert len(decoded) < 30
+
+@pytest.mark.parametrize("codec,pixels,suffix", [("libx264", "yuv420p10le", "mp4"), ("libx265", "yuv420p10le", "mp4"), ("libvpx-vp9", "yuv420p", "webm"),
+                                                ("ffv1", "bgr0", "mkv"), ("mjpeg", "yuvj420p", "avi"), ("libx264", "gray", "mp4"), ("libx264", "yuv444p", "mp4")])
+def test_formats(folder, codec, pixels, suffix):
+    if codec not in av.codecs_available: pytest.skip(f"{codec} is not in this build of FFmpeg")
+    path = encode(folder / f"{codec}-{pixels}.{suffix}", gradient(), codec=codec, pixels=pixels)
+    info, clip = video_info(path), read_video(path)
+    assert clip.frames.shape == (12, 48, 64, 3) and info.frames == 12 and clip.fps == pytest.approx(10, rel=0.02)
+    if "10le" in pixels: assert info.decoder == "pyav"
+    expected = gradient() if pixels != "gray" else np.repeat((gradient() @ [0.299, 0.587, 0.114])[..., None], 3, -1)
+    assert np.abs(clip.frames.astype(int) - expected).mean() < 8
+
+@pytest.mark.parametrize("height,width", [(48, 8), (8, 8), (97, 161), (2160, 3840)])
+def test_sizes(folder, height, width):
+    path = encode(folder / f"{width}x{height}.mp4", gradient(2, height, width), pixels="yuv444p", preset="ultrafast")
+    assert read_video(path).frames.shape == (2, height, width, 3)
+    assert read_video(path, num_frames=1, size=(32, 16)).frames.shape == (1, 16, 32, 3)
+
+def test_one_frame(folder):
+    clip = read_video(encode(folder / "one.mp4", gradient(1)), num_frames=5)
+    assert len(clip) == 1 and clip.end > clip.start
+
+def test_truncated(folder):
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 255, (20, 48, 64, 3), dtype=np.uint8)
+    whole = write_video(folder / "whole.mp4", frames, 10)
+    data = whole.read_bytes()
+    (folder / "cut.mp4").write_bytes(data[:len(data) * 2 // 3])
+    clip = read_video(folder / "cut.mp4")
+    assert 5 <= len(clip) < 20 and np.array_equal(clip.frames[:5], read_video(whole).frames[:5])
+    assert video_info(folder / "cut.mp4").frames < 20 # what is there, not what the header promises
+    with pytest.raises(ValueError, match="`indices` have to ascend"): read_video(folder / "cut.mp4", indices=[0, 19])
+    late = encode(folder / "late.mp4", frames) # the index comes last and is lost
+    late.write_bytes(late.read_bytes()[:3000])
+    with pytest.raises(VideoError, match="late.mp4"): read_video(late)
+
+def test_damaged_middle(folder):
+    path = encode(folder / "damaged.mp4", np.random.default_rng(0).integers(0, 255, (40, 48, 64, 3), dtype=np.uint8), g=5)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3:len(data) // 3 + 4000] = np.random.default_rng(1).bytes(4000)
+    path.write_bytes(data)
+    clip = read_video(path)
+    assert 20 <= len(clip) <= 40
+
+def test_gif_and_folder(tmp_path):
+    frames = gradient(12)
+    images = [Image.fromarray(f) for f in frames]
+    images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:], duration=100)
+    clip = read_video(tmp_path / "a.gif", num_frames=5, start=2)
+    assert clip.frames.shape == (5, 48, 64, 3) and clip.fps == 10 and np.abs(clip.frames.astype(int) - frames[2:7]).mean() < 12
+    (tmp_path / "shots").mkdir()
+    for i, image in enumerate(images): image.save(tmp_path / f"shots/shot{i}.png")
+    (tmp_path / "shots/notes.txt").write_text("not an image")
+    assert np.array_equal(read_video(tmp_path / "shots").frames, frames) # 2 comes before 10
+    Image.fromarray(frames[0, :, :32]).save(tmp_path / "shots/shot99.png")
+    with pytest.raises(VideoError, match="one size .* 64x48 and, at frame 12, 32x48"): read_video(tmp_path / "shots")
+    assert read_video(tmp_path / "shots", size=(32, 48)).frames.shape == (13, 48, 32, 3)
+
+def test_bad_files(tmp_path, capfd):
+    (tmp_path / "text.mp4").write_text("this is text\n" * 50)
+    (tmp_path / "text.txt").write_text("this is text\n" * 50) # FFmpeg would draw it
+    (tmp_path / "list.mp4").write_text("#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n")
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "nothing").mkdir()
+    for name in ("text.mp4", "text.txt", "list.mp4", "empty.mp4", "nothing"):
+        for call in (read_video, video_info):
+            with pytest.raises(VideoError, match=name.replace(".", r"\.")) as error: call(tmp_path / name)
+            assert "\n" not in str(error.value) and "`path`" in str(error.value)
+    with pytest.raises(FileNotFoundError, match="does not exist"): read_video(tmp_path / "none.mp4")
+    assert capfd.readouterr().err == "" # neither decoder chatters
+
+def test_sound_without_pictures(tmp_path):
+    path = encode(tmp_path / "a.mp4", gradient(2), sound=0.5)
+    with av.open(str(path)) as source, av.open(str(tmp_path / "sound.mp4"), "w") as out:
+        stream = out.add_stream_from_template(source.streams.audio[0])
+        for packet in source.demux(audio=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                out.mux(packet)
+    with pytest.raises(VideoError, match="no video stream"): read_video(tmp_path / "sound.mp4")
+
+@pytest.mark.parametrize("options,words", [
+    (dict(num_frames=0), "`num_frames` has to be at least 1 but is 0"), (dict(start=-1), "`start`"), (dict(stride=0), "`stride`"),
+    (dict(start=12), "`start` has to be below the 12 frames .* but is 12"), (dict(indices=[]), "`indices` have to hold"),
+    (dict(indices=[3, 2]), r"`indices` have to ascend .* \[3, 2\]"), (dict(indices=[12]), "at most 11"), (dict(decoder="cv2"), "`decoder`"),
+    (dict(size=(8, 8), mode="tile"), "`mode`")])
+def test_argument_errors(plain, options, words):
+    with pytest.raises(ValueError, match=words): read_video(plain, **options)
+
+def test_memory_is_bounded(plain, monkeypatch):
+    monkeypatch.setattr(video, "MAX_CLIP_BYTES", 64 * 48 * 3 * 6)
+    with pytest.raises(VideoError, match="12 frames of 64x48"): read_video(plain)
+    assert len(read_video(plain, num_frames=6)) == 6 and len(read_video(plain, size=(16, 16))) == 12
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory as Linux counts it")
+def test_long_video_peak_memory(folder):
+    path = encode(folder / "long.mp4", np.repeat(gradient(2, 1080, 1920), 60, 0), fps=30, preset="ultrafast", tune="zerolatency")
+    code = ("import resource, sys; from kiwi_edit.video import *; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            "clip = read_video(sys.argv[1], indices=sample_indices(120, 8), size=(64, 32)); assert len(clip) == 8\n"
+            "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)")
+    root = str(Path(video.__file__).parents[1])
+    out = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": root})
+    assert int(out.stdout) < 250 # all 120 frames would take 746 MB
+
+
+# writing
+
+@pytest.mark.parametrize("height,width", [(48, 64), (47, 63), (1, 1), (8, 8)])
+def test_write_for_browsers(tmp_path, height, width):
+    frames = gradient(6, height, width)
+    path = write_video(tmp_path / "out.mp4", frames, 12)
+    data = path.read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat") # faststart
+    with av.open(str(path)) as container:
+        context = container.streams.video[0].codec_context
+        assert (context.name, context.pix_fmt, container.streams.video[0].average_rate) == ("h264", "yuv420p", 12)
+    back = read_video(path)
+    assert back.frames.shape == (6, height + height % 2, width + width % 2, 3) # an odd side gets its last line once more
+    assert np.abs(back.frames[:, :height, :width].astype(int) - frames).mean() < (6 if width > 8 else 12) # colours of 2x2 pixels are one
+    assert [p.name for p in tmp_path.iterdir()] == ["out.mp4"]
+
+@pytest.mark.parametrize("fps", [0.5, 23.976, 29.97, 120])
+def test_rates_survive(tmp_path, fps):
+    assert video_info(write_video(tmp_path / "a.mp4", gradient(10), fps)).fps == pytest.approx(fps, rel=1e-4)
+
+def test_write_gif(tmp_path):
+    clip = read_video(write_video(tmp_path / "a.gif", Clip(gradient(8), fps=8)))
+    assert len(clip) == 8 and clip.fps == pytest.approx(8, rel=0.01) and np.abs(clip.frames.astype(int) - gradient(8)).mean() < 12
+
+def test_sound_of_the_span(tmp_path):
+    source = encode(tmp_path / "source.mp4", gradient(40), fps=10, sound=4.0) # silent for 2 s, then a tone
+    assert video_info(source).has_audio
+    quiet, loud = read_video(source, num_frames=10, start=5), read_video(source, num_frames=10, start=25)
+    for clip, level in ((quiet, 0), (loud, 0.35)):
+        path = clip.save(tmp_path / f"part{level}.mp4")
+        assert video_info(path).frames == 10
+        parts = loudness(path)
+        assert len(parts) in (10, 11) and parts[1:9] == pytest.approx(np.full(8, level), abs=0.03)
+    edge = loudness(read_video(source, num_frames=20, start=10).save(tmp_path / "edge.mp4"))
+    assert edge[8] < 0.03 < 0.3 < edge[11] # the tone starts in the middle, where it should
+    assert not video_info(loud.save(tmp_path / "mute.mp4", audio=False)).has_audio
+    assert not video_info(write_video(tmp_path / "b.mp4", gradient(4), 10, audio_from=tmp_path / "mute.mp4")).has_audio
+    assert loudness(write_video(tmp_path / "c.mp4", gradient(5), 10, audio_from=source))[:4].max() < 0.03 # a path: from the beginning
+    with pytest.raises(FileNotFoundError, match="`audio_from`"): write_video(tmp_path / "d.mp4", gradient(2), 10, audio_from=tmp_path / "none.mp4")
+
+def test_nothing_is_overwritten(tmp_path):
+    path = tmp_path / "a.mp4"
+    path.write_text("precious")
+    with pytest.raises(FileExistsError, match="overwrite"): write_video(path, gradient(2))
+    assert path.read_text() == "precious"
+    assert video_info(write_video(path, gradient(2), overwrite=True)).frames == 2
+    assert path.stat().st_mode & 0o777 == 0o666 & ~(lambda mask: (os.umask(mask), mask)[1])(os.umask(0))
+
+@pytest.mark.parametrize("path,error,words", [
+    ("a.webm", ValueError, "has to end in .mp4"), ("nowhere/a.mp4", FileNotFoundError, "existing folder"), ("", ValueError, "has to end in")])
+def test_bad_destinations(tmp_path, path, error, words):
+    with pytest.raises(error, match=words): write_video(tmp_path / path, gradient(2))
+    assert not list(tmp_path.iterdir())
+
+def test_read_only_folder(tmp_path):
+    place = tmp_path
+    if os.access(place, os.W_OK): place.chmod(0o500)
+    if os.access(place, os.W_OK): # root may write anywhere but there
+        if not Path("/proc/self").is_dir(): pytest.skip("no folder that this user cannot write to")
+        place = Path("/proc")
+    with pytest.raises(PermissionError, match="can be written") as error: write_video(place / "a.mp4", gradient(2))
+    assert "\n" not in str(error.value)
+    tmp_path.chmod(0o700)
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="needs a limit of file size")
+def test_full_disk(tmp_path):
+    code = """
+import resource, signal, sys, numpy as np
+from kiwi_edit.video import *
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+noise = np.random.default_rng(0).integers(0, 255, (20, 128, 128, 3), dtype=np.uint8)
+for name in ("a.mp4", "a.gif", "strip.png"):
+    try: save_film_strip(name, noise, height=4) if name == "strip.png" else write_video(name, noise, 8)
+    except VideoError as error: print(error)
+"""
+    root = str(Path(video.__file__).parents[1])
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": root})
+    assert [line.endswith("could not be written: File too large.") for line in out.stdout.splitlines()] == [True] * 3
+    assert not list(tmp_path.iterdir())
+
+def test_interrupt_leaves_nothing(tmp_path, monkeypatch):
+    done = []
+    def interrupted(frames):
+        done.append(1)
+        if len(done) > 3: raise KeyboardInterrupt
+        return frames
+    monkeypatch.setattr(video, "_even", interrupted)
+    (tmp_path / "a.mp4").write_text("the old one")
+    with pytest.raises(KeyboardInterrupt): write_video(tmp_path / "a.mp4", gradient(8), overwrite=True)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.mp4", "the old one")]
+
+@pytest.mark.parametrize("options,words", [(dict(fps=0), "`fps`"), (dict(fps=float("nan")), "`fps`"), (dict(fps=8, crf=70), "`crf`")])
+def test_write_arguments(tmp_path, options, words):
+    with pytest.raises(ValueError, match=words): write_video(tmp_path / "a.mp4", gradient(2), **options)
+
+
+# looking
+
+def test_film_strip(tmp_path):
+    rows = {"source": gradient(21), "edited": Clip(255 - gradient(5)), "reference": Image.fromarray(gradient(1, 20, 60)[0])}
+    figure = film_strip(rows, max_columns=4, title="three rows")
+    assert len(figure.axes) == 4 + 4 + 1 and [t.get_text() for t in figure.texts][:3] == list(rows)
+    assert figure._repr_png_()[:4] == b"\x89PNG"
+    path = save_film_strip(tmp_path / "strip.png", rows, max_columns=3)
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    assert (pixels.max(axis=-1) - pixels.min(axis=-1)).max() > 100 # colour arrived
+    save_film_strip(path, gradient(1))
+    with pytest.raises(FileExistsError): save_film_strip(path, gradient(1), overwrite=False)
+    with pytest.raises(ValueError, match="`rows`"): film_strip({})
+
+def test_compare():
+    left, right = gradient(6), gradient(4, 96, 128)
+    both = compare(left, right)
+    assert both.shape == (4, 48, 64 + 4 + 64, 3)
+    assert np.array_equal(both[:, :, :64], left[:4]) and (both[:, :, 64:68] == 255).all()
+    assert compare(left, left, left, gap=0).shape == (6, 48, 192, 3)
+    with pytest.raises(ValueError, match="at least 2"): compare(left)
