@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['WORDS', 'PICTURES', 'STAGES', 'Bucket', 'Stage']
 
-# %% ../nbs/30_curriculum.ipynb #a85bb605
+# %% ../nbs/30_curriculum.ipynb #3c59ceb9
 from dataclasses import dataclass, field
 
-# %% ../nbs/30_curriculum.ipynb #189a7ea2
+# %% ../nbs/30_curriculum.ipynb #824457f0
 @dataclass(frozen=True)
 class Bucket:
     "Samples that fit into one batch."
@@ -36,7 +36,7 @@ class Stage:
     edit_weight: float = 2. # extra weight of the loss where source and target differ
     steps: int = 100_000  # an upper bound; minutes end the stage
 
-# %% ../nbs/30_curriculum.ipynb #0e28a955
+# %% ../nbs/30_curriculum.ipynb #05b1a283
 WORDS = dict(add=.3, remove=.2, change=.35, style=.15)
 PICTURES = dict(subject=.6, background=.4)
 
@@ -49,10 +49,10 @@ STAGES = {stage.name: stage for stage in (
     Stage("autoencoder-image", ("vae",), minutes=9, lr=1.2e-3),
     Stage("autoencoder-video", ("vae",), minutes=9, lr=1e-3),
     Stage("encoder", ("mllm",), minutes=15, lr=1.5e-3),
-    Stage("image", ("language_model", "guidance", "transformer"), minutes=50, lr=1.5e-3, floor=.4, lr_scales=dict(language_model=.3),
+    Stage("image", ("language_model", "guidance", "transformer"), minutes=35, lr=1.5e-3, floor=.4, lr_scales=dict(language_model=.3),
           buckets=_buckets(WORDS, 1, .45, 8000, 16) + _buckets(PICTURES, 1, .55, 10000, 16)),
-    Stage("video", ("language_model", "guidance", "transformer"), minutes=20, lr=1e-3, floor=.6, lr_scales=dict(language_model=.3),
+    Stage("video", ("language_model", "guidance", "transformer"), minutes=14, lr=1e-3, floor=.6, lr_scales=dict(language_model=.3),
           buckets=_buckets(WORDS, 5, .7, 3500, 12) + _buckets(PICTURES, 1, .3, 10000, 16)),
-    Stage("reference", ("language_model", "guidance", "transformer"), minutes=30, lr=8e-4, floor=.02, lr_scales=dict(language_model=.3),
+    Stage("reference", ("language_model", "guidance", "transformer"), minutes=26, lr=8e-4, floor=.02, lr_scales=dict(language_model=.3),
           buckets=_buckets(WORDS, 5, .4, 3500, 12) + _buckets(PICTURES, 5, .6, 4000, 12)),
 )}

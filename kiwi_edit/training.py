@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['logger', 'PARTS', 'save_state', 'load_state', 'learning_rate', 'Optimizers', 'Prefetch', 'fit', 'fast_images',
-           'initialize_autoencoder', 'autoencoder_batch', 'autoencoder_loss', 'measure_latents', 'world_texts',
-           'description', 'description_batch', 'description_loss', 'fingerprint', 'build_cache', 'Batch',
+           'initialize_autoencoder', 'autoencoder_batch', 'autoencoder_loss', 'train_motion_only', 'measure_latents',
+           'world_texts', 'description', 'description_batch', 'description_loss', 'fingerprint', 'build_cache', 'Batch',
            'cached_batch', 'flow_matching_loss', 'validation_strip', 'start_model', 'train']
 
-# %% ../nbs/31_training.ipynb #c7b85f7c
+# %% ../nbs/31_training.ipynb #a8803678
 import hashlib, json, logging, math, os, shutil, threading, time, types
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
@@ -31,10 +31,10 @@ from .pipeline import KiwiEditPipeline, encode_frames, fit_reference
 from .video import save_film_strip
 from .world import EVAL_SEED, TASKS, Scene, World, photo_crop, render
 
-# %% ../nbs/31_training.ipynb #ed2d25b0
+# %% ../nbs/31_training.ipynb #1240d2e9
 logger = logging.getLogger(__name__)
 
-# %% ../nbs/31_training.ipynb #ee058a3d
+# %% ../nbs/31_training.ipynb #7cc76393
 def save_state(
     folder, # checkpoint folder, made or replaced as a whole
     modules: dict, # name -> module; only parameters that train are written, and all buffers of none
@@ -80,7 +80,7 @@ def load_state(
             optimizer.load_state_dict({"state": dict(values), "param_groups": optimizer.state_dict()["param_groups"]})
     return json.loads((folder / "state.json").read_text())
 
-# %% ../nbs/31_training.ipynb #7f044fb4
+# %% ../nbs/31_training.ipynb #603a3142
 def learning_rate(
     progress: float, # 0 to 1
     warmup: float = .03,
@@ -90,7 +90,7 @@ def learning_rate(
     if progress < warmup: return (progress + 1e-3) / (warmup + 1e-3)
     return floor + (1 - floor) * .5 * (1 + math.cos(math.pi * min((progress - warmup) / (1 - warmup), 1)))
 
-# %% ../nbs/31_training.ipynb #4fe4a503
+# %% ../nbs/31_training.ipynb #9464da57
 def _is_matrix(name, p): return p.ndim >= 2 and "norm" not in name and "queries" not in name and "embed_tokens" not in name and "lm_head" not in name and "scale_shift" not in name and "gamma" not in name
 
 class Optimizers:
@@ -131,7 +131,7 @@ class Optimizers:
         for p in self.parameters: p.grad = None
         for _, view in self.flat: view.grad = None
 
-# %% ../nbs/31_training.ipynb #4910294c
+# %% ../nbs/31_training.ipynb #8fd8e975
 class Prefetch:
     "Make the next batches in a thread while the current one trains."
     def __init__(self, make, start, ahead=2):
@@ -151,7 +151,7 @@ class Prefetch:
         self.stop = True
         while not self.queue.empty(): self.queue.get_nowait()
 
-# %% ../nbs/31_training.ipynb #fbd3b9d2
+# %% ../nbs/31_training.ipynb #8d56e9cc
 def fit(
     modules: dict, # name -> module; what has requires_grad is trained
     loss_fn, # (batch, step) -> (loss, dict of numbers to log)
@@ -199,7 +199,7 @@ def fit(
     batches.close(); bar.close()
     return state
 
-# %% ../nbs/31_training.ipynb #9c59c045
+# %% ../nbs/31_training.ipynb #e2643264
 def _forward_single_frame(self, x, cache_x=None):
     "A causal 3D convolution on one frame without a past, as the 2D convolution that it then is."
     if x.shape[2] != 1 or cache_x is not None or self.stride[0] != 1: return type(self).forward(self, x, cache_x)
@@ -218,7 +218,7 @@ def fast_images(
     finally:
         for module in convolutions: del module.forward
 
-# %% ../nbs/31_training.ipynb #0f5e54f0
+# %% ../nbs/31_training.ipynb #b14072be
 @torch.no_grad()
 def initialize_autoencoder(
     vae: "AutoencoderKLWan", # random
@@ -237,7 +237,7 @@ def initialize_autoencoder(
     vae.quant_conv.weight[z:] = 0
     vae.quant_conv.bias[z:] = -5
 
-# %% ../nbs/31_training.ipynb #26400a2b
+# %% ../nbs/31_training.ipynb #2408e46d
 def autoencoder_batch(
     step: int,
     batch_size: int = 16,
@@ -271,7 +271,22 @@ def autoencoder_loss(
     loss = F.l1_loss(output, pixels) + 2 * squared + kl_weight * kl
     return loss, dict(psnr=-10 * math.log10(squared.item() / 4 + 1e-12), kl=kl.item())
 
-# %% ../nbs/31_training.ipynb #8fd00559
+# %% ../nbs/31_training.ipynb #69697fad
+def train_motion_only(
+    vae: "AutoencoderKLWan",
+):
+    "Let the decoder train, and of the encoder only what acts on frames after the first."
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+    vae.requires_grad_(False)
+    vae.decoder.requires_grad_(True); vae.post_quant_conv.requires_grad_(True)
+    def without_now(grad): return torch.cat([grad[:, :, :-1], torch.zeros_like(grad[:, :, -1:])], 2)
+    for name, module in vae.encoder.named_modules():
+        if not isinstance(module, WanCausalConv3d) or module.kernel_size[0] == 1: continue
+        module.weight.requires_grad_(True)
+        if "time_conv" in name: module.bias.requires_grad_(True)
+        else: module.weight.register_hook(without_now)
+
+# %% ../nbs/31_training.ipynb #80977782
 @torch.no_grad()
 def measure_latents(
     vae: "AutoencoderKLWan",
@@ -283,7 +298,7 @@ def measure_latents(
     by_channel = latents.transpose(0, 1).flatten(1)
     vae.register_to_config(latents_mean=by_channel.mean(1).tolist(), latents_std=by_channel.std(1).tolist())
 
-# %% ../nbs/31_training.ipynb #8bceec8a
+# %% ../nbs/31_training.ipynb #ce28a525
 def world_texts(
     number: int = 4000, # quadruplets
 ) -> list: # sentences
@@ -301,7 +316,7 @@ class _NoQueries:
     def __init__(self, config): self.config = types.SimpleNamespace(**config | dict(num_image_queries=0, num_video_queries=0, num_ref_queries=0))
     def queries(self, mode): return torch.zeros(0, self.config.hidden_size)
 
-# %% ../nbs/31_training.ipynb #ae7362e1
+# %% ../nbs/31_training.ipynb #72caa981
 def description_batch(
     processor, # KiwiProcessor
     config, # config of the guidance: pixel limits
@@ -340,16 +355,19 @@ def description_loss(
     loss = F.cross_entropy(logits.float(), labels)
     return loss, dict(accuracy=(logits.argmax(-1) == labels).float().mean().item())
 
-# %% ../nbs/31_training.ipynb #96177463
+# %% ../nbs/31_training.ipynb #79974865
 def fingerprint(
     pipe, # KiwiEditPipeline
     bucket: Bucket,
     first_seed: int,
 ) -> str: # 16 hex digits
     "A name for the cache of these samples under these frozen weights."
-    digest = hashlib.sha256(repr((bucket, first_seed, "v1", dict(pipe.guidance.config))).encode())
-    for module in (pipe.vae, pipe.mllm.model.visual):
-        for name, p in module.state_dict().items(): digest.update(name.encode() + p.float().contiguous().numpy().tobytes())
+    digest = hashlib.sha256(repr((bucket, first_seed, pipe.vae.config.latents_mean, pipe.vae.config.latents_std, sorted(pipe.guidance.config.items()))).encode())
+    for module in (pipe.vae.encoder, pipe.vae.quant_conv, pipe.mllm.model.visual):
+        for name, p in module.state_dict().items():
+            if bucket.num_frames == 1 and "time_conv" in name: continue  # acts on later frames only
+            if bucket.num_frames == 1 and p.ndim == 5 and module is not pipe.mllm.model.visual: p = p[:, :, -1]
+            digest.update(name.encode() + p.float().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 @torch.no_grad()
@@ -388,7 +406,7 @@ def build_cache(
     save_file(cache, path.with_suffix(".new")); path.with_suffix(".new").rename(path)
     return cache
 
-# %% ../nbs/31_training.ipynb #3d3487ab
+# %% ../nbs/31_training.ipynb #260ada24
 @dataclass
 class Batch:
     "What one step of the denoiser sees."
@@ -419,7 +437,7 @@ def cached_batch(
     return Batch(inputs, vision, cache["source"][rows].float(), cache["target"][rows].float(),
                  cache["reference"][rows].float() if "reference" in cache else None, [TASKS[i] for i in cache["task"][rows].tolist()])
 
-# %% ../nbs/31_training.ipynb #7ff19f99
+# %% ../nbs/31_training.ipynb #2f6a641e
 def flow_matching_loss(
     pipe, # KiwiEditPipeline
     batch: Batch,
@@ -443,7 +461,7 @@ def flow_matching_loss(
     for task, value in zip(batch.tasks, squared.detach().mean((1, 2, 3, 4)).tolist()): by_task[f"loss/{task}"].append(value)
     return loss, {task: sum(values) / len(values) for task, values in by_task.items()}
 
-# %% ../nbs/31_training.ipynb #2ac6684d
+# %% ../nbs/31_training.ipynb #7c56bd1e
 def validation_strip(
     pipe, # KiwiEditPipeline
     path, # PNG to write
@@ -467,7 +485,7 @@ def validation_strip(
     save_film_strip(path, rows, max_columns=7)
     return done
 
-# %% ../nbs/31_training.ipynb #8c129512
+# %% ../nbs/31_training.ipynb #48111882
 PARTS = dict(vae=lambda pipe: pipe.vae, mllm=lambda pipe: pipe.mllm, language_model=lambda pipe: pipe.mllm.model.language_model,
              guidance=lambda pipe: pipe.guidance, transformer=lambda pipe: pipe.transformer)
 

@@ -1,0 +1,203 @@
+"""The benchmark on a small random model and on editors whose scores are known."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from kiwi_edit.benchmark import (BENCHMARK_TASKS, CopySource, Oracle, Report, benchmark_samples, candidate_targets, edit_batch, measure,
+                                 run_benchmark, world_rate)
+from kiwi_edit.core import preset
+from kiwi_edit.encoder import make_tokenizer
+from kiwi_edit.metrics import nearest, squared_error
+from kiwi_edit.pipeline import KiwiEditPipeline
+from kiwi_edit.world import EVAL_SEED, World
+
+WORLD = World(32, 32, split="eval")
+QUICK = dict(size=32, progress=False)
+
+
+class Target:
+    "Returns the target, or that of another scene."
+    def __init__(self, wrong=False): self.wrong = wrong
+    def edit_samples(self, samples, steps=None, seeds=None):
+        targets = [s.target if not self.wrong else WORLD.sample(s.meta["seed"], s.task, edit=3).target for s in samples]
+        return np.stack(targets)
+
+
+class Noise:
+    "Returns noise of its own for each scene."
+    def edit_samples(self, samples, steps=None, seeds=None):
+        return np.stack([np.random.default_rng(seed).integers(0, 256, s.source.shape, np.uint8) for s, seed in zip(samples, seeds)])
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    small = preset("tiny")
+    tokenizer = make_tokenizer([WORLD.sample(EVAL_SEED + i, task).instruction for i in range(20) for task in BENCHMARK_TASKS], 400)
+    text = dict(small.mllm["text_config"], num_hidden_layers=1)
+    vision = dict(small.mllm["vision_config"], depth=1, fullatt_block_indexes=[0])
+    small = replace(small, transformer=dict(small.transformer, num_layers=2), mllm=dict(small.mllm, text_config=text, vision_config=vision),
+                    vae=dict(small.vae, base_dim=8, decoder_base_dim=8), height=32, width=32, max_pixels=32 * 32)
+    torch.manual_seed(0)
+    pipe = KiwiEditPipeline.from_preset(small, tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_a_batch_gives_what_each_edit_gives_alone(pipe):
+    samples = [WORLD.sample(EVAL_SEED + i, task) for i, task in enumerate(BENCHMARK_TASKS)]  # with and without references, words of all lengths
+    latents = {}
+    def keep(module, args, output): latents["batch"] = args[0].clone()
+    handle = pipe.vae.post_quant_conv.register_forward_hook(keep)
+    together = edit_batch(pipe, samples, steps=2)
+    handle.remove()
+    assert together.shape == (6, 5, 32, 32, 3) and together.dtype == np.uint8
+    for i, sample in enumerate(samples):
+        reference = None if sample.reference is None else PIL.Image.fromarray(sample.reference)
+        alone = pipe(sample.instruction, sample.source, reference, num_inference_steps=2, generator=torch.Generator().manual_seed(EVAL_SEED + i))
+        assert np.abs(alone.frames[0].astype(int) - together[i]).max() <= 1, sample.task  # one level of rounding
+    assert not (together[0] == edit_batch(pipe, samples[:1], steps=2, seeds=[7])[0]).all()  # and the seed matters
+
+
+def test_a_batch_is_checked(pipe):
+    samples = [WORLD.sample(EVAL_SEED, "style")]
+    with pytest.raises(ValueError, match="`seeds` has to hold one number for each of 1"): edit_batch(pipe, samples, 1, seeds=[1, 2])
+    with pytest.raises(ValueError, match="`steps` has to be at least 1 but is 0"): edit_batch(pipe, samples, 0)
+
+
+def test_the_whole_run_on_a_model(pipe, tmp_path):
+    report = run_benchmark(pipe, samples=3, steps=1, batch_size=2, progress=False, out=tmp_path / "new" / "folder")
+    assert list(report.rows) == list(BENCHMARK_TASKS) and all(row["samples"] == 3 for row in report.rows.values())
+    assert report.size == (5, 32, 32) and report.difficulty == "full" and report.steps == 1 and report.seconds_per_edit > 0
+    assert report.rows["style"]["psnr_outside"] is None and report.rows["style"]["psnr_lost"] is None
+    assert report.rows["subject"]["psnr_lost"] == pytest.approx(report.rows["subject"]["psnr_ceiling"] - report.rows["subject"]["psnr_outside"])
+    saved = tmp_path / "new" / "folder" / "benchmark.json"
+    json.loads(saved.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    loaded = Report.load(saved)
+    assert loaded.rows == report.rows and loaded._repr_markdown_() == report._repr_markdown_() and loaded.size == report.size
+    image = PIL.Image.open(tmp_path / "new" / "folder" / "benchmark.png")
+    assert image.width > image.height > 300
+    with pytest.raises(ValueError, match="no pictures"): loaded.strips()
+
+
+def test_the_batch_size_changes_nothing(pipe):
+    one, three = (run_benchmark(pipe, "add", samples=3, steps=1, batch_size=size, progress=False) for size in (1, 3))
+    for a, b in zip(one.records, three.records):
+        assert a["error"] == pytest.approx(b["error"], rel=1e-2) and a["distance"] == b["distance"]
+
+
+def test_copying_scores_zero_and_keeps_everything():
+    report = run_benchmark(CopySource(), samples=4, **QUICK)
+    for task, row in report.rows.items():
+        assert row["pooled"] == row["mean"] == row["median"] == 0 and row["ceiling"] is None
+        assert row["psnr_outside"] == (None if task == "style" else np.inf)
+    assert "∞" in report._repr_markdown_() and "nan" not in report._repr_markdown_()
+
+
+def test_copying_survives_the_file(tmp_path):
+    report = run_benchmark(CopySource(), "remove", samples=2, **QUICK)
+    json.loads(report.save(tmp_path / "r.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert Report.load(tmp_path / "r.json").rows == report.rows
+
+
+def test_the_target_scores_one_and_is_told_apart():
+    for row in run_benchmark(Target(), samples=4, **QUICK).rows.values():
+        assert row["pooled"] == row["mean"] == row["told_apart"] == 1
+        assert row["told_apart_interval"] == (1, 1)
+
+
+def test_another_references_target_is_never_told_apart():
+    rows = run_benchmark(Target(wrong=True), ("subject", "background"), samples=6, **QUICK).rows
+    assert [row["told_apart"] for row in rows.values()] == [0, 0] and all(row["pooled"] < 0.6 for row in rows.values())
+
+
+def test_what_ignores_the_task_is_told_apart_by_chance():
+    report = run_benchmark(Noise(), samples=24, keep=0, **QUICK)
+    assert 0.05 < np.mean([record["told_apart"] for record in report.records]) < 0.22
+    assert all(row["pooled"] < 0.5 for row in report.rows.values())
+
+
+def test_the_oracle_is_the_ceiling(pipe):
+    rows = run_benchmark(Oracle(pipe.vae), samples=2, **QUICK).rows
+    for row in rows.values(): assert row["pooled"] == pytest.approx(row["ceiling"], abs=1e-9)
+
+
+@pytest.mark.parametrize("task", BENCHMARK_TASKS)
+def test_candidates_are_distinct_edits_of_one_source(task):
+    for seed in range(EVAL_SEED, EVAL_SEED + 4):
+        sample = WORLD.sample(seed, task)
+        targets, own = candidate_targets(WORLD, sample)
+        assert len(targets) == 8 and own == seed % 8 and (targets[own] == sample.target).all()
+        assert min(squared_error(targets[i], targets[j]) for i in range(8) for j in range(i)) > 1
+        assert [nearest(t, targets) for t in targets] == list(range(8))
+
+
+def test_candidates_of_a_reference_task_share_the_words():
+    for task in ("subject", "background"):
+        edits = [WORLD.sample(EVAL_SEED + 3, task, edit=k) for k in range(8)]
+        assert len({e.instruction for e in edits}) == 1 and all((e.source == edits[0].source).all() for e in edits)
+        targets, own = candidate_targets(WORLD, edits[0])
+        known = [any((t == e.target).all() for e in edits) for t in targets]
+        assert sum(known) >= 7
+
+
+def test_too_many_candidates_are_refused():
+    plain = World(16, 16, 1, split="eval", difficulty="easy")
+    with pytest.raises(ValueError, match="has to be at most the"):
+        candidate_targets(_OnlyOneEdit(plain), plain.sample(EVAL_SEED, "style"), 8)
+
+
+class _OnlyOneEdit:
+    "A world with one edit a scene."
+    def __init__(self, world): self.world = world
+    def sample(self, seed, task, edit=0): return self.world.sample(seed, "style")
+
+
+class _Hidden:
+    "A world where every second edit changes nothing."
+    def sample(self, seed, task):
+        sample = WORLD.sample(seed, task)
+        return replace(sample, target=sample.source.copy()) if seed % 2 else sample
+
+
+def test_edits_that_cannot_be_seen_are_passed_over():
+    assert [s.meta["seed"] - EVAL_SEED for s in benchmark_samples(_Hidden(), "change", 3)] == [0, 2, 4]
+
+
+def test_comparison_in_pairs():
+    report, copied, target = (run_benchmark(e, ("add", "style"), samples=4, **QUICK) for e in (Noise(), CopySource(), Target()))
+    rows = target.compare(copied).rows
+    assert [row["pooled"] for row in rows.values()] == [1, 1] and rows["add"]["pooled_interval"] == (1, 1)
+    assert report.compare(copied).rows["add"]["pooled"] == pytest.approx(report.rows["add"]["pooled"])
+    assert "minus" in target.compare(copied)._repr_markdown_()
+    with pytest.raises(ValueError, match="same difficulty"): copied.compare(replace(copied, difficulty="easy"))
+    with pytest.raises(ValueError, match="share none"): copied.compare(replace(copied, records=[dict(r, seed=0) for r in copied.records]))
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(tasks=("subject", "isolate")), "`tasks` has to hold names of .* but holds 'isolate'"), (dict(tasks=()), "`tasks` has to name at least one"),
+    (dict(samples=0), "`samples` has to be at least 1 but is 0"), (dict(batch_size=0), "`batch_size` has to be at least 1"),
+    (dict(steps=0), "`steps` has to be at least 1"), (dict(seed=5), "`seed` has to be at least 1000000"), (dict(difficulty="hard"), "`difficulty` has to be one of"),
+    (dict(size=36), "`size` has to be a multiple of 8")])
+def test_arguments_are_checked(pipe, wrong, message):
+    with pytest.raises(ValueError, match=message): run_benchmark(pipe, **dict(samples=1, progress=False) | wrong)
+
+
+def test_outputs_of_another_shape_are_refused():
+    samples = benchmark_samples(WORLD, "add", 2)
+    with pytest.raises(ValueError, match="`outputs` has to be"): measure(WORLD, samples, np.zeros((2, 5, 16, 16, 3), np.uint8))
+
+
+def test_reports_that_are_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"): Report.load(tmp_path / "none.json")
+    for text, message in (("{", "is not JSON"), ("[]", "holds no records")):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(ValueError, match=message): Report.load(tmp_path / "bad.json")
+
+
+def test_world_rate_is_measured():
+    assert world_rate(0.2, World(16, 16, 1)) > world_rate(0.2, World(128, 128, 5)) > 0

@@ -1,0 +1,131 @@
+"""The metrics on clips whose scores are known."""
+
+import numpy as np
+import pytest
+
+from kiwi_edit.metrics import bootstrap, differing, done_share, edit_done, nearest, pooled_share, preservation, psnr, psnr_from_error, squared_error
+from kiwi_edit.world import EVAL_SEED, World
+
+
+@pytest.fixture(scope="module")
+def samples():
+    world = World(32, 32, split="eval")
+    return [world.sample(EVAL_SEED + i, task) for i, task in enumerate(("subject", "background", "add", "remove", "change", "style"))]
+
+
+def stacked(samples): return [np.stack([getattr(s, name) for s in samples]) for name in ("source", "target", "mask")]
+
+
+def test_copying_is_exactly_zero_and_the_target_exactly_one(samples):
+    source, target, mask = stacked(samples)
+    assert edit_done(source, source, target, mask).tolist() == [0.0] * 6
+    assert edit_done(target, source, target, mask).tolist() == [1.0] * 6
+
+
+def test_halfway_is_three_quarters(samples):
+    source, target, mask = stacked(samples)
+    half = (source.astype(np.float64) + target) / 2
+    np.testing.assert_allclose(edit_done(half, source, target, mask), 0.75, atol=1e-5)
+
+
+def test_going_the_wrong_way_is_below_zero(samples):
+    source, target, mask = stacked(samples)
+    assert (edit_done(2.0 * source - target, source, target, mask) < -2.9).all()  # twice as far: 1 - 4
+
+
+def test_only_the_inside_counts(samples):
+    s = samples[0]
+    broken = np.where(s.mask[..., None], s.target, 255 - s.target).astype(np.uint8)
+    assert edit_done(broken, s.source, s.target, s.mask) == 1 and preservation(broken, s.source, s.mask) < 20
+    broken = np.where(s.mask[..., None], 255 - s.source, s.source).astype(np.uint8)
+    assert np.isinf(preservation(broken, s.source, s.mask)) and edit_done(broken, s.source, s.target, s.mask) < 1
+
+
+def test_a_batch_is_its_clips_one_by_one(samples):
+    source, target, mask = stacked(samples)
+    noisy = np.clip(target + np.random.default_rng(0).normal(0, 20, target.shape), 0, 255).astype(np.uint8)
+    alone = [edit_done(noisy[i], source[i], target[i], mask[i]) for i in range(6)]
+    np.testing.assert_allclose(edit_done(noisy, source, target, mask), alone, rtol=1e-12)
+    np.testing.assert_allclose(preservation(noisy, source, mask)[:5], [preservation(noisy[i], source[i], mask[i]) for i in range(5)])
+
+
+def test_unsigned_bytes_do_not_wrap():
+    a, b = np.full((1, 2, 2, 3), 250, np.uint8), np.full((1, 2, 2, 3), 5, np.uint8)
+    assert squared_error(a, b) == squared_error(b, a) == 245 ** 2
+
+
+def test_a_sample_without_an_edit_is_refused(samples):
+    source, target, mask = stacked(samples)
+    target[2] = source[2]
+    with pytest.raises(ValueError, match="1 of 6 samples have nothing to edit"): edit_done(source, source, target, mask)
+    with pytest.raises(ValueError, match="nothing to edit"): edit_done(source[0], source[0], target[0], np.zeros_like(mask[0]))  # empty mask
+    with pytest.raises(ValueError, match="nothing to edit"): done_share(1.0, 0.0)
+
+
+def test_shapes_are_checked(samples):
+    s = samples[0]
+    with pytest.raises(ValueError, match="of one size"): squared_error(s.source, s.source[:, :16])
+    with pytest.raises(ValueError, match="of one size"): squared_error(s.source[0], s.source[0])
+    with pytest.raises(ValueError, match="`mask` has to be bool"): squared_error(s.source, s.target, s.mask.astype(np.uint8))
+    with pytest.raises(ValueError, match="`mask` has to be bool"): squared_error(s.source, s.target, s.mask[:2])
+
+
+def test_psnr_in_decibels():
+    a = np.full((2, 4, 4, 3), 100, np.uint8)
+    assert psnr(a, a + 1) == pytest.approx(48.1308, abs=1e-3)
+    assert psnr(a, a + 10) == pytest.approx(28.1308, abs=1e-3)
+    assert np.isinf(psnr(a, a)) and psnr_from_error(255.0 ** 2) == pytest.approx(0, abs=1e-9)
+
+
+def test_nothing_outside_is_nan_not_a_number_of_decibels(samples):
+    style = samples[5]
+    assert style.mask.all() and np.isnan(preservation(style.target, style.source, style.mask))
+
+
+def test_pooled_weighs_by_what_there_is_to_do():
+    error, distance = np.array([60.0, 60.0]), np.array([6000.0, 20.0])
+    assert pooled_share(error, distance) == pytest.approx(1 - 120 / 6020)
+    assert done_share(error, distance).mean() == pytest.approx((0.99 - 2) / 2)
+
+
+def test_nearest_finds_the_own_target_and_looks_only_where_candidates_differ():
+    world = World(32, 32, split="eval")
+    targets = np.stack([world.sample(EVAL_SEED + 4, "subject", edit=k).target for k in range(8)])
+    assert [nearest(t, targets) for t in targets] == list(range(8))
+    where = differing(targets)
+    assert 0 < where.mean() < 0.5 and all((targets[k] == targets[0])[~where].all() for k in range(8))
+    hazy = np.where(where[..., None], 0.8 * targets[3] + 0.2 * world.sample(EVAL_SEED + 4, "subject").source, 0).astype(np.uint8)
+    assert nearest(hazy, targets) == 3
+
+
+def test_noise_is_told_apart_about_by_chance():
+    rng = np.random.default_rng(0)
+    targets = rng.integers(0, 256, (8, 1, 16, 16, 3), dtype=np.uint8)
+    answers = [nearest(rng.integers(0, 256, targets.shape[1:], dtype=np.uint8), targets) == k % 8 for k in range(400)]
+    assert 0.06 < np.mean(answers) < 0.2
+
+
+def test_nearest_refuses_what_has_no_answer():
+    same = np.zeros((3, 1, 4, 4, 3), np.uint8)
+    with pytest.raises(ValueError, match="marks no pixel"): nearest(same[0], same)
+    with pytest.raises(ValueError, match="at least 2"): nearest(same[0], same[:1])
+
+
+def test_bootstrap_holds_what_it_says():
+    rng = np.random.default_rng(1)
+    covered = [low <= 0.5 <= high for low, high in (bootstrap(rng.normal(0.5, 1, 40), resamples=300, seed=i) for i in range(200))]
+    assert 0.88 < np.mean(covered) < 0.99
+    assert bootstrap(np.ones(5)) == (1.0, 1.0)
+    assert bootstrap(np.arange(9.0)) == bootstrap(np.arange(9.0))
+
+
+def test_bootstrap_keeps_rows_together():
+    distance = np.geomspace(1, 1000, 30)
+    low, high = bootstrap(0.4 * distance, distance, statistic=lambda e, d: 1 - e.sum() / d.sum())
+    assert low == pytest.approx(0.6) and high == pytest.approx(0.6)
+
+
+def test_bootstrap_is_checked():
+    with pytest.raises(ValueError, match="one length above 0"): bootstrap(np.ones(3), np.ones(4))
+    with pytest.raises(ValueError, match="one length above 0"): bootstrap(np.ones(0))
+    with pytest.raises(ValueError, match="`level`"): bootstrap(np.ones(3), level=95)
