@@ -77,8 +77,9 @@ def edit(kiwi, random_model):
 
 
 def picture(width=40, height=32, count=5):
-    y, x, t = np.mgrid[0:height, 0:width].astype(int)[0][None, ..., None], np.mgrid[0:height, 0:width][1][None, ..., None], np.arange(count)[:, None, None, None]
-    return ((np.array([3, 5, 7]) * (x + 2 * y + 4 * t)) % 256).astype(np.uint8)
+    "A ramp of colours that moves."
+    t, y, x = np.mgrid[0:count, 0:height, 0:width][..., None]
+    return ((x + 2 * y + 4 * t) * np.array([3, 5, 7]) % 256).astype(np.uint8)
 
 
 @pytest.fixture
@@ -189,6 +190,15 @@ def test_an_image_gives_an_image(edit, tmp_path, suffix, result):
     assert status == 0 and "1 frame of 50x33" in out
     assert Image.open(tmp_path / "outputs" / f"photo-edited{result}").size == (50, 33)
     assert Image.open(tmp_path / "outputs" / f"photo-edited-compare{result}").size == (104, 33)
+
+
+def test_evaluate_writes_a_report(kiwi, random_model, tmp_path):
+    command = "evaluate", "--model", random_model, "--samples", 1, "--steps", 1, "--tasks", "style, background", "--out", tmp_path / "report.json"
+    status, out, err = kiwi(*command)
+    assert status == 0, err
+    assert "| style | 1 |" in out and "| background | 1 |" in out
+    assert {r["task"] for r in json.loads((tmp_path / "report.json").read_text())["records"]} == {"style", "background"}
+    refused(kiwi(*command), "--out has to be a new file unless --overwrite is set")
 
 
 def test_version_help_and_no_command(kiwi):
@@ -422,6 +432,23 @@ def test_interrupt_leaves_nothing(clip, tmp_path, random_model, moment):
     assert process.returncode == 130 and out == b""
     assert one_error((seen + err).decode()) == "error: interrupted; no partial file is left"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.mp4", "new.mp4"] and (tmp_path / "new.mp4").read_text() == "mine"
+
+
+def test_a_lost_signal_stops_at_the_next_step():
+    class Deaf:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    steps = []
+    with pytest.raises(SystemExit) as stop:
+        with cli.tidy_signals(), cli.bar() as report:
+            hook, sys.unraisablehook = sys.unraisablehook, lambda lost: None
+            Deaf()
+            sys.unraisablehook = hook
+            for i in range(3):
+                report(i, 3, "editing")
+                steps.append(i)
+    assert stop.value.code == 130 and steps == []
 
 
 # samples and the bundled model
