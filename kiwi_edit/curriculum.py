@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['WORDS', 'PICTURES', 'STAGES', 'Bucket', 'Stage']
 
-# %% ../nbs/30_curriculum.ipynb #3c59ceb9
+# %% ../nbs/30_curriculum.ipynb #a412553d
 from dataclasses import dataclass, field
 
-# %% ../nbs/30_curriculum.ipynb #824457f0
+# %% ../nbs/30_curriculum.ipynb #c384be18
 @dataclass(frozen=True)
 class Bucket:
     "Samples that fit into one batch."
@@ -34,9 +34,10 @@ class Stage:
     floor: float = .05    # share of the peak rate at the end
     lr_scales: dict = field(default_factory=dict) # part -> factor on the rate
     edit_weight: float = 2. # extra weight of the loss where source and target differ
+    weight_decay: float = .01
     steps: int = 100_000  # an upper bound; minutes end the stage
 
-# %% ../nbs/30_curriculum.ipynb #05b1a283
+# %% ../nbs/30_curriculum.ipynb #56760581
 WORDS = dict(add=.3, remove=.2, change=.35, style=.15)
 PICTURES = dict(subject=.6, background=.4)
 
@@ -48,6 +49,7 @@ def _buckets(tasks, num_frames, weight, samples, batch_size):
 STAGES = {stage.name: stage for stage in (
     Stage("autoencoder-image", ("vae",), minutes=9, lr=1.2e-3),
     Stage("autoencoder-video", ("vae",), minutes=9, lr=1e-3),
+    Stage("autoencoder-motion", ("vae",), minutes=18, lr=1e-3, weight_decay=0.),
     Stage("encoder", ("mllm",), minutes=15, lr=1.5e-3),
     Stage("image", ("language_model", "guidance", "transformer"), minutes=35, lr=1.5e-3, floor=.4, lr_scales=dict(language_model=.3),
           buckets=_buckets(WORDS, 1, .45, 8000, 16) + _buckets(PICTURES, 1, .55, 10000, 16)),
