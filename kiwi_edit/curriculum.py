@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['WORDS', 'PICTURES', 'STAGES', 'Bucket', 'Stage']
 
-# %% ../nbs/30_curriculum.ipynb #a412553d
+# %% ../nbs/30_curriculum.ipynb #ed1fbd9c
 from dataclasses import dataclass, field
 
-# %% ../nbs/30_curriculum.ipynb #c384be18
+# %% ../nbs/30_curriculum.ipynb #c1f2665d
 @dataclass(frozen=True)
 class Bucket:
     "Samples that fit into one batch."
@@ -27,7 +27,7 @@ class Bucket:
 class Stage:
     "One stage of training."
     name: str
-    trains: tuple         # parts of the pipeline: "vae", "mllm", "language_model", "guidance", "transformer"
+    trains: tuple         # parts of the pipeline: "vae", "decoder", "mllm", "language_model", "guidance", "transformer"
     minutes: float        # on two CPU cores
     lr: float             # peak rate of Muon, in AdamW's scale
     buckets: tuple = ()   # of the world, for the stages that denoise
@@ -37,7 +37,7 @@ class Stage:
     weight_decay: float = .01
     steps: int = 100_000  # an upper bound; minutes end the stage
 
-# %% ../nbs/30_curriculum.ipynb #56760581
+# %% ../nbs/30_curriculum.ipynb #7f787056
 WORDS = dict(add=.3, remove=.2, change=.35, style=.15)
 PICTURES = dict(subject=.6, background=.4)
 
@@ -50,11 +50,12 @@ STAGES = {stage.name: stage for stage in (
     Stage("autoencoder-image", ("vae",), minutes=9, lr=1.2e-3),
     Stage("autoencoder-video", ("vae",), minutes=9, lr=1e-3),
     Stage("autoencoder-motion", ("vae",), minutes=18, lr=1e-3, weight_decay=0.),
+    Stage("autoencoder-decoder", ("decoder",), minutes=9, lr=8e-4, weight_decay=0.),
     Stage("encoder", ("mllm",), minutes=15, lr=1.5e-3),
     Stage("image", ("language_model", "guidance", "transformer"), minutes=35, lr=1.5e-3, floor=.4, lr_scales=dict(language_model=.3),
           buckets=_buckets(WORDS, 1, .45, 8000, 16) + _buckets(PICTURES, 1, .55, 10000, 16)),
     Stage("video", ("language_model", "guidance", "transformer"), minutes=14, lr=1e-3, floor=.6, lr_scales=dict(language_model=.3),
           buckets=_buckets(WORDS, 5, .7, 3500, 12) + _buckets(PICTURES, 1, .3, 10000, 16)),
     Stage("reference", ("language_model", "guidance", "transformer"), minutes=26, lr=8e-4, floor=.02, lr_scales=dict(language_model=.3),
-          buckets=_buckets(WORDS, 5, .4, 3500, 12) + _buckets(PICTURES, 5, .6, 4000, 12)),
+          buckets=_buckets(WORDS, 5, .55, 3500, 12) + _buckets(PICTURES, 5, .45, 4000, 12)),
 )}

@@ -6,14 +6,14 @@
 __all__ = ['logger', 'PARTS', 'save_state', 'load_state', 'learning_rate', 'Optimizers', 'trim_log', 'Prefetch', 'fit',
            'fast_images', 'initialize_autoencoder', 'autoencoder_batch', 'autoencoder_loss', 'train_motion_only',
            'measure_latents', 'world_texts', 'description', 'description_batch', 'description_loss', 'start_model',
-           'fingerprint', 'build_cache', 'Batch', 'cached_batch', 'flow_matching_loss', 'validation_strip', 'train',
-           'publish']
+           'fingerprint', 'build_cache', 'Batch', 'cached_batch', 'flow_matching_loss', 'validation_strip',
+           'draw_curve', 'train', 'publish']
 
-# %% ../nbs/31_training.ipynb #50bb71f0
-import hashlib, json, logging, math, os, shutil, threading, time, types
+# %% ../nbs/31_training.ipynb #210e4f8d
+import hashlib, json, logging, math, shutil, threading, time, types
 from collections import defaultdict
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Queue
 
@@ -21,21 +21,24 @@ import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from .core import choose_device, preset as get_preset
 from .curriculum import STAGES, Bucket
 from .encoder import REFERENCE_SUFFIX, SYSTEM_PROMPT, EncoderInputs, collate_inputs, encode_context, encode_hidden, make_tokenizer, prepare_sample, vision_features
 from .guidance import denoise
 from .pipeline import KiwiEditPipeline, encode_frames, fit_reference
-from .video import save_film_strip
+from .video import replacing, save_film_strip
 from .world import EVAL_SEED, TASKS, Scene, World, photo_crop, render
 
-# %% ../nbs/31_training.ipynb #faaec0c3
+# %% ../nbs/31_training.ipynb #89e84913
 logger = logging.getLogger(__name__)
 
-# %% ../nbs/31_training.ipynb #b2674a7a
+# %% ../nbs/31_training.ipynb #09102aa5
 def save_state(
     folder, # checkpoint folder, made or replaced as a whole
     modules: dict, # name -> module; parameters that train are written
@@ -81,7 +84,7 @@ def load_state(
             optimizer.load_state_dict({"state": dict(values), "param_groups": optimizer.state_dict()["param_groups"]})
     return json.loads((folder / "state.json").read_text())
 
-# %% ../nbs/31_training.ipynb #e0d44522
+# %% ../nbs/31_training.ipynb #e983629e
 def learning_rate(
     progress: float, # 0 to 1
     warmup: float = .03,
@@ -91,7 +94,7 @@ def learning_rate(
     if progress < warmup: return (progress + 1e-3) / (warmup + 1e-3)
     return floor + (1 - floor) * .5 * (1 + math.cos(math.pi * min((progress - warmup) / (1 - warmup), 1)))
 
-# %% ../nbs/31_training.ipynb #f2943494
+# %% ../nbs/31_training.ipynb #8bd331d1
 def _is_matrix(name, p): return p.ndim >= 2 and "norm" not in name and "queries" not in name and "embed_tokens" not in name and "lm_head" not in name and "scale_shift" not in name and "gamma" not in name
 
 class Optimizers:
@@ -132,7 +135,7 @@ class Optimizers:
         for p in self.parameters: p.grad = None
         for _, view in self.flat: view.grad = None
 
-# %% ../nbs/31_training.ipynb #57225cda
+# %% ../nbs/31_training.ipynb #8ca9ffa7
 def trim_log(
     path, # log.jsonl
     step: int, # of the checkpoint
@@ -162,7 +165,7 @@ class Prefetch:
         self.stop = True
         while not self.queue.empty(): self.queue.get_nowait()
 
-# %% ../nbs/31_training.ipynb #6e5fcc7d
+# %% ../nbs/31_training.ipynb #e63484f5
 def fit(
     modules: dict, # name -> module; what has requires_grad is trained
     loss_fn, # (batch, step) -> (loss, dict of numbers to log)
@@ -213,7 +216,7 @@ def fit(
     batches.close(); bar.close()
     return state
 
-# %% ../nbs/31_training.ipynb #dd320f0c
+# %% ../nbs/31_training.ipynb #9527f1f7
 def _forward_single_frame(self, x, cache_x=None):
     "A causal 3D convolution on one frame without a past, as the 2D convolution that it then is."
     if x.shape[2] != 1 or cache_x is not None or self.stride[0] != 1: return type(self).forward(self, x, cache_x)
@@ -222,7 +225,7 @@ def _forward_single_frame(self, x, cache_x=None):
 
 @contextmanager
 def fast_images(
-    vae: "AutoencoderKLWan",
+    vae: AutoencoderKLWan,
 ):
     "Within it, the autoencoder's convolutions on single frames run as 2D convolutions: the same numbers, two to three times as fast."
     from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
@@ -232,10 +235,10 @@ def fast_images(
     finally:
         for module in convolutions: del module.forward
 
-# %% ../nbs/31_training.ipynb #7ec595cd
+# %% ../nbs/31_training.ipynb #5fac8ee0
 @torch.no_grad()
 def initialize_autoencoder(
-    vae: "AutoencoderKLWan", # random
+    vae: AutoencoderKLWan, # random
 ):
     "Start as an image autoencoder with little noise in its latents."
     for name, module in vae.named_modules():
@@ -251,7 +254,7 @@ def initialize_autoencoder(
     vae.quant_conv.weight[z:] = 0
     vae.quant_conv.bias[z:] = -5
 
-# %% ../nbs/31_training.ipynb #228bb5be
+# %% ../nbs/31_training.ipynb #f5ba25b5
 def autoencoder_batch(
     step: int,
     batch_size: int = 16,
@@ -272,9 +275,9 @@ def autoencoder_batch(
             clips.append((sample.source, sample.target)[rng.integers(2)])
     return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
-# %% ../nbs/31_training.ipynb #e78c3fc1
+# %% ../nbs/31_training.ipynb #3f4dbe06
 def autoencoder_loss(
-    vae: "AutoencoderKLWan",
+    vae: AutoencoderKLWan,
     pixels: torch.Tensor, # (B, 3, T, H, W) in -1..1
     kl_weight: float = 1e-4,
 ) -> tuple: # (loss, numbers)
@@ -286,9 +289,9 @@ def autoencoder_loss(
     loss = F.l1_loss(output, pixels) + 2 * squared + kl_weight * kl
     return loss, dict(psnr=-10 * math.log10(squared.item() / 4 + 1e-12), kl=kl.item())
 
-# %% ../nbs/31_training.ipynb #8588d80b
+# %% ../nbs/31_training.ipynb #3986337a
 def train_motion_only(
-    vae: "AutoencoderKLWan",
+    vae: AutoencoderKLWan,
 ):
     "Let the decoder train, and of the encoder only what acts on frames after the first."
     from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
@@ -301,10 +304,10 @@ def train_motion_only(
         if "time_conv" in name: module.bias.requires_grad_(True)
         else: module.weight.register_hook(without_now)
 
-# %% ../nbs/31_training.ipynb #5c9329cf
+# %% ../nbs/31_training.ipynb #1c148060
 @torch.no_grad()
 def measure_latents(
-    vae: "AutoencoderKLWan",
+    vae: AutoencoderKLWan,
     batches: int = 16,
     num_frames: int = 5,
 ):
@@ -313,7 +316,7 @@ def measure_latents(
     by_channel = latents.transpose(0, 1).flatten(1)
     vae.register_to_config(latents_mean=by_channel.mean(1).tolist(), latents_std=by_channel.std(1).tolist())
 
-# %% ../nbs/31_training.ipynb #6924179e
+# %% ../nbs/31_training.ipynb #40bb824f
 def world_texts(
     number: int = 4000, # quadruplets
 ) -> list: # sentences
@@ -333,7 +336,7 @@ class _NoQueries:
         self.empty = torch.zeros(0, config["hidden_size"], device=device)
     def queries(self, mode): return self.empty
 
-# %% ../nbs/31_training.ipynb #f41088a7
+# %% ../nbs/31_training.ipynb #50a61c78
 def description_batch(
     processor, # KiwiProcessor
     config, # config of the guidance: pixel limits
@@ -360,7 +363,7 @@ def description_batch(
     return batch, (place >= torch.tensor(starts)[:, None]) & (place < batch.lengths[:, None])
 
 def description_loss(
-    mllm: "Qwen2_5_VLForConditionalGeneration",
+    mllm: Qwen2_5_VLForConditionalGeneration,
     config, # config of the guidance
     batch: tuple, # from `description_batch`
 ) -> tuple: # (loss, numbers)
@@ -373,8 +376,8 @@ def description_loss(
     loss = F.cross_entropy(logits.float(), labels)
     return loss, dict(accuracy=(logits.argmax(-1) == labels).float().mean().item())
 
-# %% ../nbs/31_training.ipynb #0a239813
-PARTS = dict(vae=lambda pipe: pipe.vae, mllm=lambda pipe: pipe.mllm, language_model=lambda pipe: pipe.mllm.model.language_model,
+# %% ../nbs/31_training.ipynb #fcc6d622
+PARTS = dict(vae=lambda pipe: pipe.vae, decoder=lambda pipe: pipe.vae.decoder, mllm=lambda pipe: pipe.mllm, language_model=lambda pipe: pipe.mllm.model.language_model,
              guidance=lambda pipe: pipe.guidance, transformer=lambda pipe: pipe.transformer)
 
 def start_model(preset="tiny", seed: int = 0):
@@ -385,7 +388,7 @@ def start_model(preset="tiny", seed: int = 0):
     initialize_autoencoder(pipe.vae)
     return pipe
 
-# %% ../nbs/31_training.ipynb #40728d6d
+# %% ../nbs/31_training.ipynb #907bb4a4
 def fingerprint(
     pipe, # KiwiEditPipeline
     bucket: Bucket,
@@ -436,7 +439,7 @@ def build_cache(
     save_file(cache, path.with_suffix(".new")); path.with_suffix(".new").rename(path)
     return cache
 
-# %% ../nbs/31_training.ipynb #aae3c0e1
+# %% ../nbs/31_training.ipynb #b3bf47ad
 @dataclass
 class Batch:
     "What one step of the denoiser sees."
@@ -472,7 +475,7 @@ def cached_batch(
     return Batch(inputs, vision, cache["source"][rows].float(), cache["target"][rows].float(),
                  cache["reference"][rows].float() if "reference" in cache else None, [TASKS[i] for i in cache["task"][rows].tolist()])
 
-# %% ../nbs/31_training.ipynb #4702938c
+# %% ../nbs/31_training.ipynb #ddbf5189
 def flow_matching_loss(
     pipe, # KiwiEditPipeline
     batch: Batch,
@@ -496,7 +499,7 @@ def flow_matching_loss(
     for task, value in zip(batch.tasks, squared.detach().mean((1, 2, 3, 4)).tolist()): by_task[f"loss/{task}"].append(value)
     return loss, {task: sum(values) / len(values) for task, values in by_task.items()}
 
-# %% ../nbs/31_training.ipynb #4e86ee4e
+# %% ../nbs/31_training.ipynb #b2588b16
 def validation_strip(
     pipe, # KiwiEditPipeline
     path, # PNG to write
@@ -520,7 +523,23 @@ def validation_strip(
     save_film_strip(path, rows, max_columns=7)
     return done
 
-# %% ../nbs/31_training.ipynb #71508e87
+# %% ../nbs/31_training.ipynb #cb66429f
+def draw_curve(
+    log, # log.jsonl of a stage
+    path, # PNG to write
+    window: int = 50, # steps that are averaged
+):
+    "Draw everything that a stage has logged about its loss, smoothed."
+    records = [json.loads(line) for line in open(log)]
+    figure = Figure(figsize=(7, 3)); axes = figure.subplots()
+    for key in sorted({key for record in records for key in record if key.startswith("loss")}):
+        points = np.array([(record["step"], record[key]) for record in records if key in record])
+        width = min(window, len(points))
+        axes.plot(points[width - 1:, 0], np.convolve(points[:, 1], np.ones(width) / width, "valid"), label=key, lw=2 if key == "loss" else .8)
+    axes.set_xlabel("step"); axes.set_ylabel("loss"); axes.set_yscale("log"); axes.legend(fontsize=7)
+    with replacing(path, overwrite=True) as temporary: figure.savefig(temporary, format="png", bbox_inches="tight")
+
+# %% ../nbs/31_training.ipynb #5852c9c1
 def train(
     stage: str, # one of `STAGES`
     folder, # of the whole run: `model` holds the weights, each stage its own log, checkpoint and strips
@@ -542,7 +561,7 @@ def train(
     modules = {name: PARTS[name](pipe) for name in stage.trains}
     for module in modules.values(): module.requires_grad_(True).train()
     pipe.transformer.condition_embedder.text_embedder.requires_grad_(False)
-    if "vae" in stage.trains:
+    if stage.name.startswith("autoencoder"):
         if stage.name == "autoencoder-motion": train_motion_only(pipe.vae)
         loss_fn = lambda batch, step: autoencoder_loss(pipe.vae, batch.to(device))
         def batch_fn(step):
@@ -557,6 +576,7 @@ def train(
         loss_fn = lambda batch, step: flow_matching_loss(pipe, batch.to(device), stage.edit_weight)
         batch_fn = lambda step: cached_batch(caches, stage.buckets, token_ids, step, seed)
     def on_save(step):
+        draw_curve(folder / stage.name / "log.jsonl", folder / stage.name / "curve.png")
         if not stage.buckets: return
         done = validation_strip(pipe, folder / stage.name / f"strip-{step:06d}.png", max(bucket.num_frames for bucket in stage.buckets))
         with open(folder / stage.name / "validation.jsonl", "a") as f: f.write(json.dumps(dict(step=step) | done) + "\n")
@@ -564,13 +584,13 @@ def train(
         state = fit(modules, loss_fn, batch_fn, folder / stage.name, steps or stage.steps, stage.lr, minutes or stage.minutes, seed=seed, floor=stage.floor,
                     lr_scales=stage.lr_scales, weight_decay=stage.weight_decay, on_save=on_save, progress=progress)
     for module in modules.values(): module.requires_grad_(False).eval()
-    if "vae" in stage.trains and stage.name != "autoencoder-motion": measure_latents(pipe.vae)
+    if stage.name in ("autoencoder-image", "autoencoder-video"): measure_latents(pipe.vae)
     fresh = folder / "model.new"
     shutil.rmtree(fresh, ignore_errors=True); pipe.save_pretrained(fresh)
     shutil.rmtree(folder / "model", ignore_errors=True); fresh.rename(folder / "model")
     return state
 
-# %% ../nbs/31_training.ipynb #73da4b86
+# %% ../nbs/31_training.ipynb #9d8c2299
 def publish(
     folder, # of a run
     destination, # folder of the model to ship; what else lies there stays

@@ -26,4 +26,4 @@ def test_every_task_of_the_bench_is_trained_on_clips():
 
 
 def test_stages_come_in_the_order_in_which_they_are_run():
-    assert list(STAGES) == ["autoencoder-image", "autoencoder-video", "autoencoder-motion", "encoder", "image", "video", "reference"]
+    assert list(STAGES) == ["autoencoder-image", "autoencoder-video", "autoencoder-motion", "autoencoder-decoder", "encoder", "image", "video", "reference"]

@@ -19,7 +19,7 @@ from kiwi_edit.encoder import prepare_sample
 from kiwi_edit.training import (PARTS, Optimizers, autoencoder_batch, autoencoder_loss, build_cache, cached_batch, description_batch, description_loss,
                                 fast_images, fingerprint, fit, flow_matching_loss, initialize_autoencoder, learning_rate, load_state, measure_latents,
                                 publish, save_state, start_model, train, train_motion_only)
-from kiwi_edit.world import EVAL_SEED, TASKS
+from kiwi_edit.world import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +234,7 @@ def test_a_stage_runs_resumes_and_is_published(tmp_path, monkeypatch):
     assert train("image", tmp_path / "run", steps=2, progress=False, device="cpu")["step"] == 2
     assert train("image", tmp_path / "run", steps=3, progress=False, device="cpu")["step"] == 3
     assert len(list((tmp_path / "run/image").glob("strip-*.png"))) == 2 and set(json.loads((tmp_path / "run/image/validation.jsonl").read_text().splitlines()[0])) == {"step", *TASKS[:6]}
+    assert (tmp_path / "run/image/curve.png").stat().st_size > 5000
     publish(tmp_path / "run", tmp_path / "shipped")
     from kiwi_edit.pipeline import KiwiEditPipeline
     whole, shipped = (KiwiEditPipeline.from_pretrained(tmp_path / folder) for folder in ("run/model", "shipped"))
