@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['WORDS', 'PICTURES', 'STAGES', 'Bucket', 'Stage']
 
-# %% ../nbs/30_curriculum.ipynb #ed1fbd9c
+# %% ../nbs/30_curriculum.ipynb #6b0601d9
 from dataclasses import dataclass, field
 
-# %% ../nbs/30_curriculum.ipynb #c1f2665d
+# %% ../nbs/30_curriculum.ipynb #a0034a14
 @dataclass(frozen=True)
 class Bucket:
     "Samples that fit into one batch."
@@ -33,11 +33,11 @@ class Stage:
     buckets: tuple = ()   # of the world, for the stages that denoise
     floor: float = .05    # share of the peak rate at the end
     lr_scales: dict = field(default_factory=dict) # part -> factor on the rate
-    edit_weight: float = 2. # extra weight of the loss where source and target differ
+    balance: float = 4.   # of the loss between what an edit touches and what it leaves alone; 1 is the plain loss
     weight_decay: float = .01
     steps: int = 100_000  # an upper bound; minutes end the stage
 
-# %% ../nbs/30_curriculum.ipynb #7f787056
+# %% ../nbs/30_curriculum.ipynb #7f1dab32
 WORDS = dict(add=.3, remove=.2, change=.35, style=.15)
 PICTURES = dict(subject=.6, background=.4)
 

@@ -9,7 +9,7 @@ __all__ = ['logger', 'PARTS', 'save_state', 'load_state', 'learning_rate', 'Opti
            'fingerprint', 'build_cache', 'Batch', 'cached_batch', 'flow_matching_loss', 'validation_strip',
            'draw_curve', 'train', 'publish']
 
-# %% ../nbs/31_training.ipynb #210e4f8d
+# %% ../nbs/31_training.ipynb #3e1a4bc3
 import hashlib, json, logging, math, shutil, threading, time, types
 from collections import defaultdict
 from contextlib import contextmanager
@@ -35,10 +35,10 @@ from .pipeline import KiwiEditPipeline, encode_frames, fit_reference
 from .video import replacing, save_film_strip
 from .world import EVAL_SEED, TASKS, Scene, World, photo_crop, render
 
-# %% ../nbs/31_training.ipynb #89e84913
+# %% ../nbs/31_training.ipynb #78dd67e8
 logger = logging.getLogger(__name__)
 
-# %% ../nbs/31_training.ipynb #09102aa5
+# %% ../nbs/31_training.ipynb #bde7dd82
 def save_state(
     folder, # checkpoint folder, made or replaced as a whole
     modules: dict, # name -> module; parameters that train are written
@@ -84,7 +84,7 @@ def load_state(
             optimizer.load_state_dict({"state": dict(values), "param_groups": optimizer.state_dict()["param_groups"]})
     return json.loads((folder / "state.json").read_text())
 
-# %% ../nbs/31_training.ipynb #e983629e
+# %% ../nbs/31_training.ipynb #b5319d15
 def learning_rate(
     progress: float, # 0 to 1
     warmup: float = .03,
@@ -94,7 +94,7 @@ def learning_rate(
     if progress < warmup: return (progress + 1e-3) / (warmup + 1e-3)
     return floor + (1 - floor) * .5 * (1 + math.cos(math.pi * min((progress - warmup) / (1 - warmup), 1)))
 
-# %% ../nbs/31_training.ipynb #8bd331d1
+# %% ../nbs/31_training.ipynb #aa141092
 def _is_matrix(name, p): return p.ndim >= 2 and "norm" not in name and "queries" not in name and "embed_tokens" not in name and "lm_head" not in name and "scale_shift" not in name and "gamma" not in name
 
 class Optimizers:
@@ -135,7 +135,7 @@ class Optimizers:
         for p in self.parameters: p.grad = None
         for _, view in self.flat: view.grad = None
 
-# %% ../nbs/31_training.ipynb #8ca9ffa7
+# %% ../nbs/31_training.ipynb #fd51e9ab
 def trim_log(
     path, # log.jsonl
     step: int, # of the checkpoint
@@ -165,7 +165,7 @@ class Prefetch:
         self.stop = True
         while not self.queue.empty(): self.queue.get_nowait()
 
-# %% ../nbs/31_training.ipynb #e63484f5
+# %% ../nbs/31_training.ipynb #4cca3aa1
 def fit(
     modules: dict, # name -> module; what has requires_grad is trained
     loss_fn, # (batch, step) -> (loss, dict of numbers to log)
@@ -216,7 +216,7 @@ def fit(
     batches.close(); bar.close()
     return state
 
-# %% ../nbs/31_training.ipynb #9527f1f7
+# %% ../nbs/31_training.ipynb #f9d1f979
 def _forward_single_frame(self, x, cache_x=None):
     "A causal 3D convolution on one frame without a past, as the 2D convolution that it then is."
     if x.shape[2] != 1 or cache_x is not None or self.stride[0] != 1: return type(self).forward(self, x, cache_x)
@@ -235,7 +235,7 @@ def fast_images(
     finally:
         for module in convolutions: del module.forward
 
-# %% ../nbs/31_training.ipynb #5fac8ee0
+# %% ../nbs/31_training.ipynb #30e42d43
 @torch.no_grad()
 def initialize_autoencoder(
     vae: AutoencoderKLWan, # random
@@ -254,7 +254,7 @@ def initialize_autoencoder(
     vae.quant_conv.weight[z:] = 0
     vae.quant_conv.bias[z:] = -5
 
-# %% ../nbs/31_training.ipynb #f5ba25b5
+# %% ../nbs/31_training.ipynb #28c9115f
 def autoencoder_batch(
     step: int,
     batch_size: int = 16,
@@ -275,7 +275,7 @@ def autoencoder_batch(
             clips.append((sample.source, sample.target)[rng.integers(2)])
     return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
-# %% ../nbs/31_training.ipynb #3f4dbe06
+# %% ../nbs/31_training.ipynb #df1f8784
 def autoencoder_loss(
     vae: AutoencoderKLWan,
     pixels: torch.Tensor, # (B, 3, T, H, W) in -1..1
@@ -289,7 +289,7 @@ def autoencoder_loss(
     loss = F.l1_loss(output, pixels) + 2 * squared + kl_weight * kl
     return loss, dict(psnr=-10 * math.log10(squared.item() / 4 + 1e-12), kl=kl.item())
 
-# %% ../nbs/31_training.ipynb #3986337a
+# %% ../nbs/31_training.ipynb #213bb880
 def train_motion_only(
     vae: AutoencoderKLWan,
 ):
@@ -304,7 +304,7 @@ def train_motion_only(
         if "time_conv" in name: module.bias.requires_grad_(True)
         else: module.weight.register_hook(without_now)
 
-# %% ../nbs/31_training.ipynb #1c148060
+# %% ../nbs/31_training.ipynb #830bbf5b
 @torch.no_grad()
 def measure_latents(
     vae: AutoencoderKLWan,
@@ -316,7 +316,7 @@ def measure_latents(
     by_channel = latents.transpose(0, 1).flatten(1)
     vae.register_to_config(latents_mean=by_channel.mean(1).tolist(), latents_std=by_channel.std(1).tolist())
 
-# %% ../nbs/31_training.ipynb #40bb824f
+# %% ../nbs/31_training.ipynb #ffde85f7
 def world_texts(
     number: int = 4000, # quadruplets
 ) -> list: # sentences
@@ -336,7 +336,7 @@ class _NoQueries:
         self.empty = torch.zeros(0, config["hidden_size"], device=device)
     def queries(self, mode): return self.empty
 
-# %% ../nbs/31_training.ipynb #50a61c78
+# %% ../nbs/31_training.ipynb #b0f958b2
 def description_batch(
     processor, # KiwiProcessor
     config, # config of the guidance: pixel limits
@@ -376,7 +376,7 @@ def description_loss(
     loss = F.cross_entropy(logits.float(), labels)
     return loss, dict(accuracy=(logits.argmax(-1) == labels).float().mean().item())
 
-# %% ../nbs/31_training.ipynb #fcc6d622
+# %% ../nbs/31_training.ipynb #2fcc1702
 PARTS = dict(vae=lambda pipe: pipe.vae, decoder=lambda pipe: pipe.vae.decoder, mllm=lambda pipe: pipe.mllm, language_model=lambda pipe: pipe.mllm.model.language_model,
              guidance=lambda pipe: pipe.guidance, transformer=lambda pipe: pipe.transformer)
 
@@ -388,7 +388,7 @@ def start_model(preset="tiny", seed: int = 0):
     initialize_autoencoder(pipe.vae)
     return pipe
 
-# %% ../nbs/31_training.ipynb #907bb4a4
+# %% ../nbs/31_training.ipynb #e4e4b494
 def fingerprint(
     pipe, # KiwiEditPipeline
     bucket: Bucket,
@@ -439,7 +439,7 @@ def build_cache(
     save_file(cache, path.with_suffix(".new")); path.with_suffix(".new").rename(path)
     return cache
 
-# %% ../nbs/31_training.ipynb #b3bf47ad
+# %% ../nbs/31_training.ipynb #26f3fb51
 @dataclass
 class Batch:
     "What one step of the denoiser sees."
@@ -475,11 +475,11 @@ def cached_batch(
     return Batch(inputs, vision, cache["source"][rows].float(), cache["target"][rows].float(),
                  cache["reference"][rows].float() if "reference" in cache else None, [TASKS[i] for i in cache["task"][rows].tolist()])
 
-# %% ../nbs/31_training.ipynb #ddbf5189
+# %% ../nbs/31_training.ipynb #124def2d
 def flow_matching_loss(
     pipe, # KiwiEditPipeline
     batch: Batch,
-    edit_weight: float = 2., # extra weight where source and target latents differ
+    balance: float = 4., # the most by which the rarer of touched and untouched latents is raised; 1 is the plain loss
 ) -> tuple: # (loss, numbers by task)
     "Mean squared error of the predicted velocity."
     size, device = len(batch.tasks), batch.target.device
@@ -493,13 +493,14 @@ def flow_matching_loss(
         velocity = denoise(pipe.transformer, pipe.guidance, mixed, sigma * 1000, sigma, context, mask, batch.source, batch.reference)
     squared = (velocity.float() - (noise - batch.target)) ** 2
     touched = ((batch.target - batch.source).abs().mean(1, keepdim=True) > .25).float()
-    weight = 1 + edit_weight * touched
-    loss = (squared * weight).mean() / weight.mean()
+    share = touched.mean((1, 2, 3, 4), keepdim=True)
+    weight = touched * (.5 / share).clamp(1 / balance, balance) + (1 - touched) * (.5 / (1 - share)).clamp(1 / balance, balance)
+    loss = (squared * weight / weight.mean((1, 2, 3, 4), keepdim=True)).mean()
     by_task = defaultdict(list)
     for task, value in zip(batch.tasks, squared.detach().mean((1, 2, 3, 4)).tolist()): by_task[f"loss/{task}"].append(value)
     return loss, {task: sum(values) / len(values) for task, values in by_task.items()}
 
-# %% ../nbs/31_training.ipynb #b2588b16
+# %% ../nbs/31_training.ipynb #40a586f0
 def validation_strip(
     pipe, # KiwiEditPipeline
     path, # PNG to write
@@ -523,7 +524,7 @@ def validation_strip(
     save_film_strip(path, rows, max_columns=7)
     return done
 
-# %% ../nbs/31_training.ipynb #cb66429f
+# %% ../nbs/31_training.ipynb #be674e14
 def draw_curve(
     log, # log.jsonl of a stage
     path, # PNG to write
@@ -539,7 +540,7 @@ def draw_curve(
     axes.set_xlabel("step"); axes.set_ylabel("loss"); axes.set_yscale("log"); axes.legend(fontsize=7)
     with replacing(path, overwrite=True) as temporary: figure.savefig(temporary, format="png", bbox_inches="tight")
 
-# %% ../nbs/31_training.ipynb #5852c9c1
+# %% ../nbs/31_training.ipynb #3690874b
 def train(
     stage: str, # one of `STAGES`
     folder, # of the whole run: `model` holds the weights, each stage its own log, checkpoint and strips
@@ -573,7 +574,7 @@ def train(
     else:
         caches = [build_cache(pipe, bucket, folder / "cache", 1000 + 20_000 * i, progress) for i, bucket in enumerate(stage.buckets)]
         token_ids = prepare_sample(pipe.processor, pipe.guidance.config, "x", np.zeros((1, 64, 64, 3), np.uint8)).token_ids
-        loss_fn = lambda batch, step: flow_matching_loss(pipe, batch.to(device), stage.edit_weight)
+        loss_fn = lambda batch, step: flow_matching_loss(pipe, batch.to(device), stage.balance)
         batch_fn = lambda step: cached_batch(caches, stage.buckets, token_ids, step, seed)
     def on_save(step):
         draw_curve(folder / stage.name / "log.jsonl", folder / stage.name / "curve.png")
@@ -590,7 +591,7 @@ def train(
     shutil.rmtree(folder / "model", ignore_errors=True); fresh.rename(folder / "model")
     return state
 
-# %% ../nbs/31_training.ipynb #9d8c2299
+# %% ../nbs/31_training.ipynb #6bfa9518
 def publish(
     folder, # of a run
     destination, # folder of the model to ship; what else lies there stays

@@ -7,7 +7,7 @@ __all__ = ['SHAPES', 'COLORS', 'TEXTURES', 'SIZES', 'HELD_OUT_PAIRS', 'EVAL_PHOT
            'STYLE_WORDS', 'PLACES', 'PATHS', 'EVAL_SEED', 'DIFFICULTIES', 'photo_paths', 'photo_crop', 'Thing', 'Scene',
            'render', 'thing_reference', 'plate_reference', 'Quadruplet', 'Difficulty', 'World']
 
-# %% ../nbs/10_world.ipynb #083523ff
+# %% ../nbs/10_world.ipynb #d630c727
 import math
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-# %% ../nbs/10_world.ipynb #0539b06e
+# %% ../nbs/10_world.ipynb #25ffa462
 def _circle(u, v): return np.hypot(u, v) - .9
 def _ring(u, v): return np.abs(np.hypot(u, v) - .62) - .28
 def _square(u, v): return np.maximum(np.abs(u), np.abs(v)) - .78
@@ -36,7 +36,7 @@ def _heart(u, v):
 
 SHAPES = dict(circle=_circle, square=_square, triangle=_triangle, star=_star, heart=_heart, diamond=_diamond, ring=_ring, cross=_cross)
 
-# %% ../nbs/10_world.ipynb #3ace1518
+# %% ../nbs/10_world.ipynb #eebbba5b
 COLORS = dict(red=(214, 48, 49), orange=(240, 130, 30), yellow=(245, 215, 60), green=(50, 160, 70), cyan=(50, 190, 200),
               blue=(45, 85, 210), purple=(125, 60, 175), pink=(240, 130, 180), white=(245, 245, 245), black=(30, 30, 30))
 TEXTURES = ("plain", "striped", "dotted", "checkered", "photo")
@@ -54,7 +54,7 @@ def _pattern(texture, u, v):
     du, dv = (u * 1.6) % 1 - .5, (v * 1.6) % 1 - .5
     return np.clip(.5 + (.27 - np.hypot(du, dv)) * 8, 0, 1)
 
-# %% ../nbs/10_world.ipynb #b3d4c3c9
+# %% ../nbs/10_world.ipynb #adec8bb4
 EVAL_PHOTOS = ("coffee.png", "chelsea.png", "rocket.jpg", "brick.png")
 _TRAIN_PHOTOS = dict(
     skimage=("astronaut.png", "camera.png", "coins.png", "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "retina.jpg"),
@@ -62,7 +62,7 @@ _TRAIN_PHOTOS = dict(
 _PHOTO_FOLDERS = dict(skimage="data", gradio="media_assets/images", matplotlib="mpl-data/sample_data")
 _PHOTO_SIDES = (96, 144, 224)
 
-# %% ../nbs/10_world.ipynb #16dcddf0
+# %% ../nbs/10_world.ipynb #e3729536
 def photo_paths(
     split: str = "train", # "train" or "eval"
 ) -> list: # files, in a fixed order
@@ -106,7 +106,7 @@ def photo_crop(
     gain = rng.uniform(.8, 1.2, 3).astype(np.float32)
     return np.clip((crop - 128) * rng.uniform(.8, 1.2) * gain + rng.uniform(108, 148), 0, 255).astype(np.float32)
 
-# %% ../nbs/10_world.ipynb #c03975ce
+# %% ../nbs/10_world.ipynb #998f4c5b
 @dataclass(frozen=True)
 class Thing:
     "One object: how it looks and how it moves. Lengths are shares of the shorter side, times run from 0 to 1 over the clip."
@@ -142,7 +142,7 @@ class Scene:
     light: tuple = (0., 0.)     # strength, direction in radians
     style: str | None = None
 
-# %% ../nbs/10_world.ipynb #157d8aca
+# %% ../nbs/10_world.ipynb #00ffd8c0
 WINDOW = .8
 
 def _bilinear(image, x, y):
@@ -202,7 +202,7 @@ def _shade(light, height, width):
     across = (np.cos(direction) * (2 * x / max(width - 1, 1) - 1) + np.sin(direction) * (2 * y / max(height - 1, 1) - 1)) / 1.42
     return (1 - strength * (.5 + .5 * across))[..., None].astype(np.float32)
 
-# %% ../nbs/10_world.ipynb #14e4836b
+# %% ../nbs/10_world.ipynb #7b709c9f
 def render(
     scene: Scene,
     num_frames: int,
@@ -231,7 +231,7 @@ def render(
     frames = np.clip(frames + .5, 0, 255).astype(np.uint8)
     return frames, None if coverage is None else coverage[:, inner[0], inner[1]]
 
-# %% ../nbs/10_world.ipynb #887a4b81
+# %% ../nbs/10_world.ipynb #b09ccaf6
 def _luma(frames): return (frames @ np.float32([.299, .587, .114]))[..., None]
 def _tint(frames, dark, bright):
     share = _luma(frames) / 255
@@ -260,7 +260,7 @@ STYLES = dict(
     sketch=_sketch,
 )
 
-# %% ../nbs/10_world.ipynb #0a00a1c9
+# %% ../nbs/10_world.ipynb #164dde3b
 def _canvas_size(rng, short, change):
     "Another canvas: sides from 1:1 to about 1:1.5 either way."
     ratio = math.exp(rng.uniform(-.4, .4) * change)
@@ -302,7 +302,7 @@ def plate_reference(
     if tilted: image = image * _shade((rng.uniform(0, .35), rng.uniform(0, 2 * math.pi)), height, width)
     return np.clip(image + .5, 0, 255).astype(np.uint8)
 
-# %% ../nbs/10_world.ipynb #0993e817
+# %% ../nbs/10_world.ipynb #c2b45684
 TASKS = ("subject", "background", "add", "remove", "change", "style", "isolate", "plate")
 WORDINGS = {
     "subject": dict(
@@ -351,7 +351,7 @@ PLACES = {"the top left": (.25, .25), "the top": (.5, .25), "the top right": (.7
           "the right": (.75, .5), "the bottom left": (.25, .75), "the bottom": (.5, .75), "the bottom right": (.75, .75)}
 PATHS = {"": (0., 0.), " moving right": (.25, 0.), " moving left": (-.25, 0.), " moving up": (0., -.25), " moving down": (0., .25)}
 
-# %% ../nbs/10_world.ipynb #0c1867ff
+# %% ../nbs/10_world.ipynb #e25a033e
 EVAL_SEED = 1_000_000
 
 @dataclass
@@ -389,7 +389,7 @@ class Difficulty:
 
 DIFFICULTIES = dict(full=Difficulty(), easy=Difficulty(max_objects=2, photo_backgrounds=.3, photo_objects=.2, motion=.5, occlusion=False, reference_change=.3))
 
-# %% ../nbs/10_world.ipynb #6cde11a8
+# %% ../nbs/10_world.ipynb #0a3de2d4
 class World:
     "Quadruplets without end, each a function of its seed."
 
@@ -509,14 +509,14 @@ class World:
         if task == "background": return before < 1
         return (np.zeros(source.shape[:3], np.float32) if before is None else before) + (0 if after is None else after) > 0
 
-# %% ../nbs/10_world.ipynb #461508ee
+# %% ../nbs/10_world.ipynb #975aa3aa
 def _swap(scene, i, thing): return replace(scene, things=scene.things[:i] + (thing,) + scene.things[i + 1:])
 
 def _pose_for(thing, shape):
     "The pose of a thing as another shape shows it: circles and rings have no angle."
     return dict(angle=0., turn=0.) if shape in ("circle", "ring") else {}
 
-# %% ../nbs/10_world.ipynb #7e4341d5
+# %% ../nbs/10_world.ipynb #eae192e1
 @patch
 def _edit_subject(self: World, scene, words, rng):
     look = self._look(rng)
@@ -532,14 +532,14 @@ def _edit_subject(self: World, scene, words, rng):
         edited = replace(scene, things=scene.things + (new,))
     return edited, text, thing_reference(new, rng, self._short, self.difficulty.reference_change), touched
 
-# %% ../nbs/10_world.ipynb #db4eb982
+# %% ../nbs/10_world.ipynb #8d51b2f3
 @patch
 def _edit_background(self: World, scene, words, rng):
     plate, name = self._plate(rng)
     edited = replace(scene, plate=plate, plate_name=name)
     return edited, self._say("background", words), plate_reference(plate, rng, self._short, self.difficulty.reference_change), ("all", None)
 
-# %% ../nbs/10_world.ipynb #1a9a7283
+# %% ../nbs/10_world.ipynb #b210d68d
 @patch
 def _edit_add(self: World, scene, words, rng):
     look = self._look(rng)
@@ -550,14 +550,14 @@ def _edit_add(self: World, scene, words, rng):
     text = self._say("add", words, a=f"a {new.name(with_size=True)}{path}", place=place)
     return replace(scene, things=scene.things + (new,)), text, None, (None, len(scene.things))
 
-# %% ../nbs/10_world.ipynb #cb716b5e
+# %% ../nbs/10_world.ipynb #71efff30
 @patch
 def _edit_remove(self: World, scene, words, rng):
     i = int(rng.integers(len(scene.things)))
     text = self._say("remove", words, x=self._refer(scene, i, words))
     return replace(scene, things=scene.things[:i] + scene.things[i + 1:]), text, None, (i, None)
 
-# %% ../nbs/10_world.ipynb #a681273f
+# %% ../nbs/10_world.ipynb #97c6eba6
 @patch
 def _edit_change(self: World, scene, words, rng):
     i = int(rng.integers(len(scene.things)))
@@ -575,14 +575,14 @@ def _edit_change(self: World, scene, words, rng):
     text = self._say(f"change {kind}", words, x=x, color=new.color, shape=new.shape, texture=new.texture, size=new.size)
     return _swap(scene, i, new), text, None, (i, i)
 
-# %% ../nbs/10_world.ipynb #d4287dd4
+# %% ../nbs/10_world.ipynb #5b761546
 @patch
 def _edit_style(self: World, scene, words, rng):
     style = list(STYLES)[rng.integers(len(STYLES))]
     text = self._say("style", words, style=STYLE_WORDS[style][words.integers(2)])
     return replace(scene, style=style), text, None, (None, None)
 
-# %% ../nbs/10_world.ipynb #780bf34b
+# %% ../nbs/10_world.ipynb #418f4118
 @patch
 def _edit_isolate(self: World, scene, words, rng):
     i = int(rng.integers(len(scene.things)))
@@ -592,11 +592,11 @@ def _edit_isolate(self: World, scene, words, rng):
     _draw_thing(canvas, alone, np.zeros(1, np.float32), pad, self.height, self.width, radius=.4 * pad)
     return np.clip(canvas[:, pad:-pad, pad:-pad] + .5, 0, 255).astype(np.uint8), self._say("isolate", words, x=self._refer(scene, i, words)), None, (i, None)
 
-# %% ../nbs/10_world.ipynb #5c6aef29
+# %% ../nbs/10_world.ipynb #cb7c35d8
 @patch
 def _edit_plate(self: World, scene, words, rng):
     return replace(scene, things=()), self._say("plate", words), None, (None, None)
 
-# %% ../nbs/10_world.ipynb #3caa1d67
+# %% ../nbs/10_world.ipynb #30d411c3
 @patch(as_prop=True)
 def _short(self: World): return round(min(self.height, self.width) * 1.25)
