@@ -50,6 +50,7 @@ def readme(
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip()
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]  # progress bars
         else:
             cell.source = relink(cell.source)
     notebook.metadata.setdefault("language_info", {"name": "python"})  # nbdev-clean drops it, and code fences want it

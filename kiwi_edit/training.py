@@ -9,7 +9,7 @@ __all__ = ['logger', 'PARTS', 'save_state', 'load_state', 'learning_rate', 'Opti
            'fingerprint', 'build_cache', 'Batch', 'cached_batch', 'flow_matching_loss', 'validation_strip',
            'draw_curve', 'train', 'publish']
 
-# %% ../nbs/31_training.ipynb #3e1a4bc3
+# %% ../nbs/31_training.ipynb #6cb7ab18
 import hashlib, json, logging, math, shutil, threading, time, types
 from collections import defaultdict
 from contextlib import contextmanager
@@ -35,10 +35,10 @@ from .pipeline import KiwiEditPipeline, encode_frames, fit_reference
 from .video import replacing, save_film_strip
 from .world import EVAL_SEED, TASKS, Scene, World, photo_crop, render
 
-# %% ../nbs/31_training.ipynb #78dd67e8
+# %% ../nbs/31_training.ipynb #ce880870
 logger = logging.getLogger(__name__)
 
-# %% ../nbs/31_training.ipynb #bde7dd82
+# %% ../nbs/31_training.ipynb #02662343
 def save_state(
     folder, # checkpoint folder, made or replaced as a whole
     modules: dict, # name -> module; parameters that train are written
@@ -84,7 +84,7 @@ def load_state(
             optimizer.load_state_dict({"state": dict(values), "param_groups": optimizer.state_dict()["param_groups"]})
     return json.loads((folder / "state.json").read_text())
 
-# %% ../nbs/31_training.ipynb #b5319d15
+# %% ../nbs/31_training.ipynb #92005cf8
 def learning_rate(
     progress: float, # 0 to 1
     warmup: float = .03,
@@ -94,7 +94,7 @@ def learning_rate(
     if progress < warmup: return (progress + 1e-3) / (warmup + 1e-3)
     return floor + (1 - floor) * .5 * (1 + math.cos(math.pi * min((progress - warmup) / (1 - warmup), 1)))
 
-# %% ../nbs/31_training.ipynb #aa141092
+# %% ../nbs/31_training.ipynb #3019f1bf
 def _is_matrix(name, p): return p.ndim >= 2 and "norm" not in name and "queries" not in name and "embed_tokens" not in name and "lm_head" not in name and "scale_shift" not in name and "gamma" not in name
 
 class Optimizers:
@@ -135,7 +135,7 @@ class Optimizers:
         for p in self.parameters: p.grad = None
         for _, view in self.flat: view.grad = None
 
-# %% ../nbs/31_training.ipynb #fd51e9ab
+# %% ../nbs/31_training.ipynb #52058d50
 def trim_log(
     path, # log.jsonl
     step: int, # of the checkpoint
@@ -165,7 +165,7 @@ class Prefetch:
         self.stop = True
         while not self.queue.empty(): self.queue.get_nowait()
 
-# %% ../nbs/31_training.ipynb #4cca3aa1
+# %% ../nbs/31_training.ipynb #b01ce4c4
 def fit(
     modules: dict, # name -> module; what has requires_grad is trained
     loss_fn, # (batch, step) -> (loss, dict of numbers to log)
@@ -216,7 +216,7 @@ def fit(
     batches.close(); bar.close()
     return state
 
-# %% ../nbs/31_training.ipynb #f9d1f979
+# %% ../nbs/31_training.ipynb #c0f2c6c8
 def _forward_single_frame(self, x, cache_x=None):
     "A causal 3D convolution on one frame without a past, as the 2D convolution that it then is."
     if x.shape[2] != 1 or cache_x is not None or self.stride[0] != 1: return type(self).forward(self, x, cache_x)
@@ -235,7 +235,7 @@ def fast_images(
     finally:
         for module in convolutions: del module.forward
 
-# %% ../nbs/31_training.ipynb #30e42d43
+# %% ../nbs/31_training.ipynb #614023c6
 @torch.no_grad()
 def initialize_autoencoder(
     vae: AutoencoderKLWan, # random
@@ -254,7 +254,7 @@ def initialize_autoencoder(
     vae.quant_conv.weight[z:] = 0
     vae.quant_conv.bias[z:] = -5
 
-# %% ../nbs/31_training.ipynb #28c9115f
+# %% ../nbs/31_training.ipynb #6a622455
 def autoencoder_batch(
     step: int,
     batch_size: int = 16,
@@ -275,7 +275,7 @@ def autoencoder_batch(
             clips.append((sample.source, sample.target)[rng.integers(2)])
     return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
-# %% ../nbs/31_training.ipynb #df1f8784
+# %% ../nbs/31_training.ipynb #522b8cfb
 def autoencoder_loss(
     vae: AutoencoderKLWan,
     pixels: torch.Tensor, # (B, 3, T, H, W) in -1..1
@@ -289,7 +289,7 @@ def autoencoder_loss(
     loss = F.l1_loss(output, pixels) + 2 * squared + kl_weight * kl
     return loss, dict(psnr=-10 * math.log10(squared.item() / 4 + 1e-12), kl=kl.item())
 
-# %% ../nbs/31_training.ipynb #213bb880
+# %% ../nbs/31_training.ipynb #7a13df2b
 def train_motion_only(
     vae: AutoencoderKLWan,
 ):
@@ -304,7 +304,7 @@ def train_motion_only(
         if "time_conv" in name: module.bias.requires_grad_(True)
         else: module.weight.register_hook(without_now)
 
-# %% ../nbs/31_training.ipynb #830bbf5b
+# %% ../nbs/31_training.ipynb #91af8182
 @torch.no_grad()
 def measure_latents(
     vae: AutoencoderKLWan,
@@ -316,7 +316,7 @@ def measure_latents(
     by_channel = latents.transpose(0, 1).flatten(1)
     vae.register_to_config(latents_mean=by_channel.mean(1).tolist(), latents_std=by_channel.std(1).tolist())
 
-# %% ../nbs/31_training.ipynb #ffde85f7
+# %% ../nbs/31_training.ipynb #c78b2635
 def world_texts(
     number: int = 4000, # quadruplets
 ) -> list: # sentences
@@ -336,7 +336,7 @@ class _NoQueries:
         self.empty = torch.zeros(0, config["hidden_size"], device=device)
     def queries(self, mode): return self.empty
 
-# %% ../nbs/31_training.ipynb #b0f958b2
+# %% ../nbs/31_training.ipynb #676ca567
 def description_batch(
     processor, # KiwiProcessor
     config, # config of the guidance: pixel limits
@@ -376,7 +376,7 @@ def description_loss(
     loss = F.cross_entropy(logits.float(), labels)
     return loss, dict(accuracy=(logits.argmax(-1) == labels).float().mean().item())
 
-# %% ../nbs/31_training.ipynb #2fcc1702
+# %% ../nbs/31_training.ipynb #3e035d5f
 PARTS = dict(vae=lambda pipe: pipe.vae, decoder=lambda pipe: pipe.vae.decoder, mllm=lambda pipe: pipe.mllm, language_model=lambda pipe: pipe.mllm.model.language_model,
              guidance=lambda pipe: pipe.guidance, transformer=lambda pipe: pipe.transformer)
 
@@ -388,7 +388,7 @@ def start_model(preset="tiny", seed: int = 0):
     initialize_autoencoder(pipe.vae)
     return pipe
 
-# %% ../nbs/31_training.ipynb #e4e4b494
+# %% ../nbs/31_training.ipynb #2076c528
 def fingerprint(
     pipe, # KiwiEditPipeline
     bucket: Bucket,
@@ -439,7 +439,7 @@ def build_cache(
     save_file(cache, path.with_suffix(".new")); path.with_suffix(".new").rename(path)
     return cache
 
-# %% ../nbs/31_training.ipynb #26f3fb51
+# %% ../nbs/31_training.ipynb #ae6dd547
 @dataclass
 class Batch:
     "What one step of the denoiser sees."
@@ -475,7 +475,7 @@ def cached_batch(
     return Batch(inputs, vision, cache["source"][rows].float(), cache["target"][rows].float(),
                  cache["reference"][rows].float() if "reference" in cache else None, [TASKS[i] for i in cache["task"][rows].tolist()])
 
-# %% ../nbs/31_training.ipynb #124def2d
+# %% ../nbs/31_training.ipynb #73b40b3f
 def flow_matching_loss(
     pipe, # KiwiEditPipeline
     batch: Batch,
@@ -500,7 +500,7 @@ def flow_matching_loss(
     for task, value in zip(batch.tasks, squared.detach().mean((1, 2, 3, 4)).tolist()): by_task[f"loss/{task}"].append(value)
     return loss, {task: sum(values) / len(values) for task, values in by_task.items()}
 
-# %% ../nbs/31_training.ipynb #40a586f0
+# %% ../nbs/31_training.ipynb #91e1167c
 def validation_strip(
     pipe, # KiwiEditPipeline
     path, # PNG to write
@@ -524,7 +524,7 @@ def validation_strip(
     save_film_strip(path, rows, max_columns=7)
     return done
 
-# %% ../nbs/31_training.ipynb #be674e14
+# %% ../nbs/31_training.ipynb #e939f892
 def draw_curve(
     log, # log.jsonl of a stage
     path, # PNG to write
@@ -540,7 +540,7 @@ def draw_curve(
     axes.set_xlabel("step"); axes.set_ylabel("loss"); axes.set_yscale("log"); axes.legend(fontsize=7)
     with replacing(path, overwrite=True) as temporary: figure.savefig(temporary, format="png", bbox_inches="tight")
 
-# %% ../nbs/31_training.ipynb #3690874b
+# %% ../nbs/31_training.ipynb #4c6e4277
 def train(
     stage: str, # one of `STAGES`
     folder, # of the whole run: `model` holds the weights, each stage its own log, checkpoint and strips
@@ -591,7 +591,7 @@ def train(
     shutil.rmtree(folder / "model", ignore_errors=True); fresh.rename(folder / "model")
     return state
 
-# %% ../nbs/31_training.ipynb #6bfa9518
+# %% ../nbs/31_training.ipynb #be425d34
 def publish(
     folder, # of a run
     destination, # folder of the model to ship; what else lies there stays
