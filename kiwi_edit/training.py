@@ -554,7 +554,9 @@ def train(
     "Run one stage on the model in `folder`, continuing where a stopped run left off."
     if stage not in STAGES: raise ValueError(f"`stage` has to be one of {', '.join(STAGES)} but is {stage!r}.")
     stage, folder = STAGES[stage], Path(folder)
-    begin = folder / "model" if (folder / "model").exists() else start
+    model, old = folder / "model", folder / "model.old"
+    if old.exists() and not model.exists(): old.rename(model)  # a kill came while the last stage put its model in place
+    begin = model if model.exists() else start
     pipe = start_model(seed=seed) if begin is None else KiwiEditPipeline.from_pretrained(begin)
     device = choose_device(device)
     pipe.to(device)
@@ -587,8 +589,11 @@ def train(
     for module in modules.values(): module.requires_grad_(False).eval()
     if stage.name in ("autoencoder-image", "autoencoder-video"): measure_latents(pipe.vae)
     fresh = folder / "model.new"
-    shutil.rmtree(fresh, ignore_errors=True); pipe.save_pretrained(fresh)
-    shutil.rmtree(folder / "model", ignore_errors=True); fresh.rename(folder / "model")
+    for leftover in (fresh, old): shutil.rmtree(leftover, ignore_errors=True)
+    pipe.save_pretrained(fresh)
+    if model.exists(): model.rename(old)
+    fresh.rename(model)
+    shutil.rmtree(old, ignore_errors=True)
     return state
 
 # %% ../nbs/31_training.ipynb #be425d34

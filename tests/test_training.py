@@ -232,6 +232,10 @@ def test_a_stage_runs_resumes_and_is_published(tmp_path, monkeypatch):
                   buckets=(Bucket(dict(add=1.), num_frames=1, height=32, width=32, batch_size=2, samples=4),))
     monkeypatch.setitem(STAGES, "image", stage)
     assert train("image", tmp_path / "run", steps=2, progress=False, device="cpu")["step"] == 2
+    written = (tmp_path / "run/model/transformer/diffusion_pytorch_model.safetensors").read_bytes()
+    (tmp_path / "run/model").rename(tmp_path / "run/model.old")  # as a kill between the two renames leaves it
+    assert train("image", tmp_path / "run", steps=2, progress=False, device="cpu")["step"] == 2
+    assert (tmp_path / "run/model/transformer/diffusion_pytorch_model.safetensors").read_bytes() == written and not (tmp_path / "run/model.old").exists()
     assert train("image", tmp_path / "run", steps=3, progress=False, device="cpu")["step"] == 3
     assert len(list((tmp_path / "run/image").glob("strip-*.png"))) == 2 and set(json.loads((tmp_path / "run/image/validation.jsonl").read_text().splitlines()[0])) == {"step", *TASKS[:6]}
     assert (tmp_path / "run/image/curve.png").stat().st_size > 5000
