@@ -1,252 +1,736 @@
-"""The loop, its checkpoints, the caches and the losses."""
+"""The loop and the stages: stopped and continued to the bit, alone and in company, what they log and what they refuse."""
+import contextlib
 import copy
 import json
+import math
+import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
+from safetensors.torch import load_file, save_file
 
+import kiwi_edit.training
 from kiwi_edit.core import preset
-from kiwi_edit.curriculum import STAGES, Bucket, Stage
-from kiwi_edit.encoder import prepare_sample
-from kiwi_edit.training import (PARTS, Optimizers, autoencoder_batch, autoencoder_loss, build_cache, cached_batch, description_batch, description_loss,
-                                fast_images, fingerprint, fit, flow_matching_loss, initialize_autoencoder, learning_rate, load_state, measure_latents,
-                                publish, save_state, start_model, train, train_motion_only)
-from kiwi_edit.world import TASKS
+from kiwi_edit.curriculum import STAGES, Bucket, Lora, Loss, Stage, add_lora, find_stage, part_parameters, select
+from kiwi_edit.dataset import WorldDataset, save_dataset, write_metadata
+from kiwi_edit.encoder import encode_context, make_tokenizer
+from kiwi_edit.pipeline import KiwiEditPipeline
+from kiwi_edit.training import (FlowMatching, LiveView, Optimizers, Prefetch, averaged, checkpoints, draw_log, file_batches, find_model, fit, learning_rate,
+                                load_checkpoint, make_accelerator, merge_lora, part_of, publish, put_model, read_log, save_checkpoint, thin, train, trim_log,
+                                with_dice, world_batches)
+
+MUON = "muon" if hasattr(torch.optim, "Muon") else "adamw"
+needs_muon = pytest.mark.skipif(MUON != "muon", reason="torch.optim has no Muon before torch 2.9")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    "Sums of several threads may differ in the last bit from those of one."
+    number = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(number)
+
+
+# a toy that learns to add up
+
+
+@dataclass
+class Numbers:
+    "A batch whose samples have names."
+    x: torch.Tensor
+    ids: list
+
+    def to(self, device): return Numbers(self.x.to(device), self.ids)
+
+
+class Toy(torch.nn.Module):
+    "Two layers that are named as parts of a pipeline, with chance in their forward."
+    def __init__(self, noise=.1):
+        super().__init__()
+        torch.manual_seed(0)
+        self.guidance, self.transformer, self.noise = torch.nn.Linear(8, 8), torch.nn.Linear(8, 1), noise
+
+    def forward(self, batch):
+        x = batch.x + self.noise * torch.randn_like(batch.x)
+        return (self.transformer(x + self.guidance(x).tanh())[:, 0] - batch.x.sum(1)).square(), dict(extra=1.)
+
+
+def toy_batch(number, part=0, parts=1, size=8):
+    x = torch.from_numpy(np.random.default_rng(number).normal(size=(size, 8)).astype(np.float32))
+    return Numbers(x[part::parts], [f"{number}/{i}" for i in range(part, size, parts)])
+
+
+def run_toy(folder, model=None, batches=toy_batch, trackers=(), on_step=None, on_save=None, keep=2, save_every=300, seed=0, **stage):
+    "Train a toy; its records, in full precision."
+    model, records = Toy() if model is None else model, []
+    stage = Stage("toy", (), **dict(lr=.02, steps=10) | stage)
+    def note(record):
+        records.append(record)
+        if on_step: on_step(record)
+    fit(model, batches, folder, stage, seed, keep, save_every, note, on_save, False, make_accelerator(stage.accumulation, "cpu", trackers, folder), trackers)
+    return records
+
+
+# a small model, and data for it
 
 
 @pytest.fixture(scope="module")
-def pipe():
-    model = start_model()
-    for part in (model.vae, model.mllm, model.guidance, model.transformer): part.requires_grad_(False)
-    return model
-
-
-@pytest.fixture(scope="module")
-def cache(pipe, tmp_path_factory):
-    bucket = Bucket(dict(subject=.5, background=.5), num_frames=1, height=32, width=32, batch_size=4, samples=8)
-    return bucket, build_cache(pipe, bucket, tmp_path_factory.mktemp("cache"), 1000, progress=False)
-
-
-def batch_of(pipe, cache, step=0):
-    bucket, tensors = cache
-    ids = prepare_sample(pipe.processor, pipe.guidance.config, "x", np.zeros((1, 64, 64, 3), np.uint8)).token_ids
-    return cached_batch([tensors], (replace(bucket, weight=1.),), ids, step)
-
-
-# the loop
-
-TOY = textwrap.dedent("""
-    import sys, time, numpy as np, torch, torch.nn.functional as F
-    from kiwi_edit.training import fit
+def start(tmp_path_factory):
+    "Folder of a model with random weights: the kinds of layers that tiny has, and fewer of each."
+    sizes, folder = preset("tiny"), tmp_path_factory.mktemp("model")
+    sizes.transformer.update(num_layers=2, num_attention_heads=2, ffn_dim=96)
+    sizes.vae.update(base_dim=8, decoder_base_dim=8)
+    sizes.mllm["text_config"].update(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=96)
+    sizes.mllm["vision_config"].update(depth=2, hidden_size=32, num_heads=2, intermediate_size=48, out_hidden_size=64, fullatt_block_indexes=[1])
+    sizes.guidance.update(hidden_size=64, dim=64, num_image_queries=4, num_video_queries=4, num_ref_queries=4)
     torch.manual_seed(0)
-    layers = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 1))
-    def batch(step): return torch.from_numpy(np.random.default_rng(step).normal(size=(16, 8)).astype(np.float32))
-    def loss(x, step):
-        time.sleep(float(sys.argv[2]))
-        return F.mse_loss(layers(x + .1 * torch.randn_like(x)), x.sum(1, keepdim=True)), {}
-    fit({"layers": layers}, loss, batch, sys.argv[1], steps=60, lr=.02, progress=False, save_every=0)
-""")
+    KiwiEditPipeline.from_preset(sizes, make_tokenizer(["Replace the red circle with the object in the reference."] * 4)).save_pretrained(folder)
+    return str(folder)
 
 
-def toy(folder, pause="0"): return subprocess.Popen([sys.executable, "-c", TOY, str(folder), pause])
-def losses(folder): return {r["step"]: r["loss"] for r in map(json.loads, (folder / "log.jsonl").read_text().splitlines())}
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    "A table of pictures and one of pictures with a reference."
+    folder = tmp_path_factory.mktemp("data")
+    return {mode: str(save_dataset(WorldDataset({task: 1.}, 1, 32, 32, samples=6), folder / mode, progress=False)) for mode, task in (("image", "add"), ("ref", "subject"))}
 
 
-def test_a_killed_run_continues_with_the_losses_it_would_have_had(tmp_path):
-    killed = toy(tmp_path / "killed", ".2")
-    log = tmp_path / "killed/log.jsonl"
-    while killed.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 12): time.sleep(.05)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait(10) == -signal.SIGKILL
-    assert max(losses(tmp_path / "killed")) < 60
-    with open(log, "a") as f: f.write('{"step": 99, "lo')  # as if the kill had come in the middle of a line
-    assert toy(tmp_path / "killed").wait(120) == toy(tmp_path / "whole").wait(120) == 0
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+EDITS = Stage("edits", ("guidance", "transformer"), 2e-3, lora=dict(language_model=Lora(4, ("q_proj", "v_proj"))), mix=("image", "ref"), max_pixels=32 * 32, batch_size=2,
+              accumulation=2, steps=6, optimizer=MUON, schedule="cosine", warmup=.2, clip=1., ema=.5, loss=Loss(dropout=.3))
+WORLD = Stage("world", ("language_model", "guidance", "transformer"), 1e-3, steps=2, buckets=(
+    Bucket(dict(add=1.), 1, 32, 32, .5, 2, 4), Bucket(dict(subject=1.), 5, 32, 32, .5, 2, 4)))
 
 
-def test_loop_learns_and_logs(tmp_path):
-    layer = torch.nn.Linear(4, 1)
-    state = fit({"layer": layer}, lambda x, step: ((layer(x) - x.sum(1, keepdim=True)).square().mean(), dict(extra=1.)),
-                lambda step: torch.from_numpy(np.random.default_rng(step).normal(size=(32, 4)).astype(np.float32)), tmp_path, steps=80, lr=1., progress=False)
-    assert state["step"] == 80
-    rows = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
-    assert rows[-1]["loss"] < .05 * rows[0]["loss"] and {"step", "loss", "grad_norm", "lr", "seconds", "extra"} <= rows[0].keys()
+def run_stage(stage, folder, start, data=None, **options):
+    "Train a stage; its records, in full precision."
+    records, also = [], options.pop("on_step", None)
+    def note(record):
+        records.append(record)
+        if also: also(record)
+    train(stage, folder, start, data, progress=False, device="cpu", on_step=note, **options)
+    return records
 
 
-def test_not_a_number_stops_the_run(tmp_path):
-    layer = torch.nn.Linear(2, 1)
-    with pytest.raises(FloatingPointError, match="step 3"):
-        fit({"layer": layer}, lambda x, step: (layer(x).mean() * (float("nan") if step == 3 else 1), {}), lambda step: torch.ones(1, 2), tmp_path, steps=9, progress=False)
+def numbers(record): return {key: value for key, value in record.items() if key == "lr" or key.startswith(("loss", "grad_norm"))}
+def by_step(records): return {record["step"]: numbers(record) for record in records}
+
+
+def same_files(a, b):
+    "Whether two folders hold the same tensors, to the bit."
+    found = [sorted(path.relative_to(folder) for path in folder.rglob("*.safetensors")) for folder in (a, b)]
+    assert found[0] == found[1] and found[0]
+    for name in found[0]:
+        ours, theirs = load_file(a / name), load_file(b / name)
+        assert ours.keys() == theirs.keys()
+        assert not [key for key, value in ours.items() if value.dtype != theirs[key].dtype or not torch.equal(value, theirs[key])], name
+
+
+# killed, and continued
+
+
+def toy_job(folder, **options): return run_toy(folder, steps=24, optimizer=MUON, schedule="cosine", ema=.9, accumulation=2, clip=1., **options)
+def stage_job(folder, *more, **options): return run_stage(EDITS, folder, *more, **options)
+
+
+def killed_job(job, folder, pause, *more):
+    "For a process that is to be killed: what it does goes to a file at once."
+    torch.set_num_threads(1)
+    with open(Path(folder) / "records", "w", buffering=1) as file:
+        def note(record):
+            file.write(json.dumps(record) + "\n")
+            time.sleep(float(pause))
+        globals()[job](Path(folder), *map(json.loads, more), on_step=note, save_every=2.5 * float(pause))
+
+
+def start_process(code, *arguments):
+    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nimport test_training\n{code}", *arguments])
+
+
+@pytest.mark.parametrize("job", ["toy_job", "stage_job"])
+def test_a_killed_run_continues_to_the_bit(job, tmp_path, start, data):
+    killed, whole, more = tmp_path / "killed", tmp_path / "whole", () if job == "toy_job" else (start, data)
+    killed.mkdir()
+    home = killed if job == "toy_job" else killed / "edits"
+    process, before = start_process("test_training.killed_job(*sys.argv[1:])", job, str(killed), ".2", *map(json.dumps, more)), []
+    for _ in range(2400):
+        if process.poll() is not None: break
+        if (killed / "records").exists(): before = [json.loads(line) for line in (killed / "records").read_text().splitlines() if line.endswith("}")]
+        saved = checkpoints(home / "checkpoints")
+        if saved and before[-1]["step"] > int(saved[-1].name[5:]): break
+        time.sleep(.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(10) == -signal.SIGKILL
+    with open(home / "log.jsonl", "a") as f: f.write('{"step": 99, "lo')  # as if the kill had come in the middle of a line
+    continued, undisturbed = (globals()[job](folder, *more, keep=1) for folder in (killed, whole))
+    assert 1 < continued[0]["step"] <= before[-1]["step"] < continued[-1]["step"]
+    for records in (before, continued): assert by_step(records).items() <= by_step(undisturbed).items()
+    same_files(killed, whole)  # weights, average and moments; and the model of a stage
+    assert {"weights.safetensors", "moments.safetensors", "average.safetensors"} <= {path.name for path in whole.rglob("*")}
+    assert [row["step"] for row in read_log(home / "log.jsonl")] == [record["step"] for record in undisturbed]
+
+
+# checkpoints
+
+
+def test_the_last_checkpoints_stay(tmp_path):
+    run_toy(tmp_path, steps=5, keep=3, save_every=-1)
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step-00000003", "step-00000004", "step-00000005"]
+    with pytest.raises(ValueError, match="`keep` has to be at least 1 but is 0"): run_toy(tmp_path / "none", steps=1, keep=0)
+
+
+def truncate(path): path.write_bytes(path.read_bytes()[:-9])
+def change(path): path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("name, harm", [("weights.safetensors", truncate), ("weights.safetensors", change), ("moments.safetensors", Path.unlink), ("state.json", truncate),
+                                        ("state.json", Path.unlink), ("state.json", lambda path: path.write_bytes(b"\xff\0"))])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, name, harm, caplog):
+    whole = run_toy(tmp_path / "whole", steps=8)
+    run_toy(tmp_path / "run", steps=6, save_every=-1)
+    harm(tmp_path / "run/checkpoints/step-00000006" / name)
+    records = run_toy(tmp_path / "run", steps=8, save_every=-1)
+    assert [record["step"] for record in records] == [6, 7, 8] and by_step(records).items() <= by_step(whole).items()
+    assert [r.levelname for r in caplog.records if "step-00000006 is damaged" in r.getMessage() and name in r.getMessage()] == ["WARNING"]
+    same_files(tmp_path / "run/checkpoints/step-00000008", tmp_path / "whole/checkpoints/step-00000008")
+
+
+def test_a_damaged_checkpoint_takes_no_place_of_a_good_one(tmp_path):
+    run_toy(tmp_path, steps=6, save_every=-1)
+    truncate(tmp_path / "checkpoints/step-00000006/weights.safetensors")
+    state = load_checkpoint(tmp_path / "checkpoints")[1]
+    save_checkpoint(tmp_path / "checkpoints", {"weights": {}}, state | dict(step=5), keep=1)  # a shorter way than the one that led to the damaged one
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step-00000005"]
+
+
+def test_without_a_whole_checkpoint_a_run_does_not_start_anew(tmp_path):
+    run_toy(tmp_path, steps=3, save_every=-1)
+    for path in checkpoints(tmp_path / "checkpoints"): truncate(path / "weights.safetensors")
+    with pytest.raises(ValueError, match="`folder` holds 2 checkpoints of which none is whole"): run_toy(tmp_path, steps=4)
+    assert load_checkpoint(tmp_path / "nowhere") == (None, None)
+
+
+def test_a_checkpoint_of_other_parameters_is_refused(tmp_path):
+    run_toy(tmp_path, steps=1)
+    other = Toy()
+    other.guidance.bias.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"`folder` holds other parameters .*'guidance\.bias'"): run_toy(tmp_path, other, steps=2)
+    other = Toy()
+    other.transformer = torch.nn.Linear(8, 1, bias=False)
+    other.guidance = torch.nn.Linear(1, 8)  # would be filled by repeating
+    other.guidance.weight = torch.nn.Parameter(torch.zeros(16, 8))
+    other.transformer.bias = torch.nn.Parameter(torch.zeros(4))
+    with pytest.raises(ValueError, match=r"`folder` holds other parameters .*'guidance\.weight'.*'transformer\.bias'"): run_toy(tmp_path, other, steps=2)
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_older_ones(tmp_path, monkeypatch):
+    whole = run_toy(tmp_path / "whole", steps=6)
+    run_toy(tmp_path / "run", steps=3, save_every=-1)
+    folder, before = tmp_path / "run/checkpoints", [path.name for path in checkpoints(tmp_path / "run/checkpoints")]
+    def write_half(tensors, path):
+        if path.stem == "moments": raise KeyboardInterrupt
+        save_file(tensors, path)
+    monkeypatch.setattr(kiwi_edit.training, "save_file", write_half)
+    with pytest.raises(KeyboardInterrupt): run_toy(tmp_path / "run", steps=6)
+    monkeypatch.undo()
+    assert (folder / "step-00000006.new/weights.safetensors").exists()
+    assert [path.name for path in checkpoints(folder)] == before and load_checkpoint(folder)[1]["step"] == 3
+    assert by_step(run_toy(tmp_path / "run", steps=6)).items() <= by_step(whole).items()
+    assert not list(folder.glob("*.new"))
+
+
+def test_a_log_loses_what_comes_again(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    trim_log(log, 2)
+    assert read_log(log) == [dict(step=1), dict(step=2)]
+    trim_log(tmp_path / "none", 2)
+    assert not (tmp_path / "none").exists()
+
+
+# several processes
+
+
+class Turns(Toy):
+    "Only every second batch uses the guidance."
+    def forward(self, batch):
+        if int(batch.ids[0].split("/")[0]) % 2: return super().forward(batch)
+        return (self.transformer(batch.x)[:, 0] - batch.x.sum(1)).square(), dict(plain=1.)
+
+
+def team_job(folder, start, data):
+    "All that processes do together, or one alone."
+    rank, parts = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    folder.mkdir(exist_ok=True)
+    torch.set_num_threads(1)
+    runs = {}
+    for name, model, options in (("toy", Toy(0.), dict(ema=.9)), ("turns", Turns(0.), dict(accumulation=2, clip=1.)),
+                                 ("minutes", Toy(0.), dict(minutes=.01, steps=10 ** 9, schedule="cosine", on_step=lambda record: time.sleep(.01)))):
+        runs[name] = run_toy(folder / name, model, save_every=.05, **options)
+        save_file(model.state_dict(), folder / f"{name}-{rank}.safetensors")
+    stage = replace(EDITS, batch_size=4 // parts, accumulation=1, ema=0., optimizer="adamw", lr=1e-4)
+    runs["edits"] = run_stage(stage, folder / "run", start, data, cache=folder / "cache", save_every=.5, trackers=("tensorboard",))
+    runs["again"] = run_stage(replace(stage, name="again"), folder / "run", start, data, cache=folder / "cache", steps=1)  # needs the model that the first has written
+    (folder / f"runs-{rank}.json").write_text(json.dumps(runs))
+
+
+@pytest.fixture(scope="module")
+def teams(tmp_path_factory, start, data):
+    "Folders of what one process and two have done."
+    folder = tmp_path_factory.mktemp("teams")
+    script = folder / "job.py"
+    script.write_text(f"import json, sys, pathlib\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nimport test_training\n"
+                      "test_training.team_job(pathlib.Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]))\n")
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(folder / "two"), start, json.dumps(data)]
+    with open(folder / "said", "w") as said:
+        launcher = subprocess.Popen(command, stdout=said, stderr=said, env=os.environ | dict(OMP_NUM_THREADS="1"), start_new_session=True)
+        try: assert launcher.wait(300) == 0, (folder / "said").read_text()[-4000:]
+        finally:
+            if launcher.poll() is None: os.killpg(launcher.pid, signal.SIGKILL)
+    team_job(folder / "one", start, data)
+    return folder / "one", folder / "two"
+
+
+def runs_of(folder, rank=0): return json.loads((folder / f"runs-{rank}.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["toy", "turns", "edits", "again"])
+def test_two_processes_have_the_losses_of_one(teams, name):
+    one, two = (runs_of(team)[name] for team in teams)
+    assert len(one) == len(two) > 0
+    for i, (ours, theirs) in enumerate(zip(map(numbers, one), map(numbers, two))):
+        for key in ours.keys() & theirs.keys():
+            if key == "lr" or key.startswith(("loss", "grad_norm")): assert theirs[key] == pytest.approx(ours[key], rel=1e-6 if i == 0 and name != "again" else 1e-4), (i, key)
+        if name != "edits": assert ours.keys() == theirs.keys()
+    print([abs(a["loss"] / b["loss"] - 1) for a, b in zip(one, two)])
+
+
+@pytest.mark.parametrize("name", ["toy", "turns", "minutes"])
+def test_two_processes_end_with_the_same_weights(teams, name):
+    ours, theirs = (load_file(teams[1] / f"{name}-{rank}.safetensors") for rank in range(2))
+    assert not [key for key in ours if not torch.equal(ours[key], theirs[key])]
+    if name != "minutes": assert all(torch.allclose(value, ours[key], rtol=1e-4, atol=1e-5) for key, value in load_file(teams[0] / f"{name}-0.safetensors").items())
+
+
+def test_one_of_two_processes_writes(teams):
+    assert not any(runs_of(teams[1], rank=1).values())  # `on_step` is called in the first alone
+    for name in ("toy", "turns", "run/edits"):
+        assert [row["step"] for row in read_log(teams[1] / name / "log.jsonl")] == [row["step"] for row in read_log(teams[0] / name / "log.jsonl")]
+    KiwiEditPipeline.from_pretrained(teams[1] / "run/model")
+    assert len(list((teams[1] / "run").rglob("events.out.tfevents.*"))) == 1
+
+
+# optimisers, rates and averages
+
+
+def test_steps_are_those_of_adamw_by_hand(tmp_path):
+    options = dict(lr=.05, steps=12, weight_decay=.1, lr_scales=dict(guidance=.3), schedule="cosine", warmup=.25, floor=.1, clip=.5, ema=.8)
+    fitted, model, seen = Toy(0.), Toy(0.), []
+    records = run_toy(tmp_path, fitted, on_save=lambda step: seen.append(copy.deepcopy(fitted.state_dict())), **options)
+    average = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.AdamW([dict(params=[p], part=name.split(".")[0]) for name, p in model.named_parameters()], weight_decay=.1)
+    for step, record in enumerate(records):
+        rate = .05 * learning_rate(step / 12, step, "cosine", .25, .1)
+        for group in optimizer.param_groups: group["lr"] = rate * (.3 if group["part"] == "guidance" else 1)
+        loss = model(toy_batch(step))[0].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norms = [torch.cat([p.grad.flatten() for p in part.parameters()]).norm().item() for part in (model.guidance, model.transformer)]
+        assert [record[key] for key in ("loss", "lr", "grad_norm/guidance", "grad_norm/transformer", "grad_norm")] == pytest.approx([loss.item(), rate, *norms, math.hypot(*norms)], rel=1e-4)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), .5)
+        optimizer.step()
+        average = {name: .8 * average[name] + .2 * p.detach() for name, p in model.named_parameters()}
+    assert all(record["grad_norm"] > .5 for record in records[:6])  # what is logged is the norm before it is clipped
+    files, state = load_checkpoint(tmp_path / "checkpoints")
+    assert state["step"] == 12 and state["mean_loss"] < records[0]["loss"]
+    for name, p in model.named_parameters():
+        assert torch.allclose(files["weights"][name], p, rtol=1e-4, atol=1e-6) and torch.allclose(files["average"][name], average[name], rtol=1e-4, atol=1e-6)
+        assert not torch.allclose(files["weights"][name], files["average"][name], rtol=1e-3)
+        for averaged_weights in (fitted.state_dict(), *seen): assert torch.equal(averaged_weights[name], files["average"][name])  # what is looked at, and what stays in the end
+
+
+@pytest.mark.parametrize("kind", ["adamw", pytest.param("muon", marks=needs_muon)])
+def test_parts_of_a_batch_add_up_to_it(tmp_path, kind):
+    def part(number, part=0, parts=1): return toy_batch(number // 4, number % 4, 4)
+    whole, summed = Toy(0.), Toy(0.)
+    one, four = run_toy(tmp_path / "one", whole, optimizer=kind, clip=1.), run_toy(tmp_path / "four", summed, part, optimizer=kind, clip=1., accumulation=4)
+    for i, (ours, theirs) in enumerate(zip(map(numbers, one), map(numbers, four))):
+        assert theirs == pytest.approx(ours, rel=1e-6 if i == 0 else 1e-4)
+    for ours, theirs in zip(whole.parameters(), summed.parameters()): assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+    assert four[0]["extra"] == 1
+
+
+def test_averaged_weights_are_there_within_and_not_after():
+    model = Toy()
+    trained = dict(model.named_parameters())
+    before, average = copy.deepcopy(model.state_dict()), {"guidance.weight": torch.full((8, 8), 3.)}
+    with pytest.raises(KeyError), averaged(trained, average):
+        assert (model.guidance.weight == 3).all() and torch.equal(model.guidance.bias, before["guidance.bias"])
+        raise KeyError
+    assert all(torch.equal(before[name], p) for name, p in trained.items())
+
+
+def test_rates():
+    rates = [learning_rate(p / 100, warmup=.1, floor=.05) for p in range(101)]
+    assert rates[0] < .02 and np.argmax(rates) == 10 and rates[10] == pytest.approx(1) and rates[-1] == pytest.approx(.05) and rates[55] == pytest.approx(.525)
+    assert all(b <= a + 1e-12 for a, b in zip(rates[10:], rates[11:])) and all(b > a for a, b in zip(rates[:10], rates[1:11]))
+    assert learning_rate(2.) == pytest.approx(.02)  # a step may end a little after the last minute
+    assert [learning_rate(p, 9, "constant", 0.) for p in (0, .3, 1)] == [1, 1, 1]
+    assert [learning_rate(0., step, "constant", 0., lr_dip=True) for step in (0, 4, 5)] == pytest.approx([1 / 3, 1 / 3, 1])
+    with pytest.raises(ValueError, match="`schedule` has to be 'cosine' or 'constant' but is 'step'"): learning_rate(0., schedule="step")
+
+
+def test_the_dip_reaches_the_rates_of_a_run(tmp_path):
+    records = run_toy(tmp_path, steps=7, lr=.03, lr_dip=True)
+    assert [record["lr"] for record in records] == pytest.approx([.01] * 5 + [.03] * 2)
+
+
+@needs_muon
+def test_muon_moves_kernels_like_the_matrices_that_they_are():
+    torch.manual_seed(0)
+    module = torch.nn.ModuleDict(dict(transformer=torch.nn.Conv3d(2, 3, 3), guidance=torch.nn.ModuleDict(dict(norm=torch.nn.LayerNorm(4), connector=torch.nn.Linear(4, 5)))))
+    matrix = torch.nn.Parameter(module["transformer"].weight.detach().flatten(1).clone())
+    alone, before = torch.optim.Muon([matrix], lr=.02, weight_decay=.01, adjust_lr_fn="match_rms_adamw"), copy.deepcopy(module.state_dict())
+    optimizers = Optimizers(module, .02, lr_scales=dict(connector=.5))
+    assert [type(optimizer).__name__ for optimizer in optimizers.all] == ["Muon", "AdamW"] and len(optimizers.flat) == 2
+    for step in range(3):
+        for p in module.parameters(): p.grad = torch.randn_like(p)
+        matrix.grad = module["transformer"].weight.grad.flatten(1).clone()
+        alone.step()
+        optimizers.step(1.)
+        assert torch.equal(module["transformer"].weight.flatten(1), matrix)
+    assert all(p.grad is None for p in module.parameters()) and all(not torch.equal(before[key], value) for key, value in module.state_dict().items())
+    rates = [(group["scale"], group["lr"]) for optimizer in optimizers.all for group in optimizer.param_groups]
+    assert sorted(rates) == [(.5, .01), (.5, .01), (1, .02), (1, .02)]
+    again = Optimizers(copy.deepcopy(module), .02, lr_scales=dict(connector=.5))
+    again.load_state(optimizers.state())
+    assert all(torch.equal(value, again.state()[key]) for key, value in optimizers.state().items()) and len(optimizers.state()) == 2 + 3 * 4
+
+
+def test_adamw_takes_everything_where_it_is_chosen():
+    optimizers = Optimizers(Toy(), .02, "adamw", weight_decay=.3, lr_scales=dict(guidance=.1))
+    assert [type(optimizer).__name__ for optimizer in optimizers.all] == ["AdamW"] and not optimizers.flat
+    assert [(group["scale"], group["weight_decay"], len(group["params"])) for group in optimizers.all[0].param_groups] == [(.1, .3, 2), (1., .3, 2)]
+    with pytest.raises(ValueError, match="`kind` has to be 'muon' or 'adamw' but is 'sgd'"): Optimizers(Toy(), .01, "sgd")
+
+
+def test_parts_of_parameters(start):
+    pipe = KiwiEditPipeline.from_pretrained(start)
+    for name in ("language_model", "vision", "connector", "ref_connector", "image_queries", "transformer"):
+        assert {part_of(key) for key in part_parameters(pipe, name)} == {name}
+    assert part_of("vae.decoder.conv_in.weight") == "decoder" and part_of("vae.encoder.conv_in.weight") == "vae" and part_of("layer.weight") == "layer"
+
+
+# the data of a step
 
 
 def test_an_error_in_the_data_reaches_the_caller(tmp_path):
-    layer = torch.nn.Linear(2, 1)
-    def batch(step):
-        if step == 2: raise OSError("no such clip")
-        return torch.ones(1, 2)
-    with pytest.raises(OSError, match="no such clip"): fit({"layer": layer}, lambda x, step: (layer(x).mean(), {}), batch, tmp_path, steps=9, progress=False)
+    def batches(number, part, parts):
+        if number == 2: raise OSError("no such clip")
+        return toy_batch(number)
+    with pytest.raises(OSError, match="no such clip"): run_toy(tmp_path, batches=batches)
+    assert [row["step"] for row in read_log(tmp_path / "log.jsonl")] == [1, 2]
 
 
-def test_checkpoint_of_other_parameters_is_refused(tmp_path):
-    small, large = torch.nn.Linear(2, 1, bias=False), torch.nn.Linear(2, 1)
-    save_state(tmp_path / "last", {"layer": small}, [], dict(step=1))
-    with pytest.raises(ValueError, match="bias"): load_state(tmp_path / "last", {"layer": large})
-    assert load_state(tmp_path / "none", {"layer": small}) is None
+def test_batches_are_made_ahead_until_the_loop_ends():
+    made = []
+    batches = Prefetch(lambda number: made.append(number) or number, 5)
+    assert [batches.get() for _ in range(3)] == [5, 6, 7]
+    batches.close()
+    time.sleep(.05)
+    count = len(made)
+    time.sleep(.05)
+    assert made == list(range(5, 5 + count)) and count <= 3 + 2 + 2
 
 
-def test_a_kill_between_the_renames_loses_nothing(tmp_path):
-    layer = torch.nn.Linear(2, 1)
-    save_state(tmp_path / "last", {"layer": layer}, [], dict(step=7))
-    (tmp_path / "last").rename(tmp_path / "last.old")
-    assert load_state(tmp_path / "last", {"layer": layer}) == dict(step=7)
+@pytest.mark.parametrize("error", [ZeroDivisionError, None])
+def test_a_loop_leaves_no_thread_behind(tmp_path, monkeypatch, error):
+    made = []
+    class Watched(Prefetch):
+        def close(self): super().close(); made.append(self)
+    monkeypatch.setattr(kiwi_edit.training, "Prefetch", Watched)
+    def on_step(record):
+        if error: raise error
+    with pytest.raises(error) if error else contextlib.nullcontext(): run_toy(tmp_path, on_step=on_step, steps=2)
+    assert len(made) == 1 and made[0].stop
 
 
-def test_learning_rate_warms_up_and_falls_to_its_floor():
-    rates = [learning_rate(p / 100, .1, .05) for p in range(101)]
-    assert rates[0] < .02 and np.argmax(rates) == 10 and rates[10] == pytest.approx(1) and rates[-1] == pytest.approx(.05)
-    assert all(b <= a + 1e-12 for a, b in zip(rates[10:], rates[11:]))
+# what goes wrong
 
 
-def test_muon_moves_every_matrix_and_adamw_the_rest():
-    module = torch.nn.Sequential(torch.nn.Conv3d(2, 3, 3), torch.nn.LayerNorm(4), torch.nn.Linear(4, 5))
-    before = copy.deepcopy(module.state_dict())
-    optimizers = Optimizers({"m": module}, .01)
-    assert [type(o).__name__ for o in optimizers.all] == ["Muon", "AdamW"] and len(optimizers.flat) == 2
-    for p in module.parameters(): p.grad = torch.randn_like(p)
-    optimizers.step(1.)
-    assert all(not torch.equal(before[k], v) for k, v in module.state_dict().items())
-    assert all(p.grad is None for p in module.parameters())
-    with pytest.raises(ValueError, match="kind"): Optimizers({"m": module}, .01, kind="sgd")
+class Trap(Toy):
+    "Goes wrong at a batch."
+    def __init__(self, at, factor): super().__init__(0.); self.at, self.factor = at, factor
+    def forward(self, batch):
+        losses, numbers = super().forward(batch)
+        return losses * (self.factor if f"{self.at}/0" in batch.ids else 1), numbers
 
 
-# the autoencoder
+@pytest.mark.parametrize("factor", [math.nan, math.inf, 1e4])
+def test_a_loss_that_runs_away_stops_the_run_and_names_its_samples(tmp_path, factor):
+    kept = []
+    with pytest.raises(FloatingPointError) as caught:
+        run_toy(tmp_path, Trap(112, factor), steps=100, accumulation=2, save_every=-1, on_step=lambda record: kept.append(record["step"]), keep=1)
+    said = str(caught.value)
+    assert "at step 56 of stage 'toy'" in said and "112/0, 112/1" in said and "113/7" in said and "111/" not in said and "114/" not in said
+    assert kept[-1] == 56 and load_checkpoint(tmp_path / "checkpoints")[1]["step"] == 56
+    assert all(p.isfinite().all() for p in load_checkpoint(tmp_path / "checkpoints")[0]["weights"].values())
 
 
-def test_fast_images_gives_the_same_and_leaves_no_trace():
-    vae = AutoencoderKLWan(**preset("tiny").vae)
-    pixels = torch.rand(2, 3, 1, 32, 32) * 2 - 1
-    plain = vae(pixels).sample
-    with fast_images(vae):
-        fast = vae(pixels).sample
-        clip = vae.encode(torch.zeros(1, 3, 5, 32, 32)).latent_dist.mean
-    assert torch.allclose(plain, fast, atol=1e-5) and clip.shape == (1, 48, 2, 4, 4)
-    assert not any("forward" in vars(m) for m in vae.modules())
+def test_a_first_loss_may_be_large(tmp_path): run_toy(tmp_path, Trap(3, 100.), steps=5)
 
 
-def test_motion_training_leaves_single_frames_alone_to_the_bit(tmp_path):
-    vae = AutoencoderKLWan(**preset("tiny").vae)
-    initialize_autoencoder(vae)
-    frame, clip = autoencoder_batch(0, 2, 1, 32), autoencoder_batch(0, 2, 5, 32)
-    before = [vae.encode(x).latent_dist.mean.detach() for x in (frame, clip)]
-    train_motion_only(vae)
-    fit({"vae": vae}, lambda x, step: autoencoder_loss(vae, x), lambda step: clip, tmp_path, steps=3, lr=1e-2, weight_decay=0., progress=False)
-    after = [vae.encode(x).latent_dist.mean.detach() for x in (frame, clip)]
-    assert torch.equal(before[0], after[0]) and not torch.allclose(before[1], after[1], atol=1e-4)
+# the stages of a model
 
 
-def test_autoencoder_batches_are_a_function_of_the_step():
-    assert torch.equal(autoencoder_batch(3, 4, 1, 32), autoencoder_batch(3, 4, 1, 32))
-    assert not torch.equal(autoencoder_batch(3, 4, 1, 32), autoencoder_batch(4, 4, 1, 32))
-    assert autoencoder_batch(0, 2, 5, 32).shape == (2, 3, 5, 32, 32)
+@pytest.fixture
+def pipe(start): return KiwiEditPipeline.from_pretrained(start)
 
 
-def test_measured_latents_are_standard_normal_afterwards():
-    vae = AutoencoderKLWan(**preset("tiny").vae)
-    initialize_autoencoder(vae)
-    measure_latents(vae, batches=2, num_frames=1)
-    latents = torch.cat([vae.encode(autoencoder_batch(10_000_000 + i, 8, 1)).latent_dist.mode() for i in range(2)]).detach()
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
-    normal = (latents - mean) / std
-    assert normal.mean().abs() < 1e-3 and (normal.std() - 1).abs() < 1e-2
+def gradients(pipe, item, autocast):
+    "Loss of a batch, gradients, and how often each block has run."
+    model, counts = FlowMatching(pipe, autocast=autocast).train(), {"transformer": 0, "language_model": 0}
+    def count(name): return lambda *_: counts.update({name: counts[name] + 1})
+    hooks = [block.register_forward_pre_hook(count(name)) for name, block in (("transformer", pipe.transformer.blocks[0].attn1), ("language_model", pipe.mllm.model.language_model.layers[0].mlp))]
+    model.zero_grad()
+    losses, _ = model(item)
+    losses.mean().backward()
+    for hook in hooks: hook.remove()
+    return losses.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, counts
 
 
-# the encoder
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+def test_checkpointing_changes_nothing_but_memory(pipe, tmp_path, lora, autocast):
+    stage = replace(WORLD, trains=("guidance", "transformer"), lora=EDITS.lora) if lora else WORLD
+    select(pipe, stage)
+    if lora: lively(pipe)
+    batches = with_dice(world_batches(pipe, stage, tmp_path, progress=False), pipe, stage)
+    modes = set()
+    for number in range(3):
+        item = batches(number, 0, 1)
+        modes |= set(item[0].inputs.modes)
+        select(pipe, replace(stage, checkpointing=()))
+        losses, plain, counts = gradients(pipe, item, autocast)
+        assert counts == dict(transformer=1, language_model=1) and any("language_model" in name for name in plain) and any("transformer" in name for name in plain)
+        select(pipe, replace(stage, checkpointing=("transformer", "language_model")))
+        again, kept, counts = gradients(pipe, item, autocast)
+        assert counts == dict(transformer=2, language_model=2)
+        assert torch.equal(losses, again) and plain.keys() == kept.keys()
+        assert not [name for name in plain if not torch.allclose(plain[name], kept[name], rtol=1e-5, atol=1e-7)]
+    assert modes == {"image", "ref"}
 
 
-def test_descriptions_are_graded_on_the_answer_alone(pipe):
-    inputs, answer = description_batch(pipe.processor, pipe.guidance.config, 1, batch_size=3)
-    said = pipe.processor.tokenizer.decode(inputs.input_ids[0][answer[0]])
-    assert said.startswith("Before: ") and "After: " in said and said.endswith("<|im_end|>\n")
-    loss, numbers = description_loss(pipe.mllm, pipe.guidance.config, (inputs, answer))
-    assert 5 < loss < 9 and numbers["accuracy"] < .2
+def lively(pipe):
+    "LoRA layers start by adding nothing; afterwards these add something."
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for module in (pipe.mllm, pipe.transformer):
+            for name, p in module.named_parameters():
+                if "lora_B" in name: p.copy_(.1 * torch.randn_like(p))
 
 
-# the denoiser
+def weights(pipe): return {f"{name}.{key}": value for name in ("vae", "mllm", "guidance", "transformer") for key, value in getattr(pipe, name).state_dict().items()}
 
 
-def test_cache_is_read_back_and_changes_with_weights_and_settings(pipe, tmp_path):
-    bucket = Bucket(dict(add=1.), num_frames=1, height=32, width=32, samples=3)
-    first = build_cache(pipe, bucket, tmp_path, 1000, progress=False)
-    files = list(tmp_path.iterdir())
-    again = build_cache(pipe, bucket, tmp_path, 1000, progress=False)
-    assert all(torch.equal(first[k], again[k]) for k in first) and list(tmp_path.iterdir()) == files
-    name = fingerprint(pipe, bucket, 1000)
-    assert name == fingerprint(pipe, replace(bucket, weight=.3, batch_size=2), 1000)  # how it is read does not matter
-    assert len({name, fingerprint(pipe, replace(bucket, samples=4), 1000), fingerprint(pipe, bucket, 1001), fingerprint(pipe, replace(bucket, num_frames=5), 1000)}) == 4
-    with torch.no_grad(): pipe.vae.quant_conv.bias[0] += 1
-    assert fingerprint(pipe, bucket, 1000) != name
-    with torch.no_grad(): pipe.vae.quant_conv.bias[0] -= 1
+@torch.no_grad()
+def test_merged_layers_give_the_same(pipe, tmp_path):
+    before = weights(pipe).keys()
+    for part, lora in (("transformer", Lora(3, ("to_q", "ffn.net.2"))), ("mllm", Lora(4, ("q_proj", "o_proj")))): add_lora(getattr(pipe, part), lora)
+    item = with_dice(world_batches(pipe, WORLD, tmp_path, progress=False), pipe, WORLD)(0, 0, 1)
+    plain = FlowMatching(pipe)(item)[0]
+    lively(pipe)
+    beside, _ = FlowMatching(pipe)(item)
+    assert (plain / beside - 1).abs().min() > 1e-4
+    merge_lora(pipe)
+    assert torch.allclose(FlowMatching(pipe)(item)[0], beside, rtol=1e-5) and weights(pipe).keys() == before
+    pipe.save_pretrained(tmp_path / "saved")
+    assert torch.allclose(FlowMatching(KiwiEditPipeline.from_pretrained(tmp_path / "saved"))(item)[0], beside, rtol=1e-5)
 
 
-def test_cached_and_direct_loss_agree(pipe, cache):
-    import PIL.Image
-    from kiwi_edit.encoder import collate_inputs, encode_context
-    from kiwi_edit.world import World
-    bucket, tensors = cache
-    batch = batch_of(pipe, cache)
-    with torch.no_grad(): cached = encode_context(pipe.mllm, pipe.guidance, batch.inputs, batch.vision)[0]
-    rng, world = np.random.default_rng(1000), World(32, 32, 1)
-    samples = [world.sample(1000 + i, list(bucket.tasks)[rng.choice(2, p=(.5, .5))]) for i in range(8)]
-    rows = [int((tensors["source"] == s.half()).flatten(1).all(1).nonzero()[0]) for s in batch.source]
-    inputs = collate_inputs([prepare_sample(pipe.processor, pipe.guidance.config, samples[i].instruction, samples[i].source, [PIL.Image.fromarray(samples[i].reference)]) for i in rows])
-    with torch.no_grad(): direct = encode_context(pipe.mllm, pipe.guidance, inputs)[0]
-    assert torch.allclose(cached, direct, atol=2e-2 * direct.abs().max())  # features are kept in half precision
-    assert batch.tasks == [samples[i].task for i in rows]
+def test_a_stage_with_lora_trains_its_layers_and_the_named_parts_alone(start, data, tmp_path):
+    stage = replace(EDITS, trains=("connector",), ema=0., steps=2)
+    run_stage(stage, tmp_path, start, data)
+    trained = load_checkpoint(tmp_path / "edits/checkpoints")[0]["weights"]
+    assert {part_of(name) for name in trained} == {"language_model", "connector"} and all("lora_" in name for name in trained if part_of(name) == "language_model")
+    before, after = (weights(KiwiEditPipeline.from_pretrained(folder)) for folder in (start, tmp_path / "model"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    layers = {f"mllm.{name.removeprefix('mllm.').split('.lora_')[0]}.weight" for name in trained if "lora_" in name}
+    assert changed == layers | {name for name in before if part_of(name) == "connector"} and len(layers) == 4
+    # again: it is finished, and its layers are not added twice
+    kept = {path: path.read_bytes() for path in (tmp_path / "model").rglob("*.safetensors")}
+    assert train(stage, tmp_path, start, data, device="cpu")["step"] == 2
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    with pytest.raises(ValueError, match="`folder` has to hold a model without stage 'edits'"): train(stage, tmp_path, start, data, device="cpu", steps=3)
 
 
-def test_loss_reaches_every_part_that_is_to_learn(pipe, cache):
-    parts = {name: PARTS[name](pipe) for name in ("language_model", "guidance", "transformer")}
-    for part in parts.values(): part.requires_grad_(True)
-    torch.manual_seed(0)
-    loss, numbers = flow_matching_loss(pipe, batch_of(pipe, cache))
-    loss.backward()
-    try:
-        assert 1 < loss < 3 and set(numbers) <= {f"loss/{task}" for task in TASKS}
-        silent = [f"{name}.{key}" for name, part in parts.items() for key, p in part.named_parameters() if p.grad is None or not p.grad.abs().sum()]
-        assert not [key for key in silent if not any(word in key for word in ("text_embedder", "image_queries", "video_queries", "embed_tokens"))], silent
-    finally:
-        for part in parts.values(): part.requires_grad_(False)
-        for p in (p for part in parts.values() for p in part.parameters()): p.grad = None
+def test_a_kill_before_the_model_is_in_place_is_made_up_for(start, data, tmp_path, monkeypatch):
+    stage = replace(EDITS, steps=2, accumulation=1)
+    run_stage(stage, tmp_path / "whole", start, data)
+    monkeypatch.setattr(kiwi_edit.training, "put_model", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError): run_stage(stage, tmp_path / "killed", start, data)
+    monkeypatch.undo()
+    assert run_stage(stage, tmp_path / "killed", start, data) == []
+    same_files(tmp_path / "killed", tmp_path / "whole")
 
 
-def test_a_stage_runs_resumes_and_is_published(tmp_path, monkeypatch):
-    stage = Stage("image", ("language_model", "guidance", "transformer"), minutes=5, lr=1e-3,
-                  buckets=(Bucket(dict(add=1.), num_frames=1, height=32, width=32, batch_size=2, samples=4),))
-    monkeypatch.setitem(STAGES, "image", stage)
-    assert train("image", tmp_path / "run", steps=2, progress=False, device="cpu")["step"] == 2
-    written = (tmp_path / "run/model/transformer/diffusion_pytorch_model.safetensors").read_bytes()
-    (tmp_path / "run/model").rename(tmp_path / "run/model.old")  # as a kill between the two renames leaves it
-    assert train("image", tmp_path / "run", steps=2, progress=False, device="cpu")["step"] == 2
-    assert (tmp_path / "run/model/transformer/diffusion_pytorch_model.safetensors").read_bytes() == written and not (tmp_path / "run/model.old").exists()
-    assert train("image", tmp_path / "run", steps=3, progress=False, device="cpu")["step"] == 3
-    assert len(list((tmp_path / "run/image").glob("strip-*.png"))) == 2 and set(json.loads((tmp_path / "run/image/validation.jsonl").read_text().splitlines()[0])) == {"step", *TASKS[:6]}
-    assert (tmp_path / "run/image/curve.png").stat().st_size > 5000
-    publish(tmp_path / "run", tmp_path / "shipped")
-    from kiwi_edit.pipeline import KiwiEditPipeline
-    whole, shipped = (KiwiEditPipeline.from_pretrained(tmp_path / folder) for folder in ("run/model", "shipped"))
-    for a, b in zip(whole.transformer.parameters(), shipped.transformer.parameters()): assert torch.allclose(a, b, atol=1e-3)
-    assert "_name_or_path" not in (tmp_path / "shipped/model_index.json").read_text()
-    assert (tmp_path / "shipped/training/image.jsonl").exists()
+def test_a_kill_between_the_renames_loses_nothing(pipe, tmp_path):
+    put_model(pipe, tmp_path / "model")
+    (tmp_path / "model.new").mkdir()
+    (tmp_path / "model").rename(tmp_path / "model.old")
+    assert find_model(tmp_path) == tmp_path / "model" and KiwiEditPipeline.from_pretrained(tmp_path / "model")
+    put_model(pipe, tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"] and find_model(tmp_path / "nothing") is None
 
 
-def test_unknown_stage_is_named(tmp_path):
-    with pytest.raises(ValueError, match="stage.*'stage-9'"): train("stage-9", tmp_path)
-    assert not list(tmp_path.iterdir())
+def test_cached_and_online_training_are_the_same_to_the_bit(start, data, tmp_path):
+    stage = replace(EDITS, steps=3)
+    online, cached = run_stage(stage, tmp_path / "online", start, data), run_stage(stage, tmp_path / "cached", start, data, cache=tmp_path / "cache")
+    assert by_step(online) == by_step(cached) and len(list((tmp_path / "cache").glob("*/*/index.json"))) == 2
+    same_files(tmp_path / "online", tmp_path / "cached")
+    assert {key for record in online for key in record if key.startswith("loss/") and "-" not in key} == {"loss/image", "loss/ref", "loss/add", "loss/subject"}
+
+
+def test_sources_take_turns_and_processes_share_them(pipe, data):
+    stage = replace(EDITS, batch_size=2)
+    batches = file_batches(pipe, stage, data, parts=3, progress=False)
+    assert [batches(number).inputs.modes for number in range(3)] == [["image"] * 6, ["ref"] * 6, ["image"] * 6]
+    shares = [batches(1, part, 3).ids for part in range(3)]
+    assert sorted(sum(shares, [])) == sorted(batches(1).ids) and [len(share) for share in shares] == [2, 2, 2]
+    weighted = file_batches(pipe, replace(stage, alternation="weighted", shares=(0., 1.)), data, progress=False)
+    assert {weighted(number).inputs.modes[0] for number in range(4)} == {"ref"}
+
+
+def test_a_stage_in_bfloat16(start, data, tmp_path, monkeypatch):
+    formats = set()
+    def watched(model, *more):
+        formats.update(buffer.dtype for buffer in model.buffers())
+        return fit(model, *more)
+    monkeypatch.setattr(kiwi_edit.training, "fit", watched)
+    stage = replace(EDITS, dtype="bfloat16", optimizer="adamw", steps=2, trains=("guidance", "transformer"), lora={}, schedule="constant", warmup=0.)
+    records = run_stage(stage, tmp_path, start, data)
+    files, _ = load_checkpoint(tmp_path / "edits/checkpoints")
+    assert {value.dtype for value in files["weights"].values()} == {torch.bfloat16} and {value.dtype for value in files["average"].values()} == {torch.float32}
+    assert all(math.isfinite(record["loss"]) for record in records)
+    exact = run_stage(replace(stage, dtype="float32"), tmp_path / "exact", start, data)
+    assert [record["loss"] for record in records] == pytest.approx([record["loss"] for record in exact], rel=.02)
+    assert formats == {torch.float32}  # tables of positions
+    assert {value.dtype for path in (tmp_path / "model").rglob("*.safetensors") for value in load_file(path).values()} == {torch.bfloat16}
+
+
+def test_a_stage_of_the_world_is_logged_looked_at_and_published(start, tmp_path):
+    asked = []
+    def evaluate(pipe):
+        asked.append(pipe.transformer.training)
+        return dict(score=.5)
+    records = run_stage(WORLD, tmp_path / "run", start, evaluate=evaluate, steps=4)
+    assert len(records) == 4 and asked == [False]
+    for record in records:
+        assert {"step", "loss", "grad_norm", "lr", "seconds", "samples_per_second", "tokens_per_second", "memory_gb", "flops_use"} <= record.keys()
+        mode, task = ("image", "add") if "loss/image" in record else ("ref", "subject")
+        assert {f"loss/{mode}", f"loss/{task}"} < record.keys() and any(key in record for key in ("loss/0-0.25", "loss/0.25-0.5", "loss/0.5-0.75", "loss/0.75-1"))
+        assert {"grad_norm/language_model", "grad_norm/transformer", "grad_norm/connector", f"grad_norm/{mode}_queries"} <= record.keys() and record[f"grad_norm/{mode}_queries"] > 0
+        tokens = 2 * 4 * 4 * (2 if mode == "ref" else 1)
+        assert record["tokens_per_second"] / record["samples_per_second"] == pytest.approx(tokens / 2) and record["memory_gb"] > .1 and 0 < record["flops_use"] < 1
+    assert {"loss/image", "loss/ref"} < {key for record in records for key in record}
+    home = tmp_path / "run/world"
+    assert [path.name for path in home.glob("strip-*.png")] == ["strip-000004.png"] and (home / "curve.png").stat().st_size > 5000
+    assert [row.keys() for row in read_log(home / "validation.jsonl")] == [{"step", "add", "subject", "score"}]
+    # further on, from where it ended
+    more = run_stage(WORLD, tmp_path / "run", start, steps=5)
+    assert [record["step"] for record in more] == [5] and [row["step"] for row in read_log(home / "log.jsonl")] == [1, 2, 3, 4, 5]
+    publish(tmp_path / "run", tmp_path / "shipped", points=2)
+    whole, shipped = (weights(KiwiEditPipeline.from_pretrained(tmp_path / folder)) for folder in ("run/model", "shipped"))
+    assert all(torch.allclose(value, shipped[key].to(value.dtype), atol=2e-3) for key, value in whole.items())
+    assert all("_name_or_path" not in config.read_text() for config in (tmp_path / "shipped").rglob("*.json"))
+    assert len(read_log(tmp_path / "shipped/training/world.jsonl")) == 3 and (tmp_path / "shipped/training/world-validation.jsonl").exists()
+
+
+def test_a_stage_of_files_is_evaluated_too(start, data, tmp_path):
+    run_stage(replace(EDITS, steps=1, accumulation=1), tmp_path, start, data, evaluate=lambda pipe: dict(score=.25))
+    assert read_log(tmp_path / "edits/validation.jsonl") == [dict(step=1, score=.25)]
+
+
+def test_the_samples_of_a_model_that_breaks_are_named(pipe, tmp_path):
+    select(pipe, WORLD)
+    batches = with_dice(world_batches(pipe, WORLD, tmp_path / "cache", progress=False), pipe, WORLD)
+    with torch.no_grad(): pipe.transformer.proj_out.bias[0] = math.nan
+    with pytest.raises(FloatingPointError, match=", ".join(batches(0, 0, 1)[0].ids)): fit(FlowMatching(pipe), batches, tmp_path / "run", WORLD, progress=False, accelerator=make_accelerator(device="cpu"))
+    assert not checkpoints(tmp_path / "run/checkpoints")
+
+
+# what is refused before anything is loaded
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch):
+    for name in ("make_accelerator", "start_model", "KiwiEditPipeline"): monkeypatch.setattr(kiwi_edit.training, name, None)
+
+
+def test_stages_that_cannot_start_say_so_first(tmp_path, data, nothing_is_loaded):
+    mix = find_stage("wan2.2-5b", "stage2-600")
+    write_metadata(tmp_path / "empty.csv", [dict(src_video="a", tgt_video="b", prompt="c")])
+    (tmp_path / "empty.csv").write_text("src_video,tgt_video,prompt\n")
+    (tmp_path / "lacking.csv").write_text("src_video,prompt\na,b\n")
+    for stage, options, said in (
+        ("stage-9", {}, "stage.*'stage-9'.*autoencoder-image, "),
+        (find_stage("wan2.1-14b", "stage2-600"), dict(data=data), "`steps` has to be given for stage 'stage2-600'"),
+        (mix, {}, "`data` has to name a metadata file for image, video of stage 'stage2-600' but names none"),
+        (mix, dict(data=data), "`data` has to name .*image, video.* but names image, ref"),
+        (mix, dict(data=dict(image=data["image"], video=str(tmp_path / "empty.csv"))), "`metadata` has to hold at least one row"),
+        (mix, dict(data=dict(image=data["image"], video=str(tmp_path / "lacking.csv"))), "lacks tgt_video"),
+    ):
+        with pytest.raises(ValueError, match=said): train(stage, tmp_path / "run", **options)
+    with pytest.raises(FileNotFoundError, match="`metadata` has to be an existing file"): train(mix, tmp_path / "run", data=dict(image=data["image"], video="none.csv"))
+    assert not (tmp_path / "run").exists()
+
+
+# eyes on it
+
+
+def test_a_tracker_is_told_every_step(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    records = run_toy(tmp_path, steps=4, trackers=("tensorboard",))
+    found = events.EventAccumulator(str(next(tmp_path.rglob("events.out.tfevents.*")).parent)).Reload()
+    assert {"loss", "grad_norm", "grad_norm/guidance", "lr", "samples_per_second", "extra"} <= set(found.Tags()["scalars"])
+    assert [(event.step, event.value) for event in found.Scalars("loss")] == [(record["step"], pytest.approx(record["loss"])) for record in records]
+
+
+def test_a_tracker_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [])
+    with pytest.raises(ImportError, match="`trackers` have to be installed but of tensorboard only none is"): make_accelerator(device="cpu", trackers=("tensorboard",), folder=tmp_path)
+
+
+def test_logs_are_drawn_and_thinned(tmp_path):
+    records = run_toy(tmp_path, steps=9)
+    panels = draw_log(records, window=3).axes
+    assert [line.get_label() for line in panels[2].lines] == ["grad_norm", "guidance", "transformer"] and panels[0].get_yscale() == "log"
+    few = thin(records, 3)
+    assert [row["step"] for row in few] == [3, 6, 9] and few[0]["loss"] == pytest.approx(np.mean([record["loss"] for record in records[:3]]), abs=1e-4)
+    assert few[1].keys() == records[0].keys()
+
+
+def test_a_live_view_draws_what_it_has(tmp_path, monkeypatch):
+    shown = []
+    class Handle:
+        def update(self, html): shown.append(html.data)
+    monkeypatch.setattr(kiwi_edit.training, "display", lambda html, display_id: shown.append(html.data) or Handle())
+    view = LiveView(tmp_path, every=0)
+    for record in run_toy(tmp_path, steps=2): view(record)
+    (tmp_path / "strip-000002.png").write_bytes(b"strip")
+    view.draw()
+    assert [html.count("<img") for html in shown] == [1, 1, 2]
+
+
+def test_rates_of_work_do_not_depend_on_how_a_batch_is_split(tmp_path):
+    "Twice as many samples in a step are logged for two parts of it."
+    def half(number, part, parts): return toy_batch(number // 2, number % 2, 2)
+    for record in run_toy(tmp_path, batches=half, accumulation=2, steps=2): assert record["samples_per_second"] * 1e-9 < 8
