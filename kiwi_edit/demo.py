@@ -47,7 +47,7 @@ def describe(
         lines.append(f"**{Path(model).name}** edits the first **{limits.max_frames} frames** of a clip, or an image, at about **{side}x{side} pixels**, and enlarges the result to the size of yours.")
     if Path(model).name == "kiwi-edit-tiny":
         lines.append("It is small enough to travel with the kit and was trained on the kit's own drawn world: shapes before photographs and patterns. There it restyles, swaps backgrounds and "
-                     "removes shapes well, replaces them roughly, and recolours or adds them only now and then. On footage of the real world it does little beyond styles, and everything comes out soft.")
+                     "removes shapes well, adds, recolours and replaces them roughly, and reshapes them now and then. On footage of the real world it does little beyond styles, and everything comes out soft.")
     return "\n\n".join(lines)
 
 # %% ../nbs/50_demo.ipynb #a199d9fa

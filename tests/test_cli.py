@@ -352,7 +352,8 @@ def test_usage_errors_are_one_line_too(kiwi, clip):
     refused(kiwi("edit", clip, "-i", "x", "--nonsense"), "--nonsense", code=2)
     refused(kiwi("edti"), "edti", code=2)
     refused(kiwi("evaluate", "--tasks", "fly"), "--tasks has to be of", "'fly'")
-    refused(kiwi("train", "--stage", "fly"), "--stage has to be one of", "'fly'")
+    refused(kiwi("train", "--steps", "many"), "--steps", "many", code=2)
+    refused(kiwi("cache", "table.csv"), "--out", code=2)
 
 
 def test_faults_of_the_kit_keep_their_traceback(monkeypatch):
@@ -449,6 +450,307 @@ def test_a_lost_signal_stops_at_the_next_step():
                 report(i, 3, "editing")
                 steps.append(i)
     assert stop.value.code == 130 and steps == []
+
+
+# training
+
+
+def learning(name, **changes):
+    "A small stage of the tiny model's."
+    from kiwi_edit.curriculum import Stage
+
+    return Stage(name, ("guidance", "transformer"), 1e-3, **dict(steps=2, batch_size=2, clip=1.0) | changes)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    "Two stages that take seconds: one of the world, one of files."
+    from kiwi_edit import curriculum
+
+    buckets = curriculum.Bucket({"add": 1.0}, 1, 32, 32, 0.5, 2, 4), curriculum.Bucket({"subject": 1.0}, 5, 32, 32, 0.5, 2, 4)
+    lora = dict(language_model=curriculum.Lora(2, ("q_proj",)))
+    for stage in (learning("small", buckets=buckets), learning("files", mix=("image", "ref"), num_frames=5, max_pixels=1024, lora=lora), learning("later", mix=("ref",), num_frames=5, max_pixels=1024, steps=None)):
+        monkeypatch.setitem(curriculum.STAGES, stage.name, stage)
+
+
+@pytest.fixture(scope="session")
+def tables(tmp_path_factory):
+    "Metadata files: pictures, and references of which one row lacks its clip."
+    from kiwi_edit.dataset import WorldDataset, read_metadata, save_dataset, write_metadata
+
+    folder = tmp_path_factory.mktemp("data")
+    image = save_dataset(WorldDataset({"add": 1.0}, 1, 32, 32, samples=3), folder / "pictures", format="csv", progress=False)
+    ref = save_dataset(WorldDataset({"subject": 1.0}, 5, 32, 32, samples=3), folder / "references", format="csv", progress=False)
+    rows = read_metadata(ref)
+    write_metadata(ref, rows + [dict(rows[0], src_video="clips/lost.mp4")], overwrite=True)
+    for name, changes in dict(lost=dict(src_video="no.mp4"), short={}, plain=dict(ref_image="")).items():
+        write_metadata(folder / "references" / f"{name}.csv", [rows[0] | changes])
+    text = (folder / "references" / "short.csv").read_text().replace("tgt_video", "target")
+    (folder / "references" / "short.csv").write_text(text)
+    (folder / "references" / "none.csv").write_text("src_video,tgt_video,prompt\n")
+    return dict(image=image, ref=ref)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_train_runs_stages_one_after_the_other_from_what_cache_has_made(kiwi, small, tables, random_model, tmp_path):
+    data = [f"{mode}={path}" for mode, path in tables.items()]
+    caches, run = tmp_path / "caches", tmp_path / "run"
+    assert kiwi("cache", "--stage", "small", "--model", random_model, "--out", caches)[0] == 0
+    status, out, err = kiwi("cache", *data, "--stage", "files", "--model", random_model, "--out", caches)
+    assert status == 0 and "ref: 3 rows, 1 bad" in out and "image: 3 rows, 0 bad" in out and err.count("lost.mp4") == 1
+    made = {path: path.stat().st_mtime_ns for path in caches.rglob("*.safetensors")}
+    assert len(made) == 4
+    flags = [flag for text in data for flag in ("--data", text)]
+    command = ["train", "--stage", "small", "--stage", "files", *flags, "--cache", caches, "--out", run, "--track", "none", "--keep", 1]
+    status, out, err = kiwi(*command, "--start", random_model, "--seed", 3)
+    assert status == 0 and out == f"model: {run / 'model'}\n" and "stage small" in err and "stage files" in err
+    assert {path: path.stat().st_mtime_ns for path in caches.rglob("*.safetensors")} == made
+    assert [len(lines(run / name / "log.jsonl")) for name in ("small", "files")] == [2, 2]
+    assert list(json.loads((run / "model" / "stages.json").read_text())) == ["small", "files"]
+    assert "loss/ref" in lines(run / "files" / "log.jsonl")[1]
+    refused(kiwi(*command), "--out has to hold no run of stage 'small' unless --resume is given", "run")
+    before = (run / "model" / "stages.json").stat().st_mtime_ns
+    assert kiwi(*command, "--resume")[0] == 0 and (run / "model" / "stages.json").stat().st_mtime_ns == before
+    status, out, err = kiwi("train", *command[3:], "--resume", "--steps", 3)
+    assert status == 1 and err.startswith("stage files\nerror: --out has to hold a model without stage 'files', whose LoRA layers are merged")
+
+
+def test_cache_of_a_table_is_reused_split_and_pruned(kiwi, tables, random_model, tmp_path):
+    command = "cache", tables["ref"], "--model", random_model, "--out", tmp_path / "caches", "--num-frames", 1, "--dtype", "float32", "--max-pixels"
+    status, out, err = kiwi(*command, 1024, "--parts", "1/2")
+    assert status == 0 and "image: part 1 of 2 is done" in out and not list(tmp_path.rglob("index.json"))
+    assert kiwi(*command, 1024, "--parts", "2/2")[0] == 0
+    status, out, err = kiwi(*command, 1024, "--workers", 1)
+    assert "3 of 4 rows reused, 0 to compute, 1 bad" in err and "image: 3 rows, 1 bad" in out
+    first = list(tmp_path.rglob("rows-*"))
+    status, out, err = kiwi(*command, 400, "--prune")
+    assert "0 of 4 rows reused, 3 to compute" in err and re.search(r"image: 0\.\d MiB deleted", out)
+    assert not [path for path in first if path.exists()] and list(tmp_path.rglob("rows-*"))
+
+
+def test_dry_run_says_what_is_needed_and_loads_nothing(kiwi, small, monkeypatch, tmp_path):
+    from kiwi_edit import pipeline
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("from_pretrained", "to"):
+        monkeypatch.setattr(pipeline.KiwiEditPipeline, name, lambda *a, **k: pytest.fail("it was loaded"))
+    status, out, err = kiwi("train", "--stage", "small", "--dry-run", "--steps", 1800, "--seconds-per-step", 2, "--options")
+    assert status == 0 and "1,800 steps, 2 s each, 1.0 hours" in out and "matrix products" not in out
+    table = dict(re.findall(r"^\| ([^|]+?) +\| (.+) \|$", out, re.M))
+    assert re.fullmatch(r"[\d,]+ +\| [1-9]\d*,\d{3}", table["transformer"].strip()) and table["vae"].startswith("0 ")
+    choices = {name: [float(x) for x in row.split("|")] for name, row in table.items() if name in ("as above", "online", "checkpointing of both networks", "optimizer in the host's memory")}
+    assert len(choices) == 4 and all(abs(sum(row[:4]) - row[4]) < 0.03 for row in choices.values())
+    assert choices["checkpointing of both networks"][3] < choices["as above"][3] and choices["optimizer in the host's memory"][2] == 0 < choices["as above"][2]
+    assert choices["online"][0] > choices["as above"][0]
+    status, out, err = kiwi("train", "--stage", "encoder", "--dry-run")
+    assert "TFLOP/s" in out and "15 minutes on two CPU cores" in out
+    assert not list(tmp_path.iterdir())
+
+
+REF = "--data", "ref={ref}"
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--stage", "fly"], ["--stage has to be a stage of tiny", "'fly'", "encoder"]),
+    (["--preset", "huge"], ["--preset has to be one of tiny", "'huge'"]),
+    (["--preset", "wan2.2-5b"], ["--stage has to be given for wan2.2-5b", "stage3-mix"]),
+    (["--preset", "wan2.1-14b", "--stage", "stage2-600"], ["--steps has to be given for stage 'stage2-600' of wan2.1-14b"]),
+    (["--steps", "0"], ["--steps has to be above 0", "0"]),
+    (["--minutes", "nan"], ["--minutes has to be above 0", "nan"]),
+    (["--keep", "0"], ["--keep has to be above 0"]),
+    (["--seed", "-1"], ["--seed has to be 0 or more", "-1"]),
+    (["--track", "paper"], ["--track has to be", "'paper'"]),
+    (["--device", "tpu"], ["--device has to be", "'tpu'"]),
+    (["--options"], ["--options has to come with --dry-run"]),
+    (["--seconds-per-step", "3"], ["--seconds-per-step has to come with --dry-run"]),
+    (["--stage", "later", "--steps", "1", "--data", "ref"], ["--data has to be MODE=METADATA", "'ref'"]),
+    (["--stage", "later", "--steps", "1", "--data", "sound={ref}"], ["--data has to be MODE=METADATA", "image, video, ref"]),
+    (["--stage", "later", "--steps", "1", *REF, *REF], ["--data has to name one file", "two for ref"]),
+    (["--stage", "encoder", *REF], ["--data has to be left out", "ref"]),
+    (["--stage", "later", "--steps", "1"], ["--data has to name a metadata file for ref but names none"]),
+    (["--stage", "files", *REF], ["--data has to name a metadata file for image, ref but names ref"]),
+    (["--stage", "later", "--steps", "1", "--data", "ref={folder}/gone.csv"], ["--data has to be an existing file", "gone.csv"]),
+    (["--stage", "later", "--steps", "1", "--data", "ref={folder}/short.csv"], ["--data has to have the columns", "lacks tgt_video"]),
+    (["--stage", "later", "--steps", "1", "--data", "ref={folder}/none.csv"], ["--data has to hold at least one row"]),
+    (["--stage", "later", "--steps", "1", "--data", "ref={folder}/lost.csv"], ["--data of ref has to have a good row", "lost.csv row 0"]),
+    (["--stage", "later", "--steps", "1", "--data", "ref={folder}/plain.csv"], ["--data of ref has to have a reference", "plain.csv row 0 has none"]),
+    (["--stage", "files", *REF, "--data", "image={ref}"], ["--data of image has to have no references", "row 0 has one"]),
+    (["--stage", "later", *REF], ["--steps has to be given for stage 'later'"]),
+    (["--stage", "encoder", "--out", "{ref}"], ["--out has to be a folder", "metadata.csv"]),
+    (["--stage", "encoder", "--start", "nowhere"], ["--start has to be a model", "'nowhere'"]),
+    (["--stage", "encoder", "--start", "{folder}"], ["--start has to be a model folder"]),
+])
+def test_wrong_training_is_refused_before_weights_are_read(kiwi, small, tables, monkeypatch, tmp_path, arguments, words):
+    from kiwi_edit import pipeline
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline.KiwiEditPipeline, "from_pretrained", lambda *a, **k: pytest.fail("weights were read"))
+    arguments = [a.format(**tables, folder=tables["ref"].parent) for a in arguments]
+    refused(kiwi("train", *arguments), *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_places_and_processes_that_do_not_fit_are_refused(kiwi, small, tables, random_model, monkeypatch, tmp_path):
+    (tmp_path / "run").mkdir()
+    shutil.copytree(random_model, tmp_path / "run" / "model")
+    train = "train", "--stage", "small", "--out", tmp_path / "run"
+    refused(kiwi(*train, "--start", random_model), "--start has to be left out where --out holds a model", "random-tiny")
+    official = "train", "--preset", "wan2.2-5b", "--stage", "stage3-ref", "--data", f"ref={tables['ref']}", "--out"
+    refused(kiwi(*official, tmp_path / "new"), "--start has to be given for wan2.2-5b")
+    refused(kiwi(*official, tmp_path / "new", "--start", random_model), "--start has to be a model of the sizes of wan2.2-5b, with num_layers 30", "has 6")
+    refused(kiwi(*official, tmp_path / "run"), "--out has to be a model of the sizes of wan2.2-5b")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    refused(kiwi(*train), "--stage 'small' has batches of 2 samples", "3 processes")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    refused(kiwi("train", "--stage", "encoder", "--out", tmp_path / "run"), "--stage has to be one that AdamW trains", "'encoder'")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["model"] and not (tmp_path / "new").exists()
+
+
+def test_too_little_memory_is_said_first(kiwi, small, random_model, monkeypatch, tmp_path):
+    command = "train", "--stage", "small", "--start", random_model, "--out", tmp_path / "run"
+    for free, words in ((2e7, "activations 0 GB"), (8e7, "activations 0.")):  # weights, gradients and moments take 72 MB, activations 16
+        monkeypatch.setattr(cli, "free_memory", lambda device: int(free))
+        line = one_error("\n".join(part for part in re.split(r"[\r\n]+", kiwi(*command)[2]) if not part.startswith("dry run")))
+        assert line.startswith("error: free memory has to be at least") and "for stage 'small' of tiny" in line and words in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_free_memory_is_shared_by_the_processes_of_a_machine(monkeypatch):
+    import torch
+
+    alone = cli.free_memory(torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert 1e8 < alone and abs(4 * cli.free_memory(torch.device("cpu")) / alone - 1) < 0.2
+
+
+def test_a_stage_without_what_it_builds_on_warns_and_a_loss_that_is_no_number_is_one_line(kiwi, small, monkeypatch, tmp_path):
+    from kiwi_edit import training
+
+    def explode(*arguments, **options):
+        raise FloatingPointError("the loss is nan at step 3; its samples: a, b. The last checkpoint is kept.")
+
+    monkeypatch.setattr(training, "train", explode)
+    status, out, err = kiwi("train", "--stage", "image", "--out", tmp_path)
+    assert status == 1 and err.splitlines() == ["warning: stage image starts from a random model, without encoder, which it builds on", "stage image", "error: the loss is nan at step 3; its samples: a, b. The last checkpoint is kept."]
+    monkeypatch.setenv("RANK", "1")
+    status, out, err = kiwi("train", "--stage", "image", "--out", tmp_path)
+    assert status == 1 and err.startswith("error in process 1: the loss is nan") and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ([], ["DATA has to be one metadata file"]),
+    (["{ref}", "{ref}"], ["DATA has to be one metadata file", "2"]),
+    (["gone.csv"], ["DATA has to be an existing file", "gone.csv"]),
+    (["{folder}/short.csv"], ["DATA has to have the columns", "tgt_video"]),
+    (["{ref}", "--num-frames", "6"], ["--num-frames has to be 4k+1", "6"]),
+    (["{ref}", "--max-pixels", "9"], ["--max-pixels has to be at least", "9"]),
+    (["{ref}", "--dtype", "int8"], ["--dtype has to be", "'int8'"]),
+    (["{ref}", "--parts", "3/2"], ["--parts has to be I/N", "'3/2'"]),
+    (["{ref}", "--parts", "1/2", "--prune"], ["--prune has to be left to a run over all rows"]),
+    (["{ref}", "--workers", "-1"], ["--workers has to be 0 or more"]),
+    (["{ref}", "--model", "nowhere"], ["--model has to be a model", "'nowhere'"]),
+    (["{ref}", "--preset", "wan2.1-14b"], ["--model has to be given for wan2.1-14b"]),
+    (["{ref}", "--preset", "wan2.2-5b", "--model", "{model}"], ["--model has to be a model of the sizes of wan2.2-5b"]),
+    (["{ref}", "--stage", "small"], ["DATA has to be left out for stage 'small'"]),
+    (["{ref}", "--stage", "files"], ["DATA has to be MODE=METADATA"]),
+    (["video={ref}", "--stage", "files"], ["DATA has to be of image, ref for stage 'files' but is video"]),
+    (["image={ref}", "--stage", "files"], ["DATA of image has to have no references"]),
+    (["--stage", "files"], ["DATA has to be of image, ref for stage 'files' but is missing"]),
+    (["--stage", "encoder"], ["--stage has to be one that denoises", "'encoder'"]),
+    (["ref={ref}", "--stage", "later", "--max-pixels", "900"], ["--max-pixels has to be left to --stage"]),
+])
+def test_wrong_caches_are_refused_before_weights_are_read(kiwi, small, tables, random_model, monkeypatch, tmp_path, arguments, words):
+    from kiwi_edit import pipeline
+
+    monkeypatch.setattr(pipeline.KiwiEditPipeline, "from_pretrained", lambda *a, **k: pytest.fail("weights were read"))
+    arguments = [a.format(**tables, folder=tables["ref"].parent, model=random_model) for a in arguments]
+    refused(kiwi("cache", *arguments, "--out", tmp_path / "caches"), *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_cache_says_how_to_go_on(tmp_path, random_model):
+    command = [*COMMAND, "cache", "--stage", "image", "--model", str(random_model), "--out", str(tmp_path / "caches")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        seen = b""
+        while b"rows:" not in seen:
+            seen += os.read(process.stderr.fileno(), 4096) or pytest.fail(seen.decode())
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "error: interrupted; the same command goes on from here" in err.decode()
+    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} <= {".json", ".safetensors"}
+
+
+def test_trackers(monkeypatch):
+    import importlib.util
+
+    there = {"tensorboard"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in there or None)
+    assert cli.find_tracker(None) == cli.find_tracker("tensorboard") == ("tensorboard",) and cli.find_tracker("none") == ()
+    with pytest.raises(ImportError, match="`wandb` has to be installed"):
+        cli.find_tracker("wandb")
+    there.clear()
+    assert cli.find_tracker(None) == ()
+
+
+# accelerate's files
+
+CONFIGS = assets_dir() / "accelerate"
+
+
+@pytest.mark.parametrize("name", ["cpu-2", "gpu-1", "ddp", "fsdp2", "zero2", "zero3"])
+def test_accelerate_reads_its_files(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
+    text = (CONFIGS / f"{name}.yaml").read_text()
+    kinds = {"cpu-2": ("MULTI_GPU", 2), "gpu-1": ("NO", 1), "ddp": ("MULTI_GPU", 8), "fsdp2": ("FSDP", 8), "zero2": ("DEEPSPEED", 8), "zero3": ("DEEPSPEED", 8)}
+    assert (config.distributed_type.value, config.num_processes) == kinds[name] and config.num_machines == 1
+    assert config.use_cpu == (name == "cpu-2") and ("Untested" in text) == (name != "cpu-2")
+    header = " ".join(line.lstrip("# ").rstrip("\\ ") for line in text.splitlines() if line.startswith("#"))
+    shown = re.search(rf"accelerate launch --config_file assets/accelerate/{name}\.yaml -m kiwi_edit\.cli train (.*?)(?: [A-Z-][a-z]+ |$)", header)[1]
+    flags = dict(re.findall(r"(--preset|--stage) (\S+)", shown))
+    assert cli.choose_stages(flags.get("--preset", "tiny"), [flags["--stage"]])
+
+
+def test_sharding_wraps_layers_that_exist(random_model):
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    from kiwi_edit.pipeline import KiwiEditPipeline
+    from kiwi_edit.training import FlowMatching
+
+    config = {key.removeprefix("fsdp_"): value for key, value in load_config_from_file(str(CONFIGS / "fsdp2.yaml")).fsdp_config.items()}
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=config["version"], reshard_after_forward=config["reshard_after_forward"], state_dict_type=config["state_dict_type"],
+        auto_wrap_policy=config["auto_wrap_policy"], transformer_cls_names_to_wrap=config["transformer_layer_cls_to_wrap"].split(","))
+    model = FlowMatching(KiwiEditPipeline.from_pretrained(random_model))
+    plugin.set_auto_wrap_policy(model)
+    wrapped = [name for name, module in model.named_modules() if plugin.auto_wrap_policy(module=module, recurse=False, nonwrapped_numel=1)]
+    assert {name.rpartition(".")[0] for name in wrapped} == {"transformer.blocks", "mllm.model.language_model.layers"} and len(wrapped) == 6 + 4
+
+
+def test_deepspeed_files_are_the_official_recipe():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    from kiwi_edit.curriculum import find_stage
+
+    for name, preset, stage in (("zero2", "wan2.2-5b", "stage3-mix"), ("zero3", "wan2.1-14b", "stage2-720")):
+        config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
+        asked = find_stage(preset, stage).deepspeed
+        assert asked.items() <= config.deepspeed_config.items() and "gradient_accumulation_steps" not in config.deepspeed_config
+
+
+def test_two_processes_train_one_model_and_speak_once(tmp_path, random_model):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "cpu-2.yaml"), "-m", "kiwi_edit.cli"]
+    command = [*launch, "train", "--device", "cpu", "--stage", "encoder", "--steps", "1", "--start", str(random_model), "--out", str(tmp_path / "run"), "--track", "none"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"model: {tmp_path / 'run' / 'model'}\n" and done.stderr.count("stage encoder") == 1
+    assert len(lines(tmp_path / "run" / "encoder" / "log.jsonl")) == 1
 
 
 # samples and the bundled model

@@ -1,0 +1,193 @@
+"""The autoencoder and the encoder before anything is edited: their batches, their losses, and what a first model is made of."""
+import copy
+import math
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+
+import kiwi_edit.foundations
+from kiwi_edit.core import preset
+from kiwi_edit.curriculum import STAGES
+from kiwi_edit.encoder import make_tokenizer
+from kiwi_edit.foundations import (Description, Reconstruction, autoencoder_batch, description, description_batch, initialize_autoencoder, measure_latents,
+                                   start_model, train_motion_only, world_texts)
+from kiwi_edit.pipeline import KiwiEditPipeline
+from kiwi_edit.training import train
+from kiwi_edit.world import World
+
+
+@pytest.fixture(scope="module")
+def small():
+    "Sizes of a model with the kinds of layers that tiny has, and fewer of each."
+    sizes = preset("tiny")
+    sizes.transformer.update(num_layers=1, num_attention_heads=2, ffn_dim=96)
+    sizes.vae.update(base_dim=8, decoder_base_dim=8)
+    sizes.mllm["text_config"].update(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=96)
+    sizes.mllm["vision_config"].update(depth=2, hidden_size=32, num_heads=2, intermediate_size=48, out_hidden_size=64, fullatt_block_indexes=[1])
+    sizes.guidance.update(hidden_size=64, dim=64)
+    return sizes
+
+
+@pytest.fixture
+def vae(small):
+    torch.manual_seed(0)
+    model = AutoencoderKLWan(**small.vae)
+    initialize_autoencoder(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def pipe(small):
+    torch.manual_seed(0)
+    return KiwiEditPipeline.from_preset(small, make_tokenizer(world_texts(200), small.mllm["text_config"]["vocab_size"]))
+
+
+# the autoencoder
+
+
+def test_autoencoder_batches_are_a_function_of_the_step():
+    batch = autoencoder_batch(3, 4, 5, 32)
+    assert batch.shape == (4, 3, 5, 32, 32) and batch.min() >= -1 and batch.max() <= 1 and batch.std() > .2
+    assert torch.equal(batch, autoencoder_batch(3, 4, 5, 32))
+    for other in (autoencoder_batch(4, 4, 5, 32), autoencoder_batch(3, 4, 5, 32, seed=1)):
+        assert not any(torch.equal(a, b) for a in batch for b in other)
+    parts = [autoencoder_batch(3, 4, 5, 32, part=part, parts=2) for part in range(2)]
+    assert torch.equal(torch.stack(parts, 1).flatten(0, 1), batch)
+    assert (batch[1::2, :, 0] != batch[1::2, :, -1]).float().mean() > .5  # photographs under a moving camera
+
+
+@torch.no_grad()
+def test_a_fresh_autoencoder_sees_frames_one_by_one_and_has_little_noise(vae):
+    clip = autoencoder_batch(0, 2, 5, 32)
+    posterior = vae.encode(clip).latent_dist
+    assert posterior.std.max() < .1 and .2 < posterior.mean.std() < 5
+    still = clip[:, :, :1].expand(-1, -1, 5, -1, -1)
+    seen, frame = vae.encode(still.contiguous()).latent_dist.mean, vae.encode(clip[:, :, :1].contiguous()).latent_dist.mean
+    assert torch.allclose(seen[:, :, :1], frame, atol=1e-5)
+    for name, module in vae.named_modules():
+        if isinstance(module, torch.nn.Conv3d): assert not module.weight[:, :, :-1].any() and module.weight[:, :, -1].any(), name
+
+
+def test_reconstruction_is_graded_sample_by_sample(vae):
+    model, batch = Reconstruction(vae), autoencoder_batch(0, 3, 1, 32)
+    torch.manual_seed(0)
+    losses, numbers = model(batch)
+    assert losses.shape == (3,) and 0 < numbers["psnr"] < 30
+    torch.manual_seed(0)
+    with torch.no_grad():
+        posterior = vae.encode(batch).latent_dist
+        error = vae.decode(posterior.sample()).sample - batch
+    pull = .5 * (posterior.mean ** 2 + posterior.var - 1 - posterior.logvar).flatten(1).mean(1)
+    assert torch.allclose(losses, error.abs().flatten(1).mean(1) + 2 * error.square().flatten(1).mean(1) + 1e-4 * pull, rtol=1e-5)
+    assert numbers["psnr"] == pytest.approx(10 * math.log10(4 / error.square().mean()), rel=1e-4) and numbers["kl"] == pytest.approx(pull.mean().item(), rel=1e-4)
+
+
+def learn(model, batch, steps, lr=3e-3):
+    optimizer, losses = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.), []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(batch)[0].mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_an_autoencoder_learns(vae):
+    losses = learn(Reconstruction(vae), autoencoder_batch(0, 4, 1, 32), 12)
+    assert losses[-1] < .75 * losses[0]
+
+
+def test_motion_training_leaves_single_frames_alone_to_the_bit(vae):
+    frame, clip = autoencoder_batch(0, 2, 1, 32), autoencoder_batch(0, 2, 5, 32)
+    before = [vae.encode(x).latent_dist.mean.detach() for x in (frame, clip)]
+    decoded = vae.decode(before[0]).sample.detach()
+    train_motion_only(vae)
+    learn(Reconstruction(vae), clip, 3, lr=1e-2)
+    after = [vae.encode(x).latent_dist.mean.detach() for x in (frame, clip)]
+    assert torch.equal(before[0], after[0]) and torch.equal(before[1][:, :, :1], after[1][:, :, :1])
+    assert not torch.allclose(before[1][:, :, 1:], after[1][:, :, 1:], atol=1e-4) and not torch.allclose(decoded, vae.decode(after[0]).sample, atol=1e-4)
+
+
+def test_measured_latents_are_standard_normal_afterwards(vae):
+    measure_latents(vae, batches=2, num_frames=1)
+    with torch.no_grad(): latents = torch.cat([vae.encode(autoencoder_batch(10_000_000 + i, 8, 1)).latent_dist.mode() for i in range(2)])
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
+    normal = ((latents - mean) / std).transpose(0, 1).flatten(1)
+    assert normal.mean(1).abs().max() < 1e-3 and (normal.std(1) - 1).abs().max() < 1e-2
+
+
+# the encoder
+
+
+def test_a_description_says_what_was_and_what_is():
+    sample = World(32, 32, 1).sample(3, "change")
+    assert description(sample) == f"Before: {sample.source_caption}. After: {sample.caption}." and sample.source_caption != sample.caption
+
+
+def test_descriptions_are_graded_on_the_answer_alone(pipe):
+    inputs, answer = description_batch(pipe.processor, pipe.guidance.config, 1, batch_size=4)
+    decode, token = pipe.processor.tokenizer.decode, inputs.token_ids
+    assert answer.shape == inputs.input_ids.shape and len({int(row.sum()) for row in answer}) > 1
+    for ids, row, length in zip(inputs.input_ids, answer, inputs.lengths):
+        said, asked = decode(ids[row]), decode(ids[:length][~row[:length]])
+        assert said.startswith("Before: ") and "After: " in said and said.endswith("<|im_end|>\n")
+        assert asked.endswith("<|im_start|>assistant\n") and "Before: " not in asked
+        assert not row[length:].any() and not (ids == token["query"]).any() and (ids == token["image"]).any() | (ids == token["video"]).any()
+    assert (inputs.position_ids.max(0).values.gather(1, inputs.lengths[:, None] - 1) > inputs.lengths[:, None] // 4).all()
+    model = Description(pipe.mllm, pipe.guidance.config)
+    with torch.no_grad():
+        losses, numbers = model((inputs, answer))
+        changed = copy.deepcopy(inputs)
+        changed.input_ids[0, int(inputs.lengths[0]) - 2] = 5  # a word of the answer of the first
+        other, _ = model((changed, answer))
+    assert losses.shape == (4,) and abs(losses.mean() - math.log(1024)) < 1 and numbers["accuracy"] < .2
+    assert other[0] != losses[0] and torch.equal(other[1:], losses[1:])
+
+
+def test_description_batches_are_a_function_of_the_step_and_can_be_shared(pipe):
+    make = lambda step, **more: description_batch(pipe.processor, pipe.guidance.config, step, batch_size=4, **more)[0]
+    whole = make(1)
+    assert torch.equal(whole.input_ids, make(1).input_ids) and torch.equal(whole.pixel_values, make(1).pixel_values)
+    assert not torch.equal(whole.input_ids[0], make(2).input_ids[0][:whole.input_ids.shape[1]])
+    parts = [make(1, part=part, parts=2) for part in range(2)]
+    for i in range(4): assert torch.equal(parts[i % 2][i // 2].input_ids, whole[i].input_ids)
+    assert {grid[0] for grids in whole.grids for grid in grids} == {1} and max(grid[0] for grids in make(3).grids for grid in grids) > 1  # every third batch is of clips
+
+
+def test_an_encoder_learns_to_describe(pipe):
+    mllm = copy.deepcopy(pipe.mllm)
+    losses = learn(Description(mllm, pipe.guidance.config), description_batch(pipe.processor, pipe.guidance.config, 1, batch_size=4), 8)
+    assert losses[-1] < .8 * losses[0]
+
+
+# what a first model is made of
+
+
+def test_a_first_model_knows_the_words_of_the_world_and_follows_its_seed(monkeypatch):
+    seen = []
+    monkeypatch.setattr(kiwi_edit.foundations, "world_texts", lambda: seen.append(1) or world_texts(300))
+    torch.manual_seed(7)
+    a, b = start_model(), start_model()
+    assert len(seen) == 2 and all(torch.equal(value, b.transformer.state_dict()[key]) for key, value in a.transformer.state_dict().items())
+    assert not torch.equal(a.transformer.proj_out.weight, start_model(seed=1).transformer.proj_out.weight)
+    assert a.processor.tokenizer.tokenize("Add a red circle.") == ["Add", "Ġa", "Ġred", "Ġcircle", "."] and len(a.processor.tokenizer) <= 1024
+    weight = a.vae.encoder.conv_in.weight
+    assert not weight[:, :, :-1].any() and weight[:, :, -1].any()
+
+
+@pytest.mark.parametrize("name, part", [("autoencoder-image", "vae"), ("autoencoder-motion", "vae"), ("autoencoder-decoder", "vae.decoder"), ("encoder", "mllm")])
+def test_a_stage_trains_its_part_alone(pipe, name, part, tmp_path, monkeypatch):
+    pipe.save_pretrained(tmp_path / "start")
+    monkeypatch.setattr("kiwi_edit.training.autoencoder_batch", lambda step, size, frames, **more: autoencoder_batch(step, 2, frames, 32, **more))
+    monkeypatch.setattr("kiwi_edit.training.description_batch", lambda processor, config, step, **more: description_batch(processor, config, step, 2, **more))
+    monkeypatch.setattr("kiwi_edit.training.measure_latents", lambda vae: measure_latents(vae, batches=1))
+    records = []
+    assert train(name, tmp_path / "run", str(tmp_path / "start"), steps=2, device="cpu", progress=False, on_step=records.append)["step"] == 2
+    assert ("accuracy" if name == "encoder" else "psnr") in records[0] and records[0]["lr"] < STAGES[name].lr
+    before, after = (KiwiEditPipeline.from_pretrained(tmp_path / folder) for folder in ("start", "run/model"))
+    changed = {f"{module}.{key}" for module in ("vae", "mllm", "guidance", "transformer") for key, value in getattr(before, module).state_dict().items() if not torch.equal(value, getattr(after, module).state_dict()[key])}
+    assert changed and all(key.startswith(f"{part}.") for key in changed)
+    assert (before.vae.config.latents_std != after.vae.config.latents_std) == (name == "autoencoder-image")
+    if name == "autoencoder-motion": assert not any(key.startswith("vae.encoder") and key.endswith("bias") and "time_conv" not in key for key in changed)
