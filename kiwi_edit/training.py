@@ -10,7 +10,7 @@ __all__ = ['logger', 'training_table', 'draw_noise_levels', 'Dice', 'draw_noise'
            'draw_log', 'read_log', 'save_curve', 'LiveView', 'stage_data', 'world_batches', 'file_batches', 'with_dice',
            'cast_weights', 'merge_lora', 'put_model', 'find_model', 'find_stages', 'train', 'thin', 'publish']
 
-# %% ../nbs/31_training.ipynb #e375d46b
+# %% ../nbs/31_training.ipynb #94ea9002
 import base64, hashlib, io, json, logging, math, os, resource, shutil, sys, threading, time
 from collections import defaultdict
 from contextlib import closing, contextmanager, nullcontext, suppress
@@ -43,10 +43,10 @@ from .pipeline import KiwiEditPipeline, encode_frames, fit_reference, latent_sta
 from .video import replacing, save_film_strip
 from .world import EVAL_SEED, TASKS, World
 
-# %% ../nbs/31_training.ipynb #f65f9f9d
+# %% ../nbs/31_training.ipynb #2019ef05
 logger = logging.getLogger(__name__)
 
-# %% ../nbs/31_training.ipynb #97eb7fbd
+# %% ../nbs/31_training.ipynb #1c6ee999
 def _bell(timestep): return torch.exp(-2 * ((timestep - 500) / 1000) ** 2)
 
 def training_table(
@@ -59,7 +59,7 @@ def training_table(
     raised = _bell(1000 * sigmas) - _bell(1000 * sigmas).min()
     return sigmas, 1000 * sigmas, raised * (steps / raised.sum())
 
-# %% ../nbs/31_training.ipynb #cdedc4be
+# %% ../nbs/31_training.ipynb #fecbaf74
 def draw_noise_levels(
     options: Loss, # its `sampling` and `weighting`
     size: int, # of the batch, over all processes
@@ -81,7 +81,7 @@ def draw_noise_levels(
     lowest = _bell(timesteps).min()
     return sigma, (_bell(1000 * sigma) - lowest) * (len(sigmas) / (_bell(timesteps) - lowest).sum())
 
-# %% ../nbs/31_training.ipynb #5aa1c6cb
+# %% ../nbs/31_training.ipynb #b58c5e7b
 @dataclass
 class Dice:
     "What chance decides for the samples of a batch."
@@ -112,7 +112,7 @@ def draw_noise(
     noise = torch.stack([torch.from_numpy(rng.standard_normal(batch.target.shape[1:], np.float32)) for rng in own])
     return Dice(noise, *(values[list(indices)] for values in levels), torch.tensor([rng.random() < options.dropout for rng in own]))
 
-# %% ../nbs/31_training.ipynb #ea01644a
+# %% ../nbs/31_training.ipynb #fa4e9963
 @torch.no_grad()
 def edit_weights(
     kept: torch.Tensor, # (B, 1, f, h, w) share of each latent's pixels that the edit leaves alone
@@ -123,7 +123,7 @@ def edit_weights(
     weights = kept * (.5 / share).clamp(1 / balance, balance) + (1 - kept) * (.5 / (1 - share)).clamp(1 / balance, balance)
     return weights / weights.mean((1, 2, 3, 4), keepdim=True)
 
-# %% ../nbs/31_training.ipynb #39dc54b9
+# %% ../nbs/31_training.ipynb #6f14d94c
 def _without_instruction(row, suffix):
     "One sample's inputs without the tokens of its instruction; `suffix` tokens announce a reference."
     ids, token, mode = row.input_ids[0], row.token_ids, row.modes[0]
@@ -143,7 +143,7 @@ def drop_instructions(
     suffix = len(processor.tokenizer(REFERENCE_SUFFIX, add_special_tokens=False)["input_ids"])
     return collate_inputs([_without_instruction(inputs[i], suffix) if drop[i] else inputs[i] for i in range(len(inputs))])
 
-# %% ../nbs/31_training.ipynb #da03a3df
+# %% ../nbs/31_training.ipynb #15bb4bbb
 def pixel_metric(
     vae: AutoencoderKLWan,
     latents: torch.Tensor, # (N, z, f, h, w) normalised, of clips as the model will meet them; a few dozen
@@ -160,7 +160,7 @@ def pixel_metric(
         gram += (pulled.T @ pulled).cpu() / (pixels.numel() * len(latents))
     return gram
 
-# %% ../nbs/31_training.ipynb #29ec253d
+# %% ../nbs/31_training.ipynb #9ebd940c
 def metric_factor(
     gram: torch.Tensor, # (z, z) from `pixel_metric`
     share: float, # 0 the plain squared error, 1 the decoder's view alone
@@ -171,7 +171,7 @@ def metric_factor(
     values, vectors = torch.linalg.eigh((1 - share) * eye + share * gram.double() / gram.diagonal().double().mean())
     return (vectors * values.clamp(min=0).sqrt()).float()
 
-# %% ../nbs/31_training.ipynb #976bfb03
+# %% ../nbs/31_training.ipynb #e5282df1
 def flow_matching_loss(
     parts, # with `mllm`, `guidance` and `transformer`: a pipeline or `FlowMatching`
     batch: Batch,
@@ -192,7 +192,7 @@ def flow_matching_loss(
         loss = (seen.square() * edit_weights(batch.kept, balance)).mean((1, 2, 3, 4)) * dice.weight
     return loss, error.detach().square().mean((1, 2, 3, 4))
 
-# %% ../nbs/31_training.ipynb #852e0f2b
+# %% ../nbs/31_training.ipynb #6fad3755
 def split_losses(
     squared: torch.Tensor, # (B,) plain squared error of each sample
     sigma: torch.Tensor, # (B,) its noise level
@@ -207,7 +207,7 @@ def split_losses(
             if name: groups.setdefault(f"loss/{name}", []).append(value)
     return {name: sum(values) / len(values) for name, values in groups.items()}
 
-# %% ../nbs/31_training.ipynb #56820488
+# %% ../nbs/31_training.ipynb #d6c90149
 class FlowMatching(torch.nn.Module):
     "The parts that train, and their loss as the one thing that is called."
     def __init__(self,
@@ -236,7 +236,7 @@ class FlowMatching(torch.nn.Module):
         "Batches of one signature cost the same."
         return tuple(item[0].target.shape), item[0].reference is None
 
-# %% ../nbs/31_training.ipynb #51f669e8
+# %% ../nbs/31_training.ipynb #d5c79e37
 def part_of(
     name: str, # of a parameter
 ) -> str: # the part of the pipeline that it belongs to
@@ -297,7 +297,7 @@ class Optimizers:
             states[int(n)][int(index)][key] = _sharded_like(places[int(n)][int(index)], value) if value.ndim else value
         for optimizer, values in zip(self.all, states): optimizer.load_state_dict({"state": dict(values), "param_groups": optimizer.state_dict()["param_groups"]})
 
-# %% ../nbs/31_training.ipynb #3e6050a2
+# %% ../nbs/31_training.ipynb #c212a9b5
 def learning_rate(
     progress: float, # 0 to 1
     step: int = 0,
@@ -313,7 +313,7 @@ def learning_rate(
     else: factor = floor + (1 - floor) * .5 * (1 + math.cos(math.pi * min((progress - warmup) / (1 - warmup), 1)))
     return factor / 3 if lr_dip and step < 5 else factor
 
-# %% ../nbs/31_training.ipynb #6d904b38
+# %% ../nbs/31_training.ipynb #fd2f81a6
 def _whole(tensor): return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().contiguous()  # of a sharded tensor, all of it
 def _digest(path): return hashlib.file_digest(open(path, "rb"), "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
@@ -361,7 +361,7 @@ def load_checkpoint(
     if found := checkpoints(folder): raise ValueError(f"`folder` holds {len(found)} checkpoints of which none is whole: {folder}. Move them away to start afresh.")
     return None, None
 
-# %% ../nbs/31_training.ipynb #95fd2b69
+# %% ../nbs/31_training.ipynb #a95857b3
 class Prefetch:
     "Make the next batches in a thread while the current one trains."
     def __init__(self,
@@ -403,7 +403,7 @@ def trim_log(
     lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
     with replacing(path, overwrite=True) as fresh: Path(fresh).write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
 
-# %% ../nbs/31_training.ipynb #b515ed1d
+# %% ../nbs/31_training.ipynb #a6bb7f2e
 def measure_flops(
     device: str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
@@ -425,7 +425,7 @@ def peak_memory(
     if torch.device(device).type == "cuda": return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
-# %% ../nbs/31_training.ipynb #47bbc252
+# %% ../nbs/31_training.ipynb #362ab5bd
 def make_accelerator(
     accumulation: int = 1, # batches to a step
     device: str = "auto", # "cpu", "cuda", ...; where several processes were launched, each has its own
@@ -464,7 +464,7 @@ def _names(batch): # of its samples, where it knows them
     batch = batch[0] if isinstance(batch, (tuple, list)) else batch
     return list(map(str, getattr(batch, "ids", [])))
 
-# %% ../nbs/31_training.ipynb #023e0af7
+# %% ../nbs/31_training.ipynb #19e1f9aa
 def fit(
     model: torch.nn.Module, # its forward takes a batch and gives (losses (B,), dict of numbers to log); what has requires_grad is trained
     batch_fn, # (number, part, parts) -> that part of the batch; a pure function, so that a resumed run sees the same data
@@ -573,7 +573,7 @@ def fit(
         for name, value in average.items(): trained[name].copy_(value)
     return state
 
-# %% ../nbs/31_training.ipynb #58c8a65d
+# %% ../nbs/31_training.ipynb #877c81c2
 def validation_strip(
     pipe, # KiwiEditPipeline
     path, # PNG to write
@@ -599,7 +599,7 @@ def validation_strip(
     save_film_strip(path, rows, max_columns=7)
     return {task: sum(values) / len(values) for task, values in done.items()}
 
-# %% ../nbs/31_training.ipynb #30fc370e
+# %% ../nbs/31_training.ipynb #66d4912c
 def draw_log(
     records: list, # of log.jsonl
     window: int = 50, # steps that are averaged
@@ -634,7 +634,7 @@ def save_curve(
     "Draw what a stage has logged."
     with replacing(path, overwrite=True) as temporary: draw_log(read_log(log), window).savefig(temporary, format="png", dpi=80)
 
-# %% ../nbs/31_training.ipynb #a4190ab9
+# %% ../nbs/31_training.ipynb #cf151a18
 class LiveView:
     "Redraws a run's curves, and its newest validation strip, in the output of a notebook's cell."
     def __init__(self,
@@ -659,7 +659,7 @@ class LiveView:
         else: self.handle = display(shown, display_id=True)
         self.drawn = time.monotonic()
 
-# %% ../nbs/31_training.ipynb #de502415
+# %% ../nbs/31_training.ipynb #5f866ed3
 def stage_data(
     stage: Stage,
     data: dict | None = None, # mode -> metadata file, for a stage that has a mix of modes
@@ -715,7 +715,7 @@ def with_dice(
         return replace(batch, inputs=drop_instructions(batch.inputs, dice.drop, pipe.processor)), dice
     return make
 
-# %% ../nbs/31_training.ipynb #f823e8c0
+# %% ../nbs/31_training.ipynb #3eef75c8
 def cast_weights(
     pipe, # KiwiEditPipeline, changed in place
     dtype: torch.dtype,
@@ -766,7 +766,7 @@ def find_stages(
     made = find_model(folder) and Path(folder) / "model" / "stages.json"
     return json.loads(made.read_text()) if made and made.exists() else {}
 
-# %% ../nbs/31_training.ipynb #65177843
+# %% ../nbs/31_training.ipynb #e85e91b2
 def train(
     stage: str | Stage, # one of `STAGES`, or any other stage
     folder, # of the whole run: `model` holds the weights, each stage its own log, checkpoints and strips
@@ -841,7 +841,7 @@ def train(
     accelerator.wait_for_everyone()  # the next stage starts from it
     return state
 
-# %% ../nbs/31_training.ipynb #f4f292ea
+# %% ../nbs/31_training.ipynb #66d8a0e5
 def thin(
     records: list, # of a log
     points: int = 300,

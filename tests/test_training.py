@@ -150,37 +150,35 @@ def toy_job(folder, **options): return run_toy(folder, steps=24, optimizer=MUON,
 def stage_job(folder, *more, **options): return run_stage(EDITS, folder, *more, **options)
 
 
-def killed_job(job, folder, pause, *more):
-    "For a process that is to be killed: what it does goes to a file at once."
+def killed_job(job, folder, last, *more):
+    "For a process that is to be killed: what it does goes to a file at once, and in the last of its steps it waits for its end."
     make_short_and_exact()
     with open(Path(folder) / "records", "w", buffering=1) as file:
         def note(record):
             file.write(json.dumps(record) + "\n")
-            time.sleep(float(pause))
-        globals()[job](Path(folder), *map(json.loads, more), on_step=note, save_every=2.5 * float(pause))
+            if record["step"] == int(last): time.sleep(600)
+        globals()[job](Path(folder), *map(json.loads, more), on_step=note, save_every=-1)
 
 
-def start_process(code, *arguments):
-    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nimport test_training\n{code}", *arguments])
+def lines(path): return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
 
 
-@pytest.mark.parametrize("job", ["toy_job", "stage_job"])
-def test_a_killed_run_continues_to_the_bit(job, tmp_path, start, data):
+@pytest.mark.parametrize("job, last", [("toy_job", 15), ("stage_job", 4)])
+def test_a_killed_run_continues_to_the_bit(job, last, tmp_path, start, data):
     killed, whole, more = tmp_path / "killed", tmp_path / "whole", () if job == "toy_job" else (start, data)
     killed.mkdir()
     home = killed if job == "toy_job" else killed / "edits"
-    process, before = start_process("test_training.killed_job(*sys.argv[1:])", job, str(killed), ".2", *map(json.dumps, more)), []
-    for _ in range(2400):
-        if process.poll() is not None: break
-        if (killed / "records").exists(): before = [json.loads(line) for line in (killed / "records").read_text().splitlines() if line.endswith("}")]
-        saved = checkpoints(home / "checkpoints")
-        if saved and before[-1]["step"] > int(saved[-1].name[5:]): break
-        time.sleep(.02)
+    code = f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nimport test_training\ntest_training.killed_job(*sys.argv[1:])"
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, job, str(killed), str(last), *map(json.dumps, more)])
+    for _ in range(6000):
+        before = lines(killed / "records")
+        if process.poll() is not None or len(before) == last: break
+        time.sleep(.05)
     process.send_signal(signal.SIGKILL)
-    assert process.wait(10) == -signal.SIGKILL
+    assert process.wait(10) == -signal.SIGKILL and checkpoints(home / "checkpoints")[-1].name == f"step-{last - 1:08d}"
     with open(home / "log.jsonl", "a") as f: f.write('{"step": 99, "lo')  # as if the kill had come in the middle of a line
     continued, undisturbed = (globals()[job](folder, *more, keep=1) for folder in (killed, whole))
-    assert 1 < continued[0]["step"] <= before[-1]["step"] < continued[-1]["step"]
+    assert continued[0]["step"] == before[-1]["step"] == last < continued[-1]["step"]  # the step that was not saved comes again
     for records in (before, continued): assert by_step(records).items() <= by_step(undisturbed).items()
     same_files(killed, whole)  # weights, average and moments; and the model of a stage
     assert {"weights.safetensors", "moments.safetensors", "average.safetensors"} <= {path.name for path in whole.rglob("*")}
