@@ -132,6 +132,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'kiwi_edit.cli.hush': ('cli.html#hush', 'kiwi_edit/cli.py'),
                                'kiwi_edit.cli.hush_bars': ('cli.html#hush_bars', 'kiwi_edit/cli.py'),
                                'kiwi_edit.cli.load': ('cli.html#load', 'kiwi_edit/cli.py'),
+                               'kiwi_edit.cli.loudness': ('cli.html#loudness', 'kiwi_edit/cli.py'),
                                'kiwi_edit.cli.main': ('cli.html#main', 'kiwi_edit/cli.py'),
                                'kiwi_edit.cli.options_table': ('cli.html#options_table', 'kiwi_edit/cli.py'),
                                'kiwi_edit.cli.parse_data': ('cli.html#parse_data', 'kiwi_edit/cli.py'),
