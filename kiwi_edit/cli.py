@@ -529,10 +529,10 @@ def fill_caches(
     import torch
     from kiwi_edit.cache import build_cache, survey_cache
     from kiwi_edit.pipeline import KiwiEditPipeline
+    from kiwi_edit.training import cast_weights
     hush_bars()
     say(f"loading {folder.name} ({where}, {dtype})")
-    pipe = KiwiEditPipeline.from_pretrained(folder).to(where)
-    if dtype != "float32": pipe.to(dtype=getattr(torch, dtype)) # as training does, for the same numbers
+    pipe = cast_weights(KiwiEditPipeline.from_pretrained(folder).to(where), getattr(torch, dtype)) # as training does, for the same numbers
     for name, (dataset, row_settings) in sources.items():
         with loudness("kiwi_edit.cache", logging.INFO): # what is reused, what is stale, which rows are bad
             made = build_cache(pipe, dataset, out / name, row_settings, workers=workers, part=part, parts=parts)
