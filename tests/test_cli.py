@@ -50,6 +50,7 @@ def own_settings(tmp_path, monkeypatch):
     yield
     settings.cache_clear()
     logging.getLogger("kiwi_edit").handlers.clear()
+    logging.getLogger("kiwi_edit").setLevel(logging.NOTSET)
 
 
 @pytest.fixture

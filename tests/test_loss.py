@@ -357,7 +357,7 @@ def test_dropping_changes_the_loss_of_that_sample_alone(tiny, batch):
     dice = draw_noise(batch, Loss(), 0, 0, range(3), 3)
     dropped = replace(batch, inputs=drop_instructions(batch.inputs, torch.tensor([False, True, False]), tiny.processor))
     (before, _), (after, _) = (flow_matching_loss(tiny, x, dice) for x in (batch, dropped))
-    assert torch.allclose(after[[0, 2]], before[[0, 2]], rtol=1e-5) and abs(after[1] / before[1] - 1) > 1e-3
+    assert torch.allclose(after[[0, 2]], before[[0, 2]], rtol=1e-5) and abs(after[1] / before[1] - 1) > 1e-4
 
 
 # errors as the eye meets them

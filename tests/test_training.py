@@ -321,7 +321,7 @@ def teams(tmp_path_factory, start, data):
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(folder / "two"), start, json.dumps(data)]
     with open(folder / "said", "w") as said:
         launcher = subprocess.Popen(command, stdout=said, stderr=said, env=os.environ | dict(OMP_NUM_THREADS="1"), start_new_session=True)
-        try: assert launcher.wait(300) == 0, (folder / "said").read_text()[-4000:]
+        try: assert launcher.wait(600) == 0, (folder / "said").read_text()[-4000:]
         finally:
             if launcher.poll() is None: os.killpg(launcher.pid, signal.SIGKILL)
     team_job(folder / "one", start, data)
