@@ -32,9 +32,9 @@ from torch.nn.utils import get_total_norm
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from .cache import Batch, Batches, LatentCache, OnlineRows, RowSettings, build_cache, fast_images, kept_share
+from .cache import Batch, Batches, LatentCache, OnlineRows, RowSettings, build_cache, fast_images
 from .core import choose_device
-from .curriculum import PARTS, STAGES, Bucket, Loss, Lora, Stage, find_stage, select
+from .curriculum import PARTS, Loss, Stage, find_stage, select
 from .dataset import MetadataDataset, WorldDataset
 from .encoder import REFERENCE_SUFFIX, EncoderInputs, KiwiProcessor, collate_inputs, encode_context
 from .foundations import Description, Reconstruction, autoencoder_batch, description_batch, measure_latents, start_model, train_motion_only
