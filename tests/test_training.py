@@ -290,7 +290,7 @@ def team_job(folder, start, data):
     folder.mkdir(exist_ok=True)
     runs = {}
     for name, model, options in (("toy", Toy(0.), dict(ema=.9, accumulation=2, clip=1.)), ("turns", Turns(0.), dict(accumulation=2)),
-                                 ("minutes", Toy(0.), dict(minutes=.01, steps=10 ** 9, schedule="cosine", on_step=lambda record: time.sleep(.01)))):
+                                 ("minutes", Toy(.5), dict(minutes=.01, steps=10 ** 9, schedule="cosine", on_step=lambda record: time.sleep(.01)))):
         runs[name] = run_toy(folder / name, model, save_every=.05, **options)
         save_file(model.state_dict(), folder / f"{name}-{rank}.safetensors")
     stage = replace(EDITS, batch_size=4 // parts, accumulation=1, optimizer="adamw", lr=1e-4)
