@@ -62,6 +62,7 @@ class KiwiGuidance(ModelMixin, ConfigMixin):
         round_pixels: bool = False,  # the encoder's pixels to bfloat16, as the released weights were trained
         ref_pad_first: bool = False,  # reference tokens before the video's instead of after
         zero_init: bool = True,  # connectors and embedders start at zero
+        takes_reference: bool = True,  # False for weights that were trained without references
     ):
         super().__init__()
         if query_read_out not in ("queries", "last_positions"):

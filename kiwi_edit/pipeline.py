@@ -29,8 +29,8 @@ from .guidance import EditCache, KiwiGuidance, denoise, rounded_sigma
 from .video import as_frames, check_frame_count, fit_size, nearest_frame_count, read_image, read_video, resize_frames, video_info
 
 # %% auto #0
-__all__ = ['logger', 'FOREIGN_LAYOUTS', 'latent_statistics', 'encode_frames', 'decode_latents', 'fit_reference', 'flow_sigmas',
-           'bundled_models', 'find_checkpoint', 'KiwiEditOutput', 'KiwiEditPipeline']
+__all__ = ['logger', 'SCHEDULES', 'FOREIGN_LAYOUTS', 'latent_statistics', 'encode_frames', 'decode_latents', 'fit_reference',
+           'flow_sigmas', 'bundled_models', 'find_checkpoint', 'KiwiEditOutput', 'KiwiEditPipeline']
 
 # %% ../nbs/22_pipeline.ipynb #cc5b9d34
 logger = logging.getLogger(__name__)
@@ -84,11 +84,16 @@ def fit_reference(
     return np.asarray(canvas)
 
 # %% ../nbs/22_pipeline.ipynb #17aa0176
+SCHEDULES = {"native": 0., "diffusers": .003 / 1.002}  # where the even spacing ends: in the official trainer's inference, and in the pipeline of released repositories
+
+
 def flow_sigmas(
     num_inference_steps: int,
+    schedule: str = "native",  # one of `SCHEDULES`
 ) -> list[float]:
-    "Evenly spaced noise levels from 1 down to, but without, 0; the scheduler shifts them."
-    return np.linspace(1, 0, num_inference_steps + 1)[:-1].tolist()
+    "Evenly spaced noise levels from 1 down to, but without, the last; the scheduler shifts them."
+    if schedule not in SCHEDULES: raise ValueError(f"`schedule` has to be one of {', '.join(SCHEDULES)} but is {schedule!r}.")
+    return np.linspace(1, SCHEDULES[schedule], num_inference_steps + 1)[:-1].tolist()
 
 # %% ../nbs/22_pipeline.ipynb #c23e31e4
 # a folder whose model_index.json names this component is read by that function instead of diffusers' loader
@@ -144,10 +149,11 @@ class KiwiEditPipeline(DiffusionPipeline):
         max_pixels: int = 921600,  # of a frame; larger ones are shrunk
         max_frames: int = 81,  # of a clip; longer ones are cut
         default_steps: int = 50,  # denoising steps where a call names none
+        schedule: str = "native",  # their noise levels, see `flow_sigmas`
     ):
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, mllm=mllm, processor=processor, guidance=guidance)
-        self.register_to_config(max_pixels=max_pixels, max_frames=max_frames, default_steps=default_steps)
+        self.register_to_config(max_pixels=max_pixels, max_frames=max_frames, default_steps=default_steps, schedule=schedule)
 
     @property
     def size_multiple(self) -> int:
@@ -311,6 +317,8 @@ def __call__(
     if video is None: raise ValueError("`video` has to be a clip or an image but is None.")
     references = [] if reference is None else reference if isinstance(reference, (list, tuple)) else [reference]
     references = [read_image(image) for image in references]
+    if references and not self.guidance.config.takes_reference:
+        raise ValueError(f"`reference` has to be None for this model, which was trained on instructions alone, but has {len(references)} image{'s' * (len(references) > 1)}.")
     frames = self.prepare_video(video, height, width, num_frames)
     device, (height, width) = self._execution_device, frames.shape[1:3]
 
@@ -321,7 +329,7 @@ def __call__(
     reference_latents = self.encode_references(references, height, width)
 
     # 3. Timesteps
-    self.scheduler.set_timesteps(sigmas=flow_sigmas(steps) if sigmas is None else list(sigmas), device=device)
+    self.scheduler.set_timesteps(sigmas=flow_sigmas(steps, self.config.schedule) if sigmas is None else list(sigmas), device=device)
     timesteps, table = self.scheduler.timesteps, self.scheduler.sigmas.to(device)
     start = len(timesteps) - max(1, int(len(timesteps) * strength))
     self.scheduler.set_begin_index(start)
