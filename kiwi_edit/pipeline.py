@@ -24,9 +24,8 @@ from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchEulerDiscret
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from fastcore.basics import patch_to
-from huggingface_hub import HfApi, ModelCard, ModelCardData, constants, hf_hub_download, snapshot_download
-from huggingface_hub.errors import (EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError,
-                                    RepositoryNotFoundError, RevisionNotFoundError)
+from huggingface_hub import HfApi, ModelCard, ModelCardData, constants, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import httpx
 from safetensors import SafetensorError, safe_open
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -120,7 +119,6 @@ def hub_reason(
     if isinstance(error, GatedRepoError): return f"it is gated: accept its licence at {constants.ENDPOINT}/{name}, then log in with `hf auth login` or give `token`"
     if isinstance(error, RepositoryNotFoundError): return "the hub has no such repository, or it is private and wants the `token` of somebody who may read it"
     if isinstance(error, RevisionNotFoundError): return f"it has no `revision` {revision!r}"
-    if isinstance(error, RemoteEntryNotFoundError): return "it holds no model_index.json"
     if status == 401: return "the hub does not know the `token`, or wants one; log in with `hf auth login`"
     if status == 403: return "the `token` gives no right to do this"
     if status and status >= 500: return f"the hub at {constants.ENDPOINT} fails with status {status}"
@@ -196,10 +194,10 @@ def find_checkpoint(
         raise FileNotFoundError(f"`name` has to be a model that ships with the kit, a folder or a hub id such as owner/model but is {str(name)!r}; known are: {known}.")
     asked = f"`name` has to be a model that can be fetched from the hub but {name!r} cannot", name, hub.get("revision"), FileNotFoundError
     with hub_errors(*asked):
-        folder = Path(hf_hub_download(name, "model_index.json", **hub)).parent
+        folder = Path(snapshot_download(name, allow_patterns=["model_index.json"], **hub))
     read_index(folder, name)  # before gigabytes of something else are fetched
     with hub_errors(*asked):
-        snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"], **hub | {"revision": folder.name})
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"], **hub))
     check_folder(folder, name)
     return folder
 

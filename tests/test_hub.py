@@ -158,7 +158,8 @@ def quiet(pipe):
 
 def edit(pipe):
     video = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
-    return quiet(pipe)(PROMPT, video, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="latent").frames
+    pipe = quiet(copy.deepcopy(pipe))  # weights of a file lie there as its header lets them, and sums round by how they lie
+    return pipe(PROMPT, video, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="latent").frames
 
 
 def listing(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
@@ -192,7 +193,9 @@ def test_shards_and_what_else_lies_in_the_folder(pipe, saved, tmp_path):
 def test_a_model_is_saved_over_the_folder_that_it_came_from(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "model")
     KiwiEditPipeline.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "model")
-    assert listing(tmp_path / "model") == listing(saved)  # and no config says where the parts came from
+    before, after = listing(saved), listing(tmp_path / "model")
+    assert before.keys() == after.keys() and all(before[name] == after[name] for name in before if name.endswith(".safetensors"))
+    assert not [name for name, data in after.items() if str(tmp_path).encode() in data]  # no config says where the parts came from
 
 
 def test_an_error_while_saving_changes_nothing(pipe, saved, tmp_path):
@@ -205,6 +208,7 @@ def test_an_error_while_saving_changes_nothing(pipe, saved, tmp_path):
     with pytest.raises(NotADirectoryError, match="`save_directory` has to be a folder but .*config.json' is a file"): pipe.save_pretrained(saved / "vae/config.json")
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a process that can be killed is forked")
 @pytest.mark.parametrize("where", ["processor", "vae", "model_index.json"])
 def test_a_kill_while_saving(pipe, saved, tmp_path, monkeypatch, where):
     "While a part is written, while parts are moved, and just before the index is."
@@ -226,9 +230,9 @@ def test_a_kill_while_saving(pipe, saved, tmp_path, monkeypatch, where):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     if where == "processor": assert find_checkpoint(folder) == folder
     else: assert "holds none" in refused(folder)
-    lora = copy.copy(pipe)
-    lora.mllm = copy.deepcopy(pipe.mllm).to("meta")
-    with pytest.raises(Exception): lora.save_pretrained(folder)  # even a save that fails puts back what was there
+    broken = copy.copy(pipe)
+    broken.mllm = copy.deepcopy(pipe.mllm).to("meta")
+    with pytest.raises(Exception): broken.save_pretrained(folder)  # even a save that fails puts back what was there
     assert listing(folder) == listing(saved) | {"README.md": b"a card"}
     assert {p.name for p in tmp_path.iterdir()} - {"cache"} == {"model"}
 
@@ -253,7 +257,7 @@ def test_push_and_load_back(pipe, hub, tmp_path):
     assert {"license: mit", "library_name: kiwi-edit", "pipeline_tag: video-to-video"} <= set(head.splitlines())
     assert 'from_pretrained("somebody/kiwi")' in text and "6 layers of width 192" in text and "4,096 pixels" in text
     again = KiwiEditPipeline.from_pretrained("somebody/kiwi", cache_dir=tmp_path / "elsewhere")
-    assert torch.equal(edit(again), edit(pipe)) and not (tmp_path / "cache/models--somebody--kiwi/blobs").exists() | (tmp_path / "cache/snapshots").exists()
+    assert torch.equal(edit(again), edit(pipe)) and not list((tmp_path / "cache").rglob("*.safetensors"))
 
     # again, in shards: one file of weights goes, its shards come; a card that somebody wrote stays
     hub.commit("somebody/kiwi", files | {"README.md": b"---\ntags: [mine]\n---\nMy words.\n", "picture.png": b"png", "transformer/modeling.py": b"raise SystemExit"})
@@ -327,15 +331,13 @@ def test_without_network(hub, saved, tmp_path, monkeypatch):
     assert "not all of it" in refused("somebody/far", local_files_only=True) and "not all of it" in refused("somebody/far")
 
 
-def test_settings_from_the_environment(hub, saved, tmp_path):
+def test_offline_by_the_environment(hub, saved, tmp_path):
     hub.add("somebody/far", saved)
+    there, asked = find_checkpoint("somebody/far"), len(hub.log)
     load = "from kiwi_edit.pipeline import find_checkpoint\nprint(find_checkpoint('somebody/far'))"
-    env = os.environ | dict(HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "home"), HF_HUB_DISABLE_XET="1")
-    env.pop("HF_HUB_CACHE", None), env.pop("HF_HUB_OFFLINE", None)
-    first = subprocess.run([sys.executable, "-c", load], env=env, capture_output=True, text=True, check=True).stdout
-    asked = len(hub.log)
-    again = subprocess.run([sys.executable, "-c", load], env=env | dict(HF_HUB_OFFLINE="1"), capture_output=True, text=True, check=True).stdout
-    assert first == again and str(tmp_path / "home") in first and asked and len(hub.log) == asked
+    env = os.environ | dict(HF_ENDPOINT=hub.url, HF_HUB_CACHE=str(tmp_path / "cache"), HF_HUB_OFFLINE="1")
+    assert subprocess.run([sys.executable, "-c", load], env=env, capture_output=True, text=True, check=True).stdout.strip() == str(there)
+    assert asked and len(hub.log) == asked
 
 
 def test_repositories_that_are_refused(hub, saved, tmp_path):
@@ -349,20 +351,19 @@ def test_repositories_that_are_refused(hub, saved, tmp_path):
     (other / "unet").mkdir(parents=True)
     (other / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"much")
     hub.add("somebody/bert", other)
-    assert "it holds no model_index.json" in refused("somebody/bert")
+    assert "has to be a model folder with a model_index.json but 'somebody/bert' holds none" in refused("somebody/bert")
     (other / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}))
     hub.add("somebody/other", other)
     hub.log.clear()
     assert "has to be a Kiwi-Edit model but the model_index.json of 'somebody/other' is that of 'StableDiffusionPipeline'" in refused("somebody/other")
     assert not [path for _, path in hub.log if path.endswith(".safetensors")]
-    (saved.parent / "half").exists() or shutil.copytree(saved, saved.parent / "half", ignore=shutil.ignore_patterns("guidance"))
-    hub.add("somebody/half", saved.parent / "half")
+    hub.add("somebody/half", shutil.copytree(saved, tmp_path / "half", ignore=shutil.ignore_patterns("guidance")))
     assert "of 'somebody/half' guidance/ is missing" in refused("somebody/half")
 
 
 @pytest.mark.parametrize("harm, reason", [
     (lambda f: shutil.rmtree(f / "vae"), "vae/ is missing"),
-    (lambda f: (f / "vae/diffusion_pytorch_model.safetensors").unlink(), "the weights of vae/ are missing"),
+    (lambda f: (f / "guidance/diffusion_pytorch_model.safetensors").unlink(), "the weights of guidance/ are missing"),
     (lambda f: (f / "transformer/diffusion_pytorch_model-00002-of-00004.safetensors").unlink(), "transformer/diffusion_pytorch_model-00002-of-00004.safetensors is missing"),
     (lambda f: [(f / "transformer" / name).unlink() for name in ("diffusion_pytorch_model-00004-of-00004.safetensors", "diffusion_pytorch_model.safetensors.index.json")],
      "transformer/diffusion_pytorch_model-00004-of-00004.safetensors is missing"),
