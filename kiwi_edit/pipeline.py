@@ -37,8 +37,8 @@ from .video import as_frames, check_frame_count, fit_size, nearest_frame_count, 
 
 # %% auto #0
 __all__ = ['logger', 'FOREIGN_LAYOUTS', 'latent_statistics', 'encode_frames', 'decode_latents', 'fit_reference', 'flow_sigmas',
-           'bundled_models', 'hub_reason', 'hub_errors', 'read_index', 'check_folder', 'find_checkpoint',
-           'KiwiEditOutput', 'KiwiEditPipeline', 'entries', 'put_in_place', 'put_back', 'model_card']
+           'bundled_models', 'hub_reason', 'hub_errors', 'read_index', 'faults', 'check_folder', 'find_checkpoint',
+           'KiwiEditOutput', 'KiwiEditPipeline', 'model_entries', 'put_in_place', 'put_back', 'model_card']
 
 # %% ../nbs/22_pipeline.ipynb #cc5b9d34
 logger = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ def hub_errors(
 ) -> Iterator[None]:
     "Turn whatever the hub's client raises into one error of one line."
     try: yield
-    except (httpx.HTTPError, OSError, ValueError) as error:
+    except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
         logger.debug("The hub's client failed.", exc_info=True)
         raise kind(f"{rule}: {hub_reason(error, name, revision)}.") from None
 
@@ -158,25 +158,36 @@ def read_index(
     return index
 
 
+def faults(
+    part: Path,  # folder of a component
+) -> Iterator[str]:
+    "What of a component is missing or damaged, as far as names, sizes and headers tell."
+    if not part.is_dir(): return (yield f"{part.name}/ is missing")
+    there, wanted = {path.name for path in part.glob("*.safetensors")}, set()
+    for shards in part.glob("*.safetensors.index.json"):
+        try: wanted |= set(json.loads(shards.read_text(encoding="utf-8"))["weight_map"].values())
+        except ValueError: yield f"{part.name}/{shards.name} is cut off or damaged"
+    for file in there:
+        if match := re.fullmatch(r"(.+-)\d{5}(-of-(\d{5})\.safetensors)", file):  # tells of its siblings where there is no index
+            wanted |= {f"{match[1]}{n:05}{match[2]}" for n in range(1, int(match[3]) + 1)}
+        try:
+            with safe_open(part / file, framework="pt"): pass  # compares the header with the size
+        except SafetensorError: yield f"{part.name}/{file} is cut off or damaged"
+    yield from (f"{part.name}/{file} is missing" for file in wanted - there)
+
+
 def check_folder(
     folder: Path,
     name: str | Path,  # what was asked for
 ) -> None:
     "Raise where a folder holds no model of this pipeline, or not all of it."
-    index, wrong = read_index(folder, name), [f"{path.relative_to(folder).as_posix()} is half of a download" for path in folder.rglob("*.incomplete")]
+    index = read_index(folder, name)
+    wrong = [f"{path.relative_to(folder).as_posix()} is half of a download" for path in folder.rglob("*.incomplete")]
     for part in (folder / key for key, value in index.items() if isinstance(value, list) and value[0] and not key.startswith("_")):
-        there, wanted = {path.name for path in part.glob("*.safetensors")}, set()
-        for shards in part.glob("*.safetensors.index.json"): wanted |= set(json.loads(shards.read_text(encoding="utf-8"))["weight_map"].values())
-        for file in there:  # shards without an index
-            if match := re.fullmatch(r"(.+-)\d{5}(-of-(\d{5})\.safetensors)", file):
-                wanted |= {f"{match[1]}{n:05}{match[2]}" for n in range(1, int(match[3]) + 1)}
-        wrong += [f"{part.name}/{file} is missing" for file in wanted - there]
-        if not part.is_dir(): wrong.append(f"{part.name}/ is missing")
-        elif "guidance" in index and (part / "config.json").is_file() and not there | wanted: wrong.append(f"the weights of {part.name}/ are missing")
-        for file in there:
-            try:
-                with safe_open(part / file, framework="pt"): pass  # reads the header and compares it with the size
-            except SafetensorError: wrong.append(f"{part.name}/{file} is cut off or damaged")
+        wrong += faults(part)
+        if "guidance" in index and part.is_dir():  # the kit's layout; others may have a part without weights
+            if not list(part.glob("*.json")): wrong.append(f"the config of {part.name}/ is missing")
+            if (part / "config.json").exists() and not list(part.glob("*.safetensors*")): wrong.append(f"the weights of {part.name}/ are missing")
     if wrong: raise FileNotFoundError(f"`name` has to be a whole model but of {str(name)!r} {min(wrong)}; fetch or save it again.")
 
 # %% ../nbs/22_pipeline.ipynb #3384c955
@@ -439,7 +450,7 @@ def __call__(
     return KiwiEditOutput(frames=edited) if return_dict else (edited,)
 
 # %% ../nbs/22_pipeline.ipynb #d6084b8b
-def entries(folder: Path) -> list[Path]:
+def model_entries(folder: Path) -> list[Path]:
     "What lies in a model's folder; the index, which makes it a model, comes last."
     return sorted(folder.iterdir(), key=lambda path: (path.name == "model_index.json", path.name))
 
@@ -450,7 +461,7 @@ def put_in_place(
     old: Path,  # where the parts that are replaced lie meanwhile
 ) -> None:
     "Replace a model so that its folder is at any moment the old one, the new one or none."
-    parts = entries(fresh)
+    parts = model_entries(fresh)
     old.mkdir()
     try:
         for part in reversed(parts):
@@ -464,7 +475,7 @@ def put_in_place(
 
 def put_back(old: Path, folder: Path) -> None:
     "Undo a replacement that was cut off."
-    for part in entries(old):
+    for part in model_entries(old):
         there = folder / part.name
         if there.is_dir(): shutil.rmtree(there)
         part.replace(there)
@@ -510,7 +521,6 @@ def save_pretrained(
 def model_card(
     pipe: KiwiEditPipeline,
     repo_id: str,
-    license: str | None = None,  # as the hub writes it, such as "mit"; None says nothing
 ) -> ModelCard:
     "What a reader of the hub wants to know first: the parts and their sizes, how to load them, what to expect."
     c, dit, vae, text, ours = pipe.config, pipe.transformer.config, pipe.vae.config, pipe.mllm.config.text_config, pipe.guidance.config
@@ -524,7 +534,7 @@ def model_card(
         module = getattr(pipe, part)
         weights = sum(p.numel() for p in module.parameters()) / 1e6
         rows.append(f"| `{part}` | `{type(module).__name__}` | {size} | {weights:,.2f}M, {str(module.dtype).removeprefix('torch.')} |")
-    data = ModelCardData(license=license, library_name="kiwi-edit", pipeline_tag="video-to-video", tags=["video-editing", "image-editing"])
+    data = ModelCardData(library_name="kiwi-edit", pipeline_tag="video-to-video", tags=["video-editing", "image-editing"])
     return ModelCard(f"""---
 {data.to_yaml()}
 ---

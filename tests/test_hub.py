@@ -369,6 +369,8 @@ def test_repositories_that_are_refused(hub, saved, tmp_path):
      "transformer/diffusion_pytorch_model-00004-of-00004.safetensors is missing"),
     (lambda f: os.truncate(f / "mllm/model-00001-of-00003.safetensors", 4_000_000), "mllm/model-00001-of-00003.safetensors is cut off or damaged"),
     (lambda f: (f / "guidance/diffusion_pytorch_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "is cut off or damaged"),
+    (lambda f: os.truncate(f / "mllm/model.safetensors.index.json", 100), "mllm/model.safetensors.index.json is cut off or damaged"),
+    (lambda f: (f / "scheduler/scheduler_config.json").unlink(), "the config of scheduler/ is missing"),
     (lambda f: (f / "vae/weights.safetensors.incomplete").touch(), "vae/weights.safetensors.incomplete is half of a download"),
     (lambda f: os.truncate(f / "model_index.json", 100), "is no json; it may have been cut off"),
     (lambda f: (f / "model_index.json").unlink(), "holds none")])
