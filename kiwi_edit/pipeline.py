@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pkgutil
-from collections.abc import Callable
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +24,10 @@ from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchEulerDiscret
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from fastcore.basics import patch_to
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import HfApi, ModelCard, ModelCardData, constants, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import httpx
+from safetensors import SafetensorError, safe_open
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from .core import PRESETS, Preset, assets_dir, preset as get_preset
@@ -30,7 +37,9 @@ from .video import as_frames, check_frame_count, fit_size, nearest_frame_count, 
 
 # %% auto #0
 __all__ = ['logger', 'SCHEDULES', 'FOREIGN_LAYOUTS', 'latent_statistics', 'encode_frames', 'decode_latents', 'fit_reference',
-           'flow_sigmas', 'bundled_models', 'find_checkpoint', 'KiwiEditOutput', 'KiwiEditPipeline']
+           'flow_sigmas', 'bundled_models', 'hub_reason', 'hub_errors', 'read_index', 'faults', 'check_folder',
+           'find_checkpoint', 'KiwiEditOutput', 'KiwiEditPipeline', 'model_entries', 'put_in_place', 'put_back',
+           'model_card']
 
 # %% ../nbs/22_pipeline.ipynb #cc5b9d34
 logger = logging.getLogger(__name__)
@@ -104,6 +113,89 @@ def bundled_models() -> list[str]:
     "Names of the models that ship with the kit."
     return sorted(p.parent.name for p in assets_dir().glob("*/model_index.json"))
 
+# %% ../nbs/22_pipeline.ipynb #026cb571
+def hub_reason(
+    error: Exception,  # of the hub's client
+    name: str,  # hub id
+    revision: str | None = None,
+) -> str:
+    "Why the hub did not do what it was asked for, in a line."
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError): error = error.__cause__
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, GatedRepoError): return f"it is gated: accept its licence at {constants.ENDPOINT}/{name}, then log in with `hf auth login` or give `token`"
+    if isinstance(error, RepositoryNotFoundError): return "the hub has no such repository, or it is private and wants the `token` of somebody who may read it"
+    if isinstance(error, RevisionNotFoundError): return f"it has no `revision` {revision!r}"
+    if status == 401: return "the hub does not know the `token`, or wants one; log in with `hf auth login`"
+    if status == 403: return "the `token` gives no right to do this"
+    if status and status >= 500: return f"the hub at {constants.ENDPOINT} fails with status {status}"
+    if isinstance(error, LocalEntryNotFoundError):
+        if error.__cause__ is None or constants.is_offline_mode():
+            return "it is not in the cache, or not all of it, and `local_files_only` or HF_HUB_OFFLINE keeps it from being fetched"
+        return f"it is not in the cache, or not all of it, and the hub at {constants.ENDPOINT} cannot be reached"
+    if isinstance(error, httpx.TransportError): return f"the connection to the hub at {constants.ENDPOINT} fails ({type(error).__name__})"
+    return next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextmanager
+def hub_errors(
+    rule: str,  # the beginning of the message
+    name: str,  # hub id
+    revision: str | None = None,
+    kind: type[OSError] = OSError,
+) -> Iterator[None]:
+    "Turn whatever the hub's client raises into one error of one line."
+    try: yield
+    except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
+        logger.debug("The hub's client failed.", exc_info=True)
+        raise kind(f"{rule}: {hub_reason(error, name, revision)}.") from None
+
+# %% ../nbs/22_pipeline.ipynb #41fc065f
+def read_index(
+    folder: Path,
+    name: str | Path,  # what was asked for
+) -> dict:  # component -> (library, class), and numbers
+    "The model_index.json of a folder, if it is one of this pipeline."
+    rule = "`name` has to be a model folder with a model_index.json but"
+    try: index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except FileNotFoundError: raise FileNotFoundError(f"{rule} {str(name)!r} holds none.") from None
+    except ValueError: raise FileNotFoundError(f"{rule} that of {str(name)!r} is no json; it may have been cut off.") from None
+    if not {"guidance", *FOREIGN_LAYOUTS} & set(index):
+        raise FileNotFoundError(f"`name` has to be a Kiwi-Edit model but the model_index.json of {str(name)!r} is that of {index.get('_class_name')!r}.")
+    return index
+
+
+def faults(
+    part: Path,  # folder of a component
+) -> Iterator[str]:
+    "What of a component is missing or damaged, as far as names, sizes and headers tell."
+    if not part.is_dir(): return (yield f"{part.name}/ is missing")
+    there, wanted = {path.name for path in part.glob("*.safetensors")}, set()
+    for shards in part.glob("*.safetensors.index.json"):
+        try: wanted |= set(json.loads(shards.read_text(encoding="utf-8"))["weight_map"].values())
+        except ValueError: yield f"{part.name}/{shards.name} is cut off or damaged"
+    for file in there:
+        if match := re.fullmatch(r"(.+-)\d{5}(-of-(\d{5})\.safetensors)", file):  # tells of its siblings where there is no index
+            wanted |= {f"{match[1]}{n:05}{match[2]}" for n in range(1, int(match[3]) + 1)}
+        try:
+            with safe_open(part / file, framework="pt"): pass  # compares the header with the size
+        except SafetensorError: yield f"{part.name}/{file} is cut off or damaged"
+    yield from (f"{part.name}/{file} is missing" for file in wanted - there)
+
+
+def check_folder(
+    folder: Path,
+    name: str | Path,  # what was asked for
+) -> None:
+    "Raise where a folder holds no model of this pipeline, or not all of it."
+    index = read_index(folder, name)
+    wrong = [f"{path.relative_to(folder).as_posix()} is half of a download" for path in folder.rglob("*.incomplete")]
+    for part in (folder / key for key, value in index.items() if isinstance(value, list) and value[0] and not key.startswith("_")):
+        wrong += faults(part)
+        if "guidance" in index and part.is_dir():  # the kit's layout; others may have a part without weights
+            if not list(part.glob("*.json")): wrong.append(f"the config of {part.name}/ is missing")
+            if (part / "config.json").exists() and not list(part.glob("*.safetensors*")): wrong.append(f"the weights of {part.name}/ are missing")
+    if wrong: raise FileNotFoundError(f"`name` has to be a whole model but of {str(name)!r} {min(wrong)}; fetch or save it again.")
+
 # %% ../nbs/22_pipeline.ipynb #3384c955
 def find_checkpoint(
     name: str | Path,  # bundled name, local folder or hub id
@@ -111,18 +203,20 @@ def find_checkpoint(
 ) -> Path:  # folder with a model_index.json
     "Where a model lies; one on the hub is downloaded, its weights and configs and none of its code."
     if Path(name).is_dir():
-        if not (Path(name) / "model_index.json").is_file():
-            raise FileNotFoundError(f"`name` has to be a model folder with a model_index.json but {str(name)!r} holds none.")
+        check_folder(Path(name), name)
         return Path(name)
     if str(name) in bundled_models(): return assets_dir() / name
     known = ", ".join(dict.fromkeys([*bundled_models(), *(p.checkpoint for p in PRESETS.values() if "/" in p.checkpoint)]))
     if not isinstance(name, str) or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"`name` has to be a model that ships with the kit, a folder or a hub id such as owner/model but is {str(name)!r}; known are: {known}.")
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"], **hub))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"`name` has to be a model that can be fetched from the hub but {name!r} cannot: {reason} Known are: {known}.") from error
+    asked = f"`name` has to be a model that can be fetched from the hub but {name!r} cannot", name, hub.get("revision"), FileNotFoundError
+    with hub_errors(*asked):
+        folder = Path(snapshot_download(name, allow_patterns=["model_index.json"], **hub))
+    read_index(folder, name)  # before gigabytes of something else are fetched
+    with hub_errors(*asked):
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"], **hub))
+    check_folder(folder, name)
+    return folder
 
 # %% ../nbs/22_pipeline.ipynb #aa4659df
 @dataclass
@@ -363,3 +457,144 @@ def __call__(
     if output_type == "pt": edited = torch.from_numpy(edited).permute(0, 1, 4, 2, 3).float() / 255
     self.maybe_free_model_hooks()
     return KiwiEditOutput(frames=edited) if return_dict else (edited,)
+
+# %% ../nbs/22_pipeline.ipynb #d6084b8b
+def model_entries(folder: Path) -> list[Path]:
+    "What lies in a model's folder; the index, which makes it a model, comes last."
+    return sorted(folder.iterdir(), key=lambda path: (path.name == "model_index.json", path.name))
+
+
+def put_in_place(
+    fresh: Path,  # a whole model, moved from here
+    folder: Path,  # to here, where what is no part of a model stays
+    old: Path,  # where the parts that are replaced lie meanwhile
+) -> None:
+    "Replace a model so that its folder is at any moment the old one, the new one or none."
+    parts = model_entries(fresh)
+    old.mkdir()
+    try:
+        for part in reversed(parts):
+            if (folder / part.name).exists(): (folder / part.name).rename(old / part.name)
+        for part in parts: part.rename(folder / part.name)
+    except BaseException:
+        put_back(old, folder)
+        raise
+    shutil.rmtree(old)
+
+
+def put_back(old: Path, folder: Path) -> None:
+    "Undo a replacement that was cut off."
+    for part in model_entries(old):
+        there = folder / part.name
+        if there.is_dir(): shutil.rmtree(there)
+        part.replace(there)
+    old.rmdir()
+
+# %% ../nbs/22_pipeline.ipynb #6efd1cd1
+@patch_to(KiwiEditPipeline)
+def check_saveable(self) -> None:
+    "Raise where LoRA layers stand beside the weights: no folder of the layout holds them."
+    for part, module in self.components.items():
+        layers = [name for name, layer in module.named_modules() if hasattr(layer, "lora_A")] if isinstance(module, torch.nn.Module) else []
+        if layers:
+            raise ValueError(f"`{part}` has to have its LoRA layers merged (`kiwi_edit.training.merge_lora`) before it is saved "
+                             f"but has {len(layers)} beside its weights, the first at {layers[0]}.")
+
+
+@patch_to(KiwiEditPipeline)
+def save_pretrained(
+    self,
+    save_directory: str | Path,  # gets the kit's layout; what else lies there stays
+    max_shard_size: int | str | None = None,  # of a file of weights, such as "5GB"; None takes the default of diffusers and transformers
+) -> None:
+    "Write the model, weights as safetensors; an error or a kill on the way leaves no half of it."
+    self.check_saveable()
+    folder = Path(save_directory).resolve()
+    if folder.exists() and not folder.is_dir(): raise NotADirectoryError(f"`save_directory` has to be a folder but {str(save_directory)!r} is a file.")
+    home = folder if os.path.ismount(folder) else folder.parent  # things are moved within one disk
+    fresh, old = home / f".{folder.name}.new", home / f".{folder.name}.old"
+    if old.exists():  # a kill came while parts were moved, or just after
+        if (folder / "model_index.json").exists(): shutil.rmtree(old)
+        else: put_back(old, folder)
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        super(KiwiEditPipeline, self).save_pretrained(fresh, max_shard_size=max_shard_size)
+        for path in fresh.rglob("*.json"):  # where the parts came from is nobody's business
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values.pop("_name_or_path", None) is not None: path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        if folder.exists(): put_in_place(fresh, folder, old)
+        else: fresh.rename(folder)
+    finally: shutil.rmtree(fresh, ignore_errors=True)
+
+# %% ../nbs/22_pipeline.ipynb #710e74ea
+def model_card(
+    pipe: KiwiEditPipeline,
+    repo_id: str,
+) -> ModelCard:
+    "What a reader of the hub wants to know first: the parts and their sizes, how to load them, what to expect."
+    c, dit, vae, text, ours = pipe.config, pipe.transformer.config, pipe.vae.config, pipe.mllm.config.text_config, pipe.guidance.config
+    sizes = dict(
+        transformer=f"denoiser, {dit.num_layers} layers of width {dit.num_attention_heads * dit.attention_head_dim}",
+        vae=f"autoencoder, {vae.scale_factor_spatial}x{vae.scale_factor_spatial} pixels of {vae.scale_factor_temporal} frames to {vae.z_dim} channels",
+        mllm=f"encoder, {text.num_hidden_layers} layers of width {text.hidden_size}",
+        guidance=f"connectors and embedders, {ours.num_image_queries}, {ours.num_video_queries} and {ours.num_ref_queries} queries for image, video and reference")
+    rows = []
+    for part, size in sizes.items():
+        module = getattr(pipe, part)
+        weights = sum(p.numel() for p in module.parameters()) / 1e6
+        rows.append(f"| `{part}` | `{type(module).__name__}` | {size} | {weights:,.2f}M, {str(module.dtype).removeprefix('torch.')} |")
+    data = ModelCardData(library_name="kiwi-edit", pipeline_tag="video-to-video", tags=["video-editing", "image-editing"])
+    return ModelCard(f"""---
+{data.to_yaml()}
+---
+
+# {repo_id.split("/")[-1]}
+
+Edits a video, or a single image, as an instruction says and, where one is given, after a reference picture. The model is in the layout of the kiwi-edit kit, whose code runs it.
+
+| part | class | what | weights |
+|---|---|---|---|
+{chr(10).join(rows)}
+
+## Use
+
+```python
+from kiwi_edit.pipeline import KiwiEditPipeline
+pipe = KiwiEditPipeline.from_pretrained("{repo_id}")
+frames = pipe("Make it snow", video="clip.mp4", output_type="pil").frames[0]
+```
+
+## Limits
+
+- At most {c.max_frames:,} frames of {c.max_pixels:,} pixels, sides in multiples of {pipe.size_multiple}. Longer clips are cut, larger frames are shrunk.
+- {c.default_steps} denoising steps unless a call names another number.
+- What an edit leaves alone goes through the autoencoder too, so it comes back close to the source and not equal to it.
+- How well it edits depends on what it was trained on, which this card does not know: look at edits of your own clips before you rely on them.
+""")
+
+# %% ../nbs/22_pipeline.ipynb #d6fbff18
+@patch_to(KiwiEditPipeline)
+def push_to_hub(
+    self,
+    repo_id: str,  # made where it is missing; without an owner it is yours
+    commit_message: str = "Upload KiwiEditPipeline",
+    private: bool | None = None,  # of a new repository; None takes its owner's default
+    token: str | None = None,  # None takes that of `hf auth login`
+    create_pr: bool = False,  # propose the commit instead of writing it
+    max_shard_size: int | str | None = None,  # of a file of weights
+    license: str | None = None,  # for the card, such as "mit"
+) -> str:  # address of the commit
+    "Upload the model and a card; of a card that is there only a named `license` changes."
+    self.check_saveable()
+    hub, asked = HfApi(token=token), (f"`repo_id` has to be a repository that can be written to but {repo_id!r} cannot", repo_id)
+    with hub_errors(*asked):
+        repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        try: card = ModelCard.load(repo_id, token=token)
+        except EntryNotFoundError: card = model_card(self, repo_id)
+    if license: card.data.license = license
+    with tempfile.TemporaryDirectory() as folder:
+        self.save_pretrained(Path(folder) / "model", max_shard_size)
+        card.save(Path(folder) / "model" / "README.md")
+        with hub_errors(*asked):  # shards that the model had before are deleted
+            return hub.upload_folder(repo_id=repo_id, folder_path=Path(folder) / "model", commit_message=commit_message, create_pr=create_pr,
+                                     delete_patterns=[f"{part}/*" for part in self.components])

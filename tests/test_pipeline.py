@@ -191,7 +191,7 @@ def test_bundled_names_and_foreign_layouts(pipe, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="ships with the kit.* is 'kiwi'; known are: some-model, .*diffusers") as error:
         KiwiEditPipeline.from_pretrained("kiwi")
     assert "\n" not in str(error.value)
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/mllm_encoder").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="model_index.json"): KiwiEditPipeline.from_pretrained(tmp_path / "empty")
     (tmp_path / "empty/model_index.json").write_text(json.dumps({"mllm_encoder": ["a", "b"]}))
     monkeypatch.setitem(module.FOREIGN_LAYOUTS, "mllm_encoder", f"{__name__}:reader")
