@@ -111,7 +111,7 @@ FOREIGN_LAYOUTS = {"mllm_encoder": "kiwi_edit.checkpoints:load_official"}
 # %% ../nbs/22_pipeline.ipynb #f5dc0098
 def bundled_models() -> list[str]:
     "Names of the models that ship with the kit."
-    return sorted(p.parent.name for p in assets_dir().glob("*/model_index.json"))
+    return sorted(p.parent.name for p in assets_dir().glob("[!.]*/model_index.json"))
 
 # %% ../nbs/22_pipeline.ipynb #026cb571
 def hub_reason(
@@ -120,7 +120,9 @@ def hub_reason(
     revision: str | None = None,
 ) -> str:
     "Why the hub did not do what it was asked for, in a line."
-    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError): error = error.__cause__
+    cause = error.__cause__  # says more, but where the hub calls a request bad, which is a ValueError too
+    if isinstance(cause, HfHubHTTPError) and not isinstance(cause, ValueError): error = cause
+    if isinstance(cause, httpx.TransportError) and not isinstance(error, LocalEntryNotFoundError): error = cause
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, GatedRepoError): return f"it is gated: accept its licence at {constants.ENDPOINT}/{name}, then log in with `hf auth login` or give `token`"
     if isinstance(error, RepositoryNotFoundError): return "the hub has no such repository, or it is private and wants the `token` of somebody who may read it"
@@ -156,9 +158,9 @@ def read_index(
 ) -> dict:  # component -> (library, class), and numbers
     "The model_index.json of a folder, if it is one of this pipeline."
     rule = "`name` has to be a model folder with a model_index.json but"
-    try: index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    try: index = dict(json.loads((folder / "model_index.json").read_text(encoding="utf-8")))
     except FileNotFoundError: raise FileNotFoundError(f"{rule} {str(name)!r} holds none.") from None
-    except ValueError: raise FileNotFoundError(f"{rule} that of {str(name)!r} is no json; it may have been cut off.") from None
+    except (TypeError, ValueError): raise FileNotFoundError(f"{rule} that of {str(name)!r} is no json object; it may have been cut off.") from None
     if not {"guidance", *FOREIGN_LAYOUTS} & set(index):
         raise FileNotFoundError(f"`name` has to be a Kiwi-Edit model but the model_index.json of {str(name)!r} is that of {index.get('_class_name')!r}.")
     return index
