@@ -36,7 +36,7 @@ from .guidance import EditCache, KiwiGuidance, denoise, rounded_sigma
 from .video import as_frames, check_frame_count, fit_size, nearest_frame_count, read_image, read_video, resize_frames, video_info
 
 # %% auto #0
-__all__ = ['logger', 'SCHEDULES', 'FOREIGN_LAYOUTS', 'latent_statistics', 'encode_frames', 'decode_latents', 'fit_reference',
+__all__ = ['logger', 'SCHEDULES', 'LAYOUTS', 'latent_statistics', 'encode_frames', 'decode_latents', 'fit_reference',
            'flow_sigmas', 'bundled_models', 'hub_reason', 'hub_errors', 'read_index', 'faults', 'check_folder',
            'find_checkpoint', 'KiwiEditOutput', 'KiwiEditPipeline', 'model_entries', 'put_in_place', 'put_back',
            'model_card']
@@ -105,8 +105,8 @@ def flow_sigmas(
     return np.linspace(1, SCHEDULES[schedule], num_inference_steps + 1)[:-1].tolist()
 
 # %% ../nbs/22_pipeline.ipynb #c23e31e4
-# a folder whose model_index.json names this component is read by that function instead of diffusers' loader
-FOREIGN_LAYOUTS = {"mllm_encoder": "kiwi_edit.checkpoints:load_official"}
+# a folder whose model_index.json names this component is read by that function
+LAYOUTS = {"mllm_encoder": "kiwi_edit.checkpoints:load_official", "guidance": "kiwi_edit.checkpoints:load_kit"}
 
 # %% ../nbs/22_pipeline.ipynb #f5dc0098
 def bundled_models() -> list[str]:
@@ -161,7 +161,7 @@ def read_index(
     try: index = dict(json.loads((folder / "model_index.json").read_text(encoding="utf-8")))
     except FileNotFoundError: raise FileNotFoundError(f"{rule} {str(name)!r} holds none.") from None
     except (TypeError, ValueError): raise FileNotFoundError(f"{rule} that of {str(name)!r} is no json object; it may have been cut off.") from None
-    if not {"guidance", *FOREIGN_LAYOUTS} & set(index):
+    if not set(LAYOUTS) & set(index):
         raise FileNotFoundError(f"`name` has to be a Kiwi-Edit model but the model_index.json of {str(name)!r} is that of {index.get('_class_name')!r}.")
     return index
 
@@ -293,9 +293,8 @@ class KiwiEditPipeline(DiffusionPipeline):
         folder = find_checkpoint(name, revision=revision, cache_dir=cache_dir, token=token,
                                  local_files_only=local_files_only, force_download=force_download)
         parts = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        for part, loader in FOREIGN_LAYOUTS.items():
-            if part in parts: return pkgutil.resolve_name(loader)(folder, torch_dtype=torch_dtype, **kwargs)
-        return super().from_pretrained(str(folder), dtype=torch_dtype, **kwargs)
+        loader = next(loader for part, loader in LAYOUTS.items() if part in parts)
+        return pkgutil.resolve_name(loader)(folder, torch_dtype=torch_dtype, **kwargs)
 
 # %% ../nbs/22_pipeline.ipynb #50157f31
 @patch_to(KiwiEditPipeline)

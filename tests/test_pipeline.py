@@ -194,7 +194,7 @@ def test_bundled_names_and_foreign_layouts(pipe, tmp_path, monkeypatch):
     (tmp_path / "empty/mllm_encoder").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="model_index.json"): KiwiEditPipeline.from_pretrained(tmp_path / "empty")
     (tmp_path / "empty/model_index.json").write_text(json.dumps({"mllm_encoder": ["a", "b"]}))
-    monkeypatch.setitem(module.FOREIGN_LAYOUTS, "mllm_encoder", f"{__name__}:reader")
+    monkeypatch.setitem(module.LAYOUTS, "mllm_encoder", f"{__name__}:reader")
     assert KiwiEditPipeline.from_pretrained(tmp_path / "empty", torch_dtype=torch.bfloat16) == (tmp_path / "empty", torch.bfloat16)
 
 
