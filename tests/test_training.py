@@ -26,8 +26,8 @@ from kiwi_edit.curriculum import Bucket, Lora, Loss, Stage, add_lora, find_stage
 from kiwi_edit.dataset import WorldDataset, save_dataset, write_metadata
 from kiwi_edit.encoder import make_tokenizer
 from kiwi_edit.pipeline import KiwiEditPipeline
-from kiwi_edit.training import (FlowMatching, LiveView, Optimizers, Prefetch, averaged, checkpoints, draw_log, file_batches, find_model, fit, learning_rate,
-                                load_checkpoint, make_accelerator, merge_lora, part_of, publish, put_model, read_log, save_checkpoint, save_curve, thin, train,
+from kiwi_edit.training import (FlowMatching, LiveView, Optimizers, Prefetch, averaged, checkpoints, draw_log, file_batches, find_model, fit, frozen_aside,
+                                learning_rate, load_checkpoint, make_accelerator, merge_lora, part_of, publish, put_model, read_log, save_checkpoint, save_curve, thin, train,
                                 trim_log, with_dice, world_batches)
 
 MUON = "muon" if hasattr(torch.optim, "Muon") else "adamw"
@@ -465,6 +465,21 @@ def test_adamw_takes_everything_where_it_is_chosen():
     with pytest.raises(ValueError, match="`kind` has to be 'muon' or 'adamw' but is 'sgd'"): Optimizers(Toy(), .01, "sgd")
 
 
+@needs_muon
+@pytest.mark.parametrize("before, after", [("muon", "adamw"), ("adamw", "muon")])
+def test_a_run_goes_on_with_its_own_optimiser(tmp_path, before, after):
+    run_toy(tmp_path, steps=1, optimizer=before)
+    with pytest.raises(ValueError, match=f"`optimizer` has to be '{before}', .* but is '{after}'"): run_toy(tmp_path, steps=2, optimizer=after)
+
+
+def test_the_vision_tower_is_aside_and_back(pipe):
+    names, visual = set(pipe.mllm.state_dict()), pipe.mllm.model.visual
+    with pytest.raises(ZeroDivisionError), frozen_aside(pipe, True):
+        assert pipe.mllm.model.visual is visual and not [name for name in pipe.mllm.state_dict() if "visual" in name]
+        1 / 0
+    assert set(pipe.mllm.state_dict()) == names and pipe.mllm.model.visual is visual
+
+
 def test_parts_of_parameters(start):
     pipe = KiwiEditPipeline.from_pretrained(start)
     for name in ("language_model", "vision", "connector", "ref_connector", "image_queries", "transformer"):
@@ -614,6 +629,16 @@ def test_a_stage_with_lora_trains_its_layers_and_the_named_parts_alone(start, da
     assert train(stage, tmp_path, start, data, device="cpu")["step"] == 2
     assert all(path.read_bytes() == content for path, content in kept.items())
     with pytest.raises(ValueError, match="`folder` has to hold a model without stage 'edits'"): train(stage, tmp_path, start, data, device="cpu", steps=3)
+
+
+def test_an_earlier_stage_does_not_undo_a_later_one(start, tmp_path):
+    first, second = replace(WORLD, name="first", steps=1), replace(WORLD, name="second", steps=1)
+    for stage in (first, second): run_stage(stage, tmp_path, start)
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    assert run_stage(first, tmp_path, start) == []  # it has its steps
+    with pytest.raises(ValueError, match="`stage` has to be 'second', which made the model in .* is 'first'.* another folder, with `start`"): run_stage(first, tmp_path, start, steps=2)
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    assert [record["step"] for record in run_stage(second, tmp_path, start, steps=2)] == [2]
 
 
 def test_a_kill_before_the_model_is_in_place_is_made_up_for(start, data, tmp_path, monkeypatch):
