@@ -476,6 +476,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'kiwi_edit/training.py'),
                                     'kiwi_edit.training.ZeroOptimizers.prepare': ( 'training.html#zerooptimizers.prepare',
                                                                                    'kiwi_edit/training.py'),
+                                    'kiwi_edit.training.ZeroOptimizers.set_rate': ( 'training.html#zerooptimizers.set_rate',
+                                                                                    'kiwi_edit/training.py'),
                                     'kiwi_edit.training.ZeroOptimizers.state': ( 'training.html#zerooptimizers.state',
                                                                                  'kiwi_edit/training.py'),
                                     'kiwi_edit.training.ZeroOptimizers.weights': ( 'training.html#zerooptimizers.weights',

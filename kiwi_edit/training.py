@@ -337,6 +337,12 @@ class ZeroOptimizers(Optimizers):
         wrapped, self.all[0] = accelerator.prepare(model, self.all[0])
         return wrapped
 
+    def set_rate(self, factor):
+        from deepspeed.utils import safe_set_local_grad
+        super().set_rate(factor)
+        for p in self.params:
+            if hasattr(p, "ds_tensor"): safe_set_local_grad(p, torch.zeros_like(p.ds_tensor))  # ZeRO-3 would add to the last step's gradient of what a step's first batch does not use
+
     def weights(self,
         trained: dict, # name -> parameter
     ) -> dict: # name -> function that gathers it, in float32
@@ -622,8 +628,9 @@ def fit(
                 if parts > 1: names = gather_object(names)
                 raise FloatingPointError(f"the loss is {loss:.4g} and the gradient norm {norm:.4g} at step {state['step']} of stage {stage.name!r} (mean loss so far {state['mean_loss']}); "
                                          f"its samples: {', '.join(names) or 'without names'}. The last checkpoint is kept.")
-            if not zero: accelerator.clip_grad_norm_(list(trained.values()), stage.clip)
-            optimizers.step(factor)
+            if not zero:
+                accelerator.clip_grad_norm_(list(trained.values()), stage.clip)
+                optimizers.step(factor)
             if average:
                 with torch.no_grad(): torch._foreach_lerp_(list(average.values()), [p.detach().float() for p in trained.values()], 1 - stage.ema)
             seconds, due = time.monotonic() - start, time.monotonic() - saved > save_every
@@ -890,6 +897,9 @@ def train(
     accelerator = make_accelerator(stage.accumulation, device, trackers, home)
     begin, progress = find_model(folder) or start, progress and accelerator.is_main_process
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from transformers.integrations import unset_hf_deepspeed_config
+        unset_hf_deepspeed_config()  # or transformers would split weights where it loads them; DeepSpeed does so with the whole module
     def opened(device): # the model that the stage begins with
         pipe = start_model(stage.preset, seed) if begin is None else KiwiEditPipeline.from_pretrained(begin)
         cast_weights(pipe.to(device), getattr(torch, stage.dtype))
