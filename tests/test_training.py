@@ -308,9 +308,7 @@ def zero_job(folder, start, data, zero):
     with pytest.MonkeyPatch.context() as monkeypatch:
         if zero: share_out(monkeypatch, zero)
         runs["toy"] = sum((run_toy(folder / "toy", Toy(0.), steps=steps, **options) for steps in ((5, 10) if zero else (10,))), [])
-        with pytest.MonkeyPatch.context() as strip:
-            strip.setattr(kiwi_edit.training, "validation_strip", None)
-            runs["edits"] = run_stage(replace(ZERO_EDITS, batch_size=4 // parts), folder / "run", start, data, **dict(evaluate=lambda pipe: 1 / 0) if zero else {})
+        runs["edits"] = run_stage(replace(ZERO_EDITS, batch_size=4 // parts), folder / "run", start, data, evaluate=(lambda pipe: 1 / 0) if zero else None)
         if zero:
             with pytest.raises(ValueError, match="`stage.optimizer` has to be 'adamw' where weights are sharded"): run_toy(folder / "none", optimizer="muon")
         if zero == 3:
@@ -323,7 +321,7 @@ def test_deepspeed_has_the_numbers_of_one_process(zero, tmp_path, start, data):
     pytest.importorskip("deepspeed")
     for name in ("one", "two"): (tmp_path / name).mkdir()
     zero_job(tmp_path / "one", start, data, 0)
-    launch(tmp_path, "zero_job", tmp_path / "two", start, data, zero)
+    assert launch(tmp_path, "zero_job", tmp_path / "two", start, data, zero).count("stage edits are neither drawn nor evaluated") == 1
     one, two = runs_of(tmp_path / "one"), runs_of(tmp_path / "two")
     for name in one:
         assert len(one[name]) == len(two[name]) > 1
@@ -360,13 +358,13 @@ def team_job(folder, start, data):
                 runs["sharded toy"] += run_toy(folder / "sharded-toy", model, ema=.9, accumulation=2, clip=1., steps=steps)
                 assert all(isinstance(p, DTensor) for p in model.parameters())
             shard(monkeypatch, "WanTransformerBlock", "Qwen2_5_VLDecoderLayer")
-            runs["sharded edits"] = run_stage(replace(stage, checkpointing=("transformer", "language_model")), folder / "sharded-run", start, data)
+            runs["sharded edits"] = run_stage(replace(stage, checkpointing=("transformer", "language_model")), folder / "sharded-run", start, data, evaluate=lambda pipe: 1 / 0)
             with pytest.raises(ValueError, match="`stage.optimizer` has to be 'adamw' where weights are sharded"): run_toy(folder / "none", optimizer="muon")
     (folder / f"runs-{rank}.json").write_text(json.dumps(runs))
 
 
 def launch(folder, job, out, *more):
-    "Run one of these jobs in two processes."
+    "Run one of these jobs in two processes; what they say."
     script = folder / "job.py"
     script.write_text(f"import json, sys, pathlib\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nimport test_training\n"
                       f"test_training.make_short_and_exact()\ntest_training.{job}(pathlib.Path(sys.argv[1]), *map(json.loads, sys.argv[2:]))\n")
@@ -376,13 +374,14 @@ def launch(folder, job, out, *more):
         try: assert launcher.wait(600) == 0, (folder / "said").read_text()[-4000:]
         finally:
             if launcher.poll() is None: os.killpg(launcher.pid, signal.SIGKILL)
+    return (folder / "said").read_text()
 
 
 @pytest.fixture(scope="module")
 def teams(tmp_path_factory, start, data):
     "Folders of what one process and two have done."
     folder = tmp_path_factory.mktemp("teams")
-    launch(folder, "team_job", folder / "two", start, data)
+    assert launch(folder, "team_job", folder / "two", start, data).count("stage edits are neither drawn nor evaluated") == 1
     team_job(folder / "one", start, data)
     return folder / "one", folder / "two"
 
