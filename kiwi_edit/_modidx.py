@@ -459,6 +459,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'kiwi_edit.training.Optimizers': ('training.html#optimizers', 'kiwi_edit/training.py'),
                                     'kiwi_edit.training.Optimizers.__init__': ( 'training.html#optimizers.__init__',
                                                                                 'kiwi_edit/training.py'),
+                                    'kiwi_edit.training.Optimizers.check': ('training.html#optimizers.check', 'kiwi_edit/training.py'),
                                     'kiwi_edit.training.Optimizers.load_state': ( 'training.html#optimizers.load_state',
                                                                                   'kiwi_edit/training.py'),
                                     'kiwi_edit.training.Optimizers.set_rate': ( 'training.html#optimizers.set_rate',

@@ -298,10 +298,14 @@ class Optimizers:
         "The moments, flat."
         return {f"{n}.{i}.{key}": value for n, optimizer in enumerate(self.all) for i, values in optimizer.state_dict()["state"].items() for key, value in values.items()}
 
-    def load_state(self, tensors: dict):
-        "Take over what `state` gave."
+    def check(self, tensors: dict):
+        "Raise where `state` was given by another kind of optimiser."
         theirs, ours = "muon" if any(name.endswith(".momentum_buffer") for name in tensors) else "adamw", "muon" if self.flat else "adamw"
         if theirs != ours: raise ValueError(f"`optimizer` has to be {theirs!r}, which the checkpoint's moments are of, but is {ours!r}.")
+
+    def load_state(self, tensors: dict):
+        "Take over what `state` gave."
+        self.check(tensors)
         states, places = [defaultdict(dict) for _ in self.all], [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in self.all]
         for name, value in tensors.items():
             n, index, key = name.split(".", 2)
@@ -363,6 +367,7 @@ class ZeroOptimizers(Optimizers):
         step: int, # of the run
     ):
         "Take over a checkpoint. DeepSpeed makes its moments in its first step, so it has to have taken one, at rate 0."
+        self.check(tensors)
         for name, p in trained.items(): _put_in_zero(p, weights[name])
         for i, p in enumerate(self.params):
             for key in ("exp_avg", "exp_avg_sq"): _put_in_zero(p, tensors.get(f"0.{i}.{key}", torch.zeros(1)), key)
@@ -608,7 +613,7 @@ def fit(
         while done() < 1:
             start, factor = time.monotonic(), learning_rate(done(), state["step"], stage.schedule, stage.warmup, stage.floor, stage.lr_dip)
             losses, collected, names, samples, work = [], [], [], 0, 0
-            optimizers.set_rate(factor)
+            if zero: optimizers.set_rate(factor)  # before the step, which is taken within `backward`
             for j in range(micro):
                 batch = to_device(batches.get(), device)
                 torch.manual_seed(((seed * 1_000_003 + state["step"]) * micro + j) * parts + accelerator.process_index)
@@ -857,12 +862,14 @@ def frozen_aside(
 ):
     "Within it, what wraps, shards or moves the encoder does not see its vision tower; and what is `cached` lies in the host's memory."
     model, visual, device = pipe.mllm.model, pipe.mllm.model.visual, pipe.vae.device
-    vars(model)["visual"] = model._modules.pop("visual")  # still found by its name, by threads, too
+    vars(model)["visual"] = visual  # found by its name at any moment, for a thread may be making rows
+    del model._modules["visual"]
     if cached: visual.to("cpu"); pipe.vae.to("cpu")
     try: yield
     finally:
         if cached: visual.to(device); pipe.vae.to(device)
-        model._modules["visual"] = vars(model).pop("visual")
+        model._modules["visual"] = visual
+        del vars(model)["visual"]
 
 # %% ../nbs/31_training.ipynb #e85e91b2
 def train(
