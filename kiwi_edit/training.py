@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['logger', 'training_table', 'draw_noise_levels', 'Dice', 'draw_noise', 'edit_weights', 'drop_instructions',
            'pixel_metric', 'metric_factor', 'flow_matching_loss', 'split_losses', 'FlowMatching', 'part_of',
-           'Optimizers', 'learning_rate', 'checkpoints', 'save_checkpoint', 'load_checkpoint', 'Prefetch', 'to_device',
-           'trim_log', 'measure_flops', 'peak_memory', 'make_accelerator', 'averaged', 'fit', 'validation_strip',
-           'draw_log', 'read_log', 'save_curve', 'LiveView', 'stage_data', 'world_batches', 'file_batches', 'with_dice',
-           'cast_weights', 'merge_lora', 'put_model', 'find_model', 'find_stages', 'train', 'thin', 'publish']
+           'Optimizers', 'ZeroOptimizers', 'learning_rate', 'checkpoints', 'save_checkpoint', 'load_checkpoint',
+           'Prefetch', 'to_device', 'trim_log', 'measure_flops', 'peak_memory', 'make_accelerator', 'averaged', 'fit',
+           'validation_strip', 'draw_log', 'read_log', 'save_curve', 'LiveView', 'stage_data', 'world_batches',
+           'file_batches', 'with_dice', 'cast_weights', 'merge_lora', 'put_model', 'find_model', 'find_stages',
+           'frozen_aside', 'train', 'thin', 'publish']
 
 # %% ../nbs/31_training.ipynb #94ea9002
 import base64, hashlib, io, json, logging, math, os, resource, shutil, sys, threading, time
 from collections import defaultdict
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from queue import Queue
 
@@ -274,13 +276,20 @@ class Optimizers:
         if others: self.all.append(torch.optim.AdamW([dict(params=ps, scale=s) for s, ps in others.items()], lr=lr, betas=(.9, .98) if kind == "muon" else (.9, .999),
                                                      weight_decay=0. if kind == "muon" else weight_decay))
 
+    def set_rate(self,
+        factor: float, # on the peak rate
+    ):
+        "The rate of the next step."
+        for optimizer in self.all:
+            for group in optimizer.param_groups: group["lr"] = self.lr * factor * group["scale"]
+
     def step(self,
         factor: float, # on the peak rate
     ):
         "One step; gradients are dropped afterwards."
+        self.set_rate(factor)
         for p, view in self.flat: view.grad = None if p.grad is None else p.grad.flatten(1)
         for optimizer in self.all:
-            for group in optimizer.param_groups: group["lr"] = self.lr * factor * group["scale"]
             optimizer.step()
             optimizer.zero_grad()
         for p, _ in self.flat: p.grad = None
@@ -289,13 +298,80 @@ class Optimizers:
         "The moments, flat."
         return {f"{n}.{i}.{key}": value for n, optimizer in enumerate(self.all) for i, values in optimizer.state_dict()["state"].items() for key, value in values.items()}
 
+    def check(self, tensors: dict):
+        "Raise where `state` was given by another kind of optimiser."
+        theirs, ours = "muon" if any(name.endswith(".momentum_buffer") for name in tensors) else "adamw", "muon" if self.flat else "adamw"
+        if theirs != ours: raise ValueError(f"`optimizer` has to be {theirs!r}, which the checkpoint's moments are of, but is {ours!r}.")
+
     def load_state(self, tensors: dict):
         "Take over what `state` gave."
+        self.check(tensors)
         states, places = [defaultdict(dict) for _ in self.all], [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in self.all]
         for name, value in tensors.items():
             n, index, key = name.split(".", 2)
             states[int(n)][int(index)][key] = _sharded_like(places[int(n)][int(index)], value) if value.ndim else value
         for optimizer, values in zip(self.all, states): optimizer.load_state_dict({"state": dict(values), "param_groups": optimizer.state_dict()["param_groups"]})
+
+# %% ../nbs/31_training.ipynb #d1e5be2d
+def _put_in_zero(p, value, *key): # the float32 weight that DeepSpeed has for a parameter, or its moment of that name
+    from deepspeed import utils
+    kind, value = "optimizer_state" if key else "fp32_param", value.float().flatten()
+    if not hasattr(p, "ds_tensor"): return getattr(utils, f"safe_set_full_{kind}")(p, value.expand(p.numel()), *key)
+    size, rank = p.ds_tensor.numel(), torch.distributed.get_rank()  # ZeRO-3: each process has a part, the last of them padded
+    own = torch.zeros(size)
+    part = value.expand(p.ds_numel)[rank * size:(rank + 1) * size]
+    own[:len(part)] = part
+    getattr(utils, f"safe_set_local_{kind}")(p, own, *key)
+
+class ZeroOptimizers(Optimizers):
+    "AdamW where DeepSpeed has shared out moments and gradients: it takes its step within the last `backward`, and gathers what is asked for."
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.params = [p for group in self.all[0].param_groups for p in group["params"]]
+
+    def prepare(self,
+        accelerator: Accelerator,
+        model: torch.nn.Module,
+        stage: Stage,
+    ):
+        "Hand the model and the optimiser to DeepSpeed, with what the stage says in place of Accelerate's defaults."
+        said = dict(train_batch_size="auto", train_micro_batch_size_per_gpu=stage.batch_size, gradient_accumulation_steps=stage.accumulation,
+                    gradient_clipping=stage.clip if math.isfinite(stage.clip) else 0., bf16=dict(enabled=stage.dtype == "bfloat16"))
+        accelerator.state.deepspeed_plugin.deepspeed_config.update(said)
+        wrapped, self.all[0] = accelerator.prepare(model, self.all[0])
+        return wrapped
+
+    def set_rate(self, factor):
+        from deepspeed.utils import safe_set_local_grad
+        super().set_rate(factor)
+        for p in self.params:
+            if hasattr(p, "ds_tensor"): safe_set_local_grad(p, torch.zeros_like(p.ds_tensor))  # ZeRO-3 would add to the last step's gradient of what a step's first batch does not use
+
+    def weights(self,
+        trained: dict, # name -> parameter
+    ) -> dict: # name -> function that gathers it, in float32
+        "For a checkpoint."
+        from deepspeed.utils import safe_get_full_fp32_param
+        return {name: partial(safe_get_full_fp32_param, p) for name, p in trained.items()}
+
+    def state(self):
+        from deepspeed.utils import safe_get_full_optimizer_state
+        moments = {f"0.{i}.{key}": partial(safe_get_full_optimizer_state, p, key) for i, p in enumerate(self.params) for key in ("exp_avg", "exp_avg_sq")}
+        step = next(iter(self.all[0].state.values()))["step"]
+        return moments | {f"0.{i}.step": torch.tensor(float(step)) for i in range(len(self.params))}
+
+    def load_state(self,
+        tensors: dict,
+        weights: dict, # name -> tensor
+        trained: dict, # name -> parameter
+        step: int, # of the run
+    ):
+        "Take over a checkpoint. DeepSpeed makes its moments in its first step, so it has to have taken one, at rate 0."
+        self.check(tensors)
+        for name, p in trained.items(): _put_in_zero(p, weights[name])
+        for i, p in enumerate(self.params):
+            for key in ("exp_avg", "exp_avg_sq"): _put_in_zero(p, tensors.get(f"0.{i}.{key}", torch.zeros(1)), key)
+        for values in self.all[0].state.values(): values["step"] = 0 * values["step"] + step
 
 # %% ../nbs/31_training.ipynb #c212a9b5
 def learning_rate(
@@ -314,7 +390,8 @@ def learning_rate(
     return factor / 3 if lr_dip and step < 5 else factor
 
 # %% ../nbs/31_training.ipynb #fd2f81a6
-def _whole(tensor): return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().contiguous()  # of a sharded tensor, all of it
+def _whole(tensor): # of a sharded tensor, all of it, or what gathers it
+    return tensor() if callable(tensor) else tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 def _digest(path): return hashlib.file_digest(open(path, "rb"), "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 def checkpoints(
@@ -325,20 +402,24 @@ def checkpoints(
 
 def save_checkpoint(
     folder, # of a run's checkpoints
-    files: dict, # name -> dict of tensors
+    files: dict, # name -> dict of tensors, or of functions that gather them
     state: dict, # what JSON can hold: step, seconds, ...
     keep: int = 2, # checkpoints that stay
     write: bool = True, # False in all but the first of several processes, which take part in gathering shards
 ):
     "Write a checkpoint so that a kill at any moment leaves all the older ones whole."
     if keep < 1: raise ValueError(f"`keep` has to be at least 1 but is {keep}.")
-    files = {name: {key: _whole(value) for key, value in tensors.items()} for name, tensors in files.items()}
+    whole = {name: {} for name in files}
+    for name, tensors in files.items():
+        for key, value in tensors.items():
+            value = _whole(value)
+            if write: whole[name][key] = value.detach().cpu().contiguous()
     if not write: return
     final = Path(folder) / f"step-{state['step']:08d}"
     fresh = final.with_name(final.name + ".new")
     for leftover in Path(folder).glob("step-*.new"): shutil.rmtree(leftover)
     fresh.mkdir(parents=True)
-    for name, tensors in files.items(): save_file(tensors, fresh / f"{name}.safetensors")
+    for name, tensors in whole.items(): save_file(tensors, fresh / f"{name}.safetensors")
     digests = {path.name: _digest(path) for path in sorted(fresh.iterdir())}
     (fresh / "state.json").write_text(json.dumps(state | dict(files=digests)))
     if final.exists(): shutil.rmtree(final)
@@ -482,11 +563,12 @@ def fit(
     "Train until the steps or the minutes are used up, continuing from the folder's checkpoint if there is one."
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     accelerator = accelerator or make_accelerator(stage.accumulation, trackers=trackers, folder=folder)
-    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    if sharded and stage.optimizer == "muon": raise ValueError("`stage.optimizer` has to be 'adamw' where weights are sharded but is 'muon', which needs whole matrices.")
+    fsdp, zero = (accelerator.distributed_type == kind for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED))
+    if (fsdp or zero) and stage.optimizer == "muon": raise ValueError("`stage.optimizer` has to be 'adamw' where weights are sharded but is 'muon', which needs whole matrices.")
+    if zero and stage.ema and accelerator.state.deepspeed_plugin.zero_stage == 3: raise ValueError(f"`stage.ema` has to be 0 under DeepSpeed ZeRO-3, which shares out the weights, but is {stage.ema}.")
     device, main, parts = accelerator.device, accelerator.is_main_process, accelerator.num_processes
     model.to(device)
-    optimizers = Optimizers(model, stage.lr, stage.optimizer, stage.weight_decay, stage.lr_scales)
+    optimizers = (ZeroOptimizers if zero else Optimizers)(model, stage.lr, stage.optimizer, stage.weight_decay, stage.lr_scales)
     files, state = load_checkpoint(folder / "checkpoints")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if state:
@@ -494,13 +576,18 @@ def fit(
         if theirs != ours: raise ValueError(f"`folder` holds other parameters than this stage trains: {sorted({name for name, _ in theirs ^ ours})[:5]} in {folder}.")
         with torch.no_grad():
             for name, p in trained.items(): p.copy_(files["weights"][name])
-    if sharded:
+    if zero: wrapped = optimizers.prepare(accelerator, model, stage)
+    elif fsdp:
         wrapped, optimizers.all[0] = accelerator.prepare(model, optimizers.all[0])
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     else: wrapped = accelerator.prepare(model)
     average = {name: p.detach().float().clone() for name, p in trained.items()} if stage.ema else {}
     if state:
-        optimizers.load_state(files["moments"])
+        if zero:
+            optimizers.set_rate(0.)
+            accelerator.backward(0. * wrapped(to_device(batch_fn(state["step"] * stage.accumulation, accelerator.process_index, parts), device))[0].mean())
+            optimizers.load_state(files["moments"], files["weights"], trained, state["step"])
+        else: optimizers.load_state(files["moments"])
         if "average" in files:
             for name, value in average.items(): value.copy_(_sharded_like(value, files["average"][name]))
         logger.info("continuing at step %d after %.0f s", state["step"], state["seconds"])
@@ -516,7 +603,7 @@ def fit(
     saved, bar = time.monotonic(), tqdm(total=100, initial=int(100 * done()), unit="%", desc=stage.name, disable=not (progress and main), mininterval=2,
                                        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
     def save():
-        files = dict(weights=trained, moments=optimizers.state()) | (dict(average=average) if average else {})
+        files = dict(weights=optimizers.weights(trained) if zero else trained, moments=optimizers.state()) | (dict(average=average) if average else {})
         save_checkpoint(folder / "checkpoints", files, state, keep, main)
         if on_save and main:
             with averaged(trained, average): on_save(state["step"])
@@ -526,6 +613,7 @@ def fit(
         while done() < 1:
             start, factor = time.monotonic(), learning_rate(done(), state["step"], stage.schedule, stage.warmup, stage.floor, stage.lr_dip)
             losses, collected, names, samples, work = [], [], [], 0, 0
+            if zero: optimizers.set_rate(factor)  # before the step, which is taken within `backward`
             for j in range(micro):
                 batch = to_device(batches.get(), device)
                 torch.manual_seed(((seed * 1_000_003 + state["step"]) * micro + j) * parts + accelerator.process_index)
@@ -539,15 +627,15 @@ def fit(
                 losses.append(loss.detach()); collected.append(numbers); names += _names(batch); samples += len(values); work += flops.get(key, 0)
             loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
             if parts > 1: collected = gather_object(collected)
-            norms = {part: get_total_norm([p.grad for p in ps if p.grad is not None]) for part, ps in by_part.items()}
-            norms = {part: (n.full_tensor() if isinstance(n, DTensor) else n).item() for part, n in norms.items()}
-            norm = math.sqrt(sum(n * n for n in norms.values()))
+            norms = {} if zero else {part: _whole(get_total_norm([p.grad for p in ps if p.grad is not None])).item() for part, ps in by_part.items()}
+            norm = float(accelerator.clip_grad_norm_([], stage.clip)) if zero else math.sqrt(sum(n * n for n in norms.values()))  # DeepSpeed has clipped and stepped by now
             if not math.isfinite(loss) or not math.isfinite(norm) or (state["step"] > 50 and loss > 10 * state["mean_loss"]):
                 if parts > 1: names = gather_object(names)
                 raise FloatingPointError(f"the loss is {loss:.4g} and the gradient norm {norm:.4g} at step {state['step']} of stage {stage.name!r} (mean loss so far {state['mean_loss']}); "
                                          f"its samples: {', '.join(names) or 'without names'}. The last checkpoint is kept.")
-            accelerator.clip_grad_norm_(list(trained.values()), stage.clip)
-            optimizers.step(factor)
+            if not zero:
+                accelerator.clip_grad_norm_(list(trained.values()), stage.clip)
+                optimizers.step(factor)
             if average:
                 with torch.no_grad(): torch._foreach_lerp_(list(average.values()), [p.detach().float() for p in trained.values()], 1 - stage.ema)
             seconds, due = time.monotonic() - start, time.monotonic() - saved > save_every
@@ -766,6 +854,23 @@ def find_stages(
     made = find_model(folder) and Path(folder) / "model" / "stages.json"
     return json.loads(made.read_text()) if made and made.exists() else {}
 
+# %% ../nbs/31_training.ipynb #a51de0f1
+@contextmanager
+def frozen_aside(
+    pipe, # KiwiEditPipeline, whose vision tower is frozen
+    cached: bool = False, # neither autoencoder nor vision tower is asked for anything
+):
+    "Within it, what wraps, shards or moves the encoder does not see its vision tower; and what is `cached` lies in the host's memory."
+    model, visual, device = pipe.mllm.model, pipe.mllm.model.visual, pipe.vae.device
+    vars(model)["visual"] = visual  # found by its name at any moment, for a thread may be making rows
+    del model._modules["visual"]
+    if cached: visual.to("cpu"); pipe.vae.to("cpu")
+    try: yield
+    finally:
+        if cached: visual.to(device); pipe.vae.to(device)
+        model._modules["visual"] = visual
+        del vars(model)["visual"]
+
 # %% ../nbs/31_training.ipynb #e85e91b2
 def train(
     stage: str | Stage, # one of `STAGES`, or any other stage
@@ -791,15 +896,26 @@ def train(
     folder = Path(folder); home, made = folder / stage.name, find_stages(folder)
     if stage.name in made:
         if made[stage.name]["step"] >= stage.steps or stage.minutes and made[stage.name]["seconds"] >= 60 * stage.minutes: return made[stage.name]
+        if stage.name != (last := list(made)[-1]):
+            raise ValueError(f"`stage` has to be {last!r}, which made the model in {str(folder)!r} last, to be trained further there, but is {stage.name!r}, whose checkpoint would undo what came after it. "
+                             f"Train it in another folder, with `start` {str(folder / 'model')!r}.")
         if stage.lora: raise ValueError(f"`folder` has to hold a model without stage {stage.name!r}, whose LoRA layers are merged when it ends, but {str(folder)!r} holds one with it.")
     if stage.mix: stage_data(stage, data)  # what is wrong with its tables is said before anything is loaded
     accelerator = make_accelerator(stage.accumulation, device, trackers, home)
     begin, progress = find_model(folder) or start, progress and accelerator.is_main_process
-    pipe = start_model(stage.preset, seed) if begin is None else KiwiEditPipeline.from_pretrained(begin)
-    cast_weights(pipe.to(accelerator.device), getattr(torch, stage.dtype))
-    if stage.round_timestep: pipe.guidance.register_to_config(round_timestep=True)
-    torch.manual_seed(seed)  # of LoRA layers, which start at random
-    select(pipe, stage)
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from transformers.integrations import unset_hf_deepspeed_config
+        unset_hf_deepspeed_config()  # or transformers would split weights where it loads them; DeepSpeed does so with the whole module
+    def opened(device): # the model that the stage begins with
+        pipe = start_model(stage.preset, seed) if begin is None else KiwiEditPipeline.from_pretrained(begin)
+        cast_weights(pipe.to(device), getattr(torch, stage.dtype))
+        if stage.round_timestep: pipe.guidance.register_to_config(round_timestep=True)
+        torch.manual_seed(seed)  # of LoRA layers, which start at random
+        select(pipe, stage)
+        if stage.name == "autoencoder-motion": train_motion_only(pipe.vae)
+        return pipe
+    pipe, aside = opened(accelerator.device), ExitStack()
     with accelerator.main_process_first():  # one process fills the caches, the others find them full
         if stage.buckets: batches = with_dice(world_batches(pipe, stage, cache or folder / "cache", seed, progress), pipe, stage, seed)
         elif stage.mix: batches = with_dice(file_batches(pipe, stage, data or {}, cache, accelerator.num_processes, seed, progress), pipe, stage, seed)
@@ -808,32 +924,36 @@ def train(
         if stage.loss.pixel_metric:
             clips = [World(num_frames=5).sample(i, TASKS[i % 4]).target for i in range(48)]
             gram = pixel_metric(pipe.vae, encode_frames(pipe.vae, np.stack(clips)), progress)
-        model = FlowMatching(pipe, stage.loss, gram, stage.source, stage.autocast)
-        if accelerator.distributed_type == DistributedType.FSDP: accelerator.state.fsdp_plugin.ignored_modules = [pipe.mllm.model.visual]  # makes rows, in a thread of each process
+        as_module = lambda pipe: FlowMatching(pipe, stage.loss, gram, stage.source, stage.autocast)
     elif "mllm" in stage.trains:
-        model, batches = Description(pipe.mllm, pipe.guidance.config), lambda number, part, parts: description_batch(pipe.processor, pipe.guidance.config, number, seed=seed, part=part, parts=parts)
+        as_module, batches = lambda pipe: Description(pipe.mllm, pipe.guidance.config), lambda number, part, parts: description_batch(pipe.processor, pipe.guidance.config, number, seed=seed, part=part, parts=parts)
     else:
-        if stage.name == "autoencoder-motion": train_motion_only(pipe.vae)
-        model = Reconstruction(pipe.vae)
+        as_module = lambda pipe: Reconstruction(pipe.vae)
         def batches(number, part, parts):
             clips = stage.name != "autoencoder-image" and number % 3
             return autoencoder_batch(number, 4 if clips else 16, 5 if clips else 1, seed=seed, part=part, parts=parts)
+    model = as_module(pipe)
+    def set_aside():
+        if stage.buckets or stage.mix: aside.enter_context(frozen_aside(pipe, bool(stage.buckets or cache)))
+    if sharded and accelerator.is_main_process and (stage.buckets or evaluate): logger.warning("weights are sharded: checkpoints of stage %s are neither drawn nor evaluated", stage.name)
     def on_save(step):
         save_curve(home / "log.jsonl", home / "curve.png")
+        if sharded: return
+        aside.close()
         model.eval()
         tasks, done = tuple(task for task in TASKS if any(task in bucket.tasks for bucket in stage.buckets)), {}
         if tasks: done |= validation_strip(pipe, home / f"strip-{step:06d}.png", max(bucket.num_frames for bucket in stage.buckets), tasks)
         if evaluate: done |= evaluate(pipe)
+        set_aside()
         if not done: return
         with open(home / "validation.jsonl", "a") as f: f.write(json.dumps(dict(step=step) | done) + "\n")
-    with fast_images(pipe.vae):
+    set_aside()
+    with fast_images(pipe.vae), aside:
         state = fit(model, batches, home, stage, seed, keep, save_every, on_step, on_save, progress, accelerator, trackers)
     if accelerator.is_main_process:
-        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):  # what is here are shards; the checkpoint has all of it
-            pipe = cast_weights(KiwiEditPipeline.from_pretrained(begin), getattr(torch, stage.dtype)); select(pipe, stage)
-            pipe_model = FlowMatching(pipe, stage.loss, gram, stage.source)
-            files, _ = load_checkpoint(home / "checkpoints")
-            pipe_model.load_state_dict(files["weights"] | files.get("average", {}), strict=False)
+        if sharded:  # what is here are shards; the checkpoint has all of it
+            pipe, (files, _) = opened("cpu"), load_checkpoint(home / "checkpoints")
+            as_module(pipe).load_state_dict(files["weights"] | files.get("average", {}), strict=False)
         for part in (pipe.vae, pipe.mllm, pipe.guidance, pipe.transformer): part.requires_grad_(False).eval()
         merge_lora(pipe)
         if stage.name in ("autoencoder-image", "autoencoder-video"): measure_latents(pipe.vae)

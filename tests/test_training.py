@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
@@ -26,8 +27,8 @@ from kiwi_edit.curriculum import Bucket, Lora, Loss, Stage, add_lora, find_stage
 from kiwi_edit.dataset import WorldDataset, save_dataset, write_metadata
 from kiwi_edit.encoder import make_tokenizer
 from kiwi_edit.pipeline import KiwiEditPipeline
-from kiwi_edit.training import (FlowMatching, LiveView, Optimizers, Prefetch, averaged, checkpoints, draw_log, file_batches, find_model, fit, learning_rate,
-                                load_checkpoint, make_accelerator, merge_lora, part_of, publish, put_model, read_log, save_checkpoint, save_curve, thin, train,
+from kiwi_edit.training import (FlowMatching, LiveView, Optimizers, Prefetch, averaged, checkpoints, draw_log, file_batches, find_model, fit, frozen_aside,
+                                learning_rate, load_checkpoint, make_accelerator, merge_lora, part_of, publish, put_model, read_log, save_checkpoint, save_curve, thin, train,
                                 trim_log, with_dice, world_batches)
 
 MUON = "muon" if hasattr(torch.optim, "Muon") else "adamw"
@@ -284,6 +285,57 @@ def shard(monkeypatch, *layers):
     for module in (kiwi_edit.training, sys.modules[__name__]): monkeypatch.setattr(module, "make_accelerator", sharding)
 
 
+def share_out(monkeypatch, zero):
+    "Let Accelerate use DeepSpeed on CPUs, too, where its own state knows no more than gloo."
+    plugin = DeepSpeedPlugin(zero_stage=zero, zero3_init_flag=False)
+    def sharing(accumulation=1, device="cpu", trackers=(), folder=None):
+        if PartialState().distributed_type != DistributedType.DEEPSPEED:
+            PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
+            AcceleratorState._shared_state.update(deepspeed_plugins=plugin, distributed_type=DistributedType.DEEPSPEED)
+            plugin.select(_from_accelerator_state=True)
+        return Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    Accelerator(cpu=True)
+    for module in (kiwi_edit.training, sys.modules[__name__]): monkeypatch.setattr(module, "make_accelerator", sharing)
+
+
+ZERO_EDITS = replace(EDITS, batch_size=2, accumulation=2, steps=3, optimizer="adamw", lr=1e-4, ema=0., checkpointing=("transformer", "language_model"))
+
+
+def zero_job(folder, start, data, zero):
+    "What processes do by DeepSpeed, or without it."
+    parts, runs = int(os.environ.get("WORLD_SIZE", 1)), {}
+    options = dict(accumulation=2, clip=1.)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if zero: share_out(monkeypatch, zero)
+        runs["toy"] = sum((run_toy(folder / "toy", Toy(0.), steps=steps, **options) for steps in ((5, 10) if zero else (10,))), [])
+        runs["edits"] = run_stage(replace(ZERO_EDITS, batch_size=4 // parts), folder / "run", start, data, evaluate=(lambda pipe: 1 / 0) if zero else None)
+        if zero:
+            with pytest.raises(ValueError, match="`stage.optimizer` has to be 'adamw' where weights are sharded"): run_toy(folder / "none", optimizer="muon")
+        if zero == 3:
+            with pytest.raises(ValueError, match="`stage.ema` has to be 0 under DeepSpeed ZeRO-3"): run_toy(folder / "none", ema=.9)
+    (folder / f"runs-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(runs))
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_deepspeed_has_the_numbers_of_one_process(zero, tmp_path, start, data):
+    pytest.importorskip("deepspeed")
+    for name in ("one", "two"): (tmp_path / name).mkdir()
+    zero_job(tmp_path / "one", start, data, 0)
+    assert launch(tmp_path, "zero_job", tmp_path / "two", start, data, zero).count("stage edits are neither drawn nor evaluated") == 1
+    one, two = runs_of(tmp_path / "one"), runs_of(tmp_path / "two")
+    for name in one:
+        assert len(one[name]) == len(two[name]) > 1
+        for ours, theirs in zip(one[name], two[name]):
+            assert [theirs[key] for key in ("loss", "grad_norm", "lr")] == pytest.approx([ours[key] for key in ("loss", "grad_norm", "lr")], rel=1e-4)
+    for run in ("toy", "run/edits"):
+        (ours, state), (theirs, same) = (load_checkpoint(tmp_path / name / run / "checkpoints") for name in ("one", "two"))
+        assert state["step"] == same["step"] and ours.keys() == theirs.keys() == {"weights", "moments"}
+        assert near(ours["weights"], theirs["weights"]) and all(torch.allclose(value, theirs["moments"][key], rtol=1e-3, atol=1e-5) for key, value in ours["moments"].items())
+    assert near(*(weights(KiwiEditPipeline.from_pretrained(tmp_path / name / "run/model")) for name in ("one", "two")))
+    more = [run_toy(tmp_path / name / "toy", Toy(0.), steps=14, accumulation=2, clip=1.) for name in ("one", "two")]  # what DeepSpeed has saved goes on without it
+    assert [r["loss"] for r in more[0]] == pytest.approx([r["loss"] for r in more[1]], rel=1e-4) and len(more[0]) == 4
+
+
 def team_job(folder, start, data):
     "What several processes do together, or one alone."
     rank, parts = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -306,24 +358,30 @@ def team_job(folder, start, data):
                 runs["sharded toy"] += run_toy(folder / "sharded-toy", model, ema=.9, accumulation=2, clip=1., steps=steps)
                 assert all(isinstance(p, DTensor) for p in model.parameters())
             shard(monkeypatch, "WanTransformerBlock", "Qwen2_5_VLDecoderLayer")
-            runs["sharded edits"] = run_stage(replace(stage, checkpointing=("transformer", "language_model")), folder / "sharded-run", start, data)
+            runs["sharded edits"] = run_stage(replace(stage, checkpointing=("transformer", "language_model")), folder / "sharded-run", start, data, evaluate=lambda pipe: 1 / 0)
             with pytest.raises(ValueError, match="`stage.optimizer` has to be 'adamw' where weights are sharded"): run_toy(folder / "none", optimizer="muon")
     (folder / f"runs-{rank}.json").write_text(json.dumps(runs))
+
+
+def launch(folder, job, out, *more):
+    "Run one of these jobs in two processes; what they say."
+    script = folder / "job.py"
+    script.write_text(f"import json, sys, pathlib\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nimport test_training\n"
+                      f"test_training.make_short_and_exact()\ntest_training.{job}(pathlib.Path(sys.argv[1]), *map(json.loads, sys.argv[2:]))\n")
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(out), *map(json.dumps, more)]
+    with open(folder / "said", "w") as said:
+        launcher = subprocess.Popen(command, stdout=said, stderr=said, env=os.environ | dict(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu"), start_new_session=True)
+        try: assert launcher.wait(600) == 0, (folder / "said").read_text()[-4000:]
+        finally:
+            if launcher.poll() is None: os.killpg(launcher.pid, signal.SIGKILL)
+    return (folder / "said").read_text()
 
 
 @pytest.fixture(scope="module")
 def teams(tmp_path_factory, start, data):
     "Folders of what one process and two have done."
     folder = tmp_path_factory.mktemp("teams")
-    script = folder / "job.py"
-    script.write_text(f"import json, sys, pathlib\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nimport test_training\n"
-                      "test_training.make_short_and_exact()\ntest_training.team_job(pathlib.Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]))\n")
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(folder / "two"), start, json.dumps(data)]
-    with open(folder / "said", "w") as said:
-        launcher = subprocess.Popen(command, stdout=said, stderr=said, env=os.environ | dict(OMP_NUM_THREADS="1"), start_new_session=True)
-        try: assert launcher.wait(600) == 0, (folder / "said").read_text()[-4000:]
-        finally:
-            if launcher.poll() is None: os.killpg(launcher.pid, signal.SIGKILL)
+    assert launch(folder, "team_job", folder / "two", start, data).count("stage edits are neither drawn nor evaluated") == 1
     team_job(folder / "one", start, data)
     return folder / "one", folder / "two"
 
@@ -463,6 +521,21 @@ def test_adamw_takes_everything_where_it_is_chosen():
     assert [type(optimizer).__name__ for optimizer in optimizers.all] == ["AdamW"] and not optimizers.flat
     assert [(group["scale"], group["weight_decay"], len(group["params"])) for group in optimizers.all[0].param_groups] == [(.1, .3, 2), (1., .3, 2)]
     with pytest.raises(ValueError, match="`kind` has to be 'muon' or 'adamw' but is 'sgd'"): Optimizers(Toy(), .01, "sgd")
+
+
+@needs_muon
+@pytest.mark.parametrize("before, after", [("muon", "adamw"), ("adamw", "muon")])
+def test_a_run_goes_on_with_its_own_optimiser(tmp_path, before, after):
+    run_toy(tmp_path, steps=1, optimizer=before)
+    with pytest.raises(ValueError, match=f"`optimizer` has to be '{before}', .* but is '{after}'"): run_toy(tmp_path, steps=2, optimizer=after)
+
+
+def test_the_vision_tower_is_aside_and_back(pipe):
+    names, visual = set(pipe.mllm.state_dict()), pipe.mllm.model.visual
+    with pytest.raises(ZeroDivisionError), frozen_aside(pipe, True):
+        assert pipe.mllm.model.visual is visual and not [name for name in pipe.mllm.state_dict() if "visual" in name]
+        1 / 0
+    assert set(pipe.mllm.state_dict()) == names and pipe.mllm.model.visual is visual
 
 
 def test_parts_of_parameters(start):
@@ -614,6 +687,16 @@ def test_a_stage_with_lora_trains_its_layers_and_the_named_parts_alone(start, da
     assert train(stage, tmp_path, start, data, device="cpu")["step"] == 2
     assert all(path.read_bytes() == content for path, content in kept.items())
     with pytest.raises(ValueError, match="`folder` has to hold a model without stage 'edits'"): train(stage, tmp_path, start, data, device="cpu", steps=3)
+
+
+def test_an_earlier_stage_does_not_undo_a_later_one(start, tmp_path):
+    first, second = replace(WORLD, name="first", steps=1), replace(WORLD, name="second", steps=1)
+    for stage in (first, second): run_stage(stage, tmp_path, start)
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    assert run_stage(first, tmp_path, start) == []  # it has its steps
+    with pytest.raises(ValueError, match="`stage` has to be 'second', which made the model in .* is 'first'.* another folder, with `start`"): run_stage(first, tmp_path, start, steps=2)
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    assert [record["step"] for record in run_stage(second, tmp_path, start, steps=2)] == [2]
 
 
 def test_a_kill_before_the_model_is_in_place_is_made_up_for(start, data, tmp_path, monkeypatch):
