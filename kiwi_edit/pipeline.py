@@ -498,7 +498,7 @@ def check_saveable(self) -> None:
     for part, module in self.components.items():
         layers = [name for name, layer in module.named_modules() if hasattr(layer, "lora_A")] if isinstance(module, torch.nn.Module) else []
         if layers:
-            raise ValueError(f"`{part}` has to have its LoRA layers merged (`kiwi_edit.training.merge_lora`) before it is saved "
+            raise ValueError(f"`{part}` has to have its LoRA layers merged (`kiwi_edit.checkpoints.merge_lora`) before it is saved "
                              f"but has {len(layers)} beside its weights, the first at {layers[0]}.")
 
 

@@ -8,8 +8,8 @@ __all__ = ['logger', 'training_table', 'draw_noise_levels', 'Dice', 'draw_noise'
            'Optimizers', 'ZeroOptimizers', 'learning_rate', 'checkpoints', 'save_checkpoint', 'load_checkpoint',
            'Prefetch', 'to_device', 'trim_log', 'measure_flops', 'peak_memory', 'make_accelerator', 'averaged', 'fit',
            'validation_strip', 'draw_log', 'read_log', 'save_curve', 'LiveView', 'stage_data', 'world_batches',
-           'file_batches', 'with_dice', 'cast_weights', 'merge_lora', 'put_model', 'find_model', 'find_stages',
-           'frozen_aside', 'train', 'thin', 'publish']
+           'file_batches', 'with_dice', 'cast_weights', 'put_model', 'find_model', 'find_stages', 'frozen_aside',
+           'train', 'thin', 'publish']
 
 # %% ../nbs/31_training.ipynb #94ea9002
 import base64, hashlib, io, json, logging, math, os, resource, shutil, sys, threading, time
@@ -35,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from .cache import Batch, Batches, LatentCache, OnlineRows, RowSettings, build_cache, fast_images
+from .checkpoints import merge_lora
 from .core import choose_device
 from .curriculum import PARTS, Loss, Stage, find_stage, select
 from .dataset import MetadataDataset, WorldDataset
@@ -813,17 +814,6 @@ def cast_weights(
         for p in part.parameters(): p.data = p.data.to(dtype)
     return pipe
 
-def merge_lora(
-    pipe, # KiwiEditPipeline, changed in place
-):
-    "Add every LoRA layer to the layer that it stands beside, and take it away."
-    for module in (pipe.mllm, pipe.transformer):
-        for name, layer in list(module.named_modules()):
-            if not hasattr(layer, "lora_A"): continue
-            layer.merge()
-            parent, _, last = name.rpartition(".")
-            setattr(module.get_submodule(parent), last, layer.base_layer)
-
 def put_model(
     pipe, # KiwiEditPipeline
     model, # folder, replaced as a whole
@@ -983,9 +973,6 @@ def publish(
     "Write a run's model in half precision, and its thinned logs under `training`."
     folder, destination = Path(folder), Path(destination)
     KiwiEditPipeline.from_pretrained(folder / "model").to(torch.float16).save_pretrained(destination)
-    for config in destination.glob("**/*.json"):  # where it was trained is nobody's business
-        if "_name_or_path" in (values := json.loads(config.read_text())):
-            config.write_text(json.dumps({key: value for key, value in values.items() if key != "_name_or_path"}, indent=2) + "\n")
     (destination / "training").mkdir(exist_ok=True)
     for log in folder.glob("*/log.jsonl"):
         (destination / "training" / f"{log.parent.name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in thin(read_log(log), points)))

@@ -22,13 +22,14 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 import kiwi_edit.training
+from kiwi_edit.checkpoints import convert, merge_lora
 from kiwi_edit.core import preset
 from kiwi_edit.curriculum import Bucket, Lora, Loss, Stage, add_lora, find_stage, part_parameters, select
 from kiwi_edit.dataset import WorldDataset, save_dataset, write_metadata
 from kiwi_edit.encoder import make_tokenizer
 from kiwi_edit.pipeline import KiwiEditPipeline
 from kiwi_edit.training import (FlowMatching, LiveView, Optimizers, Prefetch, averaged, checkpoints, draw_log, file_batches, find_model, fit, frozen_aside,
-                                learning_rate, load_checkpoint, make_accelerator, merge_lora, part_of, publish, put_model, read_log, save_checkpoint, save_curve, thin, train,
+                                learning_rate, load_checkpoint, make_accelerator, part_of, publish, put_model, read_log, save_checkpoint, save_curve, thin, train,
                                 trim_log, with_dice, world_batches)
 
 MUON = "muon" if hasattr(torch.optim, "Muon") else "adamw"
