@@ -11,9 +11,9 @@ from functools import partial
 from operator import attrgetter
 
 # %% auto #0
-__all__ = ['PARTS', 'WORDS', 'PICTURES', 'STAGES', 'OFFICIAL', 'COMPONENTS', 'Lora', 'Loss', 'Bucket', 'Stage', 'stage_table',
-           'find_stage', 'as_official', 'part_parameters', 'add_lora', 'select', 'make_ledger', 'BatchShape',
-           'batch_shapes', 'fake_pipeline', 'BatchCost', 'Estimate', 'estimate']
+__all__ = ['PARTS', 'WORDS', 'PICTURES', 'CANVASES', 'STAGES', 'OFFICIAL', 'COMPONENTS', 'Lora', 'Loss', 'Bucket', 'Stage',
+           'stage_table', 'find_stage', 'as_official', 'part_parameters', 'add_lora', 'select', 'make_ledger',
+           'BatchShape', 'batch_shapes', 'fake_pipeline', 'BatchCost', 'Estimate', 'estimate']
 
 # %% ../nbs/30_curriculum.ipynb #9dddc6d8
 from .core import Preset, preset as get_preset
@@ -72,6 +72,7 @@ class Stage:
     follows: str = ""             # the stage whose weights it starts from where no others are named
     lora: dict = field(default_factory=dict)      # part -> Lora
     buckets: tuple = ()           # of the world
+    first_seed: int = 1000        # of the world's samples; each bucket begins 20,000 seeds after the one before
     mix: tuple = ()               # modes whose data sets alternate, where the samples come from files
     alternation: str = "round_robin"              # or "weighted": a mode is drawn for each batch
     shares: tuple = ()            # of the modes, where they are weighted
@@ -118,6 +119,7 @@ class Stage:
 # %% ../nbs/30_curriculum.ipynb #66812245
 WORDS = dict(add=.3, remove=.2, change=.35, style=.15)
 PICTURES = dict(subject=.6, background=.4)
+CANVASES = dict(isolate=.6, plate=.4)  # the tasks that make references
 
 def _buckets(tasks, num_frames, weight, samples, batch_size):
     "Square, wide and tall samples of the same tasks."
@@ -139,6 +141,9 @@ STAGES = {stage.name: stage for stage in (
            buckets=_buckets(WORDS, 5, .7, 3500, 12) + _buckets(PICTURES, 1, .3, 10000, 16)),
     _edits("reference", minutes=110, lr=1.2e-3, follows="video", floor=.02, loss=Loss(pixel_metric=.75),
            buckets=_buckets(WORDS, 5, .45, 12500, 12) + _buckets(PICTURES, 5, .35, 10600, 12) + _buckets(WORDS, 1, .1, 8000, 16) + _buckets(PICTURES, 1, .1, 10000, 16)),
+    _edits("canvas", minutes=80, lr=1.2e-3, follows="reference", floor=.02, loss=Loss(pixel_metric=.75), first_seed=300_000,
+           buckets=_buckets(dict(add=.26, remove=.17, change=.44, style=.13), 5, .34, 7000, 12) + _buckets(dict(subject=.75, background=.25), 5, .36, 8000, 12)
+           + _buckets(CANVASES, 1, .2, 6000, 16) + _buckets(PICTURES, 1, .1, 4000, 16)),
 )}
 
 # %% ../nbs/30_curriculum.ipynb #bbc190c1

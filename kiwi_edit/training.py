@@ -756,7 +756,7 @@ def stage_data(
 ) -> dict: # name of its cache's folder -> (dataset, how its rows are made)
     "What a stage learns from, under the names by which its caches are found."
     if stage.buckets:
-        return {f"{i}-{bucket.name}": (WorldDataset(bucket.tasks, bucket.num_frames, bucket.height, bucket.width, bucket.samples, 1000 + 20_000 * i), RowSettings(batch=16))
+        return {f"{i}-{bucket.name}": (WorldDataset(bucket.tasks, bucket.num_frames, bucket.height, bucket.width, bucket.samples, stage.first_seed + 20_000 * i), RowSettings(batch=16))
                 for i, bucket in enumerate(stage.buckets)}
     if set(data or ()) != set(stage.mix): raise ValueError(f"`data` has to name a metadata file for {', '.join(stage.mix) or 'nothing'} of stage {stage.name!r} but names {', '.join(data or ()) or 'none'}.")
     return {mode: (MetadataDataset(data[mode], num_frames=1 if mode == "image" else stage.num_frames, max_pixels=stage.max_pixels, factor=factor, crop_reference=stage.crop_reference),

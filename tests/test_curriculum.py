@@ -17,6 +17,7 @@ from kiwi_edit.curriculum import (COMPONENTS, OFFICIAL, PARTS, PICTURES, STAGES,
 from kiwi_edit.encoder import collate_inputs, encode_context, make_tokenizer, prepare_sample
 from kiwi_edit.guidance import denoise
 from kiwi_edit.pipeline import KiwiEditPipeline
+from kiwi_edit.training import stage_data
 from kiwi_edit.world import TASKS
 
 
@@ -38,19 +39,25 @@ def test_stage_is_consistent(stage):
 
 
 def test_every_task_of_the_bench_is_trained_on_clips():
-    for stage in (STAGES["reference"],):
+    for stage in (STAGES["reference"], STAGES["canvas"]):
         assert {task for b in stage.buckets if b.num_frames == 5 for task in b.tasks} == set(TASKS[:6])
 
 
+def test_the_last_stage_has_every_task_and_scenes_of_its_own():
+    seeds = [{name: (d.first_seed, d.first_seed + len(d)) for name, (d, _) in stage_data(STAGES[stage]).items()} for stage in ("reference", "canvas")]
+    assert {task for b in STAGES["canvas"].buckets for task in b.tasks} == set(TASKS)
+    assert max(end for _, end in seeds[0].values()) <= min(start for start, _ in seeds[1].values())
+
+
 def test_stages_come_in_the_order_in_which_they_are_run():
-    assert list(STAGES) == ["autoencoder-image", "autoencoder-video", "autoencoder-motion", "autoencoder-decoder", "encoder", "image", "video", "reference"]
+    assert list(STAGES) == ["autoencoder-image", "autoencoder-video", "autoencoder-motion", "autoencoder-decoder", "encoder", "image", "video", "reference", "canvas"]
     assert [stage.follows for stage in STAGES.values()] == ["", *list(STAGES)[:-1]]
 
 
 def test_tiny_is_trained_as_before():
     for stage in STAGES.values():
         assert (stage.optimizer, stage.schedule, stage.warmup, stage.clip, stage.accumulation, stage.steps) == ("muon", "cosine", .03, 1., 1, 100_000)
-        assert stage.loss == Loss(pixel_metric=.75 if stage.name == "reference" else 0.) and stage.loss.balance == 4. and stage.autocast == bool(stage.buckets)
+        assert stage.loss == Loss(pixel_metric=.75 if stage.name in ("reference", "canvas") else 0.) and stage.loss.balance == 4. and stage.autocast == bool(stage.buckets)
 
 
 # the official recipe, as its table reads
