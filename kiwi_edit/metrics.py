@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 # %% auto #0
-__all__ = ['squared_error', 'edit_done', 'done_share', 'pooled_share', 'psnr', 'psnr_from_error', 'preservation', 'differing',
-           'nearest', 'bootstrap']
+__all__ = ['DISTANCES', 'squared_error', 'edit_done', 'done_share', 'pooled_share', 'psnr', 'psnr_from_error', 'preservation',
+           'differing', 'nearest', 'bootstrap', 'frechet_distance', 'kernel_distance', 'gaussian_kl', 'SetDistance',
+           'set_distance', 'structural_similarity']
 
 # %% ../nbs/40_metrics.ipynb #c23421d7
 def squared_error(
@@ -122,3 +124,101 @@ def bootstrap(
     with np.errstate(invalid="ignore"): results = [statistic(*(v[rows] for v in values)) for rows in drawn]
     low, high = np.quantile(results, [(1 - level) / 2, (1 + level) / 2], method="nearest")  # a value that occurred, so infinities stay whole
     return float(low), float(high)
+
+# %% ../nbs/40_metrics.ipynb #5e7d0002
+def frechet_distance(
+    a: np.ndarray,  # (N, d) features of one set
+    b: np.ndarray,  # (M, d) features of the other
+) -> float:  # 0 for the same mean and covariance; in squared units of the features
+    "Distance of the normal distributions that fit two sets of features: with Inception's features it is known as FID (Heusel et al., 2017)."
+    a, b = _feature_sets(a, b)
+    (mean_a, cov_a), (mean_b, cov_b) = ((x.mean(0), np.cov(x, rowvar=False)) for x in (a, b))
+    values, vectors = np.linalg.eigh(cov_a)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    shared = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
+    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * shared)
+
+
+def _feature_sets(a, b):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    for name, x in (("a", a), ("b", b)):
+        if x.ndim != 2 or len(x) < 2 or not np.isfinite(x).all(): raise ValueError(f"`{name}` has to hold finite features (N, d) of at least 2 pictures but is {x.shape}.")
+    if a.shape[1] != b.shape[1]: raise ValueError(f"`a` and `b` have to have features of one length but have {a.shape[1]} and {b.shape[1]}.")
+    return a, b
+
+# %% ../nbs/40_metrics.ipynb #5e7d0005
+def kernel_distance(
+    a: np.ndarray,  # (N, d) features of one set
+    b: np.ndarray,  # (M, d) features of the other
+) -> float:  # 0 on average for two samples of one distribution, and then below 0 as often as above
+    "Unbiased squared maximum mean discrepancy under the kernel (x y / d + 1)^3: with Inception's features it is known as KID (Binkowski et al., 2018)."
+    a, b = _feature_sets(a, b)
+    kernel = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3
+    within = lambda x: (kernel(x, x).sum() - np.trace(kernel(x, x))) / (len(x) * (len(x) - 1))
+    return float(within(a) + within(b) - 2 * kernel(a, b).mean())
+
+
+def gaussian_kl(
+    a: np.ndarray,  # (N, d) features of one set
+    b: np.ndarray,  # (M, d) features of the other
+    ridge: float = 1e-3,  # added to both covariances, as a share of the mean variance of `b`: directions in which `b` hardly varies would decide alone
+) -> float:  # nats, 0 for the same mean and covariance
+    "How surprising pictures of `a` are to whoever knows `b`: Kullback-Leibler divergence KL(a || b) of the normal distributions that fit the two."
+    a, b = _feature_sets(a, b)
+    cov_a, cov_b = (np.cov(x, rowvar=False) + ridge * b.var(0).mean() * np.eye(b.shape[1]) for x in (a, b))
+    moved, solved = b.mean(0) - a.mean(0), np.linalg.solve(cov_b, cov_a)
+    return float((np.trace(solved) + moved @ np.linalg.solve(cov_b, moved) - len(moved) - np.linalg.slogdet(solved)[1]) / 2)
+
+# %% ../nbs/40_metrics.ipynb #5e7d0007
+@dataclass(frozen=True)
+class SetDistance:
+    "How far one set of pictures is from another, under features that are named."
+    names: tuple[str, str]    # of the sets
+    sizes: tuple[int, int]    # pictures in each
+    features: str             # what made the vectors
+    dims: int                 # their length
+    values: dict              # "frechet", "kernel", "kl" -> (value, low, high), 95% intervals
+    floor: dict               # the same between two halves of the second set: what no distance at all looks like at half the size
+
+    def _repr_markdown_(self):
+        rows = "\n".join(f"| {name} | {value:.4f} ({low:.4f} to {high:.4f}) | {self.floor[name]:.4f} |" for name, (value, low, high) in self.values.items())
+        return (f"**{self.names[0]}** ({self.sizes[0]} pictures) from **{self.names[1]}** ({self.sizes[1]})\n\n| distance | value, 95% interval | two halves of {self.names[1]} |\n|---|--:|--:|\n"
+                + rows + f"\n\nFeatures: {self.features}, {self.dims} numbers.")
+
+
+DISTANCES = dict(frechet=frechet_distance, kernel=kernel_distance, kl=gaussian_kl)
+
+
+def set_distance(
+    a: np.ndarray,                      # (N, d) features of one set
+    b: np.ndarray,                      # (M, d) features of the set that it is held against
+    names: tuple[str, str] = ("a", "b"),
+    features: str = "given",            # what made them
+    dims: int | None = 32,              # principal directions of `b` that are kept, or there are more numbers in a covariance than pictures; None keeps all
+    resamples: int = 100,               # bootstrap draws, of each set for itself
+    seed: int = 0,
+) -> SetDistance:
+    "All three distances with their intervals."
+    a, b = _feature_sets(a, b)
+    if dims is not None and dims < a.shape[1]:
+        directions = np.linalg.svd(b - b.mean(0), full_matrices=False)[2][:dims]
+        a, b = (a - b.mean(0)) @ directions.T, (b - b.mean(0)) @ directions.T
+    rng, values, floor = np.random.default_rng(seed), {}, {}
+    order = rng.permutation(len(b))
+    drawn = [(a[rng.integers(len(a), size=len(a))], b[rng.integers(len(b), size=len(b))]) for _ in range(resamples)]
+    for name, distance in DISTANCES.items():
+        low, high = np.quantile([distance(*pair) for pair in drawn], (.025, .975))
+        values[name] = (distance(a, b), float(low), float(high))
+        floor[name] = distance(b[order[:len(b) // 2]], b[order[len(b) // 2:]])
+    return SetDistance(tuple(names), (len(a), len(b)), features, a.shape[1], values, floor)
+
+# %% ../nbs/40_metrics.ipynb #5e7d0009
+def structural_similarity(
+    a: np.ndarray,  # (h, w, 3) uint8
+    b: np.ndarray,  # (h, w, 3) uint8, of any size: brought to that of `a`
+) -> float:  # 1 for equal pictures, about 0 for pictures that have nothing in common
+    "SSIM of two pictures, by scikit-image."
+    import PIL.Image
+    from skimage.metrics import structural_similarity as ssim
+    if a.shape != b.shape: b = np.asarray(PIL.Image.fromarray(b).resize(a.shape[1::-1], PIL.Image.BICUBIC))
+    return float(ssim(a, b, channel_axis=-1, win_size=min(7, (min(a.shape[:2]) - 1) // 2 * 2 + 1)))

@@ -1,9 +1,11 @@
 """The metrics on clips whose scores are known."""
 
 import numpy as np
+import PIL.Image
 import pytest
 
-from kiwi_edit.metrics import bootstrap, differing, done_share, edit_done, nearest, pooled_share, preservation, psnr, psnr_from_error, squared_error
+from kiwi_edit.metrics import (DISTANCES, bootstrap, differing, done_share, edit_done, frechet_distance, gaussian_kl, kernel_distance, nearest, pooled_share,
+                               preservation, psnr, psnr_from_error, set_distance, squared_error, structural_similarity)
 from kiwi_edit.world import EVAL_SEED, World
 
 
@@ -129,3 +131,43 @@ def test_bootstrap_is_checked():
     with pytest.raises(ValueError, match="one length above 0"): bootstrap(np.ones(3), np.ones(4))
     with pytest.raises(ValueError, match="one length above 0"): bootstrap(np.ones(0))
     with pytest.raises(ValueError, match="`level`"): bootstrap(np.ones(3), level=95)
+
+
+# two sets of pictures
+
+
+def test_distances_of_sets_have_known_values():
+    rng = np.random.default_rng(0)
+    a = rng.normal(0, 1, (3000, 4))
+    for distance in DISTANCES.values(): assert distance(a, a) == pytest.approx(0, abs=.01)
+    assert frechet_distance(a, a * 3 + 2) == pytest.approx(4 * (4 + 4), rel=.05)
+    assert gaussian_kl(a * 2, a, ridge=0) == pytest.approx(4 * (4 - 1 - np.log(4)) / 2, rel=.05)
+    x, y = a[:40], a[40:90] + 1
+    slow = lambda p, q: np.array([[(u @ v / 4 + 1) ** 3 for v in q] for u in p])
+    within = lambda p: (slow(p, p).sum() - np.trace(slow(p, p))) / (len(p) * (len(p) - 1))
+    assert kernel_distance(x, y) == pytest.approx(within(x) + within(y) - 2 * slow(x, y).mean())
+
+
+def test_a_set_distance_names_what_it_measured():
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(0, 1, (60, 40)) + .5, rng.normal(0, 1, (80, 40))
+    found = set_distance(a, b, ("made", "photographed"), "noise", dims=8, resamples=20)
+    assert found.sizes == (60, 80) and found.dims == 8 and all(low <= high for _, low, high in found.values.values())
+    assert all(found.values[name][0] > found.floor[name] for name in ("frechet", "kl"))
+    text = found._repr_markdown_()
+    assert "made" in text and "noise, 8 numbers" in text and text.count("| frechet |") == 1
+    again = set_distance(a, b, ("made", "photographed"), "noise", dims=8, resamples=20)
+    assert again == found
+
+
+@pytest.mark.parametrize("a, b", [(np.zeros((1, 3)), np.zeros((5, 3))), (np.zeros((5, 3)), np.full((5, 3), np.nan)), (np.zeros((5, 3)), np.zeros((5, 4))), (np.zeros(5), np.zeros((5, 3)))])
+def test_features_that_are_no_sets_are_refused(a, b):
+    for distance in DISTANCES.values():
+        with pytest.raises(ValueError, match="has to hold finite features|have to have features of one length"): distance(a, b)
+
+
+def test_structural_similarity_of_any_two_sizes():
+    picture = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
+    assert structural_similarity(picture, picture) == 1
+    assert structural_similarity(picture, 255 - picture) < 0 < structural_similarity(picture, np.asarray(PIL.Image.fromarray(picture).resize((90, 120)))) < 1
+    assert structural_similarity(picture[:5, :4], picture[:5, :4]) == 1
