@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['PRESETS', 'Preset', 'preset', 'count_weights', 'Settings', 'checkout', 'read_settings', 'settings', 'choose_device',
-           'choose_dtype', 'set_seed', 'assets_dir', 'asset']
+           'multiplies_bfloat16', 'choose_dtype', 'set_seed', 'assets_dir', 'asset']
 
 # %% ../nbs/00_core.ipynb #e5ca9902
 @dataclass(frozen=True)
@@ -320,6 +320,19 @@ def choose_device(
         raise ValueError(f"`device` has to be there, but {str(device)!r} is not: this machine has {here[chosen.type]} of that kind. \"auto\" takes what there is.")
     return chosen
 
+# %% ../nbs/00_core.ipynb #4c375d20
+def multiplies_bfloat16(
+    device: str | torch.device = "auto",  # "auto", "cpu", "cuda", ...
+) -> bool:
+    "Whether a device has circuits for products in bfloat16, which are then the faster ones; elsewhere they are emulated, and many times slower than in float32."
+    import torch
+
+    device = choose_device(device)
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    known = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
 # %% ../nbs/00_core.ipynb #4c375d1f
 def choose_dtype(
     dtype: str | torch.dtype = "auto",  # "auto", a name of torch's, or torch's own
@@ -336,7 +349,7 @@ def choose_dtype(
         return getattr(torch, dtype)
     if choose_device(device).type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if multiplies_bfloat16(device) else torch.float16
 
 # %% ../nbs/00_core.ipynb #a2e7e4a9
 def set_seed(

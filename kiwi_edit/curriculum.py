@@ -93,7 +93,7 @@ class Stage:
     ema: float = 0.               # what an average of the weights keeps of itself in a step; 0 is no average
     checkpointing: tuple = ()     # "transformer", "language_model": activations computed again instead of kept
     dtype: str = "float32"        # of weights, gradients and moments, or "bfloat16"
-    autocast: bool = False        # products in bfloat16 on float32 weights
+    autocast: bool = False        # products in bfloat16 on float32 weights, where the device has circuits for them
     loss: Loss = Loss()
     deepspeed: dict = field(default_factory=dict) # what the official script asks of DeepSpeed, in the words of Accelerate's plugin
     lr_dip: bool = False          # official defect: a third of the rate in the first five steps

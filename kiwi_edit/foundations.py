@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from .core import preset as get_preset
+from .core import multiplies_bfloat16, preset as get_preset
 from .encoder import REFERENCE_SUFFIX, SYSTEM_PROMPT, collate_inputs, encode_hidden, make_tokenizer, prepare_sample
 from .pipeline import KiwiEditPipeline
 from .world import EVAL_SEED, TASKS, Scene, World, photo_crop, render
@@ -169,7 +169,7 @@ class Description(torch.nn.Module):
         batch: tuple, # from `description_batch`
     ) -> tuple: # (losses (B,), numbers)
         inputs, answer = batch
-        with torch.autocast(inputs.input_ids.device.type, torch.bfloat16):
+        with torch.autocast(inputs.input_ids.device.type, torch.bfloat16, enabled=multiplies_bfloat16(inputs.input_ids.device)):
             hidden = encode_hidden(self.mllm, _NoQueries(self.config, inputs.input_ids.device), inputs)
             logits = self.mllm.lm_head(hidden[:, :-1][answer[:, 1:]])
         labels, rows = inputs.input_ids[:, 1:][answer[:, 1:]], answer[:, 1:].nonzero()[:, 0]

@@ -31,12 +31,13 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import get_total_norm
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from .cache import Batch, Batches, LatentCache, OnlineRows, RowSettings, build_cache, fast_images
 from .checkpoints import merge_lora
-from .core import choose_device
+from .core import choose_device, multiplies_bfloat16
 from .curriculum import PARTS, Loss, Stage, find_stage, select
 from .dataset import MetadataDataset, WorldDataset
 from .encoder import REFERENCE_SUFFIX, EncoderInputs, KiwiProcessor, collate_inputs, encode_context
@@ -252,6 +253,11 @@ def _sharded_like(p, whole): # for a parameter of which processes have shards, t
 
 def _is_matrix(name, p): return p.ndim >= 2 and not any(word in name for word in ("norm", "queries", "embed_tokens", "lm_head", "scale_shift", "gamma"))
 
+class _InFloat32(TorchFunctionMode):
+    "Within it, what asks for bfloat16 gets float32: torch's Muon casts its matrices, which costs most of a step where such products are emulated."
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return args[0].float() if function is torch.Tensor.bfloat16 else function(*args, **(kwargs or {}))
+
 class Optimizers:
     "Muon for the matrices and AdamW for the rest of what trains in a module, or AdamW for all of it."
     def __init__(self,
@@ -290,9 +296,11 @@ class Optimizers:
         "One step; gradients are dropped afterwards."
         self.set_rate(factor)
         for p, view in self.flat: view.grad = None if p.grad is None else p.grad.flatten(1)
-        for optimizer in self.all:
-            optimizer.step()
-            optimizer.zero_grad()
+        emulated = self.flat and not multiplies_bfloat16(self.flat[0][0].device)
+        with _InFloat32() if emulated else nullcontext():
+            for optimizer in self.all:
+                optimizer.step()
+                optimizer.zero_grad()
         for p, _ in self.flat: p.grad = None
 
     def state(self) -> dict: # name -> tensor
@@ -914,7 +922,8 @@ def train(
         if stage.loss.pixel_metric:
             clips = [World(num_frames=5).sample(i, TASKS[i % 4]).target for i in range(48)]
             gram = pixel_metric(pipe.vae, encode_frames(pipe.vae, np.stack(clips)), progress)
-        as_module = lambda pipe: FlowMatching(pipe, stage.loss, gram, stage.source, stage.autocast)
+        autocast = stage.autocast and multiplies_bfloat16(accelerator.device)  # elsewhere float32 is the fast one
+        as_module = lambda pipe: FlowMatching(pipe, stage.loss, gram, stage.source, autocast)
     elif "mllm" in stage.trains:
         as_module, batches = lambda pipe: Description(pipe.mllm, pipe.guidance.config), lambda number, part, parts: description_batch(pipe.processor, pipe.guidance.config, number, seed=seed, part=part, parts=parts)
     else:

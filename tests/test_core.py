@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kiwi_edit import core
-from kiwi_edit.core import PRESETS, Settings, asset, assets_dir, choose_device, choose_dtype, count_weights, preset, read_settings, set_seed, settings
+from kiwi_edit.core import PRESETS, Settings, asset, assets_dir, choose_device, choose_dtype, count_weights, multiplies_bfloat16, preset, read_settings, set_seed, settings
 
 
 def ini(tmp_path, text):
@@ -219,3 +219,11 @@ def test_assets(tmp_path, monkeypatch):
 def test_import_is_light():
     code = "import sys, kiwi_edit.core; kiwi_edit.core.settings(); print([m for m in ('torch', 'numpy', 'diffusers', 'transformers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_bfloat16_is_multiplied_where_there_are_circuits_for_it(monkeypatch):
+    for known, answer in (({}, False), (dict(avx2=True), False), (dict(avx512_bf16=True), True), (dict(amx_bf16=True, avx512_bf16=False), True)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known, raising=False)
+        assert multiplies_bfloat16("cpu") is answer
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert multiplies_bfloat16("cpu") is False  # an older torch does not say

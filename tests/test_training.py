@@ -496,7 +496,8 @@ def test_the_dip_reaches_the_rates_of_a_run(tmp_path):
 
 
 @needs_muon
-def test_muon_moves_kernels_like_the_matrices_that_they_are():
+def test_muon_moves_kernels_like_the_matrices_that_they_are(monkeypatch):
+    monkeypatch.setattr(kiwi_edit.training, "multiplies_bfloat16", lambda device: True)  # as torch's own does
     torch.manual_seed(0)
     module = torch.nn.ModuleDict(dict(transformer=torch.nn.Conv3d(2, 3, 3), guidance=torch.nn.ModuleDict(dict(norm=torch.nn.LayerNorm(4), connector=torch.nn.Linear(4, 5)))))
     matrix = torch.nn.Parameter(module["transformer"].weight.detach().flatten(1).clone())
@@ -522,6 +523,26 @@ def test_adamw_takes_everything_where_it_is_chosen():
     assert [type(optimizer).__name__ for optimizer in optimizers.all] == ["AdamW"] and not optimizers.flat
     assert [(group["scale"], group["weight_decay"], len(group["params"])) for group in optimizers.all[0].param_groups] == [(.1, .3, 2), (1., .3, 2)]
     with pytest.raises(ValueError, match="`kind` has to be 'muon' or 'adamw' but is 'sgd'"): Optimizers(Toy(), .01, "sgd")
+
+
+@needs_muon
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_muon_multiplies_in_float32_where_bfloat16_is_emulated(monkeypatch, kind):
+    found, formats = {}, []
+    for fast in (False, True):
+        monkeypatch.setattr(kiwi_edit.training, "multiplies_bfloat16", lambda device: fast)
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(24, 16)
+        before, optimizers = layer.weight.detach().clone(), Optimizers(layer, .02, kind)
+        for p in layer.parameters(): p.grad = torch.randn_like(p)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "addmm", lambda *args, f=torch.addmm, **kwargs: formats.append(args[0].dtype) or f(*args, **kwargs))
+            optimizers.step(1.)
+        found[fast] = layer.weight.detach() - before
+        assert found[fast].abs().max() > 0 and layer.weight.dtype == torch.float32
+    assert torch.cosine_similarity(found[False].flatten(), found[True].flatten(), dim=0) > .999  # the same step, to what bfloat16 can say
+    assert set(formats) == ({torch.float32, torch.bfloat16} if kind == "muon" else set())
+    assert torch.equal(found[False], found[True]) == (kind == "adamw")
 
 
 @needs_muon
