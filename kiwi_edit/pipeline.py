@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, constants, snapshot
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import httpx
 from safetensors import SafetensorError, safe_open
+from torch.overrides import TorchFunctionMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from .core import PRESETS, Preset, assets_dir, preset as get_preset
@@ -36,10 +37,10 @@ from .guidance import EditCache, KiwiGuidance, denoise, rounded_sigma
 from .video import as_frames, check_frame_count, fit_size, nearest_frame_count, read_image, read_video, resize_frames, video_info
 
 # %% auto #0
-__all__ = ['logger', 'SCHEDULES', 'LAYOUTS', 'latent_statistics', 'encode_frames', 'decode_latents', 'fit_reference',
-           'flow_sigmas', 'bundled_models', 'hub_reason', 'hub_errors', 'read_index', 'faults', 'check_folder',
-           'find_checkpoint', 'KiwiEditOutput', 'KiwiEditPipeline', 'model_entries', 'put_in_place', 'put_back',
-           'model_card']
+__all__ = ['logger', 'SCHEDULES', 'LAYOUTS', 'latent_statistics', 'tile_starts', 'in_tiles', 'encode_frames', 'decode_latents',
+           'fit_reference', 'flow_sigmas', 'bundled_models', 'hub_reason', 'hub_errors', 'read_index', 'faults',
+           'check_folder', 'find_checkpoint', 'KiwiEditOutput', 'KiwiEditPipeline', 'model_entries', 'put_in_place',
+           'put_back', 'model_card']
 
 # %% ../nbs/22_pipeline.ipynb #cc5b9d34
 logger = logging.getLogger(__name__)
@@ -50,6 +51,57 @@ def latent_statistics(vae: AutoencoderKLWan, device: torch.device) -> tuple[torc
     shape = (1, vae.config.z_dim, 1, 1, 1)
     return tuple(torch.tensor(v, dtype=torch.float32, device=device).view(shape)
                  for v in (vae.config.latents_mean, vae.config.latents_std))
+
+# %% ../nbs/22_pipeline.ipynb #7e11ab01
+class _Unclamped(TorchFunctionMode):
+    "Within it, the autoencoder's decoder leaves its last clamp to whoever joins the tiles."
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return args[0] if function is torch.clamp else function(*args, **(kwargs or {}))
+
+def tile_starts(
+    length: int,  # of a side
+    tile: int,    # length of a tile
+    stride: int,  # from one tile to the next
+) -> list[int]:
+    "Where tiles begin: at multiples of the stride, as long as the one before does not reach the border."
+    return [start for start in range(0, length, stride) if start == 0 or start - stride + tile < length]
+
+def _ramp(length, overlap, first, last):
+    "Weights along a side: rising over the overlap, but not at a border of the picture."
+    ramp, rise = torch.ones(length), (torch.arange(overlap) + 1) / overlap
+    if not first: ramp[:overlap] = rise[:length]
+    if not last: ramp[-overlap:] = torch.minimum(ramp[-overlap:], rise.flip(0)[-length:])
+    return ramp
+
+def in_tiles(
+    vae: AutoencoderKLWan,
+    x: torch.Tensor,  # (B, 3, T, H, W) pixels in -1..1, or (B, z, f, h, w) latents as the autoencoder has them
+    way: str,         # "encode" or "decode"
+) -> torch.Tensor:    # latents (B, z, f, h, w), or pixels (B, 3, T, H, W) in -1..1
+    "A pass of the autoencoder, in overlapping tiles where `vae.enable_tiling(...)` was called and the picture is larger than one."
+    factor = vae.config.scale_factor_spatial
+    run = (lambda part: vae.encode(part).latent_dist.mode()) if way == "encode" else (lambda part: vae.decode(part).sample)
+    scale, unit = (1 / factor, 1) if way == "encode" else (factor, factor)  # of the result; `unit`: pixels in a unit of `x`
+    tile = [size // unit for size in (vae.tile_sample_min_height, vae.tile_sample_min_width)]
+    stride = [size // unit for size in (vae.tile_sample_stride_height, vae.tile_sample_stride_width)]
+    if not vae.use_tiling or all(side <= size for side, size in zip(x.shape[-2:], tile)): return run(x)
+    if any(size % factor for size in tile + stride) and way == "encode" or any(s > t for s, t in zip(stride, tile)):
+        raise ValueError(f"tiles of the autoencoder have to have sides and strides in multiples of {factor} pixels, strides no longer than sides, but are {tile} and {stride}.")
+    rows, columns = (tile_starts(side, *sizes) for side, sizes in zip(x.shape[-2:], zip(tile, stride)))
+    overlap, total, weights = [round((t - s) * scale) for t, s in zip(tile, stride)], None, None
+    vae.use_tiling = False  # each tile is small enough for diffusers
+    try:
+        for top in rows:
+            for left in columns:
+                with _Unclamped() if way == "decode" else nullcontext(): part = run(x[..., top:top + tile[0], left:left + tile[1]])
+                y, x0 = round(top * scale), round(left * scale)
+                ramps = [_ramp(length, over, start == starts[0], start == starts[-1]) for length, over, start, starts in zip(part.shape[-2:], overlap, (top, left), (rows, columns))]
+                weight = torch.minimum(ramps[0][:, None], ramps[1][None]).to(part)
+                if total is None: total, weights = (part.new_zeros(*shape, *(round(side * scale) for side in x.shape[-2:])) for shape in (part.shape[:-2], ()))
+                total[..., y:y + part.shape[-2], x0:x0 + part.shape[-1]] += part * weight
+                weights[y:y + part.shape[-2], x0:x0 + part.shape[-1]] += weight
+    finally: vae.use_tiling = True
+    return total / weights if way == "encode" else (total / weights).clamp(-1, 1)
 
 # %% ../nbs/22_pipeline.ipynb #1803d172
 def encode_frames(
@@ -67,7 +119,7 @@ def encode_frames(
         raise ValueError(f"`frames` has to hold {step}k+1 frames for this autoencoder but holds {frames.shape[1]}.")
     pixels = frames.to(device or vae.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
     mean, std = latent_statistics(vae, pixels.device)
-    return (vae.encode(pixels.to(vae.dtype)).latent_dist.mode().float() - mean) / std
+    return (in_tiles(vae, pixels.to(vae.dtype), "encode").float() - mean) / std
 
 # %% ../nbs/22_pipeline.ipynb #145dc769
 def decode_latents(
@@ -76,7 +128,7 @@ def decode_latents(
 ) -> np.ndarray:  # (B, T, H, W, 3) uint8
     "Frames of normalised latents."
     mean, std = latent_statistics(vae, latents.device)
-    pixels = vae.decode((latents.float() * std + mean).to(vae.dtype)).sample.float()
+    pixels = in_tiles(vae, (latents.float() * std + mean).to(vae.dtype), "decode").float()
     return ((pixels + 1) * 127.5).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()
 
 # %% ../nbs/22_pipeline.ipynb #50d25ce7

@@ -20,7 +20,7 @@ from kiwi_edit.dataset import *
 from kiwi_edit.video import read_video, write_video
 from kiwi_edit.world import EVAL_SEED, TASKS, World
 
-GOLDEN = Path(__file__).parent / "golden/wan22/cases"
+GOLDEN = Path(os.environ.get("KIWI_EDIT_GOLDEN", Path(__file__).parent / "golden")) / "wan22/cases"
 TABLE = json.loads((GOLDEN / "resize.json").read_text())
 PIXELS = load_file(GOLDEN / "resize.safetensors")
 

@@ -13,7 +13,7 @@ from kiwi_edit import video
 from kiwi_edit.video import *
 from kiwi_edit.video import _decord
 
-GOLDEN = Path(__file__).parent / "golden/wan22/cases"
+GOLDEN = Path(os.environ.get("KIWI_EDIT_GOLDEN", Path(__file__).parent / "golden")) / "wan22/cases"
 TABLE = json.loads((GOLDEN / "resize.json").read_text())
 PIXELS = load_file(GOLDEN / "resize.safetensors")
 READERS = ["pyav"] + (["decord"] if _decord() else [])
