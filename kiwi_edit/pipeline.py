@@ -226,7 +226,7 @@ def faults(
     there, wanted = {path.name for path in part.glob("*.safetensors")}, set()
     for shards in part.glob("*.safetensors.index.json"):
         try: wanted |= set(json.loads(shards.read_text(encoding="utf-8"))["weight_map"].values())
-        except ValueError: yield f"{part.name}/{shards.name} is cut off or damaged"
+        except (ValueError, TypeError, KeyError, AttributeError): yield f"{part.name}/{shards.name} is cut off or damaged"
     for file in there:
         if match := re.fullmatch(r"(.+-)\d{5}(-of-(\d{5})\.safetensors)", file):  # tells of its siblings where there is no index
             wanted |= {f"{match[1]}{n:05}{match[2]}" for n in range(1, int(match[3]) + 1)}

@@ -1,0 +1,288 @@
+"""Released layouts in and out: round trips, what is refused and how, files that are damaged, and nothing that unpickles."""
+import json
+import os
+import shutil
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from kiwi_edit import checkpoints
+from kiwi_edit.checkpoints import convert, load_any, load_official, load_trainer_checkpoint, open_weights, stored_dtype
+from kiwi_edit.core import asset
+from kiwi_edit.pipeline import KiwiEditPipeline
+from kiwi_edit.world import EVAL_SEED, World
+
+GOLDEN = Path(os.environ.get("KIWI_EDIT_GOLDEN", Path(__file__).parent / "golden"))
+RELEASED, MLLM = GOLDEN / "wan22/diffusers", GOLDEN / "wan22/base/Qwen2.5-VL-tiny"
+FACTS = {family: json.loads((GOLDEN / family / "cases/cases.json").read_text(encoding="utf-8")) for family in ("wan22", "wan21")}
+
+
+def bases(family="wan22", **changes):
+    "What a trainer checkpoint of the golden set needs beside itself."
+    base, model = GOLDEN / family / "base", FACTS[family]["model"]
+    known = dict(vae=base / "Wan_VAE.safetensors", mllm=MLLM, transformer_config=dict(num_attention_heads=model["heads"]), max_object_token=model["max_object_token"],
+                 vae_config=json.loads((base / "latents_mean_std.json").read_text()))
+    if family == "wan21": known["transformer"] = base / "Wan_DiT.safetensors"
+    return known | changes
+
+
+def edit(pipe, family="wan22", name="video", steps=2):
+    "Pixels of a short edit."
+    case, facts = load_file(GOLDEN / family / f"cases/{name}.safetensors"), FACTS[family]["cases"][name]
+    references = [Image.fromarray(case[key].numpy()) for key in sorted(case) if key.startswith("ref_image")]
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(facts["prompt"], case["src_frames"].numpy(), references or None, num_inference_steps=steps, generator=torch.Generator().manual_seed(0)).frames[0]
+
+
+@cache
+def original(): return edit(load_official(RELEASED), name="ref")
+
+
+def weights_of(folder): return {str(file.relative_to(folder)): load_file(file) for file in sorted(Path(folder).rglob("*.safetensors"))}
+
+
+# round trips
+
+
+@pytest.mark.parametrize("route", [("kit", "official"), ("trainer", "official"), ("kit", "trainer", "kit"), ("trainer", "kit", "trainer", "official")], ids="-".join)
+def test_the_golden_model_goes_through_every_layout(tmp_path, route):
+    source = RELEASED
+    for number, to in enumerate(route):
+        source = convert(source, tmp_path / f"{number}-{to}", to)
+        assert np.array_equal(edit(load_any(source), name="ref"), original())
+    assert not list(tmp_path.glob(".*"))  # nothing half-written is left
+    if route[-1] == "official":
+        assert {str(p.relative_to(source)) for p in source.rglob("*") if p.is_file() and p.suffix == ".json"} >= {"model_index.json", "mllm_encoder/config.json", "processor/qwen_config.json", "ref_embedder/config.json"}
+        ours, theirs = weights_of(source), weights_of(RELEASED)
+        for folder in ("transformer", "vae", "source_embedder", "ref_embedder"):
+            name = f"{folder}/diffusion_pytorch_model.safetensors"
+            assert ours[name].keys() == theirs[name].keys() and all(torch.equal(ours[name][key], value) for key, value in theirs[name].items())
+        flat = lambda weights: {key: value for name, tensors in weights.items() if name.startswith("mllm_encoder") for key, value in tensors.items()}
+        assert flat(ours).keys() == flat(theirs).keys() and all(torch.equal(flat(ours)[key], value) for key, value in flat(theirs).items())
+        for name in ("model_index.json", "mllm_encoder/config.json", "ref_embedder/config.json", "source_embedder/config.json", "vae/config.json"):
+            here, there = (json.loads((root / name).read_text()) for root in (source, RELEASED))
+            assert {key: here.get(key) for key in there if not key.startswith("_")} == {key: value for key, value in there.items() if not key.startswith("_")}, name
+
+
+def test_tiny_goes_to_the_trainer_and_back(tmp_path):
+    sample = World(split="eval").sample(EVAL_SEED, "subject")
+    def run(pipe):
+        pipe.set_progress_bar_config(disable=True)
+        return pipe(sample.instruction, sample.source, Image.fromarray(sample.reference), num_inference_steps=2, generator=torch.Generator().manual_seed(0)).frames[0]
+    there = convert("kiwi-edit-tiny", tmp_path / "trainer", "trainer")
+    back = convert(there, tmp_path / "kit", "kit")
+    before = run(KiwiEditPipeline.from_pretrained("kiwi-edit-tiny"))
+    assert np.array_equal(run(load_any(there)), before) and np.array_equal(run(KiwiEditPipeline.from_pretrained(back)), before)
+    assert stored_dtype(back) == stored_dtype("kiwi-edit-tiny") == torch.float16
+    shipped, returned = weights_of(asset("kiwi-edit-tiny")), weights_of(back)
+    assert shipped.keys() == returned.keys() and all(torch.equal(returned[name][key], value) for name, tensors in shipped.items() for key, value in tensors.items())
+    with pytest.raises(ValueError, match="its autoencoder is one of the two native ones"): convert("kiwi-edit-tiny", tmp_path / "official", "official")
+    assert not (tmp_path / "official").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_lora_merged_and_beside_the_weights_edit_alike(tmp_path):
+    step = GOLDEN / "wan21/trainer/step-1.safetensors"
+    merged, apart = (load_trainer_checkpoint(step, merge=merge, **bases("wan21")) for merge in (True, False))
+    assert not any("lora_" in name for name, _ in merged.transformer.named_parameters()) and any("lora_" in name for name, _ in apart.mllm.named_parameters())
+    one, two = edit(merged, "wan21").astype(int), edit(apart, "wan21").astype(int)
+    assert np.abs(one - two).max() <= 1
+    kit = convert(step, tmp_path / "kit", "kit", **bases("wan21"))
+    assert np.array_equal(edit(load_any(kit), "wan21"), edit(merged, "wan21"))
+
+
+@pytest.mark.parametrize("family", FACTS)
+def test_every_spelling_of_a_trainers_names_is_read(tmp_path, family):
+    step, plain = GOLDEN / family / "trainer/step-1.safetensors", None
+    variants = json.loads((GOLDEN / family / "trainer/key_variants.json").read_text(encoding="utf-8"))
+    tensors = load_file(step)
+    for spelling in (variants if isinstance(variants, list) else [value for value in variants.values() if isinstance(value, (dict, list))]):
+        names = dict(zip(tensors, spelling)) if isinstance(spelling, list) else spelling
+        if set(names) != set(tensors): continue
+        save_file({names[key]: value for key, value in tensors.items()}, tmp_path / "step-1.safetensors")
+        pipe = load_trainer_checkpoint(tmp_path / "step-1.safetensors", **bases(family))
+        state = {part: getattr(pipe, part).state_dict() for part in ("transformer", "mllm", "guidance")}
+        plain = plain or {part: getattr(load_trainer_checkpoint(step, **bases(family)), part).state_dict() for part in state}
+        assert all(torch.equal(state[part][key], value) for part in plain for key, value in plain[part].items())
+    respelled = {key.replace("connetor", "connector"): value for key, value in tensors.items()}
+    save_file(respelled, tmp_path / "step-2.safetensors")
+    load_trainer_checkpoint(tmp_path / "step-2.safetensors", **bases(family))
+
+
+def test_where_reference_tokens_go_is_recorded_or_given(tmp_path):
+    step = GOLDEN / "wan22/trainer/step-1.safetensors"
+    assert not load_trainer_checkpoint(step, **bases()).guidance.config.ref_pad_first
+    assert load_trainer_checkpoint(step, **bases(ref_pad_first=True)).guidance.config.ref_pad_first
+    shutil.copy(step, tmp_path / "kiwi_pad_first.safetensors")
+    assert load_trainer_checkpoint(tmp_path / "kiwi_pad_first.safetensors", **bases()).guidance.config.ref_pad_first
+    there = convert(step, tmp_path / "kit", "trainer", **bases(ref_pad_first=True))
+    assert load_any(there).guidance.config.ref_pad_first
+
+
+def test_shards_and_number_formats(tmp_path):
+    small = convert(RELEASED, tmp_path / "small", "kit", torch.bfloat16, max_shard_size="100KB")
+    assert len(list((small / "transformer").glob("*.safetensors"))) > 1 and stored_dtype(small) == torch.bfloat16
+    again = convert(small, tmp_path / "again", "official", torch.float32, max_shard_size="100KB")
+    exact, rounded = load_official(RELEASED).transformer.state_dict(), load_any(again).transformer.state_dict()
+    kept = [key for key, value in exact.items() if torch.equal(rounded[key], value)]  # what diffusers keeps in float32
+    assert all(any(part in key for part in ("time_embedder", "scale_shift_table", "norm")) for key in kept) and len(kept) < len(exact) / 2
+    assert all(torch.equal(rounded[key], value.bfloat16().float()) for key, value in exact.items() if key not in kept)
+
+
+def test_both_schedules_have_their_layout():
+    assert load_official(RELEASED).config.schedule == "diffusers" and load_trainer_checkpoint(GOLDEN / "wan22/trainer/step-1.safetensors", **bases()).config.schedule == "native"
+    native, other = (KiwiEditPipeline.from_pretrained(RELEASED, schedule=schedule) for schedule in ("native", "diffusers"))
+    assert not np.array_equal(edit(native), edit(other))
+
+
+def test_a_repository_without_reference_embedder_takes_instructions_alone(tmp_path):
+    shutil.copytree(RELEASED, tmp_path / "plain")
+    shutil.rmtree(tmp_path / "plain/ref_embedder")
+    index = json.loads((tmp_path / "plain/model_index.json").read_text())
+    index.pop("ref_embedder")
+    (tmp_path / "plain/model_index.json").write_text(json.dumps(index))
+    pipe = KiwiEditPipeline.from_pretrained(tmp_path / "plain")
+    assert np.array_equal(edit(pipe), edit(load_official(RELEASED)))
+    with pytest.raises(ValueError, match="`reference` has to be None for this model, which was trained on instructions alone"): edit(pipe, name="ref")
+    again = convert(tmp_path / "plain", tmp_path / "kit", "kit")
+    assert not load_any(again).guidance.config.takes_reference
+
+
+# what is refused
+
+
+def test_a_destination_that_is_taken_stays(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="`overwrite` replaces it"): convert(RELEASED, tmp_path / "mine", "kit")
+    assert (tmp_path / "mine/notes.txt").read_text() == "mine"
+    convert(RELEASED, tmp_path / "mine", "kit", overwrite=True)
+    assert not (tmp_path / "mine/notes.txt").exists()
+    with pytest.raises(ValueError, match="`to` has to be one of kit, official, trainer but is 'onnx'"): convert(RELEASED, tmp_path / "x", "onnx")
+
+
+def test_an_error_while_writing_leaves_nothing_and_keeps_the_old(tmp_path, monkeypatch):
+    convert(RELEASED, tmp_path / "model", "kit")
+    before = weights_of(tmp_path / "model")
+    def fail(pipe, folder, size):
+        folder.mkdir(); (folder / "half").write_text("half")
+        raise OSError("disk full")
+    monkeypatch.setitem(checkpoints.WRITERS, "trainer", fail)
+    with pytest.raises(OSError, match="disk full"): convert(RELEASED, tmp_path / "model", "trainer", overwrite=True)
+    assert weights_of(tmp_path / "model").keys() == before.keys() and [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+class Harmful:
+    def __reduce__(self): return os.mkdir, (os.environ["HARM"],)
+
+
+def test_nothing_unpickles(tmp_path, monkeypatch):
+    monkeypatch.setenv("HARM", str(tmp_path / "harm"))
+    torch.save({"weight": Harmful()}, tmp_path / "Wan_VAE.pth")
+    with pytest.raises(ValueError, match="not loaded because that may run code"): open_weights(tmp_path / "Wan_VAE.pth")
+    with pytest.raises(ValueError, match="not loaded because that may run code"):
+        load_trainer_checkpoint(GOLDEN / "wan22/trainer/step-1.safetensors", **bases(vae=tmp_path / "Wan_VAE.pth"))
+    assert not (tmp_path / "harm").exists()
+    torch.save(load_file(GOLDEN / "wan22/base/Wan_VAE.safetensors"), tmp_path / "good_VAE.pth")  # the same weights as tensors are fine
+    pipe = load_trainer_checkpoint(GOLDEN / "wan22/trainer/step-1.safetensors", **bases(vae=tmp_path / "good_VAE.pth"))
+    assert np.array_equal(edit(pipe), edit(load_trainer_checkpoint(GOLDEN / "wan22/trainer/step-1.safetensors", **bases())))
+
+
+def test_no_code_of_a_repository_runs(tmp_path, monkeypatch):
+    shutil.copytree(RELEASED, tmp_path / "repo")
+    for place in (".", "mllm_encoder", "vae", "ref_embedder"):
+        for name in ("pipeline_kiwi_edit", "mllm_encoder", "wan_video_vae", "conditional_embedder"): (tmp_path / "repo" / place / f"{name}.py").write_text(f"import os; os.mkdir({str(tmp_path / 'harm')!r})")
+    KiwiEditPipeline.from_pretrained(tmp_path / "repo")
+    assert not (tmp_path / "harm").exists()
+
+
+# damage: one clear error each
+
+
+def rewrite(file, change):
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def first_matrix(tensors): return next(key for key, value in tensors.items() if value.ndim >= 2)
+
+
+def wrong_shape(tensors): tensors[key] = tensors[key := first_matrix(tensors)][:-1].clone()
+def extra_key(tensors): tensors["surprise.weight"] = torch.zeros(3)
+def not_a_number(tensors): tensors[key].view(-1)[0] = float("nan") if (key := first_matrix(tensors)) else 0
+def integers(tensors): tensors[key] = (tensors[key := first_matrix(tensors)] * 0).int()
+def missing_key(tensors): tensors.pop(first_matrix(tensors))
+def cut(file): file.write_bytes(file.read_bytes()[:2000])
+def rubbish(file): file.write_bytes(b"\0" * 64)
+
+
+DAMAGE = {
+    "truncated": (cut, "cannot be read|not a whole|damaged|incomplete|invalid|truncated|too large|not covered"), "rubbish": (rubbish, "cannot be read|invalid|header|whole"),
+    "wrong shape": (wrong_shape, r"has to|shape"), "extra key": (extra_key, "surprise.weight"), "NaN": (not_a_number, "finite|NaN"), "integers": (integers, "float|I32|int"), "missing key": (missing_key, "missing"),
+}
+PLACES = {"transformer": "transformer/diffusion_pytorch_model.safetensors", "vae": "vae/diffusion_pytorch_model.safetensors", "qwen": "mllm_encoder/model-00001-of-00002.safetensors",
+          "queries": "mllm_encoder/diffusion_pytorch_model.safetensors", "embedder": "ref_embedder/diffusion_pytorch_model.safetensors"}
+
+
+def harm(file, damage):
+    if damage in (cut, rubbish): damage(file)
+    else: rewrite(file, damage)
+
+
+def one_clear_error(caught):
+    text = str(caught.value)
+    assert isinstance(caught.value, (ValueError, FileNotFoundError, OSError)) and text.count("\n") == 0 and 20 < len(text) < 2500, text
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_release_is_named(tmp_path, place, kind):
+    shutil.copytree(RELEASED, tmp_path / "repo")
+    damage, words = DAMAGE[kind]
+    file = tmp_path / "repo" / PLACES[place]
+    if damage not in (cut, rubbish) and not any(value.ndim >= 2 for value in load_file(file).values()):
+        pytest.skip("this part has no matrix")
+    harm(file, damage)
+    with pytest.raises(Exception, match=words) as caught: KiwiEditPipeline.from_pretrained(tmp_path / "repo")
+    one_clear_error(caught)
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_trainer_checkpoint_is_named(tmp_path, kind):
+    file = tmp_path / "step-1.safetensors"
+    shutil.copy(GOLDEN / "wan22/trainer/step-1.safetensors", file)
+    damage, words = DAMAGE[kind]
+    harm(file, damage)
+    with pytest.raises(Exception, match=words) as caught: load_trainer_checkpoint(file, **bases())
+    one_clear_error(caught)
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "transformer/config.json", "vae/config.json", "mllm_encoder/config.json", "processor/qwen_config.json", "mllm_encoder/model.safetensors.index.json"])
+def test_wrong_json_is_named(tmp_path, name):
+    for number, text in enumerate(("{not json", "[1, 2]", "{}")):
+        shutil.copytree(RELEASED, tmp_path / str(number))
+        (tmp_path / str(number) / name).write_text(text)
+        with pytest.raises(Exception) as caught: KiwiEditPipeline.from_pretrained(tmp_path / str(number))
+        one_clear_error(caught)
+
+
+def test_missing_files_are_named(tmp_path):
+    for number, name in enumerate(("mllm_encoder/model-00002-of-00002.safetensors", "vae/diffusion_pytorch_model.safetensors", "processor/tokenizer.json", "scheduler/scheduler_config.json")):
+        shutil.copytree(RELEASED, tmp_path / str(number))
+        for file in [tmp_path / str(number) / name, *((tmp_path / str(number) / "processor").glob("vocab.json") if "tokenizer" in name else ())]: file.unlink()
+        with pytest.raises(Exception) as caught: KiwiEditPipeline.from_pretrained(tmp_path / str(number))
+        one_clear_error(caught)
+
+
+def test_bases_that_are_missing_are_named(tmp_path):
+    step = GOLDEN / "wan22/trainer/step-1.safetensors"
+    for part in ("vae", "mllm"):
+        with pytest.raises(ValueError, match=f"`{part}` has to name the base model"): load_trainer_checkpoint(step, **bases(**{part: None}))
+        with pytest.raises(FileNotFoundError, match=f"`{part}` has to be a"): load_trainer_checkpoint(step, **bases(**{part: tmp_path / "nowhere"}))
+    with pytest.raises(ValueError, match="`transformer` has to name the base model"): load_trainer_checkpoint(GOLDEN / "wan21/trainer/step-1.safetensors", **bases("wan21", transformer=None))
+    with pytest.raises(FileNotFoundError): load_trainer_checkpoint(tmp_path / "step-9.safetensors", **bases())
