@@ -13,7 +13,7 @@ from operator import attrgetter
 # %% auto #0
 __all__ = ['PARTS', 'WORDS', 'PICTURES', 'CANVASES', 'STAGES', 'OFFICIAL', 'COMPONENTS', 'Lora', 'Loss', 'Bucket', 'Stage',
            'stage_table', 'find_stage', 'as_official', 'part_parameters', 'add_lora', 'select', 'make_ledger',
-           'BatchShape', 'batch_shapes', 'fake_pipeline', 'BatchCost', 'Estimate', 'estimate']
+           'BatchShape', 'batch_shapes', 'fake_pipeline', 'BatchCost', 'Estimate', 'estimate', 'EditCost', 'edit_cost']
 
 # %% ../nbs/30_curriculum.ipynb #9dddc6d8
 from .core import Preset, preset as get_preset
@@ -555,3 +555,96 @@ def estimate(
     batches = [_dry_batch(pipe, stage, shape, online, fake) for shape in tqdm(shapes, desc="dry run", disable=not progress, leave=False)]
     result = Estimate(stage, preset.name, online, offload_optimizer, parameters, optimizer, batches, seconds_per_step)
     return replace(result, seconds_per_step=result.flops / flops_per_second) if flops_per_second and not seconds_per_step else result
+
+# %% ../nbs/30_curriculum.ipynb #ed17c002
+@dataclass(frozen=True)
+class EditCost:
+    "What one edit needs, phase by phase."
+    preset: str
+    num_frames: int
+    height: int        # pixels
+    width: int         # pixels
+    dtype: str
+    parameters: dict   # part -> numbers
+    weights: dict      # part -> bytes
+    blocks: dict       # part -> bytes of its largest block; what group offload brings to the device, two at a time
+    activations: dict  # phase -> bytes beside the weights when they are most
+    flops: dict        # phase -> operations; of "denoise" in one step
+
+    _at_work = dict(read="mllm", encode="vae", denoise="transformer", decode="vae")  # phase -> part
+
+    def peak(self,
+        offload: str = "none",     # "none", "model": only the part at work is on the device, "group": of denoiser and encoder two blocks at a time
+        tiles: bool = False,       # the autoencoder works in tiles
+        eight_bit: bool = False,   # matrices of the denoiser lie on the device in 8 bits
+    ) -> tuple[int, str]:  # bytes, and the phase in which they are needed
+        "The most that is on the device at once."
+        weights = dict(self.weights)
+        if eight_bit: weights["transformer"] = weights["transformer"] / 2 + self.blocks["transformer"] / 2
+        if offload == "group":
+            for part, block in self.blocks.items(): weights[part] = min(weights[part], 2 * block)
+        most = {}
+        for phase, part in self._at_work.items():
+            there = sum(weights.values()) if offload == "none" else weights[part] + (self.weights["guidance"] if part != "vae" else 0)
+            most[phase] = there + self.activations[f"{phase} in tiles" if tiles and part == "vae" else phase]
+        return max((int(size), phase) for phase, size in most.items())
+
+    def __str__(self):
+        choices = {"all on the device": {}, "autoencoder in tiles": dict(tiles=True), "8-bit denoiser, tiles": dict(eight_bit=True, tiles=True),
+                   "model offload": dict(offload="model"), "model offload, tiles": dict(offload="model", tiles=True), "group offload, tiles": dict(offload="group", tiles=True)}
+        rows = [(name, f"{size / 1e9:.1f}", phase) for name, options in choices.items() for size, phase in [self.peak(**options)]]
+        parts = [(part, f"{self.parameters[part]:,}", f"{self.weights[part] / 1e9:.2f}") for part in self.weights] + [("all", f"{sum(self.parameters.values()):,}", f"{sum(self.weights.values()) / 1e9:.2f}")]
+        phases = [(phase, f"{size / 1e9:.2f}", f"{self.flops[phase] / 1e12:.1f}" if phase in self.flops else "") for phase, size in self.activations.items()]
+        return "\n\n".join([f"{self.preset}: {self.num_frames} frames of {self.width}x{self.height} with a reference, {self.dtype}", _table(("part", "weights", "GB"), parts),
+                            _table(("phase", "GB beside the weights", "TFLOP"), phases), _table(("choice", "GB at most", "in phase"), rows)])
+
+    _repr_markdown_ = __str__
+
+
+def edit_cost(
+    preset: str | Preset,
+    num_frames: int = 81,
+    height: int = 480,
+    width: int = 832,
+    dtype: str = "bfloat16",  # of weights and activations
+    tile: tuple[int, int] = (30, 52),    # of the autoencoder, in latents: the official sizes
+    stride: tuple[int, int] = (15, 26),
+) -> EditCost:
+    "What an edit with a reference would need, from the real classes on fake tensors: nothing is loaded."
+    import numpy as np
+    import PIL.Image
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from kiwi_edit.encoder import encode_context, prepare_sample, vision_features
+    from kiwi_edit.guidance import EditCache, denoise
+    from kiwi_edit.pipeline import in_tiles
+    preset, fake, number = get_preset(preset), FakeTensorMode(allow_non_fake_inputs=True), getattr(torch, dtype)
+    pipe = fake_pipeline(preset, Stage("edit", (), 1., preset=preset.name, dtype=dtype), fake)
+    vae, activations, flops = pipe.vae, {}, {}
+    sample = prepare_sample(pipe.processor, pipe.guidance.config, "x" * 40, np.zeros((num_frames, height, width, 3), np.uint8), [PIL.Image.new("RGB", (width, height))])
+    frames = (num_frames - 1) // vae.config.scale_factor_temporal + 1
+    video = (1, vae.config.z_dim, frames, height // vae.config.scale_factor_spatial, width // vae.config.scale_factor_spatial)
+
+    def run(phase, call):
+        ledger = make_ledger()
+        for part in COMPONENTS:
+            for tensor in (*getattr(pipe, part).parameters(), *getattr(pipe, part).buffers()): ledger.hold(tensor, "weights")
+        with torch.no_grad(), fake, ledger: result = call()
+        activations[phase], flops[phase] = ledger.peak.get("activations", 0), ledger.flops
+        return result
+    with fake:
+        latents, pixels = torch.empty(video, dtype=number), torch.empty(1, 3, num_frames, height, width, dtype=number)
+        reference = torch.empty(*video[:2], 1, *video[3:], dtype=number)
+    context, _ = run("read", lambda: encode_context(pipe.mllm, pipe.guidance, sample, vision_features(pipe.mllm, sample)))
+    run("encode", lambda: in_tiles(vae, pixels, "encode"))
+    sigma = torch.ones(1)
+    run("denoise", lambda: denoise(pipe.transformer, pipe.guidance, latents, sigma * 1000, sigma, context.to(number), None, latents, reference, cache=EditCache()))
+    run("decode", lambda: in_tiles(vae, latents, "decode"))
+    factor = vae.config.scale_factor_spatial
+    vae.enable_tiling(**{f"tile_sample_{kind}_{side}": factor * size for kind, sizes in (("min", tile), ("stride", stride)) for side, size in zip(("height", "width"), sizes)})
+    run("encode in tiles", lambda: in_tiles(vae, pixels, "encode"))
+    run("decode in tiles", lambda: in_tiles(vae, latents, "decode"))
+    parts = {name: list(getattr(pipe, name).parameters()) for name in ("transformer", "mllm", "vae", "guidance")}
+    size = lambda tensors: sum(p.numel() * p.element_size() for p in tensors)
+    blocks = {"transformer": max(size(block.parameters()) for block in pipe.transformer.blocks), "mllm": max(size(layer.parameters()) for layer in pipe.mllm.model.language_model.layers)}
+    return EditCost(preset.name, num_frames, height, width, dtype, {name: sum(p.numel() for p in ps) for name, ps in parts.items()}, {name: size(ps) for name, ps in parts.items()}, blocks, activations, flops)

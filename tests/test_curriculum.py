@@ -13,10 +13,10 @@ from accelerate import init_empty_weights
 
 from kiwi_edit.core import preset
 from kiwi_edit.curriculum import (COMPONENTS, OFFICIAL, PARTS, PICTURES, STAGES, Bucket, Loss, Lora, Stage, as_official, batch_shapes,
-                                  estimate, find_stage, part_parameters, select, stage_table)
+                                  edit_cost, estimate, find_stage, part_parameters, select, stage_table)
 from kiwi_edit.encoder import collate_inputs, encode_context, make_tokenizer, prepare_sample
-from kiwi_edit.guidance import denoise
-from kiwi_edit.pipeline import KiwiEditPipeline
+from kiwi_edit.guidance import EditCache, denoise
+from kiwi_edit.pipeline import KiwiEditPipeline, in_tiles
 from kiwi_edit.training import stage_data
 from kiwi_edit.world import TASKS
 
@@ -379,3 +379,33 @@ def test_shapes_of_a_weighted_mix():
     stage = replace(find_stage("wan2.2-5b", "stage3-mix"), alternation="weighted", shares=(1, 2, 5))
     assert [(shape.mode, shape.num_frames, shape.share) for shape in batch_shapes(stage)] == [("image", 1, .125), ("video", 81, .25), ("ref", 81, .625)]
     assert [(shape.height, shape.width) for shape in batch_shapes(find_stage("wan2.2-5b", "stage2-600"))] == [(448, 800)] * 2
+
+
+# what an edit costs
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, size", [("tiny", (5, 64, 64)), ("wan2.2-5b", (5, 96, 160))], ids=["tiny", "thin 5b"])
+def test_memory_of_an_edit_is_as_said(name, size):
+    sizes = small(name)
+    cost, pipe = edit_cost(sizes, *size, "float32", tile=(2, 2), stride=(1, 1)), fresh_pipeline(sizes)
+    frames, references = np.zeros((*size, 3), np.uint8), [PIL.Image.new("RGB", size[:0:-1])]
+    sample = prepare_sample(pipe.processor, pipe.guidance.config, "x" * 40, frames, references)
+    factor, sigma = pipe.vae.config.scale_factor_spatial, torch.ones(1)
+    latents = torch.zeros(1, pipe.vae.config.z_dim, (size[0] - 1) // 4 + 1, size[1] // factor, size[2] // factor)
+    pixels, context = torch.zeros(1, 3, *size), encode_context(pipe.mllm, pipe.guidance, sample)[0]
+
+    def most(run):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile: run()
+        now, peak = 0, 0
+        for event in sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+            now += event.nbytes()
+            peak = max(peak, now)
+        return peak
+    step = lambda: denoise(pipe.transformer, pipe.guidance, latents, 1000 * sigma, sigma, context, None, latents, latents[:, :, :1], cache=EditCache())
+    for phase, run in (("read", lambda: encode_context(pipe.mllm, pipe.guidance, sample)), ("denoise", step)): assert cost.activations[phase] == pytest.approx(most(run), rel=.1), phase
+    for phase, x in (("encode", pixels), ("decode", latents)):  # on a CPU a convolution unfolds its input while it runs, which is not in the ledger
+        assert x.numel() * 4 < cost.activations[phase] < most(lambda: in_tiles(pipe.vae, x, phase))
+    assert cost.weights == {part: sum(p.numel() * 4 for p in getattr(pipe, part).parameters()) for part in cost.weights}
+    whole, tiles, turns, groups, eight = (cost.peak(**options)[0] for options in ({}, dict(tiles=True), dict(offload="model", tiles=True), dict(offload="group", tiles=True), dict(eight_bit=True)))
+    assert groups <= turns < tiles <= whole and eight < whole and cost.flops["decode in tiles"] > cost.flops["decode"]
+    assert f"{sum(cost.weights.values()) / 1e9:.2f}" in str(cost)
