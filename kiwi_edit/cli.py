@@ -22,9 +22,10 @@ from typing import List, Optional
 
 # %% auto #0
 __all__ = ['app', 'FLAGS', 'rank', 'say', 'tidy_signals', 'stop_if_asked', 'hush', 'loudness', 'hush_bars', 'load', 'parse_size',
-           'bar', 'edit', 'demo', 'evaluate', 'choose_stages', 'parse_data', 'check_data', 'check_model', 'check_run',
-           'free_memory', 'check_memory', 'options_table', 'find_tracker', 'train', 'dry', 'parse_parts', 'cache',
-           'table_source', 'stage_sources', 'fill_caches', 'convert', 'usage_line', 'main']
+           'bar', 'edit', 'demo', 'evaluate', 'choose_stages', 'parse_data', 'check_data', 'check_model',
+           'check_trainer', 'parse_bases', 'check_run', 'free_memory', 'check_memory', 'options_table', 'find_tracker',
+           'train', 'dry', 'parse_parts', 'cache', 'table_source', 'stage_sources', 'fill_caches', 'convert',
+           'usage_line', 'main']
 
 # %% ../nbs/51_cli.ipynb #6b6a4eb3
 import typer
@@ -287,6 +288,7 @@ def check_model(
     argument: str, # that named it
 ) -> Path: # its folder
     "Raise unless a model is there and has a preset's sizes; one on the hub is downloaded."
+    if str(name).endswith(".safetensors"): raise ValueError(f"`{argument}` has to be a model on its own but {str(name)!r} is a trainer's checkpoint, which needs its bases: `kiwi-edit convert` puts them together.")
     from kiwi_edit.files import renamed
     from kiwi_edit.pipeline import find_checkpoint
     with renamed("`name`", f"`{argument}`"): folder = find_checkpoint(str(name))
@@ -296,11 +298,34 @@ def check_model(
             raise ValueError(f"`{argument}` has to be a model of the sizes of {preset.name}, with {size} {preset.transformer[size]}, but {str(name)!r} has {found.get(size)}.")
     return folder
 
+def check_trainer(
+    start: str, # step-N.safetensors
+    bases: dict, # part -> file, folder or hub id
+):
+    "Raise unless a trainer's checkpoint and what it builds on are there."
+    from kiwi_edit.checkpoints import find_base
+    if not Path(start).is_file(): raise FileNotFoundError(f"`start` has to be a file, if it ends in .safetensors, but {start!r} does not exist.")
+    for part in ("vae", "mllm"):
+        if part not in bases: raise ValueError(f"`base` has to name vae and mllm, which a trainer's checkpoint does not have, but lacks {part}.")
+    for part, source in bases.items(): find_base(part, source)
+
+def parse_bases(
+    texts: list | None, # such as ["vae=Wan2.2_VAE.pth", "mllm=Qwen/Qwen2.5-VL-3B-Instruct"]
+) -> dict: # part -> file, folder or hub id
+    "What `PART=SOURCE` says."
+    bases = {}
+    for text in texts or ():
+        part, _, source = text.partition("=")
+        if part not in ("transformer", "vae", "mllm") or not source: raise ValueError(f"`base` has to be PART=SOURCE, where PART is transformer, vae or mllm, but is {text!r}.")
+        bases[part] = source
+    return bases
+
 def check_run(
     out: Path, # folder of the run
     stages: list, # of Stage
     start: str | None, # model to begin with
     resume: bool,
+    bases: dict, # part -> base model of a trainer's checkpoint
 ):
     "Raise unless the stages can be run there by this many processes; say where a stage misses what it builds on."
     from kiwi_edit.core import preset as get_preset
@@ -316,7 +341,9 @@ def check_run(
             if bucket.batch_size % processes: raise ValueError(f"`stage` {stage.name!r} has batches of {bucket.batch_size} samples, which {processes} processes cannot share equally.")
     model = find_model(out)
     if model and start and not resume: raise ValueError(f"`start` has to be left out where `out` holds a model that the run goes on from, but it is {start!r} and {str(out)!r} does.")
-    if model or start: check_model(model or start, preset, "out" if model else "start")
+    if bases and not (start and start.endswith(".safetensors")): raise ValueError(f"`base` has to be left out unless `start` is a trainer's checkpoint, but names {', '.join(bases)}.")
+    if not model and start and start.endswith(".safetensors"): check_trainer(start, bases)
+    elif model or start: check_model(model or start, preset, "out" if model else "start")
     elif preset.name != "tiny": raise ValueError(f"`start` has to be given for {preset.name}, as `out` holds no model yet: a folder, a hub id or a released repository.")
     elif stages[0].follows: say(f"warning: stage {stages[0].name} starts from a random model, without {stages[0].follows}, which it builds on")
 
@@ -382,7 +409,8 @@ def train(
     steps: Optional[int] = typer.Option(None, help="End each stage after so many steps. [the stage's own number]"),
     out: Path = typer.Option(Path("runs"), "--out", "-o", help="Folder of the run: every stage finds there what the stages before it have made."),
     resume: bool = typer.Option(False, "--resume", help="Continue the run in that folder."),
-    start: Optional[str] = typer.Option(None, help="Model to begin with: bundled name, folder, hub id or released repository. [a random one, for tiny]"),
+    start: Optional[str] = typer.Option(None, help="Model to begin with: bundled name, folder, hub id, released repository, or a trainer's step-N.safetensors. [a random one, for tiny]"),
+    base: Optional[List[str]] = typer.Option(None, metavar="PART=SOURCE", help="What a trainer's checkpoint builds on: vae and mllm, and transformer if it holds no whole denoiser; file, folder or hub id."),
     device: Optional[str] = typer.Option(None, help="auto, cpu, cuda, cuda:1 or mps. [the settings' device]"),
     seed: Optional[int] = typer.Option(None, help="Of data order, noise and random weights. [the settings' seed]"),
     keep: int = typer.Option(2, help="Checkpoints of each stage that stay."),
@@ -399,7 +427,7 @@ def train(
         if value is not None and not least < value < math.inf: raise ValueError(f"`{option}` has to be {'0 or more' if least else 'above 0'} but is {value}.")
     for option, value in (("seconds_per_step", seconds_per_step), ("options", options)):
         if value and not dry_run: raise ValueError(f"`{option}` has to come with `dry_run`, which it is for.")
-    found = parse_data(data)
+    found, bases = parse_data(data), parse_bases(base)
     if steps or minutes: stages = [replace(s, minutes=minutes, steps=steps or s.steps) for s in stages]
     from kiwi_edit.core import choose_device
     where = choose_device(device or settings().device)
@@ -409,14 +437,14 @@ def train(
     if not rank():
         from kiwi_edit.core import preset as get_preset
         check_data(stages, found, get_preset(preset).size_multiple)
-        check_run(out, stages, start, resume)
+        check_run(out, stages, start, resume, bases)
         if not any(os.environ.get(f"ACCELERATE_USE_{kind}", "false") == "true" for kind in ("FSDP", "DEEPSPEED")):
             for s in stages: check_memory(s, bool(s.mix) and cache is None, free_memory(where))
     from kiwi_edit.training import train as train_stage
     hush_bars()
     for s in stages:
         say(f"stage {s.name}")
-        train_stage(s, out, start, {mode: found[mode] for mode in s.mix}, cache, seed=seed, device=str(where), keep=keep, trackers=trackers)
+        train_stage(s, out, start, bases, {mode: found[mode] for mode in s.mix}, cache, seed=seed, device=str(where), keep=keep, trackers=trackers)
     if not rank(): typer.echo(f"model: {out / 'model'}")
 
 def dry(

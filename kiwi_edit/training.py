@@ -9,7 +9,7 @@ __all__ = ['logger', 'training_table', 'draw_noise_levels', 'Dice', 'draw_noise'
            'Prefetch', 'to_device', 'trim_log', 'measure_flops', 'peak_memory', 'make_accelerator', 'averaged', 'fit',
            'validation_strip', 'draw_log', 'read_log', 'save_curve', 'LiveView', 'stage_data', 'world_batches',
            'file_batches', 'with_dice', 'cast_weights', 'put_model', 'find_model', 'find_stages', 'frozen_aside',
-           'train', 'thin', 'publish']
+           'train', 'thin', 'publish', 'allocated_by', 'measure_step']
 
 # %% ../nbs/31_training.ipynb #94ea9002
 import base64, hashlib, io, json, logging, math, os, resource, shutil, sys, threading, time
@@ -36,11 +36,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from .cache import Batch, Batches, LatentCache, OnlineRows, RowSettings, build_cache, fast_images
-from .checkpoints import merge_lora
-from .core import choose_device, multiplies_bfloat16
-from .curriculum import PARTS, Loss, Stage, find_stage, select
+from .checkpoints import load_any, merge_lora
+from .core import choose_device, multiplies_bfloat16, preset as get_preset
+from .curriculum import PARTS, Loss, Stage, estimate, find_stage, select
 from .dataset import MetadataDataset, WorldDataset
-from .encoder import REFERENCE_SUFFIX, EncoderInputs, KiwiProcessor, collate_inputs, encode_context
+from .encoder import REFERENCE_SUFFIX, EncoderInputs, KiwiProcessor, collate_inputs, encode_context, make_tokenizer, prepare_sample
 from .foundations import Description, Reconstruction, autoencoder_batch, description_batch, measure_latents, start_model, train_motion_only
 from .guidance import denoise, rounded_sigma
 from .pipeline import KiwiEditPipeline, encode_frames, fit_reference, latent_statistics
@@ -496,17 +496,19 @@ def trim_log(
 # %% ../nbs/31_training.ipynb #a6bb7f2e
 def measure_flops(
     device: str = "cpu",
-    dtype: torch.dtype = torch.bfloat16,
-    size: int = 1024,
+    dtype: torch.dtype | None = None, # None is bfloat16 where the device has circuits for it, else float32
+    shape: tuple = (1024, 1024, 1024), # rows, inner side, columns
 ) -> float: # a second
     "The rate of a plain matrix product."
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    rows, inner, columns = shape
+    dtype = dtype or (torch.bfloat16 if multiplies_bfloat16(device) else torch.float32)
+    a, b = torch.randn(rows, inner, device=device, dtype=dtype), torch.randn(inner, columns, device=device, dtype=dtype)
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     best = math.inf
     for _ in range(5):
         wait(); start = time.perf_counter(); a @ b; wait()
         best = min(best, time.perf_counter() - start)
-    return 2 * size ** 3 / best
+    return 2 * rows * inner * columns / best
 
 def peak_memory(
     device: str = "cpu",
@@ -690,7 +692,7 @@ def validation_strip(
         output, mask = np.asarray(frames, np.float32), sample.mask[..., None]
         error, change = (((clip.astype(np.float32) - sample.target) * mask) ** 2 for clip in (output, sample.source))
         done[task].append(float(1 - error.sum() / max(change.sum(), 1)))
-        picks = slice(None, None, max(num_frames - 1, 1))
+        picks = [0, -1][:num_frames]  # a single frame among clips stands twice, so that columns line up
         blank = np.full(sample.source.shape[1:], 255, np.uint8) if reference is None else fit_reference(reference, 64, 64)
         rows[f"{i + 1}. {task} {done[task][-1]:.2f}"] = [*sample.source[picks], blank, *frames[picks], *sample.target[picks]]
     save_film_strip(path, rows, max_columns=7)
@@ -873,7 +875,8 @@ def frozen_aside(
 def train(
     stage: str | Stage, # one of `STAGES`, or any other stage
     folder, # of the whole run: `model` holds the weights, each stage its own log, checkpoints and strips
-    start: str | None = None, # bundled name, folder or hub id of the model to begin with where `folder` has none yet; None is a random one
+    start: str | None = None, # bundled name, folder or hub id of the model to begin with where `folder` has none yet, or a trainer's step-N.safetensors; None is a random one
+    bases: dict | None = None, # "transformer", "vae", "mllm" -> what a trainer's checkpoint builds on; see `load_trainer_checkpoint`
     data: dict | None = None, # mode -> metadata file, for a stage that has a mix of modes
     cache=None, # folder of the caches; None keeps those of the world in `folder`, and computes what files give on the way
     minutes: float | None = None, # the stage's own if None
@@ -906,7 +909,7 @@ def train(
         from transformers.integrations import unset_hf_deepspeed_config
         unset_hf_deepspeed_config()  # or transformers would split weights where it loads them; DeepSpeed does so with the whole module
     def opened(device): # the model that the stage begins with
-        pipe = start_model(stage.preset, seed) if begin is None else KiwiEditPipeline.from_pretrained(begin)
+        pipe = start_model(stage.preset, seed) if begin is None else load_any(begin, **(bases or {} if begin == start else {}))
         cast_weights(pipe.to(device), getattr(torch, stage.dtype))
         if stage.round_timestep: pipe.guidance.register_to_config(round_timestep=True)
         torch.manual_seed(seed)  # of LoRA layers, which start at random
@@ -987,3 +990,57 @@ def publish(
         (destination / "training" / f"{log.parent.name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in thin(read_log(log), points)))
         checks = log.with_name("validation.jsonl")
         if checks.exists(): shutil.copy(checks, destination / "training" / f"{log.parent.name}-validation.jsonl")
+
+# %% ../nbs/31_training.ipynb #317a5702
+def allocated_by(
+    run, # function without arguments
+    device: str = "cpu",
+) -> int: # bytes
+    "The most memory that an allocator has given at once while something ran, above what it had given before."
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device); before = torch.cuda.memory_allocated(device)
+        run(); torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile: run()
+    now = peak = 0
+    for event in sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+def measure_step(
+    stage: Stage, # one that denoises, trained by AdamW
+    preset=None, # Preset; the stage's own if None
+    device: str = "cpu",
+    steps: int = 3, # the fastest counts
+) -> dict: # "bytes", "seconds" of a step; "said_bytes", "said_seconds" by the dry run
+    "A step of a stage on random weights and samples, beside what the dry run says of it."
+    said = estimate(stage, preset, progress=False)
+    shape, dtype = max(said.batches, key=lambda cost: sum(said.memory_of(cost).values())).shape, getattr(torch, stage.dtype)
+    torch.manual_seed(0)
+    with torch.device(device): pipe = KiwiEditPipeline.from_preset(preset or stage.preset, make_tokenizer(["Make it blue."], 400))
+    cast_weights(pipe, dtype); select(pipe, stage)
+    config, vae = pipe.guidance.config, pipe.vae.config
+    frames, references = np.zeros((shape.num_frames, shape.height, shape.width, 3), np.uint8), [PIL.Image.new("RGB", (shape.width, shape.height))] * (shape.mode == "ref")
+    sample = prepare_sample(pipe.processor, config, "x" * 40, frames, references)
+    size = (shape.batch_size, vae.z_dim, (shape.num_frames - 1) // vae.scale_factor_temporal + 1, shape.height // vae.scale_factor_spatial, shape.width // vae.scale_factor_spatial)
+    made = lambda *size: torch.randn(size, device=device)
+    target, tokens = made(*size), sum(math.prod(grid) for grid in sample.grids[0]) // 4
+    batch = Batch(collate_inputs([sample] * size[0]).to(device), [made(tokens, config.hidden_size).to(dtype) for _ in range(size[0])], made(*size), target,
+                  made(*size[:2], 1, *size[3:]) if references else None, torch.ones(1, 1, 1, 1, 1, device=device), [""] * size[0])
+    dice = Dice(made(*size), torch.full(size[:1], .5, device=device), torch.ones(size[:1], device=device), torch.zeros(size[:1], dtype=torch.bool))
+    with frozen_aside(pipe, cached=True):
+        model = FlowMatching(pipe, replace(stage.loss, pixel_metric=0.), None, stage.source, stage.autocast)
+        optimizers = Optimizers(model, stage.lr, "adamw", stage.weight_decay)
+        def back(): model((batch, dice))[0].mean().backward()
+        back(); optimizers.step(1.)  # moments are made
+        weights = sum(p.numel() * p.element_size() for part in (pipe.mllm, pipe.guidance, pipe.transformer) for p in part.parameters())
+        most = allocated_by(back, device)
+        seconds, wait = math.inf, torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+        for _ in range(steps):
+            wait(); began = time.perf_counter()
+            back(); optimizers.step(1.); wait()
+            seconds = min(seconds, time.perf_counter() - began)
+    width = pipe.transformer.config.num_attention_heads * pipe.transformer.config.attention_head_dim
+    rate = measure_flops(device, torch.bfloat16 if stage.autocast else dtype, (math.prod(size[2:]) // math.prod(pipe.transformer.config.patch_size) * size[0], width, pipe.transformer.config.ffn_dim))
+    return dict(bytes=weights + said.optimizer + most, said_bytes=said.peak, seconds=seconds, said_seconds=said.flops / stage.accumulation / rate, flops=said.flops, flops_per_second=rate)

@@ -582,6 +582,11 @@ REF = "--data", "ref={ref}"
     (["--stage", "later", *REF], ["--steps has to be given for stage 'later'"]),
     (["--stage", "encoder", "--out", "{ref}"], ["--out has to be a folder", "metadata.csv"]),
     (["--stage", "encoder", "--start", "nowhere"], ["--start has to be a model", "'nowhere'"]),
+    (["--stage", "encoder", "--start", "gone.safetensors", "--base", "vae=x", "--base", "mllm=y"], ["--start has to be a file", "'gone.safetensors'"]),
+    (["--stage", "encoder", "--start", "{folder}/none.safetensors", "--base", "vae=x"], ["--base has to name vae and mllm", "lacks mllm"]),
+    (["--stage", "encoder", "--start", "{folder}/none.safetensors", "--base", "vae={folder}/gone.pth", "--base", "mllm=y"], ["--vae has to be a file"]),
+    (["--stage", "encoder", "--base", "vae=x"], ["--base has to be left out", "vae"]),
+    (["--stage", "encoder", "--base", "clip=x"], ["--base has to be PART=SOURCE", "'clip=x'"]),
     (["--stage", "encoder", "--start", "{folder}"], ["--start has to be a model folder"]),
 ])
 def test_wrong_training_is_refused_before_weights_are_read(kiwi, small, tables, monkeypatch, tmp_path, arguments, words):

@@ -22,13 +22,13 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 import kiwi_edit.training
-from kiwi_edit.checkpoints import convert, merge_lora
+from kiwi_edit.checkpoints import convert, load_trainer_checkpoint, merge_lora
 from kiwi_edit.core import preset
 from kiwi_edit.curriculum import Bucket, Lora, Loss, Stage, add_lora, find_stage, part_parameters, select
 from kiwi_edit.dataset import WorldDataset, save_dataset, write_metadata
 from kiwi_edit.encoder import make_tokenizer
 from kiwi_edit.pipeline import KiwiEditPipeline
-from kiwi_edit.training import (FlowMatching, LiveView, Optimizers, Prefetch, averaged, checkpoints, draw_log, file_batches, find_model, fit, frozen_aside,
+from kiwi_edit.training import (FlowMatching, LiveView, Optimizers, Prefetch, averaged, checkpoints, draw_log, file_batches, find_model, fit, frozen_aside, measure_flops, measure_step,
                                 learning_rate, load_checkpoint, make_accelerator, part_of, publish, put_model, read_log, save_checkpoint, save_curve, thin, train,
                                 trim_log, with_dice, world_batches)
 
@@ -879,3 +879,32 @@ def test_a_live_view_draws_what_it_has(tmp_path, monkeypatch):
     (tmp_path / "strip-000002.png").write_bytes(b"strip")
     view.draw()
     assert [html.count("<img") for html in shown] == [1, 1, 2]
+
+
+def test_a_stage_starts_from_a_trainers_checkpoint(tmp_path):
+    golden = Path(__file__).parent / "golden/wan22"
+    facts = json.loads((golden / "cases/cases.json").read_text())["model"]
+    bases = dict(vae=golden / "base/Wan_VAE.safetensors", mllm=golden / "base/Qwen2.5-VL-tiny", transformer_config=dict(num_attention_heads=facts["heads"]),
+                 vae_config=json.loads((golden / "base/latents_mean_std.json").read_text()), max_object_token=facts["max_object_token"])
+    table = save_dataset(WorldDataset(dict(subject=1.), 5, 64, 64, samples=2), tmp_path / "clips", format="csv", progress=False)
+    stage, step = replace(find_stage("wan2.2-5b", "stage3-ref"), num_frames=5, max_pixels=64 * 64, steps=2, lr=1e-3), golden / "trainer/step-1.safetensors"
+    assert train(stage, tmp_path / "run", str(step), bases, {"ref": table}, device="cpu", progress=False)["step"] == 2
+    before, after = load_trainer_checkpoint(step, **bases), KiwiEditPipeline.from_pretrained(tmp_path / "run/model")
+    assert torch.equal(before.vae.encoder.conv_in.weight.bfloat16(), after.vae.encoder.conv_in.weight.bfloat16())
+    moved = (after.guidance.ref_queries.float() - before.guidance.ref_queries).abs().max()
+    assert 0 < moved < .05 and after.guidance.config.query_read_out == "last_positions"
+    with pytest.raises(ValueError, match="`vae` has to name the base model"): train(stage, tmp_path / "other", str(step), {}, {"ref": table}, device="cpu", progress=False)
+
+
+def test_a_step_takes_the_memory_that_the_dry_run_says():
+    from test_curriculum import small
+    found = measure_step(replace(find_stage("wan2.2-5b", "stage3-ref"), num_frames=5, max_pixels=96 * 96, dtype="float32"), small(), steps=1)
+    assert found["bytes"] == pytest.approx(found["said_bytes"], rel=.05) and found["seconds"] > 0 and found["said_seconds"] > 0
+
+
+def test_the_rate_of_a_product_is_measured_in_the_format_that_the_device_multiplies(monkeypatch):
+    formats = []
+    monkeypatch.setattr(torch, "randn", lambda *size, f=torch.randn, **options: formats.append(options.get("dtype")) or f(*size, **options))
+    for fast, format in ((False, torch.float32), (True, torch.bfloat16)):
+        monkeypatch.setattr(kiwi_edit.training, "multiplies_bfloat16", lambda device: fast)
+        assert measure_flops("cpu", shape=(8, 16, 24)) > 0 and formats[-2:] == [format] * 2
