@@ -52,8 +52,8 @@ def read_config(folder: Path, *names: str) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"`folder` has to hold {'/'.join(names)} but {str(folder)!r} does not.")
     try: values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error: raise ValueError(f"`{'/'.join(names)}` has to be JSON but is not: {error}.") from None
-    if not isinstance(values, dict): raise ValueError(f"`{'/'.join(names)}` has to hold names and values but holds a {type(values).__name__}.")
+    except ValueError as error: raise ValueError(f"`{path.parent.name}/{path.name}` has to be JSON but is not: {error}.") from None
+    if not isinstance(values, dict): raise ValueError(f"`{path.parent.name}/{path.name}` has to hold names and values but holds a {type(values).__name__}.")
     return {k: v for k, v in values.items() if not k.startswith("_")}
 
 def _having(config, origin, *names):
@@ -693,6 +693,7 @@ def write_official(
     qwen = {old_qwen_name(name): p for name, p in _tied(pipe.mllm).items()}
     half = sum(p.numel() * p.element_size() for p in qwen.values()) // 2 + 1  # the official loader wants shards with an index
     _save(qwen, folder / "mllm_encoder", min(half, 5 * 10 ** 9), "model")
+    pipe.mllm.generation_config.save_pretrained(folder / "mllm_encoder")
     for part in ("source_embedder", "ref_embedder")[:1 + g.takes_reference]:
         _write(folder / part / "config.json", dict(_class_name="ConditionalEmbedder", in_dim=g.in_channels, dim=g.dim, patch_size=list(g.patch_size), zero_init=g.zero_init, ref_pad_first=g.ref_pad_first))
         _save({name.replace(part, "patch_embedding"): p for name, p in ours.items() if name.startswith(part)}, folder / part, 10 ** 15)

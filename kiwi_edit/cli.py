@@ -23,9 +23,9 @@ from typing import List, Optional
 # %% auto #0
 __all__ = ['app', 'FLAGS', 'rank', 'say', 'tidy_signals', 'stop_if_asked', 'hush', 'loudness', 'hush_bars', 'load', 'parse_size',
            'bar', 'edit', 'demo', 'evaluate', 'choose_stages', 'parse_data', 'check_data', 'check_model',
-           'check_trainer', 'parse_bases', 'check_run', 'free_memory', 'check_memory', 'options_table', 'find_tracker',
-           'train', 'dry', 'parse_parts', 'cache', 'table_source', 'stage_sources', 'fill_caches', 'convert',
-           'usage_line', 'main']
+           'bench_scores', 'check_trainer', 'parse_bases', 'check_run', 'free_memory', 'check_memory', 'options_table',
+           'find_tracker', 'train', 'dry', 'parse_parts', 'cache', 'table_source', 'stage_sources', 'fill_caches',
+           'convert', 'usage_line', 'main']
 
 # %% ../nbs/51_cli.ipynb #6b6a4eb3
 import typer
@@ -46,7 +46,7 @@ def _root(version: bool = typer.Option(False, "--version", help="Show the versio
 # %% ../nbs/51_cli.ipynb #001c6c2c
 FLAGS = {name: "--" + name.replace("_", "-") for name in (
     "instruction", "reference", "model", "out", "overwrite", "seed", "steps", "frames", "size", "device", "strength", "guidance_scale",
-    "host", "port", "tasks", "samples", "preset", "stage", "minutes", "resume", "data", "cache", "start", "keep", "track", "dry_run", "seconds_per_step",
+    "host", "port", "tasks", "samples", "preset", "stage", "minutes", "resume", "data", "cache", "start", "base", "score", "keep", "track", "dry_run", "seconds_per_step",
     "options", "num_frames", "max_pixels", "dtype", "workers", "parts", "prune", "to", "transformer", "vae", "mllm", "heads")}
 FLAGS |= dict(video="VIDEO", name="--model", prompt="--instruction", folder="--out", metadata="--data", dataset="--data", trackers="--track", memory="free memory", checkpoint="SOURCE", destination="DESTINATION", source="SOURCE", transformer_config="--heads", overrides="--model")
 
@@ -298,6 +298,14 @@ def check_model(
             raise ValueError(f"`{argument}` has to be a model of the sizes of {preset.name}, with {size} {preset.transformer[size]}, but {str(name)!r} has {found.get(size)}.")
     return folder
 
+def bench_scores(
+    pipe, # KiwiEditPipeline
+    samples: int, # of each task
+) -> dict: # "bench/subject", ... -> share of the edit done
+    "What joins the validation log of a run."
+    from kiwi_edit.benchmark import run_benchmark
+    return {f"bench/{task}": row["pooled"] for task, row in run_benchmark(pipe, samples=samples, keep=0, progress=False).rows.items()}
+
 def check_trainer(
     start: str, # step-N.safetensors
     bases: dict, # part -> file, folder or hub id
@@ -414,6 +422,7 @@ def train(
     device: Optional[str] = typer.Option(None, help="auto, cpu, cuda, cuda:1 or mps. [the settings' device]"),
     seed: Optional[int] = typer.Option(None, help="Of data order, noise and random weights. [the settings' seed]"),
     keep: int = typer.Option(2, help="Checkpoints of each stage that stay."),
+    score: Optional[int] = typer.Option(None, help="Held-out samples of each task that the kit's benchmark scores after every checkpoint, for tiny. [none]"),
     track: Optional[str] = typer.Option(None, help="tensorboard, wandb or none. [tensorboard, where it is installed]"),
     official_defects: bool = typer.Option(False, "--official-defects", help="With the defects of the official trainer, to compare with it."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Say what each stage would need; load and write nothing."),
@@ -423,10 +432,11 @@ def train(
     "Train a model, stage by stage. Under `accelerate launch`, by several processes."
     preset, seed, trackers = preset or settings().preset, settings().seed if seed is None else seed, find_tracker(track)
     stages = choose_stages(preset, stage, official_defects)
-    for option, value, least in (("minutes", minutes, 0), ("steps", steps, 0), ("seconds_per_step", seconds_per_step, 0), ("keep", keep, 0), ("seed", seed, -1)):
+    for option, value, least in (("minutes", minutes, 0), ("steps", steps, 0), ("seconds_per_step", seconds_per_step, 0), ("keep", keep, 0), ("score", score, 0), ("seed", seed, -1)):
         if value is not None and not least < value < math.inf: raise ValueError(f"`{option}` has to be {'0 or more' if least else 'above 0'} but is {value}.")
     for option, value in (("seconds_per_step", seconds_per_step), ("options", options)):
         if value and not dry_run: raise ValueError(f"`{option}` has to come with `dry_run`, which it is for.")
+    if score and preset != "tiny": raise ValueError(f"`score` has to be left out for {preset}, whose models are not of the benchmark's world, but is {score}.")
     found, bases = parse_data(data), parse_bases(base)
     if steps or minutes: stages = [replace(s, minutes=minutes, steps=steps or s.steps) for s in stages]
     from kiwi_edit.core import choose_device
@@ -444,7 +454,7 @@ def train(
     hush_bars()
     for s in stages:
         say(f"stage {s.name}")
-        train_stage(s, out, start, bases, {mode: found[mode] for mode in s.mix}, cache, seed=seed, device=str(where), keep=keep, trackers=trackers)
+        train_stage(s, out, start, {mode: found[mode] for mode in s.mix}, cache, bases=bases, seed=seed, device=str(where), keep=keep, evaluate=(lambda pipe: bench_scores(pipe, score)) if score else None, trackers=trackers)
     if not rank(): typer.echo(f"model: {out / 'model'}")
 
 def dry(

@@ -9,7 +9,7 @@ __all__ = ['logger', 'training_table', 'draw_noise_levels', 'Dice', 'draw_noise'
            'Prefetch', 'to_device', 'trim_log', 'measure_flops', 'peak_memory', 'make_accelerator', 'averaged', 'fit',
            'validation_strip', 'draw_log', 'read_log', 'save_curve', 'LiveView', 'stage_data', 'world_batches',
            'file_batches', 'with_dice', 'cast_weights', 'put_model', 'find_model', 'find_stages', 'frozen_aside',
-           'train', 'thin', 'publish', 'allocated_by', 'measure_step']
+           'train', 'draw_stages', 'thin', 'publish', 'allocated_by', 'measure_step']
 
 # %% ../nbs/31_training.ipynb #94ea9002
 import base64, hashlib, io, json, logging, math, os, resource, shutil, sys, threading, time
@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 from .cache import Batch, Batches, LatentCache, OnlineRows, RowSettings, build_cache, fast_images
 from .checkpoints import load_any, merge_lora
 from .core import choose_device, multiplies_bfloat16, preset as get_preset
-from .curriculum import PARTS, Loss, Stage, estimate, find_stage, select
+from .curriculum import PARTS, STAGES, Loss, Stage, estimate, find_stage, select
 from .dataset import MetadataDataset, WorldDataset
 from .encoder import REFERENCE_SUFFIX, EncoderInputs, KiwiProcessor, collate_inputs, encode_context, make_tokenizer, prepare_sample
 from .foundations import Description, Reconstruction, autoencoder_batch, description_batch, measure_latents, start_model, train_motion_only
@@ -876,7 +876,6 @@ def train(
     stage: str | Stage, # one of `STAGES`, or any other stage
     folder, # of the whole run: `model` holds the weights, each stage its own log, checkpoints and strips
     start: str | None = None, # bundled name, folder or hub id of the model to begin with where `folder` has none yet, or a trainer's step-N.safetensors; None is a random one
-    bases: dict | None = None, # "transformer", "vae", "mllm" -> what a trainer's checkpoint builds on; see `load_trainer_checkpoint`
     data: dict | None = None, # mode -> metadata file, for a stage that has a mix of modes
     cache=None, # folder of the caches; None keeps those of the world in `folder`, and computes what files give on the way
     minutes: float | None = None, # the stage's own if None
@@ -889,6 +888,7 @@ def train(
     on_step=None, # called with each record of the log
     progress: bool = True,
     trackers: tuple = (), # names that Accelerate knows: "tensorboard", "wandb", ...
+    bases: dict | None = None, # "transformer", "vae", "mllm" -> what a trainer's checkpoint builds on; see `load_trainer_checkpoint`
 ) -> dict: # the last state: step, seconds, mean_loss
     "Run one stage on the model in `folder`, continuing where a stopped run left off."
     stage = find_stage("tiny", stage) if isinstance(stage, str) else stage
@@ -939,7 +939,7 @@ def train(
         if stage.buckets or stage.mix: aside.enter_context(frozen_aside(pipe, bool(stage.buckets or cache)))
     if sharded and accelerator.is_main_process and (stage.buckets or evaluate): logger.warning("weights are sharded: checkpoints of stage %s are neither drawn nor evaluated", stage.name)
     def on_save(step):
-        save_curve(home / "log.jsonl", home / "curve.png")
+        if step: save_curve(home / "log.jsonl", home / "curve.png")
         if sharded: return
         aside.close()
         model.eval()
@@ -951,6 +951,9 @@ def train(
         with open(home / "validation.jsonl", "a") as f: f.write(json.dumps(dict(step=step) | done) + "\n")
     set_aside()
     with fast_images(pipe.vae), aside:
+        if accelerator.is_main_process and stage.buckets and not checkpoints(home / "checkpoints"):  # what it can do before
+            home.mkdir(parents=True, exist_ok=True)
+            on_save(0)
         state = fit(model, batches, home, stage, seed, keep, save_every, on_step, on_save, progress, accelerator, trackers)
     if accelerator.is_main_process:
         if sharded:  # what is here are shards; the checkpoint has all of it
@@ -962,6 +965,20 @@ def train(
         put_model(pipe, folder / "model", made | {stage.name: state})
     accelerator.wait_for_everyone()  # the next stage starts from it
     return state
+
+# %% ../nbs/31_training.ipynb #317acc01
+def draw_stages(
+    logs: dict, # stage -> records of its log
+) -> Figure:
+    "What each stage has learned over its minutes: decibels of the autoencoder, next tokens of the encoder, loss of the denoiser."
+    figure = Figure(figsize=(11, 2.8)); panels = figure.subplots(1, 3)
+    kinds = [("psnr", "autoencoder, dB"), ("accuracy", "encoder, next tokens right"), ("loss", "denoiser, loss")]
+    for name, log in logs.items():
+        panel, (value, title) = next((panel, kind) for panel, kind in zip(panels, kinds) if kind[0] in log[-1])
+        panel.plot([record["seconds"] / 60 for record in log], [record[value] for record in log], label=name, lw=1); panel.set_title(title, fontsize=9)
+    for panel in panels: panel.set_xlabel("minutes in the stage", fontsize=8); panel.tick_params(labelsize=7); panel.legend(fontsize=7)
+    figure.tight_layout()
+    return figure
 
 # %% ../nbs/31_training.ipynb #66d8a0e5
 def thin(
@@ -982,7 +999,7 @@ def publish(
     destination, # folder of the model to ship; what else lies there stays
     points: int = 300, # of each curve
 ):
-    "Write a run's model in half precision, and its thinned logs under `training`."
+    "Write a run's model in half precision, and under `training` its thinned logs, the curves of all stages, and each stage's first and last film strip."
     folder, destination = Path(folder), Path(destination)
     KiwiEditPipeline.from_pretrained(folder / "model").to(torch.float16).save_pretrained(destination)
     (destination / "training").mkdir(exist_ok=True)
@@ -990,6 +1007,11 @@ def publish(
         (destination / "training" / f"{log.parent.name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in thin(read_log(log), points)))
         checks = log.with_name("validation.jsonl")
         if checks.exists(): shutil.copy(checks, destination / "training" / f"{log.parent.name}-validation.jsonl")
+        strips = sorted(log.parent.glob("strip-*.png"))
+        for name, strip in zip(("before", "after"), (strips[0], strips[-1]) if strips else ()):
+            PIL.Image.open(strip).convert("RGB").reduce(2).quantize(128).save(destination / "training" / f"{log.parent.name}-{name}.png", optimize=True)
+    logs = {name: read_log(found) for name in STAGES if (found := destination / "training" / f"{name}.jsonl").exists()}
+    if logs: draw_stages(logs).savefig(destination / "training/curves.png", dpi=80)
 
 # %% ../nbs/31_training.ipynb #317a5702
 def allocated_by(
@@ -1035,7 +1057,8 @@ def measure_step(
         def back(): model((batch, dice))[0].mean().backward()
         back(); optimizers.step(1.)  # moments are made
         weights = sum(p.numel() * p.element_size() for part in (pipe.mllm, pipe.guidance, pipe.transformer) for p in part.parameters())
-        most = allocated_by(back, device)
+        moments = sum(value.numel() * value.element_size() for value in optimizers.state().values())
+        most = allocated_by(lambda: (back(), optimizers.step(1.)), device)
         seconds, wait = math.inf, torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
         for _ in range(steps):
             wait(); began = time.perf_counter()
@@ -1043,4 +1066,4 @@ def measure_step(
             seconds = min(seconds, time.perf_counter() - began)
     width = pipe.transformer.config.num_attention_heads * pipe.transformer.config.attention_head_dim
     rate = measure_flops(device, torch.bfloat16 if stage.autocast else dtype, (math.prod(size[2:]) // math.prod(pipe.transformer.config.patch_size) * size[0], width, pipe.transformer.config.ffn_dim))
-    return dict(bytes=weights + said.optimizer + most, said_bytes=said.peak, seconds=seconds, said_seconds=said.flops / stage.accumulation / rate, flops=said.flops, flops_per_second=rate)
+    return dict(bytes=weights + moments + most, said_bytes=said.peak, seconds=seconds, said_seconds=said.flops / stage.accumulation / rate, flops=said.flops, flops_per_second=rate)

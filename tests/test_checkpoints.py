@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from kiwi_edit import checkpoints
 from kiwi_edit.checkpoints import convert, load_any, load_official, load_trainer_checkpoint, open_weights, stored_dtype
 from kiwi_edit.core import asset
-from kiwi_edit.pipeline import KiwiEditPipeline
+from kiwi_edit.pipeline import KiwiEditPipeline, decode_latents
 from kiwi_edit.world import EVAL_SEED, World
 
 GOLDEN = Path(os.environ.get("KIWI_EDIT_GOLDEN", Path(__file__).parent / "golden"))
@@ -286,3 +286,45 @@ def test_bases_that_are_missing_are_named(tmp_path):
         with pytest.raises(FileNotFoundError, match=f"`{part}` has to be a"): load_trainer_checkpoint(step, **bases(**{part: tmp_path / "nowhere"}))
     with pytest.raises(ValueError, match="`transformer` has to name the base model"): load_trainer_checkpoint(GOLDEN / "wan21/trainer/step-1.safetensors", **bases("wan21", transformer=None))
     with pytest.raises(FileNotFoundError): load_trainer_checkpoint(tmp_path / "step-9.safetensors", **bases())
+
+
+# ways to need less memory, all of them diffusers' own
+
+
+def test_layers_in_eight_bits_edit_roughly_alike():
+    pipe = load_official(RELEASED)
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert pipe.transformer.blocks[0].attn1.to_q.weight.dtype == torch.float8_e4m3fn
+    assert 0 < np.abs(edit(pipe, name="ref").astype(float) - original()).mean() < 64
+
+
+def test_group_offload_changes_nothing():
+    pipe = load_official(RELEASED)
+    for part in (pipe.transformer, pipe.vae): part.enable_group_offload(onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level")
+    assert np.array_equal(edit(pipe, name="ref"), original())
+
+
+@torch.no_grad()
+def test_slices_of_a_batch_with_tiles_and_without():
+    vae = load_official(RELEASED).vae
+    latents = torch.randn(2, vae.config.z_dim, 2, 2, 4, generator=torch.Generator().manual_seed(0))
+    whole, found = decode_latents(vae, latents), []
+    for tiling in (False, True):
+        if tiling: vae.enable_tiling(tile_sample_min_height=32, tile_sample_min_width=32, tile_sample_stride_height=16, tile_sample_stride_width=16)
+        found.append(decode_latents(vae, latents))
+        vae.enable_slicing()
+        assert np.abs(decode_latents(vae, latents).astype(int) - found[-1]).max() <= 1
+        vae.disable_slicing()
+    assert np.array_equal(found[0], whole) and (found[1] != whole).any()
+    vae.enable_tiling(tile_sample_min_height=32, tile_sample_min_width=32, tile_sample_stride_height=48, tile_sample_stride_width=16)
+    with pytest.raises(ValueError, match="strides no longer than sides"): decode_latents(vae, latents)
+
+
+def test_quantised_loading_goes_through_diffusers(tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    from diffusers import PipelineQuantizationConfig, TorchAoConfig
+    convert(RELEASED, tmp_path / "kit", "kit")
+    eight = PipelineQuantizationConfig(quant_mapping={"transformer": TorchAoConfig(quantization.Int8WeightOnlyConfig())})
+    pipe = KiwiEditPipeline.from_pretrained(tmp_path / "kit", quantization_config=eight)
+    assert type(pipe.transformer.blocks[0].attn1.to_q.weight).__name__ == "Int8Tensor"
+    assert 0 < np.abs(edit(pipe, name="ref").astype(float) - original()).mean() < 8

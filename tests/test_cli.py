@@ -489,6 +489,7 @@ def tables(tmp_path_factory):
     text = (folder / "references" / "short.csv").read_text().replace("tgt_video", "target")
     (folder / "references" / "short.csv").write_text(text)
     (folder / "references" / "none.csv").write_text("src_video,tgt_video,prompt\n")
+    (folder / "references" / "w.safetensors").write_bytes(b"")
     return dict(image=image, ref=ref)
 
 
@@ -564,6 +565,8 @@ REF = "--data", "ref={ref}"
     (["--keep", "0"], ["--keep has to be above 0"]),
     (["--seed", "-1"], ["--seed has to be 0 or more", "-1"]),
     (["--track", "paper"], ["--track has to be", "'paper'"]),
+    (["--score", "0"], ["--score has to be above 0", "0"]),
+    (["--preset", "wan2.2-5b", "--stage", "stage3-ref", "--score", "2"], ["--score has to be left out for wan2.2-5b"]),
     (["--device", "tpu"], ["--device has to be", "'tpu'"]),
     (["--options"], ["--options has to come with --dry-run"]),
     (["--seconds-per-step", "3"], ["--seconds-per-step has to come with --dry-run"]),
@@ -583,8 +586,8 @@ REF = "--data", "ref={ref}"
     (["--stage", "encoder", "--out", "{ref}"], ["--out has to be a folder", "metadata.csv"]),
     (["--stage", "encoder", "--start", "nowhere"], ["--start has to be a model", "'nowhere'"]),
     (["--stage", "encoder", "--start", "gone.safetensors", "--base", "vae=x", "--base", "mllm=y"], ["--start has to be a file", "'gone.safetensors'"]),
-    (["--stage", "encoder", "--start", "{folder}/none.safetensors", "--base", "vae=x"], ["--base has to name vae and mllm", "lacks mllm"]),
-    (["--stage", "encoder", "--start", "{folder}/none.safetensors", "--base", "vae={folder}/gone.pth", "--base", "mllm=y"], ["--vae has to be a file"]),
+    (["--stage", "encoder", "--start", "{folder}/w.safetensors", "--base", "vae=x"], ["--base has to name vae and mllm", "lacks mllm"]),
+    (["--stage", "encoder", "--start", "{folder}/w.safetensors", "--base", "vae={folder}/gone.pth", "--base", "mllm=y"], ["--vae has to be a file"]),
     (["--stage", "encoder", "--base", "vae=x"], ["--base has to be left out", "vae"]),
     (["--stage", "encoder", "--base", "clip=x"], ["--base has to be PART=SOURCE", "'clip=x'"]),
     (["--stage", "encoder", "--start", "{folder}"], ["--start has to be a model folder"]),

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
@@ -552,6 +553,17 @@ def test_a_run_goes_on_with_its_own_optimiser(tmp_path, before, after):
     with pytest.raises(ValueError, match=f"`optimizer` has to be '{before}', .* but is '{after}'"): run_toy(tmp_path, steps=2, optimizer=after)
 
 
+def test_what_a_cache_replaces_leaves_the_device_and_comes_back(pipe, monkeypatch):
+    moves, visual = [], pipe.mllm.model.visual
+    monkeypatch.setattr(visual, "to", lambda device: moves.append(("tower", str(device))), raising=False)
+    monkeypatch.setattr(pipe.vae, "to", lambda device: moves.append(("autoencoder", str(device))), raising=False)
+    monkeypatch.setattr(type(pipe.vae), "device", property(lambda self: "cuda:3"))
+    with frozen_aside(pipe, True): assert moves == [("tower", "cpu"), ("autoencoder", "cpu")]
+    assert moves[2:] == [("tower", "cuda:3"), ("autoencoder", "cuda:3")]
+    with frozen_aside(pipe): pass
+    assert len(moves) == 4
+
+
 def test_the_vision_tower_is_aside_and_back(pipe):
     names, visual = set(pipe.mllm.state_dict()), pipe.mllm.model.visual
     with pytest.raises(ZeroDivisionError), frozen_aside(pipe, True):
@@ -783,7 +795,7 @@ def test_a_stage_of_the_world_is_logged_looked_at_and_published(start, tmp_path,
         asked.append(pipe.transformer.training)
         return dict(score=.5)
     records = run_stage(WORLD, tmp_path / "run", start, evaluate=evaluate, steps=4)
-    assert len(records) == 4 and asked == [False]
+    assert len(records) == 4 and asked == [False, False]  # before and after
     for record in records:
         assert {"step", "loss", "grad_norm", "lr", "seconds", "samples_per_second", "tokens_per_second", "memory_gb", "flops_use"} <= record.keys()
         mode, task = ("image", "add") if "loss/image" in record else ("ref", "subject")
@@ -793,8 +805,8 @@ def test_a_stage_of_the_world_is_logged_looked_at_and_published(start, tmp_path,
         assert record["tokens_per_second"] / record["samples_per_second"] == pytest.approx(4 * 4 * frames) and record["memory_gb"] > .1 and 0 < record["flops_use"] < 1
     assert {"loss/image", "loss/ref"} < {key for record in records for key in record}
     home = tmp_path / "run/world"
-    assert [path.name for path in home.glob("strip-*.png")] == ["strip-000004.png"] and (home / "curve.png").stat().st_size > 5000
-    assert [row.keys() for row in read_log(home / "validation.jsonl")] == [{"step", "add", "subject", "score"}]
+    assert [path.name for path in home.glob("strip-*.png")] == ["strip-000000.png", "strip-000004.png"] and (home / "curve.png").stat().st_size > 5000
+    assert [row.keys() for row in read_log(home / "validation.jsonl")] == [{"step", "add", "subject", "score"}] * 2
     # further on, from where it ended
     more = run_stage(replace(WORLD, ema=.5), tmp_path / "run", start, steps=5)
     assert [record["step"] for record in more] == [5] and [row["step"] for row in read_log(home / "log.jsonl")] == [1, 2, 3, 4, 5]
@@ -803,6 +815,7 @@ def test_a_stage_of_the_world_is_logged_looked_at_and_published(start, tmp_path,
     assert all(torch.allclose(value, shipped[key].to(value.dtype), atol=2e-3) for key, value in whole.items())
     assert all("_name_or_path" not in config.read_text() for config in (tmp_path / "shipped").rglob("*.json"))
     assert len(read_log(tmp_path / "shipped/training/world.jsonl")) == 3 and (tmp_path / "shipped/training/world-validation.jsonl").exists()
+    assert all(PIL.Image.open(tmp_path / f"shipped/training/world-{moment}.png").width > 100 for moment in ("before", "after"))
 
 
 def test_a_stage_of_files_is_evaluated_too(start, data, tmp_path):
@@ -888,12 +901,12 @@ def test_a_stage_starts_from_a_trainers_checkpoint(tmp_path):
                  vae_config=json.loads((golden / "base/latents_mean_std.json").read_text()), max_object_token=facts["max_object_token"])
     table = save_dataset(WorldDataset(dict(subject=1.), 5, 64, 64, samples=2), tmp_path / "clips", format="csv", progress=False)
     stage, step = replace(find_stage("wan2.2-5b", "stage3-ref"), num_frames=5, max_pixels=64 * 64, steps=2, lr=1e-3), golden / "trainer/step-1.safetensors"
-    assert train(stage, tmp_path / "run", str(step), bases, {"ref": table}, device="cpu", progress=False)["step"] == 2
+    assert train(stage, tmp_path / "run", str(step), {"ref": table}, bases=bases, device="cpu", progress=False)["step"] == 2
     before, after = load_trainer_checkpoint(step, **bases), KiwiEditPipeline.from_pretrained(tmp_path / "run/model")
     assert torch.equal(before.vae.encoder.conv_in.weight.bfloat16(), after.vae.encoder.conv_in.weight.bfloat16())
     moved = (after.guidance.ref_queries.float() - before.guidance.ref_queries).abs().max()
     assert 0 < moved < .05 and after.guidance.config.query_read_out == "last_positions"
-    with pytest.raises(ValueError, match="`vae` has to name the base model"): train(stage, tmp_path / "other", str(step), {}, {"ref": table}, device="cpu", progress=False)
+    with pytest.raises(ValueError, match="`vae` has to name the base model"): train(stage, tmp_path / "other", str(step), {"ref": table}, bases={}, device="cpu", progress=False)
 
 
 def test_a_step_takes_the_memory_that_the_dry_run_says():
