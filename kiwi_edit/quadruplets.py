@@ -21,6 +21,7 @@ __all__ = ['STAGES', 'Pair', 'Verdict', 'Record', 'Grounding', 'Check', 'Backend
 # %% ../nbs/11_quadruplets.ipynb #q1100003
 import cv2
 import numpy as np
+from PIL import Image
 from scipy import ndimage
 from skimage import feature, filters
 
@@ -135,7 +136,8 @@ class LoadOptions:
 def _still(data):
     "Reference of any kind as (h, w, 3) uint8."
     if isinstance(data, np.ndarray): return as_frames(data)[0]
-    return np.array(read_image(io.BytesIO(data) if isinstance(data, bytes) else data).convert("RGB"))
+    image = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else read_image(data)
+    return np.array(image.convert("RGB"))
 
 def _clip_facts(clip):
     if isinstance(clip, np.ndarray): return (*as_frames(clip).shape[:3], 0.)
@@ -210,13 +212,13 @@ def parse_instruction(
     if not task:
         if has(r"\b(background|backdrop)\b|in front of the scene|behind the objects"): task = "background"
         elif has(r"\b(remove|delete|erase|get rid of|disappear)\b|\btake .+ out\b"): task = "remove"
-        elif has(r"\b(reference|picture)\b"): task = "subject"
+        elif has(r"\breference\b|\b(object|thing) (shown )?in the picture\b"): task = "subject"
         elif has(r"\b(style|aesthetic)\b|\b(make|turn|render|give|apply)\b.*\b(video|clip|everything|footage)\b"): task = "style"
         elif has(r"^(please )?(add|insert|place|put)\b|there should be"): task = "add"
         elif has(r"\b(replace|swap|change|turn|make|paint|recolou?r|transform|give|cover|exchange)\b"): task = "change"
     place = next((p for p in sorted(PLACES, key=len, reverse=True) if f"at {p}" in words), "")
     old = new = ""
-    for pattern in (r"(?:replace|swap|exchange) (.+?) (?:with|for|by) (.+)", r"(?:change|turn|transform|make|paint) (.+?) (?:into|to) (.+)"):
+    for pattern in (r"(?:replace|swap|exchange) (.+?) (?:with|for|by) ((?:an?|the|some) .+)", r"(?:replace|swap|exchange) (.+?) (?:with|for|by) (.+)", r"(?:change|turn|transform|make|paint) (.+?) (?:into|to) (.+)"):
         if not new and (found := re.search(pattern, words)): old, new = _thing(found[1]), _thing(found[2])
     if not new and (found := re.search(r"(?:remove|delete|erase|get rid of|take|make) (.+?)(?: out| disappear| from the|,|$)", words)): new = _thing(found[1])
     if not new and (found := re.search(r"(?:add|insert|place|put|there should be) (.+)", words)): new = _thing(found[1])
@@ -288,7 +290,7 @@ def color_share(
     a, b = _lab(pixels[None, None])[0, 0], _lab(np.uint8([[[_SHADES[name]]]]))[0, 0]
     return float((np.linalg.norm((a - b) * np.float32([.5, 1, 1]), axis=-1) < 28).mean())
 
-def _colors_in(text): return [w for w in re.findall("[a-z]+", text) if w in _SHADES]
+def _colors_in(text): return [w for w in re.findall("[a-z]+", text.split(" with ")[0]) if w in _SHADES]
 
 class ChangeScorer:
     "Scores edits by what changed and what was kept."
@@ -328,7 +330,7 @@ class ChangeScorer:
         "No frame black, frozen, or further from the source than the rest."
         if len(source) < 2: return 1.
         level = np.median(distance.reshape(len(distance), -1), 1) + distance.reshape(len(distance), -1).mean(1)
-        jump = float((level / (2.5 * np.median(level) + 8)).max())
+        jump = float((level / (2.5 * np.median(level) + 14)).max())
         moves = [np.abs(np.diff(c.astype(np.float32), axis=0)).mean((1, 2, 3)) for c in (source, edited)]
         frozen = bool(((moves[1] < .02) & (moves[0] > .3)).any())
         dark = bool(((edited.mean((1, 2, 3)) < 4) & (source.mean((1, 2, 3)) > 16)).any())
@@ -372,7 +374,7 @@ class ChangeGrounder:
         if short <= 128:
             mask = ~np.stack([filters.apply_hysteresis_threshold(d, 3, 6) for d in distance])
             mask = _morph(mask, cv2.MORPH_OPEN, 1)
-        else: mask = _morph(_morph(distance < 14, cv2.MORPH_OPEN, short / 90), cv2.MORPH_CLOSE, short / 40)
+        else: mask = _morph(_morph(distance < 9, cv2.MORPH_OPEN, short / 60), cv2.MORPH_CLOSE, short / 40)
         return np.stack([ndimage.binary_fill_holes(m) for m in _main_parts(mask, .1)])
 
 class GrabCutSegmenter:
