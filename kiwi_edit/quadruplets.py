@@ -5,16 +5,28 @@
 # %% ../nbs/11_quadruplets.ipynb #q1100002
 from __future__ import annotations
 
+import io, math, re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 # %% auto #0
-__all__ = ['Pair', 'Verdict', 'Record', 'Grounding', 'Check', 'BackendError', 'Scorer', 'Grounder', 'Segmenter', 'Synthesizer',
-           'Verifier', 'Embedder']
+__all__ = ['STAGES', 'Pair', 'Verdict', 'Record', 'Grounding', 'Check', 'BackendError', 'Scorer', 'Grounder', 'Segmenter',
+           'Synthesizer', 'Verifier', 'Embedder', 'LoadOptions', 'load_record', 'full_frames', 'Request',
+           'parse_instruction', 'ChangeOptions', 'color_distance', 'changed_region', 'mask_boxes', 'color_share',
+           'ChangeScorer', 'ChangeGrounder', 'GrabCutSegmenter', 'sharpness', 'CutoutSynthesizer', 'inpaint',
+           'PixelVerifier', 'PixelEmbedder', 'perceptual_hash', 'ScoreStage', 'GroundStage', 'SegmentStage',
+           'SynthesizeStage', 'VerifyStage', 'embedded_stages', 'deduplicate', 'funnel', 'contact_sheet']
 
 # %% ../nbs/11_quadruplets.ipynb #q1100003
+import cv2
 import numpy as np
+from PIL import Image
+from scipy import ndimage
+from skimage import feature, filters
+
+from .video import as_frames, read_image, read_video, sample_indices, video_info
+from .world import COLORS, PLACES, TASKS
 
 # %% ../nbs/11_quadruplets.ipynb #q1100005
 @dataclass(frozen=True)
@@ -56,6 +68,9 @@ class Record:
     authentic: bool = False               # the reference came with the data
     embedding: np.ndarray | None = None   # (d,) float32 of unit length, of the reference
     verdicts: list = field(default_factory=list)  # of Verdict, one for each stage that saw the record
+    authentic_reference: np.ndarray | None = None # (h, w, 3) uint8, where the data has one; `reference` is the synthesised one
+    indices: tuple = ()                   # of the sampled frames within the file
+    changed: np.ndarray | None = None     # (T, h, w) bool, where the edit is, where a grounder knows it by pixel
 
     @property
     def alive(self) -> bool:
@@ -110,3 +125,565 @@ class Embedder(Protocol):
     "Turns images into vectors, in which near-duplicates are near."
     name: str
     def embed(self, images: Sequence[np.ndarray]) -> np.ndarray: ...  # (N, d) float32, unit length
+
+# %% ../nbs/11_quadruplets.ipynb #q11b0001
+@dataclass(frozen=True)
+class LoadOptions:
+    "How pairs are opened."
+    side: int = 480   # longer side of the working size, pixels; smaller clips keep theirs
+    frames: int = 16  # at most so many, evenly spaced
+
+def _still(data):
+    "Reference of any kind as (h, w, 3) uint8."
+    if isinstance(data, np.ndarray): return as_frames(data)[0]
+    image = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else read_image(data)
+    return np.array(image.convert("RGB"))
+
+def _clip_facts(clip):
+    if isinstance(clip, np.ndarray): return (*as_frames(clip).shape[:3], 0.)
+    info = video_info(clip)
+    return info.frames, info.height, info.width, info.fps
+
+def _clip_frames(clip, indices, size):
+    if not isinstance(clip, np.ndarray): return read_video(clip, indices=indices, size=size).frames
+    frames = as_frames(clip)[list(indices)]
+    return frames if size is None or size == frames.shape[2:0:-1] else np.stack([cv2.resize(f, size, interpolation=cv2.INTER_AREA) for f in frames])
+
+def load_record(
+    pair: Pair,
+    options: LoadOptions = LoadOptions(),
+) -> Record: # with a verdict of stage "load", passed or not
+    "A pair opened at the working size. What cannot be read is dropped with its reason."
+    record = Record(pair, task=pair.task)
+    def verdict(reason=""):
+        record.verdicts.append(Verdict("load", not reason, " ".join(reason.split())[:300], backend="embedded"))
+        return record
+    facts = {}
+    for name in ("source", "edited"):
+        try: facts[name] = _clip_facts(getattr(pair, name))
+        except (ValueError, OSError) as error: return verdict(f"unreadable {name}: {error}")
+    (n, *_, fps), (m, height, width, _) = facts["source"], facts["edited"]
+    if n != m: return verdict(f"lengths differ: source has {n} frames, edited {m}")
+    if facts["source"][1:3] != (height, width):
+        return verdict(f"sizes differ: source is {facts['source'][2]}x{facts['source'][1]}, edited {width}x{height}")
+    if pair.task and pair.task not in TASKS: return verdict(f"unknown task: {pair.task!r}")
+    if pair.reference is not None:
+        try: record.authentic_reference = _still(pair.reference)
+        except (ValueError, OSError) as error: return verdict(f"unreadable reference: {error}")
+    scale = min(1., options.side / max(height, width))
+    size = (max(round(width * scale), 8), max(round(height * scale), 8))
+    record.indices, record.fps, record.size = tuple(sample_indices(n, options.frames)), fps, (height, width)
+    for name in facts:
+        try: setattr(record, name, _clip_frames(getattr(pair, name), record.indices, size))
+        except (ValueError, OSError) as error: return verdict(f"unreadable {name}: {error}")
+    for name in facts:
+        if len(getattr(record, name)) != len(record.indices): return verdict(f"unreadable {name}: frames are damaged")
+    return verdict()
+
+def full_frames(
+    record: Record,
+    at: Sequence[int], # positions within the sampled frames, ascending
+    which: str = "edited", # or "source"
+) -> np.ndarray: # (N, H, W, 3) uint8, at the size of the file
+    "Sampled frames once more, at full resolution."
+    return _clip_frames(getattr(record.pair, which), [record.indices[i] for i in at], None)
+
+# %% ../nbs/11_quadruplets.ipynb #q11b0003
+@dataclass(frozen=True)
+class Request:
+    "What an instruction asks for."
+    task: str           # of `world.TASKS`; "" where no verb is known
+    subject: str = ""   # what comes, or for a removal what goes
+    old: str = ""       # what it takes the place of
+    place: str = ""     # of `world.PLACES`
+
+_ARTICLE = re.compile(r"^(?:the|an?|some)\s+")
+_CUTS = r"\s+(?:at|to|on|onto|in front of|next to|beside|moving|from|of the video)\s+|,?\s*please$| of the video$"
+
+def _thing(text): return _ARTICLE.sub("", re.split(_CUTS, text.strip(" .,!"))[0].strip())
+
+def parse_instruction(
+    text: str,
+    task: str = "", # where the data says it
+) -> Request:
+    "Task, object words and place of an instruction, by its verbs."
+    words = " ".join(text.lower().replace("\u2019", "'").split()).rstrip(".! ")
+    has = lambda pattern: re.search(pattern, words) is not None
+    if not task:
+        if has(r"\b(background|backdrop)\b|in front of the scene|behind the objects"): task = "background"
+        elif has(r"\b(remove|delete|erase|get rid of|disappear)\b|\btake .+ out\b"): task = "remove"
+        elif has(r"\breference\b|\b(object|thing) (shown )?in the picture\b"): task = "subject"
+        elif has(r"\b(style|aesthetic)\b|\b(make|turn|render|give|apply)\b.*\b(video|clip|everything|footage)\b"): task = "style"
+        elif has(r"^(please )?(add|insert|place|put)\b|there should be"): task = "add"
+        elif has(r"\b(replace|swap|change|turn|make|paint|recolou?r|transform|give|cover|exchange)\b"): task = "change"
+    place = next((p for p in sorted(PLACES, key=len, reverse=True) if f"at {p}" in words), "")
+    old = new = ""
+    for pattern in (r"(?:replace|swap|exchange) (.+?) (?:with|for|by) ((?:an?|the|some) .+)", r"(?:replace|swap|exchange) (.+?) (?:with|for|by) (.+)", r"(?:change|turn|transform|make|paint) (.+?) (?:into|to) (.+)"):
+        if not new and (found := re.search(pattern, words)): old, new = _thing(found[1]), _thing(found[2])
+    if not new and (found := re.search(r"(?:remove|delete|erase|get rid of|take|make) (.+?)(?: out| disappear| from the|,|$)", words)): new = _thing(found[1])
+    if not new and (found := re.search(r"(?:add|insert|place|put|there should be) (.+)", words)): new = _thing(found[1])
+    if task == "background": new = re.sub(r"^(?:a|an|the) ", "", new if old else "") or "new background"
+    return Request(task, new or words, old, place)
+
+# %% ../nbs/11_quadruplets.ipynb #q11b0006
+@dataclass(frozen=True)
+class ChangeOptions:
+    "When a pixel counts as changed."
+    low: float = 5.    # distance in CIE Lab that counts next to a sure change
+    high: float = 12.  # distance that is a sure change
+    share: float = .2  # regions smaller than this share of the largest are dropped
+    close: float = .02 # gaps up to this share of the shorter side are closed
+
+def _lab(frames): return np.stack([cv2.cvtColor(f.astype(np.float32) / 255, cv2.COLOR_RGB2Lab) for f in frames])
+
+def color_distance(
+    source: np.ndarray, # (T, h, w, 3) uint8
+    edited: np.ndarray,
+) -> np.ndarray: # (T, h, w) float32, in CIE Lab
+    "How far each pixel moved, over a little blur that grows with the frame."
+    gap = np.linalg.norm(_lab(edited) - _lab(source), axis=-1)
+    sigma = min(source.shape[1:3]) / 200
+    return np.stack([cv2.GaussianBlur(g, (0, 0), sigma) for g in gap]) if sigma > .6 else gap
+
+def _odd(x): return 2 * int(round(max(x, 1) / 2)) + 1
+def _disk(radius): return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (_odd(radius * 2 - 1),) * 2)
+def _morph(mask, op, radius): return np.stack([cv2.morphologyEx(m.astype(np.uint8), op, _disk(radius)) for m in mask]).astype(bool)
+
+def _main_parts(mask, share):
+    "The parts, joined over space and time, that hold at least a share of what the largest holds."
+    label, n = ndimage.label(mask, np.ones((3, 3, 3)))
+    if n < 2: return mask
+    size = np.bincount(label.ravel())
+    size[0] = 0
+    return (size >= share * size.max())[label] & mask
+
+def changed_region(
+    distance: np.ndarray, # (T, h, w)
+    options: ChangeOptions = ChangeOptions(),
+) -> np.ndarray: # (T, h, w) bool
+    "Hysteresis over what a decoder's noise moves everywhere; gaps closed, crumbs dropped."
+    noise = min(float(np.median(distance)), 4.)
+    mask = np.stack([filters.apply_hysteresis_threshold(d, max(options.low, 2.5 * noise), max(options.high, 4 * noise)) for d in distance])
+    short = min(mask.shape[1:])
+    if short > 128: mask = _morph(mask, cv2.MORPH_OPEN, short / 160)
+    mask = _morph(mask, cv2.MORPH_CLOSE, options.close * short)
+    return np.stack([ndimage.binary_fill_holes(m) for m in _main_parts(mask, options.share)])
+
+def mask_boxes(mask: np.ndarray) -> np.ndarray: # (T, 4), NaN where empty
+    "Boxes around masks, in 0..1."
+    boxes = np.full((len(mask), 4), np.nan, np.float32)
+    for box, m in zip(boxes, mask):
+        if m.any():
+            y, x = np.flatnonzero(m.any(1)), np.flatnonzero(m.any(0))
+            box[:] = x[0] / m.shape[1], y[0] / m.shape[0], (x[-1] + 1) / m.shape[1], (y[-1] + 1) / m.shape[0]
+    return boxes
+
+# %% ../nbs/11_quadruplets.ipynb #q11b0008
+_SHADES = COLORS | dict(brown=(120, 75, 45), gray=(128, 128, 128), grey=(128, 128, 128), golden=(212, 170, 70))
+
+def color_share(
+    pixels: np.ndarray, # (N, 3) uint8
+    name: str, # of a colour
+) -> float: # 0..1
+    "Share of the pixels near a colour's name, in Lab with lightness at half weight."
+    if not len(pixels): return 0.
+    a, b = _lab(pixels[None, None])[0, 0], _lab(np.uint8([[[_SHADES[name]]]]))[0, 0]
+    return float((np.linalg.norm((a - b) * np.float32([.5, 1, 1]), axis=-1) < 28).mean())
+
+def _colors_in(text): return [w for w in re.findall("[a-z]+", text.split(" with ")[0]) if w in _SHADES]
+
+class ChangeScorer:
+    "Scores edits by what changed and what was kept."
+    name = "change"
+
+    def __init__(self, options: ChangeOptions = ChangeOptions()): self.options = options
+
+    def score(self, records): return [self._one(record) for record in records]
+
+    def _one(self, record):
+        source, edited, want = record.source, record.edited, parse_instruction(record.pair.instruction, record.task)
+        distance = color_distance(source, edited)
+        mask = changed_region(distance, self.options)
+        wide = want.task in ("background", "style")
+        share = float(mask.mean())
+        scores = dict(change=min(1., share / .004), share=share, aligned=self._aligned(source, edited, distance), steady=self._steady(source, edited, distance),
+                      kept=1. if wide else float(np.clip((.9 - share) / .3, 0, 1)), fits=self._fits(want, source, edited, mask))
+        return scores | dict(edit=min(scores[k] for k in ("change", "aligned", "steady", "kept", "fits")))
+
+    def _aligned(self, source, edited, distance):
+        "Whether shifting the edited clip back as a whole would not bring it nearer to the source."
+        h, w = source.shape[1:3]
+        shifts = []
+        for s, e in zip(source, edited):
+            gray = [cv2.cvtColor(f, cv2.COLOR_RGB2GRAY).astype(np.float32) for f in (s, e)]
+            edges = [np.hypot(cv2.Sobel(g, cv2.CV_32F, 1, 0), cv2.Sobel(g, cv2.CV_32F, 0, 1)) for g in gray]
+            shifts.append(cv2.phaseCorrelate(*edges, cv2.createHanningWindow((w, h), cv2.CV_32F))[0])
+        dx, dy = np.median(np.array(shifts), 0).round().astype(int)
+        if max(abs(dx), abs(dy)) < 1 or abs(dx) > w // 3 or abs(dy) > h // 3: return 1.
+        inner = (slice(None), slice(max(dy, 0), h + min(dy, 0)), slice(max(dx, 0), w + min(dx, 0)))
+        other = (slice(None), slice(max(-dy, 0), h + min(-dy, 0)), slice(max(-dx, 0), w + min(-dx, 0)))
+        near = lambda d: float((d < self.options.low).mean())
+        before, after = near(distance[other]), near(color_distance(source[other], edited[inner]))
+        return 1. if after < before + .03 else before / after
+
+    def _steady(self, source, edited, distance):
+        "No frame black, frozen, or further from the source than the rest."
+        if len(source) < 2: return 1.
+        level = np.median(distance.reshape(len(distance), -1), 1) + distance.reshape(len(distance), -1).mean(1)
+        jump = float((level / (2.5 * np.median(level) + 14)).max())
+        moves = [np.abs(np.diff(c.astype(np.float32), axis=0)).mean((1, 2, 3)) for c in (source, edited)]
+        frozen = bool(((moves[1] < .02) & (moves[0] > .3)).any())
+        dark = bool(((edited.mean((1, 2, 3)) < 4) & (source.mean((1, 2, 3)) > 16)).any())
+        return 0. if frozen or dark else min(1., 1 / max(jump, 1e-6) ** 2)
+
+    def _fits(self, want, source, edited, mask):
+        "Whether colour and place words agree with the pixels; 1 where the words say neither."
+        fits = [1.]
+        if not mask.any(): return 0.
+        if want.task in ("add", "change"):
+            fits += [min(1., color_share(edited[mask], c) / .08) for c in _colors_in(want.subject)]
+        if want.task in ("change", "subject"): fits += [min(1., color_share(source[mask], c) / .08) for c in _colors_in(want.old)]
+        if want.task == "remove": fits += [min(1., color_share(source[mask], c) / .08) for c in _colors_in(want.subject)]
+        if want.place and want.task in ("add", "subject"):
+            _, y, x = np.nonzero(mask[:1] if mask[0].any() else mask)
+            off = math.dist(PLACES[want.place], (x.mean() / mask.shape[2], y.mean() / mask.shape[1]))
+            fits.append(float(np.clip(2 - off / .12, 0, 1)))
+        return min(fits)
+
+class ChangeGrounder:
+    "Grounds edits where the pixels differ; for a background, what stayed is in front."
+    name = "change"
+
+    def __init__(self, options: ChangeOptions = ChangeOptions()): self.options = options
+
+    def ground(self, records): return [self._one(record) for record in records]
+
+    def _one(self, record):
+        want = parse_instruction(record.pair.instruction, record.task)
+        if not want.task: return BackendError("no task: the instruction has no verb that is known")
+        if want.task in ("style", "remove"): return Grounding(want.task, want.subject, in_source=want.task == "remove")
+        distance = color_distance(record.source, record.edited)
+        if want.task == "background": mask = self._stayed(record, distance)
+        else: mask = changed_region(distance, self.options)
+        record.changed = ~mask if want.task == "background" else mask
+        if want.task != "background" and not mask.any(): return BackendError("nothing changed")
+        return Grounding(want.task, want.subject, mask_boxes(mask), confidence=float(mask.any((1, 2)).mean()))
+
+    def _stayed(self, record, distance):
+        short = min(distance.shape[1:])
+        if short <= 128:
+            mask = ~np.stack([filters.apply_hysteresis_threshold(d, 3, 6) for d in distance])
+            mask = _morph(mask, cv2.MORPH_OPEN, 1)
+        else: mask = _morph(_morph(distance < 9, cv2.MORPH_OPEN, short / 60), cv2.MORPH_CLOSE, short / 40)
+        return np.stack([ndimage.binary_fill_holes(m) for m in _main_parts(mask, .1)])
+
+class GrabCutSegmenter:
+    "Cuts along colours around what was grounded, and votes over neighbouring frames."
+    name = "grabcut"
+
+    def __init__(self, rounds: int = 2): self.rounds = rounds
+
+    def segment(self, records): return [self._one(record) for record in records]
+
+    def _one(self, record):
+        seed = record.changed if record.task != "background" else (None if record.changed is None else ~record.changed)
+        if seed is None: seed = self._from_boxes(record.boxes, record.edited.shape[:3])
+        if not seed.any(): return seed if record.task == "background" else BackendError("empty mask")
+        mask = np.stack([self._frame(f, m) for f, m in zip(record.edited, seed)])
+        return _main_parts(mask, .1)
+
+    def _from_boxes(self, boxes, shape):
+        mask = np.zeros(shape, bool)
+        for m, box in zip(mask, boxes):
+            if np.isfinite(box).all():
+                l, t, r, b = (box * np.array([shape[2], shape[1]] * 2)).round().astype(int)
+                m[t:b, l:r] = True
+        return mask
+
+    def _frame(self, frame, seed):
+        if not seed.any(): return seed
+        reach = max(min(seed.shape) * .012, 1)
+        wide = cv2.dilate(seed.astype(np.uint8), _disk(reach))
+        core = cv2.erode(seed.astype(np.uint8), _disk(reach * 2))
+        if not core.any() or wide.all(): return seed
+        label = np.full(seed.shape, cv2.GC_BGD, np.uint8)
+        label[cv2.dilate(wide, _disk(reach)) > 0] = cv2.GC_PR_BGD
+        label[seed] = cv2.GC_PR_FGD
+        label[core > 0] = cv2.GC_FGD
+        if (label == cv2.GC_BGD).sum() < 16: return seed
+        cv2.setRNGSeed(0) # its colour models start from k-means
+        cv2.grabCut(np.ascontiguousarray(frame[..., ::-1]), label, None, np.zeros((1, 65)), np.zeros((1, 65)), self.rounds, cv2.GC_INIT_WITH_MASK)
+        cut = ndimage.binary_fill_holes((label == cv2.GC_FGD) | (label == cv2.GC_PR_FGD))
+        cut = cv2.morphologyEx(cut.astype(np.uint8), cv2.MORPH_OPEN, _disk(reach * .5)).astype(bool) if min(seed.shape) > 128 else cut
+        return cut if cut.sum() > .5 * seed.sum() else seed
+
+def sharpness(image: np.ndarray) -> float:
+    "Variance of the Laplacian of (h, w, 3) uint8."
+    return float(cv2.Laplacian(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.CV_64F).var())
+
+def _touches(mask): return (mask[0].mean() + mask[-1].mean() + mask[:, 0].mean() + mask[:, -1].mean())
+
+class CutoutSynthesizer:
+    "Cuts the subject out of its best frame onto white; a background becomes a plate without what is in front."
+    name = "cutout"
+
+    def __init__(self, margin: float = .12): self.margin = margin # white around the subject, of its longer side
+
+    def synthesize(self, records): return [self._plate(r) if r.task == "background" else self._subject(r) for r in records]
+
+    def best_frame(self, record) -> int:
+        "Position of the frame whose subject is large, sharp and away from the border."
+        area = record.mask.mean((1, 2))
+        sharp = np.array([sharpness(f) for f in record.edited])
+        value = area / area.max() * np.sqrt(sharp / max(sharp.max(), 1e-6)) / (1 + 4 * np.array([_touches(m) for m in record.mask]))
+        return int(value.argmax())
+
+    def _subject(self, record):
+        if record.mask is None or not record.mask.any(): return BackendError("empty mask")
+        at = self.best_frame(record)
+        frame = full_frames(record, [at])[0]
+        h, w = frame.shape[:2]
+        scale = h / record.mask.shape[1]
+        alpha = cv2.resize(record.mask[at].astype(np.float32), (w, h), interpolation=cv2.INTER_LINEAR)
+        if scale > 1: alpha = cv2.GaussianBlur(alpha, (0, 0), scale * .6)
+        alpha = np.clip((alpha - .4) / .4, 0, 1)[..., None] # the rim mixes with what is behind, so it is left out
+        y, x = np.flatnonzero((alpha > .05).any((1, 2))), np.flatnonzero((alpha > .05).any((0, 2)))
+        if not len(y): return BackendError("empty mask")
+        cut = np.s_[y[0]:y[-1] + 1, x[0]:x[-1] + 1]
+        image = frame[cut] * alpha[cut] + 255 * (1 - alpha[cut])
+        long = max(image.shape[:2])
+        side = long + 2 * max(round(self.margin * long), 2)
+        canvas = np.full((side, side, 3), 255, np.uint8)
+        top, left = (side - image.shape[0]) // 2, (side - image.shape[1]) // 2
+        canvas[top:top + image.shape[0], left:left + image.shape[1]] = image.round()
+        return canvas
+
+    def _plate(self, record):
+        frames = full_frames(record, range(len(record.indices)))
+        h, w = frames.shape[1:3]
+        grow = max(min(h, w) * .015, 1)
+        front = np.stack([cv2.dilate(cv2.resize(m.astype(np.uint8), (w, h), interpolation=cv2.INTER_NEAREST), _disk(grow)) for m in record.mask]).astype(bool)
+        if front.mean() > .9: return BackendError("no background: what stayed fills the frame")
+        at = int(front.mean((1, 2)).argmin())
+        plate, hole = frames[at].copy(), front[at].copy()
+        moved = np.abs(record.edited[0].astype(np.float32) - record.edited[-1])[~(record.mask[0] | record.mask[-1])]
+        if len(moved) and moved.mean() < 12: # a camera that stands: other frames show what is hidden in this one
+            rows = np.nonzero(hole)
+            seen = ~front[:, rows[0], rows[1]]
+            values = np.where(seen[..., None], frames[:, rows[0], rows[1]], np.nan).astype(np.float32)
+            known = seen.any(0)
+            if known.any():
+                plate[rows[0][known], rows[1][known]] = np.nanmedian(values[:, known], 0)
+                hole[rows[0][known], rows[1][known]] = False
+        return inpaint(plate, hole)
+
+def inpaint(
+    image: np.ndarray, # (h, w, 3) uint8
+    hole: np.ndarray, # (h, w) bool
+    side: int = 320, # longer side at which wide holes are filled
+) -> np.ndarray:
+    "Holes filled from their rims, at a small size where nothing fine can be known."
+    if not hole.any(): return image
+    h, w = hole.shape
+    scale = min(1., side / max(h, w))
+    size = (max(round(w * scale), 2), max(round(h * scale), 2))
+    # the hole's own colours are taken out before shrinking, or they bleed into its rim
+    keep = cv2.resize((~hole).astype(np.float32), size, interpolation=cv2.INTER_AREA)
+    small = cv2.resize(image * (~hole)[..., None].astype(np.float32), size, interpolation=cv2.INTER_AREA) / np.maximum(keep, 1e-3)[..., None]
+    small = cv2.inpaint(small.clip(0, 255).astype(np.uint8), (keep < .5).astype(np.uint8), 5, cv2.INPAINT_TELEA)
+    fill = cv2.resize(small, (w, h), interpolation=cv2.INTER_CUBIC).astype(np.float32)
+    soft = np.maximum(cv2.GaussianBlur(hole.astype(np.float32), (0, 0), max(1 / scale, .5)), hole)[..., None]
+    return (image * (1 - soft) + fill * soft).round().clip(0, 255).astype(np.uint8)
+
+class PixelVerifier:
+    "Judges references by size, sharpness, wholeness and colour words."
+    name = "pixels"
+
+    def verify(self, records): return [self._one(record) for record in records]
+
+    def _one(self, record):
+        image = record.reference
+        if image is None or not image.size: return BackendError("no reference")
+        detail = np.clip(math.log10(sharpness(image) + 1) / 2, 0, 1)
+        if record.task == "background":
+            share = 0. if record.mask is None else float(record.mask.mean())
+            return Check(float(1 + 9 * np.clip(1.2 - share, 0, 1)), float(1 + 9 * detail))
+        shown = (image < 245).any(-1)
+        label, n = ndimage.label(shown)
+        whole = np.bincount(label.ravel())[1:].max() / max(shown.sum(), 1) if n else 0.
+        colors = [min(1., color_share(image[shown], c) / .08) for c in _colors_in(record.subject)]
+        big = float(np.clip(record.mask.mean() / .004, 0, 1))
+        free = float(np.clip(1.2 - min(_touches(m) for m in record.mask if m.any()), 0, 1))
+        return Check(float(1 + 9 * min([big, 1.] + colors)), float(1 + 9 * min(whole ** .5, free, max(detail, .3))))
+
+class PixelEmbedder:
+    "Small Lab picture and histograms of gradient directions, of unit length."
+    name = "pixels"
+
+    def embed(self, images):
+        out = []
+        for image in images:
+            small = cv2.resize(image, (16, 16), interpolation=cv2.INTER_AREA)
+            lab = _lab(small[None])[0] / 100 - np.float32([.5, 0, 0])
+            gray = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (64, 64), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
+            hog = feature.hog(gray, orientations=8, pixels_per_cell=(16, 16), cells_per_block=(1, 1)).astype(np.float32)
+            vector = np.concatenate([lab.ravel() / max(np.linalg.norm(lab), 1e-6), hog / max(np.linalg.norm(hog), 1e-6)])
+            out.append(vector / max(np.linalg.norm(vector), 1e-6))
+        return np.array(out, np.float32).reshape(len(images), -1)
+
+def perceptual_hash(image: np.ndarray) -> int: # 64 bits
+    "Signs of the low frequencies of an image of (h, w, 3) uint8."
+    gray = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
+    low = cv2.dct(gray)[:8, :8].ravel()
+    return int("".join("1" if v else "0" for v in low > np.median(low[1:])), 2)
+
+# %% ../nbs/11_quadruplets.ipynb #q11b0010
+def _judge(records, stage, backend, call, settle):
+    "One verdict for each record still alive: `settle` takes record and answer, and returns reason and scores."
+    alive = [record for record in records if record.alive]
+    answers = call(alive) if alive else []
+    if len(answers) != len(alive): raise ValueError(f"`backend` {backend!r} has to answer {len(alive)} records but gave {len(answers)} answers.")
+    for record, answer in zip(alive, answers):
+        reason, scores = (str(answer) or "no answer", {}) if isinstance(answer, BackendError) else settle(record, answer)
+        record.verdicts.append(Verdict(stage, not reason, reason, scores, backend))
+    return records
+
+@dataclass
+class ScoreStage:
+    "Scores edits and drops the poor ones."
+    backend: Scorer = field(default_factory=ChangeScorer)
+    threshold: float = .5 # of the score "edit"
+
+    def __call__(self, records: Sequence[Record]) -> Sequence[Record]:
+        return _judge(records, "score", self.backend.name, self.backend.score, self._settle)
+
+    def _settle(self, record, scores):
+        if scores["edit"] >= self.threshold: return "", scores
+        words = dict(change="no edit done", steady="broken frames", aligned="shifted clip", kept="too much changed", fits="not what the words say")
+        worst = [k for k in words if scores.get(k, 1.) < self.threshold]
+        return words[worst[0]] if worst else "poor edit", scores
+
+@dataclass
+class GroundStage:
+    "Finds where the edit is and what it is about; drops tasks without a reference."
+    backend: Grounder = field(default_factory=ChangeGrounder)
+    threshold: float = .3 # of the confidence
+
+    def __call__(self, records: Sequence[Record]) -> Sequence[Record]:
+        return _judge(records, "ground", self.backend.name, self.backend.ground, self._settle)
+
+    def _settle(self, record, found):
+        record.task, record.subject, record.boxes, record.in_source = found.task, found.subject, found.boxes, found.in_source
+        if found.task in ("remove", "style"): return f"nothing to show: a reference cannot show a {dict(remove='removal', style='style of the whole clip')[found.task]}", {}
+        return "" if found.confidence >= self.threshold else "unsure where the edit is", dict(confidence=found.confidence)
+
+@dataclass
+class SegmentStage:
+    "Turns what was grounded into masks."
+    backend: Segmenter = field(default_factory=GrabCutSegmenter)
+    smallest: float = .001 # share of the frame a subject has to cover
+    largest: float = .8
+
+    def __call__(self, records: Sequence[Record]) -> Sequence[Record]:
+        return _judge(records, "segment", self.backend.name, self.backend.segment, self._settle)
+
+    def _settle(self, record, mask):
+        record.mask, area = mask, float(mask.mean())
+        if area < self.smallest and record.task != "background": return "subject too small", dict(area=area)
+        return "subject too large" if area > self.largest else "", dict(area=area)
+
+@dataclass
+class SynthesizeStage:
+    "Makes the reference. An authentic one stays beside it as `authentic_reference`."
+    backend: Synthesizer = field(default_factory=CutoutSynthesizer)
+
+    def __call__(self, records: Sequence[Record]) -> Sequence[Record]:
+        return _judge(records, "synthesize", self.backend.name, self.backend.synthesize, self._settle)
+
+    def _settle(self, record, image):
+        record.reference = image
+        return "", dict(height=image.shape[0], width=image.shape[1])
+
+@dataclass
+class VerifyStage:
+    "Checks references and drops the poor ones."
+    backend: Verifier = field(default_factory=PixelVerifier)
+    consistency: float = 4. # at least, of 10
+    quality: float = 3.
+
+    def __call__(self, records: Sequence[Record]) -> Sequence[Record]:
+        return _judge(records, "verify", self.backend.name, self.backend.verify, self._settle)
+
+    def _settle(self, record, check):
+        scores = dict(consistency=check.consistency, quality=check.quality)
+        if check.consistency < self.consistency: return "reference does not show it", scores
+        return "poor reference" if check.quality < self.quality else "", scores
+
+def embedded_stages(
+    change: ChangeOptions = ChangeOptions(),
+) -> list: # of callables, in the paper's order; `deduplicate` comes after all batches
+    "The stages that need no weights."
+    return [ScoreStage(ChangeScorer(change)), GroundStage(ChangeGrounder(change)), SegmentStage(), SynthesizeStage(), VerifyStage()]
+
+def _score_of(record): return min((v.scores["edit"] for v in record.verdicts if "edit" in v.scores), default=0.)
+
+def deduplicate(
+    records: Sequence[Record],
+    backend: Embedder | None = None,
+    similarity: float = .99, # cosine from which two references count as near
+    bits: int = 6, # of the 64 of the perceptual hash, that may differ
+) -> Sequence[Record]:
+    "Drops records whose reference and source are near-duplicates of a better-scored one; ties go by id."
+    backend = backend or PixelEmbedder()
+    alive = sorted((r for r in records if r.alive), key=lambda r: (-_score_of(r), r.pair.id))
+    if not alive: return records
+    vectors = backend.embed([r.reference for r in alive])
+    hashes = [(perceptual_hash(r.reference), perceptual_hash(r.source[0]), perceptual_hash(r.edited[0])) for r in alive]
+    kept = []
+    for i, record in enumerate(alive):
+        record.embedding = vectors[i]
+        near = [k for k in np.array(kept, int)[vectors[kept] @ vectors[i] >= similarity]] if kept else []
+        twin = next((k for k in near if all((a ^ b).bit_count() <= bits for a, b in zip(hashes[i], hashes[k]))), None)
+        record.verdicts.append(Verdict("deduplicate", twin is None, "" if twin is None else f"duplicate of {alive[twin].pair.id}", {}, backend.name))
+        if twin is None: kept.append(i)
+    return records
+
+# %% ../nbs/11_quadruplets.ipynb #q11b0012
+STAGES = ("load", "score", "ground", "segment", "synthesize", "verify", "deduplicate")
+
+def funnel(
+    records: Sequence[Record],
+    thresholds: dict | None = None, # score name -> least value, in place of what the stages used for these names
+) -> dict: # stage -> how many are left after it
+    "How many records each stage leaves. Thresholds can only be raised: a dropped record has no later scores."
+    left = {}
+    for stage in STAGES:
+        seen = [v for r in records for v in r.verdicts if v.stage == stage]
+        if seen: left[stage] = 0
+    for record in records:
+        for v in record.verdicts:
+            if not v.passed or any(v.scores.get(k, np.inf) < least for k, least in (thresholds or {}).items()): break
+            left[v.stage] += 1
+    return left
+
+def contact_sheet(
+    records: Sequence[Record], # those with a reference are drawn
+    height: int = 120, # of a row, pixels
+) -> np.ndarray: # (rows, width, 3) uint8
+    "Source, edited, mask and reference, a row a record."
+    rows = []
+    for record in records:
+        if record.reference is None: continue
+        at = int(record.mask.mean((1, 2)).argmax())
+        shade = (record.edited[at] * np.where(record.mask[at], 1, .25)[..., None]).astype(np.uint8)
+        width = round(height * record.edited.shape[2] / record.edited.shape[1])
+        tile = np.full((height, width, 3), 230, np.uint8)
+        h, w = record.reference.shape[:2]
+        scale = min(height / h, width / w)
+        small = cv2.resize(record.reference, (max(int(w * scale), 1), max(int(h * scale), 1)), interpolation=cv2.INTER_AREA)
+        left = (width - small.shape[1]) // 2
+        tile[:small.shape[0], left:left + small.shape[1]] = small
+        rows.append(np.concatenate([cv2.resize(f, (width, height), interpolation=cv2.INTER_AREA) for f in (record.source[at], record.edited[at], shade)] + [tile], 1))
+    if not rows: raise ValueError("`records` have to hold at least one reference but hold none.")
+    wide = max(row.shape[1] for row in rows)
+    return np.concatenate([np.pad(row, ((0, 2), (0, wide - row.shape[1]), (0, 0)), constant_values=255) for row in rows])
