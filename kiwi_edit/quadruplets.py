@@ -278,7 +278,7 @@ def mask_boxes(mask: np.ndarray) -> np.ndarray: # (T, 4), NaN where empty
             box[:] = x[0] / m.shape[1], y[0] / m.shape[0], (x[-1] + 1) / m.shape[1], (y[-1] + 1) / m.shape[0]
     return boxes
 
-# %% ../nbs/11_quadruplets.ipynb #q11b0008
+# %% ../nbs/11_quadruplets.ipynb #9a110013
 _SHADES = COLORS | dict(brown=(120, 75, 45), gray=(128, 128, 128), grey=(128, 128, 128), golden=(212, 170, 70))
 
 def color_share(
@@ -292,6 +292,7 @@ def color_share(
 
 def _colors_in(text): return [w for w in re.findall("[a-z]+", text.split(" with ")[0]) if w in _SHADES]
 
+# %% ../nbs/11_quadruplets.ipynb #9a110014
 class ChangeScorer:
     "Scores edits by what changed and what was kept."
     name = "change"
@@ -350,6 +351,7 @@ class ChangeScorer:
             fits.append(float(np.clip(2 - off / .12, 0, 1)))
         return min(fits)
 
+# %% ../nbs/11_quadruplets.ipynb #9a110018
 class ChangeGrounder:
     "Grounds edits where the pixels differ; for a background, what stayed is in front."
     name = "change"
@@ -377,8 +379,9 @@ class ChangeGrounder:
         else: mask = _morph(_morph(distance < 9, cv2.MORPH_OPEN, short / 60), cv2.MORPH_CLOSE, short / 40)
         return np.stack([ndimage.binary_fill_holes(m) for m in _main_parts(mask, .1)])
 
+# %% ../nbs/11_quadruplets.ipynb #9a110019
 class GrabCutSegmenter:
-    "Cuts along colours around what was grounded, and votes over neighbouring frames."
+    "Cuts each frame along colours around what was grounded, and drops what is small in space and time together."
     name = "grabcut"
 
     def __init__(self, rounds: int = 2): self.rounds = rounds
@@ -417,6 +420,7 @@ class GrabCutSegmenter:
         cut = cv2.morphologyEx(cut.astype(np.uint8), cv2.MORPH_OPEN, _disk(reach * .5)).astype(bool) if min(seed.shape) > 128 else cut
         return cut if cut.sum() > .5 * seed.sum() else seed
 
+# %% ../nbs/11_quadruplets.ipynb #9a11001d
 def sharpness(image: np.ndarray) -> float:
     "Variance of the Laplacian of (h, w, 3) uint8."
     return float(cv2.Laplacian(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.CV_64F).var())
@@ -477,6 +481,7 @@ class CutoutSynthesizer:
                 hole[rows[0][known], rows[1][known]] = False
         return inpaint(plate, hole)
 
+# %% ../nbs/11_quadruplets.ipynb #9a11001e
 def inpaint(
     image: np.ndarray, # (h, w, 3) uint8
     hole: np.ndarray, # (h, w) bool
@@ -495,6 +500,7 @@ def inpaint(
     soft = np.maximum(cv2.GaussianBlur(hole.astype(np.float32), (0, 0), max(1 / scale, .5)), hole)[..., None]
     return (image * (1 - soft) + fill * soft).round().clip(0, 255).astype(np.uint8)
 
+# %% ../nbs/11_quadruplets.ipynb #9a110022
 class PixelVerifier:
     "Judges references by size, sharpness, wholeness and colour words."
     name = "pixels"
@@ -516,6 +522,7 @@ class PixelVerifier:
         free = float(np.clip(1.2 - min(_touches(m) for m in record.mask if m.any()), 0, 1))
         return Check(float(1 + 9 * min([big, 1.] + colors)), float(1 + 9 * min(whole ** .5, free, max(detail, .3))))
 
+# %% ../nbs/11_quadruplets.ipynb #9a110023
 class PixelEmbedder:
     "Small Lab picture and histograms of gradient directions, of unit length."
     name = "pixels"
@@ -531,13 +538,14 @@ class PixelEmbedder:
             out.append(vector / max(np.linalg.norm(vector), 1e-6))
         return np.array(out, np.float32).reshape(len(images), -1)
 
+
 def perceptual_hash(image: np.ndarray) -> int: # 64 bits
     "Signs of the low frequencies of an image of (h, w, 3) uint8."
     gray = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
     low = cv2.dct(gray)[:8, :8].ravel()
     return int("".join("1" if v else "0" for v in low > np.median(low[1:])), 2)
 
-# %% ../nbs/11_quadruplets.ipynb #q11b0010
+# %% ../nbs/11_quadruplets.ipynb #9a110026
 def _judge(records, stage, backend, call, settle):
     "One verdict for each record still alive: `settle` takes record and answer, and returns reason and scores."
     alive = [record for record in records if record.alive]
@@ -619,11 +627,13 @@ class VerifyStage:
         if check.consistency < self.consistency: return "reference does not show it", scores
         return "poor reference" if check.quality < self.quality else "", scores
 
+# %% ../nbs/11_quadruplets.ipynb #9a110027
 def embedded_stages(
     change: ChangeOptions = ChangeOptions(),
 ) -> list: # of callables, in the paper's order; `deduplicate` comes after all batches
     "The stages that need no weights."
     return [ScoreStage(ChangeScorer(change)), GroundStage(ChangeGrounder(change)), SegmentStage(), SynthesizeStage(), VerifyStage()]
+
 
 def _score_of(record): return min((v.scores["edit"] for v in record.verdicts if "edit" in v.scores), default=0.)
 
