@@ -334,17 +334,17 @@ def test_wrong_arguments_are_refused_before_a_model_is_looked_up(kiwi, clip, tmp
     assert clip.read_bytes() == before and not list(tmp_path.glob("new*")) and not list((tmp_path / "outputs").glob("*"))
 
 
-def test_wrong_arguments_are_refused_before_weights_are_read(kiwi, clip, tmp_path, random_model):
-    broken = tmp_path / "broken"
-    shutil.copytree(random_model, broken)
-    (broken / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
+def test_wrong_arguments_are_refused_before_weights_are_read(kiwi, clip, tmp_path, random_model, monkeypatch):
+    from kiwi_edit import pipeline
+
+    monkeypatch.setattr(pipeline.KiwiEditPipeline, "from_pretrained", lambda *a, **k: pytest.fail("weights were read"))
     base = ["edit", clip, "-i", "x", "--out", tmp_path / "new.mp4", "--model"]
     refused(kiwi(*base, "no-such-model"), "--model has to be a model that ships with the kit", "no-such-model")
     refused(kiwi(*base, tmp_path / "nowhere"), "--model has to be", "nowhere")
     refused(kiwi(*base, tmp_path), "--model has to be a model folder")
-    refused(kiwi(*base, broken, "--size", "60x64"), "--size has to be multiples of 8", "60x64")
-    refused(kiwi(*base, broken, "--device", "tpu"), "--device has to be", "tpu")
-    refused(kiwi(*base, broken, "--device", "cuda:99"), "--device has to be there", "cuda:99")
+    refused(kiwi(*base, random_model, "--size", "60x64"), "--size has to be multiples of 8", "60x64")
+    refused(kiwi(*base, random_model, "--device", "tpu"), "--device has to be", "tpu")
+    refused(kiwi(*base, random_model, "--device", "cuda:99"), "--device has to be there", "cuda:99")
 
 
 def test_usage_errors_are_one_line_too(kiwi, clip):
