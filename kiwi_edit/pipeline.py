@@ -70,7 +70,7 @@ def _ramp(length, overlap, first, last):
     "Weights along a side: rising over the overlap, but not at a border of the picture."
     ramp, rise = torch.ones(length), (torch.arange(overlap) + 1) / overlap
     if not first: ramp[:overlap] = rise[:length]
-    if not last: ramp[-overlap:] = torch.minimum(ramp[-overlap:], rise.flip(0)[-length:])
+    if overlap and not last: ramp[-overlap:] = torch.minimum(ramp[-overlap:], rise.flip(0)[-length:])
     return ramp
 
 def in_tiles(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from kiwi_edit import checkpoints
 from kiwi_edit.checkpoints import convert, load_any, load_official, load_trainer_checkpoint, open_weights, stored_dtype
 from kiwi_edit.core import asset
-from kiwi_edit.pipeline import KiwiEditPipeline, decode_latents
+from kiwi_edit.pipeline import KiwiEditPipeline, decode_latents, in_tiles, latent_statistics
 from kiwi_edit.world import EVAL_SEED, World
 
 GOLDEN = Path(os.environ.get("KIWI_EDIT_GOLDEN", Path(__file__).parent / "golden"))
@@ -308,7 +308,7 @@ def test_group_offload_changes_nothing():
 def test_slices_of_a_batch_with_tiles_and_without():
     vae = load_official(RELEASED).vae
     latents = torch.randn(2, vae.config.z_dim, 2, 2, 4, generator=torch.Generator().manual_seed(0))
-    whole, found = decode_latents(vae, latents), []
+    whole, found, (mean, std) = decode_latents(vae, latents), [], latent_statistics(vae, "cpu")
     for tiling in (False, True):
         if tiling: vae.enable_tiling(tile_sample_min_height=32, tile_sample_min_width=32, tile_sample_stride_height=16, tile_sample_stride_width=16)
         found.append(decode_latents(vae, latents))
@@ -316,6 +316,10 @@ def test_slices_of_a_batch_with_tiles_and_without():
         assert np.abs(decode_latents(vae, latents).astype(int) - found[-1]).max() <= 1
         vae.disable_slicing()
     assert np.array_equal(found[0], whole) and (found[1] != whole).any()
+    vae.enable_tiling(tile_sample_min_height=16, tile_sample_min_width=32, tile_sample_stride_height=16, tile_sample_stride_width=32)  # side by side
+    parts = [vae.decode(latents_of[..., y:y + 1, x:x + 2]).sample for latents_of in [latents * std + mean] for y in (0, 1) for x in (0, 2)]
+    beside = torch.cat([torch.cat(parts[:2], -1), torch.cat(parts[2:], -1)], -2)
+    torch.testing.assert_close(in_tiles(vae, latents * std + mean, "decode"), beside, atol=1e-5, rtol=1e-4)
     vae.enable_tiling(tile_sample_min_height=32, tile_sample_min_width=32, tile_sample_stride_height=48, tile_sample_stride_width=16)
     with pytest.raises(ValueError, match="strides no longer than sides"): decode_latents(vae, latents)
 
