@@ -5,7 +5,7 @@
 # %% ../nbs/11_quadruplets.ipynb #q1100002
 from __future__ import annotations
 
-import io, math, re
+import functools, io, itertools, math, re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -14,9 +14,10 @@ from typing import Protocol
 __all__ = ['STAGES', 'Pair', 'Verdict', 'Record', 'Grounding', 'Check', 'BackendError', 'Scorer', 'Grounder', 'Segmenter',
            'Synthesizer', 'Verifier', 'Embedder', 'LoadOptions', 'load_record', 'full_frames', 'Request',
            'parse_instruction', 'ChangeOptions', 'color_distance', 'changed_region', 'mask_boxes', 'color_share',
-           'ChangeScorer', 'ChangeGrounder', 'GrabCutSegmenter', 'sharpness', 'CutoutSynthesizer', 'inpaint',
-           'PixelVerifier', 'PixelEmbedder', 'perceptual_hash', 'ScoreStage', 'GroundStage', 'SegmentStage',
-           'SynthesizeStage', 'VerifyStage', 'embedded_stages', 'deduplicate', 'funnel', 'contact_sheet']
+           'ChangeScorer', 'same_look', 'ChangeGrounder', 'GrabCutSegmenter', 'sharpness', 'CutoutSynthesizer',
+           'fill_patches', 'PixelVerifier', 'PixelEmbedder', 'perceptual_hash', 'ScoreStage', 'GroundStage',
+           'SegmentStage', 'SynthesizeStage', 'VerifyStage', 'embedded_stages', 'FingerprintStage', 'deduplicate',
+           'funnel', 'contact_sheet']
 
 # %% ../nbs/11_quadruplets.ipynb #q1100003
 import cv2
@@ -49,6 +50,7 @@ class Verdict:
     reason: str = ""           # one line, where it did not pass; begins with a fixed phrase that a funnel can count
     scores: dict = field(default_factory=dict)  # name -> number
     backend: str = ""          # name of what judged
+    error: bool = False        # nothing could be judged: a file that cannot be read, a backend without an answer
 
 # %% ../nbs/11_quadruplets.ipynb #q1100007
 @dataclass
@@ -71,6 +73,7 @@ class Record:
     authentic_reference: np.ndarray | None = None # (h, w, 3) uint8, where the data has one; `reference` is the synthesised one
     indices: tuple = ()                   # of the sampled frames within the file
     changed: np.ndarray | None = None     # (T, h, w) bool, where the edit is, where a grounder knows it by pixel
+    hashes: tuple = ()                    # `perceptual_hash` of the reference and of the first frames of both clips
 
     @property
     def alive(self) -> bool:
@@ -156,7 +159,7 @@ def load_record(
     "A pair opened at the working size. What cannot be read is dropped with its reason."
     record = Record(pair, task=pair.task)
     def verdict(reason=""):
-        record.verdicts.append(Verdict("load", not reason, " ".join(reason.split())[:300], backend="embedded"))
+        record.verdicts.append(Verdict("load", not reason, " ".join(reason.split())[:300], backend="embedded", error=bool(reason)))
         return record
     facts = {}
     for name in ("source", "edited"):
@@ -352,6 +355,24 @@ class ChangeScorer:
         return min(fits)
 
 # %% ../nbs/11_quadruplets.ipynb #9a110018
+def same_look(
+    source: np.ndarray, # (h, w, 3) uint8
+    edited: np.ndarray,
+) -> np.ndarray: # (h, w) bool
+    "Where a frame shows the same thing under another light: its structure correlates, and its colours agree once the change of light that the structure shows is undone."
+    a, b = _lab(np.stack([source, edited]))
+    sigma = min(a.shape[:2]) / 90
+    mean = lambda x: cv2.GaussianBlur(x, (0, 0), sigma)
+    x, y = a[..., 0], b[..., 0]
+    spread = [np.sqrt(np.maximum(mean(z * z) - mean(z) ** 2, 1e-3)) for z in (x, y)]
+    alike = (mean(x * y) - mean(x) * mean(y)) / (spread[0] * spread[1])
+    sure, lit = (alike > .8) & (np.minimum(*spread) > 2.5), a
+    if sure.mean() > .01:
+        gain = np.clip(b[sure].std(0) / np.maximum(a[sure].std(0), 1e-3), .7, 1.4)
+        lit = (a - np.median(a[sure], 0)) * gain + np.median(b[sure], 0)
+    gap = cv2.GaussianBlur(np.minimum(np.linalg.norm(a - b, axis=-1), np.linalg.norm(lit - b, axis=-1)).astype(np.float32), (0, 0), sigma / 2)
+    return np.where(np.maximum(*spread) < 2.5, gap < 6, np.where(alike > .75, gap < 22, (alike > .45) & (gap < 8)))
+
 class ChangeGrounder:
     "Grounds edits where the pixels differ; for a background, what stayed is in front."
     name = "change"
@@ -376,7 +397,7 @@ class ChangeGrounder:
         if short <= 128:
             mask = ~np.stack([filters.apply_hysteresis_threshold(d, 3, 6) for d in distance])
             mask = _morph(mask, cv2.MORPH_OPEN, 1)
-        else: mask = _morph(_morph(distance < 9, cv2.MORPH_OPEN, short / 60), cv2.MORPH_CLOSE, short / 40)
+        else: mask = _morph(_morph(np.stack([same_look(s, e) for s, e in zip(record.source, record.edited)]), cv2.MORPH_OPEN, short / 90), cv2.MORPH_CLOSE, short / 50)
         return np.stack([ndimage.binary_fill_holes(m) for m in _main_parts(mask, .1)])
 
 # %% ../nbs/11_quadruplets.ipynb #9a110019
@@ -392,7 +413,8 @@ class GrabCutSegmenter:
         seed = record.changed if record.task != "background" else (None if record.changed is None else ~record.changed)
         if seed is None: seed = self._from_boxes(record.boxes, record.edited.shape[:3])
         if not seed.any(): return seed if record.task == "background" else BackendError("empty mask")
-        mask = np.stack([self._frame(f, m) for f, m in zip(record.edited, seed)])
+        cut = self._frame if record.task == "background" or min(seed.shape[1:]) <= 128 else functools.partial(self._thing, names=_colors_in(record.subject))
+        mask = np.stack([cut(f, m) for f, m in zip(record.edited, seed)])
         return _main_parts(mask, .1)
 
     def _from_boxes(self, boxes, shape):
@@ -419,6 +441,32 @@ class GrabCutSegmenter:
         cut = ndimage.binary_fill_holes((label == cv2.GC_FGD) | (label == cv2.GC_PR_FGD))
         cut = cv2.morphologyEx(cut.astype(np.uint8), cv2.MORPH_OPEN, _disk(reach * .5)).astype(bool) if min(seed.shape) > 128 else cut
         return cut if cut.sum() > .5 * seed.sum() else seed
+
+    def _thing(self, frame, seed, names):
+        "Cuts what the colours around the change do not explain, or what has the colours that the words name; the rest came to light when the old thing went."
+        reach, lab = max(min(seed.shape) * .012, 1), _lab(frame[None])[0]
+        wide = cv2.dilate(seed.astype(np.uint8), _disk(reach)) > 0
+        around = lab[(cv2.dilate(seed.astype(np.uint8), _disk(min(seed.shape) * .08)) > 0) & ~wide]
+        if not seed.any() or len(around) < 50: return seed
+        cv2.setRNGSeed(0)
+        _, _, colors = cv2.kmeans(around, min(8, len(around) // 25), None, (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 10, 1.), 1, cv2.KMEANS_PP_CENTERS)
+        far = np.linalg.norm(lab[:, :, None] - colors, axis=-1).min(-1)
+        named = np.zeros(seed.shape, bool)
+        for name in names: named |= np.linalg.norm((lab - _lab(np.uint8([[_SHADES[name]]])[None])[0, 0, 0]) * np.float32([.5, 1, 1]), axis=-1) < 28
+        likely = seed & (far > 12)
+        if (named & seed).sum() > .15 * seed.sum(): likely |= named & seed
+        label = np.where(wide, cv2.GC_PR_BGD, cv2.GC_BGD).astype(np.uint8)
+        label[likely] = cv2.GC_PR_FGD
+        label[(cv2.erode(likely.astype(np.uint8), _disk(reach)) > 0) & (far > 18)] = cv2.GC_FGD
+        if likely.sum() < 16: return seed
+        cv2.grabCut(np.ascontiguousarray(frame[..., ::-1]), label, None, np.zeros((1, 65)), np.zeros((1, 65)), self.rounds, cv2.GC_INIT_WITH_MASK)
+        cut = cv2.morphologyEx(((label == cv2.GC_FGD) | (label == cv2.GC_PR_FGD)).astype(np.uint8), cv2.MORPH_OPEN, _disk(reach * .5)).astype(bool)
+        if cut.sum() < .1 * seed.sum(): return seed
+        if (sure := cut & named).sum() > .4 * cut.sum(): cut = sure
+        # what the outline encloses and did change is part of it: the glass of spectacles
+        border = round(min(seed.shape) * .06)
+        closed = cv2.morphologyEx(np.pad(cut.astype(np.uint8), border), cv2.MORPH_CLOSE, _disk(border))[border:-border, border:-border] > 0
+        return cut | ndimage.binary_fill_holes(closed) & seed
 
 # %% ../nbs/11_quadruplets.ipynb #9a11001d
 def sharpness(image: np.ndarray) -> float:
@@ -448,7 +496,11 @@ class CutoutSynthesizer:
         frame = full_frames(record, [at])[0]
         h, w = frame.shape[:2]
         scale = h / record.mask.shape[1]
-        alpha = cv2.resize(record.mask[at].astype(np.float32), (w, h), interpolation=cv2.INTER_LINEAR)
+        thing, over = _main_parts(record.mask[at:at + 1], .2)[0], self._overlay(record, at)
+        if over.any(): # a subtitle runs across it
+            wide = cv2.resize(over.astype(np.uint8), (w, h), interpolation=cv2.INTER_NEAREST)
+            frame = cv2.inpaint(frame, cv2.dilate(wide, _disk(scale)), 3 * max(scale, 1), cv2.INPAINT_TELEA)
+        alpha = cv2.resize(thing.astype(np.float32), (w, h), interpolation=cv2.INTER_LINEAR)
         if scale > 1: alpha = cv2.GaussianBlur(alpha, (0, 0), scale * .6)
         alpha = np.clip((alpha - .4) / .4, 0, 1)[..., None] # the rim mixes with what is behind, so it is left out
         y, x = np.flatnonzero((alpha > .05).any((1, 2))), np.flatnonzero((alpha > .05).any((0, 2)))
@@ -462,43 +514,101 @@ class CutoutSynthesizer:
         canvas[top:top + image.shape[0], left:left + image.shape[1]] = image.round()
         return canvas
 
+    def _overlay(self, record, at):
+        "Strokes across the subject that neither the edit nor time has touched, with their outlines."
+        short = min(record.mask.shape[1:])
+        if short <= 128: return np.zeros(record.mask.shape[1:], bool)
+        light = cv2.cvtColor(record.edited[at], cv2.COLOR_RGB2GRAY)
+        stroke = np.abs(light.astype(np.int16) - cv2.medianBlur(light, _odd(short / 12))) > 40
+        kept = color_distance(record.source[at:at + 1], record.edited[at:at + 1])[0] < 14
+        over = record.mask[at] & stroke & kept
+        if not .01 < over.sum() / record.mask[at].sum() < .25: return np.zeros_like(over)
+        return cv2.dilate(over.astype(np.uint8), _disk(short / 90)) > 0
+
     def _plate(self, record):
         frames = full_frames(record, range(len(record.indices)))
         h, w = frames.shape[1:3]
-        grow = max(min(h, w) * .015, 1)
+        grow = max(min(h, w) * (.02 if min(h, w) > 128 else .015), 1)
         front = np.stack([cv2.dilate(cv2.resize(m.astype(np.uint8), (w, h), interpolation=cv2.INTER_NEAREST), _disk(grow)) for m in record.mask]).astype(bool)
         if front.mean() > .9: return BackendError("no background: what stayed fills the frame")
-        at = int(front.mean((1, 2)).argmin())
+        areas = front.mean((1, 2))
+        at = int(np.where(areas < .85 * np.median(areas), 2, areas).argmin()) # far less than elsewhere: something was missed
         plate, hole = frames[at].copy(), front[at].copy()
         moved = np.abs(record.edited[0].astype(np.float32) - record.edited[-1])[~(record.mask[0] | record.mask[-1])]
         if len(moved) and moved.mean() < 12: # a camera that stands: other frames show what is hidden in this one
             rows = np.nonzero(hole)
             seen = ~front[:, rows[0], rows[1]]
             values = np.where(seen[..., None], frames[:, rows[0], rows[1]], np.nan).astype(np.float32)
-            known = seen.any(0)
+            known = seen.sum(0) >= max(.25 * len(frames), 1)
             if known.any():
                 plate[rows[0][known], rows[1][known]] = np.nanmedian(values[:, known], 0)
                 hole[rows[0][known], rows[1][known]] = False
-        return inpaint(plate, hole)
+        return fill_patches(plate, hole)
 
 # %% ../nbs/11_quadruplets.ipynb #9a11001e
-def inpaint(
-    image: np.ndarray, # (h, w, 3) uint8
-    hole: np.ndarray, # (h, w) bool
-    side: int = 320, # longer side at which wide holes are filled
-) -> np.ndarray:
-    "Holes filled from their rims, at a small size where nothing fine can be known."
-    if not hole.any(): return image
-    h, w = hole.shape
-    scale = min(1., side / max(h, w))
-    size = (max(round(w * scale), 2), max(round(h * scale), 2))
-    # the hole's own colours are taken out before shrinking, or they bleed into its rim
+def _shrink(image, hole, size):
+    "A smaller image of what is known; a hole's own colours are left out, or they bleed into its rim."
     keep = cv2.resize((~hole).astype(np.float32), size, interpolation=cv2.INTER_AREA)
     small = cv2.resize(image * (~hole)[..., None].astype(np.float32), size, interpolation=cv2.INTER_AREA) / np.maximum(keep, 1e-3)[..., None]
-    small = cv2.inpaint(small.clip(0, 255).astype(np.uint8), (keep < .5).astype(np.uint8), 5, cv2.INPAINT_TELEA)
-    fill = cv2.resize(small, (w, h), interpolation=cv2.INTER_CUBIC).astype(np.float32)
-    soft = np.maximum(cv2.GaussianBlur(hole.astype(np.float32), (0, 0), max(1 / scale, .5)), hole)[..., None]
-    return (image * (1 - soft) + fill * soft).round().clip(0, 255).astype(np.uint8)
+    return small.astype(np.float32), keep < .5
+
+def _nearest(wanted, known, chunk=2048):
+    "For each patch, the known one with the least squared difference."
+    half = (known ** 2).sum(1) / 2
+    return np.concatenate([(half - wanted[i:i + chunk] @ known.T).argmin(1) for i in range(0, len(wanted), chunk)])
+
+def fill_patches(
+    image: np.ndarray, # (h, w, 3) uint8
+    hole: np.ndarray, # (h, w) bool
+    side: int = 160, # longer side up to which patches are compared
+    radius: int = 3, # of a patch, pixels
+    rounds: int = 4,
+) -> np.ndarray: # (h, w, 3) uint8
+    "Holes filled with patches from elsewhere in the image, from coarse to fine: each pixel is the vote of the patches that cover it (Wexler, Shechtman and Irani, 2007)."
+    if not hole.any(): return image
+    (h, w), scale, sizes, r = hole.shape, min(1., side / max(hole.shape)), [], radius
+    while not sizes or max(sizes[-1]) >= 40:
+        sizes.append((max(round(w * scale), 2 * r + 3), max(round(h * scale), 2 * r + 3)))
+        scale /= 1.6
+    now = None
+    for size in sizes[::-1]:
+        small, gap = _shrink(image, hole, size)
+        if now is None: now = cv2.inpaint(small.clip(0, 255).astype(np.uint8), gap.astype(np.uint8), 3, cv2.INPAINT_TELEA).astype(np.float32)
+        else: now = cv2.resize(now, size, interpolation=cv2.INTER_CUBIC)
+        now = np.where(gap[..., None], now, small)
+        near, inner = cv2.dilate(gap.astype(np.uint8), np.ones((2 * r + 1,) * 2)) > 0, np.zeros_like(gap)
+        inner[r:-r, r:-r] = True
+        (sy, sx), (ty, tx) = np.nonzero(~near & inner), np.nonzero(near & inner)
+        if not len(sy) or not len(ty): continue
+        shift = np.zeros((*gap.shape, 2), np.int64)
+        for _ in range(rounds):
+            windows = np.lib.stride_tricks.sliding_window_view(now, (2 * r + 1,) * 2, axis=(0, 1))
+            known, wanted = (windows[y - r, x - r].reshape(len(y), -1) for y, x in ((sy, sx), (ty, tx)))
+            best = _nearest(wanted, known)
+            error = ((known[best] - wanted) ** 2).mean(1)
+            trust = np.exp(-error / (2 * np.percentile(error, 75) + 1e-3))
+            votes, total = np.zeros_like(now), np.zeros(gap.shape, np.float32)
+            for dy, dx in itertools.product(range(-r, r + 1), repeat=2): # targets are distinct, so plain indexing adds each once
+                votes[ty + dy, tx + dx] += trust[:, None] * now[sy[best] + dy, sx[best] + dx]
+                total[ty + dy, tx + dx] += trust
+            now = np.where((gap & (total > 0))[..., None], votes / np.maximum(total, 1e-6)[..., None], now)
+        shift[ty, tx] = np.stack([sy[best] - ty, sx[best] - tx], -1)
+    if max(h, w) <= side: return np.where(hole[..., None], now.round().clip(0, 255), image).astype(np.uint8)
+    if not len(sy) or not len(ty): return np.where(hole[..., None], cv2.resize(now, (w, h), interpolation=cv2.INTER_CUBIC).round().clip(0, 255), image).astype(np.uint8)
+    # at full size, pixels come from where their patches were found, mixed over the four nearest of them
+    step, (y, x) = np.array([h / size[1], w / size[0]]), np.nonzero(hole)
+    at = np.stack([y, x], -1) / step + .5 / step - .5
+    votes, total = np.zeros((len(y), 3), np.float32), np.zeros(len(y), np.float32)
+    for corner in itertools.product((0, 1), repeat=2):
+        q = np.clip(np.floor(at).astype(int) + corner, r, np.array(gap.shape) - 1 - r)
+        p = np.clip((np.stack([y, x], -1) + shift[q[:, 0], q[:, 1]] * step).round().astype(int), 0, [h - 1, w - 1])
+        weight = ((np.maximum(1 - np.abs(at - q), 0) + 1e-3).prod(-1) * ~hole[p[:, 0], p[:, 1]]).astype(np.float32) ** 2
+        votes += weight[:, None] * image[p[:, 0], p[:, 1]]
+        total += weight
+    full = cv2.resize(now, (w, h), interpolation=cv2.INTER_CUBIC)
+    full[y, x] = np.where((total > 1e-8)[:, None], votes / np.maximum(total, 1e-9)[:, None], full[y, x])
+    soft = np.maximum(cv2.GaussianBlur(hole.astype(np.float32), (0, 0), step[0] / 2), hole)[..., None]
+    return (image * (1 - soft) + full * soft).round().clip(0, 255).astype(np.uint8)
 
 # %% ../nbs/11_quadruplets.ipynb #9a110022
 class PixelVerifier:
@@ -513,14 +623,14 @@ class PixelVerifier:
         detail = np.clip(math.log10(sharpness(image) + 1) / 2, 0, 1)
         if record.task == "background":
             share = 0. if record.mask is None else float(record.mask.mean())
-            return Check(float(1 + 9 * np.clip(1.2 - share, 0, 1)), float(1 + 9 * detail))
+            return Check(float(1 + 9 * np.clip((.7 - share) / .35, 0, 1)), float(1 + 9 * detail)) # more than that is guessed, not seen
         shown = (image < 245).any(-1)
-        label, n = ndimage.label(shown)
-        whole = np.bincount(label.ravel())[1:].max() / max(shown.sum(), 1) if n else 0.
+        parts = np.bincount(ndimage.label(record.mask[CutoutSynthesizer().best_frame(record)])[0].ravel())[1:]
+        whole = float(np.clip((parts.max() / parts.sum() - .5) / .4, 0, 1)) if len(parts) else 0. # half of it elsewhere: something stands before it
         colors = [min(1., color_share(image[shown], c) / .08) for c in _colors_in(record.subject)]
         big = float(np.clip(record.mask.mean() / .004, 0, 1))
         free = float(np.clip(1.2 - min(_touches(m) for m in record.mask if m.any()), 0, 1))
-        return Check(float(1 + 9 * min([big, 1.] + colors)), float(1 + 9 * min(whole ** .5, free, max(detail, .3))))
+        return Check(float(1 + 9 * min([big, 1.] + colors)), float(1 + 9 * min(whole, free, max(detail, .3))))
 
 # %% ../nbs/11_quadruplets.ipynb #9a110023
 class PixelEmbedder:
@@ -552,13 +662,15 @@ def _judge(records, stage, backend, call, settle):
     answers = call(alive) if alive else []
     if len(answers) != len(alive): raise ValueError(f"`backend` {backend!r} has to answer {len(alive)} records but gave {len(answers)} answers.")
     for record, answer in zip(alive, answers):
-        reason, scores = (str(answer) or "no answer", {}) if isinstance(answer, BackendError) else settle(record, answer)
-        record.verdicts.append(Verdict(stage, not reason, reason, scores, backend))
+        failed = isinstance(answer, BackendError)
+        reason, scores = (str(answer) or "no answer", {}) if failed else settle(record, answer)
+        record.verdicts.append(Verdict(stage, not reason, reason, scores, backend, failed))
     return records
 
 @dataclass
 class ScoreStage:
     "Scores edits and drops the poor ones."
+    name = "score"
     backend: Scorer = field(default_factory=ChangeScorer)
     threshold: float = .5 # of the score "edit"
 
@@ -574,6 +686,7 @@ class ScoreStage:
 @dataclass
 class GroundStage:
     "Finds where the edit is and what it is about; drops tasks without a reference."
+    name = "ground"
     backend: Grounder = field(default_factory=ChangeGrounder)
     threshold: float = .3 # of the confidence
 
@@ -588,6 +701,7 @@ class GroundStage:
 @dataclass
 class SegmentStage:
     "Turns what was grounded into masks."
+    name = "segment"
     backend: Segmenter = field(default_factory=GrabCutSegmenter)
     smallest: float = .001 # share of the frame a subject has to cover
     largest: float = .8
@@ -603,6 +717,7 @@ class SegmentStage:
 @dataclass
 class SynthesizeStage:
     "Makes the reference. An authentic one stays beside it as `authentic_reference`."
+    name = "synthesize"
     backend: Synthesizer = field(default_factory=CutoutSynthesizer)
 
     def __call__(self, records: Sequence[Record]) -> Sequence[Record]:
@@ -615,6 +730,7 @@ class SynthesizeStage:
 @dataclass
 class VerifyStage:
     "Checks references and drops the poor ones."
+    name = "verify"
     backend: Verifier = field(default_factory=PixelVerifier)
     consistency: float = 4. # at least, of 10
     quality: float = 3.
@@ -637,26 +753,50 @@ def embedded_stages(
 
 def _score_of(record): return min((v.scores["edit"] for v in record.verdicts if "edit" in v.scores), default=0.)
 
+@dataclass
+class FingerprintStage:
+    "Computes what doubles are found by; no verdict."
+    backend: Embedder = field(default_factory=PixelEmbedder)
+    name = "fingerprint"
+
+    def __call__(self, records: Sequence[Record]) -> Sequence[Record]:
+        alive = [r for r in records if r.alive and r.embedding is None]
+        if not alive: return records
+        for record, vector in zip(alive, self.backend.embed([r.reference for r in alive])):
+            record.embedding, record.hashes = vector, tuple(map(perceptual_hash, (record.reference, record.source[0], record.edited[0])))
+        return records
+
+class _Shelves:
+    "Finds 64-bit hashes that differ in few bits without comparing all: so many equal bits leave at least two of the eight bytes alike."
+    def __init__(self, bits):
+        self.places, self.shelves = list(itertools.combinations(range(8), min(2, max(8 - bits, 0)))), {}
+
+    def _keys(self, value):
+        octets = value.to_bytes(8, "big")
+        return [(place, *(octets[k] for k in place)) for place in self.places]
+
+    def add(self, value, item):
+        for key in self._keys(value): self.shelves.setdefault(key, []).append(item)
+
+    def near(self, value): return sorted({item for key in self._keys(value) for item in self.shelves.get(key, ())})
+
 def deduplicate(
     records: Sequence[Record],
     backend: Embedder | None = None,
     similarity: float = .99, # cosine from which two references count as near
-    bits: int = 6, # of the 64 of the perceptual hash, that may differ
+    bits: int = 6, # of the 64 of each perceptual hash, that may differ
 ) -> Sequence[Record]:
-    "Drops records whose reference and source are near-duplicates of a better-scored one; ties go by id."
+    "Drops records whose reference and clips are near-duplicates of a better-scored one's; ties go by id."
     backend = backend or PixelEmbedder()
-    alive = sorted((r for r in records if r.alive), key=lambda r: (-_score_of(r), r.pair.id))
-    if not alive: return records
-    vectors = backend.embed([r.reference for r in alive])
-    hashes = [(perceptual_hash(r.reference), perceptual_hash(r.source[0]), perceptual_hash(r.edited[0])) for r in alive]
-    kept = []
+    FingerprintStage(backend)(records)
+    alive, shelves = sorted((r for r in records if r.alive), key=lambda r: (-_score_of(r), r.pair.id)), _Shelves(bits)
     for i, record in enumerate(alive):
-        record.embedding = vectors[i]
-        near = [k for k in np.array(kept, int)[vectors[kept] @ vectors[i] >= similarity]] if kept else []
-        twin = next((k for k in near if all((a ^ b).bit_count() <= bits for a, b in zip(hashes[i], hashes[k]))), None)
+        twin = next((k for k in shelves.near(record.hashes[0]) if all((a ^ b).bit_count() <= bits for a, b in zip(record.hashes, alive[k].hashes))
+                     and float(record.embedding @ alive[k].embedding) >= similarity), None)
         record.verdicts.append(Verdict("deduplicate", twin is None, "" if twin is None else f"duplicate of {alive[twin].pair.id}", {}, backend.name))
-        if twin is None: kept.append(i)
+        if twin is None: shelves.add(record.hashes[0], i)
     return records
+
 
 # %% ../nbs/11_quadruplets.ipynb #q11b0012
 STAGES = ("load", "score", "ground", "segment", "synthesize", "verify", "deduplicate")

@@ -81,4 +81,4 @@ def test_inpaint_fills_a_flat_hole():
     image, hole = np.full((60, 80, 3), 120, np.uint8), np.zeros((60, 80), bool)
     hole[20:40, 30:50] = True
     spoiled = np.where(hole[..., None], np.uint8(0), image)
-    assert abs(inpaint(spoiled, hole).astype(int) - 120).max() <= 4
+    assert abs(fill_patches(spoiled, hole).astype(int) - 120).max() <= 4

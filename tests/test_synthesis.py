@@ -1,0 +1,261 @@
+"Readers, engines, shards that survive, failures per row, and what the command line makes of them."
+import csv
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from kiwi_edit.dataset import MetadataDataset, write_metadata
+from kiwi_edit.quadruplets import BackendError, Pair, ScoreStage, embedded_stages
+from kiwi_edit.synthesis import *
+from kiwi_edit.video import write_video
+from kiwi_edit.world import World
+
+SMALL = SynthesisOptions(shard=4)
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    "Six pairs as files, one of them with an authentic reference."
+    folder = tmp_path_factory.mktemp("pairs")
+    rows = []
+    for i, task in enumerate(("subject", "add", "change", "remove", "background", "subject")):
+        made = World().sample(40 + i, task)
+        for name, clip in (("source", made.source), ("edited", made.target)): write_video(folder / f"{i}-{name}.mp4", clip, 10, crf=8)
+        from PIL import Image
+        if i == 5: Image.fromarray(made.reference).save(folder / "5-reference.png")
+        rows.append(dict(id=f"p{9 - i}", source=f"{i}-source.mp4", edited=f"{i}-edited.mp4", instruction=made.instruction, task=task, reference="5-reference.png" if i == 5 else None, licence="CC0"))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder / "pairs.jsonl"
+
+def shards(folder): return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted([*folder.glob("chunk_*.parquet"), *folder.glob("verdicts/*.parquet")])}
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "out"
+    synthesize(PlantedPairs(16), folder, options=SMALL, progress=False)
+    return folder
+
+# --- readers
+
+def test_every_format_gives_the_same_pairs_in_the_order_of_their_ids(table, tmp_path):
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    wanted = [(p.id, p.source, p.edited, p.instruction, p.task) for p in read_pairs(table)]
+    assert [w[0] for w in wanted] == sorted(r["id"] for r in rows) and Path(wanted[0][1]).is_file()
+    published = [dict(iid=r["id"], src_video=r["source"], tgt_video=r["edited"], prompt=r["instruction"], edited_type=r["task"]) for r in rows]
+    for name in ("m.csv", "m.parquet", "m.json", "m.jsonl"):
+        found = read_pairs(write_metadata(tmp_path / name, published), root=table.parent)
+        assert [(p.id, p.source, p.edited, p.instruction, p.task) for p in found] == wanted, name
+    shard = tmp_path / "shards"
+    shard.mkdir()
+    for k in range(2): write_metadata(shard / f"chunk_{k}.parquet", published[3 * k:3 * k + 3])
+    assert [p.id for p in read_pairs(shard, root=table.parent)] == [w[0] for w in wanted]
+    assert read_pairs(table.parent)[0].id == wanted[0][0] # a folder with pairs.jsonl
+
+def test_own_column_names_and_what_is_missing_are_said(table, tmp_path):
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    odd = tmp_path / "odd.csv"
+    with open(odd, "w", newline="") as file:
+        writer = csv.DictWriter(file, ["before", "after", "words"])
+        writer.writeheader()
+        writer.writerows(dict(before=r["source"], after=r["edited"], words=r["instruction"]) for r in rows)
+    with pytest.raises(ValueError, match="source and edited and instruction.*'odd.csv' has before, after, words"): read_pairs(odd)
+    found = read_pairs(odd, table.parent, dict(source="before", edited="after", instruction="words"))
+    assert found[2].id == "odd-0000002" and found[2].instruction == rows[2]["instruction"]
+    with pytest.raises(ValueError, match="names 'befor'"): read_pairs(odd, columns=dict(source="befor"))
+    with pytest.raises(FileNotFoundError, match="nowhere.csv"): read_pairs(tmp_path / "nowhere.csv")
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text("".join(json.dumps(rows[0]) + "\n" for _ in range(2)))
+    with pytest.raises(ValueError, match="'p9' names 2"): read_pairs(twice)
+
+def test_a_folder_of_clips_is_read_by_their_names(table, tmp_path):
+    for i in range(2):
+        here = tmp_path / "flat" if i else tmp_path / "flat" / "deep"
+        here.mkdir(parents=True, exist_ok=True)
+        for name in ("source", "edited"): (here / f"{'clip-' if i else ''}{name}.mp4").symlink_to(table.parent / f"{i}-{name}.mp4")
+        (here / ("clip.txt" if i else "instruction.txt")).write_text("Add a red heart.")
+    found = read_pairs(tmp_path / "flat")
+    assert [p.id for p in found] == ["clip", "deep"] and all(Path(p.edited).is_file() and p.instruction == "Add a red heart." for p in found)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="has none of them"): read_pairs(tmp_path / "empty")
+
+def test_slices_are_light_and_the_same():
+    pairs = PlantedPairs(12, 5, tasks=("add", "remove", "style"))
+    part = pairs[4:9]
+    assert len(part) == 5 and not any(isinstance(v, np.ndarray) for v in vars(part).values())
+    for i in range(5):
+        a, b = part[i], pairs[4 + i]
+        assert (a.id, a.instruction) == (b.id, b.instruction) and (a.edited == b.edited).all()
+    assert part.ids == pairs.ids[4:9] and [part.spoilt(i) for i in range(5)] == [pairs.spoilt(4 + i) for i in range(5)]
+
+# --- shards
+
+def test_the_released_columns_come_first_and_training_reads_the_shards(undisturbed):
+    rows = [row for path in sorted(undisturbed.glob("chunk_*.parquet")) for row in pq.read_table(path).to_pylist()]
+    assert list(rows[0])[:5] == ["iid", "prompt", "src_video", "tgt_video", "ref_image_bytes"]
+    assert [r["iid"] for r in rows] == sorted(r["iid"] for r in rows) and len(rows) == len(inspect_folder(undisturbed).kept) > 3
+    data = MetadataDataset(undisturbed, num_frames=5, max_pixels=64 * 64, factor=8)
+    assert len(data) == len(rows) and data[0].reference.ndim == 3 and data[0].mode == "ref" and data[0].instruction == rows[0]["prompt"]
+    assert {r["task"] for r in rows} <= {"subject", "background"} and {r["ref_source"] for r in rows} == {"synthesised"}
+
+def test_huggingface_datasets_reads_the_folder_and_it_reads_datasets(undisturbed, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    data = datasets.load_dataset(str(undisturbed), split="train", cache_dir=str(tmp_path / "cache"))
+    assert list(data.features)[:5] == ["iid", "prompt", "src_video", "tgt_video", "ref_image_bytes"] and len(data) == len(inspect_folder(undisturbed).kept)
+    asked = []
+    def load(name, split):
+        asked.append((name, split))
+        return data
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    pairs = read_pairs("somebody/pairs:train[:4]", root=undisturbed)
+    assert asked == [("somebody/pairs", "train[:4]")] and pairs[1:3][0].id == data["iid"][1] and isinstance(pairs[0].reference, bytes)
+
+def test_doubles_far_apart_are_found_and_leave_no_clips(undisturbed, tmp_path):
+    made = World().sample(3, "add")
+    pairs = [Pair(f"{k:02d}", World().sample(k, "add").source, World().sample(k, "add").target, World().sample(k, "add").instruction) for k in range(6)]
+    pairs.append(Pair("99", made.source, made.target, made.instruction))
+    result = synthesize(pairs, tmp_path / "out", options=SynthesisOptions(shard=2), progress=False)
+    assert [(r["iid"], r["verdicts"][-1]["reason"]) for r in result.rows if not r["verdicts"][-1]["passed"]] == [("99", "duplicate of 03")]
+    assert not list((tmp_path / "out" / "clips").glob("99-*")) and len(list((tmp_path / "out" / "clips").iterdir())) == 12
+
+def test_clips_are_copied_or_referred_to(table, tmp_path):
+    for how in ("refer", "copy"):
+        result = synthesize(table, tmp_path / how, options=SynthesisOptions(clips=how), progress=False)
+        rows = pq.read_table(tmp_path / how / "chunk_00000.parquet").to_pylist()
+        assert len(rows) == len(result.kept) > 2
+        for row in rows:
+            path = tmp_path / how / row["src_video"]
+            assert path.is_file() and (path.resolve().parent == table.parent.resolve()) == (how == "refer")
+        assert next(r for r in rows if r["iid"] == "p4")["authentic_ref_image_bytes"][:4] == b"\x89PNG"
+    card = (tmp_path / "copy" / "README.md").read_text()
+    assert "| pairs | CC0 |" in card and "| subject | synthesised |" in card
+    result = synthesize(table, tmp_path / "authentic", options=SynthesisOptions(authentic=True), progress=False)
+    kinds = {r["iid"]: r["ref_source"] for r in pq.read_table(tmp_path / "authentic" / "chunk_00000.parquet").to_pylist()}
+    assert kinds["p4"] == "authentic" and set(kinds.values()) == {"authentic", "synthesised"}
+
+def test_folders_of_others_are_left_alone(undisturbed, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="holds other things"): synthesize(PlantedPairs(4), tmp_path, progress=False)
+    with pytest.raises(FileExistsError, match="another run"): synthesize(PlantedPairs(17), undisturbed, options=SMALL, progress=False)
+    before = shards(undisturbed)
+    again = synthesize(PlantedPairs(16), undisturbed, options=SMALL, progress=False) # finished: read, not done again
+    assert shards(undisturbed) == before and again.funnel() == inspect_folder(undisturbed).funnel()
+
+def test_a_changed_byte_is_noticed(tmp_path):
+    synthesize(PlantedPairs(6), tmp_path / "out", options=SMALL, progress=False)
+    path = tmp_path / "out" / "chunk_00000.parquet"
+    path.write_bytes(path.read_bytes()[:-9] + b"x" + path.read_bytes()[-8:])
+    with pytest.raises(ValueError, match="chunk_00000.parquet differs"): inspect_folder(tmp_path / "out")
+
+# --- engines
+
+def test_workers_change_nothing(undisturbed, tmp_path):
+    synthesize(PlantedPairs(16), tmp_path / "two", options=SynthesisOptions(shard=4, batch=3, workers=2), progress=False)
+    assert shards(tmp_path / "two") == shards(undisturbed)
+
+PROGRAM = """
+import sys
+from kiwi_edit.synthesis import *
+if __name__ == "__main__": synthesize(PlantedPairs(16), sys.argv[1], options=SynthesisOptions(shard=4, workers=int(sys.argv[2]), engine=sys.argv[3]), progress=False)
+"""
+
+def start(program, *arguments): return subprocess.Popen([sys.executable, program, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | dict(OMP_NUM_THREADS="1"))
+
+@pytest.mark.parametrize("engine, workers, moments", [("local", 0, (1, 2, 3)), ("local", 2, (1, 3)), ("ray", 1, (1,))])
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(undisturbed, tmp_path, engine, workers, moments):
+    if engine == "ray": pytest.importorskip("ray")
+    program, out = tmp_path / "program.py", tmp_path / "out"
+    program.write_text(PROGRAM)
+    kept = {}
+    for parts in moments: # killed once so many parts are there
+        process = start(program, out, workers, engine)
+        until = time.monotonic() + 240
+        while process.poll() is None and len(list((out / "parts").glob("part_*"))) < parts and time.monotonic() < until: time.sleep(.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if not (out / "parts").is_dir() or (out / "SHA256SUMS").exists(): break # it was faster than the kill
+        for name, stamp in kept.items(): assert (out / "parts" / name).stat().st_mtime_ns == stamp, "a finished part was done again"
+        kept = {p.name: p.stat().st_mtime_ns for p in (out / "parts").glob("part_*")}
+        assert len(kept) >= parts
+    process = start(program, out, workers, engine)
+    assert process.wait(timeout=300) == 0, process.stderr.read().decode()[-2000:]
+    assert shards(out) == shards(undisturbed) and not (out / "parts").exists()
+    assert not [p for p in out.rglob(".*")], "temporary files stay"
+
+def test_stages_with_actors_of_their_own_stand_alone():
+    names = ["score", "ground", "segment"]
+    assert stage_groups(names, {}, 3) == [(0, 3, Actors(3))]
+    assert stage_groups(names, dict(ground=Actors(2, gpus=1.)), 3) == [(0, 1, Actors(3)), (1, 2, Actors(2, gpus=1.)), (2, 3, Actors(3))]
+    with pytest.raises(ValueError, match="names dance"): stage_groups(names, dict(dance=Actors()), 1)
+
+# --- failures
+
+class _Fails:
+    "A scorer that knows some pairs and not others."
+    name = "fails"
+    def __init__(self, share): self.share = share
+    def score(self, records):
+        if any(r.pair.id.endswith("7") for r in records): raise RuntimeError("a crash of the backend itself")
+        return [BackendError("time-out: no reply within 9 s") if int(r.pair.id[-1]) < 10 * self.share else dict(edit=1.) for r in records]
+
+def failing(share): return [ScoreStage(_Fails(share)), *embedded_stages()[1:]]
+
+def test_failures_are_recorded_per_row_and_too_many_stop_the_run(tmp_path):
+    pairs = WorldPairs(20, tasks=("add",))
+    result = synthesize(pairs, tmp_path / "some", partial(failing, .2), SynthesisOptions(batch=5), progress=False)
+    verdicts = {r["iid"][-2:]: r["verdicts"][-1] for r in result.rows}
+    assert verdicts["01"]["reason"].startswith("time-out") and verdicts["01"]["error"] and verdicts["07"]["reason"].startswith("RuntimeError: a crash") and result.failures == 6
+    assert verdicts["08"]["passed"]
+    with pytest.raises(RuntimeError, match=r"`max_failures` allows 30% .* 14 of 20 did; 12 times: score: time-out"):
+        synthesize(pairs, tmp_path / "many", partial(failing, .6), SynthesisOptions(batch=5, max_failures=.3), progress=False)
+    assert not (tmp_path / "many" / "SHA256SUMS").exists()
+
+def test_bad_files_are_rows_of_the_report(table, tmp_path):
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    bad, short = tmp_path / "bad.mp4", tmp_path / "short.mp4"
+    bad.write_bytes((table.parent / "0-source.mp4").read_bytes()[:300])
+    write_video(short, World().sample(1, "add").source[:3], 10)
+    write_video(tmp_path / "small.mp4", World(48, 48).sample(1, "add").source, 10)
+    here = lambda name: str(table.parent / name)
+    spoil = [dict(edited=str(bad)), dict(source="missing.mp4"), dict(edited=str(short)), dict(edited=str(tmp_path / "small.mp4")), dict(reference=str(bad)), dict(source=None), dict(instruction=None)]
+    full = [r | dict(source=here(r["source"]), edited=here(r["edited"]), reference=None) for r in rows]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in full + [full[1] | dict(id=f"x{k}") | s for k, s in enumerate(spoil)]))
+    result = synthesize(path, tmp_path / "out", options=SynthesisOptions(max_failures=1.), progress=False)
+    why = {r["iid"]: r["verdicts"][-1]["reason"] for r in result.rows if r["iid"].startswith("x")}
+    for k, words in enumerate(("unreadable edited", "unreadable source", "lengths differ", "sizes differ", "unreadable reference", "unreadable source")): assert why[f"x{k}"].startswith(words), why
+    assert not any(r["verdicts"][-1]["passed"] for r in result.rows if r["iid"] == "x6")
+    assert len(result.kept) >= 3
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "lengths differ" in page and page.count("<figure>") >= 6 and "http" not in page
+
+def test_what_is_known_about_planted_pairs_is_measured(undisturbed):
+    found = measure_pipeline(PlantedPairs(16), undisturbed, progress=False)
+    assert sum(n for _, n in found["caught"].values()) == 4 and found["kept_good"][1] == 12 and .7 < found["grounding_iou"]["mean"] <= 1
+
+@pytest.mark.parametrize("changes, words", [(dict(shard=0), "`shard`"), (dict(engine="spark"), "local or ray"), (dict(max_failures=0), "`max_failures`"), (dict(clips="move"), "refer or copy"), (dict(workers=-1), "`workers`")])
+def test_wrong_options(changes, words):
+    with pytest.raises(ValueError, match=words): SynthesisOptions(**changes)
+
+def test_thresholds_reach_their_stages():
+    by = {s.name: s for s in model_stages(thresholds={"verify.quality": 9, "score.edit": .7, "segment.area": .01})}
+    assert by["verify"].quality == 9 and by["score"].threshold == .7 and by["segment"].smallest == .01 and [*by] == list(model_stages.names)
+    with pytest.raises(ValueError, match="names 'verify.beauty'"): model_stages(thresholds={"verify.beauty": 1})
+
+def test_the_embedded_model_trains_on_the_shards(undisturbed, tmp_path):
+    from kiwi_edit.curriculum import Stage
+    from kiwi_edit.training import train
+    losses = []
+    stage = Stage("quadruplets", ("guidance", "transformer"), 1e-4, mix=("ref",), num_frames=5, max_pixels=64 * 64, batch_size=2)
+    train(stage, tmp_path / "run", "kiwi-edit-tiny", dict(ref=undisturbed), steps=2, device="cpu", progress=False, on_step=lambda record: losses.append(record["loss"]))
+    assert len(losses) == 2 and np.isfinite(losses).all()
+    data = MetadataDataset(undisturbed, num_frames=5, max_pixels=64 * 64, factor=8)
+    assert data[0].source.shape == (5, 64, 64, 3)
