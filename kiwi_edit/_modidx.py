@@ -852,6 +852,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'kiwi_edit/synthesis.py'),
                                      'kiwi_edit.synthesis.PlantedPairs.spoilt': ( 'synthesis.html#plantedpairs.spoilt',
                                                                                   'kiwi_edit/synthesis.py'),
+                                     'kiwi_edit.synthesis.StoppedRun': ('synthesis.html#stoppedrun', 'kiwi_edit/synthesis.py'),
                                      'kiwi_edit.synthesis.Synthesis': ('synthesis.html#synthesis', 'kiwi_edit/synthesis.py'),
                                      'kiwi_edit.synthesis.Synthesis._repr_markdown_': ( 'synthesis.html#synthesis._repr_markdown_',
                                                                                         'kiwi_edit/synthesis.py'),

@@ -9,14 +9,15 @@ import base64, functools, hashlib, html, io, json, math, multiprocessing, os, re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 # %% auto #0
 __all__ = ['ALIASES', 'EDIT_TYPES', 'PUBLIC', 'PLANTS', 'FilePairs', 'glob_escape', 'read_pairs', 'WorldPairs',
-           'SynthesisOptions', 'through', 'to_row', 'run_batch', 'Actors', 'stage_groups', 'stage_names', 'chat_of',
-           'model_stages', 'Synthesis', 'synthesize', 'inspect_folder', 'draw_report', 'report_html', 'data_card',
-           'PlantedPairs', 'measure_pipeline']
+           'SynthesisOptions', 'through', 'to_row', 'run_batch', 'StoppedRun', 'Actors', 'stage_groups', 'stage_names',
+           'chat_of', 'model_stages', 'Synthesis', 'synthesize', 'inspect_folder', 'draw_report', 'report_html',
+           'data_card', 'PlantedPairs', 'measure_pipeline']
 
 # %% ../nbs/14_synthesis.ipynb #s1400004
 import cv2
@@ -401,6 +402,9 @@ def _orphans(folder):
     return [p for p in (folder / "clips").glob("*") if str(p.relative_to(folder)) not in used]
 
 # %% ../nbs/14_synthesis.ipynb #s1400022
+class StoppedRun(ValueError):
+    "A run that had to stop; the same call goes on from what is finished."
+
 _worker = {} # of this process: its stages and what they need
 
 def _start_worker(make_stages, options, folder):
@@ -429,6 +433,8 @@ def _local(jobs, make_stages, options, folder):
             if not running: return
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done: yield future.result()
+    except BrokenProcessPool as error:
+        raise StoppedRun("`workers` lost one of them, most likely for want of memory. Parts that are finished stay; fewer workers or a smaller `batch` need less.") from error
     finally: pool.shutdown(wait=False, cancel_futures=True)
 
 # %% ../nbs/14_synthesis.ipynb #s1400023
@@ -618,7 +624,7 @@ def synthesize(
     shown = lambda i: i * options.sheets // n != (i - 1) * options.sheets // n # evenly over the pool
     feed = ((job, pairs[job[1]:job[2]], [shown(i) for i in range(*job[1:])]) for job in jobs)
     waiting, got = Counter(k for k, *_ in jobs), {}
-    seen, failed, left, reasons, seconds = 0, 0, Counter(), Counter(), Counter()
+    seen, failed, left, reasons, seconds = 0, 0, Counter(), {}, Counter()
     engine = _ray(feed, make_stages, options, folder, actors or {}) if options.engine == "ray" else _local(feed, make_stages, options, folder)
     bar = tqdm(total=n, initial=n - todo, desc="pairs", unit="pair", disable=not progress, mininterval=1)
     try:
@@ -630,14 +636,14 @@ def synthesize(
                 left.update(v["stage"] for v in verdicts if v["passed"])
                 if verdicts[-1]["error"]:
                     failed += 1
-                    reasons[f"{verdicts[-1]['stage']}: {verdicts[-1]['reason']}"] += 1
+                    reasons.setdefault(f"{verdicts[-1]['stage']}: {verdicts[-1]['reason'].split(':')[0]}", []).append(verdicts[-1]["reason"])
             seen += len(rows)
             bar.update(len(rows))
             bar.set_postfix({stage: left[stage] for stage in STAGES if left[stage]} | ({"failed": failed} if failed else {}), refresh=False)
             if not waiting[k]: _write_table(_part_path(folder, k), [row for _, batch in sorted(got.pop(k).items()) for row in batch], _SCHEMA, key)
             if seen >= min(20, todo) and failed > options.max_failures * seen:
-                why, count = reasons.most_common(1)[0]
-                raise RuntimeError(f"`max_failures` allows {options.max_failures:.0%} of the rows to fail but {failed} of {seen} did; {count} times: {why}. What is finished stays in {str(folder)!r}.")
+                why, known = max(reasons.items(), key=lambda item: len(item[1]))
+                raise StoppedRun(f"`max_failures` allows {options.max_failures:.0%} of the rows to fail but {failed} of {seen} did; {len(known)} times {why}, first: {known[0].rstrip('.')}. What is finished stays in {str(folder)!r}.")
     finally:
         engine.close()
         bar.close()

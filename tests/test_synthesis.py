@@ -214,7 +214,7 @@ def test_failures_are_recorded_per_row_and_too_many_stop_the_run(tmp_path):
     verdicts = {r["iid"][-2:]: r["verdicts"][-1] for r in result.rows}
     assert verdicts["01"]["reason"].startswith("time-out") and verdicts["01"]["error"] and verdicts["07"]["reason"].startswith("RuntimeError: a crash") and result.failures == 6
     assert verdicts["08"]["passed"]
-    with pytest.raises(RuntimeError, match=r"`max_failures` allows 30% .* 14 of 20 did; 12 times: score: time-out"):
+    with pytest.raises(StoppedRun, match=r"`max_failures` allows 30% .* 14 of 20 did; 12 times score: time-out, first: time-out: no reply"):
         synthesize(pairs, tmp_path / "many", partial(failing, .6), SynthesisOptions(batch=5, max_failures=.3), progress=False)
     assert not (tmp_path / "many" / "SHA256SUMS").exists()
 
@@ -240,6 +240,31 @@ def test_bad_files_are_rows_of_the_report(table, tmp_path):
 def test_what_is_known_about_planted_pairs_is_measured(undisturbed):
     found = measure_pipeline(PlantedPairs(16), undisturbed, progress=False)
     assert sum(n for _, n in found["caught"].values()) == 4 and found["kept_good"][1] == 12 and .7 < found["grounding_iou"]["mean"] <= 1
+
+class _Dies:
+    name = "score"
+    def __call__(self, records): os.kill(os.getpid(), signal.SIGKILL)
+
+def dying(): return [_Dies()]
+
+def test_a_worker_that_dies_ends_the_run_with_a_sentence(tmp_path):
+    with pytest.raises(StoppedRun, match="`workers` lost one of them"): synthesize(WorldPairs(3), tmp_path / "out", dying, SynthesisOptions(workers=1), progress=False)
+
+@pytest.mark.parametrize("arguments, words", [
+    (("nowhere.jsonl", "--out", "{tmp}/out"), "PAIRS has to be an existing table or folder"),
+    (("world:4", "--out", "{tmp}/out", "--threshold", "verify.charm=3"), "--threshold has to name score.edit"),
+    (("world:4", "--out", "{tmp}/out", "--actors", "ground"), "--actors has to be STAGE=NUMBERxGPUS"),
+    (("world:4", "--out", "{tmp}/out", "--engine", "spark"), "--engine has to be local or ray"),
+    (("world:4", "--out", "{tmp}/full"), "--out has to be a new or empty folder"),
+    (("{tmp}/lost.jsonl", "--out", "{tmp}/out"), "--max-failures allows 50% of the rows to fail but 20 of 20 did; 20 times load: unreadable source")])
+def test_the_command_line_says_in_one_line_what_is_wrong(capfd, tmp_path, arguments, words):
+    from kiwi_edit.cli import main
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("years of work")
+    (tmp_path / "lost.jsonl").write_text("".join(json.dumps(dict(id=f"r{i}", source="lost.mp4", edited="lost.mp4", instruction="Add a hat.")) + "\n" for i in range(30)))
+    with pytest.raises(SystemExit) as stop: main(["synthesize", *(a.format(tmp=tmp_path) for a in arguments)])
+    said = capfd.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
+    assert stop.value.code == 1 and said.startswith(f"error: {words}"), said
 
 @pytest.mark.parametrize("changes, words", [(dict(shard=0), "`shard`"), (dict(engine="spark"), "local or ray"), (dict(max_failures=0), "`max_failures`"), (dict(clips="move"), "refer or copy"), (dict(workers=-1), "`workers`")])
 def test_wrong_options(changes, words):
