@@ -144,7 +144,7 @@ STAGES = {stage.name: stage for stage in (
     _edits("canvas", minutes=80, lr=1.2e-3, follows="reference", floor=.02, loss=Loss(pixel_metric=.75), first_seed=300_000,
            buckets=_buckets(dict(add=.26, remove=.17, change=.44, style=.13), 5, .34, 7000, 12) + _buckets(dict(subject=.75, background=.25), 5, .36, 8000, 12)
            + _buckets(CANVASES, 1, .2, 6000, 16) + _buckets(PICTURES, 1, .1, 4000, 16)),
-    _edits("polish", minutes=100, lr=1e-3, follows="canvas", floor=.02, loss=Loss(pixel_metric=.75), first_seed=500_000,
+    _edits("polish", minutes=100, lr=1e-3, follows="canvas", floor=.02, loss=Loss(pixel_metric=.75), first_seed=540_000,
            buckets=_buckets(dict(add=.25, remove=.15, change=.45, style=.15), 5, .32, 6500, 12) + _buckets(dict(subject=.75, background=.25), 5, .3, 6500, 12)
            + _buckets(dict(isolate=.75, plate=.25), 1, .22, 7000, 16) + _buckets(PICTURES, 1, .16, 6000, 16)),
 )}

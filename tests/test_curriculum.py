@@ -39,25 +39,25 @@ def test_stage_is_consistent(stage):
 
 
 def test_every_task_of_the_bench_is_trained_on_clips():
-    for stage in (STAGES["reference"], STAGES["canvas"]):
+    for stage in (STAGES["reference"], STAGES["canvas"], STAGES["polish"]):
         assert {task for b in stage.buckets if b.num_frames == 5 for task in b.tasks} == set(TASKS[:6])
 
 
-def test_the_last_stage_has_every_task_and_scenes_of_its_own():
-    seeds = [{name: (d.first_seed, d.first_seed + len(d)) for name, (d, _) in stage_data(STAGES[stage]).items()} for stage in ("reference", "canvas")]
-    assert {task for b in STAGES["canvas"].buckets for task in b.tasks} == set(TASKS)
-    assert max(end for _, end in seeds[0].values()) <= min(start for start, _ in seeds[1].values())
+def test_the_last_stages_have_every_task_and_scenes_of_their_own():
+    seeds = [[(d.first_seed, d.first_seed + len(d)) for d, _ in stage_data(STAGES[stage]).values()] for stage in ("reference", "canvas", "polish")]
+    for stage in ("canvas", "polish"): assert {task for b in STAGES[stage].buckets for task in b.tasks} == set(TASKS)
+    for before, after in zip(seeds, seeds[1:]): assert max(end for _, end in before) <= min(start for start, _ in after)
 
 
 def test_stages_come_in_the_order_in_which_they_are_run():
-    assert list(STAGES) == ["autoencoder-image", "autoencoder-video", "autoencoder-motion", "autoencoder-decoder", "encoder", "image", "video", "reference", "canvas"]
+    assert list(STAGES) == ["autoencoder-image", "autoencoder-video", "autoencoder-motion", "autoencoder-decoder", "encoder", "image", "video", "reference", "canvas", "polish"]
     assert [stage.follows for stage in STAGES.values()] == ["", *list(STAGES)[:-1]]
 
 
 def test_tiny_is_trained_as_before():
     for stage in STAGES.values():
         assert (stage.optimizer, stage.schedule, stage.warmup, stage.clip, stage.accumulation, stage.steps) == ("muon", "cosine", .03, 1., 1, 100_000)
-        assert stage.loss == Loss(pixel_metric=.75 if stage.name in ("reference", "canvas") else 0.) and stage.loss.balance == 4. and stage.autocast == bool(stage.buckets)
+        assert stage.loss == Loss(pixel_metric=.75 if stage.name in ("reference", "canvas", "polish") else 0.) and stage.loss.balance == 4. and stage.autocast == bool(stage.buckets)
 
 
 # the official recipe, as its table reads
