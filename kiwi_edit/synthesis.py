@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64, functools, hashlib, html, io, json, math, multiprocessing, os, re, shutil, signal, threading, time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
@@ -28,9 +28,10 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .core import settings
-from .dataset import FORMATS, ParquetCell, _READERS
+from .backends import png_bytes
+from .dataset import FORMATS, ParquetCell, _READERS, _digest, _file_digest
 from .quadruplets import STAGES, FingerprintStage, LoadOptions, Pair, Record, Verdict, deduplicate, embedded_stages, load_record
-from .video import IMAGE_FORMATS, as_frames, replacing, write_video
+from .video import as_frames, replacing, write_video
 from .world import World
 
 # %% ../nbs/14_synthesis.ipynb #s1400007
@@ -93,8 +94,6 @@ class FilePairs(Sequence):
     @property
     def key(self) -> str: # changes with the rows
         return _digest([self.columns, str(self.root), self.ids, [[str(row.get(c)) if not isinstance(row.get(c), (bytes, dict, ParquetCell)) else "" for c in self.columns.values()] for row in self.rows]])
-
-def _digest(value): return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 def _kept_bytes(value):
     "A video that a table holds as bytes, as a file that readers of video can open."
@@ -238,11 +237,6 @@ def through(
             return records
         return [r for record in records for r in through(stage, [record])]
 
-def _png(pixels):
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    return buffer.getvalue()
-
 def _sheet(record, height=112):
     "Source, edited clip, mask and reference side by side, as JPEG."
     if record.source is None or record.edited is None: return None
@@ -272,7 +266,7 @@ def _place_clip(clip, name, record, folder, copy):
         if isinstance(clip, str):
             with replacing(path, overwrite=True) as temporary: shutil.copyfile(clip, temporary)
         elif still:
-            with replacing(path, overwrite=True) as temporary: temporary.write_bytes(_png(as_frames(clip)[0]))
+            with replacing(path, overwrite=True) as temporary: temporary.write_bytes(png_bytes(as_frames(clip)[0]))
         else: write_video(path, clip, record.fps or 15, overwrite=True, crf=12)
     return str(path.relative_to(folder))
 
@@ -291,9 +285,9 @@ def to_row(
                embedding=None, hashes=None, authentic_ref_image_bytes=None, sheet=_sheet(record) if sheet else None)
     if not record.alive: return row
     kept = options.authentic and record.authentic_reference is not None
-    row |= dict(ref_image_bytes=_png(record.authentic_reference if kept else record.reference), ref_source="authentic" if kept else "synthesised",
+    row |= dict(ref_image_bytes=png_bytes(record.authentic_reference if kept else record.reference), ref_source="authentic" if kept else "synthesised",
                 embedding=record.embedding.astype(np.float32).tobytes(), hashes=[np.uint64(h).astype(np.int64).item() for h in record.hashes])
-    if record.authentic_reference is not None and not kept: row["authentic_ref_image_bytes"] = _png(record.authentic_reference)
+    if record.authentic_reference is not None and not kept: row["authentic_ref_image_bytes"] = png_bytes(record.authentic_reference)
     try:
         for column, name in (("src_video", "source"), ("tgt_video", "edited")): row[column] = _place_clip(getattr(record.pair, name), name, record, folder, options.clips == "copy")
     except (OSError, ValueError) as error: # the file went away, or the disk is full
@@ -350,13 +344,7 @@ def _part_is_good(path, key, ids):
 
 def _sums(folder):
     "SHA-256 of all tables, as sha256sum writes them."
-    lines = []
-    for path in sorted([*folder.glob("chunk_*.parquet"), *folder.glob("verdicts/*.parquet")]):
-        digest = hashlib.sha256()
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20): digest.update(block)
-        lines.append(f"{digest.hexdigest()}  {path.relative_to(folder)}\n")
-    return "".join(lines)
+    return "".join(f"{_file_digest(path)}  {path.relative_to(folder)}\n" for path in sorted([*folder.glob("chunk_*.parquet"), *folder.glob("verdicts/*.parquet")]))
 
 def _save_text(path, text):
     with replacing(path, overwrite=True) as temporary: temporary.write_text(text, encoding="utf-8")
@@ -591,7 +579,7 @@ def _named(value):
 def _settings_of(pairs, make_stages, options):
     "What the bytes of a shard depend on."
     kept = {k: v for k, v in asdict(options).items() if k not in ("batch", "workers", "engine", "max_failures")}
-    return dict(pairs=getattr(pairs, "key", None) or _digest([[p.id, p.instruction, *(c if isinstance(c, str) else hashlib.sha256(as_frames(c).tobytes()).hexdigest() for c in (p.source, p.edited))] for p in pairs]), stages=_named(make_stages), options=kept)
+    return dict(pairs=getattr(pairs, "key", None) or _digest([[p.id, p.instruction, p.task, *(c if isinstance(c, str) else hashlib.sha256(as_frames(c).tobytes()).hexdigest() for c in (p.source, p.edited))] for p in pairs]), stages=_named(make_stages), options=kept)
 
 def _in_order(pairs):
     if isinstance(pairs, (FilePairs, WorldPairs)): return pairs
@@ -661,16 +649,28 @@ def _claim(folder, key, overwrite):
     "Make the folder ours, or say whose it is."
     mark = folder / "run.json"
     if folder.exists() and not folder.is_dir(): raise FileExistsError(f"`out` has to be a folder but {str(folder)!r} is a file.")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not mark.is_file(): raise FileExistsError(f"`out` has to be a new or empty folder, or one of an earlier run, but {str(folder)!r} holds other things.")
-        there = json.loads(mark.read_text()).get("key")
-        if there == key: return (folder / "parts").mkdir(exist_ok=True) if not (folder / "SHA256SUMS").is_file() else None
+    left = re.compile(r"\.\w{8}(\.\w+)?") # names of files that a killed run was writing
+    if folder.is_dir() and any(not left.fullmatch(p.name) for p in folder.iterdir()):
+        there = _key_of(mark)
+        if not there: raise FileExistsError(f"`out` has to be a new or empty folder, or one of an earlier run, but {str(folder)!r} holds other things.")
+        if there == key:
+            for path in [*folder.glob(".*"), *folder.glob("verdicts/.*")]:
+                if path.is_file() and left.fullmatch(path.name): path.unlink()
+            if not (folder / "SHA256SUMS").is_file(): (folder / "parts").mkdir(exist_ok=True)
+            return
         if not overwrite: raise FileExistsError(f"`out` has to be new, or of a run with the same pairs, stages and options, unless overwrite is set, but {str(folder)!r} is of another run.")
         for path in ("SHA256SUMS", "report.html", "README.md"): (folder / path).unlink(missing_ok=True)
         for path in [*folder.glob("chunk_*.parquet")]: path.unlink()
         for path in ("parts", "verdicts", "clips"): shutil.rmtree(folder / path, ignore_errors=True)
-    (folder / "parts").mkdir(parents=True, exist_ok=True)
-    _save_text(mark, json.dumps(dict(key=key)) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    _save_text(mark, json.dumps(dict(key=key)) + "\n") # first: whoever is killed after this finds the folder to be its own
+    (folder / "parts").mkdir(exist_ok=True)
+
+def _key_of(mark):
+    "The key of a run; None where this is no mark of ours."
+    try: found = json.loads(mark.read_text()).get("key", "")
+    except (OSError, ValueError, AttributeError): return None
+    return found if isinstance(found, str) and re.fullmatch("[0-9a-f]{64}", found) else None
 
 def _read_rows(folder):
     rows = [row for path in sorted((folder / "verdicts").glob("records_*.parquet")) for row in pq.read_table(path).to_pylist()]
@@ -697,7 +697,7 @@ def draw_report(result: Synthesis):
     "Funnel, kinds of edits, and histograms of the scores, as a matplotlib figure."
     from matplotlib.figure import Figure
     names = [n for n in ("score.edit", "ground.confidence", "segment.area", "verify.consistency", "verify.quality") if any(n in row["scores"] for row in result.rows)]
-    figure = Figure(figsize=(9, 2 + 1.7), layout="constrained")
+    figure = Figure(figsize=(9, 3.7), layout="constrained")
     grid = figure.add_gridspec(2, max(len(names), 2))
     ax, left = figure.add_subplot(grid[0, :-1]), result.funnel()
     ax.barh(list(left), list(left.values()), color="#3a7d44")

@@ -144,10 +144,22 @@ def test_clips_are_copied_or_referred_to(table, tmp_path):
 def test_folders_of_others_are_left_alone(undisturbed, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(FileExistsError, match="holds other things"): synthesize(PlantedPairs(4), tmp_path, progress=False)
+    (tmp_path / "run.json").write_text('{"key": "of something else"}') # a name that others use, too
+    with pytest.raises(FileExistsError, match="holds other things"): synthesize(PlantedPairs(4), tmp_path, overwrite=True, progress=False)
     with pytest.raises(FileExistsError, match="another run"): synthesize(PlantedPairs(17), undisturbed, options=SMALL, progress=False)
     before = shards(undisturbed)
     again = synthesize(PlantedPairs(16), undisturbed, options=SMALL, progress=False) # finished: read, not done again
     assert shards(undisturbed) == before and again.funnel() == inspect_folder(undisturbed).funnel()
+
+def test_what_a_killed_run_was_writing_is_no_obstacle_and_goes(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".abcd1234.json").write_text("{")
+    synthesize(PlantedPairs(3), out, progress=False)
+    (out / "SHA256SUMS").unlink()
+    (out / ".abcd5678.parquet").write_text("half")
+    synthesize(PlantedPairs(3), out, progress=False)
+    assert not (out / ".abcd5678.parquet").exists() and (out / "SHA256SUMS").exists()
 
 def test_a_changed_byte_is_noticed(tmp_path):
     synthesize(PlantedPairs(6), tmp_path / "out", options=SMALL, progress=False)
