@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from tqdm.auto import tqdm
 
 from .encoder import encode_context, prepare_inputs
@@ -99,12 +98,12 @@ def edit_batch(
     source_latents = encode_frames(pipe.vae, np.stack(sources), device)
     reference_latents, reference_mask = _reference_latents(pipe, images, sources[0].shape, device)
 
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     scheduler.set_timesteps(sigmas=flow_sigmas(steps), device=device)
     timesteps, sigmas = scheduler.timesteps, scheduler.sigmas.to(device)
     latents = torch.cat([torch.randn((1, *source_latents.shape[1:]), generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(device)
     conditions = [None if x is None else x.to(dtype) for x in (source_latents, reference_latents)]
-    cache = EditCache()
+    cache = EditCache(num_steps=len(timesteps))
     for i, t in enumerate(timesteps):
         timestep = t.expand(len(samples))
         sigma = rounded_sigma(timestep, timesteps, sigmas) if config.round_timestep else sigmas[i].expand(len(samples))

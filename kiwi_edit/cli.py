@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import List, Optional
 
 # %% auto #0
-__all__ = ['app', 'FLAGS', 'rank', 'say', 'tidy_signals', 'stop_if_asked', 'hush', 'loudness', 'hush_bars', 'load', 'parse_size',
-           'bar', 'edit', 'demo', 'evaluate', 'choose_stages', 'parse_data', 'check_data', 'check_model',
-           'bench_scores', 'check_trainer', 'parse_bases', 'check_run', 'free_memory', 'check_memory', 'options_table',
-           'find_tracker', 'train', 'dry', 'parse_parts', 'cache', 'table_source', 'stage_sources', 'fill_caches',
-           'kiwi_synthesizer', 'parse_numbers', 'parse_actors', 'synthesize', 'inspect', 'convert', 'usage_line',
-           'main']
+__all__ = ['app', 'FLAGS', 'rank', 'say', 'tidy_signals', 'stop_if_asked', 'hush', 'loudness', 'hush_bars', 'load', 'bar', 'edit',
+           'edit_list', 'demo', 'evaluate', 'choose_stages', 'parse_data', 'check_data', 'check_model', 'bench_scores',
+           'check_trainer', 'parse_bases', 'check_run', 'free_memory', 'check_memory', 'options_table', 'find_tracker',
+           'train', 'dry', 'parse_parts', 'cache', 'table_source', 'stage_sources', 'fill_caches', 'kiwi_synthesizer',
+           'parse_numbers', 'parse_actors', 'synthesize', 'inspect', 'convert', 'usage_line', 'main']
 
 # %% ../nbs/51_cli.ipynb #6b6a4eb3
 import typer
@@ -48,7 +47,7 @@ def _root(version: bool = typer.Option(False, "--version", help="Show the versio
 FLAGS = {name: "--" + name.replace("_", "-") for name in (
     "instruction", "reference", "model", "out", "overwrite", "seed", "steps", "frames", "size", "device", "strength", "guidance_scale",
     "host", "port", "tasks", "samples", "preset", "stage", "minutes", "resume", "data", "cache", "start", "base", "score", "keep", "track", "dry_run", "seconds_per_step",
-    "options", "num_frames", "max_pixels", "dtype", "workers", "parts", "prune", "engine", "actors", "root", "vlm", "sam", "editor", "embedder", "shard", "batch", "max_failures", "row", "to", "transformer", "vae", "mllm", "heads")}
+    "options", "num_frames", "max_pixels", "dtype", "workers", "parts", "prune", "engine", "actors", "root", "vlm", "sam", "editor", "embedder", "shard", "batch", "max_failures", "skip_bad", "row", "to", "transformer", "vae", "mllm", "heads")}
 FLAGS |= dict(pairs="PAIRS", columns="--column", thresholds="--threshold", sheets="PAIRS", video="VIDEO", name="--model", prompt="--instruction", folder="--out", metadata="--data", dataset="--data", trackers="--track", memory="free memory", checkpoint="SOURCE", destination="DESTINATION", source="SOURCE", transformer_config="--heads", overrides="--model")
 
 # %% ../nbs/51_cli.ipynb #9ee31343
@@ -129,36 +128,35 @@ def load(
     hush_bars()
     return load_model(model, device, check, say=lambda line: typer.echo(line, err=True))
 
-# %% ../nbs/51_cli.ipynb #50b66329
-def parse_size(
-    text: str | None, # such as "64x48"
-) -> tuple | None: # (width, height)
-    "Width and height."
-    if text is None: return None
-    match = re.fullmatch(r"(\d{1,6})[xX×](\d{1,6})", text.strip())
-    if not match: raise ValueError(f"`size` has to be WIDTHxHEIGHT, such as 64x64, but is {text!r}.")
-    return int(match[1]), int(match[2])
-
 # %% ../nbs/51_cli.ipynb #04157cce
 @contextlib.contextmanager
-def bar():
-    "A progress bar that `run_edit` reports to."
+def bar(
+    unit: str = "steps", # that are counted
+    delay: float = 0, # seconds without a bar, for what is mostly quicker
+):
+    "A progress bar that `run_edit` and its like report to."
     from tqdm import tqdm
-    with tqdm(total=1, file=sys.stderr, bar_format="{desc:9} {percentage:3.0f}%|{bar:40}| {n_fmt}/{total_fmt} steps, {elapsed}") as line:
+    width = 9 if unit == "steps" else 18
+    with tqdm(total=1, file=sys.stderr, delay=delay, bar_format="{desc:%d} {percentage:3.0f}%%|{bar:40}| {n_fmt}/{total_fmt} %s, {elapsed}" % (width, unit)) as line:
+        drawn, pause = time.monotonic() + delay - .1, 0 if unit == "steps" else .1
         def report(done, total, what):
+            nonlocal drawn
             stop_if_asked()
             line.total, line.n = total, done
-            line.set_description_str(what)
+            line.set_description_str(what, refresh=False)
+            if time.monotonic() - drawn < pause: return
+            line.refresh()
+            drawn = time.monotonic()
         yield report
 
 # %% ../nbs/51_cli.ipynb #1cfd0496
 @app.command()
 def edit(
-    video: Path = typer.Argument(..., metavar="VIDEO", help="Video, GIF, image, or folder of images."),
-    instruction: str = typer.Option(..., "--instruction", "-i", help="What to edit, in words."),
+    video: Path = typer.Argument(..., metavar="VIDEO", help="Video, GIF, image, or folder of images; or a list of edits (.jsonl)."),
+    instruction: Optional[str] = typer.Option(None, "--instruction", "-i", help="What to edit, in words. Only a list may do without."),
     reference: Optional[List[Path]] = typer.Option(None, "--reference", "-r", help="Image of what it should look like; may be given several times."),
     model: Optional[str] = typer.Option(None, help="Bundled name, folder or hub id. [the settings' checkpoint]"),
-    out: Optional[Path] = typer.Option(None, "--out", "-o", help="File for the result. [VIDEO's name with -edited, in the settings' output_dir]"),
+    out: Optional[Path] = typer.Option(None, "--out", "-o", help="File for the result, or folder for those of a list. [VIDEO's name with -edited, in the settings' output_dir]"),
     compare: bool = typer.Option(False, "--compare", help="Also write source and result side by side."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace files that exist."),
     seed: Optional[int] = typer.Option(None, help="Of the noise that the edit starts from. [the settings' seed]"),
@@ -168,11 +166,18 @@ def edit(
     device: Optional[str] = typer.Option(None, help="auto, cpu, cuda, cuda:1 or mps. [the settings' device]"),
     strength: float = typer.Option(1.0, help="Below 1: start from the source under noise, and stay closer to it."),
     guidance_scale: float = typer.Option(1.0, help="Above 1: follow the instruction more closely, at twice the time."),
+    workers: int = typer.Option(1, help="Of a list: processes that edit, each with the model."),
+    skip_bad: bool = typer.Option(False, "--skip-bad", help="Of a list: do the good rows where there are bad ones."),
 ):
-    "Edit a clip or an image."
-    from kiwi_edit.files import plan_edit, run_edit
-    plan = plan_edit(video, instruction, reference or (), out, compare=compare, overwrite=overwrite, seed=seed, steps=steps, frames=frames,
-                     size=parse_size(size), strength=strength, guidance_scale=guidance_scale)
+    "Edit a clip, an image, or a list of them."
+    from kiwi_edit.files import parse_size, plan_edit, run_edit
+    options = dict(compare=compare, seed=seed, steps=steps, frames=frames, size=parse_size(size), strength=strength, guidance_scale=guidance_scale)
+    if video.suffix.lower() == ".jsonl" and not video.is_dir():
+        return edit_list(video, out, model, device, workers, overwrite, skip_bad, instruction=instruction, reference=reference, **options)
+    if instruction is None: raise _Missing("Missing option '--instruction' / '-i'.")
+    for name, value in dict(workers=workers > 1, skip_bad=skip_bad).items():
+        if value: raise ValueError(f"`{name}` has to be left out unless VIDEO is a list (.jsonl) but that is {str(video)!r}.")
+    plan = plan_edit(video, instruction, reference or (), out, overwrite=overwrite, **options)
     pipe = load(model, device, check=plan.check)
     with bar() as report: done = run_edit(pipe, plan, report)
     if done.note: typer.echo(re.sub(r"`(\w+)`", lambda match: FLAGS[match[1]], done.note))
@@ -180,6 +185,48 @@ def edit(
     typer.echo(f"result:     {done.path}  ({what} of {done.size[0]}x{done.size[1]}, edited at {done.work_size[0]}x{done.work_size[1]} in {done.seconds:.1f} s)")
     typer.echo(f"film strip: {done.strip}")
     if done.comparison: typer.echo(f"comparison: {done.comparison}")
+
+# %% ../nbs/51_cli.ipynb #b17ec001
+class _Missing(typer.BadParameter): # as typer says it, which cannot know that only a list does without
+    def format_message(self): return self.message
+
+def edit_list(
+    path: Path, # of the list
+    out: Path | None, # folder of the results
+    model: str | None, # bundled name, folder or hub id; None takes the settings'
+    device: str | None, # None takes the settings'
+    workers: int, # processes
+    overwrite: bool, # whether results of other edits may be replaced
+    skip_bad: bool, # whether the good rows are done where there are bad ones
+    **defaults, # for rows that say nothing of it
+):
+    "Do a list of edits and say what has become of it."
+    from tqdm import tqdm
+    from kiwi_edit.files import BadEdits, read_edits, run_edits
+    seen, shown = None, 20
+    def watched(done, total, what):
+        nonlocal seen
+        seen = done, total
+        report(done, total, what)
+    try:
+        with bar("rows", delay=2) as report: edits = read_edits(path, out, report, **defaults)
+        edits.check(skip_bad)
+        hush_bars()
+        with bar("rows") as report: run = run_edits(edits, model, device, workers, overwrite, skip_bad, watched, say=lambda line: tqdm.write(line, file=sys.stderr))
+    except BadEdits as error:
+        for bad in error.bad[:shown]: say(str(bad).replace("`overwrite`", "--overwrite"))
+        if len(error.bad) > shown: say(f"and {len(error.bad) - shown} more")
+        raise ValueError(f"`path` has to be a list of edits that can be done, unless `skip_bad` is set, but {len(error.bad)} of {error.total} rows are bad.") from error
+    except SystemExit as stop:
+        if seen: stop.left = f"{seen[0]} of {seen[1]} rows are done; the same command goes on from here"
+        raise
+    wrong = [record for record in run.records if record["status"] != "done"]
+    for record in wrong[:shown]: say(f"row {record['row']} {record['status']}: {record['error']}")
+    if len(wrong) > shown: say(f"and {len(wrong) - shown} more")
+    typer.echo(run.summary())
+    if part := sum(bool(record["note"]) for record in run.records): typer.echo(f"edited in part: {part} of them, in results.jsonl it says which frames")
+    typer.echo(f"results: {run.edits.folder / 'results.jsonl'}")
+    if wrong: raise typer.Exit(1)
 
 # %% ../nbs/51_cli.ipynb #727d1be7
 @app.command()
@@ -724,7 +771,7 @@ def main(
         with tidy_signals(): status = app(args=arguments, prog_name="kiwi-edit", standalone_mode=False) or 0
     except SystemExit as stop:
         status = stop.code if stop.code is not None else 0
-        left = dict(train="`--resume` goes on from the last checkpoint", cache="the same command goes on from here", synthesize="the same command goes on from here").get(command, "no partial file is left")
+        left = getattr(stop, "left", None) or dict(train="`--resume` goes on from the last checkpoint", cache="the same command goes on from here", synthesize="the same command goes on from here").get(command, "no partial file is left")
         if status in (128 + signal.SIGINT, 128 + signal.SIGTERM): say(f"\nerror: interrupted; {left}")
     except Exception as error:
         if type(error).__name__ == "NoArgsIsHelpError":
@@ -732,7 +779,7 @@ def main(
             raise SystemExit(2) from None
         from kiwi_edit.files import one_line
         usage = hasattr(error, "format_message") # typer's own: unknown flags, missing ones, values of the wrong type
-        names = FLAGS | dict(cache=dict.fromkeys(("data", "metadata", "dataset"), "DATA"), inspect=dict(folder="DIR")).get(command, {})
+        names = FLAGS | dict(cache=dict.fromkeys(("data", "metadata", "dataset"), "DATA"), inspect=dict(folder="DIR"), edit=dict(path="VIDEO")).get(command, {})
         if usage: message = usage_line(error.format_message(), arguments)
         else: message = " ".join(str(error).split()) if isinstance(error, FloatingPointError) else one_line(error, names) # a loss that is no number
         if message is None: raise

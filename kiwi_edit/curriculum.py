@@ -42,6 +42,8 @@ class Loss:
     balance: float = 4.         # between what an edit touches and what it leaves alone, the most by which one is raised; 1 is the plain loss
     dropout: float = 0.         # share of samples without their instruction, for classifier-free guidance
     pixel_metric: float = 0.    # 0 to 1: share of the error measured by how strongly each latent channel shows in decoded pixels, to first order
+    few: int = 0                # noise levels are those of so many steps and no others; 0 trains at all levels
+    rectify: int = 0            # the target is what the model without its LoRA layers makes of the same noise in so many steps; 0 takes the true one
 
 # %% ../nbs/30_curriculum.ipynb #0120c0d8
 @dataclass(frozen=True)
@@ -126,6 +128,8 @@ def _buckets(tasks, num_frames, weight, samples, batch_size):
     return tuple(Bucket(tasks, num_frames, h, w, weight * share, batch_size, round(samples * share))
                  for h, w, share in ((64, 64, .6), (48, 80, .2), (80, 48, .2)))
 
+_DENOISER = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")  # linear layers of self- and cross-attention, and of the feed-forward
+
 _tiny = partial(Stage, optimizer="muon", schedule="cosine", warmup=.03, clip=1.)
 _edits = partial(_tiny, trains=("language_model", "guidance", "transformer"), lr_scales=dict(language_model=.3), autocast=True)
 
@@ -147,11 +151,13 @@ STAGES = {stage.name: stage for stage in (
     _edits("polish", minutes=100, lr=1e-3, follows="canvas", floor=.02, loss=Loss(pixel_metric=.75), first_seed=540_000,
            buckets=_buckets(dict(add=.25, remove=.15, change=.45, style=.15), 5, .32, 6500, 12) + _buckets(dict(subject=.75, background=.25), 5, .3, 6500, 12)
            + _buckets(dict(isolate=.75, plate=.25), 1, .22, 7000, 16) + _buckets(PICTURES, 1, .16, 6000, 16)),
+    _tiny("fast", (), minutes=30, lr=1e-3, follows="polish", optimizer="adamw", autocast=True, lora=dict(transformer=Lora(16, _DENOISER)),
+          loss=Loss(balance=1., pixel_metric=.75, few=1, rectify=4), first_seed=780_000,
+          buckets=_buckets(WORDS, 5, .45, 2400, 12) + _buckets(PICTURES, 5, .35, 2400, 12) + _buckets(CANVASES, 1, .2, 1200, 16)),
 )}
 
 # %% ../nbs/30_curriculum.ipynb #bbc190c1
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_DENOISER = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")  # of self- and cross-attention, and of the feed-forward
 
 _official = partial(Stage, dtype="bfloat16", checkpointing=("transformer", "language_model"), loss=Loss(sampling="table", weighting="gaussian", balance=1.))
 _5b = partial(_official, preset="wan2.2-5b", lora=dict(language_model=Lora(64, _ATTENTION)))

@@ -18,11 +18,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import ProcessorMixin, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
+from .latents import fire_hooks
+
 # %% auto #0
 __all__ = ['SYSTEM_PROMPT', 'REFERENCE_SUFFIX', 'QUERY_TOKEN', 'IMAGE_TOKEN', 'VIDEO_TOKEN', 'MODES', 'SPECIAL_TOKENS',
            'CHAT_TEMPLATE', 'make_tokenizer', 'sample_frames', 'video_sizes', 'resize_for_encoder', 'patchify_frames',
            'KiwiProcessor', 'chat_text', 'mrope_positions', 'EncoderInputs', 'collate_inputs', 'check_prompt',
-           'prepare_sample', 'prepare_inputs', 'fire_hooks', 'vision_features', 'encode_hidden', 'encode_context']
+           'prepare_sample', 'prepare_inputs', 'vision_features', 'encode_hidden', 'encode_context']
 
 # %% ../nbs/20_encoder.ipynb #e04d1ef3
 SYSTEM_PROMPT = ("You will be given an image and instruction. Please describe the content of the image in detail "
@@ -323,11 +325,6 @@ def prepare_inputs(
         raise ValueError(f"`prompts`, `sources` and `references` have to be of one length but have {len(prompts)}, "
                          f"{len(sources)} and {len(references)} items.")
     return collate_inputs([prepare_sample(processor, guidance_config, *sample) for sample in zip(prompts, sources, references)])
-
-# %% ../nbs/20_encoder.ipynb #7e96a1d3
-def fire_hooks(module: torch.nn.Module):
-    "Bring an offloaded model to its device when a part of it is called and not the model itself."
-    if hasattr(module, "_hf_hook") and hasattr(module._hf_hook, "pre_forward"): module._hf_hook.pre_forward(module)
 
 # %% ../nbs/20_encoder.ipynb #5474d8e3
 def vision_features(

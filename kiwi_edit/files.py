@@ -6,23 +6,36 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import inspect
 import json
 import math
+import multiprocessing
+import os
 import re
+import signal
 import tempfile
+import threading
 import time
+import traceback
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from functools import partial
+from multiprocessing.connection import wait
+from pathlib import Path, PureWindowsPath
 
 # %% auto #0
-__all__ = ['IMAGE_SUFFIXES', 'VIDEO_SUFFIXES', 'enlarge', 'make_samples', 'Limits', 'renamed', 'one_line', 'check_instruction',
-           'check_outputs', 'default_out', 'EditPlan', 'plan_edit', 'load_model', 'EditedFile', 'edited_span',
-           'write_edit', 'run_edit', 'edit_file']
+__all__ = ['IMAGE_SUFFIXES', 'VIDEO_SUFFIXES', 'ROW_NAMES', 'ROW_OPTIONS', 'ROW_NOTES', 'enlarge', 'make_samples', 'Limits',
+           'renamed', 'one_line', 'check_instruction', 'check_outputs', 'result_suffix', 'default_out', 'EditPlan',
+           'plan_edit', 'find_model', 'load_model', 'EditedFile', 'edited_span', 'write_edit', 'run_edit', 'edit_file',
+           'parse_size', 'parse_row', 'sampled_digest', 'EditRow', 'BadEdit', 'BadEdits', 'EditList', 'read_edits',
+           'Ledger', 'EditRun', 'run_edits']
 
 # %% ../nbs/24_files.ipynb #d05f5ccf
 import numpy as np
 import PIL.Image
+from filelock import FileLock, Timeout
 
 from .core import choose_device, choose_dtype, settings
 from .video import (VideoError, VideoInfo, as_frames, check_frame_count, compare, fit_size, flatten_image, nearest_frame_count, read_image, read_video,
@@ -145,17 +158,23 @@ def check_outputs(
         raise PermissionError(f"`out` has to be in a folder that can be written but {str(folder)!r} is not: {error.strerror}.") from error
 
 # %% ../nbs/24_files.ipynb #4c6494c1
+def result_suffix(
+    video: Path, # the source
+    info: VideoInfo, # about it
+) -> str:
+    "An image for an image, H.264 for all that moves."
+    still = info.decoder == "image" and info.format != "folder" and info.frames == 1
+    return ".mp4" if not still else video.suffix.lower() if video.suffix.lower() in IMAGE_SUFFIXES else ".png"
+
 def default_out(
     video: Path, # the source
     info: VideoInfo, # about it
 ) -> Path:
-    "A file in the settings' output folder, which is made if it is missing: an image for an image, H.264 for all that moves."
+    "A file in the settings' output folder, which is made if it is missing."
     folder = settings().output_dir
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as error: raise PermissionError(f"`output_dir` in the settings has to be a folder that can be made but {str(folder)!r} is not: {error.strerror}.") from error
-    still = info.decoder == "image" and info.format != "folder" and info.frames == 1
-    suffix = ".mp4" if not still else video.suffix.lower() if video.suffix.lower() in IMAGE_SUFFIXES else ".png"
-    return folder / f"{video.stem}-edited{suffix}"
+    return folder / f"{video.stem}-edited{result_suffix(video, info)}"
 
 # %% ../nbs/24_files.ipynb #e17494b2
 @dataclass(frozen=True)
@@ -223,6 +242,15 @@ def plan_edit(
     return EditPlan(video, info, instruction, images, target, strip, side_by_side, overwrite, seed, steps, frames, size, strength, guidance_scale)
 
 # %% ../nbs/24_files.ipynb #fbdff300
+def find_model(
+    model: str | Path | None = None, # bundled name, folder or hub id; None takes the settings'
+) -> Path:
+    "Its folder."
+    model = model or settings().checkpoint
+    if not model: raise ValueError(f"`model` has to be given for the preset {settings().preset!r}, for which no weights are published.")
+    from kiwi_edit.pipeline import find_checkpoint
+    with renamed("`name`", "`model`"): return find_checkpoint(model)
+
 def load_model(
     model: str | Path | None = None, # bundled name, folder or hub id; None takes the settings'
     device: str | None = None, # None takes the settings'
@@ -230,14 +258,12 @@ def load_model(
     say: Callable | None = None, # called with a line when the weights are read
 ):
     "A `KiwiEditPipeline` on its device, without a progress bar of its own."
-    model = model or settings().checkpoint
-    if not model: raise ValueError(f"`model` has to be given for the preset {settings().preset!r}, for which no weights are published.")
     where = choose_device(device or settings().device)
     dtype = choose_dtype(settings().dtype, where)
-    from kiwi_edit.pipeline import KiwiEditPipeline, find_checkpoint
-    with renamed("`name`", "`model`"): folder = find_checkpoint(model)
+    from kiwi_edit.pipeline import KiwiEditPipeline
+    folder = find_model(model)
     if check and (limits := Limits.read(folder)): check(limits)
-    if say: say(f"loading {model} ({where}, {str(dtype).removeprefix('torch.')})")
+    if say: say(f"loading {model or settings().checkpoint} ({where}, {str(dtype).removeprefix('torch.')})")
     pipe = KiwiEditPipeline.from_pretrained(folder, torch_dtype=dtype).to(where)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -350,3 +376,440 @@ def edit_file(
 ) -> EditedFile:
     "Edit a file: the result has the source's size, rate and sound."
     return run_edit(pipe, plan_edit(video, instruction, references, out, **options), progress)
+
+# %% ../nbs/24_files.ipynb #b17e0002
+ROW_NAMES = dict(video=("video", "src_video"), instruction=("instruction", "prompt"), reference=("reference", "ref_image"), out=("out",)) # what a line says -> its names for it
+ROW_OPTIONS = ("compare", "seed", "steps", "frames", "size", "strength", "guidance_scale") # further arguments of `plan_edit` that it may hold
+ROW_NOTES = ("iid", "tgt_video", "task") # columns of published tables that say nothing about an edit
+
+def parse_size(
+    text: str | None, # such as "64x48"
+) -> tuple | None: # (width, height)
+    "Width and height."
+    if text is None: return None
+    match = re.fullmatch(r"(\d{1,6})[xX×](\d{1,6})", text.strip())
+    if not match: raise ValueError(f"`size` has to be WIDTHxHEIGHT, such as 64x64, but is {text!r}.")
+    return int(match[1]), int(match[2])
+
+def _option(name, value):
+    "A value of a line as `plan_edit` takes it."
+    kind = inspect.signature(plan_edit).parameters[name].annotation.split(" |")[0]
+    if kind == "tuple":
+        if isinstance(value, str): return parse_size(value)
+        if isinstance(value, list) and [type(v) for v in value] == [int, int]: return tuple(value)
+    elif kind == "float" and (type(value) is float or type(value) is int and abs(value) < 2 ** 63): return float(value)
+    elif type(value).__name__ == kind: return value # `True` is no whole number
+    what = dict(tuple='"WIDTHxHEIGHT" or [width, height]', float="a number", int="a whole number", bool="true or false")[kind]
+    raise ValueError(f"`{name}` has to be {what} but is {value!r}.")
+
+def _once(pairs):
+    names = [name for name, _ in pairs]
+    if twice := next((name for name in names if names.count(name) > 1), None): raise ValueError(f"{twice!r} is there twice")
+    return dict(pairs)
+
+def parse_row(
+    line: bytes, # of a list
+) -> dict: # "video", "instruction", "reference", "out" and options, as far as they are given
+    "What a line says, in the names and kinds of `plan_edit`."
+    try: row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error: raise ValueError(f"`line` has to be a JSON object in UTF-8, each name once, but is not: {error}.") from error
+    if not isinstance(row, dict): raise ValueError(f"`line` has to be a JSON object but is {str(row)[:60]!r}.")
+    found, known = {}, {name: what for what, names in ROW_NAMES.items() for name in names} | {name: name for name in ROW_OPTIONS}
+    for name, value in row.items():
+        if name in ROW_NOTES or value is None: continue
+        if name not in known: raise ValueError(f"`line` has to have names out of {', '.join(known)} but has {name!r}.")
+        what = known[name]
+        if what in found: raise ValueError(f"`{what}` has to be given once but is there as {' and '.join(n for n in ROW_NAMES[what] if n in row)}.")
+        if what in ROW_OPTIONS: value = _option(what, value)
+        elif what == "reference": value = [value] if isinstance(value, str) and value else value or []
+        if what == "reference" and not (isinstance(value, list) and all(isinstance(v, str) and v for v in value)): raise ValueError(f"`reference` has to be a path or a list of paths but is {value!r}.")
+        if what in ("video", "out") and not (isinstance(value, str) and value): raise ValueError(f"`{what}` has to be a {'path' if what == 'video' else 'name'} but is {value!r}.")
+        found[what] = value
+    return found
+
+# %% ../nbs/24_files.ipynb #b17e0005
+def sampled_digest(
+    path: Path, # file, or folder: then of the names and files in it
+    blocks: int = 16, # that are looked at, evenly spaced from the first byte to the last
+    block: int = 1 << 16, # bytes
+) -> str: # 64 hexadecimal digits
+    "SHA-256 of a file's size and of a sample of its bytes; up to 1 MiB that is all of them."
+    digest = hashlib.sha256()
+    if path.is_dir():
+        for file in sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")): digest.update(f"{file.name}\n{sampled_digest(file, blocks, block)}\n".encode())
+        return digest.hexdigest()
+    size = path.stat().st_size
+    digest.update(f"{size}\n".encode())
+    with open(path, "rb") as file:
+        for i in range(blocks):
+            file.seek(i * max(0, size - block) // (blocks - 1))
+            digest.update(file.read(block))
+    return digest.hexdigest()
+
+def _model_digest(folder):
+    "Of what makes a model: its index, configs, weights and vocabulary."
+    files = [folder / "model_index.json", *sorted(f for f in folder.glob("*/*") if f.suffix in (".json", ".safetensors", ".txt", ".jinja"))]
+    return hashlib.sha256("".join(f"{f.relative_to(folder).as_posix()} {sampled_digest(f)}\n" for f in files).encode()).hexdigest()
+
+# %% ../nbs/24_files.ipynb #b17e0008
+@dataclass(frozen=True)
+class EditRow:
+    "A line of a list that can be done as far as anybody can tell without the model."
+    number: int # of the line, from 1
+    plan: EditPlan # without the pictures of its references
+    references: tuple # paths
+    settings: dict # what was asked for, for the record
+    inputs: str # digest of what is read and asked for
+
+    @property
+    def name(self) -> str: return self.plan.out.name
+    @property
+    def files(self) -> list[Path]: return [p for p in (self.plan.out, self.plan.strip, self.plan.comparison) if p]
+
+    def whole_plan(self, overwrite: bool) -> EditPlan:
+        "The plan with its pictures, for `run_edit`."
+        with renamed("`path`", "`reference`"): return replace(self.plan, references=tuple(map(read_image, self.references)), overwrite=overwrite)
+
+@dataclass(frozen=True)
+class BadEdit:
+    "A line of a list that cannot be done."
+    number: int # of the line, from 1
+    reason: str
+    name: str | None = None # of the result, where that is known
+
+    def __str__(self): return f"row {self.number}: {self.reason}"
+
+class BadEdits(ValueError):
+    "Rows of a list that keep it from being started."
+    def __init__(self,
+        bad: list, # of `BadEdit`
+        total: int, # rows of the list
+    ):
+        super().__init__(bad, total)
+        self.bad, self.total = bad, total
+
+    def __str__(self): return f"`path` has to be a list of edits that can be done, unless `skip_bad` is set, but {len(self.bad)} of {self.total} rows are bad, the first is {self.bad[0]}"
+
+@dataclass(repr=False)
+class EditList:
+    "A list that was read and checked."
+    path: Path
+    folder: Path # of the results
+    rows: list = field(default_factory=list) # of `EditRow`
+    bad: list = field(default_factory=list) # of `BadEdit`
+
+    def __len__(self): return len(self.rows) + len(self.bad)
+    def __repr__(self): return f"{len(self.rows)} edits, {len(self.bad)} bad rows"
+
+    def check(self, skip_bad: bool = False):
+        "Raise `BadEdits` if there are bad rows that may not be skipped."
+        if self.bad and not skip_bad: raise BadEdits(self.bad, len(self))
+
+    def refuse(self, row: EditRow, reason: str):
+        "Count a row among the bad ones."
+        self.rows = [r for r in self.rows if r is not row]
+        self.bad = sorted([*self.bad, BadEdit(row.number, reason, row.name)], key=lambda b: b.number)
+
+    def _repr_markdown_(self):
+        lines = [repr(self), "", "| row | result | instruction |", "|--:|---|---|"]
+        shown = sorted([*self.rows, *self.bad], key=lambda r: r.number)
+        lines += [f"| {r.number} | {r.name} | {r.plan.instruction} |" if isinstance(r, EditRow) else f"| {r.number} | bad | {r.reason} |" for r in shown[:24]]
+        return "\n".join(lines + ([f"| | | and {len(shown) - 24} more |"] if len(shown) > 24 else []))
+
+# %% ../nbs/24_files.ipynb #b17e0011
+def _check_row(number, row, path, folder, stand_in, digests):
+    "A row as a plan, its files, and what they hold."
+    for what in ("video", "instruction"):
+        if what not in row: raise ValueError(f"`{what}` has to be given, but the row has none{' and nor has the whole list' if what == 'instruction' else ''}.")
+    name, video, references = row.get("out"), path.parent / Path(row["video"]).expanduser(), tuple(path.parent / Path(r).expanduser() for r in row.get("reference", ()))
+    if name is not None and (Path(name).name != name or PureWindowsPath(name).name != name or name.startswith(".") or not name.isprintable()):
+        raise ValueError(f"`out` has to be the name of a file in the folder of results but is {name!r}.")
+    if name is None:
+        with renamed("`path`", "`video`"): name = f"{number:04d}-{video.stem}{result_suffix(video, video_info(video))}"
+    options = {option: row[option] for option in ROW_OPTIONS if option in row}
+    with renamed(str(stand_in), str(folder)): plan = plan_edit(video, row["instruction"], references, stand_in / name, **options)
+    defaults = {option: inspect.signature(plan_edit).parameters[option].default for option in ROW_OPTIONS}
+    asked = dict(instruction=plan.instruction, seed=plan.seed) | {option: value for option, value in options.items() if value != defaults[option] and option != "seed"}
+    for file in (video, *references):
+        if file not in digests: digests[file] = sampled_digest(file)
+    inputs = hashlib.sha256(json.dumps([asked, [digests[file] for file in (video, *references)]], sort_keys=True).encode()).hexdigest()
+    plan = replace(plan, references=(), out=folder / name, strip=folder / plan.strip.name, comparison=plan.comparison and folder / plan.comparison.name)
+    return EditRow(number, plan, references, dict(video=row["video"], instruction=plan.instruction, reference=list(row.get("reference", ()))) | defaults | asked, inputs)
+
+def read_edits(
+    path: str | Path, # .jsonl, one edit a line
+    out: str | Path | None = None, # folder for the results; None: the list's name with -edited, in the settings' output folder
+    progress: Callable | None = None, # called as (done, total, what) along the way
+    **defaults, # for rows that say nothing of it: `instruction`, `reference` and the options of `plan_edit` that are in `ROW_OPTIONS`
+) -> EditList:
+    "Check a list of edits before any model is loaded."
+    if wrong := [name for name in defaults if name not in ("instruction", "reference", *ROW_OPTIONS)]: raise TypeError(f"`defaults` have to be of instruction, reference, {', '.join(ROW_OPTIONS)} but hold {wrong[0]}.")
+    path, folder = Path(path).expanduser().absolute(), Path(out).expanduser().absolute() if out is not None else settings().output_dir.absolute() / f"{Path(path).stem}-edited"
+    reference = defaults.pop("reference", None) or ()
+    defaults = {name: value for name, value in defaults.items() if value is not None}
+    if reference: defaults["reference"] = [str(Path(r).expanduser().absolute()) for r in ([reference] if isinstance(reference, (str, Path)) else reference)]
+    if not path.is_file(): raise FileNotFoundError(f"`path` has to be an existing list of edits but {str(path)!r} is none.")
+    lines = [(number, line) for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
+    if not lines: raise ValueError(f"`path` has to hold at least one edit but {str(path)!r} holds none.")
+    if folder.exists() and not folder.is_dir(): raise FileExistsError(f"`out` has to be a folder for a list but {str(folder)!r} is a file.")
+    check_outputs([next(p for p in (folder, *folder.parents) if p.exists()) / "result"], [])
+    found, digests, taken = EditList(path, folder), {}, {}
+    with tempfile.TemporaryDirectory() as stand_in:
+        for done, (number, line) in enumerate(lines):
+            if progress: progress(done, len(lines), "checking")
+            own = {}
+            try:
+                own = parse_row(line)
+                row = _check_row(number, defaults | own, path, folder, Path(stand_in), digests)
+                for file in row.files:
+                    if other := taken.get(file.name.casefold()): raise ValueError(f"`out` has to be a name of its own but {file.name!r} is what row {other} writes, too.")
+            except (ValueError, TypeError, OSError) as error:
+                reason, argument = one_line(error), re.match(r"`(\w+)`", str(error))
+                if reason is None or argument and argument[1] in defaults and argument[1] not in own: raise # a fault of the kit, or of the whole list
+                found.bad.append(BadEdit(number, reason, own.get("out")))
+                continue
+            found.rows.append(row)
+            taken |= {file.name.casefold(): number for file in row.files}
+    read = {file.resolve() for row in found.rows for file in (row.plan.video, *row.references)}
+    for row in list(found.rows):
+        for file in row.files:
+            if {file.resolve(), folder.resolve()} & read: found.refuse(row, f"`out` has to be another file than those that are read, and not among them, but {str(file)!r} is."); break
+    if progress: progress(len(lines), len(lines), "checked")
+    return found
+
+# %% ../nbs/24_files.ipynb #b17e0017
+class Ledger:
+    "What a folder knows of its results: a line in results.jsonl for each edit that has ended, a note of those under way."
+
+    def __init__(self,
+        folder: Path, # of results, which no other run is writing to
+    ):
+        self.folder, self.path, self.note = folder, folder / "results.jsonl", folder / ".unfinished.json"
+        self.records = {} # name of a result -> its last record: "done" or "failed"
+        data = self.path.read_bytes() if self.path.exists() else b""
+        *lines, torn = data.split(b"\n")
+        foreign = ValueError(f"`out` has to be a folder whose results.jsonl, if there is one, was written by a list of edits, but that in {str(folder)!r} was not.")
+        for line in lines:
+            try: record = json.loads(line)
+            except ValueError: raise foreign from None
+            if not isinstance(record, dict) or not {"row", "status", "out", "fingerprint"} <= set(record): raise foreign
+            if record["status"] != "bad": self.records[record["out"]] = record
+        if not torn.startswith(b'{"row": '[:len(torn)]): raise foreign
+        if torn: os.truncate(self.path, len(data) - len(torn))
+        noted = json.loads(self.note.read_text(encoding="utf-8")) if self.note.exists() else {}
+        self.unsure = {name for name, mark in noted.items() if not self.has(name, mark)} # what a killed run may have written, or not
+
+    def has(self, name: str, mark: str) -> bool:
+        "Whether a result is recorded as done from these inputs."
+        record = self.records.get(name)
+        return record is not None and record["status"] == "done" and record["fingerprint"] == mark
+
+    def begin(self, marks: dict): # name of a result -> fingerprint
+        "Note what is going to be written."
+        with replacing(self.note, overwrite=True) as temporary: temporary.write_text(json.dumps(marks), encoding="utf-8")
+
+    def add(self, record: dict):
+        "Write a line."
+        with open(self.path, "ab") as file: file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+        if record["status"] != "bad": self.records[record["out"]] = record
+
+    def end(self, bad: list, unsure: dict): # records of bad rows; names of results that may be there or not, with fingerprints
+        "One line for each row, in order; the note goes, or keeps what is unsure."
+        lines = sorted([*self.records.values(), *bad], key=lambda record: record["row"])
+        with replacing(self.path, overwrite=True) as temporary:
+            temporary.write_bytes(b"".join(json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n" for line in lines))
+        if unsure: self.begin(unsure)
+        else: self.note.unlink(missing_ok=True)
+
+    def sweep(self):
+        "Delete the temporary files of a run that was killed."
+        for file in self.folder.glob(".????????.*"):
+            if file.suffix.lower() in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES, ".json", ".jsonl"): file.unlink(missing_ok=True)
+
+# %% ../nbs/24_files.ipynb #b17e0020
+def _outcome(pipe, row, overwrite, report):
+    "Do an edit; what has become of it, for its record."
+    began, error, note, more = time.perf_counter(), None, "", {}
+    try: note = run_edit(pipe, row.whole_plan(overwrite), report).note
+    except Exception as fault: # the other rows have nothing to do with it
+        error = one_line(fault)
+        if error is None: error, more = f"{type(fault).__name__}: {' '.join(str(fault).split())}", dict(traceback=traceback.format_exc()) # a fault of the kit
+    return dict(status="failed" if error else "done", seconds=round(time.perf_counter() - began, 3), error=error, note=note) | more
+
+def _in_process(jobs, load, report):
+    "Outcomes of rows, one after the other."
+    pipe = load()
+    for row, overwrite in jobs: yield row, _outcome(pipe, row, overwrite, partial(report, row))
+
+def _leave_with_parent():
+    multiprocessing.parent_process().join() # a parent that was killed asks nobody to stop
+    os._exit(1)
+
+def _serve(connection, folder, device, threads):
+    "A process that edits what it is sent."
+    signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C is for the process that was started
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    import diffusers, torch, transformers
+    from tqdm import tqdm
+    tqdm.set_lock(threading.RLock()) # its own would be one between processes, which a killed process leaves behind
+    for library in (diffusers, transformers): library.utils.logging.disable_progress_bar()
+    torch.set_num_threads(threads)
+    try: pipe = load_model(folder, device)
+    except Exception as error: return connection.send(("broken", error))
+    connection.send(("ready", None))
+    while job := connection.recv(): connection.send(("outcome", _outcome(pipe, *job, lambda done, total, what: connection.send(("progress", what)))))
+
+@contextlib.contextmanager
+def _deaf():
+    "What is started in the block does not hear Ctrl-C."
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try: yield
+    finally: signal.signal(signal.SIGINT, before)
+
+def _in_workers(jobs, number, folder, devices, threads, report):
+    "Outcomes of rows from several processes, as they come."
+    jobs, working, started, context = deque(jobs), {}, [], multiprocessing.get_context("spawn")
+    def start(device):
+        ours, theirs = context.Pipe()
+        started.append(context.Process(target=_serve, args=(theirs, folder, device, threads), daemon=True))
+        with _deaf(): started[-1].start()
+        theirs.close()
+        working[ours] = started[-1], device, None # no job: it is loading
+    try:
+        for k in range(min(number, len(jobs))): start(devices[k % len(devices)])
+        while working:
+            spoke = wait(list(working), timeout=.5)
+            if not spoke: report() # so that the caller can stop this
+            for ours in spoke:
+                process, device, job = working.pop(ours)
+                try: kind, what = ours.recv()
+                except (EOFError, OSError):
+                    process.join()
+                    how = f"ended by signal {-process.exitcode}" if process.exitcode < 0 else f"ended with code {process.exitcode}"
+                    if job is None and not working: raise ValueError(f"`workers` have to fit into memory but the last has {how} while it loaded the model.") from None
+                    if job and jobs: start(device)
+                    if job: yield job[0], dict(status="failed", seconds=None, error=f"`workers` have to last, but the one with this row has {how}, most likely for want of memory.", note="", lost=True)
+                    continue
+                if kind == "broken": raise what
+                if kind == "progress": report(job[0], what=what)
+                following = job if kind == "progress" else jobs.popleft() if jobs else None
+                if kind != "progress":
+                    with contextlib.suppress(OSError): ours.send(following) # if it was killed meanwhile, the pipe says so next
+                if following: working[ours] = process, device, following
+                if kind == "outcome": yield job[0], what
+    finally:
+        for process in started: process.kill()
+        for process in started: process.join()
+
+# %% ../nbs/24_files.ipynb #b17e0022
+@dataclass
+class EditRun:
+    "What has become of a list."
+    edits: EditList = field(repr=False)
+    records: list = field(repr=False) # of all rows in order, as in results.jsonl
+    before: int # rows that earlier runs had done
+    lost: int # processes that ended by themselves
+    seconds: float # of this run
+
+    @property
+    def counts(self) -> dict: return {status: sum(r["status"] == status for r in self.records) for status in ("done", "failed", "bad")}
+    @property
+    def results(self) -> list[Path]: return [self.edits.folder / r["out"] for r in self.records if r["status"] == "done"]
+
+    def summary(self) -> str:
+        "One line."
+        counts = self.counts
+        parts = [f"{counts['done']} of {len(self.records)} rows done"] + [f"{self.before} of them before"] * bool(self.before)
+        parts += [f"{counts[status]} {status}" for status in ("failed", "bad") if counts[status]] + [f"workers lost: {self.lost}"] * bool(self.lost)
+        return ", ".join(parts) + f" ({self.seconds:.1f} s)"
+
+    def _repr_markdown_(self):
+        most = 24
+        shown = self.records if len(self.records) <= most else [r for r in self.records if r["status"] != "done"][:most]
+        rows = [f"| {r['row']} | {r['status']} | {r['out'] or ''} | {'' if r['seconds'] is None else format(r['seconds'], '.2f')} | {r['error'] or r['note'] or ''} |" for r in shown]
+        return "\n".join([self.summary(), "", "| row | status | result | seconds | |", "|--:|---|---|--:|---|", *rows])
+
+def _survey(edits, ledger, marks, overwrite):
+    "What is left to do, as (row, whether its files may be replaced). Rows whose place is taken become bad ones."
+    todo = []
+    for row in list(edits.rows):
+        last, done = ledger.records.get(row.name), ledger.has(row.name, marks[row.name])
+        if row.name in ledger.unsure: todo.append((row, True))
+        elif done and row.plan.out.exists(): continue
+        elif done or overwrite: todo.append((row, True)) # of one that is gone, the film strip may be there still
+        else:
+            try: check_outputs(row.files, [])
+            except FileExistsError as error:
+                changed = [name for name, value in row.settings.items() if last and last["settings"].get(name) != json.loads(json.dumps(value))]
+                how = f"with another {' and '.join(changed)}" if changed else "from other files or by another model"
+                edits.refuse(row, f"`out` has to be a new file or the same edit's unless `overwrite` is set but {row.name!r} was made {how}." if last and last["status"] == "done" else str(error))
+            else: todo.append((row, False))
+    return todo
+
+@contextlib.contextmanager
+def _alone(folder):
+    "Make a folder, and be the only run that writes to it."
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error: raise PermissionError(f"`out` has to be a folder that can be made but {str(folder)!r} is not: {error.strerror}.") from error
+    try: lock = FileLock(folder / ".lock", timeout=0).acquire()
+    except Timeout: raise ValueError(f"`out` has to be a folder that no other run writes to but one writes to {str(folder)!r} now.") from None
+    with lock: yield
+
+def run_edits(
+    edits: EditList, # from `read_edits`
+    model: str | Path | None = None, # bundled name, folder or hub id; None takes the settings'
+    device: str | None = None, # None takes the settings'
+    workers: int = 1, # processes that edit; 1 is this one
+    overwrite: bool = False, # whether results of other edits may be replaced
+    skip_bad: bool = False, # whether the good rows are done where there are bad ones
+    progress: Callable | None = None, # called as (rows done, rows, what) along the way
+    say: Callable | None = None, # called with a line when the weights are read
+) -> EditRun:
+    "Do a list of edits. What earlier runs have done is kept."
+    report, began, edits = progress or (lambda done, total, what: None), time.perf_counter(), replace(edits) # a row may turn out to be bad
+    if workers < 1: raise ValueError(f"`workers` has to be at least 1 but is {workers}.")
+    edits.check(skip_bad)
+    import torch
+    where, folder = choose_device(device or settings().device), find_model(model)
+    model = str(model or settings().checkpoint)
+    if limits := Limits.read(folder):
+        for row in list(edits.rows):
+            try: row.plan.check(limits)
+            except ValueError as error: edits.refuse(row, str(error))
+        edits.check(skip_bad)
+    with _alone(edits.folder):
+        ledger, model_digest = Ledger(edits.folder), _model_digest(folder)
+        marks = {row.name: hashlib.sha256(f"{row.inputs} {model_digest}".encode()).hexdigest()[:16] for row in edits.rows}
+        todo = _survey(edits, ledger, marks, overwrite)
+        edits.check(skip_bad)
+        ledger.sweep()
+        ledger.begin({name: marks[name] for name in [row.name for row, _ in todo]})
+        total, before, ended, now = len(edits.rows), len(edits.rows) - len(todo), [], "loading"
+        def stage(row=None, done=0, steps=0, what=""):
+            nonlocal now
+            if row: now = f"row {row.number}: {what}"
+            report(before + len(ended), total, now)
+        number = min(workers, len(todo))
+        stage()
+        if number > 1:
+            if say: say(f"loading {model} in {number} processes ({where})")
+            devices = [f"cuda:{k}" for k in range(torch.cuda.device_count())] if where.type == "cuda" and where.index is None else [str(where)]
+            outcomes = _in_workers(todo, number, folder, devices, max(1, torch.get_num_threads() // number), stage)
+        else: outcomes = _in_process(todo, lambda: load_model(model, device, say=say), stage) if todo else iter(())
+        try:
+            for row, outcome in outcomes:
+                ledger.add(dict(row=row.number, status=outcome.pop("status"), out=row.name) | outcome | dict(settings=row.settings | dict(model=model), fingerprint=marks[row.name]))
+                ended.append(row)
+                report(before + len(ended), total, now)
+        finally:
+            if todo: outcomes.close()
+            ledger.sweep()
+        for row in edits.rows: ledger.records[row.name]["row"] = row.number
+        bad = [dict(row=b.number, status="bad", out=b.name, seconds=None, error=b.reason, note="", settings=None, fingerprint=None) for b in edits.bad]
+        lost = [row.name for row in ended if ledger.records[row.name].get("lost")]
+        ledger.end([b for b in bad if b["out"] not in ledger.records], {name: marks[name] for name in lost})
+    records = sorted([ledger.records[row.name] for row in edits.rows] + bad, key=lambda record: record["row"])
+    return EditRun(edits, records, before, len(lost), time.perf_counter() - began)

@@ -5,7 +5,9 @@
 # %% ../nbs/21_guidance.ipynb #27ccecd3
 from __future__ import annotations
 
-from contextlib import contextmanager
+import math
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,9 +17,12 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import nn
 
+from .latents import ramp
+
 # %% auto #0
 __all__ = ['connector', 'embedder', 'KiwiGuidance', 'Rope', 'EditCache', 'Context', 'rotate', 'halve', 'attend',
-           'KiwiAttnProcessor', 'find_wan', 'hooked', 'rounded_sigma', 'check_shapes', 'denoise']
+           'KiwiAttnProcessor', 'find_wan', 'hooked', 'rounded_sigma', 'check_shapes', 'denoise', 'Window',
+           'latent_windows', 'denoise_windows', 'window_caches']
 
 # %% ../nbs/21_guidance.ipynb #af144d2b
 def connector(hidden_size: int, dim: int, zero_init: bool) -> nn.Sequential:
@@ -94,6 +99,9 @@ class EditCache:
     reference: torch.Tensor | None = None  # (B, dim, R, h', w') embedded references
     rope: Rope | None = None
     key_values: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # cross-attention, by layer
+    steps: int = 0  # calls of the denoiser so far
+    num_steps: int | None = None  # calls that the edit will take, None where nobody says
+    name: str = "edit"  # under which diffusers' step caches, where one is enabled, keep what they hold
 
 # %% ../nbs/21_guidance.ipynb #9abfedaa
 @dataclass
@@ -122,11 +130,12 @@ def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,  # (B, S, heads, head_dim)
     mask: torch.Tensor | None = None,  # (B, 1, 1, S) bool, False for keys that do not exist
     backend=None,  # of diffusers' attention dispatcher
+    parallel=None,  # diffusers' `ParallelConfig` where tokens are shared out over devices
 ) -> torch.Tensor:  # (B, S, heads, head_dim)
     "Attention by diffusers' dispatcher; short sequences in bfloat16 with gradients on a CPU are written out, three times as fast there."
-    written_out = query.device.type == "cpu" and query.dtype == torch.bfloat16 and torch.is_grad_enabled()
+    written_out = parallel is None and query.device.type == "cpu" and query.dtype == torch.bfloat16 and torch.is_grad_enabled()
     if not written_out or query.shape[1] * key.shape[1] > 2 ** 20:
-        return dispatch_attention_fn(query, key, value, attn_mask=mask, dropout_p=0.0, is_causal=False, backend=backend)
+        return dispatch_attention_fn(query, key, value, attn_mask=mask, dropout_p=0.0, is_causal=False, backend=backend, parallel_config=parallel)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
     if mask is not None: scores = scores.masked_fill(~mask, float("-inf"))
@@ -141,7 +150,7 @@ class KiwiAttnProcessor:
     def __init__(self, layer: int): self.layer = layer
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
-        cache = None
+        cache, parallel = None, self._parallel_config if encoder_hidden_states is None else None  # the context is whole on every device
         if isinstance(encoder_hidden_states, Context):
             attention_mask, cache = encoder_hidden_states.mask, encoder_hidden_states.key_values
             encoder_hidden_states = encoder_hidden_states.hidden_states
@@ -157,7 +166,7 @@ class KiwiAttnProcessor:
             rope = rotary_emb if isinstance(rotary_emb, Rope) else halve(*rotary_emb)
             if rope.mask is not None: attention_mask = rope.mask
             query, key = rotate(query, rope.cos, rope.sin), rotate(key, rope.cos, rope.sin)
-        out = attend(query, key, value, attention_mask, self._attention_backend).flatten(2, 3).type_as(query)
+        out = attend(query, key, value, attention_mask, self._attention_backend, parallel).flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](out))
 
 # %% ../nbs/21_guidance.ipynb #45641d1c
@@ -172,9 +181,12 @@ def find_wan(transformer: nn.Module) -> WanTransformer3DModel:
 
 # %% ../nbs/21_guidance.ipynb #81647f3a
 @contextmanager
-def hooked(*pairs):
+def hooked(
+    *pairs,  # (module, hook on what it gives)
+    before=(),  # (module, hook on what it is given)
+):
     "Forward hooks for the length of one call."
-    handles = [module.register_forward_hook(hook) for module, hook in pairs]
+    handles = [module.register_forward_hook(hook) for module, hook in pairs] + [module.register_forward_pre_hook(hook) for module, hook in before]
     try: yield
     finally:
         for handle in handles: handle.remove()
@@ -262,6 +274,16 @@ def denoise(
         if cache is not None: cache.rope = rope
         return rope
 
+    def of_video(module, args):
+        "The tokens of references have done their work: the head sees the video's alone."
+        tokens, kept = args[0], args[0].shape[1] // (frames + extra) * frames
+        return (tokens[:, -kept:] if first else tokens[:, :kept],)
+
+    def of_all(module, args, velocity):
+        "Zeros where references were, so that tokens can be put back into frames."
+        blank = velocity.new_zeros(batch, velocity.shape[1] // frames * extra, velocity.shape[2])
+        return torch.cat([blank, velocity] if first else [velocity, blank], dim=1)
+
     mask = None if context_mask is None else context_mask[:, None, None]
     blocks_see = Context(context, mask, None if cache is None else cache.key_values)
     if extra:
@@ -270,7 +292,70 @@ def denoise(
     text = latents.new_zeros(batch, 1, wan.config.text_dim)  # the stock text embedder runs on one blank token
     timestep = timestep.to(latents.device).expand(batch)
     if guidance.config.round_timestep: timestep = timestep.to(torch.bfloat16).float()
-    with hooked((wan.patch_embedding, conditions), (wan.rope, positions),
-                (wan.condition_embedder.text_embedder, lambda *_: blocks_see)):
+    step_cache = nullcontext()
+    if cache is not None and wan.is_cache_enabled:  # one of diffusers', which skips blocks
+        if not cache.steps and cache.name in ("edit", "window 0"): wan._reset_stateful_cache()  # also of an edit that was cut off
+        step_cache = wan.cache_context(cache.name, step_index=cache.steps, num_inference_steps=cache.num_steps, timestep=float(timestep[0]), sigma=float(sigma[0]))
+    head = dict(before=[(wan.norm_out, of_video)]) if extra else {}
+    with step_cache, hooked((wan.patch_embedding, conditions), (wan.rope, positions), (wan.condition_embedder.text_embedder, lambda *_: blocks_see),
+                            *([(wan.proj_out, of_all)] if extra else []), **head):
         velocity = transformer(hidden_states=latents, timestep=timestep, encoder_hidden_states=text, return_dict=False)[0]
+    if cache is not None: cache.steps += 1
     return velocity[:, :, extra:] if first else velocity[:, :, :frames]
+
+# %% ../nbs/21_guidance.ipynb #02b10003
+class Window(NamedTuple):
+    "A part of a clip's latents."
+    frames: slice
+    rows: slice
+    columns: slice
+    weight: torch.Tensor  # (f, h, w) how much it counts where windows overlap, in 0..1
+
+    @property
+    def place(self): return ..., self.frames, self.rows, self.columns
+
+
+def latent_windows(
+    shape: tuple[int, int, int],  # (f, h, w) of the clip's latents
+    size: tuple[int, int, int],  # of a window; sides that the clip does not reach are cut
+    overlap: tuple[int, int, int],  # the least that neighbours share
+    multiple: int = 1,  # windows begin at multiples of it, in rows and columns: the denoiser's patch
+) -> list[Window]:  # all of one size
+    "Evenly spread windows that cover a clip."
+    size = [min(side, length) for side, length in zip(size, shape)]
+    spans = []
+    for length, side, shared, unit in zip(shape, size, overlap, (1, multiple, multiple)):
+        if side < length and not 0 <= shared < side: raise ValueError(f"`overlap` has to be from 0 to below the window's {side} but is {shared}.")
+        count = 1 if side == length else math.ceil((length - shared) / (side - shared))
+        starts = [round(i * (length - side) / max(count - 1, 1) / unit) * unit for i in range(count)]
+        spans.append([(slice(start, start + side), ramp(side, shared if count > 1 else 0, not i, i == count - 1)) for i, start in enumerate(starts)])
+    return [Window(f, y, x, torch.minimum(torch.minimum(wf[:, None, None], wy[:, None]), wx)) for f, wf in spans[0] for y, wy in spans[1] for x, wx in spans[2]]
+
+# %% ../nbs/21_guidance.ipynb #02b10006
+def denoise_windows(
+    windows: list[Window],  # from `latent_windows`
+    call: Callable,  # of (latents, source_latents, cache) of a window, gives its velocity
+    latents: torch.Tensor,  # (B, z, f, h, w) noisy latents of the whole clip
+    source_latents: torch.Tensor | None,  # (B, z, f, h, w)
+    caches: list[EditCache],  # one for each window, from `window_caches`
+) -> torch.Tensor:  # (B, z, f, h, w) velocity of the whole clip
+    "One step of all windows, blended; memory is that of one window, beside the latents."
+    velocity = total = None
+    for window, cache in zip(windows, caches):
+        weight = window.weight.to(latents.device)
+        part = call(latents[window.place], None if source_latents is None else source_latents[window.place], cache).float()
+        if velocity is None: velocity, total = part.new_zeros(len(part), *latents.shape[1:]), part.new_zeros(latents.shape[2:])
+        velocity[window.place] += part * weight
+        total[window.place] += weight
+        cache.source = None  # windows share all the rest, and this would grow with the clip
+        for other in caches: other.reference, other.rope = cache.reference, cache.rope
+    return velocity / total
+
+
+def window_caches(
+    windows: list[Window],
+    num_steps: int | None = None,  # calls that each will take
+) -> list[EditCache]:
+    "Caches of windows: one set of keys and values for all."
+    shared = {}
+    return [EditCache(key_values=shared, num_steps=num_steps, name=f"window {i}") for i in range(len(windows))]

@@ -5,6 +5,7 @@
 # %% ../nbs/22_pipeline.ipynb #b09791fa
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -12,9 +13,10 @@ import pkgutil
 import re
 import shutil
 import tempfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,108 +30,21 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, constants, snapshot
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import httpx
 from safetensors import SafetensorError, safe_open
-from torch.overrides import TorchFunctionMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from .core import PRESETS, Preset, assets_dir, preset as get_preset
-from .encoder import KiwiProcessor, collate_inputs, encode_context, prepare_inputs, vision_features
-from .guidance import EditCache, KiwiGuidance, denoise, rounded_sigma
-from .video import as_frames, check_frame_count, fit_size, nearest_frame_count, read_image, read_video, resize_frames, video_info
+from .encoder import KiwiProcessor, collate_inputs, encode_context, prepare_inputs, sample_frames, vision_features
+from .guidance import EditCache, KiwiGuidance, Window, denoise, denoise_windows, latent_windows, rounded_sigma, window_caches
+from .latents import decode_latents, encode_frames, in_tiles, latent_statistics, stream_frames, stream_latents, tile_starts
+from .video import as_frames, check_frame_count, fit_size, nearest_frame_count, read_image, read_video, resize_frames, stream_video, video_info
 
 # %% auto #0
-__all__ = ['logger', 'SCHEDULES', 'LAYOUTS', 'latent_statistics', 'tile_starts', 'in_tiles', 'encode_frames', 'decode_latents',
-           'fit_reference', 'flow_sigmas', 'bundled_models', 'hub_reason', 'hub_errors', 'read_index', 'faults',
-           'check_folder', 'find_checkpoint', 'KiwiEditOutput', 'KiwiEditPipeline', 'model_entries', 'put_in_place',
-           'put_back', 'model_card']
+__all__ = ['logger', 'SCHEDULES', 'LAYOUTS', 'fit_reference', 'flow_sigmas', 'bundled_models', 'hub_reason', 'hub_errors',
+           'read_index', 'faults', 'check_folder', 'find_checkpoint', 'KiwiEditOutput', 'EditMemory', 'content_key',
+           'weights_key', 'KiwiEditPipeline', 'Footage', 'model_entries', 'put_in_place', 'put_back', 'model_card']
 
 # %% ../nbs/22_pipeline.ipynb #cc5b9d34
 logger = logging.getLogger(__name__)
-
-# %% ../nbs/22_pipeline.ipynb #5884e9db
-def latent_statistics(vae: AutoencoderKLWan, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:  # each (1, z, 1, 1, 1)
-    "Per-channel mean and standard deviation that make latents about standard normal."
-    shape = (1, vae.config.z_dim, 1, 1, 1)
-    return tuple(torch.tensor(v, dtype=torch.float32, device=device).view(shape)
-                 for v in (vae.config.latents_mean, vae.config.latents_std))
-
-# %% ../nbs/22_pipeline.ipynb #7e11ab01
-class _Unclamped(TorchFunctionMode):
-    "Within it, the autoencoder's decoder leaves its last clamp to whoever joins the tiles."
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return args[0] if function is torch.clamp else function(*args, **(kwargs or {}))
-
-def tile_starts(
-    length: int,  # of a side
-    tile: int,    # length of a tile
-    stride: int,  # from one tile to the next
-) -> list[int]:
-    "Where tiles begin: at multiples of the stride, as long as the one before does not reach the border."
-    return [start for start in range(0, length, stride) if start == 0 or start - stride + tile < length]
-
-def _ramp(length, overlap, first, last):
-    "Weights along a side: rising over the overlap, but not at a border of the picture."
-    ramp, rise = torch.ones(length), (torch.arange(overlap) + 1) / overlap
-    if not first: ramp[:overlap] = rise[:length]
-    if overlap and not last: ramp[-overlap:] = torch.minimum(ramp[-overlap:], rise.flip(0)[-length:])
-    return ramp
-
-def in_tiles(
-    vae: AutoencoderKLWan,
-    x: torch.Tensor,  # (B, 3, T, H, W) pixels in -1..1, or (B, z, f, h, w) latents as the autoencoder has them
-    way: str,         # "encode" or "decode"
-) -> torch.Tensor:    # latents (B, z, f, h, w), or pixels (B, 3, T, H, W) in -1..1
-    "A pass of the autoencoder, in overlapping tiles where `vae.enable_tiling(...)` was called and the picture is larger than one."
-    factor = vae.config.scale_factor_spatial
-    run = (lambda part: vae.encode(part).latent_dist.mode()) if way == "encode" else (lambda part: vae.decode(part).sample)
-    scale, unit = (1 / factor, 1) if way == "encode" else (factor, factor)  # of the result; `unit`: pixels in a unit of `x`
-    tile = [size // unit for size in (vae.tile_sample_min_height, vae.tile_sample_min_width)]
-    stride = [size // unit for size in (vae.tile_sample_stride_height, vae.tile_sample_stride_width)]
-    if not vae.use_tiling or all(side <= size for side, size in zip(x.shape[-2:], tile)): return run(x)
-    if any(size % factor for size in tile + stride) and way == "encode" or any(s > t for s, t in zip(stride, tile)):
-        raise ValueError(f"tiles of the autoencoder have to have sides and strides in multiples of {factor} pixels, strides no longer than sides, but are {tile} and {stride}.")
-    rows, columns = (tile_starts(side, *sizes) for side, sizes in zip(x.shape[-2:], zip(tile, stride)))
-    overlap, total, weights = [round((t - s) * scale) for t, s in zip(tile, stride)], None, None
-    vae.use_tiling = False  # each tile is small enough for diffusers
-    try:
-        for top in rows:
-            for left in columns:
-                with _Unclamped() if way == "decode" else nullcontext(): part = run(x[..., top:top + tile[0], left:left + tile[1]])
-                y, x0 = round(top * scale), round(left * scale)
-                ramps = [_ramp(length, over, start == starts[0], start == starts[-1]) for length, over, start, starts in zip(part.shape[-2:], overlap, (top, left), (rows, columns))]
-                weight = torch.minimum(ramps[0][:, None], ramps[1][None]).to(part)
-                if total is None: total, weights = (part.new_zeros(*shape, *(round(side * scale) for side in x.shape[-2:])) for shape in (part.shape[:-2], ()))
-                total[..., y:y + part.shape[-2], x0:x0 + part.shape[-1]] += part * weight
-                weights[y:y + part.shape[-2], x0:x0 + part.shape[-1]] += weight
-    finally: vae.use_tiling = True
-    return total / weights if way == "encode" else (total / weights).clamp(-1, 1)
-
-# %% ../nbs/22_pipeline.ipynb #1803d172
-def encode_frames(
-    vae: AutoencoderKLWan,
-    frames: np.ndarray | torch.Tensor,  # (B, T, H, W, 3) or (T, H, W, 3) uint8, T of the form 4k+1
-    device: torch.device | str | None = None,  # where to compute; None is where the autoencoder lies
-) -> torch.Tensor:  # (B, z, f, h, w) float32
-    "Normalised latents of frames: the mode of the posterior, no dice."
-    frames = torch.as_tensor(np.ascontiguousarray(frames) if isinstance(frames, np.ndarray) else frames)
-    if frames.ndim == 4: frames = frames[None]
-    if frames.ndim != 5 or frames.shape[-1] != 3 or frames.dtype != torch.uint8:
-        raise ValueError(f"`frames` has to be (B, T, H, W, 3) uint8 but is {tuple(frames.shape)} {frames.dtype}.")
-    step = vae.config.scale_factor_temporal
-    if (frames.shape[1] - 1) % step:
-        raise ValueError(f"`frames` has to hold {step}k+1 frames for this autoencoder but holds {frames.shape[1]}.")
-    pixels = frames.to(device or vae.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-    mean, std = latent_statistics(vae, pixels.device)
-    return (in_tiles(vae, pixels.to(vae.dtype), "encode").float() - mean) / std
-
-# %% ../nbs/22_pipeline.ipynb #145dc769
-def decode_latents(
-    vae: AutoencoderKLWan,
-    latents: torch.Tensor,  # (B, z, f, h, w) normalised
-) -> np.ndarray:  # (B, T, H, W, 3) uint8
-    "Frames of normalised latents."
-    mean, std = latent_statistics(vae, latents.device)
-    pixels = in_tiles(vae, (latents.float() * std + mean).to(vae.dtype), "decode").float()
-    return ((pixels + 1) * 127.5).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()
 
 # %% ../nbs/22_pipeline.ipynb #50d25ce7
 def fit_reference(
@@ -278,6 +193,44 @@ class KiwiEditOutput(BaseOutput):
     "What an edit returns."
     frames: list | np.ndarray | torch.Tensor  # one clip per edit, in the form of `output_type`
 
+# %% ../nbs/22_pipeline.ipynb #02b20002
+class EditMemory:
+    "Encodings of the last clips and pictures, so that another edit of the same clip need not make them again."
+    def __init__(self,
+        max_bytes: int = 2 ** 28,  # of what is remembered; the oldest goes first
+    ):
+        self.max_bytes, self.kept = max_bytes, OrderedDict()
+
+    def get(self,
+        key: tuple | None,  # names content, module and settings; None is not remembered
+        make: Callable,     # gives the tensor where nothing is remembered
+    ) -> torch.Tensor:
+        "What belongs to a key."
+        if key is None: return make()
+        if key not in self.kept: self.kept[key] = make()
+        self.kept.move_to_end(key)
+        found = self.kept[key]
+        while sum(x.numel() * x.element_size() for x in self.kept.values()) > self.max_bytes: self.kept.popitem(last=False)
+        return found
+
+    def clear(self):
+        "Forget it all."
+        self.kept.clear()
+
+
+def content_key(array) -> bytes:  # of an array or a tensor on the CPU
+    "A digest of what an array holds."
+    array = np.ascontiguousarray(array)
+    return hashlib.blake2b(array, digest_size=16, person=str(array.shape).encode()[:16]).digest()
+
+
+def weights_key(module: torch.nn.Module) -> tuple | None:
+    "Changes when the weights of a module do; None where they are not here to be looked at."
+    weights = list(module.parameters())
+    if any(p.is_meta for p in weights): return None
+    sample = torch.stack([p.detach().flatten()[0].float() for p in weights if p.numel()]).cpu().numpy().tobytes()
+    return id(module), str(weights[0].dtype), str(weights[0].device), sum(0 if p.is_inference() else p._version for p in weights), sample
+
 # %% ../nbs/22_pipeline.ipynb #14df2e28
 class KiwiEditPipeline(DiffusionPipeline):
     "Video editing by instruction and reference image."
@@ -294,14 +247,15 @@ class KiwiEditPipeline(DiffusionPipeline):
         mllm: Qwen2_5_VLForConditionalGeneration,
         processor: KiwiProcessor,
         guidance: KiwiGuidance,
-        max_pixels: int = 921600,  # of a frame; larger ones are shrunk
-        max_frames: int = 81,  # of a clip; longer ones are cut
+        max_pixels: int = 921600,  # of a frame, or of a window of a larger one
+        max_frames: int = 81,  # of a clip, or of a window of a longer one
         default_steps: int = 50,  # denoising steps where a call names none
         schedule: str = "native",  # their noise levels, see `flow_sigmas`
     ):
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, mllm=mllm, processor=processor, guidance=guidance)
         self.register_to_config(max_pixels=max_pixels, max_frames=max_frames, default_steps=default_steps, schedule=schedule)
+        self.memory = EditMemory()
 
     @property
     def size_multiple(self) -> int:
@@ -338,6 +292,7 @@ class KiwiEditPipeline(DiffusionPipeline):
         torch_dtype: torch.dtype = torch.float32,  # of the loaded weights, whatever they are on disk
         revision: str | None = None, cache_dir: str | Path | None = None, token: str | None = None,
         local_files_only: bool = False, force_download: bool = False,  # as in huggingface_hub
+        fast: bool = False,  # with the few-step weights that lie in the model's folder `fast`
         **kwargs,  # passed to the loader: diffusers' own, or that of a released layout
     ) -> KiwiEditPipeline:
         "Load a model; no code that comes with it is run."
@@ -346,6 +301,9 @@ class KiwiEditPipeline(DiffusionPipeline):
                                  local_files_only=local_files_only, force_download=force_download)
         parts = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         loader = next(loader for part, loader in LAYOUTS.items() if part in parts)
+        if fast:
+            if not (folder / "fast/config.json").is_file(): raise ValueError(f"`fast` has to be False for a model without few-step weights but is True, and {str(name)!r} has no folder `fast`.")
+            kwargs["fast"] = True
         return pkgutil.resolve_name(loader)(folder, torch_dtype=torch_dtype, **kwargs)
 
 # %% ../nbs/22_pipeline.ipynb #50157f31
@@ -367,12 +325,40 @@ def check_inputs(self, prompt, negative_prompt, height, width, num_frames, num_i
         raise ValueError(f"`sigmas` has to hold noise levels above 0 and up to 1 but is {sigmas}.")
     if guidance_scale < 1: raise ValueError(f"`guidance_scale` has to be at least 1, which is off, but is {guidance_scale}.")
     if not 0 < strength <= 1: raise ValueError(f"`strength` has to lie above 0 and up to 1 but is {strength}.")
-    if output_type not in ("np", "pil", "pt", "latent"):
-        raise ValueError(f'`output_type` has to be "np", "pil", "pt" or "latent" but is {output_type!r}.')
+    if output_type not in ("np", "pil", "pt", "latent", "stream"):
+        raise ValueError(f'`output_type` has to be "np", "pil", "pt", "latent" or "stream" but is {output_type!r}.')
     unknown = [k for k in callback_on_step_end_tensor_inputs if k not in self._callback_tensor_inputs]
     if unknown: raise ValueError(f"`callback_on_step_end_tensor_inputs` has to be of {self._callback_tensor_inputs} but holds {unknown}.")
 
 # %% ../nbs/22_pipeline.ipynb #f7c65a03
+@dataclass
+class Footage:
+    "The frames of an edit's source: in memory, or in a file that is read when it is their turn."
+    count: int  # frames, 4k+1
+    width: int  # pixels at which they are edited
+    height: int
+    frames: np.ndarray | None = None  # (count, height, width, 3) uint8, where they are in memory
+    path: Path | None = None  # video, where they are not
+    mode: str = "inference"  # how frames of a file get their size, see `resize_frames`
+
+    def looked_at(self) -> np.ndarray:  # (at most 16, height, width, 3) uint8, or all that are in memory
+        "What the encoder reads."
+        if self.frames is not None: return self.frames
+        return read_video(self.path, indices=sample_frames(self.count), size=(self.width, self.height), mode=self.mode).frames
+
+    def chunks(self) -> Iterator[np.ndarray]:  # (n, height, width, 3) uint8
+        "All frames, in pieces."
+        if self.frames is not None: yield self.frames
+        else: yield from map(as_frames, stream_video(self.path, self.count, size=(self.width, self.height), mode=self.mode))
+
+    @property
+    def key(self) -> tuple:
+        "Another one for other content."
+        if self.frames is not None: return content_key(self.frames), self.frames.shape
+        stat = Path(self.path).stat()
+        return str(self.path), stat.st_mtime_ns, stat.st_size, self.count, self.width, self.height, self.mode
+
+
 @patch_to(KiwiEditPipeline)
 def prepare_video(
     self,
@@ -406,23 +392,62 @@ def encode_prompt(
     frames: np.ndarray,  # (T, H, W, 3) uint8
     references: list[PIL.Image.Image] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:  # context (B, N, dim), mask (B, N)
-    "Contexts of several instructions about one clip; the pictures are looked at once."
+    "Contexts of several instructions about one clip; the pictures are looked at once, and remembered."
     config, n = self.guidance.config, len(prompts)
     inputs = [prepare_inputs(self.processor, config, [prompt], [frames], [references]) for prompt in prompts]
-    vision = vision_features(self.mllm, inputs[0].to(self._execution_device))
-    return encode_context(self.mllm, self.guidance, collate_inputs(inputs).to(self._execution_device), vision * n)
+    mark, features, rows = weights_key(self.mllm.model.visual), [], inputs[0].pixel_values
+    for grid in inputs[0].grids[0]:
+        size = grid[0] * grid[1] * grid[2]
+        one, rows = replace(inputs[0], grids=[[grid]], pixel_values=rows[:size]), rows[size:]
+        key = mark and ("vision", mark, content_key(one.pixel_values.numpy()), grid)
+        features.append(self.memory.get(key, lambda: vision_features(self.mllm, one.to(self._execution_device))[0]))
+    return encode_context(self.mllm, self.guidance, collate_inputs(inputs).to(self._execution_device), [torch.cat(features)] * n)
 
 # %% ../nbs/22_pipeline.ipynb #f6e58b7d
+def _encoder_key(pipe, kind, content):  # of latents that the autoencoder makes as it is set now
+    mark, vae = weights_key(pipe.vae), pipe.vae
+    settings = vae.use_slicing, vae.use_tiling, vae.tile_sample_min_height, vae.tile_sample_min_width, vae.tile_sample_stride_height, vae.tile_sample_stride_width
+    return mark and (kind, mark, settings, content)
+
+
+@patch_to(KiwiEditPipeline)
+def encode_source(
+    self,
+    footage: Footage,
+) -> torch.Tensor:  # (1, z, f, h, w) float32
+    "Latents of the source; what is longer than the model takes flows through in pieces."
+    def make():
+        if footage.count <= self.config.max_frames and footage.frames is not None: return encode_frames(self.vae, footage.frames, self._execution_device)
+        return torch.cat(list(stream_latents(self.vae, footage.chunks(), self._execution_device, drop_rest=True)), dim=2)
+    return self.memory.get(_encoder_key(self, "source", footage.key), make)
+
+
 @patch_to(KiwiEditPipeline)
 def encode_references(
     self,
     references: list[PIL.Image.Image],
-    height: int, width: int,  # of the clip
+    height: int, width: int,  # of the clip, or of its windows
 ) -> torch.Tensor | None:  # (1, z, R, h, w)
     "Latents of all references, one latent frame each."
     if not references: return None
     padded = np.stack([fit_reference(image, width, height)[None] for image in references])
-    return encode_frames(self.vae, padded, self._execution_device).transpose(0, 2)
+    return self.memory.get(_encoder_key(self, "references", content_key(padded)), lambda: encode_frames(self.vae, padded, self._execution_device).transpose(0, 2))
+
+
+@patch_to(KiwiEditPipeline)
+def windows(
+    self,
+    frames: int, height: int, width: int,  # of the clip, in frames and pixels
+    window_overlap: float = .25,  # the least share of a window that its neighbour has too
+) -> list[Window] | None:  # None: the model takes the clip as a whole
+    "The windows in which a clip is denoised that is longer or larger than the model takes."
+    vae, patch = self.vae.config, self.transformer.config.patch_size[-1]
+    window_width, window_height = fit_size(width, height, self.config.max_pixels, self.size_multiple)
+    if frames <= self.config.max_frames and (window_width, window_height) == (width, height): return None
+    to_latents = lambda t, h, w: ((t - 1) // vae.scale_factor_temporal + 1, h // vae.scale_factor_spatial, w // vae.scale_factor_spatial)
+    shape, size = to_latents(frames, height, width), to_latents(min(frames, self.config.max_frames), window_height, window_width)
+    overlap = [0 if side == length else max(1, round(side * window_overlap)) for side, length in zip(size, shape)]
+    return latent_windows(shape, size, overlap, patch)
 
 # %% ../nbs/22_pipeline.ipynb #f730182f
 @patch_to(KiwiEditPipeline)
@@ -440,10 +465,11 @@ def prepare_latents(self, source_latents, sigma, strength, generator, latents):
 def __call__(
     self,
     prompt: str,  # what to edit, in words
-    video=None,  # path, `Clip`, (T, H, W, 3) array or list of images; one frame is image editing
+    video=None,  # path, `Clip`, `Footage`, (T, H, W, 3) array or list of images; one frame is image editing
     reference=None,  # image, path, or a list of these
     height: int | None = None, width: int | None = None,  # of the edit in pixels; None keeps the source's where it fits
-    num_frames: int | None = None,  # 4k+1; None takes as many as there are, up to the model's
+    num_frames: int | None = None,  # 4k+1, at most as many as there are; None stops at the model's number, more are denoised in windows
+    window_overlap: float = .25,  # of the windows in which a clip is denoised that is longer or larger than the model takes: the least share in common
     num_inference_steps: int | None = None,  # None takes the model's own
     sigmas: list[float] | None = None,  # noise levels before the shift; None spaces them evenly from 1 to 0
     guidance_scale: float = 1.0,  # above 1: away from what `negative_prompt` gives, at twice the time
@@ -451,7 +477,7 @@ def __call__(
     strength: float = 1.0,  # below 1: start from the source under noise instead of from noise
     generator: torch.Generator | None = None,  # of the noise
     latents: torch.Tensor | None = None,  # (1, z, f, h, w) the noise itself
-    output_type: str = "np",  # "np" (T, H, W, 3) uint8, "pil" images, "pt" (T, 3, H, W) in [0, 1], "latent"
+    output_type: str = "np",  # "np" (T, H, W, 3) uint8, "pil" images, "pt" (T, 3, H, W) in [0, 1], "latent", "stream" an iterator of (n, H, W, 3) uint8
     return_dict: bool = True,
     callback_on_step_end: Callable | None = None,  # called as (pipeline, step, timestep, tensors) -> tensors
     callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
@@ -461,19 +487,24 @@ def __call__(
     steps = self.config.default_steps if num_inference_steps is None else num_inference_steps
     self.check_inputs(prompt, negative_prompt, height, width, num_frames, steps, sigmas, guidance_scale, strength,
                       output_type, callback_on_step_end_tensor_inputs)
+    if not 0 <= window_overlap < 1: raise ValueError(f"`window_overlap` has to be from 0 to below 1 but is {window_overlap}.")
     if video is None: raise ValueError("`video` has to be a clip or an image but is None.")
     references = [] if reference is None else reference if isinstance(reference, (list, tuple)) else [reference]
     references = [read_image(image) for image in references]
     if references and not self.guidance.config.takes_reference:
         raise ValueError(f"`reference` has to be None for this model, which was trained on instructions alone, but has {len(references)} image{'s' * (len(references) > 1)}.")
-    frames = self.prepare_video(video, height, width, num_frames)
-    device, (height, width) = self._execution_device, frames.shape[1:3]
+    if not isinstance(video, Footage):
+        frames = self.prepare_video(video, height, width, num_frames)
+        video = Footage(*(frames.shape[i] for i in (0, 2, 1)), frames)
+    device, height, width = self._execution_device, video.height, video.width
 
     # 2. Encode
     guided = guidance_scale > 1
-    context, context_mask = self.encode_prompt([negative_prompt, prompt] if guided else [prompt], frames, references)
-    source_latents = encode_frames(self.vae, frames, device)
-    reference_latents = self.encode_references(references, height, width)
+    context, context_mask = self.encode_prompt([negative_prompt, prompt] if guided else [prompt], video.looked_at(), references)
+    source_latents, factor = self.encode_source(video), self.vae.config.scale_factor_spatial
+    windows = self.windows((source_latents.shape[2] - 1) * self.vae.config.scale_factor_temporal + 1, height, width, window_overlap)
+    sides = (height, width) if windows is None else [factor * side for side in windows[0].weight.shape[1:]]
+    reference_latents = self.encode_references(references, *sides)
 
     # 3. Timesteps
     self.scheduler.set_timesteps(sigmas=flow_sigmas(steps, self.config.schedule) if sigmas is None else list(sigmas), device=device)
@@ -485,14 +516,16 @@ def __call__(
     latents = self.prepare_latents(source_latents, table[start], strength, generator, latents)
 
     # 5. Loop
-    dtype, batch, cache = self.transformer.dtype, len(context), EditCache()
-    conditions = [None if x is None else x.to(dtype).expand(batch, -1, -1, -1, -1) for x in (source_latents, reference_latents)]
-    with self.progress_bar(total=len(timesteps) - start) as progress:
+    dtype, batch, num_steps = self.transformer.dtype, len(context), len(timesteps) - start
+    cache, caches = EditCache(num_steps=num_steps), windows and window_caches(windows, num_steps)
+    source, reference = [None if x is None else x.to(dtype).expand(batch, -1, -1, -1, -1) for x in (source_latents, reference_latents)]
+    with self.progress_bar(total=num_steps) as progress:
         for i, t in enumerate(timesteps[start:]):
             timestep = t.expand(batch)
             sigma = rounded_sigma(timestep, timesteps, table) if self.guidance.config.round_timestep else table[start + i].expand(batch)
-            velocity = denoise(self.transformer, self.guidance, latents.to(dtype).expand(batch, -1, -1, -1, -1), timestep, sigma,
-                               context.to(dtype), context_mask, *conditions, cache=cache).float()
+            call = lambda noisy, source, cache: denoise(self.transformer, self.guidance, noisy, timestep, sigma, context.to(dtype), context_mask, source, reference, cache=cache)
+            noisy = latents.to(dtype).expand(batch, -1, -1, -1, -1)
+            velocity = (call(noisy, source, cache) if windows is None else denoise_windows(windows, call, noisy, source, caches)).float()
             if guided:
                 without, velocity = velocity.chunk(2)
                 velocity = without + guidance_scale * (velocity - without)
@@ -505,7 +538,9 @@ def __call__(
 
     # 6. Decode
     if output_type == "latent": edited = latents
-    else: edited = decode_latents(self.vae, latents)
+    elif output_type == "stream": edited = [stream_frames(self.vae, latents)]
+    elif windows is None: edited = decode_latents(self.vae, latents)
+    else: edited = np.concatenate(list(stream_frames(self.vae, latents)))[None]
     if output_type == "pil": edited = [[PIL.Image.fromarray(frame) for frame in clip] for clip in edited]
     if output_type == "pt": edited = torch.from_numpy(edited).permute(0, 1, 4, 2, 3).float() / 255
     self.maybe_free_model_hooks()
@@ -619,7 +654,7 @@ frames = pipe("Make it snow", video="clip.mp4", output_type="pil").frames[0]
 
 ## Limits
 
-- At most {c.max_frames:,} frames of {c.max_pixels:,} pixels, sides in multiples of {pipe.size_multiple}. Longer clips are cut, larger frames are shrunk.
+- At most {c.max_frames:,} frames of {c.max_pixels:,} pixels at once, sides in multiples of {pipe.size_multiple}. Unless a call says otherwise longer clips are cut and larger frames are shrunk; with `num_frames`, `height` and `width` they are denoised in overlapping windows.
 - {c.default_steps} denoising steps unless a call names another number.
 - What an edit leaves alone goes through the autoencoder too, so it comes back close to the source and not equal to it.
 - How well it edits depends on what it was trained on, which this card does not know: look at edits of your own clips before you rely on them.

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['logger', 'training_table', 'draw_noise_levels', 'Dice', 'draw_noise', 'edit_weights', 'drop_instructions',
-           'pixel_metric', 'metric_factor', 'flow_matching_loss', 'split_losses', 'FlowMatching', 'part_of',
-           'Optimizers', 'ZeroOptimizers', 'learning_rate', 'checkpoints', 'save_checkpoint', 'load_checkpoint',
-           'Prefetch', 'to_device', 'trim_log', 'measure_flops', 'peak_memory', 'make_accelerator', 'averaged', 'fit',
-           'validation_strip', 'draw_log', 'read_log', 'save_curve', 'LiveView', 'stage_data', 'world_batches',
-           'file_batches', 'with_dice', 'cast_weights', 'put_model', 'find_model', 'find_stages', 'frozen_aside',
-           'train', 'draw_stages', 'thin', 'publish', 'allocated_by', 'measure_step']
+           'pixel_metric', 'metric_factor', 'flow_matching_loss', 'split_losses', 'rectified_target', 'FlowMatching',
+           'part_of', 'Optimizers', 'ZeroOptimizers', 'learning_rate', 'checkpoints', 'save_checkpoint',
+           'load_checkpoint', 'Prefetch', 'to_device', 'trim_log', 'measure_flops', 'peak_memory', 'make_accelerator',
+           'averaged', 'fit', 'validation_strip', 'draw_log', 'read_log', 'save_curve', 'LiveView', 'stage_data',
+           'world_batches', 'file_batches', 'with_dice', 'cast_weights', 'put_model', 'find_model', 'find_stages',
+           'frozen_aside', 'train', 'draw_stages', 'thin', 'publish', 'publish_fast', 'allocated_by', 'measure_step']
 
 # %% ../nbs/31_training.ipynb #94ea9002
 import base64, hashlib, io, json, logging, math, os, resource, shutil, sys, threading, time
@@ -26,8 +26,8 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import AutoencoderKLWan
-from IPython.display import HTML, display
 from matplotlib.figure import Figure
+from peft.helpers import rescale_adapter_scale
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import get_total_norm
@@ -35,15 +35,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from .cache import Batch, Batches, LatentCache, OnlineRows, RowSettings, build_cache, fast_images
-from .checkpoints import load_any, merge_lora
+from .cache import Batch, Batches, LatentCache, OnlineRows, RowSettings, build_cache
+from .checkpoints import load_any, merge_lora, save_fast
 from .core import choose_device, multiplies_bfloat16, preset as get_preset
 from .curriculum import PARTS, STAGES, Loss, Stage, estimate, find_stage, select
 from .dataset import MetadataDataset, WorldDataset
 from .encoder import REFERENCE_SUFFIX, EncoderInputs, KiwiProcessor, collate_inputs, encode_context, make_tokenizer, prepare_sample
 from .foundations import Description, Reconstruction, autoencoder_batch, description_batch, measure_latents, start_model, train_motion_only
-from .guidance import denoise, rounded_sigma
-from .pipeline import KiwiEditPipeline, encode_frames, fit_reference, latent_statistics
+from .guidance import EditCache, denoise, rounded_sigma
+from .latents import encode_frames, flat_convolutions, latent_statistics
+from .pipeline import KiwiEditPipeline, fit_reference
 from .video import replacing, save_film_strip
 from .world import EVAL_SEED, TASKS, World
 
@@ -52,6 +53,7 @@ logger = logging.getLogger(__name__)
 
 # %% ../nbs/31_training.ipynb #1c6ee999
 def _bell(timestep): return torch.exp(-2 * ((timestep - 500) / 1000) ** 2)
+def _shifted(uniform, shift): return shift * uniform / (1 + (shift - 1) * uniform)
 
 def training_table(
     shift: float = 5., # as the scheduler's
@@ -59,7 +61,7 @@ def training_table(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # noise level in 0..1, timestep in 0..1000, weight with mean 1; (steps,) each
     "The noise levels of the official trainer, from pure noise down, and what each weighs in its loss."
     uniform = torch.linspace(1, 0, steps + 1)[:-1]
-    sigmas = shift * uniform / (1 + (shift - 1) * uniform)
+    sigmas = _shifted(uniform, shift)
     raised = _bell(1000 * sigmas) - _bell(1000 * sigmas).min()
     return sigmas, 1000 * sigmas, raised * (steps / raised.sum())
 
@@ -73,12 +75,13 @@ def draw_noise_levels(
 ) -> tuple[torch.Tensor, torch.Tensor]: # noise levels and weights, (size,) each
     "Noise levels of a batch, and how much the loss at each counts."
     sigmas, timesteps, _ = training_table(shift)
-    if options.sampling == "table": sigma = sigmas[torch.from_numpy(rng.integers(len(sigmas), size=size))]
+    if options.few: sigma = torch.from_numpy(_shifted(1 - rng.integers(options.few, size=size) / options.few, shift)).float()
+    elif options.sampling == "table": sigma = sigmas[torch.from_numpy(rng.integers(len(sigmas), size=size))]
     else:
         if options.sampling == "uniform": uniform = (rng.permutation(size) + rng.random(size)) / size
         elif options.sampling == "logit_normal": uniform = 1 / (1 + np.exp(-rng.standard_normal(size)))
         else: raise ValueError(f"`options.sampling` has to be 'table', 'uniform' or 'logit_normal' but is {options.sampling!r}.")
-        sigma = torch.from_numpy(shift * uniform / (1 + (shift - 1) * uniform)).float()
+        sigma = torch.from_numpy(_shifted(uniform, shift)).float()
     if round_timestep: sigma = rounded_sigma(1000 * sigma, timesteps, sigmas)
     if options.weighting == "none": return sigma, torch.ones(size)
     if options.weighting != "gaussian": raise ValueError(f"`options.weighting` has to be 'none' or 'gaussian' but is {options.weighting!r}.")
@@ -211,6 +214,27 @@ def split_losses(
             if name: groups.setdefault(f"loss/{name}", []).append(value)
     return {name: sum(values) / len(values) for name, values in groups.items()}
 
+# %% ../nbs/31_training.ipynb #fa57aa02
+@torch.no_grad()
+def rectified_target(
+    parts, # with `mllm`, `guidance` and `transformer`, which has LoRA layers
+    batch: Batch,
+    noise: torch.Tensor, # (B, z, f, h, w)
+    steps: int, # of the walk
+    shift: float = 5., # as the scheduler's
+    source: bool = True, # the denoiser is given the source's latents
+) -> torch.Tensor: # (B, z, f, h, w) float32
+    "Where the walk from a noise ends when the denoiser's LoRA layers are silent."
+    dtype, sigmas = parts.transformer.dtype, [_shifted(1 - i / steps, shift) for i in range(steps)] + [0.]
+    context, mask = encode_context(parts.mllm, parts.guidance, batch.inputs, batch.vision)
+    given, latents, cache = (batch.source if source else None, batch.reference), noise.float(), EditCache()
+    with rescale_adapter_scale(parts.transformer, 0):
+        for now, then in zip(sigmas, sigmas[1:]):
+            sigma = noise.new_full((len(noise),), now)
+            velocity = denoise(parts.transformer, parts.guidance, latents.to(dtype), 1000 * sigma, sigma, context.to(dtype), mask, *(x if x is None else x.to(dtype) for x in given), cache=cache)
+            latents = latents + (then - now) * velocity.float()
+    return latents
+
 # %% ../nbs/31_training.ipynb #d6c90149
 class FlowMatching(torch.nn.Module):
     "The parts that train, and their loss as the one thing that is called."
@@ -220,11 +244,12 @@ class FlowMatching(torch.nn.Module):
         gram: torch.Tensor | None = None, # from `pixel_metric`, where the options want it
         source: bool = True, # the denoiser is given the source's latents
         autocast: bool = False, # products in bfloat16 on float32 weights
+        shift: float = 5., # as the scheduler's, of a walk whose end is the target
     ):
         super().__init__()
         if options.pixel_metric and gram is None: raise ValueError(f"`gram` has to be given for a `pixel_metric` of {options.pixel_metric} but is None.")
         self.mllm, self.guidance, self.transformer = pipe.mllm, pipe.guidance, pipe.transformer
-        self.balance, self.source, self.autocast = options.balance, source, autocast
+        self.balance, self.source, self.autocast, self.rectify, self.shift = options.balance, source, autocast, options.rectify, shift
         self.register_buffer("factor", metric_factor(gram, options.pixel_metric) if options.pixel_metric else None, persistent=False)
 
     def forward(self,
@@ -232,6 +257,7 @@ class FlowMatching(torch.nn.Module):
     ) -> tuple[torch.Tensor, dict]: # loss of each sample (B,), and numbers for the log
         batch, dice = item
         with torch.autocast(batch.target.device.type, torch.bfloat16, enabled=self.autocast):
+            if self.rectify: batch = replace(batch, target=rectified_target(self, batch, dice.noise, self.rectify, self.shift, self.source))
             losses, squared = flow_matching_loss(self, batch, dice, self.balance, self.factor, self.source)
         tokens = sum(x[:, 0].numel() for x in (batch.target, batch.reference) if x is not None) // math.prod(self.transformer.config.patch_size)
         return losses, split_losses(squared, dice.sigma, batch.inputs.modes, batch.tasks) | dict(tokens=tokens)
@@ -749,6 +775,7 @@ class LiveView:
 
     def draw(self):
         "Draw now."
+        from IPython.display import HTML, display
         picture = io.BytesIO()
         draw_log(self.records, window=10).savefig(picture, format="png", dpi=60)
         strips = sorted(self.folder.glob("strip-*.png"))[-1:] if self.folder else []
@@ -926,7 +953,7 @@ def train(
             clips = [World(num_frames=5).sample(i, TASKS[i % 4]).target for i in range(48)]
             gram = pixel_metric(pipe.vae, encode_frames(pipe.vae, np.stack(clips)), progress)
         autocast = stage.autocast and multiplies_bfloat16(accelerator.device)  # elsewhere float32 is the fast one
-        as_module = lambda pipe: FlowMatching(pipe, stage.loss, gram, stage.source, autocast)
+        as_module = lambda pipe: FlowMatching(pipe, stage.loss, gram, stage.source, autocast, pipe.scheduler.config.shift)
     elif "mllm" in stage.trains:
         as_module, batches = lambda pipe: Description(pipe.mllm, pipe.guidance.config), lambda number, part, parts: description_batch(pipe.processor, pipe.guidance.config, number, seed=seed, part=part, parts=parts)
     else:
@@ -944,13 +971,13 @@ def train(
         aside.close()
         model.eval()
         tasks, done = tuple(task for task in TASKS if any(task in bucket.tasks for bucket in stage.buckets)), {}
-        if tasks: done |= validation_strip(pipe, home / f"strip-{step:06d}.png", max(bucket.num_frames for bucket in stage.buckets), tasks)
+        if tasks: done |= validation_strip(pipe, home / f"strip-{step:06d}.png", max(bucket.num_frames for bucket in stage.buckets), tasks, stage.loss.few or None)
         if evaluate: done |= evaluate(pipe)
         set_aside()
         if not done: return
         with open(home / "validation.jsonl", "a") as f: f.write(json.dumps(dict(step=step) | done) + "\n")
     set_aside()
-    with fast_images(pipe.vae), aside:
+    with flat_convolutions(pipe.vae), aside:
         if accelerator.is_main_process and stage.buckets and not checkpoints(home / "checkpoints"):  # what it can do before
             home.mkdir(parents=True, exist_ok=True)
             on_save(0)
@@ -961,6 +988,7 @@ def train(
             as_module(pipe).load_state_dict(files["weights"] | files.get("average", {}), strict=False)
         for part in (pipe.vae, pipe.mllm, pipe.guidance, pipe.transformer): part.requires_grad_(False).eval()
         merge_lora(pipe)
+        if stage.loss.few: pipe.register_to_config(default_steps=stage.loss.few)
         if stage.name in ("autoencoder-image", "autoencoder-video"): measure_latents(pipe.vae)
         put_model(pipe, folder / "model", made | {stage.name: state})
     accelerator.wait_for_everyone()  # the next stage starts from it
@@ -994,15 +1022,7 @@ def thin(
         thinned.append(dict(step=rows[-1]["step"], seconds=rows[-1]["seconds"]) | means)
     return thinned
 
-def publish(
-    folder, # of a run
-    destination, # folder of the model to ship; what else lies there stays
-    points: int = 300, # of each curve
-):
-    "Write a run's model in half precision, and under `training` its thinned logs, the curves of all stages, and each stage's first and last film strip."
-    folder, destination = Path(folder), Path(destination)
-    KiwiEditPipeline.from_pretrained(folder / "model").to(torch.float16).save_pretrained(destination)
-    (destination / "training").mkdir(exist_ok=True)
+def _publish_logs(folder, destination, points):
     for log in folder.glob("*/log.jsonl"):
         (destination / "training" / f"{log.parent.name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in thin(read_log(log), points)))
         checks = log.with_name("validation.jsonl")
@@ -1010,8 +1030,33 @@ def publish(
         strips = sorted(log.parent.glob("strip-*.png"))
         for name, strip in zip(("before", "after"), (strips[0], strips[-1]) if strips else ()):
             PIL.Image.open(strip).convert("RGB").reduce(2).quantize(128).save(destination / "training" / f"{log.parent.name}-{name}.png", optimize=True)
+
+def publish(
+    folder, # of a run
+    destination, # folder of the model to ship; what else lies there stays
+    points: int = 300, # of each curve
+):
+    "Write a run's model in half precision, and under `training` its thinned logs, the curves of all stages, and each stage's first and last film strip."
+    folder, destination = Path(folder), Path(destination)
+    shutil.rmtree(destination / "fast", ignore_errors=True)  # few-step weights are those of the model that goes
+    KiwiEditPipeline.from_pretrained(folder / "model").to(torch.float16).save_pretrained(destination)
+    (destination / "training").mkdir(exist_ok=True)
+    _publish_logs(folder, destination, points)
     logs = {name: read_log(found) for name in STAGES if (found := destination / "training" / f"{name}.jsonl").exists()}
     if logs: draw_stages(logs).savefig(destination / "training/curves.png", dpi=80)
+
+def publish_fast(
+    folder, # of a run of stage `fast`
+    destination, # folder of the model that it started from, which gets the few-step weights
+    points: int = 300, # of its curve
+):
+    "Write the LoRA layers of a run as the few-step weights of a model, and its log, curve and strips beside those of the other stages."
+    folder, destination, steps = Path(folder), Path(destination), find_stage("tiny", "fast").loss.few
+    files, _ = load_checkpoint(folder / "fast/checkpoints")
+    if files is None: raise FileNotFoundError(f"`folder` has to be that of a run of stage 'fast' but {str(folder)!r} holds no checkpoint of it.")
+    save_fast({name.removeprefix("transformer.").replace(".default", ""): x for name, x in (files.get("average") or files["weights"]).items()}, destination, steps)
+    (destination / "training").mkdir(exist_ok=True)
+    _publish_logs(folder, destination, points)
 
 # %% ../nbs/31_training.ipynb #317a5702
 def allocated_by(

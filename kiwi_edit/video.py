@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['logger', 'IMAGE_FORMATS', 'ANIMATED_FORMATS', 'RESIZES', 'CONTAINERS', 'TIMED_CONTAINERS', 'DECORD_PIXELS',
-           'DEFAULT_FPS', 'MAX_CLIP_BYTES', 'DECODERS', 'VideoError', 'flatten_image', 'as_frames', 'to_pil',
-           'read_image', 'fit_size', 'cover_box', 'resize_frames', 'paste_back', 'nearest_frame_count', 'usable_frames',
-           'check_frame_count', 'trim_to_4k1', 'sample_indices', 'Clip', 'Strip', 'film_strip', 'compare', 'replacing',
-           'save_film_strip', 'write_video', 'VideoInfo', 'video_info', 'read_video']
+           'DEFAULT_FPS', 'MAX_CLIP_BYTES', 'FAST_RESIZES', 'DECODERS', 'VideoError', 'flatten_image', 'as_frames',
+           'to_pil', 'read_image', 'fit_size', 'cover_box', 'resize_frames', 'paste_back', 'nearest_frame_count',
+           'usable_frames', 'check_frame_count', 'trim_to_4k1', 'sample_indices', 'Clip', 'Strip', 'film_strip',
+           'compare', 'replacing', 'save_film_strip', 'write_video', 'VideoInfo', 'video_info', 'read_video',
+           'stream_video']
 
 # %% ../nbs/01_video.ipynb #2499f4c1
-import bisect, contextlib, functools, io, logging, math, os, re, tempfile
+import bisect, collections, contextlib, functools, io, itertools, logging, math, os, re, tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -19,7 +22,6 @@ from pathlib import Path
 import av
 import numpy as np
 from fastcore.basics import patch
-from matplotlib.figure import Figure
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 # %% ../nbs/01_video.ipynb #3e28b775
@@ -179,6 +181,31 @@ RESIZES = {
     "stretch": lambda image, width, height: image.resize((width, height), Image.BICUBIC),
 }
 
+# %% ../nbs/01_video.ipynb #7c1e0a52
+def _cores():
+    "Processor cores that this process may use, at most 8: what a frame takes in memory is taken once for each."
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+def _overlap(function, items, workers):
+    "`function` of each item, in order; with `workers`, by so many threads that are at most that many items ahead."
+    if not workers: yield from map(function, items)
+    else:
+        with ThreadPoolExecutor(workers, "video") as pool:
+            waiting = collections.deque()
+            try:
+                for item in items:
+                    waiting.append(pool.submit(function, item))
+                    if len(waiting) > workers: yield waiting.popleft().result()
+                while waiting: yield waiting.popleft().result()
+            finally:
+                for task in waiting: task.cancel()
+
+def _check_resize(width, height, mode):
+    "Raise unless frames can be resized so."
+    if mode not in RESIZES: raise ValueError(f"`mode` has to be one of {', '.join(RESIZES)} but is {mode!r}.")
+    if width < 1 or height < 1: raise ValueError(f"`width` and `height` have to be at least 1 but are {width} and {height}.")
+
+
 # %% ../nbs/01_video.ipynb #a9d37d33
 def resize_frames(
     frames, # anything `as_frames` takes
@@ -187,12 +214,12 @@ def resize_frames(
     mode: str = "training", # "training": cover, then crop; "inference": crop, then resize; "stretch": no crop, shape not kept
 ) -> np.ndarray: # (T,height,width,3) uint8
     "Resize frames by one of the official rules."
-    if mode not in RESIZES: raise ValueError(f"`mode` has to be one of {', '.join(RESIZES)} but is {mode!r}.")
-    if width < 1 or height < 1: raise ValueError(f"`width` and `height` have to be at least 1 but are {width} and {height}.")
+    _check_resize(width, height, mode)
     frames = as_frames(frames)
     if frames.shape[1:3] == (height, width): return frames
     out = np.empty((len(frames), height, width, 3), np.uint8)
-    for i, frame in enumerate(frames): out[i] = np.asarray(RESIZES[mode](Image.fromarray(frame), width, height))
+    workers = _cores() if len(frames) > 1 and frames.nbytes > 2 ** 20 else 0 # below a megabyte threads cost more than they save
+    for i, image in enumerate(_overlap(lambda frame: RESIZES[mode](Image.fromarray(frame), width, height), frames, workers)): out[i] = np.asarray(image)
     return out
 
 # %% ../nbs/01_video.ipynb #5ded96e1
@@ -313,13 +340,22 @@ def _repr_png_(self: Clip):
     return buffer.getvalue()
 
 # %% ../nbs/01_video.ipynb #e90763d5
-class Strip(Figure):
+class Strip:
     "A matplotlib figure that displays itself in a notebook without pyplot."
+    def __new__(cls, *args, **kwargs): return object.__new__(_drawable(cls))
+
     def _repr_png_(self):
         buffer, small = io.BytesIO(), io.BytesIO()
         self.savefig(buffer, format="png", facecolor="white")
         Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, format="PNG", optimize=True)
         return small.getvalue() # 256 colours: a third of the bytes
+
+@functools.lru_cache(maxsize=None)
+def _drawable(cls):
+    "`cls` joined with matplotlib's figure."
+    from matplotlib.figure import Figure
+    return type(cls.__name__, (cls, Figure), {})
+
 
 # %% ../nbs/01_video.ipynb #2bcc9985
 def _shown(frame, height):
@@ -440,13 +476,14 @@ def _first_frame(path):
         for frame in _decode(container, stream): return frame
     raise VideoError(f"`path` has to hold at least one frame but none of {str(path)!r} can be decoded.")
 
-def _decode(container, stream):
-    "Frames of a stream; damaged packets are left out, the end of a cut file ends them."
+def _decode(container, stream, wanted=None):
+    "Frames of a stream; damaged packets are left out, the end of a cut file ends them. H.264 pictures that no other needs may be only those of the times `wanted`."
     packets, cut = container.demux(stream), False
     while not cut:
         try: packet = next(packets, None)
         except av.error.FFmpegError: packet, cut = None, True
         if packet is None and not cut: return
+        if packet and wanted is not None: stream.codec_context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
         try: yield from packet.decode() if packet else stream.codec_context.decode(None) # None: what is still inside
         except av.error.EOFError: return
         except av.error.FFmpegError: continue
@@ -500,8 +537,8 @@ def _even(frames):
     return np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge") if height % 2 or width % 2 else frames
 
 # %% ../nbs/01_video.ipynb #e24c710f
-def _audio_span(audio_from, duration):
-    "(path, start, seconds) of the sound that belongs to the frames, or None."
+def _audio_span(audio_from):
+    "(path, first second) of the sound that belongs to the frames, or None."
     if audio_from is None: return None
     clip = audio_from if isinstance(audio_from, Clip) else None
     if clip is not None and clip.path is None: return None
@@ -512,75 +549,104 @@ def _audio_span(audio_from, duration):
         if image is not None: return None
     with _open_video(path, "audio_from") as (container, stream):
         if _sound(container) is None: return None
-    return path, start, duration
+    return path, start
 
 # %% ../nbs/01_video.ipynb #c6da02fa
-def _copy_audio(span, output, stream):
-    "Decode the span's sound, cut it to the sample, encode it into `stream`."
-    path, start, duration = span
+def _sound_blocks(path, start, rate, layout):
+    "The sound of a file from `start` seconds after its first frame on, in blocks (channels, n) of float32; silence where it begins later."
     with _open_video(path) as (container, video):
-        audio = _sound(container)
+        audio, position = _sound(container), None
         zero = start + float((video.start_time or 0) * video.time_base)
-        rate, total = stream.rate, int(round(duration * stream.rate))
-        resampler = av.AudioResampler(format="fltp", layout=stream.layout, rate=rate)
+        resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate)
         container.seek(int(max(0.0, zero - 0.5) * av.time_base), backward=True)
-        position, written = None, 0
-        def resampled():
-            for frame in _decode(container, audio): yield from resampler.resample(frame)
-            yield from resampler.resample(None)
-        def emit(samples):
-            nonlocal written
-            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), format="fltp", layout=stream.layout.name)
-            frame.sample_rate, frame.pts, frame.time_base = rate, written, Fraction(1, rate)
-            written += samples.shape[1]
-            output.mux(stream.encode(frame))
-        for block in resampled():
-            samples = block.to_ndarray()
-            if position is None:
-                begin = float((block.pts or 0) * block.time_base)
-                position = int(round((begin - zero) * rate))
-                if position > 0: emit(np.zeros((samples.shape[0], min(position, total)), np.float32))
-            cut = samples[:, max(0, -position): max(0, total - position)]
-            position += samples.shape[1]
-            if cut.shape[1]: emit(cut)
-            if position >= total: break
-        output.mux(stream.encode(None))
+        for frame in itertools.chain(_decode(container, audio), [None]): # None: what the resampler still holds
+            for block in resampler.resample(frame):
+                samples = block.to_ndarray()
+                if position is None:
+                    position = int(round((float((block.pts or 0) * block.time_base) - zero) * rate))
+                    for at in range(0, position, rate): yield np.zeros((samples.shape[0], min(rate, position - at)), np.float32)
+                if position > -samples.shape[1]: yield samples[:, max(0, -position):]
+                position += samples.shape[1]
+
+class _Track:
+    "The sound of a span, cut to the sample and encoded into `stream` as far as the pictures are."
+    def __init__(self, output, stream, span):
+        self.output, self.stream, self.written, self.rest = output, stream, 0, np.zeros((2, 0), np.float32)
+        self.blocks = _sound_blocks(*span, stream.rate, stream.layout)
+
+    def upto(self, seconds):
+        "Encode what sounds before `seconds`."
+        while (missing := round(seconds * self.stream.rate) - self.written) > 0:
+            if not self.rest.shape[1]: self.rest = next(self.blocks, self.rest)
+            if not self.rest.shape[1]: return # it ends before the pictures do
+            part, self.rest = self.rest[:, :missing], self.rest[:, missing:]
+            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(part), format="fltp", layout=self.stream.layout.name)
+            frame.sample_rate, frame.pts, frame.time_base = self.stream.rate, self.written, Fraction(1, self.stream.rate)
+            self.written += part.shape[1]
+            self.output.mux(self.stream.encode(frame))
+
+    def close(self):
+        "Encode the end and close the file that the sound came from."
+        self.blocks.close()
+        self.output.mux(self.stream.encode(None))
+
+
+# %% ../nbs/01_video.ipynb #b83f6d21
+def _clips(frames):
+    "Clips of one size from anything `as_frames` takes, or from an iterator of such."
+    size = None
+    try:
+        for clip in frames if isinstance(frames, Iterator) else [frames]:
+            clip = Clip(clip, getattr(clip, "fps", DEFAULT_FPS))
+            size = size or (clip.width, clip.height)
+            if size != (clip.width, clip.height): raise VideoError(f"`frames` have to be of one size but are {size[0]}x{size[1]}, then {clip.width}x{clip.height}.")
+            yield clip
+    except OSError as error: raise VideoError(f"`frames` have to come to their end but stop with {type(error).__name__}: {_reason(error)}.") from error
+    if size is None: raise VideoError("`frames` has to hold at least one frame but is empty.")
+
 
 # %% ../nbs/01_video.ipynb #42d5ad64
-def _write_h264(path, frames, fps, span, crf):
-    "Encode frames, and the sound of `span`, for a browser."
-    rate = Fraction(fps).limit_denominator(1001)
-    if max(frames.shape[1:3]) > 16384: raise VideoError(f"`frames` have to be at most 16384 pixels wide and high for H.264 but are {frames.shape[2]}x{frames.shape[1]}.")
+def _write_h264(path, clips, fps, span, crf):
+    "Encode clips, and the sound of `span`, for a browser."
+    rate, first = Fraction(fps).limit_denominator(1001), next(clips)
+    width, height, count = first.width, first.height, 0
+    if max(width, height) > 16384: raise VideoError(f"`frames` have to be at most 16384 pixels wide and high for H.264 but are {width}x{height}.")
     with av.open(str(path), "w", format="mp4", options=dict(movflags="+faststart")) as output:
         stream = output.add_stream("libx264", rate=rate, options=dict(crf=str(crf), preset="medium"))
-        stream.height, stream.width = frames.shape[1] + frames.shape[1] % 2, frames.shape[2] + frames.shape[2] % 2
+        stream.height, stream.width = height + height % 2, width + width % 2
         stream.pix_fmt = "yuv420p"
         context = stream.codec_context # say which matrix made the colours, or players guess it from the height
         context.colorspace, context.color_range, context.color_primaries, context.color_trc = 6, 1, 1, 1
-        sound = output.add_stream("aac", rate=48000, layout="stereo") if span else None
-        for i, frame in enumerate(frames):
+        context.thread_type = "FRAME" # whole frames at a time, as x264 does by itself; PyAV would cut each into slices
+        track = _Track(output, output.add_stream("aac", rate=48000, layout="stereo"), span) if span else None
+        for frame in itertools.chain.from_iterable(clip.frames for clip in itertools.chain([first], clips)):
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(_even(frame[None])[0]), format="rgb24")
-            picture.pts, picture.time_base = i, 1 / rate
+            picture.pts, picture.time_base, count = count, 1 / rate, count + 1
             output.mux(stream.encode(picture))
+            if track: track.upto(count / fps)
         output.mux(stream.encode(None))
-        if sound: _copy_audio(span, output, sound)
+        if track: track.close()
     with _open_video(path) as (container, stream):
-        if (written := _index(container, stream).count) != len(frames):
-            raise OSError(f"{written} of {len(frames)} frames arrived on the disk")
+        if (written := _index(container, stream).count) != count: raise OSError(f"{written} of {count} frames arrived on the disk")
+
 
 # %% ../nbs/01_video.ipynb #f5e738c6
-def _write_gif(path, frames, fps):
+def _write_gif(path, clips, fps):
     "An endless GIF; its format counts time in hundredths of a second."
-    images = [image.quantize(256, method=Image.Quantize.MEDIANCUT) for image in to_pil(frames)]
-    ticks = [round(i * 100 / fps) for i in range(len(images) + 1)]
-    durations = [10 * max(2, b - a) for a, b in zip(ticks, ticks[1:])] # browsers slow down what is shorter than 20 ms
-    images[0].save(path, format="GIF", save_all=True, append_images=images[1:], duration=durations, loop=0, disposal=1)
+    def images():
+        for i, frame in enumerate(itertools.chain.from_iterable(clip.frames for clip in clips)):
+            image = Image.fromarray(frame).quantize(256, method=Image.Quantize.MEDIANCUT)
+            image.info["duration"] = 10 * max(2, round((i + 1) * 100 / fps) - round(i * 100 / fps)) # browsers slow down what is shorter than 20 ms
+            yield image
+    rest = images()
+    next(rest).save(path, format="GIF", save_all=True, append_images=rest, loop=0, disposal=1)
+
 
 # %% ../nbs/01_video.ipynb #6d186d66
 def write_video(
     path, # .mp4 (or .mov, .m4v) for H.264 video, .gif for an animation
-    frames, # anything `as_frames` takes; odd sides get their last row or column once more
-    fps: float | None = None, # frames a second; of the clip when `frames` is one
+    frames, # anything `as_frames` takes, or an iterator of such, encoded as they come; odd sides get their last row or column once more
+    fps: float | None = None, # frames a second; of the clip, or of an iterator's first one, when None
     audio_from=None, # a `Clip`: the sound of its span; a path: its sound from the beginning
     overwrite: bool = False, # whether an existing file may be replaced
     crf: int = 18, # 0 to 51; lower is better and larger
@@ -589,14 +655,17 @@ def write_video(
     path = Path(path).expanduser()
     if path.suffix.lower() not in (".mp4", ".mov", ".m4v", ".gif"):
         raise ValueError(f"`path` has to end in .mp4, .mov, .m4v or .gif but is {str(path)!r}.")
-    fps = getattr(frames, "fps", DEFAULT_FPS) if fps is None else float(fps)
-    if not (math.isfinite(fps) and 0 < fps <= 1000): raise ValueError(f"`fps` has to be above 0 and at most 1000 but is {fps}.")
-    frames = as_frames(frames)
+    if fps is None and not isinstance(frames, Iterator): fps = getattr(frames, "fps", DEFAULT_FPS)
+    if fps is not None and not (math.isfinite(fps := float(fps)) and 0 < fps <= 1000): raise ValueError(f"`fps` has to be above 0 and at most 1000 but is {fps}.")
     if not 0 <= crf <= 51: raise ValueError(f"`crf` has to be from 0 to 51 but is {crf}.")
-    span = _audio_span(audio_from, len(frames) / fps)
+    span = _audio_span(audio_from)
     with replacing(path, overwrite) as temporary:
-        if path.suffix.lower() == ".gif": _write_gif(temporary, frames, fps)
-        else: _write_h264(temporary, frames, fps, span, crf)
+        clips = _clips(frames)
+        if fps is None:
+            first = next(clips)
+            clips, fps = itertools.chain([first], clips), min(first.fps, 1000.0)
+        if path.suffix.lower() == ".gif": _write_gif(temporary, clips, fps)
+        else: _write_h264(temporary, clips, fps, span, crf)
     return path
 
 # %% ../nbs/01_video.ipynb #1249b4c6
@@ -650,20 +719,17 @@ def _folder_images(path):
     return sorted(files, key=lambda f: [int(part) if part.isdigit() else part.lower() for part in re.split(r"(\d+)", f.name)])
 
 # %% ../nbs/01_video.ipynb #c5bb7649
-def video_info(
-    path, # video, image or folder of images
-) -> VideoInfo:
-    "Size, rate and length of a file. Reads packets where the container does not count its frames; decodes one frame at most."
-    path = _existing(path)
+def _inspect(path):
+    "`video_info` of a file, and the packets of a video."
     if path.is_dir():
         files = _folder_images(path)
         first = read_image(files[0])
-        return VideoInfo(len(files), DEFAULT_FPS, *first.size, len(files) / DEFAULT_FPS, 0, False, "folder", "image")
+        return VideoInfo(len(files), DEFAULT_FPS, *first.size, len(files) / DEFAULT_FPS, 0, False, "folder", "image"), None
     with _open_image(path) as image:
         if image is not None:
             count, fps = _animation(image)
             width, height = ImageOps.exif_transpose(image).size
-            return VideoInfo(count, fps, width, height, count / fps, 0, False, image.format.lower(), "image")
+            return VideoInfo(count, fps, width, height, count / fps, 0, False, image.format.lower(), "image"), None
     frame = _first_frame(path)
     with _open_video(path) as (container, stream):
         index = _index(container, stream)
@@ -672,23 +738,30 @@ def video_info(
         turns = _rotation(frame)
         width, height = (frame.height, frame.width) if turns % 2 else (frame.width, frame.height)
         return VideoInfo(index.count, fps, width, height, index.count / fps, turns * 90, _sound(container) is not None,
-                         _container(container), "decord" if good and _decord() else "pyav")
+                         _container(container), "decord" if good and _decord() else "pyav"), index
+
+def video_info(
+    path, # video, image or folder of images
+) -> VideoInfo:
+    "Size, rate and length of a file. Reads the packets of a video, in pieces, and decodes one frame."
+    return _inspect(_existing(path))[0]
+
 
 # %% ../nbs/01_video.ipynb #6f54943d
-def _frames_pyav(path, indices):
-    "Yield (index, picture, seconds) for ascending indices, seeking where a key frame saves decoding."
-    with _open_video(path) as (container, stream):
-        index = _index(container, stream)
+def _frames_pyav(path, indices, index):
+    "Yield (index, decoded frame, seconds) for ascending indices, seeking where a key frame saves decoding."
     with _open_video(path) as (container, stream):
         stream.thread_type = "AUTO"
-        stream.codec_context.thread_count = min(4, os.cpu_count() or 1)
+        stream.codec_context.thread_count = _cores()
         times, keys, rate = index.times, index.keys, _rate(stream, index)
-        frames, position, last = _decode(container, stream), -1, None
+        sparse = times and stream.codec_context.name == "h264" and len(indices) < indices[-1] - indices[0] + 1
+        stamps = {times[i] for i in indices if i < len(times)} if sparse else None
+        frames, position, last = _decode(container, stream, stamps), -1, None
         for wanted in indices:
             key = keys[bisect.bisect_right(keys, wanted) - 1] if keys and keys[0] <= wanted else -1
             if times and wanted < len(times) and key > position + 1:
                 container.seek(times[key], stream=stream, backward=True)
-                frames = _decode(container, stream)
+                frames = _decode(container, stream, stamps)
             while position < wanted:
                 frame = next(frames, None)
                 if frame is None: return
@@ -698,15 +771,14 @@ def _frames_pyav(path, indices):
                 else: position += 1
                 last = frame
             if position != wanted: continue # lost to damage
-            picture = np.rot90(last.to_ndarray(format="rgb24"), _rotation(last))
-            seconds = float((last.pts - times[0]) * stream.time_base) if times else wanted / rate
-            yield wanted, picture, seconds
+            yield wanted, last, float((last.pts - times[0]) * stream.time_base) if times else wanted / rate
+
 
 # %% ../nbs/01_video.ipynb #571e20ff
 def _frames_decord(path, indices, batch=4):
     "Yield (index, picture, seconds) for ascending indices; decord turns pictures upright by itself."
     decord = _decord()
-    reader = decord.VideoReader(str(path), num_threads=min(4, os.cpu_count() or 1), fault_tol=1e-6)
+    reader = decord.VideoReader(str(path), num_threads=min(4, _cores()), fault_tol=1e-6)
     zero = float(reader.get_frame_timestamp(0)[0])
     for i in range(0, len(indices), batch):
         chosen = indices[i:i + batch]
@@ -715,43 +787,123 @@ def _frames_decord(path, indices, batch=4):
             yield wanted, picture, float(stamp[0]) - zero
 
 def _frames_image(path, indices, fps):
-    "Yield (index, picture, seconds) from an animated image or a folder."
+    "Yield (index, picture or path of one, seconds) from an animated image or a folder."
     if path.is_dir():
         files = _folder_images(path)
-        for wanted in indices: yield wanted, np.asarray(read_image(files[wanted])), wanted / fps
+        for wanted in indices: yield wanted, files[wanted], wanted / fps
         return
     with _open_image(path) as image:
         for wanted in indices:
             image.seek(wanted)
             yield wanted, np.asarray(flatten_image(image)), wanted / fps
 
+# %% ../nbs/01_video.ipynb #5f2c88d4
+def _finish(item, size, mode, scaler=None):
+    "(index, picture, seconds) with the picture upright, in RGB and resized, from what a decoder gave."
+    i, picture, seconds = item
+    if isinstance(picture, Path): picture = np.asarray(read_image(picture))
+    elif isinstance(picture, av.VideoFrame): picture = scaler(picture) if scaler else np.rot90(picture.to_ndarray(format="rgb24"), _rotation(picture))
+    return i, resize_frames(picture[None], *size, mode=mode)[0] if size else picture, seconds
+
+
+# %% ../nbs/01_video.ipynb #c94e6b18
+def _filter(image, width, name):
+    "Pillow's filter of a name in FFmpeg's words; far below the source's size, colours need as many positions as brightness has."
+    return f"flags={name}" + "+full_chroma_int" * (image.width >= 2 * width) + ":param0=0:param1=0.5" * (name == "bicubic")
+
+def _fast_training(image, width, height):
+    scale = max(width / image.width, height / image.height)
+    wide, high = round(image.width * scale), round(image.height * scale)
+    left, top = int(round((wide - width) / 2)), int(round((high - height) / 2))
+    return [("scale", f"{wide}:{high}:{_filter(image, width, 'bilinear')}"), ("format", "rgb24"), ("crop", f"{width}:{height}:{left}:{top}")]
+
+def _fast_inference(image, width, height):
+    left, top, right, bottom = cover_box(image.width, image.height, width, height)
+    box = [("crop", f"{right - left}:{bottom - top}:{left}:{top}:exact=1")]
+    if left % 2 or top % 2: box.insert(0, ("format", "yuv444p|gray|rgb24")) # colours stored for 2x2 pixels cannot be cut between them
+    return box + [("scale", f"{width}:{height}:{_filter(image, width, 'bicubic')}"), ("format", "rgb24")]
+
+# The filters of FFmpeg that come near to `RESIZES`.
+FAST_RESIZES = {"training": _fast_training, "inference": _fast_inference,
+                "stretch": lambda image, width, height: [("scale", f"{width}:{height}:{_filter(image, width, 'bicubic')}"), ("format", "rgb24")]}
+
+class _Scaler:
+    "Decoded frames, upright and resized by FFmpeg."
+    def __init__(self, size, mode): self.size, self.mode, self.kind = size, mode, None
+
+    def __call__(self, frame):
+        turns = _rotation(frame)
+        if self.kind != (kind := (frame.width, frame.height, frame.format.name, turns)): self.kind, self.graph = kind, self._build(frame, turns)
+        self.graph.push(frame)
+        return self.graph.pull().to_ndarray(format="rgb24")
+
+    def _build(self, frame, turns):
+        graph = av.filter.Graph()
+        source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
+        upright = Image.new("1", (frame.height, frame.width) if turns % 2 else (frame.width, frame.height)) # its size counts
+        steps = [("transpose", "cclock")] * turns + FAST_RESIZES[self.mode](upright, *self.size) + [("buffersink", None)]
+        graph.link_nodes(source, *(graph.add(*step) for step in steps)).configure()
+        return graph
+
+
 # %% ../nbs/01_video.ipynb #53b7be19
 DECODERS = ("auto", "decord", "pyav")
 
-def _gather(pictures, count, size, mode, path):
-    "Pictures in one array, each resized as it comes."
+def _pictures(path, wanted, info, index, decoder, size, mode, fast):
+    "Yield (index, picture, seconds) of the wanted frames by one decoder, finished by threads."
+    if decoder == "image": source = _frames_image(path, wanted, info.fps)
+    elif decoder == "decord": source = _frames_decord(path, wanted)
+    else: source = _frames_pyav(path, wanted, index)
+    finish = functools.partial(_finish, size=size, mode=mode, scaler=_Scaler(size, mode) if fast else None)
+    with contextlib.closing(source): yield from _overlap(finish, source, 0 if fast or len(wanted) == 1 else _cores())
+
+def _gather(pictures, count, path, shape=None):
+    "At most `count` pictures in one array; `shape` is that of those before."
     frames, found, seconds = None, [], []
-    for wanted, picture, second in pictures:
-        if size: picture = resize_frames(picture[None], *size, mode=mode)[0]
-        if frames is None: frames = np.empty((count, *picture.shape), np.uint8)
-        if picture.shape != frames.shape[1:]:
-            raise VideoError(f"`path` has to hold pictures of one size but {str(path)!r} has {frames.shape[2]}x{frames.shape[1]} "
+    for wanted, picture, second in itertools.islice(pictures, count):
+        shape = shape or picture.shape
+        if picture.shape != shape:
+            raise VideoError(f"`path` has to hold pictures of one size but {str(path)!r} has {shape[1]}x{shape[0]} "
                              f"and, at frame {wanted}, {picture.shape[1]}x{picture.shape[0]}; pass `size`.")
+        if frames is None: frames = np.empty((count, *shape), np.uint8)
         frames[len(found)] = picture
         found.append(wanted)
         seconds.append(second)
     return (frames[:len(found)] if found else None), found, seconds
 
+
 # %% ../nbs/01_video.ipynb #da6ef641
-def _read(path, wanted, info, decoder, size, mode):
-    "Read with one decoder; what decord gives up on goes to PyAV."
-    if decoder == "image": return _gather(_frames_image(path, wanted, info.fps), len(wanted), size, mode, path)
-    if decoder == "decord":
-        if _decord() is None: raise VideoError("`decoder` has to be installed but decord is not; use 'pyav' or 'auto'.")
-        try: return _gather(_frames_decord(path, wanted), len(wanted), size, mode, path)
-        except (_decord().DECORDError, RuntimeError, IndexError, AssertionError) as error:
-            logger.debug("decord gave up on %s: %s", path, _reason(error))
-    return _gather(_frames_pyav(path, wanted), len(wanted), size, mode, path)
+def _request(path, num_frames, start, stride, indices, size, mode, decoder, fast):
+    "(path, information, packets, indices of the frames, decoder) of what is wanted, checked."
+    path = _existing(path)
+    for name, value, least in (("num_frames", num_frames, 1), ("start", start, 0), ("stride", stride, 1)):
+        if value is not None and value < least: raise ValueError(f"`{name}` has to be at least {least} but is {value}.")
+    if decoder not in DECODERS: raise ValueError(f"`decoder` has to be one of {', '.join(DECODERS)} but is {decoder!r}.")
+    if size: _check_resize(*size, mode)
+    elif fast: raise ValueError("`size` has to be given where `fast` is set but is None.")
+    if fast and decoder == "decord": raise ValueError("`decoder` has to be 'auto' or 'pyav' where `fast` is set but is 'decord'.")
+    info, index = _inspect(path)
+    if indices is not None: wanted = [int(i) for i in indices]
+    else: wanted = list(range(start, info.frames, stride))[:num_frames]
+    if not wanted and indices is not None: raise ValueError("`indices` have to hold at least one frame but are empty.")
+    if not wanted: raise ValueError(f"`start` has to be below the {info.frames} frames of {str(path)!r} but is {start}.")
+    if wanted != sorted(set(wanted)) or not 0 <= wanted[0] <= wanted[-1] < info.frames:
+        raise ValueError(f"`indices` have to ascend from 0 to at most {info.frames - 1} but are {wanted[:8]}{'...' if len(wanted) > 8 else ''}.")
+    used = info.decoder if decoder == "auto" or info.decoder == "image" else decoder
+    if used == "decord" and _decord() is None: raise VideoError("`decoder` has to be installed but decord is not; use 'pyav' or 'auto'.")
+    gaps = len(wanted) < wanted[-1] - wanted[0] + 1 # which PyAV can leave undecoded
+    if decoder == "auto" and used == "decord" and (size or gaps): used = "pyav" # decord decodes ahead of a slow reader and keeps it all
+    return path, info, index, wanted, used
+
+def _check_found(path, found, wanted):
+    "Raise where no wanted frame decodes, warn where some do not."
+    if not found: raise VideoError(f"`path` has to hold at least one frame but none of those wanted from {str(path)!r} can be decoded.")
+    if found < wanted: logger.warning("%s is damaged: %d of the %d wanted frames decode.", path, found, wanted)
+
+def _span(seconds, fps, info):
+    "First and last second of frames that are shown at `seconds`."
+    return seconds[0], max(seconds[-1] + 1 / info.fps, min(seconds[-1] + 1 / fps, info.duration))
+
 
 # %% ../nbs/01_video.ipynb #32036dc2
 def read_video(
@@ -763,31 +915,71 @@ def read_video(
     size: tuple | None = None, # (width, height) to which each frame is resized as it is decoded
     mode: str = "training", # how, see `resize_frames`
     decoder: str = "auto", # "auto", "decord" or "pyav"
+    fast: bool = False, # whether FFmpeg resizes the frames of a video: several times faster, nearly the same pixels
 ) -> Clip:
     "Decode the wanted frames of a file, upright, and no others."
-    path = _existing(path)
-    for name, value, least in (("num_frames", num_frames, 1), ("start", start, 0), ("stride", stride, 1)):
-        if value is not None and value < least: raise ValueError(f"`{name}` has to be at least {least} but is {value}.")
-    if decoder not in DECODERS: raise ValueError(f"`decoder` has to be one of {', '.join(DECODERS)} but is {decoder!r}.")
-    info = video_info(path)
-    if indices is not None: wanted = [int(i) for i in indices]
-    else: wanted = list(range(start, info.frames, stride))[:num_frames]
-    if not wanted and indices is not None: raise ValueError("`indices` have to hold at least one frame but are empty.")
-    if not wanted: raise ValueError(f"`start` has to be below the {info.frames} frames of {str(path)!r} but is {start}.")
-    if wanted != sorted(set(wanted)) or not 0 <= wanted[0] <= wanted[-1] < info.frames:
-        raise ValueError(f"`indices` have to ascend from 0 to at most {info.frames - 1} but are {wanted[:8]}{'...' if len(wanted) > 8 else ''}.")
+    path, info, index, wanted, used = _request(path, num_frames, start, stride, indices, size, mode, decoder, fast)
     width, height = size or (info.width, info.height)
     if (total := len(wanted) * width * height * 3) > MAX_CLIP_BYTES:
         raise VideoError(f"`num_frames` has to keep a clip below {MAX_CLIP_BYTES / 2 ** 30:.0f} GiB but {len(wanted)} frames of "
-                         f"{width}x{height} take {total / 2 ** 30:.1f}; pass fewer frames, a `stride` or a smaller `size`.")
-    used = info.decoder if decoder == "auto" or info.decoder == "image" else decoder
-    if size and decoder == "auto" and used == "decord": used = "pyav" # decord decodes ahead of a slow reader and keeps it all
-    frames, found, seconds = _read(path, wanted, info, used, size, mode)
-    if frames is None: raise VideoError(f"`path` has to hold at least one frame but none of those wanted from {str(path)!r} can be decoded.")
-    if len(found) < len(wanted):
-        if indices is not None:
-            missing = sorted(set(wanted) - set(found))
-            raise VideoError(f"`indices` have to be frames that decode but {len(missing)} of {str(path)!r} do not, the first is {missing[0]}.")
-        logger.warning("%s is damaged: %d of the %d wanted frames decode.", path, len(found), len(wanted))
+                         f"{width}x{height} take {total / 2 ** 30:.1f}; pass fewer frames, a `stride` or a smaller `size`, or use `stream_video`.")
+    def gather(used):
+        with contextlib.closing(_pictures(path, wanted, info, index, used, size, mode, fast)) as pictures: return _gather(pictures, len(wanted), path)
+    if used != "decord": frames, found, seconds = gather(used)
+    else:
+        try: frames, found, seconds = gather(used)
+        except (_decord().DECORDError, RuntimeError, IndexError, AssertionError) as error:
+            logger.debug("decord gave up on %s: %s", path, _reason(error))
+            frames, found, seconds = gather("pyav")
+    if found and len(found) < len(wanted) and indices is not None:
+        missing = sorted(set(wanted) - set(found))
+        raise VideoError(f"`indices` have to be frames that decode but {len(missing)} of {str(path)!r} do not, the first is {missing[0]}.")
+    _check_found(path, len(found), len(wanted))
     fps = info.fps if len(found) == 1 else info.fps * (len(found) - 1) / (found[-1] - found[0])
-    return Clip(frames, fps, path, seconds[0], max(seconds[-1] + 1 / info.fps, min(seconds[-1] + 1 / fps, info.duration)))
+    return Clip(frames, fps, path, *_span(seconds, fps, info))
+
+
+# %% ../nbs/01_video.ipynb #18e5f7c6
+def _ahead(items, ahead):
+    "The items of a generator, made by a thread that is at most `ahead` of the reader; closing this one closes that."
+    with ThreadPoolExecutor(1, "stream_video") as thread:
+        waiting = collections.deque(thread.submit(next, items, None) for _ in range(ahead))
+        try:
+            while (item := waiting.popleft().result()) is not None:
+                waiting.append(thread.submit(next, items, None))
+                yield item
+        finally:
+            for task in waiting: task.cancel()
+            thread.submit(items.close)
+
+def _stream(path, info, index, wanted, used, size, mode, fast, chunk, fps):
+    "Wanted frames as clips of at most `chunk`."
+    found, shape = 0, None
+    with contextlib.closing(_pictures(path, wanted, info, index, used, size, mode, fast)) as pictures:
+        while found < len(wanted):
+            frames, _, seconds = _gather(pictures, min(chunk, len(wanted) - found), path, shape)
+            if frames is None: break
+            found, shape = found + len(frames), frames.shape[1:]
+            yield Clip(frames, fps, path, *_span(seconds, fps, info))
+    _check_found(path, found, len(wanted))
+
+
+# %% ../nbs/01_video.ipynb #e1b940d7
+def stream_video(
+    path, # video file, animated or single image, or folder of images
+    num_frames: int | None = None, # at most so many frames; all when None
+    start: int = 0, # index of the first frame
+    stride: int = 1, # every so many frames
+    size: tuple | None = None, # (width, height) to which each frame is resized as it is decoded
+    mode: str = "training", # how, see `resize_frames`
+    fast: bool = False, # as for `read_video`
+    chunk: int = 16, # frames of a clip; the last one may be shorter
+    ahead: int = 2, # clips that are made before they are asked for
+) -> Iterator: # of `Clip`
+    "The frames of `read_video` as a stream of short clips, decoded by a thread while the reader works."
+    for name, value in dict(chunk=chunk, ahead=ahead).items():
+        if value < 1: raise ValueError(f"`{name}` has to be at least 1 but is {value}.")
+    path, info, index, wanted, used = _request(path, num_frames, start, stride, None, size, mode, "auto", fast)
+    if used == "decord": used = "pyav" # the other decodes ahead of a slow reader and keeps it all
+    return _ahead(_stream(path, info, index, wanted, used, size, mode, fast, chunk, info.fps / stride), ahead)
+

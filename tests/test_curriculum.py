@@ -27,7 +27,7 @@ from kiwi_edit.world import TASKS
 def test_stage_is_consistent(stage):
     assert STAGES[stage.name] is stage and stage.minutes > 0 and 0 < stage.lr < .01 and 0 <= stage.floor <= 1
     assert set(stage.trains) <= PARTS.keys() and set(stage.lr_scales) <= set(stage.trains)
-    assert bool(stage.buckets) == ("transformer" in stage.trains) and not stage.mix and stage.preset == "tiny"
+    assert bool(stage.buckets) == ("transformer" in (*stage.trains, *stage.lora)) and not stage.mix and stage.preset == "tiny"
     if stage.buckets: assert sum(b.weight for b in stage.buckets) == pytest.approx(1)
     for bucket in stage.buckets:
         assert set(bucket.tasks) <= set(TASKS) and sum(bucket.tasks.values()) == pytest.approx(1)
@@ -44,20 +44,27 @@ def test_every_task_of_the_bench_is_trained_on_clips():
 
 
 def test_the_last_stages_have_every_task_and_scenes_of_their_own():
-    seeds = [[(d.first_seed, d.first_seed + len(d)) for d, _ in stage_data(STAGES[stage]).values()] for stage in ("reference", "canvas", "polish")]
-    for stage in ("canvas", "polish"): assert {task for b in STAGES[stage].buckets for task in b.tasks} == set(TASKS)
+    seeds = [[(d.first_seed, d.first_seed + len(d)) for d, _ in stage_data(STAGES[stage]).values()] for stage in ("reference", "canvas", "polish", "fast")]
+    for stage in ("canvas", "polish", "fast"): assert {task for b in STAGES[stage].buckets for task in b.tasks} == set(TASKS)
     for before, after in zip(seeds, seeds[1:]): assert max(end for _, end in before) <= min(start for start, _ in after)
 
 
 def test_stages_come_in_the_order_in_which_they_are_run():
-    assert list(STAGES) == ["autoencoder-image", "autoencoder-video", "autoencoder-motion", "autoencoder-decoder", "encoder", "image", "video", "reference", "canvas", "polish"]
+    assert list(STAGES) == ["autoencoder-image", "autoencoder-video", "autoencoder-motion", "autoencoder-decoder", "encoder", "image", "video", "reference", "canvas", "polish", "fast"]
     assert [stage.follows for stage in STAGES.values()] == ["", *list(STAGES)[:-1]]
 
 
 def test_tiny_is_trained_as_before():
     for stage in STAGES.values():
+        if stage.name == "fast": continue
         assert (stage.optimizer, stage.schedule, stage.warmup, stage.clip, stage.accumulation, stage.steps) == ("muon", "cosine", .03, 1., 1, 100_000)
         assert stage.loss == Loss(pixel_metric=.75 if stage.name in ("reference", "canvas", "polish") else 0.) and stage.loss.balance == 4. and stage.autocast == bool(stage.buckets)
+
+
+def test_the_stage_that_makes_it_fast_leaves_the_model_as_it_is():
+    stage = STAGES["fast"]
+    assert not stage.trains and set(stage.lora) == {"transformer"} and stage.loss.few < stage.loss.rectify == 4
+    assert all(before.loss.few == before.loss.rectify == 0 for name, before in STAGES.items() if name != "fast")
 
 
 # the official recipe, as its table reads

@@ -5,7 +5,8 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from kiwi_edit.guidance import EditCache, KiwiGuidance, attend, denoise, rounded_sigma
+import kiwi_edit.guidance
+from kiwi_edit.guidance import EditCache, KiwiGuidance, attend, denoise, denoise_windows, latent_windows, rounded_sigma, window_caches
 
 SIZES = dict(patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8, freq_dim=16, ffn_dim=32,
              num_layers=2)
@@ -193,3 +194,63 @@ def test_wrong_shapes():
     ):
         with pytest.raises(ValueError, match=message): denoise(transformer, guidance, **args | change)
     with pytest.raises(ValueError, match='`query_read_out` has to be "queries"'): models(query_read_out="first")
+
+
+# windows
+
+@pytest.mark.parametrize("shape, size, overlap, multiple", [((11, 8, 20), (5, 8, 8), (1, 0, 2), 1), ((41, 16, 16), (2, 8, 8), (1, 2, 2), 2), ((3, 30, 52), (21, 30, 52), (5, 7, 13), 2), ((7, 10, 6), (3, 4, 4), (0, 0, 0), 2)])
+def test_windows_cover_everything_and_are_of_one_size(shape, size, overlap, multiple):
+    windows, total = latent_windows(shape, size, overlap, multiple), torch.zeros(shape)
+    for window in windows:
+        total[window.place] += window.weight
+        assert all(part.start % multiple == 0 for part in (window.rows, window.columns)) and window.weight.min() > 0 and window.weight.max() <= 1
+    assert total.min() > 0 and {tuple(window.weight.shape) for window in windows} == {tuple(map(min, shape, size))}
+    for axis, shared in zip(("frames", "rows", "columns"), overlap):  # neighbours share at least what was asked for, less what rounding to a patch takes
+        parts = sorted({(getattr(w, axis).start, getattr(w, axis).stop) for w in windows})
+        assert all(before[1] - after[0] >= shared - (multiple - 1 if axis != "frames" else 0) for before, after in zip(parts, parts[1:]))
+
+
+def test_one_window_is_the_whole_clip():
+    (window,) = latent_windows((5, 8, 8), (5, 8, 8), (1, 1, 1))
+    assert window.weight.eq(1).all() and torch.zeros(1, 2, 5, 8, 8)[window.place].shape == (1, 2, 5, 8, 8)
+    with pytest.raises(ValueError, match="`overlap` has to be from 0 to below the window's 2 but is 2"): latent_windows((5, 8, 8), (2, 8, 8), (2, 0, 0))
+
+
+def test_windows_blend_what_each_says():
+    "A call that says the number of its window: where two overlap, the mean by weight."
+    windows = latent_windows((4, 2, 2), (2, 2, 2), (1, 0, 0))
+    numbers = iter(range(3))
+    velocity = denoise_windows(windows, lambda noisy, source, cache: torch.full_like(noisy, next(numbers)), torch.zeros(1, 3, 4, 2, 2), None, window_caches(windows))
+    assert velocity[0, 0, :, 0, 0].tolist() == [0, .5, 1.5, 2]
+
+
+def test_windows_share_what_does_not_differ():
+    windows = latent_windows((4, 2, 2), (2, 2, 2), (1, 0, 0))
+    caches = window_caches(windows, num_steps=7)
+    assert len({id(cache.key_values) for cache in caches}) == 1 and {cache.num_steps for cache in caches} == {7} and len({cache.name for cache in caches}) == 3
+    def call(noisy, source, cache):
+        seen.append((cache.reference, cache.source))
+        cache.reference, cache.source = "reference", "source"
+        return noisy
+    for seen in ([], []): denoise_windows(windows, call, torch.zeros(1, 3, 4, 2, 2), None, caches)
+    assert seen == [("reference", None)] * 3  # the embedded source would be another in each
+
+
+@torch.no_grad()
+def test_the_head_leaves_references_out(monkeypatch):
+    torch.manual_seed(0)
+    wan = WanTransformer3DModel(patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=24, in_channels=16, out_channels=16, text_dim=8, freq_dim=16, ffn_dim=64, num_layers=2).eval()
+    for first in (False, True):
+        guidance = KiwiGuidance(hidden_size=32, dim=48, in_channels=16, zero_init=False, num_image_queries=4, num_video_queries=6, num_ref_queries=8, ref_pad_first=first)
+        given = dict(latents=torch.randn(1, 16, 3, 4, 4), timestep=torch.tensor([900.]), sigma=torch.tensor([.9]), context=torch.randn(1, 5, 48),
+                     source_latents=torch.randn(1, 16, 3, 4, 4), reference_latents=torch.randn(1, 16, 2, 4, 4))
+        seen = []
+        hook = wan.proj_out.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+        velocity = denoise(wan, guidance, **given)
+        hook.remove()
+        assert seen == [3 * 4]
+        plain = kiwi_edit.guidance.hooked
+        with monkeypatch.context() as patch:  # the head over all tokens
+            patch.setattr(kiwi_edit.guidance, "hooked", lambda *pairs, before=(): plain(*[pair for pair in pairs if pair[0] is not wan.proj_out]))
+            torch.testing.assert_close(denoise(wan, guidance, **given), velocity, atol=1e-6, rtol=1e-6)
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in wan.modules())

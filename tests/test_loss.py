@@ -1,4 +1,5 @@
 """The loss: what is drawn, what is dropped, what counts how much, and every number of the official training step."""
+import copy
 import json
 import os
 from dataclasses import replace
@@ -13,13 +14,13 @@ from safetensors.torch import load_file
 
 from kiwi_edit.cache import kept_share
 from kiwi_edit.checkpoints import load_official
-from kiwi_edit.curriculum import Loss
+from kiwi_edit.curriculum import Lora, Loss, add_lora
 from kiwi_edit.dataset import shrink_reference
-from kiwi_edit.encoder import prepare_inputs, vision_features
-from kiwi_edit.guidance import rounded_sigma
-from kiwi_edit.pipeline import KiwiEditPipeline, encode_frames, fit_reference, latent_statistics
+from kiwi_edit.encoder import encode_context, prepare_inputs, vision_features
+from kiwi_edit.guidance import denoise, rounded_sigma
+from kiwi_edit.pipeline import KiwiEditPipeline, encode_frames, fit_reference, flow_sigmas, latent_statistics
 from kiwi_edit.training import (Batch, Dice, FlowMatching, draw_noise, draw_noise_levels, drop_instructions, edit_weights, flow_matching_loss, metric_factor,
-                                pixel_metric, split_losses, training_table)
+                                pixel_metric, rectified_target, split_losses, training_table)
 from kiwi_edit.world import World
 
 GOLDEN = Path(os.environ.get("KIWI_EDIT_GOLDEN", Path(__file__).parent / "golden")) / "wan22"
@@ -414,3 +415,52 @@ def test_pixel_metric_in_the_loss(tiny, batch, gram):
 def test_split_losses():
     numbers = split_losses(torch.tensor([1., 2., 3., 6.]), torch.tensor([0., .3, .26, 1.]), ["image", "ref", "ref", "video"], ["add", "subject", "", "add"])
     assert numbers == {"loss/image": 1., "loss/add": 3.5, "loss/0-0.25": 1., "loss/ref": 2.5, "loss/subject": 2., "loss/0.25-0.5": 2.5, "loss/video": 6., "loss/0.75-1": 6.}
+
+
+# fewer steps
+
+def test_noise_levels_of_few_steps_are_those_of_an_edit_with_so_many(tiny):
+    for few in (1, 2, 4):
+        tiny.scheduler.set_timesteps(sigmas=flow_sigmas(few))
+        sigma, weight = draw_noise_levels(Loss(few=few), 64, np.random.default_rng(0), tiny.scheduler.config.shift)
+        assert np.allclose(np.unique(sigma), np.unique(tiny.scheduler.sigmas[:-1]), atol=1e-6) and (weight == 1).all()
+
+
+@pytest.fixture(scope="module")
+def student(tiny):
+    "The embedded model with LoRA layers that say something."
+    torch.manual_seed(0)
+    student = copy.copy(tiny)
+    student.transformer = copy.deepcopy(tiny.transformer)
+    add_lora(student.transformer, Lora(2, ("to_q", "ffn.net.2")))
+    for name, p in student.transformer.named_parameters():
+        if "lora_B" in name: p.data.normal_(std=.5)
+    return student
+
+
+def test_the_target_of_few_steps_is_where_the_models_own_walk_ends(tiny, student, batch):
+    dice = draw_noise(batch, Loss(few=1), 0, 0, range(len(batch)), len(batch), tiny.scheduler.config.shift)
+    shift = tiny.scheduler.config.shift
+    target = rectified_target(student, batch, dice.noise, 3, shift)
+    latents, sigmas = dice.noise, [shift * u / (1 + (shift - 1) * u) for u in (1, 2 / 3, 1 / 3)] + [0.]
+    with torch.no_grad():
+        context, mask = encode_context(tiny.mllm, tiny.guidance, batch.inputs, batch.vision)
+        for now, then in zip(sigmas, sigmas[1:]):
+            sigma = torch.full((len(batch),), now)
+            latents = latents + (then - now) * denoise(tiny.transformer, tiny.guidance, latents, 1000 * sigma, sigma, context, mask, batch.source, batch.reference)
+    torch.testing.assert_close(target, latents, atol=1e-4, rtol=1e-4)  # the student's layers were silent
+    with torch.no_grad():
+        loss, _ = FlowMatching(student, Loss(balance=1., few=1, rectify=3), shift=shift)((batch, dice))
+        plain, _ = flow_matching_loss(student, replace(batch, target=target), dice)
+        theirs, _ = flow_matching_loss(tiny, replace(batch, target=target), dice)
+    assert torch.allclose(loss, plain, rtol=1e-4) and not torch.allclose(plain, theirs, rtol=1e-2)  # and speak again
+
+
+def test_only_the_student_learns(tiny, student, batch):
+    dice = draw_noise(batch, Loss(few=1), 0, 0, range(len(batch)), len(batch), tiny.scheduler.config.shift)
+    for part in (student.transformer, student.mllm, student.guidance): part.requires_grad_(False)
+    for name, p in student.transformer.named_parameters():
+        if "lora_" in name: p.requires_grad_(True)
+    FlowMatching(student, Loss(few=1, rectify=2), shift=tiny.scheduler.config.shift)((batch, dice))[0].mean().backward()
+    with_gradient = {name for name, p in student.transformer.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert with_gradient and all("lora_" in name for name in with_gradient) and any("lora_A" in name for name in with_gradient)

@@ -10,7 +10,8 @@ from PIL import Image
 from kiwi_edit import pipeline as module
 from kiwi_edit.core import preset
 from kiwi_edit.encoder import make_tokenizer
-from kiwi_edit.pipeline import KiwiEditPipeline, decode_latents, encode_frames, fit_reference, flow_sigmas
+from kiwi_edit.pipeline import Footage, KiwiEditPipeline, decode_latents, encode_frames, fit_reference, flow_sigmas
+from kiwi_edit.video import read_video, write_video
 
 PROMPT = "Replace the red circle with the object in the reference."
 
@@ -106,9 +107,70 @@ def test_what_does_not_change_is_computed_once(pipe):
     hooks = [part.register_forward_hook(lambda *_, name=name: counts.update({name: counts[name] + 1})) for name, part in (
         ("source", pipe.guidance.source_embedder), ("reference", pipe.guidance.ref_embedder), ("keys", pipe.transformer.blocks[0].attn2.to_k),
         ("encoder", pipe.mllm.model.language_model), ("vision", pipe.mllm.model.visual))]
+    pipe.memory.clear()
+    edit(pipe, reference=picture(), num_inference_steps=4, guidance_scale=2.0)
+    assert counts == dict(source=1, reference=1, keys=1, encoder=1, vision=2)  # the clip and the picture
     edit(pipe, reference=picture(), num_inference_steps=4, guidance_scale=2.0)
     for hook in hooks: hook.remove()
-    assert counts == dict(source=1, reference=1, keys=1, encoder=1, vision=1)
+    assert counts == dict(source=2, reference=2, keys=2, encoder=2, vision=2)
+
+
+def test_an_edit_of_the_same_clip_remembers_its_encodings(pipe, monkeypatch):
+    encoded = []
+    monkeypatch.setattr(module, "encode_frames", lambda vae, frames, *args: encoded.append(len(frames)) or encode_frames(vae, frames, *args))
+    pipe.memory.clear()
+    first = edit(pipe, reference=picture())
+    assert len(encoded) == 2 and torch.equal(edit(pipe, reference=picture()), first) and len(encoded) == 2
+    other = edit(pipe, reference=picture(seed=2))
+    assert len(encoded) == 3 and not torch.equal(other, first)
+    pipe.memory.clear()
+    assert torch.equal(edit(pipe, reference=picture(seed=2)), other)  # what is remembered is what would be computed
+
+
+def test_memory_notices_what_changes_its_encodings(pipe):
+    pipe.memory.clear()
+    plain = edit(pipe)
+    with torch.no_grad(): pipe.vae.quant_conv.bias += 1
+    assert not torch.equal(edit(pipe), plain)
+    with torch.no_grad(): pipe.vae.quant_conv.bias -= 1
+    pipe.vae.enable_tiling(tile_sample_min_height=48, tile_sample_min_width=48, tile_sample_stride_height=32, tile_sample_stride_width=32)
+    try: assert not torch.equal(edit(pipe), plain)
+    finally: pipe.vae.disable_tiling()
+    pipe.memory.max_bytes, before = 0, pipe.memory.max_bytes
+    try:
+        assert torch.allclose(edit(pipe), plain, atol=1e-4) and not pipe.memory.kept
+    finally: pipe.memory.max_bytes = before
+
+
+def test_windows_of_a_long_clip(pipe):
+    "Thirteen frames by a model that takes five; as memory has it, a window is all there is."
+    frames, seen = clip(13), []
+    hook = pipe.transformer.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["hidden_states"].shape[2:]), with_kwargs=True)
+    try: out = pipe(PROMPT, frames, picture(), num_frames=13, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+    finally: hook.remove()
+    assert out.frames[0].shape == frames.shape and seen == [(3, 8, 8)] * 6  # three windows of two latent frames and a reference, twice
+    short = pipe(PROMPT, frames, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).frames[0]
+    assert len(short) == 5
+    stream = pipe(PROMPT, frames, picture(), num_frames=13, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="stream").frames[0]
+    assert np.array_equal(np.concatenate(list(stream)), out.frames[0])
+    with pytest.raises(ValueError, match="`window_overlap` has to be from 0 to below 1 but is 1"): pipe(PROMPT, frames, num_frames=13, window_overlap=1)
+
+
+def test_windows_of_a_large_picture(pipe):
+    seen = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["hidden_states"].shape[2:]), with_kwargs=True)
+    large = np.kron(clip(5), np.ones((1, 2, 2, 1), np.uint8))
+    try: out = pipe(PROMPT, large, picture(), height=128, width=128, num_inference_steps=1, guidance_scale=2.).frames[0]
+    finally: hook.remove()
+    assert out.shape == (5, 128, 128, 3) and set(seen) == {(3, 8, 8)} and len(seen) == 9
+
+
+def test_footage_in_a_file_is_edited_as_in_memory(pipe, tmp_path):
+    frames = clip(11)
+    write_video(tmp_path / "clip.mp4", frames, 8, crf=0)
+    there = read_video(tmp_path / "clip.mp4").frames[:9]
+    def run(video): return pipe(PROMPT, video, num_frames=9, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).frames[0]
+    assert np.abs(run(Footage(9, 64, 64, path=tmp_path / "clip.mp4")).astype(int) - run(there)).max() <= 1
 
 
 # sizes

@@ -1,5 +1,6 @@
 "Video in and out: golden sizes and pixels, both decoders, what can be wrong with a file, and files that appear whole or not at all."
-import io, json, os, signal, struct, subprocess, sys
+import gc, io, json, os, signal, struct, subprocess, sys, threading, time, weakref
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -70,6 +71,13 @@ def folder(tmp_path_factory): return tmp_path_factory.mktemp("clips")
 
 @pytest.fixture(scope="module")
 def plain(folder): return encode(folder / "plain.mp4", gradient(), crf=10)
+
+@pytest.fixture(scope="module")
+def texture(folder):
+    "24 frames of 320x240 with detail that moves."
+    rng = np.random.default_rng(5)
+    wide = np.asarray(Image.fromarray(rng.integers(0, 255, (30, 60, 3), dtype=np.uint8)).resize((480, 240), Image.BICUBIC))
+    return encode(folder / "texture.mp4", np.stack([wide[:, 5 * t:5 * t + 320] for t in range(24)]), crf=12)
 
 
 # the official rules
@@ -337,7 +345,8 @@ def test_sound_without_pictures(tmp_path):
     (dict(num_frames=0), "`num_frames` has to be at least 1 but is 0"), (dict(start=-1), "`start`"), (dict(stride=0), "`stride`"),
     (dict(start=12), "`start` has to be below the 12 frames .* but is 12"), (dict(indices=[]), "`indices` have to hold"),
     (dict(indices=[3, 2]), r"`indices` have to ascend .* \[3, 2\]"), (dict(indices=[12]), "at most 11"), (dict(decoder="cv2"), "`decoder`"),
-    (dict(size=(8, 8), mode="tile"), "`mode`")])
+    (dict(size=(8, 8), mode="tile"), "`mode`"), (dict(size=(0, 8)), "`width` and `height`"), (dict(fast=True), "`size` has to be given"),
+    (dict(size=(8, 8), fast=True, decoder="decord"), "`decoder` has to be 'auto' or 'pyav'")])
 def test_argument_errors(plain, options, words):
     with pytest.raises(ValueError, match=words): read_video(plain, **options)
 
@@ -452,6 +461,214 @@ def test_interrupt_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("options,words", [(dict(fps=0), "`fps`"), (dict(fps=float("nan")), "`fps`"), (dict(fps=8, crf=70), "`crf`")])
 def test_write_arguments(tmp_path, options, words):
     with pytest.raises(ValueError, match=words): write_video(tmp_path / "a.mp4", gradient(2), **options)
+
+
+# the same, faster
+
+def one_at_a_time(path, size, mode):
+    "Decode a frame, resize it by Pillow, go on: what everything faster has to equal."
+    with av.open(str(path)) as container:
+        return np.stack([np.asarray(RESIZES[mode](f.to_image(), *size)) for f in container.decode(video=0)])
+
+@pytest.mark.parametrize("mode", RESIZES)
+@pytest.mark.parametrize("size", [(32, 16), (80, 48), (100, 131)])
+def test_threads_change_no_pixel(texture, mode, size):
+    expected = one_at_a_time(texture, size, mode)
+    assert np.array_equal(read_video(texture, size=size, mode=mode).frames, expected)
+    assert np.array_equal(np.concatenate([c.frames for c in stream_video(texture, size=size, mode=mode, chunk=7)]), expected)
+    assert np.array_equal(resize_frames(read_video(texture).frames, *size, mode), expected)
+
+def test_number_of_threads_changes_no_pixel(texture, monkeypatch):
+    some = {}
+    for cores in (0, 1, 2, 5):
+        monkeypatch.setattr(video, "_cores", lambda: cores)
+        some[cores] = read_video(texture, size=(48, 48), decoder="pyav").frames
+    assert all(np.array_equal(frames, some[0]) for frames in some.values())
+
+@pytest.mark.parametrize("options", [dict(bf=3, g=12), dict(bf=0), {"x264-params": "b-pyramid=none:bframes=5:open-gop=1:keyint=9"}])
+def test_pictures_that_are_skipped_are_not_missed(folder, options, monkeypatch):
+    noise = np.random.default_rng(3).integers(0, 255, (8, 6, 8, 3), dtype=np.uint8)
+    frames = np.stack([np.asarray(Image.fromarray(noise[t % 8]).resize((128, 96), Image.BICUBIC)) for t in range(40)])
+    path = encode(folder / f"skip{len(options)}{options.get('bf')}.mp4", frames, **options)
+    everything, decoded, original = read_video(path, decoder="pyav").frames, [], video._decode
+    def counted(*args):
+        for frame in original(*args): decoded.append(1); yield frame
+    monkeypatch.setattr(video, "_decode", counted)
+    for chosen in (range(0, 40, 2), range(3, 40, 5), [1, 2, 3, 20, 22, 39]):
+        assert np.array_equal(read_video(path, indices=chosen, decoder="pyav").frames, everything[list(chosen)])
+    if options.get("bf") == 3: assert 50 < len(decoded) < 100 # of the 117 up to the last one wanted
+
+@pytest.mark.parametrize("mode", RESIZES)
+def test_fast_is_near(texture, folder, mode):
+    for size in ((80, 48), (48, 80), (131, 100)):
+        exact, fast = (read_video(texture, size=size, mode=mode, fast=f).frames.astype(float) for f in (False, True))
+        assert fast.shape == exact.shape and 10 * np.log10(255 ** 2 / ((exact - fast) ** 2).mean()) > 40 # one pixel aside it is below 20
+    for degrees in (90, 180, 270):
+        path = folder / f"texture{degrees}.mp4"
+        path.write_bytes(texture.read_bytes())
+        exact, fast = (read_video(turn(path, degrees) if not f else path, size=(64, 96), mode=mode, fast=f).frames.astype(float) for f in (False, True))
+        assert 10 * np.log10(255 ** 2 / ((exact - fast) ** 2).mean()) > 40, degrees
+
+def test_fast_speaks_every_format(folder):
+    for name, pixels in (("gray", "gray"), ("rgb", "yuv444p"), ("full", "yuvj420p")):
+        path = encode(folder / f"fast-{name}.mp4", gradient(), pixels=pixels)
+        assert np.abs(read_video(path, size=(40, 30), fast=True).frames.astype(int) - read_video(path, size=(40, 30)).frames).mean() < 2
+    Image.fromarray(gradient(1)[0]).save(folder / "still.png") # images are resized by Pillow anyway
+    assert np.array_equal(read_video(folder / "still.png", size=(16, 16), fast=True).frames, resize_frames(gradient(1), 16, 16))
+
+def test_matplotlib_waits_for_a_figure(tmp_path):
+    code = ("import sys\nfrom kiwi_edit.video import *\nprint('matplotlib' in sys.modules, 'decord' in sys.modules)\n"
+            "figure = film_strip(Image.new('RGB', (8, 8)))\nfrom matplotlib.figure import Figure\nprint(isinstance(figure, Figure) and isinstance(figure, Strip))")
+    root = str(Path(video.__file__).parents[1])
+    code = code.replace("from kiwi_edit.video import *", "from kiwi_edit.video import *\nfrom PIL import Image")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": root})
+    assert out.stdout.split() == ["False", "False", "True"]
+
+
+# streams
+
+@pytest.mark.parametrize("options", [{}, dict(num_frames=5), dict(start=3, stride=4), dict(num_frames=7, start=1, stride=2, size=(24, 40), mode="inference"),
+                                     dict(size=(32, 32), fast=True)])
+@pytest.mark.parametrize("chunk,ahead", [(1, 1), (4, 2), (100, 3)])
+def test_stream_is_the_clip_in_pieces(texture, options, chunk, ahead):
+    whole, parts = read_video(texture, **options), list(stream_video(texture, **options, chunk=chunk, ahead=ahead))
+    assert np.array_equal(np.concatenate([part.frames for part in parts]), whole.frames)
+    assert {len(part) for part in parts[:-1]} <= {chunk} and len(parts) == -(-len(whole) // chunk)
+    assert all(part.fps == pytest.approx(whole.fps) and part.path == texture for part in parts)
+    assert parts[0].start == pytest.approx(whole.start, abs=1e-6) and parts[-1].end == pytest.approx(whole.end)
+    for one, other in zip(parts, parts[1:]): assert other.start - one.start == pytest.approx(len(one) / whole.fps, abs=1e-6)
+
+def test_stream_of_images(tmp_path):
+    images = [Image.fromarray(f) for f in gradient(12)]
+    images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:], duration=100)
+    (tmp_path / "shots").mkdir()
+    for i, image in enumerate(images): image.save(tmp_path / f"shots/shot{i}.png")
+    for path in (tmp_path / "a.gif", tmp_path / "shots", tmp_path / "shots/shot3.png"):
+        for options in ({}, dict(size=(32, 24))):
+            assert np.array_equal(np.concatenate([c.frames for c in stream_video(path, chunk=5, **options)]), read_video(path, **options).frames)
+
+def threads(): return [t.name for t in threading.enumerate() if t.name.startswith(("stream_video", "video"))]
+
+def opened(path):
+    "How often this process has a file open."
+    return sum(os.path.realpath(f"/proc/self/fd/{fd}") == str(path) for fd in os.listdir("/proc/self/fd"))
+
+def test_stream_is_bounded_and_ends(texture, monkeypatch):
+    made, original = [], video._gather
+    def counted(*args): made.append(1); return original(*args)
+    monkeypatch.setattr(video, "_gather", counted)
+    stream = stream_video(texture, chunk=2, ahead=3)
+    assert not threads() and not made # nothing before it is asked for
+    assert len(next(stream)) == 2
+    for _ in range(50):
+        if len(made) < 4: time.sleep(0.02)
+    time.sleep(0.1)
+    assert len(made) == 4 and len(threads()) >= 1 # the one that is read and three ahead, not all twelve
+    if sys.platform == "linux": assert opened(texture) == 1
+    stream.close()
+    assert not threads()
+    if sys.platform == "linux": assert opened(texture) == 0
+    for part in stream_video(texture, chunk=2): break # a loop that is left does the same
+    del part
+    gc.collect()
+    assert not threads()
+    assert sum(map(len, stream_video(texture, chunk=2))) == 24 and not threads()
+
+def test_stream_errors(tmp_path, texture, monkeypatch, caplog):
+    for options, words in ((dict(chunk=0), "`chunk` has to be at least 1 but is 0"), (dict(ahead=0), "`ahead`"), (dict(start=99), "`start` .* 24 frames .* is 99"),
+                           (dict(fast=True), "`size`"), (dict(size=(8, 8), mode="tile"), "`mode`")):
+        with pytest.raises(ValueError, match=words): stream_video(texture, **options) # at once, not at the first clip
+    with pytest.raises(FileNotFoundError): stream_video(tmp_path / "none.mp4")
+    (tmp_path / "shots").mkdir()
+    for i, frame in enumerate(gradient(8)): Image.fromarray(frame[:, :32] if i == 6 else frame).save(tmp_path / f"shots/{i}.png")
+    stream = stream_video(tmp_path / "shots", chunk=3)
+    assert len(next(stream)) == len(next(stream)) == 3
+    with pytest.raises(VideoError, match="one size .* 64x48 and, at frame 6, 32x48"): next(stream)
+    (tmp_path / "shots/4.png").write_bytes((tmp_path / "shots/4.png").read_bytes()[:60])
+    stream = stream_video(tmp_path / "shots", size=(16, 16), chunk=2)
+    assert len(next(stream)) == len(next(stream)) == 2
+    with pytest.raises(VideoError, match="4.png"): next(stream)
+    assert not threads()
+
+def test_stream_of_a_damaged_file(folder, caplog):
+    frames = np.random.default_rng(0).integers(0, 255, (20, 48, 64, 3), dtype=np.uint8)
+    data = write_video(folder / "to-cut.mp4", frames, 10).read_bytes()
+    (folder / "stream-cut.mp4").write_bytes(data[:len(data) * 2 // 3])
+    whole = read_video(folder / "stream-cut.mp4")
+    warned = [r.getMessage() for r in caplog.records]
+    caplog.clear()
+    parts = list(stream_video(folder / "stream-cut.mp4", chunk=3))
+    assert np.array_equal(np.concatenate([p.frames for p in parts]), whole.frames) and len(whole) < 20
+    assert [r.getMessage() for r in caplog.records] == warned and len(warned) == 1 and "is damaged" in warned[0]
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory as Linux counts it")
+def test_stream_needs_little_memory(folder):
+    path = encode(folder / "hd.mp4", np.repeat(gradient(2, 720, 1280), 60, 0), fps=30, preset="ultrafast", tune="zerolatency")
+    code = ("import resource, sys; from kiwi_edit.video import *; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            "count = sum(len(clip) for clip in stream_video(sys.argv[1], chunk=4)) # not resized\n"
+            "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024, count)")
+    root = str(Path(video.__file__).parents[1])
+    out = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": root})
+    peak, count = map(int, out.stdout.split())
+    assert count == 120 and peak < 200 # as an array the frames alone take 316 MB
+
+
+# writing in pieces
+
+def test_pieces_are_the_whole(tmp_path):
+    frames = gradient(30)
+    whole = write_video(tmp_path / "whole.mp4", frames, 12).read_bytes()
+    pieces = {"arrays": (frames[i:i + 7] for i in range(0, 30, 7)), "clips": (Clip(frames[i:i + 4], 12) for i in range(0, 30, 4)),
+              "pictures": iter(to_pil(frames)), "floats": map(lambda f: f / 255.0, frames)}
+    for name, made in pieces.items(): assert write_video(tmp_path / f"{name}.mp4", made, 12).read_bytes() == whole, name
+    assert write_video(tmp_path / "rate.mp4", (Clip(frames[i:i + 4], 12) for i in range(0, 30, 4))).read_bytes() == whole # the first clip's rate
+    gif = write_video(tmp_path / "whole.gif", frames, 12).read_bytes()
+    assert write_video(tmp_path / "pieces.gif", (frames[i:i + 7] for i in range(0, 30, 7)), 12).read_bytes() == gif
+
+def test_pieces_are_forgotten(tmp_path):
+    alive, most = [], []
+    def pieces():
+        for i in range(8):
+            made = gradient(3) + np.uint8(i)
+            alive.append(weakref.ref(made))
+            most.append(sum(ref() is not None for ref in alive))
+            yield made
+            del made
+    assert video_info(write_video(tmp_path / "a.mp4", pieces(), 10)).frames == 24
+    assert max(most) <= 3 # the first is held until its size is known, one is encoded, one is new
+
+@pytest.mark.parametrize("suffix", ["mp4", "gif"])
+def test_broken_pieces_leave_nothing(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    path.write_text("the old one")
+    def broken(error):
+        yield gradient(5)
+        if error: raise error
+        yield gradient(5, 32, 32)
+    for error, kind, words in ((RuntimeError("no more"), RuntimeError, "no more"), (KeyboardInterrupt("stop"), KeyboardInterrupt, "stop"),
+                               (None, VideoError, "one size but are 64x48, then 32x32"), (FileNotFoundError("a.png is gone"), VideoError, "FileNotFoundError: a.png is gone")):
+        with pytest.raises(kind, match=words): write_video(path, broken(error), 10, overwrite=True)
+        assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(path.name, "the old one")]
+    with pytest.raises(VideoError, match="at least one frame but is empty"): write_video(path, iter([]), 10, overwrite=True)
+    with pytest.raises(VideoError, match="at least one frame but is empty"): write_video(path, iter([]), overwrite=True)
+    untouched = iter([gradient(1)])
+    with pytest.raises(FileExistsError): write_video(path, untouched)
+    assert len(next(untouched)) == 1 and path.read_text() == "the old one"
+
+def test_sound_of_pieces(tmp_path):
+    source = encode(tmp_path / "source.mp4", gradient(40), fps=10, sound=4.0) # silent for 2 s, then a tone
+    inverted = (replace(part, frames=255 - part.frames) for part in stream_video(source, chunk=6))
+    out = write_video(tmp_path / "out.mp4", inverted, audio_from=source)
+    info, parts = video_info(out), loudness(out)
+    assert (info.frames, info.fps, info.has_audio) == (40, 10, True)
+    assert len(parts) in (40, 41) and parts[:19].max() < 0.03 and parts[21:39].min() > 0.3
+    assert np.abs(read_video(out).frames.astype(int) + read_video(source).frames - 255).mean() < 6
+    late = (part for part in stream_video(source, start=15, num_frames=10, chunk=3))
+    edge = loudness(write_video(tmp_path / "edge.mp4", late, audio_from=read_video(source, start=15, num_frames=1)))
+    assert len(edge) in (10, 11) and edge[3] < 0.03 < 0.3 < edge[6]
+    with av.open(str(out)) as container: # sound and pictures lie side by side, or a player of a long file has to jump
+        kinds = [packet.stream.type for packet in container.demux() if packet.size]
+    assert kinds.index("audio") < len(kinds) / 2 and kinds[-len(kinds) // 4:].count("audio") < len(kinds) // 4
 
 
 # looking

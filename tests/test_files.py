@@ -1,0 +1,260 @@
+"""Lists of edits: what is refused, what is kept, and what a run that was stopped in the middle leaves behind."""
+import json
+import logging
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from kiwi_edit import cli, files
+from kiwi_edit.core import assets_dir, settings
+from kiwi_edit.files import Ledger, read_edits, run_edits
+
+COMMAND = [sys.executable, "-m", "kiwi_edit.cli"]
+MODEL = "kiwi-edit-tiny"
+SNOW = "Make everything look snowy."
+pytestmark = pytest.mark.skipif(not (assets_dir() / MODEL / "model_index.json").is_file(), reason="the trained model is not there")
+
+
+@pytest.fixture(autouse=True)
+def own_settings(tmp_path, monkeypatch):
+    monkeypatch.setenv("KIWI_EDIT_OUTPUT_DIR", str(tmp_path / "outputs"))
+    monkeypatch.setenv("KIWI_EDIT_DEVICE", "cpu")
+    settings.cache_clear()
+    yield
+    settings.cache_clear()
+    logging.getLogger("kiwi_edit").handlers.clear()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    "The sample clip and a reference."
+    for name in ("clip.mp4", "reference.png"):
+        shutil.copy(assets_dir() / "samples" / name, tmp_path)
+    return tmp_path
+
+
+def write(folder, *rows):
+    "A list of edits; dicts for good rows, text for any line."
+    path = folder / "edits.jsonl"
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def rows(number, **more):
+    return [dict(video="clip.mp4", instruction=SNOW, seed=i) | more for i in range(number)]
+
+
+def records(out):
+    return [json.loads(line) for line in (out / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def visible(out):
+    return {p.name for p in out.iterdir() if not p.name.startswith(".")}
+
+
+def left_behind(out):
+    return {p.name for p in out.iterdir() if p.name.startswith(".")} - {".lock"}
+
+
+# what is refused
+
+
+@pytest.mark.parametrize("row, words", [
+    ('{"video": "clip.mp4"', "`line` has to be a JSON object in UTF-8"),
+    ("[" * 100_000, "`line` has to be a JSON object in UTF-8"),
+    ('"clip.mp4"', "`line` has to be a JSON object but is"),
+    (dict(instruction=SNOW), "`video` has to be given"),
+    (dict(video="clip.mp4"), "`instruction` has to be given"),
+    (dict(video="clip.mp4", instruction=" "), "`instruction` has to say what to edit"),
+    (dict(video="clip.mp4", instruction=7), "`instruction` has to be a string"),
+    (dict(video=["clip.mp4"], instruction=SNOW), "`video` has to be a path"),
+    (dict(video="clip\0.mp4", instruction=SNOW), "`video` has to be an existing file"),
+    (dict(video="edits.jsonl", instruction=SNOW), "`video` has to"),
+    (dict(video="clip.mp4", prompt=SNOW, instruction=SNOW), "`instruction` has to be given once"),
+    (dict(video="clip.mp4", instruction=SNOW, sede=1), "`line` has to have names out of"),
+    (dict(video="clip.mp4", instruction=SNOW, reference="lost.png"), "`reference` has to be an existing file"),
+    (dict(video="clip.mp4", instruction=SNOW, reference=[1]), "`reference` has to be a path or a list of paths"),
+    (dict(video="clip.mp4", instruction=SNOW, out="sub/a.mp4"), "`out` has to be the name of a file"),
+    (dict(video="clip.mp4", instruction=SNOW, out="..\\a.mp4"), "`out` has to be the name of a file"),
+    (dict(video="clip.mp4", instruction=SNOW, out="a.avi"), "`out` has to end in"),
+    (dict(video="clip.mp4", instruction=SNOW, out="a" * 252 + ".mp4"), "File name too long"),
+    (dict(video="clip.mp4", instruction=SNOW, out="GOOD.mp4"), "`out` has to be a name of its own but 'GOOD.mp4' is what row 1 writes"),
+    (dict(video="clip.mp4", instruction=SNOW, out="good.mov"), "'good-strip.png' is what row 1 writes"),
+    (dict(video="clip.mp4", instruction=SNOW, seed=True), "`seed` has to be a whole number but is True"),
+    (dict(video="clip.mp4", instruction=SNOW, seed=-1), "`seed` has to be from 0"),
+    (dict(video="clip.mp4", instruction=SNOW, strength=10 ** 400), "`strength` has to be a number"),
+    ('{"video": "clip.mp4", "instruction": "x", "strength": NaN}', "`strength` has to lie above 0"),
+    (dict(video="clip.mp4", instruction=SNOW, size=[64]), '`size` has to be "WIDTHxHEIGHT" or [width, height]'),
+    (dict(video="clip.mp4", instruction=SNOW, compare="yes"), "`compare` has to be true or false"),
+])
+def test_a_bad_row_is_named_and_nothing_is_made(folder, row, words):
+    edits = read_edits(write(folder, dict(video="clip.mp4", instruction=SNOW, out="good.mp4"), "", row), folder / "out")
+    assert [r.number for r in edits.rows] == [1] and len(edits.bad) == 1
+    assert str(edits.bad[0]).startswith("row 3: ") and words in str(edits.bad[0])
+    with pytest.raises(files.BadEdits, match="1 of 2 rows are bad"):
+        run_edits(edits, "never-looked-up")
+    assert not (folder / "out").exists()
+
+
+def test_rows_do_not_write_what_others_read(folder):
+    path = write(folder, dict(video="clip.mp4", instruction=SNOW, out="clip.mp4"), dict(video="clip.mp4", instruction=SNOW, out="new.mp4"))
+    assert [b.number for b in read_edits(path, folder).bad] == [1] and not read_edits(path, folder / "out").bad
+
+
+def test_what_is_wrong_with_the_whole_list_is_said_once(folder, monkeypatch):
+    path = write(folder, *rows(3))
+    for wrong, words in (dict(strength=0.0), "`strength` has to lie"), (dict(reference="lost.png"), "`reference` has to be an existing file"), (dict(out=folder / "clip.mp4"), "`out` has to be a folder"):
+        with pytest.raises((ValueError, OSError), match=re.escape(words)):
+            read_edits(path, **dict(out=folder / "out") | wrong)
+    with pytest.raises(ValueError, match="at least one edit"):
+        read_edits(write(folder, "", " "), folder / "out")
+    from kiwi_edit import pipeline
+
+    monkeypatch.setattr(pipeline.KiwiEditPipeline, "from_pretrained", lambda *a, **k: pytest.fail("weights were read"))
+    with pytest.raises(files.BadEdits, match="row 2: `size` has to be multiples of 8"):
+        run_edits(read_edits(write(folder, *rows(1), *rows(1, size="60x64", out="b.mp4")), folder / "out"), MODEL)
+    assert not (folder / "out").exists()
+
+
+def test_a_folder_is_for_one_run_at_a_time(folder):
+    (folder / "out").mkdir()
+    with FileLock(folder / "out" / ".lock"), pytest.raises(ValueError, match="no other run writes to"):
+        run_edits(read_edits(write(folder, *rows(1)), folder / "out"), MODEL)
+
+
+# what is kept
+
+
+def test_only_what_is_missing_is_done(folder):
+    out = folder / "out"
+    path = write(folder, *rows(2, steps=1), dict(video="clip.mp4", instruction=SNOW, out="cut.mp4", steps=1))
+    first = run_edits(read_edits(path, out), MODEL)
+    assert first.counts == dict(done=3, failed=0, bad=0) and left_behind(out) == set()
+    times = {name: (out / name).stat().st_mtime_ns for name in visible(out)}
+    (out / "cut.mp4").unlink()
+    path = write(folder, *rows(2, steps=1), dict(video="clip.mp4", instruction=SNOW, out="cut.mp4", steps=1), *rows(1, steps=1, out="more.mp4", seed=9))
+    again = run_edits(read_edits(path, out), MODEL)
+    assert (again.before, again.counts["done"]) == (2, 4)
+    assert [(r["row"], r["out"]) for r in records(out)] == [(1, "0001-clip.mp4"), (2, "0002-clip.mp4"), (3, "cut.mp4"), (4, "more.mp4")]
+    assert all((out / name).stat().st_mtime_ns == times[name] for name in ("0001-clip.mp4", "0002-clip.mp4"))
+
+    (folder / "clip.mp4").write_bytes((assets_dir() / "samples" / "clip.mp4").read_bytes() + b"\0" * 8)  # another clip of that name
+    with pytest.raises(files.BadEdits, match="was made from other files or by another model"):
+        run_edits(read_edits(path, out), MODEL)
+    assert all((out / name).stat().st_mtime_ns == times[name] for name in ("0001-clip.mp4", "0002-clip.mp4"))
+    (out / "results.jsonl").unlink()  # now they are files of which nobody knows
+    with pytest.raises(files.BadEdits, match="4 of 4 rows are bad.* exists"):
+        run_edits(read_edits(path, out), MODEL)
+
+
+def test_a_result_without_a_line_is_made_again(folder, monkeypatch):
+    "Killed after the file got its name and before its line was written; then the row is changed back to what the last line says."
+    out = folder / "out"
+    make = lambda seed: read_edits(write(folder, *rows(1, seed=seed, steps=1)), out)
+    run_edits(make(1), MODEL)
+    wanted = (out / "0001-clip.mp4").read_bytes()
+
+    def killed(*arguments):
+        raise SystemExit(137)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "add", killed)
+        with pytest.raises(SystemExit):
+            run_edits(make(2), MODEL, overwrite=True)
+    assert (out / "0001-clip.mp4").read_bytes() != wanted and records(out)[0]["settings"]["seed"] == 1
+    done = run_edits(make(1), MODEL)
+    assert done.before == 0 and (out / "0001-clip.mp4").read_bytes() == wanted and left_behind(out) == set()
+
+
+def test_a_fault_fails_its_row_and_keeps_its_traceback(folder, monkeypatch):
+    real = files.run_edit
+    monkeypatch.setattr(files, "run_edit", lambda pipe, plan, progress: 1 / 0 if plan.seed == 0 else real(pipe, plan, progress))
+    run = run_edits(read_edits(write(folder, *rows(2, steps=1)), folder / "out"), MODEL)
+    assert run.counts == dict(done=1, failed=1, bad=0)
+    failed = records(folder / "out")[0]
+    assert failed["error"] == "ZeroDivisionError: division by zero" and "1 / 0" in failed["traceback"]
+
+
+# processes
+
+
+def start(path, out, until, stop):
+    "Run the command on a list in a group of processes of its own, and send it a signal when it has got somewhere."
+    command = [*COMMAND, "edit", str(path), "--out", str(out), "--workers", "2", "--skip-bad"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, env=os.environ | dict(OMP_NUM_THREADS="1")) as process:
+        seen = b""
+        while not re.search(until, seen):
+            seen += os.read(process.stderr.fileno(), 4096) or pytest.fail(seen.decode())
+        stop(process.pid)
+        said, err = process.communicate(timeout=60)
+    return process.returncode, said.decode(), (seen + err).decode()
+
+
+@pytest.fixture
+def one_thread():
+    "Sums over another number of threads are rounded otherwise."
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_list_that_is_stopped_twice_ends_with_the_same_bytes(folder, capfd, one_thread):
+    path, out = write(folder, *rows(6), dict(video="clip.mp4", instruction="Erase the white heart from the clip.", reference="reference.png", compare=True), '{"video": '), folder / "out"
+    status, said, err = start(path, out, rb"[1-6]/7 rows", lambda pid: os.killpg(pid, signal.SIGINT))  # Ctrl-C reaches all of them
+    assert status == 130 and said == "" and "Traceback" not in err and "leaked" not in err
+    done = int(re.search(r"error: interrupted; (\d) of 7 rows are done; the same command goes on from here\n$", err)[1])
+    assert 1 <= done < 7 and len(records(out)) == done and left_behind(out) == {".unfinished.json"}
+    status, *_ = start(path, out, rb"[%d-7]/7 rows" % (done + 1), lambda pid: os.kill(pid, signal.SIGKILL))
+    assert status in (-9, 1)  # 1 where the last rows came too quickly
+    with (out / "results.jsonl").open("ab") as file:
+        file.write(b'{"row": 7, "sta')  # a line that was cut
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["edit", str(path), "--out", str(out), "--skip-bad"])
+    said, err = capfd.readouterr()
+    assert stop.value.code == 1 and "row 8 bad: `line` has to be a JSON object" in err and re.search(r"7 of 8 rows done, \d of them before, 1 bad", said)
+    assert [(r["row"], r["status"]) for r in records(out)] == [(k, "done") for k in range(1, 8)] + [(8, "bad")] and left_behind(out) == set()
+
+    alone = run_edits(read_edits(path, folder / "alone"), MODEL, skip_bad=True)
+    assert alone.counts == dict(done=7, failed=0, bad=1) and visible(out) == visible(folder / "alone") and "0007-clip-compare.mp4" in visible(out)
+    for name in visible(out) - {"results.jsonl"}:
+        assert (out / name).read_bytes() == (folder / "alone" / name).read_bytes(), name
+    assert [r["fingerprint"] for r in records(out)] == [r["fingerprint"] for r in records(folder / "alone")]
+
+
+def serve_and_die(*arguments):
+    "What a process runs, killed in the middle of the edit with seed 1."
+    real = files.run_edit
+
+    def run_edit(pipe, plan, progress):
+        return real(pipe, plan, lambda done, total, what: os.kill(os.getpid(), signal.SIGKILL) if plan.seed == 1 and what == "decoding" else progress(done, total, what))
+
+    files.run_edit = run_edit
+    files._serve(*arguments)
+
+
+def test_a_process_that_is_killed_fails_one_row_and_is_replaced(folder, monkeypatch):
+    shutil.copy(folder / "clip.mp4", folder / "passing.mp4")
+    monkeypatch.setattr(files, "_serve", serve_and_die)
+    edits = read_edits(write(folder, *rows(3), dict(video="lost.mp4", instruction=SNOW), dict(video="passing.mp4", instruction=SNOW)), folder / "out")
+    assert [b.number for b in edits.bad] == [4]
+    (folder / "passing.mp4").unlink()  # while others are at work
+
+    run = run_edits(edits, MODEL, workers=2, skip_bad=True)
+    assert run.lost == 1 and run.counts == dict(done=2, failed=2, bad=1) and not multiprocessing.active_children()
+    lost = [r for r in records(folder / "out") if r.get("lost")]
+    assert [r["row"] for r in lost] == [2] and "ended by signal 9" in lost[0]["error"] and left_behind(folder / "out") == {".unfinished.json"}
+    shutil.copy(folder / "clip.mp4", folder / "passing.mp4")
+    again = run_edits(read_edits(edits.path, folder / "out"), MODEL, skip_bad=True)
+    assert again.counts == dict(done=4, failed=0, bad=1) and again.before == 2 and left_behind(folder / "out") == set()
