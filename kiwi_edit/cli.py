@@ -45,7 +45,7 @@ def _root(version: bool = typer.Option(False, "--version", help="Show the versio
 
 # %% ../nbs/51_cli.ipynb #001c6c2c
 FLAGS = {name: "--" + name.replace("_", "-") for name in (
-    "instruction", "reference", "model", "out", "overwrite", "seed", "steps", "frames", "size", "device", "strength", "guidance_scale",
+    "instruction", "reference", "model", "out", "overwrite", "seed", "steps", "frames", "whole", "size", "fast", "device", "strength", "guidance_scale",
     "host", "port", "tasks", "samples", "preset", "stage", "minutes", "resume", "data", "cache", "start", "base", "score", "keep", "track", "dry_run", "seconds_per_step",
     "options", "num_frames", "max_pixels", "dtype", "workers", "parts", "prune", "engine", "actors", "root", "vlm", "sam", "editor", "embedder", "shard", "batch", "max_failures", "skip_bad", "row", "to", "transformer", "vae", "mllm", "heads")}
 FLAGS |= dict(pairs="PAIRS", columns="--column", thresholds="--threshold", sheets="PAIRS", video="VIDEO", name="--model", prompt="--instruction", folder="--out", metadata="--data", dataset="--data", trackers="--track", memory="free memory", checkpoint="SOURCE", destination="DESTINATION", source="SOURCE", transformer_config="--heads", overrides="--model")
@@ -122,11 +122,12 @@ def load(
     model: str | None, # bundled name, folder or hub id; None takes the settings'
     device: str | None, # None takes the settings'
     check=None, # called with the model's `Limits` before its weights are read
+    fast: bool = False, # with its few-step weights
 ):
     "The pipeline, loaded without bars of libraries."
     from kiwi_edit.files import load_model
     hush_bars()
-    return load_model(model, device, check, say=lambda line: typer.echo(line, err=True))
+    return load_model(model, device, check, say=lambda line: typer.echo(line, err=True), fast=fast)
 
 # %% ../nbs/51_cli.ipynb #04157cce
 @contextlib.contextmanager
@@ -161,7 +162,9 @@ def edit(
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace files that exist."),
     seed: Optional[int] = typer.Option(None, help="Of the noise that the edit starts from. [the settings' seed]"),
     steps: Optional[int] = typer.Option(None, help="Denoising steps. [the model's own number]"),
-    frames: Optional[int] = typer.Option(None, help="Edit at most so many frames, 4k+1. [as many as the model takes]"),
+    frames: Optional[int] = typer.Option(None, help="Edit at most so many frames, 4k+1, in windows where the model takes fewer at once. [as many as the model takes]"),
+    whole: bool = typer.Option(False, "--whole", help="Edit all frames, in windows."),
+    fast: bool = typer.Option(False, "--fast", help="In few steps, by weights that come with the model for this; rougher."),
     size: Optional[str] = typer.Option(None, metavar="WIDTHxHEIGHT", help="Size at which the model works; the result has the source's. [as large as the model takes]"),
     device: Optional[str] = typer.Option(None, help="auto, cpu, cuda, cuda:1 or mps. [the settings' device]"),
     strength: float = typer.Option(1.0, help="Below 1: start from the source under noise, and stay closer to it."),
@@ -171,14 +174,14 @@ def edit(
 ):
     "Edit a clip, an image, or a list of them."
     from kiwi_edit.files import parse_size, plan_edit, run_edit
-    options = dict(compare=compare, seed=seed, steps=steps, frames=frames, size=parse_size(size), strength=strength, guidance_scale=guidance_scale)
+    options = dict(compare=compare, seed=seed, steps=steps, frames=frames, whole=whole, size=parse_size(size), strength=strength, guidance_scale=guidance_scale)
     if video.suffix.lower() == ".jsonl" and not video.is_dir():
-        return edit_list(video, out, model, device, workers, overwrite, skip_bad, instruction=instruction, reference=reference, **options)
+        return edit_list(video, out, model, device, workers, overwrite, skip_bad, fast, instruction=instruction, reference=reference, **options)
     if instruction is None: raise _Missing("Missing option '--instruction' / '-i'.")
     for name, value in dict(workers=workers > 1, skip_bad=skip_bad).items():
         if value: raise ValueError(f"`{name}` has to be left out unless VIDEO is a list (.jsonl) but that is {str(video)!r}.")
     plan = plan_edit(video, instruction, reference or (), out, overwrite=overwrite, **options)
-    pipe = load(model, device, check=plan.check)
+    pipe = load(model, device, plan.check, fast)
     with bar() as report: done = run_edit(pipe, plan, report)
     if done.note: typer.echo(re.sub(r"`(\w+)`", lambda match: FLAGS[match[1]], done.note))
     what = f"{done.frames} frames" if done.frames > 1 else "1 frame"
@@ -198,6 +201,7 @@ def edit_list(
     workers: int, # processes
     overwrite: bool, # whether results of other edits may be replaced
     skip_bad: bool, # whether the good rows are done where there are bad ones
+    fast: bool, # with the model's few-step weights
     **defaults, # for rows that say nothing of it
 ):
     "Do a list of edits and say what has become of it."
@@ -212,7 +216,7 @@ def edit_list(
         with bar("rows", delay=2) as report: edits = read_edits(path, out, report, **defaults)
         edits.check(skip_bad)
         hush_bars()
-        with bar("rows") as report: run = run_edits(edits, model, device, workers, overwrite, skip_bad, watched, say=lambda line: tqdm.write(line, file=sys.stderr))
+        with bar("rows") as report: run = run_edits(edits, model, device, workers, overwrite, skip_bad, watched, lambda line: tqdm.write(line, file=sys.stderr), fast)
     except BadEdits as error:
         for bad in error.bad[:shown]: say(str(bad).replace("`overwrite`", "--overwrite"))
         if len(error.bad) > shown: say(f"and {len(error.bad) - shown} more")
@@ -250,6 +254,7 @@ def evaluate(
     samples: int = typer.Option(32, help="Clips for each task."),
     tasks: Optional[str] = typer.Option(None, help="Tasks, separated by commas. [all that the bench has]"),
     steps: Optional[int] = typer.Option(None, help="Denoising steps. [the model's own number]"),
+    fast: bool = typer.Option(False, "--fast", help="With the model's few-step weights."),
     out: Optional[Path] = typer.Option(None, "--out", "-o", help="File for the report, .json. [report.json in the settings' output_dir]"),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace a report that exists."),
     device: Optional[str] = typer.Option(None, help="auto, cpu, cuda, cuda:1 or mps. [the settings' device]"),
@@ -267,7 +272,7 @@ def evaluate(
         out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix.lower() != ".json": raise ValueError(f"`out` has to end in .json but is {str(out)!r}.")
     check_outputs([out], [], overwrite)
-    pipe = load(model, device)
+    pipe = load(model, device, fast=fast)
     from kiwi_edit.benchmark import run_benchmark
     report = run_benchmark(pipe, **({} if chosen is None else dict(tasks=tuple(chosen))), samples=samples, steps=steps, progress=True)
     report.save(out)

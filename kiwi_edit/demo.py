@@ -23,7 +23,7 @@ os.environ.setdefault("GRADIO_RUN_HISTORY", "False")       # and keeps no list o
 import gradio as gr
 
 from .core import assets_dir, settings
-from .files import Limits, edit_file, load_model, one_line
+from .files import Limits, edit_file, find_model, load_model, one_line
 
 # %% ../nbs/50_demo.ipynb #51874866
 def sample_examples(
@@ -52,19 +52,22 @@ def describe(
 
 # %% ../nbs/50_demo.ipynb #a199d9fa
 class LazyPipeline:
-    "A pipeline that is loaded when it is first asked for."
-    def __init__(self, pipe=None, model: str | None = None): self.pipe, self.model, self.lock = pipe, model, threading.Lock()
+    "A pipeline that is loaded when it is first asked for, and its few-step sister, which shares all but the denoiser."
+    def __init__(self, pipe=None, model: str | None = None): self.pipe, self.fast, self.model, self.lock = pipe, None, model, threading.Lock()
 
-    def __call__(self):
+    def __call__(self,
+        fast: bool = False, # with few-step weights
+    ):
+        from kiwi_edit.checkpoints import fast_variant
         with self.lock:
             if self.pipe is None: self.pipe = load_model(self.model)
-            return self.pipe
+            if fast and self.fast is None: self.fast = fast_variant(self.pipe, find_model(self.model))
+            return self.fast if fast else self.pipe
 
     def limits(self) -> Limits | None:
         "What the model takes, read from its folder where it isn't loaded."
         if self.pipe is not None: return Limits.of(self.pipe)
-        from kiwi_edit.pipeline import find_checkpoint
-        return Limits.read(find_checkpoint(self.model))
+        return Limits.read(find_model(self.model))
 
 # %% ../nbs/50_demo.ipynb #925274c6
 LABELS = dict(video="The clip", instruction="The instruction", reference="A reference", seed="The seed", steps="The number of steps", model="The model",
@@ -75,17 +78,17 @@ def make_editor(
     folder: Path, # for results
 ):
     "The function behind the button."
-    def edit(video, image, instruction, references, steps, seed, progress=gr.Progress()):
+    def edit(video, image, instruction, references, steps, seed, fast=False, progress=gr.Progress()):
         if not video and not image: raise gr.Error("The clip is missing: drop a video or an image into the field on the left, or click an example.", title="Nothing to edit", print_exception=False)
         try:
             progress(0, desc="loading the model")
-            pipe = load()
+            pipe = load(fast)
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             source = Path(video or image)
             done = edit_file(
                 pipe, source, instruction or "", [path for path, _ in references or []], out=folder / f"edited{'.mp4' if video else '.png'}", overwrite=True,
-                progress=lambda done, total, what: progress((done, total), desc=what, unit="steps"), steps=int(steps), seed=int(seed))
+                progress=lambda done, total, what: progress((done, total), desc=what, unit="steps"), steps=pipe.config.default_steps if fast else int(steps), seed=int(seed))
         except Exception as error:
             message = one_line(error, LABELS)
             if message is None: raise
@@ -118,6 +121,8 @@ def build_demo(
                 with gr.Row():
                     steps = gr.Slider(1, 100, value=limits.steps if limits else 50, step=1, label="Steps", elem_id="steps")
                     seed = gr.Number(settings().seed, precision=0, label="Seed", elem_id="seed")
+                    fast = gr.Checkbox(label="Fast", info=f"{limits.fast_steps} step{'s' * (limits.fast_steps > 1)}, by weights made for it; rougher" if limits and limits.fast_steps else None,
+                                       visible=bool(limits and limits.fast_steps), elem_id="fast")
                 button = gr.Button("Edit", variant="primary", elem_id="edit")
             with gr.Column():
                 result_video = gr.Video(label="Result", interactive=False, height=280, loop=True, autoplay=True, elem_id="result")
@@ -127,9 +132,10 @@ def build_demo(
         if rows := sample_examples():
             shown = gr.Examples(rows, [video, image, instruction, references], label="Examples: click one, then Edit", cache_examples=False, visible_columns=[0, 2, 3], elem_id="examples")
             shown.load_input_event.then(lambda: gr.Tabs(selected="clip"), outputs=tabs, api_visibility="private")
+        fast.change(lambda on: gr.update(interactive=not on), fast, steps, api_visibility="private")
         video.upload(lambda: None, outputs=image, api_visibility="private")  # there is one source
         image.upload(lambda: None, outputs=video, api_visibility="private")
-        gr.on([button.click, instruction.submit], make_editor(load, Path(results.name) / "edit"), [video, image, instruction, references, steps, seed],
+        gr.on([button.click, instruction.submit], make_editor(load, Path(results.name) / "edit"), [video, image, instruction, references, steps, seed, fast],
               [result_video, result_image, strip, note], api_name="edit", concurrency_limit=1)
     page.queue(max_size=16, default_concurrency_limit=1)
     page.results = results # lives as long as the page

@@ -39,7 +39,7 @@ from filelock import FileLock, Timeout
 
 from .core import choose_device, choose_dtype, settings
 from .video import (VideoError, VideoInfo, as_frames, check_frame_count, compare, fit_size, flatten_image, nearest_frame_count, read_image, read_video,
-                             replacing, resize_frames, save_film_strip, video_info, write_video)
+                             replacing, resize_frames, sample_indices, save_film_strip, stream_video, video_info, write_video)
 from .world import EVAL_SEED, World
 
 # %% ../nbs/24_files.ipynb #e07b3405
@@ -81,6 +81,7 @@ class Limits:
     max_pixels: int # width * height
     size_multiple: int # of width and height
     steps: int # denoising steps where nobody names a number
+    fast_steps: int | None = None # with its few-step weights, where it has any
 
     @classmethod
     def of(cls, pipe) -> Limits:
@@ -94,7 +95,8 @@ class Limits:
         index = config("model_index.json")
         if "max_frames" not in index: return None
         multiple = config("vae", "config.json")["scale_factor_spatial"] * config("transformer", "config.json")["patch_size"][-1]
-        return cls(index["max_frames"], index["max_pixels"], multiple, index["default_steps"])
+        fast = config("fast", "config.json")["num_inference_steps"] if Path(folder, "fast", "config.json").is_file() else None
+        return cls(index["max_frames"], index["max_pixels"], multiple, index["default_steps"], fast)
 
 # %% ../nbs/24_files.ipynb #44cfc853
 IMAGE_SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -191,9 +193,14 @@ class EditPlan:
     seed: int
     steps: int | None # None: the model's own number, here and below
     frames: int | None
+    whole: bool # all frames, in windows where the model takes fewer at once
     size: tuple | None # (width, height) at which the model works
     strength: float
     guidance_scale: float
+
+    def count(self, limits: Limits) -> int:
+        "How many frames are edited, if all can be decoded."
+        return nearest_frame_count(self.info.frames if self.whole else min(self.info.frames, self.frames or limits.max_frames))
 
     def work_size(self, limits: Limits) -> tuple: # (width, height)
         "The size at which the model works."
@@ -214,7 +221,8 @@ def plan_edit(
     overwrite: bool = False, # whether existing files may be replaced
     seed: int | None = None, # of the noise; None takes the settings'
     steps: int | None = None, # denoising steps
-    frames: int | None = None, # at most so many are edited, 4k+1
+    frames: int | None = None, # at most so many are edited, 4k+1; None stops at the model's number, more are edited in windows
+    whole: bool = False, # edit all frames, in windows where the model takes fewer at once
     size: tuple | None = None, # (width, height) at which the model works
     strength: float = 1.0, # below 1: start from the source under noise
     guidance_scale: float = 1.0, # above 1: follow the instruction more closely, at twice the time
@@ -225,6 +233,7 @@ def plan_edit(
     if not 0 <= seed < 2 ** 63: raise ValueError(f"`seed` has to be from 0 to 2**63 - 1 but is {seed}.")
     if steps is not None and not 1 <= steps <= 1000: raise ValueError(f"`steps` has to be from 1 to 1000 but is {steps}.")
     if frames is not None: check_frame_count(frames, "frames")
+    if frames is not None and whole: raise ValueError(f"`frames` has to be left out where `whole` is set but is {frames}.")
     if size is not None and not all(1 <= side <= 8192 for side in size): raise ValueError(f"`size` has to have sides from 1 to 8192 but is {size[0]}x{size[1]}.")
     if not 0 < strength <= 1: raise ValueError(f"`strength` has to lie above 0 and up to 1 but is {strength}.")
     if not 1 <= guidance_scale < math.inf: raise ValueError(f"`guidance_scale` has to be a number from 1, which is off, but is {guidance_scale}.")
@@ -239,7 +248,7 @@ def plan_edit(
         raise ValueError(f"`out` has to end in {', '.join(VIDEO_SUFFIXES)} for a clip of {info.frames} frames but is {str(target)!r}.")
     strip, side_by_side = target.with_name(f"{target.stem}-strip.png"), target.with_name(f"{target.stem}-compare{target.suffix}") if compare else None
     check_outputs([p for p in (target, strip, side_by_side) if p], [video, *(Path(r).expanduser() for r in sources if isinstance(r, (str, Path)))], overwrite)
-    return EditPlan(video, info, instruction, images, target, strip, side_by_side, overwrite, seed, steps, frames, size, strength, guidance_scale)
+    return EditPlan(video, info, instruction, images, target, strip, side_by_side, overwrite, seed, steps, frames, whole, size, strength, guidance_scale)
 
 # %% ../nbs/24_files.ipynb #fbdff300
 def find_model(
@@ -256,6 +265,7 @@ def load_model(
     device: str | None = None, # None takes the settings'
     check: Callable | None = None, # called with the model's `Limits` before its weights are read
     say: Callable | None = None, # called with a line when the weights are read
+    fast: bool = False, # with its few-step weights
 ):
     "A `KiwiEditPipeline` on its device, without a progress bar of its own."
     where = choose_device(device or settings().device)
@@ -264,7 +274,7 @@ def load_model(
     folder = find_model(model)
     if check and (limits := Limits.read(folder)): check(limits)
     if say: say(f"loading {model or settings().checkpoint} ({where}, {str(dtype).removeprefix('torch.')})")
-    pipe = KiwiEditPipeline.from_pretrained(folder, torch_dtype=dtype).to(where)
+    pipe = KiwiEditPipeline.from_pretrained(folder, torch_dtype=dtype, fast=fast).to(where)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -294,7 +304,7 @@ def edited_span(
     if count >= there: return ""
     which = f"frames 0 to {count - 1}" if count > 1 else "frame 0"
     if plan.frames and count == plan.frames: reason = f"`frames` is {plan.frames}"
-    elif count == limits.max_frames: reason = f"this model takes {count}"
+    elif count == limits.max_frames and not plan.whole: reason = f"this model takes {count}; `whole` edits all"
     elif count == nearest_frame_count(there): reason = "the autoencoder takes 4k+1 frames"
     else: reason = "no more can be decoded"
     return f"edited {which} of {there} (0.00 s to {count / fps:.2f} s of {plan.info.duration:.2f} s): {reason}"
@@ -314,25 +324,45 @@ def _write_picture(path, frame):
 
 def write_edit(
     plan: EditPlan,
-    source, # `Clip` of the frames before the edit
-    edited: np.ndarray, # (T,H,W,3) uint8, the frames after it
+    source, # `Clip` of the frames before the edit; of a stream those that the film strip shows
+    edited, # (T,H,W,3) uint8, the frames after it, or an iterator of pieces of them
+    picks: list = (), # of a stream, the numbers of the frames that the film strip shows
+    progress: Callable | None = None, # of a stream, called as (frames done, what) along the way
 ):
     "Write result, film strip and comparison, all of them or none."
+    from kiwi_edit.pipeline import fit_reference
     height, width = source.frames.shape[1:3]
     scale = min(1, 440 / max(width, height)) # of the strip
     small = max(1, round(width * scale)), max(1, round(height * scale))
-    from kiwi_edit.pipeline import fit_reference
-    rows = {"source": source.frames, **({"reference": [fit_reference(r, *small) for r in plan.references]} if plan.references else {}), "result": edited}
+    whole, shown, sound = isinstance(edited, np.ndarray), [], source if isinstance(edited, np.ndarray) else plan.video
+
+    def watched(pieces, what, wanted=(), done=0): # what the film strip will show is picked out of what passes
+        for piece in pieces:
+            shown.extend(piece[i - done] for i in wanted if done <= i < done + len(piece))
+            done += len(piece)
+            if progress: progress(done, what)
+            yield piece
+
+    def write_result(to):
+        if to.suffix.lower() not in VIDEO_SUFFIXES: return _write_picture(to, edited[0])
+        write_video(to, edited if whole else watched(edited, "writing", picks), source.fps, audio_from=sound, overwrite=True)
+
+    def write_comparison(to):
+        if whole and to.suffix.lower() not in VIDEO_SUFFIXES: return _write_picture(to, compare(source, edited)[0])
+        # of a stream the result is read back: it is not kept
+        both = compare(source, edited) if whole else watched((compare(a, b) for a, b in zip(stream_video(plan.video), stream_video(written[plan.out]))), "comparing")
+        write_video(to, both, source.fps, audio_from=sound, overwrite=True)
+
+    def write_strip(to):
+        rows = {"source": source.frames[:len(edited if whole else shown)], **({"reference": [fit_reference(r, *small) for r in plan.references]} if plan.references else {}), "result": edited if whole else np.stack(shown)}
+        save_film_strip(to, rows, title=_title(plan, min(6, len(rows["source"]))))
+
+    written = {}
     with contextlib.ExitStack() as stack:
-        for path, write in (
-            (plan.out, lambda to: write_video(to, edited, source.fps, audio_from=source, overwrite=True) if to.suffix.lower() in VIDEO_SUFFIXES else _write_picture(to, edited[0])),
-            (plan.comparison, lambda to: write_video(to, compare(source, edited), source.fps, audio_from=source, overwrite=True)
-                if to.suffix.lower() in VIDEO_SUFFIXES else _write_picture(to, compare(source, edited)[0])),
-            (plan.strip, lambda to: save_film_strip(to, rows, title=_title(plan, min(6, len(edited))))),
-        ):
+        for path, write in ((plan.out, write_result), (plan.comparison, write_comparison), (plan.strip, write_strip)):
             if path is None: continue
             stack.enter_context(renamed("`path`", "`out`"))
-            temporary = stack.enter_context(replacing(path, plan.overwrite))
+            written[path] = temporary = stack.enter_context(replacing(path, plan.overwrite))
             with renamed(str(temporary), str(path)): write(temporary)
 
 # %% ../nbs/24_files.ipynb #7f438d12
@@ -341,28 +371,41 @@ def run_edit(
     plan: EditPlan, # from `plan_edit`
     progress: Callable | None = None, # called as (done, total, what) along the way
 ) -> EditedFile:
-    "Do what a plan says."
+    "Do what a plan says. A clip that is longer than the model takes is read, edited and written piece by piece."
     import torch
+    from kiwi_edit.pipeline import Footage
     report, began, limits = progress or (lambda done, total, what: None), time.perf_counter(), Limits.of(pipe)
     plan.check(limits)
     width, height = plan.work_size(limits)
     asked = plan.steps or limits.steps
-    total = max(1, int(asked * plan.strength))
+    total, count = max(1, int(asked * plan.strength)), plan.count(limits)
+    streamed = count > limits.max_frames
     report(0, total, "reading")
-    count = nearest_frame_count(min(plan.info.frames, plan.frames or limits.max_frames))
-    with renamed("`path`", "`video`"): clip = read_video(plan.video, num_frames=count)
-    clip = clip[:nearest_frame_count(len(clip))] # a damaged file holds fewer than it says
+    with renamed("`path`", "`video`"):
+        clip = read_video(plan.video, indices=sample_indices(count, 6)) if streamed else read_video(plan.video, num_frames=count)
+    if streamed: video = Footage(count, width, height, path=plan.video, mode="stretch")
+    else:
+        clip = clip[:nearest_frame_count(len(clip))] # a damaged file holds fewer than it says
+        count, video = len(clip), resize_frames(clip.frames, width, height, mode="stretch")
     report(0, total, "looking")
     def stepped(pipe, step, timestep, tensors):
         report(step + 1, total, "editing" if step + 1 < total else "decoding")
         return {}
     edited = pipe(
-        plan.instruction, video=resize_frames(clip.frames, width, height, mode="stretch"), reference=list(plan.references) or None, height=height, width=width,
-        num_frames=len(clip), num_inference_steps=asked, strength=plan.strength, guidance_scale=plan.guidance_scale,
-        generator=torch.Generator().manual_seed(plan.seed), callback_on_step_end=stepped).frames[0]
+        plan.instruction, video=video, reference=list(plan.references) or None, height=height, width=width, num_frames=count,
+        num_inference_steps=asked, strength=plan.strength, guidance_scale=plan.guidance_scale, generator=torch.Generator().manual_seed(plan.seed),
+        output_type="stream" if streamed else "np", callback_on_step_end=stepped).frames[0]
     report(total, total, "writing")
-    write_edit(plan, clip, resize_frames(edited, clip.width, clip.height, mode="stretch"))
-    return EditedFile(plan.out, plan.strip, plan.comparison, len(clip), (clip.width, clip.height), (width, height), edited_span(plan, len(clip), limits), time.perf_counter() - began)
+    if streamed:
+        done = {}
+        def written(frames, what):
+            done[what] = frames
+            report(frames, count, what)
+        sized = (resize_frames(piece, clip.width, clip.height, mode="stretch") for piece in edited)
+        write_edit(plan, replace(clip, fps=plan.info.fps), sized, sample_indices(count, 6), written)
+        count = done["writing"]
+    else: write_edit(plan, clip, resize_frames(edited, clip.width, clip.height, mode="stretch"))
+    return EditedFile(plan.out, plan.strip, plan.comparison, count, (clip.width, clip.height), (width, height), edited_span(plan, count, limits), time.perf_counter() - began)
 
 # %% ../nbs/24_files.ipynb #4e1dc629
 def edit_file(
@@ -379,7 +422,7 @@ def edit_file(
 
 # %% ../nbs/24_files.ipynb #b17e0002
 ROW_NAMES = dict(video=("video", "src_video"), instruction=("instruction", "prompt"), reference=("reference", "ref_image"), out=("out",)) # what a line says -> its names for it
-ROW_OPTIONS = ("compare", "seed", "steps", "frames", "size", "strength", "guidance_scale") # further arguments of `plan_edit` that it may hold
+ROW_OPTIONS = ("compare", "seed", "steps", "frames", "whole", "size", "strength", "guidance_scale") # further arguments of `plan_edit` that it may hold
 ROW_NOTES = ("iid", "tgt_video", "task") # columns of published tables that say nothing about an edit
 
 def parse_size(
@@ -645,7 +688,7 @@ def _leave_with_parent():
     multiprocessing.parent_process().join() # a parent that was killed asks nobody to stop
     os._exit(1)
 
-def _serve(connection, folder, device, threads):
+def _serve(connection, folder, device, threads, fast):
     "A process that edits what it is sent."
     signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C is for the process that was started
     threading.Thread(target=_leave_with_parent, daemon=True).start()
@@ -654,7 +697,7 @@ def _serve(connection, folder, device, threads):
     tqdm.set_lock(threading.RLock()) # its own would be one between processes, which a killed process leaves behind
     for library in (diffusers, transformers): library.utils.logging.disable_progress_bar()
     torch.set_num_threads(threads)
-    try: pipe = load_model(folder, device)
+    try: pipe = load_model(folder, device, fast=fast)
     except Exception as error: return connection.send(("broken", error))
     connection.send(("ready", None))
     while job := connection.recv(): connection.send(("outcome", _outcome(pipe, *job, lambda done, total, what: connection.send(("progress", what)))))
@@ -669,12 +712,12 @@ def _deaf():
     try: yield
     finally: signal.signal(signal.SIGINT, before)
 
-def _in_workers(jobs, number, folder, devices, threads, report):
+def _in_workers(jobs, number, folder, devices, threads, fast, report):
     "Outcomes of rows from several processes, as they come."
     jobs, working, started, context = deque(jobs), {}, [], multiprocessing.get_context("spawn")
     def start(device):
         ours, theirs = context.Pipe()
-        started.append(context.Process(target=_serve, args=(theirs, folder, device, threads), daemon=True))
+        started.append(context.Process(target=_serve, args=(theirs, folder, device, threads, fast), daemon=True))
         with _deaf(): started[-1].start()
         theirs.close()
         working[ours] = started[-1], device, None # no job: it is loading
@@ -767,6 +810,7 @@ def run_edits(
     skip_bad: bool = False, # whether the good rows are done where there are bad ones
     progress: Callable | None = None, # called as (rows done, rows, what) along the way
     say: Callable | None = None, # called with a line when the weights are read
+    fast: bool = False, # with the model's few-step weights
 ) -> EditRun:
     "Do a list of edits. What earlier runs have done is kept."
     report, began, edits = progress or (lambda done, total, what: None), time.perf_counter(), replace(edits) # a row may turn out to be bad
@@ -782,7 +826,7 @@ def run_edits(
         edits.check(skip_bad)
     with _alone(edits.folder):
         ledger, model_digest = Ledger(edits.folder), _model_digest(folder)
-        marks = {row.name: hashlib.sha256(f"{row.inputs} {model_digest}".encode()).hexdigest()[:16] for row in edits.rows}
+        marks = {row.name: hashlib.sha256(f"{row.inputs} {model_digest}{' fast' * fast}".encode()).hexdigest()[:16] for row in edits.rows}
         todo = _survey(edits, ledger, marks, overwrite)
         edits.check(skip_bad)
         ledger.sweep()
@@ -797,11 +841,11 @@ def run_edits(
         if number > 1:
             if say: say(f"loading {model} in {number} processes ({where})")
             devices = [f"cuda:{k}" for k in range(torch.cuda.device_count())] if where.type == "cuda" and where.index is None else [str(where)]
-            outcomes = _in_workers(todo, number, folder, devices, max(1, torch.get_num_threads() // number), stage)
-        else: outcomes = _in_process(todo, lambda: load_model(model, device, say=say), stage) if todo else iter(())
+            outcomes = _in_workers(todo, number, folder, devices, max(1, torch.get_num_threads() // number), fast, stage)
+        else: outcomes = _in_process(todo, lambda: load_model(model, device, say=say, fast=fast), stage) if todo else iter(())
         try:
             for row, outcome in outcomes:
-                ledger.add(dict(row=row.number, status=outcome.pop("status"), out=row.name) | outcome | dict(settings=row.settings | dict(model=model), fingerprint=marks[row.name]))
+                ledger.add(dict(row=row.number, status=outcome.pop("status"), out=row.name) | outcome | dict(settings=row.settings | dict(model=model) | (dict(fast=True) if fast else {}), fingerprint=marks[row.name]))
                 ended.append(row)
                 report(before + len(ended), total, now)
         finally:

@@ -25,12 +25,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-import imageio
+import av
 import numpy as np
 import PIL.Image
 import torch
 from diffusers import (ContextParallelConfig, FasterCacheConfig, FirstBlockCacheConfig, MagCacheConfig, PyramidAttentionBroadcastConfig, SeaCacheConfig,
-                       TaylorSeerCacheConfig, UniPCMultistepScheduler)
+                       TaylorSeerCacheConfig, UniPCMultistepScheduler, WanTransformer3DModel)
 from diffusers.hooks.context_parallel import apply_context_parallel, remove_context_parallel
 from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
 from diffusers.models._modeling_parallel import ContextParallelOutput, ParallelConfig
@@ -41,7 +41,7 @@ from tqdm.auto import tqdm
 
 from . import guidance, latents, pipeline
 from .benchmark import describe_hardware, run_benchmark
-from .core import asset, choose_device, multiplies_bfloat16, preset
+from .core import Preset, asset, choose_device, multiplies_bfloat16, preset
 from .guidance import KiwiAttnProcessor, attend, find_wan
 from .pipeline import EditMemory, KiwiEditPipeline
 from .training import allocated_by, cast_weights
@@ -51,7 +51,7 @@ from .world import EVAL_SEED, World
 # %% auto #0
 __all__ = ['logger', 'PARTS', 'SAVINGS', 'APPROXIMATIONS', 'BENCH_MODELS', 'TRIED', 'QUICK', 'patched', 'profile_edit', 'Saving',
            'recomputed', 'Approximation', 'approximation', 'approximately', 'magnitude_ratios', 'FlowUniPC', 'Held',
-           'HeldAttnProcessor', 'parallelise', 'Subject', 'bench_subject', 'matrix_rate', 'Configuration',
+           'HeldAttnProcessor', 'parallelise', 'Subject', 'bench_subject', 'matrix_rate', 'step_flops', 'Configuration',
            'configurations', 'measure_model', 'stream_memory', 'first_start', 'SpeedReport', 'main']
 
 # %% ../nbs/44_speed.ipynb #04021a01
@@ -88,7 +88,7 @@ def profile_edit(
         def run(*args, **kwargs):
             with record_function(f"part: {part}"): return function(*args, **kwargs)
         return run
-    owners = {name: pipeline if name in vars(pipeline) else pipe for name in PARTS}
+    owners = {name: pipe if hasattr(type(pipe), name) else pipeline for name in PARTS}
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (pipe._execution_device.type == "cuda")
     with patched(*((owner, name, named(PARTS[name], getattr(owner, name))) for name, owner in owners.items())), profile(activities=activities) as profiled:
         start = time.perf_counter(); edit(); total = time.perf_counter() - start
@@ -156,13 +156,13 @@ def _language_model_that_keeps(pipe):
 
 # %% ../nbs/44_speed.ipynb #045f8d91
 def _frame_by_frame(path, num_frames=None, start=0, stride=1, indices=None, size=None, mode="training", **_):
-    "Frames as the official code reads them: one is asked for, cropped and resized, then the next."
-    wanted = range(start, video_info(path).frames, stride)[:num_frames] if indices is None else indices
-    with imageio.get_reader(path) as reader:
-        frames = []
-        for i in wanted:
-            frame = np.asarray(reader.get_data(i))[None]
-            frames.append(resize_frames(frame, *size, mode=mode)[0] if size else frame[0])
+    "Frames as the official code reads them: one is decoded, cropped and resized, then the next."
+    wanted, frames = range(start, video_info(path).frames, stride)[:num_frames] if indices is None else indices, []
+    with av.open(str(path)) as container:
+        for i, frame in enumerate(container.decode(video=0)):
+            if i > wanted[-1]: break
+            picture = frame.to_ndarray(format="rgb24")[None]
+            if i in wanted: frames.append(resize_frames(picture, *size, mode=mode)[0] if size else picture[0])
     return Clip(np.stack(frames), video_info(path).fps, Path(path))
 
 
@@ -577,6 +577,23 @@ def matrix_rate(
     return 2 * size ** 3 / min(seconds)
 
 
+def step_flops(
+    sizes: Preset,
+    frames: int, height: int, width: int,  # of a clip, in frames and pixels
+    references: int = 1,
+) -> float:  # operations
+    "What one call of the denoiser takes, counted from its classes without any weights."
+    vae, z = sizes.vae, sizes.vae["z_dim"]
+    shape = 1, z, (frames - 1) // vae["scale_factor_temporal"] + 1, height // vae["scale_factor_spatial"], width // vae["scale_factor_spatial"]
+    tokens = sizes.guidance["num_ref_queries"] + sizes.guidance["max_object_token"] if references else sizes.guidance["num_video_queries"]
+    with torch.device("meta"), torch.no_grad():
+        wan, ours = WanTransformer3DModel(**sizes.transformer), guidance.KiwiGuidance(**sizes.guidance)
+        clip, context, one = torch.empty(shape), torch.empty(1, tokens, sizes.guidance["dim"]), torch.empty(1)
+        reference = torch.empty(*shape[:2], references, *shape[3:]) if references else None
+        with FlopCounterMode(display=False) as counter: guidance.denoise(wan, ours, clip, one, one, context, None, clip, reference)
+    return float(counter.get_total_flops())
+
+
 def _synchronize(device):
     if device.type == "cuda": torch.cuda.synchronize(device)
 
@@ -784,7 +801,8 @@ class SpeedReport:
                 cells = [row["name"], str(row["steps"]), f"{row['seconds']:.3g}", f"{row['ratio']:.2f}", *("" if row[k] is None else f"{row[k] / unit:.1f}" for k, unit in (("gflop", 1), ("bytes", 1e6))), quality]
                 if scored: cells += [f"{row['scores']['pooled']:.2f}", f"{row['scores']['told_apart']:.0%}"] if "scores" in row else ["", ""]
                 lines.append("| " + " | ".join(cells) + " |")
-            lines += [f"\nProducts of matrices: {model['rate'] / 1e9:,.0f} GFLOP a second." + "".join(f" Not measured: {name}, since {reason}." for name, reason in model["left_out"].items()), ""]
+            floor = [f"{row['steps']} steps of the exact edit cannot take less than {1e9 * row['gflop'] / model['rate']:.3g} s" for row in model["rows"] if row["name"] == "exact"]
+            lines += [f"\nProducts of matrices: {model['rate'] / 1e9:,.0f} GFLOP a second, so that {' and '.join(floor)}." + "".join(f" Not measured: {name}, since {reason}." for name, reason in model["left_out"].items()), ""]
         if self.start: lines += ["**From a cold start**, seconds: " + ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.start.items()) + ".", ""]
         notes = [f"{k} {v}" for k, v in (self.hardware | self.versions).items()]
         return "\n".join(lines) + "\n" + ", ".join(notes) + ".\n"
@@ -849,6 +867,7 @@ def main(
     for name, least in (("runs", 1), ("scores", 0)):
         if getattr(given, name) < least: parser.error(f"--{name} has to be at least {least} but is {getattr(given, name)}")
     if given.out.suffix != ".json": parser.error(f"--out has to be a .json file but is {given.out}")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would write between the lines of the bar
     device = choose_device(given.device)
     if given.model == "5b" and device.type != "cuda": parser.error(f"--model 5b has to run on a GPU but the device is {device}")
     names = [given.model] if given.model != "all" else ["tiny", "large"] + ["5b"] * (device.type == "cuda")

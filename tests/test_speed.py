@@ -1,0 +1,422 @@
+"Every exact saving acts and changes nothing; every approximation acts, stays near, and leaves nothing behind."
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from kiwi_edit import guidance, latents, pipeline, speed
+from kiwi_edit.core import asset
+from kiwi_edit.guidance import find_wan
+from kiwi_edit.pipeline import KiwiEditPipeline, flow_sigmas
+from kiwi_edit.speed import APPROXIMATIONS, SAVINGS, FlowUniPC, SpeedReport, approximately, magnitude_ratios, recomputed
+from kiwi_edit.video import Clip, read_video
+from kiwi_edit.world import World
+
+SCENE = World(64, 64, 5, split="eval").sample(10_000_012, "background")
+CASES = {"reference": dict(reference=PIL.Image.fromarray(SCENE.reference)), "no reference": {}, "guidance": dict(reference=PIL.Image.fromarray(SCENE.reference), guidance_scale=2.)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_grad():
+    with torch.no_grad(): yield
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = KiwiEditPipeline.from_pretrained("kiwi-edit-tiny")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def edit(pipe, steps=2, video=SCENE.source, output_type="latent", **options):
+    return pipe(SCENE.instruction, video, generator=torch.Generator().manual_seed(0), num_inference_steps=steps, output_type=output_type, **options).frames
+
+
+@pytest.fixture(scope="module")
+def exact(pipe):
+    "Edits of all cases, computed once."
+    kept = {}
+    def get(case, **options):
+        key = case, *options.items()
+        if key not in kept: kept[key] = edit(pipe, **CASES[case], **options)
+        return kept[key]
+    return get
+
+
+def psnr(a, b): return 10 * np.log10(255 ** 2 / max(np.square(a.astype(float) - b).mean(), 1e-9))
+
+
+def state(pipe):
+    "All that savings and approximations may change, to be compared."
+    wan, vae = find_wan(pipe.transformer), pipe.vae
+    parts = [(name, id(value)) for module in (guidance, pipeline, latents) for name, value in sorted(vars(module).items()) if not name.startswith("__")]
+    modules = []
+    for root in (wan, pipe.mllm, pipe.guidance, vae):
+        for name, module in root.named_modules():
+            registry = vars(module).get("_diffusers_hook")
+            modules.append((name, sorted(set(vars(module)) - {"_diffusers_hook", "_cache_config", "_flat_users"}), sorted(registry.hooks) if registry else [], len(module._forward_hooks), len(module._forward_pre_hooks)))
+    weights = [(name, p.data_ptr(), p.dtype) for root in (wan, pipe.mllm, pipe.guidance) for name, p in root.named_parameters()]
+    settings = [getattr(vae, name) for name in vars(vae) if name.startswith(("use_", "tile_"))]
+    return dict(parts=parts, modules=modules, weights=weights, settings=settings, pipe=sorted(vars(pipe)), memory=id(pipe.memory), config=dict(pipe.config), scheduler=id(pipe.scheduler),
+                transformer=id(pipe.transformer), processors=[type(attn.processor) for block in wan.blocks for attn in (block.attn1, block.attn2)], cache=wan._cache_config)
+
+
+class Counted(TorchFunctionMode):
+    def __init__(self): super().__init__(); self.calls = Counter()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.calls[getattr(function, "__name__", "")] += 1
+        return function(*args, **(kwargs or {}))
+
+
+# -- exact savings ---------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", SAVINGS)
+def test_saving_changes_nothing(pipe, exact, name, case):
+    before = exact(case)
+    with recomputed(pipe, name): plain = edit(pipe, **CASES[case])
+    assert (plain - before).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_everything_recomputed_changes_nothing(pipe, exact, case):
+    before, frames = exact(case), edit(pipe, output_type="np", **CASES[case])
+    with recomputed(pipe): plain, again = edit(pipe, **CASES[case]), edit(pipe, output_type="np", **CASES[case])
+    assert (plain - before).abs().max() < 1e-5
+    assert np.abs(again.astype(int) - frames).max() <= 1  # a sum in another order may fall on the other side of a whole level
+
+
+def amount(pipe, name):
+    "How much of what a saving saves two steps, and another edit of the clip, take."
+    wan, found, handles = find_wan(pipe.transformer), Counter(), []
+    def count(module, number): handles.append(module.register_forward_hook(lambda module, args, out: found.update(n=number(module, args, out))))
+    if name == "embeddings": count(pipe.guidance.source_embedder, lambda *_: 1); count(pipe.guidance.ref_embedder, lambda *_: 1)
+    if name == "keys and values": [count(block.attn2.to_k, lambda *_: 1) for block in wan.blocks]
+    if name == "head": count(wan.proj_out, lambda module, args, out: args[0].shape[1])
+    if name == "language model":
+        seen = []
+        handle = pipe.mllm.model.language_model.register_forward_hook(lambda module, args, out: found.update(n=(out.past_key_values is not None) + len(out.hidden_states or ())))
+        handles.append(handle)
+    if name == "memory": count(pipe.vae.encoder, lambda *_: 1); count(pipe.mllm.model.visual, lambda *_: 1)
+    pipe.memory.clear()
+    with Counted() as counted: edit(pipe, **CASES["reference"])
+    if name == "memory": edit(pipe, **CASES["reference"])
+    for handle in handles: handle.remove()
+    if name == "convolutions": return counted.calls["conv3d"]
+    if name == "positions": return counted.calls["cos"] + counted.calls["view_as_complex"]
+    return found["n"]
+
+
+@pytest.mark.parametrize("name", ["embeddings", "positions", "keys and values", "head", "language model", "convolutions", "memory"])
+def test_saving_acts(pipe, name):
+    saved = amount(pipe, name)
+    with recomputed(pipe, name): plain = amount(pipe, name)
+    assert plain > saved
+
+
+def test_plain_reading_is_the_same(pipe, tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (9, 48, 64, 3), np.uint8)
+    path = Clip(frames, 8.).save(tmp_path / "clip.mp4")
+    for options in (dict(num_frames=5), dict(indices=[1, 4, 7]), dict(num_frames=5, size=(32, 16), mode="inference")):
+        quick = read_video(path, **options).frames
+        with recomputed(pipe, "reading"):
+            assert pipeline.read_video is not read_video
+            assert np.array_equal(pipeline.read_video(path, **options).frames, quick)
+    assert pipeline.read_video is read_video
+
+
+def test_streams_are_the_whole_in_pieces(pipe):
+    clip = World(64, 64, 13, split="eval").sample(10_000_012, "background").source
+    def run(): return list(edit(pipe, 1, clip, "stream", num_frames=13)[0])
+    pieces = run()
+    with recomputed(pipe, "streams", "memory"): whole = run()
+    assert len(pieces) == 4 and len(whole) == 1
+    assert np.abs(np.concatenate(pieces).astype(int) - whole[0]).max() <= 1
+    grown = {row["frames"]: row for row in speed.stream_memory(pipe, (21, 61))}
+    assert grown[61]["whole"] - grown[21]["whole"] > 10 * (grown[61]["streamed"] - grown[21]["streamed"])
+
+
+def test_recomputed_names(pipe):
+    with pytest.raises(ValueError, match="but hold 'luck'"):
+        with recomputed(pipe, "memory", "luck"): pass
+
+
+@pytest.mark.parametrize("name", [*SAVINGS, "everything"])
+def test_saving_leaves_nothing_behind(pipe, name):
+    edit(pipe, 1)
+    before = state(pipe)
+    with pytest.raises(RuntimeError, match="on the way"):
+        with recomputed(pipe, *(() if name == "everything" else (name,))):
+            edit(pipe, 1, **CASES["reference"])
+            raise RuntimeError("on the way")
+    assert state(pipe) == before
+
+
+# -- approximations --------------------------------------------------------------------------------------------------------------------------
+
+CACHES = {"first-block cache": 38, "spectral cache": 38, "taylor series": 38, "attention broadcast": 28, "faster cache": 32, "magnitude cache": 30}  # and the least decibels at 10 steps
+
+
+def options_of(pipe, name, steps=10, **given):
+    if name == "magnitude cache": return dict(ratios=magnitude_ratios(pipe, lambda: edit(pipe, steps, **given)))
+    return dict(threshold=.5) if name == "spectral cache" else {}
+
+
+def flops(run):
+    with FlopCounterMode(display=False) as counter: result = run()
+    return counter.get_total_flops(), result
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", CACHES)
+def test_step_cache_skips_and_stays_near(pipe, exact, name, case):
+    options, run = options_of(pipe, name, **CASES[case]), lambda: edit(pipe, 10, output_type="np", **CASES[case])[0]
+    run()  # fills the memory, so that both counts leave out the same
+    count, before = flops(run)
+    with approximately(pipe, name, **options):
+        less, first = flops(run)
+        again = run()  # starts afresh
+        with pytest.raises(RuntimeError, match="stopped"):
+            def stop(pipe, i, t, tensors):
+                if i == 4: raise RuntimeError("stopped")
+            edit(pipe, 10, callback_on_step_end=stop, **CASES[case])
+        third = run()  # also after an edit that an error cut off
+    assert less < count
+    assert CACHES[name] < psnr(first, before) < 90
+    assert np.array_equal(first, again) and np.array_equal(first, third)
+    assert np.array_equal(run(), before)
+
+
+def test_step_caches_and_windows(pipe):
+    clip = World(64, 64, 13, split="eval").sample(10_000_012, "background").source
+    run = lambda: edit(pipe, 8, clip, "np", num_frames=13)[0]
+    count, before = flops(run)
+    for name in ("first-block cache", "taylor series"):
+        with approximately(pipe, name): less, near = flops(run)
+        assert less < count and 35 < psnr(near, before) < 90
+    for name in ("attention broadcast", "faster cache"):
+        with approximately(pipe, name), pytest.raises(ValueError, match="windows"): run()
+
+
+def test_fewer_steps(pipe):
+    own = pipe.config.default_steps
+    twenty, ten = (edit(pipe, n, output_type="np")[0] for n in (20, 10))
+    with approximately(pipe, "fewer steps", steps=10):
+        assert pipe.config.default_steps == 10
+        better = edit(pipe, None, output_type="np")[0]
+        assert edit(pipe, 6, strength=.5).isfinite().all()
+    assert pipe.config.default_steps == own and isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)
+    assert psnr(better, twenty) > psnr(ten, twenty) and psnr(better, twenty) > 38
+
+
+@pytest.mark.parametrize("steps", [1, 4, 50])
+def test_solver_has_the_same_noise_levels(pipe, steps):
+    other = FlowUniPC.like(FlowUniPC.like(pipe.scheduler))
+    for schedule in pipeline.SCHEDULES:
+        for scheduler in (pipe.scheduler, other): scheduler.set_timesteps(sigmas=flow_sigmas(steps, schedule))
+        assert torch.allclose(other.sigmas, pipe.scheduler.sigmas, atol=2e-6)
+        assert torch.allclose(other.timesteps.float(), pipe.scheduler.timesteps, atol=2e-3)
+
+
+@pytest.mark.parametrize("name, least, options", [("float8 weights", 40, {}), ("tiled autoencoder", 30, dict(tile=48, overlap=.5)), ("bfloat16", 40, {})])
+def test_cheaper_arithmetic(pipe, exact, name, least, options):
+    before = edit(pipe, 1, output_type="np", **CASES["reference"])[0]
+    with approximately(pipe, name, **options): near = edit(pipe, 1, output_type="np", **CASES["reference"])[0]
+    assert least < psnr(near, before) < 90
+    assert np.array_equal(edit(pipe, 1, output_type="np", **CASES["reference"])[0], before)
+
+
+@pytest.mark.skipif(speed.find_spec("torchao") is not None, reason="torchao is installed")
+def test_int8_without_torchao(pipe):
+    with pytest.raises(ImportError, match="pip install torchao"): approximately(pipe, "int8 weights")
+
+
+@pytest.mark.skipif(speed.find_spec("torchao") is None, reason="torchao is not installed")
+def test_int8(pipe):
+    before = edit(pipe, 2, output_type="np")[0]
+    with approximately(pipe, "int8 weights"): near = edit(pipe, 2, output_type="np")[0]
+    assert 40 < psnr(near, before) < 90 and np.array_equal(edit(pipe, 2, output_type="np")[0], before)
+
+
+def test_few_step_weights(pipe):
+    if not (asset("kiwi-edit-tiny") / "fast/config.json").is_file():
+        with pytest.raises(ValueError, match="`fast` has to be False"): approximately(pipe, "few-step weights")
+        return
+    own = pipe.config.default_steps
+    before = edit(pipe, own, output_type="np")[0]
+    with approximately(pipe, "few-step weights"): assert pipe.config.default_steps < own and 20 < psnr(edit(pipe, None, output_type="np")[0], before) < 90
+    assert pipe.config.default_steps == own and np.array_equal(edit(pipe, own, output_type="np")[0], before)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_compiled_is_one_graph(pipe, exact, case):
+    graphs = []
+    def backend(graph, inputs): graphs.append(graph); return graph.forward
+    torch._dynamo.reset()
+    with approximately(pipe, "compiled", backend=backend): same = edit(pipe, **CASES[case])
+    assert len(graphs) == 1 and (same - exact(case)).abs().max() < 1e-5
+
+
+def test_compiled_with_a_step_cache(pipe):
+    def backend(graph, inputs): return graph.forward
+    before = edit(pipe, 8, output_type="np")[0]
+    with approximately(pipe, "first-block cache"), pytest.raises(ValueError, match="before a step cache"): approximately(pipe, "compiled", backend=backend)
+    with approximately(pipe, {"compiled": dict(backend=backend), "first-block cache": dict(threshold=.2)}): near = edit(pipe, 8, output_type="np")[0]
+    with approximately(pipe, "first-block cache", threshold=.2): assert np.abs(near.astype(int) - edit(pipe, 8, output_type="np")[0]).max() <= 1
+    assert psnr(near, before) < 90
+
+
+def test_compiled_without_a_compiler(pipe, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(RuntimeError, match="'no-such-compiler' is not found"): approximately(pipe, "compiled")
+
+
+WAYS = {name: {} for name in APPROXIMATIONS if name not in ("few-step weights", "int8 weights", "magnitude cache", "compiled")} | {"compiled": dict(backend="eager"), "magnitude cache": dict(ratios=[1.])}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_approximation_leaves_nothing_behind(pipe, name):
+    edit(pipe, 1)
+    before = state(pipe)
+    with pytest.raises(RuntimeError, match="on the way"):
+        with approximately(pipe, name, **WAYS[name]):
+            assert state(pipe) != before
+            edit(pipe, 1, **CASES["reference"])
+            raise RuntimeError("on the way")
+    assert state(pipe) == before
+
+
+def test_several_at_once_or_none(pipe):
+    before = state(pipe)
+    with pytest.raises(ValueError, match="one step cache at most but a FirstBlockCacheConfig"): approximately(pipe, {"fewer steps": {}, "first-block cache": {}, "taylor series": {}})
+    assert state(pipe) == before  # what had been started has ended
+    kept = approximately(pipe, {"fewer steps": dict(steps=3), "first-block cache": dict(threshold=.3)})
+    assert pipe.config.default_steps == 3 and find_wan(pipe.transformer).is_cache_enabled
+    kept.close()
+    assert state(pipe) == before
+
+
+@pytest.mark.parametrize("chosen, options, message", [
+    ("magic", {}, "`chosen` has to be among"), ("fewer steps", dict(threshold=1), "steps, order but hold 'threshold'"), ("fewer steps", dict(steps=0), "`steps` has to be at least 1 but is 0"),
+    ("float8 weights", dict(steps=0), "among none"), ("tiled autoencoder", dict(tile=20), "multiple of 8 pixels but is 20"), ("tiled autoencoder", dict(overlap=1), "below 1 but is 1"),
+    ("magnitude cache", {}, "`ratios` has to hold")])
+def test_options_that_cannot_be(pipe, chosen, options, message):
+    before = state(pipe)
+    with pytest.raises(ValueError, match=message): approximately(pipe, chosen, **options)
+    assert state(pipe) == before
+
+
+def test_ratios_of_other_steps(pipe):
+    with approximately(pipe, "magnitude cache", ratios=[1., .9, .9]), pytest.raises(ValueError, match="3, the number of `ratios`, but is 2"): edit(pipe, 2)
+
+
+# -- many processes --------------------------------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys
+import torch
+from kiwi_edit.core import asset
+from kiwi_edit.pipeline import KiwiEditPipeline
+from kiwi_edit.speed import parallelise
+torch.set_num_threads(1)
+pipe = KiwiEditPipeline.from_pretrained("kiwi-edit-tiny"); pipe.set_progress_bar_config(disable=True)
+edit = lambda noise, **options: pipe("Make it snow.", asset("samples/clip.mp4"), generator=noise, output_type="latent", num_inference_steps=2, **options).frames
+seed = lambda: torch.Generator().manual_seed(0)
+options = dict(reference=asset("samples/reference.png")), dict(guidance_scale=2.)
+alone = [edit(seed(), **case) for case in options]
+with parallelise(pipe):
+    rank = torch.distributed.get_rank()
+    together = [edit(seed(), **case) for case in options]
+    shared = edit(torch.Generator().manual_seed(rank))  # other noise in each process: that of the first counts
+try: parallelise(pipe, ring=2)
+except ValueError as error: print(str(error))
+assert torch.equal(edit(seed(), **options[0]), alone[0])
+torch.save([*alone, *together, shared, edit(seed())], sys.argv[1] + str(rank))
+"""
+
+
+def test_parallel_in_two_processes(tmp_path):
+    (tmp_path / "two.py").write_text(SCRIPT)
+    ran = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "two.py"), str(tmp_path / "out")],
+                         capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.stdout.count("`ring` has to be 1 with PyTorch's own attention") == 2
+    for rank in (0, 1):
+        alone, guided, together, together_guided, shared, first = torch.load(tmp_path / f"out{rank}")
+        assert (alone - together).abs().max() < 1e-5 and (guided - together_guided).abs().max() < 1e-5 and (shared - first).abs().max() < 1e-5
+
+
+def test_parallel_alone(pipe, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(RuntimeError, match="`torchrun` but this is a single process"): speed.parallelise(pipe)
+
+
+# -- the benchmark ---------------------------------------------------------------------------------------------------------------------------
+
+def test_command_measures_and_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(speed, "QUICK", ({"first-block cache": dict(threshold=.2)}, {"int8 weights": {}}, {"bfloat16": {}}))
+    monkeypatch.setattr(speed, "multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr(speed, "stream_memory", lambda pipe, lengths: [dict(frames=5, streamed=1, whole=1)])  # has a test of its own
+    out = tmp_path / "made" / "speed.json"
+    assert speed.main(["--model", "tiny", "--quick", "--device", "cpu", "--out", str(out)]) == 0
+    report = SpeedReport.load(out)
+    assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    shown = capsys.readouterr().out
+    assert "everything recomputed | 4 |" in shown and "emulated here" in shown and str(out) in shown
+    model, = report.models
+    rows = {(row["name"], row["steps"]): row for row in SpeedReport.rows(model)}
+    assert rows["everything recomputed", 4]["ratio"] == 1 and rows["everything recomputed", 4]["latents"] < 1e-5
+    assert rows["exact", 4]["psnr"] is None and rows["exact", 4]["gflop"] > rows["the next edit of the clip", 4]["gflop"]
+    near = rows["first-block cache (threshold 0.2)", 20]
+    assert near["gflop"] < rows["exact", 20]["gflop"] and 35 < near["psnr"] < 90 and SpeedReport.best(model)["name"] == near["name"]
+    assert set(report.start) == {"interpreter", "imports", "weights", "edit", "writing", "command"} and all(seconds > 0 for seconds in report.start.values())
+    assert {"on", "threads", "torch"} <= set(report.hardware) and "diffusers" in report.versions
+
+
+@pytest.mark.parametrize("arguments, message", [(["--runs", "0"], "--runs has to be at least 1 but is 0"), (["--out", "speed.txt"], "has to be a .json file"), (["--model", "5b", "--device", "cpu"], "has to run on a GPU"),
+                                                (["--model", "huge"], "invalid choice")])
+def test_command_refuses(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop: speed.main(arguments)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_report_that_is_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"): SpeedReport.load(tmp_path / "none.json")
+    (tmp_path / "other.json").write_text('{"a": 1}')
+    with pytest.raises(ValueError, match="is none"): SpeedReport.load(tmp_path / "other.json")
+
+
+def test_committed_report():
+    report = SpeedReport.load(asset("benchmarks/speed.json"))
+    assert [model["name"] for model in report.models] == ["tiny", "large"]
+    for model in report.models:
+        assert all(row["latents"] < 1e-5 for row in model["rows"] if row["kind"] in ("without", "recomputed"))
+        assert {row["name"].removeprefix("without ") for row in model["rows"] if row["kind"] == "without"} == {name for name, saving in SAVINGS.items() if saving.saves == "every edit"}
+        assert SpeedReport.best(model)["psnr"] >= 35
+
+
+def test_subjects(tmp_path):
+    with pytest.raises(ValueError, match="but is 'huge'"): speed.bench_subject("huge", tmp_path)
+    large = speed.bench_subject("large", tmp_path, "cpu")
+    assert str(large) == "8 layers of width 512, 17 frames of 128x128"
+    one, other = large.edit(1, output_type="latent"), large.edit(1, output_type="latent")
+    assert one.shape == (1, 48, 5, 16, 16) and torch.equal(one, other)
+    large.sample["reference"] = None
+    assert not torch.equal(large.edit(1, output_type="latent"), one)  # guidance says something although weights are random
+
+
+def test_flops_are_those_of_an_edit(pipe):
+    counted = speed.step_flops(speed.preset("tiny"), 5, 64, 64)
+    edit(pipe, 1, **CASES["reference"])
+    one, two = (flops(lambda: edit(pipe, n, **CASES["reference"]))[0] for n in (1, 2))
+    assert 0 < counted - (two - one) < .05 * counted  # the second step has keys, values and embeddings already
