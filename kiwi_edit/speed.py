@@ -25,7 +25,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-import av
 import numpy as np
 import PIL.Image
 import torch
@@ -36,7 +35,7 @@ from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManag
 from diffusers.models._modeling_parallel import ContextParallelOutput, ParallelConfig
 from torch import distributed
 from torch.profiler import ProfilerActivity, profile, record_function
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm.auto import tqdm
 
 from . import guidance, latents, pipeline
@@ -45,14 +44,15 @@ from .core import Preset, asset, choose_device, multiplies_bfloat16, preset
 from .guidance import KiwiAttnProcessor, attend, find_wan
 from .pipeline import EditMemory, KiwiEditPipeline
 from .training import allocated_by, cast_weights
-from .video import Clip, Strip, read_image, read_video, replacing, resize_frames, video_info
+from .video import Clip, Strip, av, read_image, read_video, replacing, resize_frames, video_info, write_video
 from .world import EVAL_SEED, World
 
 # %% auto #0
-__all__ = ['logger', 'PARTS', 'SAVINGS', 'APPROXIMATIONS', 'BENCH_MODELS', 'TRIED', 'QUICK', 'patched', 'profile_edit', 'Saving',
-           'recomputed', 'Approximation', 'approximation', 'approximately', 'magnitude_ratios', 'FlowUniPC', 'Held',
-           'HeldAttnProcessor', 'parallelise', 'Subject', 'bench_subject', 'matrix_rate', 'step_flops', 'Configuration',
-           'configurations', 'measure_model', 'stream_memory', 'first_start', 'SpeedReport', 'main']
+__all__ = ['logger', 'PARTS', 'SAVINGS', 'APPROXIMATIONS', 'BENCH_MODELS', 'TRIED', 'QUICK', 'patched', 'operations',
+           'profile_edit', 'Saving', 'recomputed', 'Approximation', 'approximation', 'approximately',
+           'magnitude_ratios', 'FlowUniPC', 'Held', 'HeldAttnProcessor', 'parallelise', 'Subject', 'bench_subject',
+           'matrix_rate', 'step_flops', 'Configuration', 'configurations', 'measure_model', 'stream_memory',
+           'seam_error', 'measure_windows', 'reading_rates', 'first_start', 'SpeedReport', 'main']
 
 # %% ../nbs/44_speed.ipynb #04021a01
 logger = logging.getLogger(__name__)
@@ -77,6 +77,12 @@ def patched(
         for owner, name, value in reversed(before):
             if value is not missing: setattr(owner, name, value)
             elif name in vars(owner): delattr(owner, name)
+
+
+def operations() -> FlopCounterMode:  # a context; `get_total_flops()` tells afterwards
+    "Counts additions and multiplications of products, convolutions and attention while they happen."
+    def attention(query, key, value, *args, **kwargs): return sdpa_flop_count(query, key, value)  # of their shapes
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention})  # PyTorch's counter does not know this one
 
 
 def profile_edit(
@@ -590,7 +596,7 @@ def step_flops(
         wan, ours = WanTransformer3DModel(**sizes.transformer), guidance.KiwiGuidance(**sizes.guidance)
         clip, context, one = torch.empty(shape), torch.empty(1, tokens, sizes.guidance["dim"]), torch.empty(1)
         reference = torch.empty(*shape[:2], references, *shape[3:]) if references else None
-        with FlopCounterMode(display=False) as counter: guidance.denoise(wan, ours, clip, one, one, context, None, clip, reference)
+        with operations() as counter: guidance.denoise(wan, ours, clip, one, one, context, None, clip, reference)
     return float(counter.get_total_flops())
 
 
@@ -610,10 +616,9 @@ class Configuration:
 
 
 TRIED = (  # approximations and their options, at twenty steps
-    {"first-block cache": dict(threshold=.1)}, {"first-block cache": dict(threshold=.2)}, {"spectral cache": {}}, {"taylor series": {}}, {"taylor series": dict(every=3)},
-    {"magnitude cache": {}}, {"attention broadcast": {}}, {"faster cache": {}},
+    {"first-block cache": dict(threshold=.2)}, {"spectral cache": {}}, {"taylor series": {}}, {"magnitude cache": {}}, {"attention broadcast": {}}, {"faster cache": {}},
     {"fewer steps": dict(steps=10)}, {"fewer steps": dict(steps=7)}, {"few-step weights": {}},
-    {"fewer steps": dict(steps=10), "first-block cache": dict(threshold=.2)}, {"fewer steps": dict(steps=8), "taylor series": {}}, {"fewer steps": dict(steps=7), "first-block cache": dict(threshold=.1)},
+    {"fewer steps": dict(steps=10), "first-block cache": dict(threshold=.2)}, {"fewer steps": dict(steps=8), "taylor series": {}},
     {"bfloat16": {}}, {"float8 weights": {}}, {"int8 weights": {}}, {"tiled autoencoder": dict(overlap=.5)},
     {"compiled": {}}, {"compiled": {}, "fewer steps": dict(steps=10), "first-block cache": dict(threshold=.2)},
 )
@@ -678,7 +683,7 @@ def measure_model(
             with way.enter(pipe):
                 steps, compiled, result = way.steps if way.asked else None, "compiled" in way.name, {}
                 forget(way)
-                with nullcontext() if compiled else FlopCounterMode(display=False) as counter:
+                with nullcontext() if compiled else operations() as counter:
                     frames = subject.edit(steps, callback_on_step_end=lambda pipe, i, t, tensors: result.update(tensors))[0]
                 result = result["latents"].float().cpu()
                 forget(way); few = None if compiled else allocated_by(lambda: subject.edit(steps and 1), str(device)) if "magnitude cache" not in way.name else None
@@ -725,6 +730,75 @@ def stream_memory(
             for piece in pipeline.stream_frames(pipe.vae, given): piece.sum()  # a writer that keeps nothing
         row = dict(frames=frames, streamed=allocated_by(use, str(given.device)))
         with recomputed(pipe, "streams"): rows.append(row | dict(whole=allocated_by(use, str(given.device))))
+    return rows
+
+# %% ../nbs/44_speed.ipynb #04f10002
+def seam_error(
+    clip: np.ndarray,  # (T, H, W, 3) uint8
+    windows: list,  # of `Window`, in which it was denoised
+    target: np.ndarray | None = None,  # (T, H, W, 3) uint8; None: every change is an error
+    group: int = 4,  # frames to a latent frame after the first
+) -> dict[str, float]:  # "seam" and "inside", NaN where there is none
+    "Error of the change between two frames, on borders of latent frames: where other windows take over, and where they do not."
+    change = lambda frames: np.diff(frames.astype(np.float32), axis=0)[::group]  # the last frame of a latent frame, and the first of the next
+    errors = np.abs(change(clip) - (0 if target is None else change(target))).mean((1, 2, 3))
+    covered = [frozenset(k for k, window in enumerate(windows) if window.frames.start <= i < window.frames.stop) for i in range(len(errors) + 1)]
+    seams = np.array([one != two for one, two in zip(covered, covered[1:])])
+    return {name: float(errors[where].mean()) if where.any() else math.nan for name, where in (("seam", seams), ("inside", ~seams))}
+
+
+@torch.no_grad()
+def measure_windows(
+    subject: Subject,
+    frames: int = 161,  # of the long clip, 4k+1
+    seed: int = EVAL_SEED + 9,  # of its scene
+) -> dict:  # "frames", "windows", "one_bytes", "all_bytes", "seconds", "seam", "inside", "what" the inside is
+    "A long clip in windows: memory beside that of a single window, and how rough its seams are."
+    pipe, limits = subject.pipe, (subject.pipe.config.max_frames, subject.pipe.config.max_pixels)
+    side = max(1, math.isqrt(limits[1]) // pipe.size_multiple) * pipe.size_multiple
+    sample, trained = World(side, side, frames, split="eval").sample(seed, "background"), subject.name == "tiny"
+    def edit(count, **options):
+        pipe.memory.clear()
+        return pipe(sample.instruction, sample.source[:count], PIL.Image.fromarray(sample.reference), num_frames=count, generator=torch.Generator().manual_seed(0), **dict(output_type="stream") | options).frames[0]
+    def use(count):
+        for piece in edit(count): piece.sum()  # a writer that keeps nothing
+    edit(limits[0], output_type="latent")
+    device = str(pipe._execution_device)
+    one, all_of_it = (allocated_by(lambda: use(count), device) for count in (limits[0], frames))
+    start = time.perf_counter(); clip = np.concatenate(list(edit(frames))); seconds = time.perf_counter() - start
+    windows, target = pipe.windows(frames, side, side), sample.target if trained else None
+    errors, what = seam_error(clip, windows, target), "borders within a window"
+    if math.isnan(errors["inside"]):  # windows of two latent frames have none: the same borders, had the clip been one window
+        pipe.register_to_config(max_frames=frames)
+        try: errors["inside"], what = seam_error(np.concatenate(list(edit(frames))), windows, target)["seam"], "the same borders in one window"
+        finally: pipe.register_to_config(max_frames=limits[0])
+    pipe.memory.clear()
+    return dict(frames=frames, windows=len(windows), one_bytes=one, all_bytes=all_of_it, seconds=seconds, **errors, what=what)
+
+# %% ../nbs/44_speed.ipynb #04f10006
+def reading_rates(
+    frames: int = 96,  # of a clip of 1280x720 pixels
+    sizes: tuple = ((80, 48), (832, 480)),  # (width, height) to which they are shrunk
+    runs: int = 3,  # whose medians count
+) -> list[dict]:  # "size", "loop", "exact", "fast" in frames a second
+    "Frames a second of decoding and resizing: imageio's loop frame by frame, and `read_video`."
+    import imageio.v3 as imageio
+    scene = World(64, 64, min(frames, 33), split="eval").sample(EVAL_SEED, "style").source
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "clip.mp4"
+        grain = np.random.default_rng(0)
+        large = (np.clip(resize_frames(scene[i % len(scene)][None], 1280, 720, mode="stretch").astype(np.int16) + grain.integers(-4, 5, (1, 720, 1280, 1)), 0, 255).astype(np.uint8) for i in range(frames))
+        write_video(path, large, 24)
+        for size in sizes:
+            def loop():
+                for frame in imageio.imiter(path, plugin="pyav"): resize_frames(frame, *size, mode="inference")
+            ways = dict(loop=loop, exact=lambda: read_video(path, size=size, mode="inference"), fast=lambda: read_video(path, size=size, mode="inference", fast=True))
+            seconds = {name: [] for name in ways}
+            for _ in range(runs + 1):
+                for name, run in ways.items():
+                    start = time.perf_counter(); run(); seconds[name].append(time.perf_counter() - start)
+            rows.append(dict(size=list(size)) | {name: frames / statistics.median(found[1:]) for name, found in seconds.items()})
     return rows
 
 # %% ../nbs/44_speed.ipynb #04cd8d3e
@@ -777,6 +851,8 @@ class SpeedReport:
     versions: dict[str, str]
     models: list[dict] = field(default_factory=list)  # as `measure_model` gives them
     streams: list[dict] = field(default_factory=list)  # as `stream_memory`
+    windows: dict[str, dict] = field(default_factory=dict)  # model -> as `measure_windows`
+    reading: list[dict] = field(default_factory=list)  # as `reading_rates`
     start: dict[str, float] = field(default_factory=dict)  # as `first_start`
 
     @staticmethod
@@ -803,6 +879,11 @@ class SpeedReport:
                 lines.append("| " + " | ".join(cells) + " |")
             floor = [f"{row['steps']} steps of the exact edit cannot take less than {1e9 * row['gflop'] / model['rate']:.3g} s" for row in model["rows"] if row["name"] == "exact"]
             lines += [f"\nProducts of matrices: {model['rate'] / 1e9:,.0f} GFLOP a second, so that {' and '.join(floor)}." + "".join(f" Not measured: {name}, since {reason}." for name, reason in model["left_out"].items()), ""]
+        for name, w in self.windows.items():
+            lines += [f"**{name}**, {w['frames']} frames in {w['windows']} windows, {w['seconds']:.3g} s: {w['all_bytes'] / 1e6:.0f} MB at most, {w['one_bytes'] / 1e6:.0f} MB for one window ({w['all_bytes'] / w['one_bytes'] - 1:+.0%}); "
+                      f"error at seams {w['seam']:.2f}, {w['what']} {w['inside']:.2f} ({w['seam'] / w['inside'] - 1:+.0%}).", ""]
+        for row in self.reading:
+            lines += [f"**Reading** 720p to {row['size'][0]}x{row['size'][1]}: {row['loop']:.0f} frames a second in a loop, {row['exact']:.0f} by threads ({row['exact'] / row['loop']:.1f} times), {row['fast']:.0f} with FFmpeg's filter ({row['fast'] / row['loop']:.1f} times).", ""]
         if self.start: lines += ["**From a cold start**, seconds: " + ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.start.items()) + ".", ""]
         notes = [f"{k} {v}" for k, v in (self.hardware | self.versions).items()]
         return "\n".join(lines) + "\n" + ", ".join(notes) + ".\n"
@@ -878,6 +959,8 @@ def main(
             subject = bench_subject(name, folder, device)
             report.models.append(measure_model(subject, 1 if given.quick else given.runs, given.quick, 0 if given.quick else given.scores))
             if name == "tiny": report.streams = stream_memory(subject.pipe, (5, 21, 41) if given.quick else (5, 21, 41, 81))
+            if name != "5b": report.windows[name] = measure_windows(subject, 41 if given.quick else 161)
+    if find_spec("imageio"): report.reading = reading_rates(24 if given.quick else 96, runs=1 if given.quick else 3)
     report.start = first_start(1 if given.quick else 3)
     report.save(given.out)
     with replacing(given.out.with_suffix(".png"), True) as temporary: Path(temporary).write_bytes(report.draw()._repr_png_())

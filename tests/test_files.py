@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from test_video import encode, gradient
 
 from kiwi_edit import cli, files
 from kiwi_edit.core import assets_dir, settings
 from kiwi_edit.files import Ledger, read_edits, run_edits
+from kiwi_edit.video import video_info
 
 COMMAND = [sys.executable, "-m", "kiwi_edit.cli"]
 MODEL = "kiwi-edit-tiny"
@@ -258,3 +260,43 @@ def test_a_process_that_is_killed_fails_one_row_and_is_replaced(folder, monkeypa
     shutil.copy(folder / "clip.mp4", folder / "passing.mp4")
     again = run_edits(read_edits(edits.path, folder / "out"), MODEL, skip_bad=True)
     assert again.counts == dict(done=4, failed=0, bad=1) and again.before == 2 and left_behind(folder / "out") == set()
+
+
+# clips that are longer than the model takes
+
+
+@pytest.fixture(scope="module")
+def pipe(): return files.load_model(MODEL, "cpu")
+
+
+def test_a_long_clip_flows_from_file_to_file(tmp_path, pipe, monkeypatch):
+    source = encode(tmp_path / "source.mp4", gradient(30), fps=10, sound=3.0)
+    monkeypatch.setattr(files, "resize_frames", lambda frames, *args, resize=files.resize_frames, **kwargs: longest.append(len(frames)) or resize(frames, *args, **kwargs))
+    longest, seen = [], []
+    done = files.edit_file(pipe, source, SNOW, out=tmp_path / "out.mp4", whole=True, compare=True, steps=1, progress=lambda *told: seen.append(told))
+    info, both = video_info(done.path), video_info(done.comparison)
+    before = video_info(source)
+    assert (info.frames, info.fps, info.has_audio, info.width, info.height) == (29, 10, True, before.width, before.height)
+    assert (both.frames, both.fps, both.has_audio) == (29, 10, True) and done.frames == 29 and "4k+1" in done.note
+    assert max(longest) <= 16  # never the whole clip at its own size
+    assert (29, 29, "writing") in seen and (29, 29, "comparing") in seen and done.strip.is_file()
+    # the first five frames alone are the model's own business
+    short = files.edit_file(pipe, source, SNOW, out=tmp_path / "short.mp4", steps=1)
+    assert short.frames == 5 and "`whole` edits all" in short.note
+
+
+def test_a_long_clip_that_fails_on_the_way_leaves_nothing(tmp_path, pipe, monkeypatch):
+    source = encode(tmp_path / "source.mp4", gradient(13), fps=10)
+    real = pipe.vae.decoder.forward
+    calls = []
+    def breaks(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > 2: raise RuntimeError("on purpose")
+        return real(*args, **kwargs)
+    monkeypatch.setattr(pipe.vae.decoder, "forward", breaks)
+    with pytest.raises(RuntimeError, match="on purpose"): files.edit_file(pipe, source, SNOW, out=tmp_path / "out.mp4", whole=True, steps=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["source.mp4"]
+
+
+def test_frames_and_whole_are_asked_for_one_at_a_time(folder):
+    with pytest.raises(ValueError, match="`frames` has to be left out where `whole` is set but is 5"): files.plan_edit(folder / "clip.mp4", SNOW, out=folder / "out.mp4", frames=5, whole=True)
