@@ -53,12 +53,13 @@ def describe(
 # %% ../nbs/50_demo.ipynb #a199d9fa
 class LazyPipeline:
     "A pipeline that is loaded when it is first asked for, and its few-step sister, which shares all but the denoiser."
-    def __init__(self, pipe=None, model: str | None = None): self.pipe, self.fast, self.model, self.lock = pipe, None, model, threading.Lock()
+    def __init__(self, pipe=None, model: str | None = None): self.pipe, self.fast, self.model, self.lock, self.own = pipe, None, model, threading.Lock(), pipe is None
 
     def __call__(self,
         fast: bool = False, # with few-step weights
     ):
         from kiwi_edit.checkpoints import fast_variant
+        if fast and not self.own: raise ValueError("`fast` has to be off for a pipeline that was handed in: the folder of its weights is not known.")
         with self.lock:
             if self.pipe is None: self.pipe = load_model(self.model)
             if fast and self.fast is None: self.fast = fast_variant(self.pipe, find_model(self.model))

@@ -164,3 +164,19 @@ def test_example_and_button_in_a_browser(server, browser):
     assert page.page.locator("#clip").is_visible(), "an example opens its tab"
     assert page.foreign == [] and page.faults == []
     page.close()
+
+
+@pytest.mark.skipif(not (assets_dir() / "kiwi-edit-tiny" / "fast" / "config.json").is_file(), reason="the few-step weights are not there")
+def test_the_switch_for_fewer_steps(tmp_path):
+    page = demo.build_demo(model="kiwi-edit-tiny")
+    box = next(block for block in page.blocks.values() if isinstance(block, gr.Checkbox))
+    assert box.visible and "1 step" in box.info
+    load = demo.LazyPipeline(model="kiwi-edit-tiny")
+    assert load.limits().fast_steps == 1
+    edit, clip = demo.make_editor(load, tmp_path / "results"), write_video(tmp_path / "clip.mp4", picture(count=5), 10)
+    def run(fast): return read_video(edit(str(clip), None, "make it snow", [], 4, 0, fast, progress=lambda *args, **kwargs: None)[0]["value"]).frames
+    plain, fast = run(False), run(True)
+    assert plain.shape == fast.shape and not np.array_equal(plain, fast) and np.array_equal(run(False), plain)
+    assert load(True).config.default_steps == 1 and load(True).vae is load(False).vae
+    with pytest.raises(ValueError, match="`fast` has to be off for a pipeline that was handed in"): demo.LazyPipeline(load(False), "kiwi-edit-tiny")(True)
+    page.results.cleanup()
