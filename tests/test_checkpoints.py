@@ -80,6 +80,7 @@ def test_tiny_goes_to_the_trainer_and_back(tmp_path):
     assert np.array_equal(run(load_any(there)), before) and np.array_equal(run(KiwiEditPipeline.from_pretrained(back)), before)
     assert stored_dtype(back) == stored_dtype("kiwi-edit-tiny") == torch.float16
     shipped, returned = weights_of(asset("kiwi-edit-tiny")), weights_of(back)
+    shipped.pop("fast/lora.safetensors", None)  # few-step weights have no place in a trainer's checkpoint
     assert shipped.keys() == returned.keys() and all(torch.equal(returned[name][key], value) for name, tensors in shipped.items() for key, value in tensors.items())
     with pytest.raises(ValueError, match="its autoencoder is one of the two native ones"): convert("kiwi-edit-tiny", tmp_path / "official", "official")
     assert not (tmp_path / "official").exists() and not list(tmp_path.glob(".*"))
