@@ -427,3 +427,29 @@ def test_flops_are_those_of_an_edit(pipe):
     edit(pipe, 1, **CASES["reference"])
     one, two = (flops(lambda: edit(pipe, n, **CASES["reference"]))[0] for n in (1, 2))
     assert 0 < counted - (two - one) < .05 * counted  # the second step has keys, values and embeddings already
+
+
+# long clips and reading
+
+def test_seams_are_borders_where_other_windows_take_over():
+    windows = guidance.latent_windows((5, 1, 1), (3, 1, 1), (1, 0, 0))  # latent frames 0-2 and 2-4
+    clip = np.zeros((17, 4, 4, 3), np.uint8)
+    for border, level in ((1, 10), (5, 20), (9, 30), (13, 40)): clip[border:] += np.uint8(level)  # from latent frame 0 to 1, 1 to 2, ...
+    assert speed.seam_error(clip, windows) == dict(seam=25., inside=25.)  # 20 and 30; 10 and 40
+    target = np.zeros_like(clip); target[5:] += np.uint8(20)
+    assert speed.seam_error(clip, windows, target) == dict(seam=15., inside=25.)
+    alone = speed.seam_error(clip, guidance.latent_windows((5, 1, 1), (2, 1, 1), (1, 0, 0)))
+    assert np.isnan(alone["inside"]) and alone["seam"] == 25.
+
+
+def test_a_long_clip_is_measured_and_the_model_is_as_before(pipe):
+    before = dict(pipe.config)
+    found = speed.measure_windows(speed.Subject("tiny", pipe, {}), frames=13)
+    assert found["windows"] == 3 and found["frames"] == 13 and found["all_bytes"] < 1.3 * found["one_bytes"] and found["seam"] > 0 and found["inside"] > 0
+    assert dict(pipe.config) == before and not pipe.memory.kept
+
+
+def test_reading_is_measured_against_a_loop():
+    pytest.importorskip("imageio")
+    (row,) = speed.reading_rates(frames=6, sizes=((80, 48),), runs=1)
+    assert row["size"] == [80, 48] and all(row[name] > 0 for name in ("loop", "exact", "fast"))
