@@ -886,7 +886,7 @@ def test_a_live_view_draws_what_it_has(tmp_path, monkeypatch):
     shown = []
     class Handle:
         def update(self, html): shown.append(html.data)
-    monkeypatch.setattr(kiwi_edit.training, "display", lambda html, display_id: shown.append(html.data) or Handle())
+    monkeypatch.setattr("IPython.display.display", lambda html, display_id: shown.append(html.data) or Handle())
     view = LiveView(tmp_path, every=0)
     for record in run_toy(tmp_path, steps=2): view(record)
     (tmp_path / "strip-000002.png").write_bytes(b"strip")
