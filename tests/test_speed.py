@@ -373,7 +373,9 @@ def test_parallel_alone(pipe, monkeypatch):
 def test_command_measures_and_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(speed, "QUICK", ({"first-block cache": dict(threshold=.2)}, {"int8 weights": {}}, {"bfloat16": {}}))
     monkeypatch.setattr(speed, "multiplies_bfloat16", lambda device: False)
-    monkeypatch.setattr(speed, "stream_memory", lambda pipe, lengths: [dict(frames=5, streamed=1, whole=1)])  # has a test of its own
+    monkeypatch.setattr(speed, "stream_memory", lambda pipe, lengths: [dict(frames=5, streamed=1, whole=1)])  # these three have tests of their own
+    monkeypatch.setattr(speed, "measure_windows", lambda subject, frames: dict(frames=frames, windows=1, one_bytes=1, all_bytes=1, seconds=1., seam=1., inside=1., what="borders"))
+    monkeypatch.setattr(speed, "reading_rates", lambda frames, runs: [dict(size=[80, 48], loop=1., exact=2., fast=3.)])
     out = tmp_path / "made" / "speed.json"
     assert speed.main(["--model", "tiny", "--quick", "--device", "cpu", "--out", str(out)]) == 0
     report = SpeedReport.load(out)
@@ -387,6 +389,7 @@ def test_command_measures_and_writes(tmp_path, monkeypatch, capsys):
     near = rows["first-block cache (threshold 0.2)", 20]
     assert near["gflop"] < rows["exact", 20]["gflop"] and 35 < near["psnr"] < 90 and SpeedReport.best(model)["name"] == near["name"]
     assert set(report.start) == {"interpreter", "imports", "weights", "edit", "writing", "command"} and all(seconds > 0 for seconds in report.start.values())
+    assert "Reading" in shown and set(report.windows) == {"tiny"} and len(report.reading) == 1
     assert {"on", "threads", "torch"} <= set(report.hardware) and "diffusers" in report.versions
 
 
