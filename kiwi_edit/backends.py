@@ -5,19 +5,20 @@
 # %% ../nbs/13_backends.ipynb #b1300003
 from __future__ import annotations
 
-import base64, functools, hashlib, importlib.util, io, json, math, os, random, re, time
+import base64, functools, hashlib, importlib.util, io, json, math, mimetypes, os, random, re, threading, time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Protocol
 
 # %% auto #0
 __all__ = ['COMPLAINT', 'SYSTEM', 'SCORE_PROMPT', 'GROUND_PROMPT', 'CONSISTENCY_PROMPT', 'QUALITY_PROMPT', 'REFERENCE_PROMPTS',
-           'Question', 'Chat', 'parse_json', 'Retry', 'png_bytes', 'OpenAIChat', 'GeminiChat', 'qwen_processor',
-           'TransformersChat', 'JudgeOptions', 'read_score', 'ChatScorer', 'spread_boxes', 'read_grounding',
-           'ChatGrounder', 'ChatVerifier', 'SamSegmenter', 'called', 'seed_of', 'best_view', 'EditorSynthesizer',
-           'KiwiSynthesizer', 'ImageEmbedder']
+           'VideoPart', 'Question', 'Attempt', 'Exchange', 'Chat', 'parse_json', 'Retry', 'png_bytes', 'OpenAIChat',
+           'GeminiChat', 'qwen_processor', 'video_pictures', 'TransformersChat', 'JudgeOptions', 'read_score',
+           'ChatScorer', 'spread_boxes', 'read_grounding', 'ChatGrounder', 'ChatVerifier', 'SamSegmenter', 'called',
+           'seed_of', 'best_view', 'EditorSynthesizer', 'KiwiSynthesizer', 'ImageEmbedder']
 
 # %% ../nbs/13_backends.ipynb #b1300004
 import cv2
@@ -26,22 +27,49 @@ from PIL import Image
 
 from .core import choose_device, choose_dtype
 from .quadruplets import BackendError, Check, CutoutSynthesizer, Grounding, full_frames
-from .video import sample_indices
+from .video import read_video, sample_indices, video_info
 from .world import TASKS, WORDINGS
 
 # %% ../nbs/13_backends.ipynb #b1300007
 @dataclass(frozen=True)
+class VideoPart:
+    "A video file as a part of a question."
+    path: Path
+    fps: float = 2.          # frames a second that the model looks at, where it can be told: Gemini, and models in this process
+
+@dataclass(frozen=True)
 class Question:
     "What a vision-language model is asked, and how its words are read."
-    parts: tuple             # str and (h, w, 3) uint8 pictures, in the order in which the model sees them
+    parts: tuple             # str, (h, w, 3) uint8 pictures and `VideoPart`, in the order in which the model sees them
     system: str = ""
     read: Callable[[str], object] = str  # from the words to the answer; raises ValueError where they are rubbish
     max_tokens: int = 256    # of the reply
 
+@dataclass(frozen=True)
+class Attempt:
+    "One try at a question: what came back, what it cost, and why it could not be used."
+    text: str = ""           # as the model wrote it
+    input_tokens: int = 0    # as the endpoint counts them; 0 where it says nothing
+    output_tokens: int = 0   # thoughts included
+    cut: bool = False        # whether the reply ended at `max_tokens`
+    failure: str = ""        # "" where the reply was used
+
+@dataclass(frozen=True)
+class Exchange:
+    "A question's answer and every try that it took."
+    answer: object           # or a `BackendError`
+    attempts: tuple[Attempt, ...]
+
 class Chat(Protocol):
-    "Answers questions; what has no answer after the last try is a `BackendError` that begins with time-out, refused, rubbish or endpoint."
+    "Answers questions; what has no answer after the last try is a `BackendError` that begins with time-out, refused, rubbish, quota or endpoint."
     name: str
+    def ask(self, questions: Sequence[Question], unreadable: int | None = None, before: Callable[[], None] | None = None) -> list[Exchange]: ...
     def answer(self, questions: Sequence[Question]) -> list[object | BackendError]: ...
+
+class _Answers:
+    def answer(self, questions):
+        "The answers alone."
+        return [exchange.answer for exchange in self.ask(questions)]
 
 # %% ../nbs/13_backends.ipynb #b1300009
 def _once(pairs):
@@ -87,19 +115,24 @@ class Retry:
 COMPLAINT = "Your last reply could not be used: {why}. Answer again, in exactly the form that was asked for."
 
 class _Failure(Exception):
-    def __init__(self, kind, why, again=True, wait=0.):
-        self.kind, self.why, self.again, self.wait = kind, " ".join(str(why).split())[:200], again, wait
+    def __init__(self, kind, why, again=True, wait=0., said=None):
+        self.kind, self.whole, self.again, self.wait, self.said = kind, " ".join(str(why).split()), again, wait, said
+
+    @property
+    def why(self): return self.whole[:200]
 
     def after(self, tries): return BackendError(f"{self.kind}: {self.why}" + (f" ({tries} tries)" if tries > 1 else ""))
 
-def _read(question, text):
-    if not text.strip(): raise _Failure("rubbish", "empty reply")
-    try: return question.read(text)
-    except ValueError as error: raise _Failure("rubbish", f"{error}: {' '.join(text.split())[:80]!r}") from None
+def _read(question, said):
+    if not said.text.strip(): raise _Failure("rubbish", "empty reply", said=said)
+    try: return question.read(said.text)
+    except ValueError as error: why = f"{error}: {' '.join(said.text.split())[:80]!r}"
+    raise _Failure("rubbish", f"cut at {question.max_tokens} tokens, and {why}" if said.cut else why, said=said)
 
 def _again(question, failure):
     if failure.kind != "rubbish": return question
-    return replace(question, parts=question.parts + (COMPLAINT.format(why=failure.why),))
+    room = 2 if failure.said and failure.said.cut else 1
+    return replace(question, parts=question.parts + (COMPLAINT.format(why=failure.why),), max_tokens=question.max_tokens * room)
 
 # %% ../nbs/13_backends.ipynb #b1300017
 def png_bytes(picture: np.ndarray) -> bytes: # (h, w, 3) uint8
@@ -108,12 +141,16 @@ def png_bytes(picture: np.ndarray) -> bytes: # (h, w, 3) uint8
     Image.fromarray(picture).save(file, "PNG")
     return file.getvalue()
 
+def _mime(path): return mimetypes.guess_type(str(path))[0] or "video/mp4"
+
 def _needs(module, package):
     try: found = importlib.util.find_spec(module)
     except ModuleNotFoundError: found = None
     if found is None: raise ImportError(f"This backend needs the package {package}: pip install 'kiwi-edit[judge]'.")
 
-class _Endpoint:
+_LOCK = threading.Lock()
+
+class _Endpoint(_Answers):
     "Questions to a server, from several threads."
     def __init__(self, model, base_url, key, timeout, retry, concurrency):
         if concurrency < 1: raise ValueError(f"`concurrency` has to be at least 1 but is {concurrency}.")
@@ -127,25 +164,37 @@ class _Endpoint:
 
     def __getstate__(self): return self.__dict__ | dict(_client=None) # a connection stays in its process
 
-    def answer(self, questions):
+    def ask(self,
+        questions,
+        unreadable: int | None = None, # replies that cannot be read after which a question is given up; None leaves it to `retry`
+        before: Callable[[], None] | None = None, # called before each try: keeps a pace
+    ) -> list[Exchange]:
+        "The exchanges, several at once, in the order of the questions."
         if not questions: return []
-        self._client = self._client or self._connect()
-        with ThreadPoolExecutor(min(self.concurrency, len(questions))) as pool: return list(pool.map(self._ask, questions))
+        with _LOCK: self._client = self._client or self._connect()
+        with ThreadPoolExecutor(min(self.concurrency, len(questions))) as pool: return list(pool.map(lambda question: self._ask(question, unreadable, before), questions))
 
-    def _ask(self, question):
-        asked = question
+    def _ask(self, question, unreadable, before):
+        asked, attempts, rubbish = question, [], 0
         for attempt in range(self.retry.tries):
-            try: return _read(question, self._send(asked))
+            if before: before()
+            try:
+                said = self._send(asked)
+                said = replace(said, text=self._clean(said.text))
+                return Exchange(_read(question, said), (*attempts, said))
             except _Failure as failure:
-                failure.why = failure.why.replace(self._key, "***") if self._key else failure.why
-                if not failure.again or attempt + 1 == self.retry.tries: return failure.after(attempt + 1)
-                asked = _again(question, failure)
+                failure.whole, said, rubbish = self._clean(failure.whole), failure.said or Attempt(), rubbish + (failure.kind == "rubbish")
+                attempts.append(replace(said, text=self._clean(said.text), failure=f"{failure.kind}: {failure.why}"))
+                if not failure.again or rubbish == unreadable or attempt + 1 == self.retry.tries: return Exchange(failure.after(attempt + 1), tuple(attempts))
+                asked = replace(_again(asked, failure), parts=_again(question, failure).parts) # the last complaint alone
                 self.retry.wait(attempt, failure.wait)
 
-    def _status(self, code, message, response):
+    def _clean(self, text): return text.replace(self._key, "***") if self._key else text
+
+    def _status(self, code, message, response, wait=0.):
         "A failure for an HTTP status; what is too much, too slow or broken on the other side may work later."
-        try: wait = float(response.headers.get("retry-after", 0))
-        except (AttributeError, ValueError): wait = 0. # none, or a date
+        try: wait = max(wait, float(response.headers.get("retry-after", 0)))
+        except (AttributeError, ValueError): pass # none, or a date
         return _Failure("time-out" if code in (408, 504) else "endpoint", f"{code} {message}", code in (408, 409, 425, 429) or code >= 500, wait)
 
 # %% ../nbs/13_backends.ipynb #b1300018
@@ -173,22 +222,30 @@ class OpenAIChat(_Endpoint):
 
     def _send(self, question):
         import openai
-        content = [dict(type="text", text=part) if isinstance(part, str) else
-                   dict(type="image_url", image_url=dict(url="data:image/png;base64," + base64.b64encode(png_bytes(part)).decode())) for part in question.parts]
+        content = [self._part(part) for part in question.parts]
         messages = [dict(role="system", content=question.system)] * bool(question.system) + [dict(role="user", content=content)]
         request = dict(model=self.model, messages=messages, max_tokens=question.max_tokens, temperature=0.) | self.extra
         try: reply = self._client.chat.completions.create(**{k: v for k, v in request.items() if v is not None})
         except openai.APITimeoutError: raise _Failure("time-out", f"no reply within {self.timeout:g} s") from None
         except openai.APIConnectionError as error: raise _Failure("endpoint", f"no connection: {error.__cause__ or error}") from None
         except openai.APIStatusError as error:
+            if error.code == "insufficient_quota": raise _Failure("quota", error.message, again=False) from None
             if error.code in ("content_filter", "content_policy_violation"): raise _Failure("refused", error.message, again=False) from None
             raise self._status(error.status_code, error.message, error.response) from None
         except (openai.APIResponseValidationError, ValueError): raise _Failure("rubbish", "the reply is no chat completion") from None
         if not getattr(reply, "choices", None): raise _Failure("rubbish", "the reply has no choices")
-        choice = reply.choices[0]
-        if choice.message.refusal: raise _Failure("refused", choice.message.refusal, again=False)
-        if choice.finish_reason == "content_filter": raise _Failure("refused", "content_filter", again=False)
-        return choice.message.content or ""
+        choice, usage = reply.choices[0], reply.usage
+        said = Attempt(choice.message.content or "", (usage and usage.prompt_tokens) or 0, (usage and usage.completion_tokens) or 0, choice.finish_reason == "length")
+        if choice.message.refusal: raise _Failure("refused", choice.message.refusal, again=False, said=said)
+        if choice.finish_reason == "content_filter": raise _Failure("refused", "content_filter", again=False, said=said)
+        return said
+
+    def _part(self, part):
+        if isinstance(part, str): return dict(type="text", text=part)
+        video = isinstance(part, VideoPart)
+        data, kind = (Path(part.path).read_bytes(), _mime(part.path)) if video else (png_bytes(part), "image/png")
+        name = "video_url" if video else "image_url"
+        return {"type": name, name: dict(url=f"data:{kind};base64,{base64.b64encode(data).decode()}")}
 
 # %% ../nbs/13_backends.ipynb #b1300019
 _BLOCKED = ("SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION")
@@ -203,13 +260,17 @@ class GeminiChat(_Endpoint):
         timeout: float = 120., # seconds without a byte
         retry: Retry = Retry(),
         concurrency: int = 8, # questions under way at once
-        thinking: int | None = 0, # tokens to think with; None for models that do not know the setting
+        thinking: int | None | str = "auto", # tokens to think with; None leaves it to the model, "auto" is 0 where a model can do without
+        inline: int = 12 * 2 ** 20, # bytes of a question's videos that travel inside it; more are uploaded once and kept by the service for two days
     ):
         _needs("google.genai", "google-genai")
         key = api_key or os.environ.get("GEMINI_API_KEY") or os.environ.get("GOOGLE_API_KEY")
         if not key: raise ValueError("`api_key` has to be given, or be in GEMINI_API_KEY or GOOGLE_API_KEY.")
         super().__init__(model, base_url, key, timeout, retry, concurrency)
-        self.thinking = thinking
+        self.thinking = (0 if "2.5-flash" in model else None) if thinking == "auto" else thinking
+        self.inline, self._files = inline, {}
+
+    def __getstate__(self): return super().__getstate__() | dict(_files={})
 
     def _connect(self):
         from google import genai
@@ -218,22 +279,71 @@ class GeminiChat(_Endpoint):
 
     def _send(self, question):
         from google.genai import errors, types
-        parts = [types.Part.from_text(text=part) if isinstance(part, str) else types.Part.from_bytes(data=png_bytes(part), mime_type="image/png") for part in question.parts]
-        config = types.GenerateContentConfig(system_instruction=question.system or None, temperature=0., max_output_tokens=question.max_tokens + (self.thinking or 0),
+        room = question.max_tokens + (8192 if self.thinking is None else self.thinking) # thoughts count as output
+        config = types.GenerateContentConfig(system_instruction=question.system or None, temperature=0., max_output_tokens=room,
                                              thinking_config=None if self.thinking is None else types.ThinkingConfig(thinking_budget=self.thinking))
-        try: reply = self._client.models.generate_content(model=self.model, contents=[types.Content(role="user", parts=parts)], config=config)
-        except errors.APIError as error: raise self._status(error.code, error.message, error.response) from None
+        try:
+            parts = self._parts(question.parts)
+            reply = self._client.models.generate_content(model=self.model, contents=[types.Content(role="user", parts=parts)], config=config)
+        except errors.APIError as error: raise self._error(error) from None
         except ValueError: raise _Failure("rubbish", "the reply is no Gemini reply") from None
+        except _Failure: raise
         except Exception as error: # the transport is httpx or another, whichever is installed
             kinds = {kind.__name__ for kind in type(error).__mro__}
             if "TimeoutException" in kinds: raise _Failure("time-out", f"no reply within {self.timeout:g} s") from None
             if "TransportError" in kinds: raise _Failure("endpoint", f"no connection: {error}") from None
             raise
-        if reply.prompt_feedback and reply.prompt_feedback.block_reason: raise _Failure("refused", reply.prompt_feedback.block_reason.name, again=False)
-        if not reply.candidates: raise _Failure("rubbish", "the reply has no candidates")
+        usage = reply.usage_metadata or types.GenerateContentResponseUsageMetadata()
+        said = Attempt("", usage.prompt_token_count or 0, (usage.candidates_token_count or 0) + (usage.thoughts_token_count or 0))
+        if reply.prompt_feedback and reply.prompt_feedback.block_reason: raise _Failure("refused", reply.prompt_feedback.block_reason.name, again=False, said=said)
+        if not reply.candidates: raise _Failure("rubbish", "the reply has no candidates", said=said)
         first = reply.candidates[0]
-        if first.finish_reason and first.finish_reason.name in _BLOCKED: raise _Failure("refused", first.finish_reason.name, again=False)
-        return "".join(part.text or "" for part in (first.content and first.content.parts or []) if not part.thought)
+        reason = first.finish_reason.name if first.finish_reason else ""
+        text = "".join(part.text or "" for part in (first.content and first.content.parts or []) if not part.thought)
+        said = replace(said, text=text, cut=reason == "MAX_TOKENS")
+        if reason in _BLOCKED: raise _Failure("refused", reason, again=False, said=said)
+        return said
+
+    def _error(self, error):
+        "A failure for an error of the service; it says in its own way how long to wait, and when a day's share is used up."
+        details = json.dumps(error.details)
+        if error.code == 429 and "PerDay" in details: return _Failure("quota", error.message, again=False)
+        wait = re.search(r'"retryDelay": "([\d.]+)s"', details)
+        return self._status(error.code, error.message, error.response, float(wait[1]) if wait else 0.)
+
+    def _parts(self, parts):
+        from google.genai import types
+        upload = sum(Path(part.path).stat().st_size for part in parts if isinstance(part, VideoPart)) > self.inline
+        def made(part):
+            if isinstance(part, str): return types.Part.from_text(text=part)
+            if not isinstance(part, VideoPart): return types.Part.from_bytes(data=png_bytes(part), mime_type="image/png")
+            rate, kind = types.VideoMetadata(fps=part.fps), _mime(part.path)
+            if upload: return types.Part(file_data=types.FileData(file_uri=self._uploaded(part.path).uri, mime_type=kind), video_metadata=rate)
+            return types.Part(inline_data=types.Blob(data=Path(part.path).read_bytes(), mime_type=kind), video_metadata=rate)
+        return [made(part) for part in parts]
+
+    def _uploaded(self, path):
+        "The service's handle of a file: one upload for all questions that show it, whatever its name."
+        digest, soon = hashlib.sha256(Path(path).read_bytes()).digest(), datetime.now(timezone.utc) + timedelta(minutes=10)
+        with _LOCK:
+            found = self._files.get(digest)
+            if found and found.done() and (found.exception() or (found.result().expiration_time or soon) < soon): found = None
+            if mine := found is None: found = self._files[digest] = Future()
+        if mine:
+            try: found.set_result(self._upload(path))
+            except BaseException as error: found.set_exception(error)
+        return found.result()
+
+    def _upload(self, path):
+        try: file = self._client.files.upload(file=str(path), config=dict(mime_type=_mime(path)))
+        except KeyError: raise _Failure("endpoint", "the service took no upload") from None
+        for _ in range(math.ceil(self.timeout)):
+            state = file.state.name if file.state else "ACTIVE"
+            if state == "ACTIVE": return file
+            if state == "FAILED": raise _Failure("endpoint", "the service cannot read the video", again=False)
+            self.retry.sleep(1.)
+            file = self._client.files.get(name=file.name)
+        raise _Failure("time-out", f"the uploaded video is not ready after {self.timeout:g} s")
 
 # %% ../nbs/13_backends.ipynb #b1300024
 @functools.cache
@@ -272,7 +382,17 @@ def qwen_processor(
     return _processor_class()(source.tokenizer, source.image_processor)
 
 # %% ../nbs/13_backends.ipynb #b1300025
-class TransformersChat:
+def video_pictures(
+    part: VideoPart,
+    most: int = 16, # pictures
+) -> tuple: # words and (h, w, 3) uint8 pictures in turn
+    "Frames of a video, each under its second, for a model that sees pictures only."
+    info = video_info(part.path)
+    at = sample_indices(info.frames, min(most, max(2, round(info.duration * part.fps))))
+    frames = read_video(part.path, indices=at).frames
+    return sum(((f"{i / info.fps:.1f} s:", frame) for i, frame in zip(at, frames)), ())
+
+class TransformersChat(_Answers):
     "Qwen2.5-VL or Qwen3-VL in this process, batch by batch."
 
     def __init__(self,
@@ -293,29 +413,41 @@ class TransformersChat:
             model = AutoModelForImageTextToText.from_pretrained(model, dtype=choose_dtype(dtype, self.device))
         self.model, self.batch_size, self.tries = model.to(self.device).eval(), batch_size, tries
 
-    def answer(self, questions):
-        answers, asked, left = [None] * len(questions), list(questions), list(range(len(questions)))
-        for attempt in range(self.tries):
+    def ask(self,
+        questions,
+        unreadable: int | None = None, # as for the endpoints; what fails here is never anything else
+        before: Callable[[], None] | None = None, # called before each batch
+    ) -> list[Exchange]:
+        "The exchanges, in the order of the questions."
+        answers, attempts, asked, left = [None] * len(questions), [()] * len(questions), list(questions), list(range(len(questions)))
+        for attempt in range(min(self.tries, unreadable or self.tries)):
             for start in range(0, len(left), self.batch_size):
                 batch = left[start:start + self.batch_size]
-                for i, text in zip(batch, self._generate([asked[i] for i in batch])):
-                    try: answers[i] = _read(questions[i], text)
-                    except _Failure as failure: answers[i], asked[i] = failure.after(attempt + 1), _again(questions[i], failure)
+                if before: before()
+                for i, said in zip(batch, self._generate([asked[i] for i in batch])):
+                    try: answers[i] = _read(questions[i], said)
+                    except _Failure as failure:
+                        said, answers[i] = replace(said, failure=f"{failure.kind}: {failure.why}"), failure.after(attempt + 1)
+                        asked[i] = replace(_again(asked[i], failure), parts=_again(questions[i], failure).parts)
+                    attempts[i] += (said,)
             left = [i for i in left if isinstance(answers[i], BackendError)]
-        return answers
+        return [Exchange(*pair) for pair in zip(answers, attempts)]
 
     def _generate(self, questions):
         import torch
+        questions = [replace(q, parts=sum((video_pictures(p) if isinstance(p, VideoPart) else (p,) for p in q.parts), ())) for q in questions]
         content = [[dict(type="text", text=part) if isinstance(part, str) else dict(type="image") for part in q.parts] for q in questions]
         chats = [[dict(role="system", content=q.system)] * bool(q.system) + [dict(role="user", content=c)] for q, c in zip(questions, content)]
         text = [self.processor.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
         pictures = [Image.fromarray(part) for q in questions for part in q.parts if not isinstance(part, str)]
         inputs = self.processor(text=text, images=pictures).to(self.device)
         if pictures: inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        with torch.inference_mode():
-            tokens = self.model.generate(**inputs, max_new_tokens=max(q.max_tokens for q in questions), do_sample=False,
-                                         pad_token_id=self.processor.tokenizer.pad_token_id)
-        return self.processor.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+        room, blank = max(q.max_tokens for q in questions), self.processor.tokenizer.pad_token_id
+        with torch.inference_mode(): tokens = self.model.generate(**inputs, max_new_tokens=room, do_sample=False, pad_token_id=blank)
+        new = tokens[:, inputs["input_ids"].shape[1]:]
+        words = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+        spoken = [int(row.ne(blank).sum()) for row in new]
+        return [Attempt(text, int(shown), count, count == room) for text, shown, count in zip(words, inputs["attention_mask"].sum(1), spoken)]
 
 # %% ../nbs/13_backends.ipynb #b1300029
 SYSTEM = "You check data for training a video editor. You look closely, you are strict, and you answer with one JSON object and nothing else."

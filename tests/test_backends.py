@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -51,21 +52,50 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, make, replies):
         self.make, self.replies, self.asked, self.lock = make, list(replies), [], threading.Lock()
+        self.uploads, self.bytes, self.looks, self.states = {}, {}, {}, ["PROCESSING", "PROCESSING", "ACTIVE"]
         super().__init__(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.serve_forever, args=(.02,), daemon=True).start()
 
     def handle_error(self, *args): pass # a client that no longer waits
 
+def camel(body):
+    "Protocol buffers take a key in either spelling, and the client writes both."
+    if isinstance(body, dict): return {re.sub("_(.)", lambda m: m[1].upper(), k): camel(v) for k, v in body.items()}
+    return [camel(v) for v in body] if isinstance(body, list) else body
+
 class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args): pass
 
+    def do_GET(self): # a file of Gemini's, which takes two looks to be ready
+        with self.server.lock:
+            name = re.search(r"/v1\w*/(files/\w+)", self.path)[1]
+            self.server.looks[name] = self.server.looks.get(name, 0) + 1
+            file = self.server.uploads[name] | dict(state=self.server.states[min(self.server.looks[name], len(self.server.states) - 1)])
+        self.speak(200, file, {})
+
+    def uploaded(self):
+        "Gemini's upload protocol: an address for the bytes, then the bytes."
+        raw, server, headers = self.rfile.read(int(self.headers["content-length"])), self.server, {k.lower(): v for k, v in self.headers.items()}
+        with server.lock:
+            name = f"files/f{len(server.uploads)}" if headers["x-goog-upload-command"] == "start" else "files/" + self.path.split("id=")[1]
+            base = f"http://127.0.0.1:{server.server_port}"
+            if headers["x-goog-upload-command"] == "start":
+                server.uploads[name] = dict(name=name, uri=f"{base}/v1beta/{name}", mimeType=headers["x-goog-upload-header-content-type"], sizeBytes=headers["x-goog-upload-header-content-length"], state=server.states[0])
+                return self.speak(200, {}, {"x-goog-upload-url": f"{base}/upload/v1beta/files?id={name[6:]}", "x-goog-upload-status": "active"})
+            server.bytes[name] = raw
+        self.speak(200, dict(file=server.uploads[name]), {"x-goog-upload-status": "final"})
+
     def do_POST(self):
+        if self.path.startswith("/upload/"): return self.uploaded()
         server, body = self.server, json.loads(self.rfile.read(int(self.headers["content-length"])))
         with server.lock:
             server.asked.append((self.path, {k.lower(): v for k, v in self.headers.items()}, body))
             reply = server.replies.pop(0) if len(server.replies) > 1 else server.replies[0]
         if callable(reply): reply = reply(body)
         status, content, headers = reply if isinstance(reply, tuple) else (200, server.make(reply) if isinstance(reply, str) else reply, {})
+        self.speak(status, content, headers)
+
+    def speak(self, status, content, headers):
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         for name, value in {"content-type": "application/json", "content-length": str(len(data)), **headers}.items(): self.send_header(name, value)
@@ -241,6 +271,98 @@ def test_extra_arguments():
     body = server.asked[0][2]
     server.shutdown(); server.server_close()
     assert "max_tokens" not in body and (body["max_completion_tokens"], body["top_k"]) == (99, 1)
+
+# what an exchange was
+
+def test_attempts_are_kept_with_their_tokens(serve):
+    chat, server = serve("I like it.", BROKEN, '{"score": 7}', tries=4)
+    exchange, = chat.ask([ASK])
+    assert exchange.answer == 7 and [a.text for a in exchange.attempts] == ["I like it.", "", '{"score": 7}'] and [a.failure.split(":")[0] for a in exchange.attempts] == ["rubbish", "endpoint", ""]
+    assert [(a.input_tokens, a.output_tokens) for a in exchange.attempts] == [(812, 9) if serve.openai else (1033, 6), (0, 0)][:2] + [(812, 9) if serve.openai else (1033, 6)]
+    assert KEY not in str(exchange)
+
+def test_unreadable_replies_have_their_own_limit(serve):
+    paces = []
+    chat, server = serve("no", "no", '{"score": 7}', tries=4)
+    exchange, = chat.ask([ASK], unreadable=2, before=lambda: paces.append(1))
+    assert str(exchange.answer).endswith("(2 tries)") and len(server.asked) == len(paces) == 2
+
+def test_an_echoed_key_is_cut_out(serve):
+    chat, server = serve("x" * 190 + KEY, f"{KEY} is what you sent", tries=2)
+    exchange, = chat.ask([ASK])
+    assert KEY not in str(exchange) and not any(KEY[:n] in str(exchange) for n in range(6, len(KEY))) and "***" in exchange.attempts[1].text
+
+def test_cut_replies_get_more_room(serve):
+    cut = openai_reply('{"sco', "length") if serve.openai else gemini_reply('{"sco', "MAX_TOKENS")
+    chat, server = serve(cut, cut, '{"score": 7}')
+    exchange, = chat.ask([ASK])
+    rooms = [body["max_tokens"] if serve.openai else body["generationConfig"]["maxOutputTokens"] for _, _, body in server.asked]
+    assert exchange.answer == 7 and exchange.attempts[0].cut and exchange.attempts[0].failure.startswith("rubbish: cut at 256 tokens") and rooms == [256, 512, 1024]
+
+def test_used_up_quota_is_asked_once(serve):
+    if serve.openai: reply = (429, dict(error=dict(message="You exceeded your current quota", type="insufficient_quota", code="insufficient_quota")), {})
+    else: reply = (429, dict(error=dict(code=429, message="You exceeded your current quota", status="RESOURCE_EXHAUSTED", details=[
+        {"@type": "type.googleapis.com/google.rpc.QuotaFailure", "violations": [dict(quotaId="GenerateRequestsPerDayPerProjectPerModel-FreeTier")]}])), {})
+    chat, server = serve(reply)
+    assert str(chat.answer([ASK])[0]).startswith("quota: ") and len(server.asked) == 1 and not server.waits
+
+def gemini(*replies, **options):
+    server = Server(gemini_reply, replies)
+    waits = []
+    return GeminiChat(**dict(dict(api_key=KEY, base_url=f"http://127.0.0.1:{server.server_port}", timeout=5, retry=Retry(3, sleep=waits.append), concurrency=1), **options)), server, waits
+
+def test_gemini_says_how_long_to_wait():
+    chat, server, waits = gemini((429, dict(error=dict(code=429, message="slow", status="RESOURCE_EXHAUSTED", details=[{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "17s"}])), {}), '{"score": 7}')
+    assert chat.answer([ASK]) == [7] and waits == [17.]
+
+@pytest.mark.parametrize("model, budget", [("gemini-2.5-flash", 0), ("gemini-2.5-pro", None), ("gemini-3-flash-preview", None)])
+def test_thoughts_are_left_to_models_that_need_them(model, budget):
+    chat, server, waits = gemini('{"score": 7}', model=model)
+    chat.answer([ASK])
+    config = camel(server.asked[0][2])["generationConfig"]
+    assert config.get("thinkingConfig", {}).get("thinkingBudget") == budget and config["maxOutputTokens"] == (256 if budget == 0 else 256 + 8192)
+
+# videos
+
+CLIP = asset("samples/clip.mp4")
+FILM = Question(("Before:", VideoPart(CLIP), "Good?"), read=read_score)
+
+def test_openai_video():
+    server = Server(openai_reply, ['{"score": 7}'])
+    assert OpenAIChat("qwen3-vl", f"http://127.0.0.1:{server.server_port}/v1", KEY).answer([FILM]) == [7]
+    part = server.asked[0][2]["messages"][0]["content"][1]
+    kind, _, data = part["video_url"]["url"].partition(",")
+    assert part["type"] == "video_url" and kind == "data:video/mp4;base64" and base64.b64decode(data) == CLIP.read_bytes()
+
+def test_gemini_small_video_is_inside():
+    chat, server, waits = gemini('{"score": 7}')
+    assert chat.answer([FILM]) == [7] and not server.uploads
+    part = camel(server.asked[0][2])["contents"][0]["parts"][1]
+    data = part["inlineData"]["data"].translate({45: "+", 95: "/"})
+    assert base64.b64decode(data + "=" * (-len(data) % 4)) == CLIP.read_bytes() and part["inlineData"]["mimeType"] == "video/mp4" and part["videoMetadata"]["fps"] == 2
+
+def test_gemini_large_video_is_uploaded_once(tmp_path):
+    copy = tmp_path / "of the same bytes.mp4"
+    copy.write_bytes(CLIP.read_bytes())
+    chat, server, waits = gemini('{"score": 7}', inline=100, concurrency=3)
+    assert chat.answer([FILM, Question((VideoPart(copy), "Good?"), read=read_score), FILM]) == [7, 7, 7]
+    assert list(server.bytes.values()) == [CLIP.read_bytes()] and waits == [1., 1.] and server.uploads["files/f0"]["mimeType"] == "video/mp4"
+    parts = [part for _, _, body in server.asked for part in camel(body)["contents"][0]["parts"] if "fileData" in part]
+    assert len(parts) == 3 and {part["fileData"]["fileUri"] for part in parts} == {server.uploads["files/f0"]["uri"]}
+    assert KEY not in json.dumps(server.uploads) and pickle.loads(pickle.dumps(GeminiChat(api_key=KEY)))._files == {}
+    assert chat.__getstate__()["_files"] == {}
+
+def test_gemini_that_cannot_read_a_video():
+    chat, server, waits = gemini('{"score": 7}', inline=100)
+    server.states = ["PROCESSING", "FAILED"]
+    assert str(chat.answer([FILM])[0]) == "endpoint: the service cannot read the video" and not server.asked
+
+def test_video_for_a_model_that_sees_pictures():
+    parts = video_pictures(VideoPart(CLIP, fps=4), most=5)
+    assert parts[0] == "0.0 s:" and 4 <= len(parts) <= 10 and all(p.dtype == np.uint8 for p in parts[1::2])
+    chat = TransformersChat(qwen25(), PROCESSOR, device="cpu")
+    exchange, = chat.ask([Question((VideoPart(CLIP, fps=1), "What?"), max_tokens=4)])
+    assert exchange.attempts[0].input_tokens > 20 and 0 < exchange.attempts[0].output_tokens <= 4
 
 # judges
 
