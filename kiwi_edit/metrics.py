@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 # %% auto #0
-__all__ = ['DISTANCES', 'squared_error', 'edit_done', 'done_share', 'pooled_share', 'psnr', 'psnr_from_error', 'preservation',
-           'differing', 'nearest', 'bootstrap', 'frechet_distance', 'kernel_distance', 'gaussian_kl', 'SetDistance',
-           'set_distance', 'structural_similarity']
+__all__ = ['CLIP_METRICS', 'DAMAGES', 'DISTANCES', 'squared_error', 'edit_done', 'done_share', 'pooled_share', 'psnr',
+           'psnr_from_error', 'preservation', 'differing', 'nearest', 'bootstrap', 'paired_difference', 'flicker',
+           'optical_flow', 'warp_error', 'motion_agreement', 'frozen_share', 'displacement', 'reference_match',
+           'retrieval', 'measure_clip', 'ClipEmbedder', 'frechet_distance', 'kernel_distance', 'gaussian_kl',
+           'SetDistance', 'set_distance', 'structural_similarity']
 
 # %% ../nbs/40_metrics.ipynb #c23421d7
 def squared_error(
@@ -124,6 +126,229 @@ def bootstrap(
     with np.errstate(invalid="ignore"): results = [statistic(*(v[rows] for v in values)) for rows in drawn]
     low, high = np.quantile(results, [(1 - level) / 2, (1 + level) / 2], method="nearest")  # a value that occurred, so infinities stay whole
     return float(low), float(high)
+
+# %% ../nbs/40_metrics.ipynb #40a00001
+def paired_difference(
+    a: np.ndarray,  # (N,) one number a sample, of one system
+    b: np.ndarray,  # (N,) of the other, on the same samples
+) -> dict:  # "mean" of a - b, its 95% "interval", and "p": how often chance alone gives ranks as uneven, by Wilcoxon's signed-rank test
+    "Whether one system is better than another on the same samples."
+    from scipy.stats import wilcoxon
+    gap = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    gap = gap[np.isfinite(gap)]
+    if not len(gap): raise ValueError("`a` and `b` have to share at least one sample with a finite number but share none.")
+    return dict(mean=float(gap.mean()), interval=bootstrap(gap), p=float(wilcoxon(gap).pvalue) if gap.any() else 1., samples=len(gap))
+
+# %% ../nbs/40_metrics.ipynb #40a00013
+def flicker(
+    clip: np.ndarray,  # (T, H, W, 3) uint8, at least 3 frames
+    cells: int = 8,  # the picture that is looked at has so many squares a side
+) -> float:  # levels of 0 to 255; NaN for fewer frames
+    "How far a coarse picture of each frame is from the mean of those before and after it."
+    import cv2
+    if len(clip) < 3: return float("nan")
+    small = np.stack([cv2.resize(frame, (cells, cells), interpolation=cv2.INTER_AREA) for frame in clip]).astype(np.float32)
+    return float(np.abs(small[1:-1] - (small[:-2] + small[2:]) / 2).mean())
+
+# %% ../nbs/40_metrics.ipynb #40a00016
+def _gray(clip):
+    import cv2
+    return np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in clip])
+
+
+def optical_flow(
+    clip: np.ndarray,  # (T, H, W, 3) uint8
+) -> np.ndarray:  # (T - 1, H, W, 2) float32, pixels to the right and down
+    "Where each pixel goes from a frame to the next, by OpenCV's DIS."
+    import cv2
+    finder, gray = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST), _gray(clip)
+    return np.stack([finder.calc(a, b, None) for a, b in zip(gray, gray[1:])]) if len(clip) > 1 else np.zeros((0, *clip.shape[1:3], 2), np.float32)
+
+
+def warp_error(
+    clip: np.ndarray,  # (T, H, W, 3) uint8
+    flow: np.ndarray | None = None,  # from `optical_flow`; None computes it
+) -> float:  # levels of 0 to 255; NaN for a single frame
+    "How far each frame is from the next one pulled back along the flow, without the worst twentieth of the pixels."
+    import cv2
+    if len(clip) < 2: return float("nan")
+    flow, (h, w) = optical_flow(clip) if flow is None else flow, clip.shape[1:3]
+    grid, left = np.stack(np.meshgrid(np.arange(w), np.arange(h)), -1).astype(np.float32), []
+    for now, then, step in zip(clip, clip[1:], flow):
+        x, y = np.moveaxis(grid + step, -1, 0)
+        gap = np.abs(cv2.remap(then, x, y, cv2.INTER_LINEAR).astype(np.float32) - now).mean(-1)
+        gap = np.sort(gap[(x >= 0) & (y >= 0) & (x <= w - 1) & (y <= h - 1)])
+        if len(gap): left.append(gap[:max(1, int(.95 * len(gap)))].mean())
+    return float(np.mean(left))
+
+# %% ../nbs/40_metrics.ipynb #40a00019
+def motion_agreement(
+    flow: np.ndarray,  # (T - 1, H, W, 2) of the edited clip
+    source: np.ndarray,  # (T - 1, H, W, 2) of the source
+) -> float:  # 1 the same motion, 0 none of it, -1 the opposite; NaN where the source stands still
+    "Cosine between the motion of two clips, over all pixels and frames."
+    if not source.size or np.linalg.norm(source, axis=-1).mean() < .05: return float("nan")
+    norm = float(np.linalg.norm(flow) * np.linalg.norm(source))
+    return float((flow * source).sum(dtype=np.float64) / norm) if norm else 0.
+
+
+def frozen_share(
+    clip: np.ndarray,  # (T, H, W, 3) uint8
+    source: np.ndarray,  # of the same size
+) -> float:  # 0..1; NaN where the source stands still
+    "The share of the source's moving frames in which the clip repeats its frame before."
+    moved = [np.abs(np.diff(c.astype(np.int16), axis=0)).mean((1, 2, 3)) for c in (clip, source)]
+    moving = moved[1] > .3
+    return float((moved[0] < .1 * moved[1])[moving].mean()) if moving.any() else float("nan")
+
+
+def displacement(
+    clip: np.ndarray,  # (T, H, W, 3) uint8
+    source: np.ndarray,  # of the same size
+) -> float:  # share of the frame's sides, 0 where nothing has slid
+    "How far the edges of a clip lie from those of its source as a whole, by phase correlation; the median over the frames."
+    import cv2
+    h, w = source.shape[1:3]
+    edges = [[np.hypot(cv2.Sobel(g, cv2.CV_32F, 1, 0), cv2.Sobel(g, cv2.CV_32F, 0, 1)) for g in _gray(c).astype(np.float32)] for c in (source, clip)]
+    shifts = [cv2.phaseCorrelate(a, b, cv2.createHanningWindow((w, h), cv2.CV_32F))[0] for a, b in zip(*edges)]
+    dx, dy = np.median(shifts, 0)
+    return float(np.hypot(dx / w, dy / h))
+
+# %% ../nbs/40_metrics.ipynb #40a0001c
+def _histogram(pixels):
+    "Share of each Lab bin, a little blurred."
+    import cv2
+    lab = cv2.cvtColor(np.asarray(pixels, np.float32).reshape(1, -1, 3) / 255, cv2.COLOR_RGB2Lab)[0]
+    counts = np.histogramdd(lab, (np.linspace(0, 100, 9), np.linspace(-64, 64, 13), np.linspace(-64, 64, 13)))[0].astype(np.float32)
+    return np.stack([cv2.GaussianBlur(plane, (0, 0), .7) for plane in counts]) / max(counts.sum(), 1)
+
+
+def _without_canvas(image):
+    "The pixels of a picture; where its rim is of one colour, only those of other colours."
+    rim = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]]).astype(np.int16)
+    canvas = np.median(rim, 0)
+    other = np.abs(image.astype(np.int16) - canvas).max(-1) > 24
+    plain = (np.abs(rim - canvas).max(-1) < 12).mean() > .8
+    return image[other] if plain and other.mean() > .02 else image.reshape(-1, 3)
+
+
+def reference_match(
+    edited: np.ndarray,  # (T, H, W, 3) uint8
+    source: np.ndarray,  # of the same size
+    reference: np.ndarray,  # (h, w, 3) uint8, of any size
+    region: np.ndarray,  # (T, H, W) bool, what was edited
+    embedder=None,  # with `embed(images)`, such as `ImageEmbedder`; None compares colours
+) -> float:  # 0..1 by colours, a cosine with an embedder; NaN where nothing was edited
+    "How much what came in looks like the reference."
+    if not region.any(): return float("nan")
+    if embedder is None:
+        new = (_histogram(edited[region]) - _histogram(source[region])).clip(0)
+        return float(np.sqrt(new / max(new.sum(), 1e-9) * _histogram(_without_canvas(reference))).sum())
+    t = int(region.sum((1, 2)).argmax())
+    y, x = (np.flatnonzero(region[t].any(axis)) for axis in (1, 0))
+    a, b = embedder.embed([edited[t, y[0]:y[-1] + 1, x[0]:x[-1] + 1], reference])
+    return float(np.dot(a, b))
+
+# %% ../nbs/40_metrics.ipynb #40a0001e
+def retrieval(
+    similarity: np.ndarray,  # (N, N): how alike output i (rows) and reference or instruction j are
+) -> dict:  # "first": share of outputs whose own candidate comes first; "rank": mean of 1 / place; "chance": of the first
+    "Whether each output finds its own reference, or its own instruction, among all."
+    similarity = np.asarray(similarity, dtype=np.float64)
+    if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1] or len(similarity) < 2:
+        raise ValueError(f"`similarity` has to be a square of at least 2 outputs and as many candidates but is {similarity.shape}.")
+    places = (similarity >= similarity.diagonal()[:, None]).sum(1)  # a tie is no find
+    return dict(first=float((places == 1).mean()), rank=float((1 / places).mean()), chance=1 / len(similarity))
+
+# %% ../nbs/40_metrics.ipynb #40a00021
+CLIP_METRICS = dict(  # name -> what it is
+    changed="share of the pixels that the edit touches", psnr_outside="dB to the source where nothing should change", ssim_outside="SSIM there",
+    flicker="levels beyond the source's", warp_error="levels beyond the source's", motion="agreement with the source's motion, 1 at most",
+    frozen="share of frames that repeat the one before though the source moves", shift="displacement as a whole, share of the sides",
+    sharpness="ratio to the source's", reference="likeness of what came in to the reference", edit_done="share of the edit that is done, where the target is known")
+
+
+def measure_clip(
+    edited: np.ndarray,  # (T, H, W, 3) uint8
+    source: np.ndarray,  # (T, H, W, 3) uint8
+    reference: np.ndarray | None = None,  # (h, w, 3) uint8, of any size
+    mask: np.ndarray | None = None,  # (T, H, W) bool, what was to be edited; None finds out where the colours moved
+    target: np.ndarray | None = None,  # (T, H, W, 3) uint8, where it is known
+    embedder=None,  # see `reference_match`
+    side: int = 256,  # pixels, the longer side at most
+    num_frames: int = 33,  # evenly spaced, at most
+) -> dict[str, float]:  # of `CLIP_METRICS`; NaN where a number has nothing to stand on
+    "What can be said of an edited clip by looking at it beside its source."
+    import cv2
+    from skimage.metrics import structural_similarity as ssim
+    from kiwi_edit.quadruplets import changed_region, color_distance
+    from kiwi_edit.video import sample_indices
+    for name, clip in (("edited", edited), ("source", source), ("target", target)):
+        if clip is not None and (clip.ndim != 4 or clip.shape[-1] != 3 or clip.dtype != np.uint8 or clip.shape != source.shape):
+            raise ValueError(f"`{name}` has to be uint8 {source.shape} as the source is but is {clip.dtype} {clip.shape}.")
+    if mask is not None and (mask.shape != source.shape[:3] or mask.dtype != bool): raise ValueError(f"`mask` has to be bool {source.shape[:3]} but is {mask.dtype} {mask.shape}.")
+    done = float("nan") if target is None or mask is None else float(edit_done(edited, source, target, mask))
+    at, scale = sample_indices(len(source), min(num_frames, len(source))), min(1., side / max(source.shape[1:3]))
+    def small(clip): return clip[at] if scale == 1 else np.stack([cv2.resize(f, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) for f in clip[at]])
+    edited, source = small(edited), small(source)
+    distance = color_distance(source, edited)
+    region = changed_region(distance) if mask is None else small(mask.astype(np.float32)) > .5
+    calm = ~region if mask is not None else distance <= np.quantile(distance.reshape(len(distance), -1), .25, axis=1)[:, None, None]
+    window = min(7, (min(source.shape[1:3]) - 1) // 2 * 2 + 1)
+    alike = np.stack([ssim(a, b, channel_axis=-1, win_size=window, full=True)[1].mean(-1) for a, b in zip(source, edited)])
+    flows = [optical_flow(clip) for clip in (edited, source)]
+    edges = [np.mean([cv2.Laplacian(g, cv2.CV_32F).var() for g in _gray(clip)]) for clip in (edited, source)]
+    return dict(
+        changed=float(region.mean()), psnr_outside=float(psnr(edited, source, calm)), ssim_outside=float(alike[calm].mean()) if calm.any() else float("nan"),
+        flicker=flicker(edited) - flicker(source), warp_error=warp_error(edited, flows[0]) - warp_error(source, flows[1]), motion=motion_agreement(*flows),
+        frozen=frozen_share(edited, source), shift=displacement(edited, source), sharpness=float(edges[0] / max(edges[1], 1e-6)),
+        reference=float("nan") if reference is None else reference_match(edited, source, reference, region, embedder), edit_done=done)
+
+# %% ../nbs/40_metrics.ipynb #40a00022
+DAMAGES = dict(  # name -> (clip of (T, H, W, 3) uint8) -> the same clip with one fault
+    flicker=lambda clip: np.clip(clip * np.random.default_rng(0).uniform(.85, 1.15, (len(clip), 1, 1, 1)), 0, 255).astype(np.uint8),
+    slide=lambda clip: np.roll(clip, (round(.04 * clip.shape[1]), round(.04 * clip.shape[2])), (1, 2)),
+    freeze=lambda clip: np.concatenate([clip[:(len(clip) + 1) // 2], np.repeat(clip[len(clip) // 2:len(clip) // 2 + 1], len(clip) // 2, 0)]),
+    blur=lambda clip: np.stack([_blurred(frame) for frame in clip]))
+
+
+def _blurred(frame):
+    import cv2
+    return cv2.GaussianBlur(frame, (0, 0), max(frame.shape) / 80)
+
+# %% ../nbs/40_metrics.ipynb #40a00026
+class ClipEmbedder:
+    "Clips as vectors: the mean of VideoMAE's tokens."
+
+    def __init__(self,
+        model,  # hub id, folder, or a loaded `VideoMAEModel`
+        device: str = "auto",
+        batch_size: int = 4,  # clips at once
+    ):
+        from transformers import VideoMAEModel
+        from kiwi_edit.core import choose_device
+        if batch_size < 1: raise ValueError(f"`batch_size` has to be at least 1 but is {batch_size}.")
+        self.device, self.batch_size = choose_device(device), batch_size
+        loaded = not isinstance(model, str) and hasattr(model, "config")
+        self.model = (model if loaded else VideoMAEModel.from_pretrained(model)).to(self.device).eval()
+        self.name = self.model.config._name_or_path or "VideoMAE"
+
+    def embed(self,
+        clips,  # of (T, H, W, 3) uint8, of any sizes and lengths
+    ) -> np.ndarray:  # (N, hidden) float32
+        "One vector for each clip, which is thinned or stretched to the model's frames and size."
+        import cv2, torch
+        size, count = self.model.config.image_size, self.model.config.num_frames
+        def seen(clip):
+            at = np.linspace(0, len(clip) - 1, count).round().astype(int)
+            frames = np.stack([cv2.resize(clip[i], (size, size), interpolation=cv2.INTER_AREA) for i in at]).astype(np.float32) / 255
+            return torch.from_numpy(((frames - (.485, .456, .406)) / (.229, .224, .225)).astype(np.float32)).permute(0, 3, 1, 2)
+        found = []
+        with torch.inference_mode():
+            for start in range(0, len(clips), self.batch_size):
+                batch = torch.stack([seen(clip) for clip in clips[start:start + self.batch_size]]).to(self.device)
+                found.append(self.model(batch).last_hidden_state.mean(1).float().cpu().numpy())
+        return np.concatenate(found)
 
 # %% ../nbs/40_metrics.ipynb #5e7d0002
 def frechet_distance(

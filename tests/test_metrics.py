@@ -1,11 +1,12 @@
 """The metrics on clips whose scores are known."""
 
+import cv2
 import numpy as np
 import PIL.Image
 import pytest
 
-from kiwi_edit.metrics import (DISTANCES, bootstrap, differing, done_share, edit_done, frechet_distance, gaussian_kl, kernel_distance, nearest, pooled_share,
-                               preservation, psnr, psnr_from_error, set_distance, squared_error, structural_similarity)
+from kiwi_edit.metrics import (CLIP_METRICS, DAMAGES, DISTANCES, bootstrap, differing, done_share, edit_done, frechet_distance, gaussian_kl, kernel_distance, measure_clip, nearest,
+                               paired_difference, pooled_share, preservation, psnr, psnr_from_error, reference_match, retrieval, set_distance, squared_error, structural_similarity)
 from kiwi_edit.world import EVAL_SEED, World
 
 
@@ -171,3 +172,50 @@ def test_structural_similarity_of_any_two_sizes():
     assert structural_similarity(picture, picture) == 1
     assert structural_similarity(picture, 255 - picture) < 0 < structural_similarity(picture, np.asarray(PIL.Image.fromarray(picture).resize((90, 120)))) < 1
     assert structural_similarity(picture[:5, :4], picture[:5, :4]) == 1
+
+
+# clips without a target
+
+def clip_of_noise(frames=9, side=48):
+    "A textured picture that slides by a pixel a frame."
+    big = cv2.resize(np.random.default_rng(3).integers(0, 256, (20, 20, 3), np.uint8), (side + frames, side + frames), interpolation=cv2.INTER_CUBIC)
+    return np.stack([big[t:t + side, t:t + side] for t in range(frames)])
+
+
+@pytest.mark.parametrize("fault, number, sign", [("flicker", "flicker", 1), ("flicker", "warp_error", 1), ("slide", "shift", 1), ("freeze", "frozen", 1), ("freeze", "motion", -1), ("blur", "sharpness", -1)])
+def test_a_fault_moves_the_number_that_names_it(fault, number, sign):
+    source = clip_of_noise()
+    good, bad = measure_clip(source, source), measure_clip(DAMAGES[fault](source), source)
+    assert sign * (bad[number] - good[number]) > .03
+    assert list(good) == list(CLIP_METRICS)
+
+
+def test_a_clip_is_measured_at_the_size_and_frames_that_are_asked_for():
+    source = clip_of_noise(9, 96)
+    small = np.stack([cv2.resize(f, (48, 48), interpolation=cv2.INTER_AREA) for f in source])
+    whole, shrunk = measure_clip(DAMAGES["flicker"](source), source, side=48), measure_clip(np.stack([cv2.resize(f, (48, 48), interpolation=cv2.INTER_AREA) for f in DAMAGES["flicker"](source)]), small)
+    assert whole == pytest.approx(shrunk, nan_ok=True)
+    assert measure_clip(source[:1], source[:1])["psnr_outside"] == np.inf and np.isnan(measure_clip(source[:1], source[:1])["flicker"])
+    with pytest.raises(ValueError, match="`edited` has to be uint8"): measure_clip(source[:3], source)
+    with pytest.raises(ValueError, match="`mask`"): measure_clip(source, source, mask=np.ones(source.shape[:3]))
+
+
+def test_retrieval_counts_no_ties_and_paired_difference_needs_pairs():
+    assert retrieval(np.eye(4)) == dict(first=1., rank=1., chance=.25)
+    assert retrieval(np.eye(4)[::-1])["first"] == 0
+    with pytest.raises(ValueError, match="square"): retrieval(np.ones((2, 3)))
+    with pytest.raises(ValueError, match="share none"): paired_difference([np.nan], [1.])
+    assert paired_difference(np.arange(20.) + 1, np.arange(20.))["p"] < 1e-3
+
+
+def test_an_embedder_sees_what_came_in():
+    seen = []
+    class Embedder:
+        def embed(self, images): seen.extend(images); return np.eye(2)[[0, 0]]
+    source = np.zeros((2, 20, 20, 3), np.uint8)
+    edited, region = source.copy(), np.zeros((2, 20, 20), bool)
+    edited[1, 5:9, 3:11] = 200; region[1, 5:9, 3:11] = True
+    reference = np.full((7, 7, 3), 200, np.uint8)
+    assert reference_match(edited, source, reference, region, Embedder()) == 1
+    assert seen[0].shape == (4, 8, 3) and (seen[0] == 200).all() and seen[1] is reference
+    assert reference_match(edited, source, reference, region) > .9 and np.isnan(reference_match(edited, source, reference, ~region & False))
