@@ -951,6 +951,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'kiwi_edit.published._folded': ('published.html#_folded', 'kiwi_edit/published.py'),
                                      'kiwi_edit.published._interval': ('published.html#_interval', 'kiwi_edit/published.py'),
                                      'kiwi_edit.published._lines': ('published.html#_lines', 'kiwi_edit/published.py'),
+                                     'kiwi_edit.published._measured': ('published.html#_measured', 'kiwi_edit/published.py'),
                                      'kiwi_edit.published._mend': ('published.html#_mend', 'kiwi_edit/published.py'),
                                      'kiwi_edit.published._no_twins': ('published.html#_no_twins', 'kiwi_edit/published.py'),
                                      'kiwi_edit.published._number': ('published.html#_number', 'kiwi_edit/published.py'),

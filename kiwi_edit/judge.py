@@ -421,8 +421,8 @@ class _Brake:
 
     def saw(self, judgement):
         with _LOCK:
-            if not judgement.error.startswith(("endpoint:", "quota:", "time-out:")): self.count = 0
-            else: self.count, self.last = self.count + 1, judgement.error
+            if judgement.error.startswith(("endpoint:", "quota:", "time-out:")): self.count, self.last = self.count + 1, judgement.error
+            elif not judgement.error.startswith("not asked:"): self.count = 0
 
     def reason(self): return f"not asked: {self.count} failures in a row, the last one {self.last}" if self.count >= self.most else ""
 
