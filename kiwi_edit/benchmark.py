@@ -5,6 +5,7 @@
 # %% ../nbs/42_benchmark.ipynb #a5ea66b2
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import platform
 import sys
 import textwrap
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,15 +23,19 @@ import torch
 from tqdm.auto import tqdm
 
 from .encoder import encode_context, prepare_inputs
+from .files import sampled_digest
 from .guidance import EditCache, denoise, rounded_sigma
 from .metrics import bootstrap, done_share, nearest, pooled_share, psnr_from_error, squared_error
 from .pipeline import KiwiEditPipeline, decode_latents, encode_frames, fit_reference, flow_sigmas
-from .video import Strip, replacing
+from .video import Strip, replacing, resize_frames
 from .world import EVAL_SEED, TASKS, Quadruplet, World
 
 # %% auto #0
-__all__ = ['BENCHMARK_TASKS', 'NUM_CANDIDATES', 'benchmark_samples', 'candidate_targets', 'edit_batch', 'CopySource', 'Oracle',
-           'reconstruct', 'Report', 'Comparison', 'describe_hardware', 'measure', 'run_benchmark', 'world_rate']
+__all__ = ['BENCHMARK_TASKS', 'NUM_CANDIDATES', 'BENCH_SAMPLES', 'BENCH_DIGESTS', 'benchmark_samples', 'bench_digest',
+           'check_bench', 'candidate_targets', 'edit_batch', 'CopySource', 'Oracle', 'reconstruct', 'paste_reference',
+           'PasteReference', 'FrameByFrame', 'MeanColour', 'flicker_error', 'sharpness_share', 'Report', 'Comparison',
+           'describe_hardware', 'measure', 'run_benchmark', 'world_rate', 'checkpoint_digest', 'provenance', 'Ranking',
+           'film_of']
 
 # %% ../nbs/42_benchmark.ipynb #e237106b
 BENCHMARK_TASKS = TASKS  # six edits of clips, and the two edits of pictures that make references
@@ -52,6 +57,40 @@ def benchmark_samples(
         sample = world.sample(seed, task)
         if squared_error(sample.source, sample.target, sample.mask) > _VISIBLE: found.append(sample)
         seed += 1
+    return found
+
+# %% ../nbs/42_benchmark.ipynb #b0420002
+BENCH_SAMPLES = 48  # of each task, 5 frames of 64x64, difficulty "full"
+BENCH_DIGESTS = dict(subject="75bd3ba641e389e9", background="7c7804a08439a51b", add="7f93cb281088cf58", remove="5a7b55312c4ff1dd",
+                     change="4dd2dcc8570c8f70", style="183a46a7f6698bb7", isolate="3b36a69633c3e86d", plate="98797f18144de45f")
+
+
+def bench_digest(
+    samples: list[Quadruplet],
+) -> str:  # 16 hexadecimal digits
+    "Of seeds, words and pixels. Pixels count as the means of 16 blocks in steps of 16 levels, since processors differ in the last bit."
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(f"{sample.task} {sample.meta['seed']} {sample.instruction}\n".encode())
+        for frames in (sample.source, sample.target, sample.mask[..., None] * np.uint8(255), sample.reference[None] if sample.reference is not None else None):
+            if frames is not None: digest.update(_blocks(frames))
+    return digest.hexdigest()[:16]
+
+
+def _blocks(frames):
+    "Block means of frames as bytes; the steps lie between whole levels, which flat areas have."
+    t, h, w, c = frames.shape
+    blocks = frames[:, :h // 4 * 4, :w // 4 * 4].reshape(t, 4, h // 4, 4, w // 4, c).mean((2, 4), dtype=np.float64)
+    return ((blocks + .37) // 16).astype(np.uint8).tobytes()
+
+
+def check_bench(
+    tasks: tuple[str, ...] = BENCHMARK_TASKS,
+) -> dict[str, str]:  # task -> digest
+    "Raise unless this installation draws the fixed set."
+    found = {task: bench_digest(benchmark_samples(World(split="eval"), task, BENCH_SAMPLES)) for task in tasks}
+    if wrong := [task for task in tasks if found[task] != BENCH_DIGESTS[task]]:
+        raise ValueError(f"`tasks` have to be drawn as the published bench has them but {', '.join(wrong)} are not: photographs of scikit-image or versions of numpy and Pillow differ.")
     return found
 
 # %% ../nbs/42_benchmark.ipynb #81df1457
@@ -149,6 +188,79 @@ def reconstruct(
 ) -> np.ndarray:  # (B, T, H, W, 3) uint8
     "Frames through the autoencoder and back."
     return decode_latents(vae, encode_frames(vae, frames))
+
+# %% ../nbs/42_benchmark.ipynb #b0420005
+def paste_reference(
+    sample: Quadruplet,
+) -> np.ndarray:  # (T, H, W, 3) uint8
+    "The reference where the edit belongs: its canvas in the box of the mask, or, as a background, behind what stays. Without a reference the source."
+    out = sample.source.copy()
+    if sample.reference is None: return out
+    height, width = out.shape[1:3]
+    if sample.task == "background":
+        out[sample.mask] = np.broadcast_to(resize_frames(sample.reference[None], width, height), out.shape)[sample.mask]
+        return out
+    picture = PIL.Image.fromarray(sample.reference)
+    for frame, mask in zip(out, sample.mask):
+        if not mask.any(): continue
+        rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+        box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+        pasted = np.asarray(picture.resize(mask[box].shape[::-1], PIL.Image.BICUBIC))
+        frame[box][mask[box]] = pasted[mask[box]]
+    return out
+
+
+class PasteReference:
+    "Knows the mask, and pastes the reference there as it is."
+    name = "reference pasted"
+
+    def edit_samples(self, samples, steps=None, seeds=None): return np.stack([paste_reference(sample) for sample in samples])
+
+# %% ../nbs/42_benchmark.ipynb #b0420007
+class FrameByFrame:
+    "Edits each frame alone, as a clip of one frame, with noise of the same seed."
+    name = "frame by frame"
+
+    def __init__(self, pipe: KiwiEditPipeline): self.pipe = pipe
+
+    def edit_samples(self, samples, steps=None, seeds=None):
+        seeds = [sample.meta["seed"] for sample in samples] if seeds is None else seeds
+        return np.stack([edit_batch(self.pipe, [replace(sample, source=frame[None]) for frame in sample.source], steps, [seed] * len(sample.source))[:, 0]
+                         for sample, seed in zip(samples, seeds)])
+
+
+class MeanColour:
+    "Knows the target's mean colour inside the mask, and fills the mask with it."
+    name = "mean colour"
+
+    def edit_samples(self, samples, steps=None, seeds=None):
+        return np.stack([np.where(s.mask[..., None], s.target[s.mask].mean(0).round().astype(np.uint8), s.source) for s in samples])
+
+# %% ../nbs/42_benchmark.ipynb #b042000a
+def flicker_error(
+    output: np.ndarray,  # (..., T, H, W, 3) uint8
+    target: np.ndarray,  # of the same shape
+    mask: np.ndarray,  # (..., T, H, W) bool, the edited region
+) -> np.ndarray:  # (...) levels of 0 to 255, NaN for a single frame
+    "How far the changes from frame to frame are from those of the target, on average over the edited region."
+    step = lambda frames: np.diff(frames.astype(np.float32), axis=-4)
+    wrong, region = np.abs(step(output) - step(target)).mean(-1), mask[..., 1:, :, :] & mask[..., :-1, :, :]
+    total, pixels = (wrong * region).sum((-3, -2, -1), dtype=np.float64), region.sum((-3, -2, -1))
+    return np.divide(total, pixels, out=np.full(np.shape(total), np.nan), where=pixels > 0)[()]
+
+
+def sharpness_share(
+    output: np.ndarray,  # (..., T, H, W, 3) uint8
+    target: np.ndarray,  # of the same shape
+    mask: np.ndarray,  # (..., T, H, W) bool, the edited region
+) -> np.ndarray:  # (...), 1 is as sharp as the target, below 1 is softer; NaN where the target is flat
+    "Mean difference of neighbouring pixels in the edited region, as a share of the target's."
+    def detail(frames):
+        frames = frames.astype(np.float32)
+        across, down = np.abs(np.diff(frames, axis=-2)).mean(-1)[..., :-1, :], np.abs(np.diff(frames, axis=-3)).mean(-1)[..., :-1]
+        return ((across + down) * mask[..., :-1, :-1]).sum((-3, -2, -1), dtype=np.float64)
+    wanted = detail(target)
+    return np.divide(detail(output), wanted, out=np.full(np.shape(wanted), np.nan), where=wanted > 0)[()]
 
 # %% ../nbs/42_benchmark.ipynb #6de4cd4f
 def _score(records):
@@ -332,14 +444,15 @@ def measure(
     outputs: np.ndarray,  # (B, T, H, W, 3) uint8
     reconstructions: tuple[np.ndarray, np.ndarray] | None = None,  # of sources and targets by the model's autoencoder
 ) -> list[dict]:  # one record for each sample
-    "The errors of a batch of edits, inside and outside, and whether each is nearest to its own target."
+    "The errors of a batch of edits, inside and outside, how steady and sharp it is, and whether each is nearest to its own target."
     source, target, mask = (np.stack([getattr(sample, name) for sample in samples]) for name in ("source", "target", "mask"))
     if outputs.shape != target.shape: raise ValueError(f"`outputs` has to be {target.shape} as the targets are but is {outputs.shape}.")
     nothing = np.full(len(samples), np.nan)
     numbers = dict(
         error=squared_error(outputs, target, mask), distance=squared_error(source, target, mask), outside_error=squared_error(outputs, source, ~mask),
         ceiling_outside_error=nothing if reconstructions is None else squared_error(reconstructions[0], source, ~mask),
-        ceiling_error=nothing if reconstructions is None else squared_error(reconstructions[1], target, mask))
+        ceiling_error=nothing if reconstructions is None else squared_error(reconstructions[1], target, mask),
+        flicker=flicker_error(outputs, target, mask), sharpness=sharpness_share(outputs, target, mask))
     records = []
     for i, sample in enumerate(samples):
         candidates, own = candidate_targets(world, sample)
@@ -425,3 +538,128 @@ def world_rate(
         world.sample(seed + made, BENCHMARK_TASKS[made % len(BENCHMARK_TASKS)])
         made += 1
     return made / passed
+
+# %% ../nbs/42_benchmark.ipynb #b042000d
+def checkpoint_digest(
+    folder: str | Path,  # of a model
+) -> str:  # 16 hexadecimal digits
+    "Tells models apart by a sample of the bytes of their configs and weights."
+    folders = sorted(path for path in Path(folder).iterdir() if path.is_dir() and any(path.glob("*.safetensors")))
+    if not folders: raise ValueError(f"`folder` has to hold folders with safetensors but {str(folder)!r} holds none.")
+    return hashlib.sha256("".join(f"{path.name} {sampled_digest(path)}\n" for path in folders).encode()).hexdigest()[:16]
+
+
+def provenance(
+    device: torch.device,
+    folder: str | Path | None = None,  # of the model; None where none is at hand
+) -> dict:
+    "What a result was made with: versions, hardware, checkpoint."
+    versions = {name: version(name) for name in ("kiwi-edit", "torch", "diffusers", "transformers", "numpy", "pillow")}
+    return dict(versions=versions, hardware=describe_hardware(device), checkpoint=None if folder is None else checkpoint_digest(folder))
+
+# %% ../nbs/42_benchmark.ipynb #b042000f
+@dataclass
+class Ranking:
+    "Several editors on the same scenes."
+    reports: list[Report]  # the first is the one that the others are held against
+    about: dict = field(default_factory=dict)  # what they were made with, see `provenance`
+
+    def __post_init__(self):
+        scenes = [[(record["task"], record["seed"]) for record in report.records] for report in self.reports]
+        if not scenes: raise ValueError("`reports` has to hold at least one report but is empty.")
+        for report, known in zip(self.reports, scenes):
+            if known != scenes[0]: raise ValueError(f"`reports` have to be on the same scenes but those of {report.model} are others than those of {self.reports[0].model}.")
+
+    def _columns(self, report, name):
+        "(scenes, tasks) of a number; all tasks have as many scenes, since `run_benchmark` draws them so."
+        return np.array([[record.get(name, math.nan) for record in report.records if record["task"] == task] for task in report.rows], dtype=np.float64).T
+
+    @property
+    def rows(self) -> dict[str, dict]:  # editor -> scores, the best first
+        "Means over the tasks. Scenes are drawn again for the intervals, each with all its tasks."
+        done, rows = lambda e, d: (1 - e.sum(0) / d.sum(0)).mean(), {}
+        error, distance, told = (self._columns(self.reports[0], name) for name in ("error", "distance", "told_apart"))
+        for report in self.reports:
+            other, apart = self._columns(report, "error"), self._columns(report, "told_apart")
+            outside = [row["psnr_outside"] for row in report.rows.values() if row["psnr_outside"] is not None]
+            mean = lambda name: float(np.nanmean(values)) if np.isfinite(values := self._columns(report, name)).any() else None
+            rows[report.model] = dict(
+                done=float(done(other, distance)), done_interval=bootstrap(other, distance, statistic=done), told_apart=float(apart.mean()),
+                difference=float(done(error, distance) - done(other, distance)),
+                difference_interval=bootstrap(error, other, distance, statistic=lambda a, b, d: done(a, d) - done(b, d)),
+                told_difference=float((told - apart).mean()), told_difference_interval=bootstrap(told, apart, statistic=lambda a, b: (a - b).mean()),
+                psnr_outside=float(np.mean(outside)) if outside else None, flicker=mean("flicker"), sharpness=mean("sharpness"))
+        return dict(sorted(rows.items(), key=lambda item: -item[1]["done"]))
+
+    def _repr_markdown_(self) -> str:
+        first, rows, tasks = self.reports[0].model, self.rows, {report.model: report.rows for report in self.reports}
+        def whole(row, name, form): return f"{_shown(row[name], form)} ({_shown(row[name + '_interval'][0], form)} to {_shown(row[name + '_interval'][1], form)})"
+        def against(model, row, name, form): return "" if model == first else whole(row, name, form)
+        lines = [f"| editor | edit done | {first} minus it | told apart | {first} minus it | PSNR outside | flicker | sharpness |", "|---|" + "--:|" * 7]
+        lines += [f"| {model} | {whole(r, 'done', '.2f')} | {against(model, r, 'difference', '+.2f')} | {_shown(r['told_apart'], '.0%')} | {against(model, r, 'told_difference', '+.0%')} | "
+                  f"{_shown(r['psnr_outside'], '.1f')} | {_shown(r['flicker'], '.1f')} | {_shown(r['sharpness'], '.2f')} |" for model, r in rows.items()]
+        lines += ["", f"| edit done | {' | '.join(tasks[first])} |", "|---|" + "--:|" * len(tasks[first])]
+        lines += [f"| {model} | " + " | ".join(f"{_shown(r['pooled'], '.2f')} ({_shown(r['pooled_interval'][0], '.2f')} to {_shown(r['pooled_interval'][1], '.2f')})" for r in tasks[model].values()) + " |" for model in rows]
+        n = len(self.reports[0].records) // len(tasks[first])
+        notes = [f"{n} scenes a task from seed {self.reports[0].seed:,}", "intervals hold 95%", "PSNR in dB", "flicker in levels of 0 to 255"]
+        if self.about: notes += [f"checkpoint {self.about['checkpoint']}", ", ".join(f"{k} {v}" for k, v in (self.about["versions"] | self.about["hardware"]).items() if k != "torch" or v)]
+        return "\n".join(lines) + "\n\n" + "; ".join(notes) + "."
+
+    def strips(self,
+        task: str,
+        samples: int = 1,  # scenes of the task
+    ) -> Strip:
+        "Clips of all editors below each other, in the order of the table."
+        return film_of({report.model: report.shown for report in self.reports}, list(self.rows), task, samples)
+
+    def save(self,
+        path: str | Path,  # .json, made or replaced
+    ) -> Path:
+        "Write the numbers, column by column and without the words, to six digits."
+        def column(report, name): return [None if math.isnan(v) else float(f"{v:.6g}") for v in (float(record.get(name, math.nan)) for record in report.records)]
+        data = [dict(model=r.model, difficulty=r.difficulty, size=r.size, steps=r.steps, seed=r.seed, hardware=r.hardware, seconds_per_edit=r.seconds_per_edit, batch_size=r.batch_size,
+                     records={name: column(r, name) for name in _COLUMNS}) for r in self.reports]
+        scenes = dict(task=[record["task"] for record in self.reports[0].records], seed=[record["seed"] for record in self.reports[0].records])
+        with replacing(path, True) as temporary: Path(temporary).write_text(json.dumps(dict(about=self.about, scenes=scenes, reports=data), allow_nan=False) + "\n", encoding="utf-8")
+        return Path(path)
+
+    @classmethod
+    def load(cls,
+        path: str | Path,  # written by `save`
+    ) -> Ranking:
+        "Read a ranking."
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(data, dict) or not {"about", "scenes", "reports"} <= set(data): raise ValueError(f"`path` has to be a ranking written by `Ranking.save` but {str(path)!r} is none.")
+        reports = []
+        for one in data["reports"]:
+            columns = {name: [math.nan if v is None else v for v in values] for name, values in one.pop("records").items()}
+            records = [dict(task=task, seed=seed, instruction="") | {name: values[i] for name, values in columns.items()} for i, (task, seed) in enumerate(zip(*data["scenes"].values()))]
+            reports.append(Report(records=records, **one | dict(size=tuple(one["size"]))))
+        return cls(reports, data["about"])
+
+
+_COLUMNS = ("error", "distance", "outside_error", "ceiling_error", "ceiling_outside_error", "told_apart", "flicker", "sharpness")
+
+# %% ../nbs/42_benchmark.ipynb #b0420010
+def film_of(
+    shown: dict[str, dict],  # editor -> task -> [(sample, output)], as reports keep them
+    order: list[str],  # of the editors
+    task: str,
+    samples: int = 1,  # scenes of the task, side by side
+) -> Strip:
+    "Source, reference, target, then what each editor made: first, middle and last frame."
+    some = next(iter(shown.values())).get(task, [])[:samples]
+    if not some: raise ValueError(f"`task` has to be one whose pictures the reports keep but is {task!r}.")
+    labels = ["source", "reference", "target", *order]
+    figure = Strip(figsize=(1.5 + 3.1 * len(some), .4 + 1.05 * len(labels)), dpi=80)
+    grid = figure.add_gridspec(len(labels), 3 * len(some), left=1.5 / figure.get_figwidth(), right=1, bottom=0, top=1 - .4 / figure.get_figheight(), wspace=.03, hspace=.03)
+    for j, (sample, _) in enumerate(some):
+        clips = [sample.source, sample.reference, sample.target] + [shown[editor][task][j][1] for editor in order]
+        for i, clip in enumerate(clips):
+            for k in range(3):
+                axis = figure.add_subplot(grid[i, 3 * j + k]); axis.set_axis_off()
+                if i == 0 and k == 1: axis.set_title("\n".join(textwrap.wrap(sample.instruction, 46)[:2]), fontsize=7, pad=3)
+                if j == k == 0: axis.text(-.06, .5, labels[i], transform=axis.transAxes, ha="right", va="center", fontsize=7.5)
+                if clip is None or i == 1 and k: continue
+                axis.imshow(clip if i == 1 else clip[(0, len(clip) // 2, -1)[k]], interpolation="nearest")
+    return figure

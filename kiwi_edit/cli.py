@@ -22,10 +22,11 @@ from typing import List, Optional
 
 # %% auto #0
 __all__ = ['app', 'FLAGS', 'rank', 'say', 'tidy_signals', 'stop_if_asked', 'hush', 'loudness', 'hush_bars', 'load', 'bar', 'edit',
-           'edit_list', 'demo', 'evaluate', 'choose_stages', 'parse_data', 'check_data', 'check_model', 'bench_scores',
-           'check_trainer', 'parse_bases', 'check_run', 'free_memory', 'check_memory', 'options_table', 'find_tracker',
-           'train', 'dry', 'parse_parts', 'cache', 'table_source', 'stage_sources', 'fill_caches', 'kiwi_synthesizer',
-           'parse_numbers', 'parse_actors', 'synthesize', 'inspect', 'convert', 'usage_line', 'main']
+           'edit_list', 'demo', 'evaluate', 'measure_model', 'evaluate_rows', 'make_rows', 'choose_stages',
+           'parse_data', 'check_data', 'check_model', 'bench_scores', 'check_trainer', 'parse_bases', 'check_run',
+           'free_memory', 'check_memory', 'options_table', 'find_tracker', 'train', 'dry', 'parse_parts', 'cache',
+           'table_source', 'stage_sources', 'fill_caches', 'kiwi_synthesizer', 'parse_numbers', 'parse_actors',
+           'synthesize', 'inspect', 'convert', 'usage_line', 'main']
 
 # %% ../nbs/51_cli.ipynb #6b6a4eb3
 import typer
@@ -248,25 +249,60 @@ def demo(
     except SystemExit: typer.echo("\nstopped", err=True) # by Ctrl-C, as one stops a server
 
 # %% ../nbs/51_cli.ipynb #6deb3518
+FLAGS |= {name: f"--{name}" for name in ("bench", "videos", "judge", "limit", "concat")}
+
 @app.command()
 def evaluate(
+    bench: str = typer.Option("kit", help="kit, refvie, openve or imgedit."),
+    data: Optional[Path] = typer.Option(None, help="Of a published bench: its own file, YAML of refvie, CSV of openve, JSON of imgedit."),
+    root: Optional[Path] = typer.Option(None, help="Of a published bench: folder in which the paths of that file start. [the file's]"),
     model: Optional[str] = typer.Option(None, help="Bundled name, folder or hub id. [the settings' checkpoint]"),
-    samples: int = typer.Option(32, help="Clips for each task."),
-    tasks: Optional[str] = typer.Option(None, help="Tasks, separated by commas. [all that the bench has]"),
-    steps: Optional[int] = typer.Option(None, help="Denoising steps. [the model's own number]"),
+    videos: Optional[Path] = typer.Option(None, help="Folder of finished videos that are scored instead of a model's."),
+    judge: Optional[str] = typer.Option(None, help="metrics, gemini[:MODEL], openai:MODEL[@URL] or transformers:PATH. [metrics; the kit's bench is measured against its targets]"),
+    samples: int = typer.Option(32, help="Of the kit's bench: clips for each task."),
+    tasks: Optional[str] = typer.Option(None, help="Of the kit's bench: tasks, separated by commas. [all that it has]"),
+    limit: Optional[int] = typer.Option(None, help="Only the first so many rows of a published bench."),
+    steps: Optional[int] = typer.Option(None, help="Denoising steps. [50 for a published bench, else the model's own number]"),
     fast: bool = typer.Option(False, "--fast", help="With the model's few-step weights."),
-    out: Optional[Path] = typer.Option(None, "--out", "-o", help="File for the report, .json. [report.json in the settings' output_dir]"),
+    concat: bool = typer.Option(False, "--concat", help="Also write source and result side by side."),
+    parts: str = typer.Option("1/1", metavar="I/N", help="Only make the videos of part I of N; a last run without it scores all."),
+    out: Optional[Path] = typer.Option(None, "--out", "-o", help="File for the report, .json, where targets are known; else folder of videos, scores and report. [report.json or evaluation-BENCH in the settings' output_dir]"),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace a report that exists."),
     device: Optional[str] = typer.Option(None, help="auto, cpu, cuda, cuda:1 or mps. [the settings' device]"),
 ):
-    "Score a model on clips of the kit's own world that no model has seen."
-    from kiwi_edit.files import check_outputs
+    "Score a model, or finished videos, on the kit's own bench or on a published one."
     from kiwi_edit.world import TASKS
-    chosen = [task.strip() for task in tasks.split(",")] if tasks is not None else None
-    for task in chosen or ():
+    if bench not in ("kit", "refvie", "openve", "imgedit"): raise ValueError(f"`bench` has to be kit, refvie, openve or imgedit but is {bench!r}.")
+    chosen = [task.strip() for task in tasks.split(",")] if tasks is not None else list(TASKS)
+    for task in chosen:
         if task not in TASKS: raise ValueError(f"`tasks` has to be of {', '.join(TASKS)} but holds {task!r}.")
-    if samples < 1: raise ValueError(f"`samples` has to be at least 1 but is {samples}.")
-    if steps is not None and steps < 1: raise ValueError(f"`steps` has to be at least 1 but is {steps}.")
+    for name, value in dict(samples=samples, steps=steps, limit=limit).items():
+        if value is not None and value < 1: raise ValueError(f"`{name}` has to be at least 1 but is {value}.")
+    kit, (part, number) = bench == "kit", parse_parts(parts)
+    if not kit and data is None: raise ValueError(f"`data` has to be the file of {bench} but is not given.")
+    unwanted = dict(data=data, root=root, limit=limit) if kit else dict(tasks=tasks)
+    if videos is not None: unwanted |= dict(model=model, steps=steps, fast=fast or None, concat=concat or None, parts=parts if number > 1 else None)
+    if wrong := [name for name, value in unwanted.items() if value is not None]:
+        raise ValueError(f"`{wrong[0]}` has to be left out {'where finished videos are scored' if wrong[0] not in ('data', 'root', 'limit', 'tasks') else 'of the bench ' + bench} but is {unwanted[wrong[0]]}.")
+    if kit and judge is None and videos is None:
+        for name, value in dict(concat=concat or None, parts=parts if number > 1 else None).items():
+            if value is not None: raise ValueError(f"`{name}` has to be left out of the kit's bench unless `judge` is given but is {value}.")
+        return measure_model(chosen, samples, model, steps, fast, out, overwrite, device)
+    if overwrite: raise ValueError("`overwrite` has to be left out where rows are scored one by one: a folder is gone on in, and what is there is kept.")
+    with _going_on(): evaluate_rows(bench, data, root, chosen, samples, limit, model, videos, judge or "metrics", steps, fast, concat, part, number, out, device)
+
+def measure_model(
+    tasks: list, # of the kit's bench
+    samples: int, # of each
+    model: str | None, # None takes the settings'
+    steps: int | None, # None takes the model's own number
+    fast: bool, # with its few-step weights
+    out: Path | None, # report.json
+    overwrite: bool,
+    device: str | None,
+):
+    "Measure a model against the targets of the kit's bench."
+    from kiwi_edit.files import check_outputs
     if out is None:
         out = settings().output_dir / "report.json"
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -274,10 +310,72 @@ def evaluate(
     check_outputs([out], [], overwrite)
     pipe = load(model, device, fast=fast)
     from kiwi_edit.benchmark import run_benchmark
-    report = run_benchmark(pipe, **({} if chosen is None else dict(tasks=tuple(chosen))), samples=samples, steps=steps, progress=True)
+    report = run_benchmark(pipe, tasks=tuple(tasks), samples=samples, steps=steps, progress=True)
     report.save(out)
     typer.echo(report._repr_markdown_())
     typer.echo(f"report: {out}")
+
+# %% ../nbs/51_cli.ipynb #e7a10001
+@contextlib.contextmanager
+def _going_on():
+    "An interrupted block can be taken up again."
+    try: yield
+    except SystemExit as stop:
+        stop.left = "the same command goes on from here"
+        raise
+
+def evaluate_rows(
+    bench: str, # "kit", "refvie", "openve" or "imgedit"
+    data: Path | None, # file of a published bench
+    root: Path | None, # where its paths start
+    tasks: list, # of the kit's bench
+    samples: int, # of each
+    limit: int | None, # rows at most
+    model: str | None, # None takes the settings'
+    videos: Path | None, # folder of finished results; None: the model makes them
+    judge: str, # see `judge_of`
+    steps: int | None, # None takes 50 on a published bench, else the model's own number
+    fast: bool, # with the model's few-step weights
+    concat: bool, # also side by side
+    part: int, # from 0
+    number: int, # of parts
+    out: Path | None, # folder
+    device: str | None,
+):
+    "Make the videos of a bench, or take them, and have them scored."
+    from kiwi_edit.files import renamed
+    out = (settings().output_dir / f"evaluation-{bench}" if out is None else out).expanduser()
+    if out.suffix.lower() == ".json" or out.is_file(): raise ValueError(f"`out` has to be a folder where rows are scored one by one but is {str(out)!r}.")
+    if videos is not None and not videos.expanduser().is_dir(): raise FileNotFoundError(f"`videos` has to be a folder of results but {str(videos)!r} is none.")
+    from kiwi_edit.published import edit_rows, judge_of, read_bench, score_rows, world_rows, write_imgedit_list
+    later = judge.startswith("transformers:") # it would lie in memory while the videos are made
+    asked = None if later else judge_of(judge, bench)
+    if bench == "kit": rows = world_rows(tasks, samples)
+    else:
+        with renamed("`path`", "`data`"): rows = read_bench(bench, data, root)[:limit]
+    about, folder = None, videos and videos.expanduser()
+    if videos is None:
+        folder = out / "videos"
+        made, about = make_rows(rows, folder, model, steps, fast, concat, part, number, device, bench)
+        if bench == "imgedit": write_imgedit_list(rows, folder)
+        for failure in made.failed[:20]: say(f"row {failure['id']} failed: {failure['error']}")
+        typer.echo(str(made))
+        if number > 1: return typer.echo(f"part {part + 1} of {number}; without --parts the same command scores all")
+    elif (mark := folder / "bench.json").is_file(): about = json.loads(mark.read_text(encoding="utf-8"))["about"]
+    report = score_rows(rows, folder, asked or judge_of(judge, bench, device or settings().device), out, about=about, say=say, progress=True)
+    typer.echo(report._repr_markdown_())
+    typer.echo(f"report: {out / 'report.html'}")
+    if report.counts["scored"] < len(rows): raise typer.Exit(1)
+
+def make_rows(rows, folder, model, steps, fast, concat, part, number, device, bench):
+    "The videos, and what they were made with."
+    from kiwi_edit.benchmark import provenance
+    from kiwi_edit.files import find_model
+    from kiwi_edit.published import Making, edit_rows
+    pipe = load(model, device, fast=fast)
+    making = Making(steps=steps or (pipe.config.default_steps if bench == "kit" or fast else 50), concat=concat)
+    about = dict(model=str(model or settings().checkpoint) + " (few-step weights)" * fast, steps=making.steps, seed=making.seed) | provenance(pipe._execution_device, find_model(model))
+    return edit_rows(pipe, rows, folder, making, part, number, about), about
 
 # %% ../nbs/51_cli.ipynb #8a704044
 def choose_stages(

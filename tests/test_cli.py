@@ -202,6 +202,58 @@ def test_evaluate_writes_a_report(kiwi, random_model, tmp_path):
     refused(kiwi(*command), "--out has to be a new file unless --overwrite is set")
 
 
+@pytest.fixture
+def bench(clip):
+    "RefVIE-Bench of two rows, the second of which lacks its source."
+    Image.fromarray(picture()[0]).save(clip.parent / "ref.png")
+    rows = [f"- {{src_video: {name}, instruction: make it snow, ref_img: ref.png, edit_type: background}}\n" for name in ("clip.mp4", "lost.mp4")]
+    (clip.parent / "bench.yaml").write_text("".join(rows))
+    return "--bench", "refvie", "--data", clip.parent / "bench.yaml"
+
+
+def test_evaluate_makes_and_scores_the_rows_of_a_published_bench(kiwi, random_model, bench, tmp_path):
+    command = "evaluate", *bench, "--model", random_model, "--steps", 1, "--out", tmp_path / "run"
+    status, out, err = kiwi(*command, "--parts", "1/2")
+    assert status == 0 and "1 of 1 videos there" in out and "part 1 of 2" in out and not (tmp_path / "run" / "report.json").exists(), err
+    status, out, err = kiwi(*command)
+    assert status == 1 and "1 of 2 videos there, 1 of them before, 1 failed" in out and "1 scored, 0 failed, 1 missing" in out, err
+    assert "row 1 failed: `source` has to be" in err and "lost.mp4" in err
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["about"]["steps"] == 1 and report["about"]["seed"] == 0 and len(report["about"]["checkpoint"]) == 16 and report["about"]["versions"]["torch"]
+    refused(kiwi("evaluate", *bench, "--model", random_model, "--steps", 2, "--out", tmp_path / "run"), "--out has to be new or of the same making")
+    status, out, err = kiwi("evaluate", *bench, "--videos", tmp_path / "run" / "videos", "--limit", 1, "--out", tmp_path / "again")
+    assert status == 0 and "1 rows 1 scored, 0 failed, 0 missing" in out and (tmp_path / "again" / "report.html").is_file() and "steps 1" in out, err
+
+
+def test_evaluate_scores_videos_of_the_kits_bench(kiwi, tmp_path):
+    from kiwi_edit.published import world_rows
+
+    row, = world_rows(("add",), 1)
+    (tmp_path / "add").mkdir()
+    write_video(tmp_path / row.output, row.target, 15)
+    status, out, err = kiwi("evaluate", "--tasks", "add", "--samples", 1, "--videos", tmp_path, "--out", tmp_path / "scores")
+    assert status == 0 and "Judge: metrics (no model), which is no model" in out and "| edit_done |" in out, err
+
+
+def test_evaluate_says_what_is_wrong_first(kiwi, bench, tmp_path, monkeypatch):
+    for name in ("OPENAI_API_KEY", "GEMINI_API_KEY", "GOOGLE_API_KEY"): monkeypatch.delenv(name, raising=False)
+    refused(kiwi("evaluate", "--bench", "vbench"), "--bench has to be kit, refvie, openve or imgedit", "'vbench'")
+    refused(kiwi("evaluate", "--bench", "openve"), "--data has to be the file of openve")
+    refused(kiwi("evaluate", "--bench", "openve", "--data", tmp_path / "lost.csv"), "--data has to be the file of a bench", "lost.csv")
+    refused(kiwi("evaluate", "--bench", "openve", *bench[2:]), "--data has to", "'original_video'")
+    refused(kiwi("evaluate", *bench, "--limit", 0), "--limit has to be at least 1 but is 0")
+    refused(kiwi("evaluate", *bench, "--parts", "3/2"), "--parts has to be I/N")
+    refused(kiwi("evaluate", *bench, "--tasks", "add"), "--tasks has to be left out of the bench refvie")
+    refused(kiwi("evaluate", "--limit", 3), "--limit has to be left out of the bench kit")
+    refused(kiwi("evaluate", *bench, "--videos", tmp_path, "--model", "x"), "--model has to be left out where finished videos are scored")
+    refused(kiwi("evaluate", *bench, "--videos", tmp_path / "lost"), "--videos has to be a folder of results")
+    refused(kiwi("evaluate", *bench, "--out", "report.json"), "--out has to be a folder where rows are scored")
+    refused(kiwi("evaluate", *bench, "--judge", "gpt"), "--judge has to be metrics, gemini", "'gpt'")
+    refused(kiwi("evaluate", *bench, "--judge", "gemini"), "--judge has to have its key in GEMINI_API_KEY")
+    refused(kiwi("evaluate", "--concat"), "--concat has to be left out of the kit's bench unless --judge is given")
+    refused(kiwi("evaluate", *bench, "--overwrite"), "--overwrite has to be left out")
+
+
 def test_version_help_and_no_command(kiwi):
     assert re.fullmatch(r"kiwi-edit \d+\.\d+\S*\n", kiwi("--version")[1])
     status, out, _ = kiwi("edit", "--help")
