@@ -582,8 +582,9 @@ class MetricJudge:
         try:
             source, edited = clip_arrays(case)
             reference = None if case.reference is None else picture_of(case.reference)
-            scores = metric_scores(self.measure(source, edited, reference, case.mask, case.target), case.rubric)
         except (OSError, ValueError) as error: return _failed(case, self.name, f"unreadable: {error}")
+        try: scores = metric_scores(self.measure(source, edited, reference, case.mask, case.target), case.rubric)
+        except ValueError as error: return _failed(case, self.name, f"unmeasured: {error}")
         return _scored(case, self.name, {name: round(score, 3) for name, score in scores.items()}, usage=dict(input_tokens=0, output_tokens=0, calls=0, cost=0.), seconds=round(time.perf_counter() - start, 3))
 
     def measure(self, source, edited, reference, mask, target):
@@ -599,6 +600,8 @@ def _column_mean(column):
 
 def _estimated(columns): # list of (N,) arrays with NaN -> mean of the column means, with its interval over rows
     statistic = lambda *drawn: np.mean([_column_mean(c) for c in drawn])
+    there = ~np.isnan(columns).all(0)
+    columns = [c[there] for c in columns]
     value = float(statistic(*columns))
     return (value, *bootstrap(*columns, statistic=statistic, resamples=1000)) if len(columns[0]) > 1 else (value, math.nan, math.nan)
 
@@ -717,8 +720,9 @@ class Agreement:
 
     def _repr_markdown_(self):
         said = lambda v: "" if math.isnan(v[0]) else f"{v[0]:.2f} ({v[1]:.2f} to {v[2]:.2f})"
-        rows = [f"| {name} | {r['n']} | " + " | ".join(said(r[k]) for k in _MEASURES) + " |" for name, r in self.rows.items()]
-        return "\n".join([f"**{self.judges[0]}** and **{self.judges[1]}**; {self.left_out} cases are not scored by both", "",
+        rows = [f"| {name} | {r['n']} | " + " | ".join(said(r[k]) for k in _MEASURES) + " |" for name, r in self.rows.items() if r["n"] > 2]
+        few = f"; {n} criteria have fewer than 3 cases" if (n := len(self.rows) - len(rows)) else ""
+        return "\n".join([f"**{self.judges[0]}** and **{self.judges[1]}**; {self.left_out} cases are not scored by both{few}", "",
                           "| criterion | cases | Kendall tau-b | Spearman rho | alpha, ordinal | alpha, interval | within a point |", "|---|--:|--:|--:|--:|--:|--:|", *rows])
 
 _MEASURES = ("tau", "rho", "ordinal", "interval", "close")
