@@ -71,6 +71,28 @@ def test_links_are_turned_towards_the_root():
     )
 
 
+# web pages
+
+def test_pages_link_to_each_other_and_to_definitions_and_fetch_nothing(tmp_path):
+    def notebook(name, *cells):
+        made = [dict(cell_type=kind, id=id, metadata={}, source=text) | (dict(outputs=[], execution_count=None) if kind == "code" else {}) for kind, id, text in cells]
+        (tmp_path / "nbs" / name).write_text(json.dumps(dict(cells=made, metadata={}, nbformat=4, nbformat_minor=5)), encoding="utf-8")
+    (tmp_path / "nbs").mkdir()
+    notebook("index.ipynb", ("markdown", "a0", "# kit\n\nsee [b](01_b.ipynb#x) and `double`, or `nothing`"))
+    notebook("00_a.ipynb", ("code", "a1", "#| default_exp a"), ("code", "a2", '#| export\ndef double(x):\n    "Twice <x>."\n    return 2 * x'), ("code", "a3", "#| hide\nsecret = 1"))
+    notebook("01_b.ipynb", ("markdown", "b1", "back to [a](00_a.ipynb), `double(2)` and [`double`](00_a.ipynb)"))
+    kit_notebooks.site(tmp_path, tmp_path / "out")
+    pages = {p.name: p.read_text(encoding="utf-8") for p in (tmp_path / "out").iterdir()}
+    assert set(pages) == {"index.html", "00_a.html", "01_b.html", "api.html"}
+    for name, page in pages.items():
+        for link, anchor in re.findall(r'href="([\w.]*?)(?:#([\w-]+))?"', page):
+            target = pages[link or name]
+            assert not anchor or link != "00_a.html" or f'id="{anchor}"' in target, (name, link, anchor)
+        assert not re.search(r'<(?:script|link|img)[^>]*(?:src|href)="(?:https?:)?//', page)
+    assert '<a href="00_a.html#a2"><code>double</code></a>' in pages["index.html"] and "<code>nothing</code>" in pages["index.html"]
+    assert "secret" not in pages["00_a.html"] and "Twice &lt;x&gt;." in pages["api.html"]
+
+
 # notebooks
 
 
