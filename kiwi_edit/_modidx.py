@@ -22,6 +22,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'kiwi_edit.attention.WatchingProcessor.__init__': ( 'attention.html#watchingprocessor.__init__',
                                                                                          'kiwi_edit/attention.py'),
                                      'kiwi_edit.attention._encode_without': ('attention.html#_encode_without', 'kiwi_edit/attention.py'),
+                                     'kiwi_edit.attention._panel': ('attention.html#_panel', 'kiwi_edit/attention.py'),
                                      'kiwi_edit.attention._picture': ('attention.html#_picture', 'kiwi_edit/attention.py'),
                                      'kiwi_edit.attention.apart': ('attention.html#apart', 'kiwi_edit/attention.py'),
                                      'kiwi_edit.attention.attention_shares': ('attention.html#attention_shares', 'kiwi_edit/attention.py'),

@@ -167,6 +167,7 @@ _FILL = r"(?:[\s*_~\"'`:\uff1a=>|(\[\u2013\u2014]|-(?!\d))*"
 _VALUE = r"(-?\d+(?:\.\d+)?)(?![\w%]|\.\d)(?:\s*(?:/|out of|of)\s*(\d+))?"
 _HEAD = re.compile(rf"{_FILL}(?:(?:score|rating)\b{_FILL})?{_VALUE}", re.I)
 _TAIL = re.compile(rf"[:\uff1a=]{_FILL}{_VALUE}[\s*_~.,;|)\]}}\"'`]*$", re.I)
+_RANGE = re.compile(r"^\s*[(\[](?:score\s*)?(?:1\s*(?:-|\u2013|to)\s*5|/\s*5|(?:out )?of 5)[)\]]", re.I) # the scale, said once more
 _DOUBT = re.compile(r"\s*(?:or|to|and|[-\u2013\u2014~,])\s*-?\d", re.I)
 
 def _names_pattern(names):
@@ -181,7 +182,7 @@ def _number(name, match):
 
 def _said(name, segment):
     "The score in what follows a name; None where it is only talked about."
-    first, _, rest = segment.partition("\n")
+    first, _, rest = _RANGE.sub("", segment, count=1).partition("\n")
     if not re.sub(_FILL, "", first): first = rest.partition("\n")[0] if re.fullmatch(rf"{_FILL}{_VALUE}[\s*_~.|]*", rest.partition("\n")[0]) else ""
     if match := _HEAD.match(first):
         if _DOUBT.match(first, match.end()): raise ValueError(f"{name} has to be one score but is {first.strip()[:30]!r}")
@@ -773,7 +774,8 @@ body { font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 74rem; 
 header, nav { display: flex; flex-wrap: wrap; gap: .6rem 1rem; align-items: center; }
 header { position: sticky; top: 0; z-index: 1; padding: .6rem 0; border-bottom: 1px solid var(--line); background: Canvas; }
 h1 { font-size: 1.1rem; margin: 0 auto 0 0; } h2 { font-size: 1.1rem; margin: .9rem 0 .4rem; }
-input[type=text], button { font: inherit; padding: .3rem .7rem; } progress { width: 9rem; accent-color: var(--mark); }
+input[type=text], button { font: inherit; padding: .3rem .7rem; } progress { width: 9rem; height: .7rem; appearance: none; border: 1px solid var(--line); border-radius: .35rem; overflow: hidden; background: none; }
+progress::-webkit-progress-bar { background: none; } progress::-webkit-progress-value { background: var(--mark); } progress::-moz-progress-bar { background: var(--mark); }
 blockquote { margin: .4rem 0 .8rem; padding: .2rem .9rem; border-left: 4px solid var(--mark); font-size: 1.1rem; white-space: pre-wrap; }
 .clips { display: flex; flex-wrap: wrap; gap: .8rem; margin-bottom: .6rem; } figure { margin: 0; flex: 1 1 0; min-width: 11rem; } figcaption { font-weight: 600; }
 video, .clips img { display: block; width: 100%; max-height: 46vh; object-fit: contain; object-position: left top; image-rendering: auto; background: #8882; }
@@ -849,7 +851,7 @@ def _shown_media(media, name, files, number, folder):
         with replacing(files / f"{number}-{name}{suffix}", overwrite=True) as temporary: temporary.write_bytes(data)
         place = f"{files.name}/{number}-{name}{suffix}"
     what = html.escape(place)
-    shown = f'<img src="{what}" alt="{name}">' if still else f'<video src="{what}" controls loop muted playsinline preload="auto" aria-label="{name}"></video>'
+    shown = f'<img src="{what}" alt="{name}">' if still else f'<video src="{what}" controls loop muted playsinline preload="metadata" aria-label="{name}"></video>'
     return f"<figure><figcaption>{name.capitalize()}</figcaption>{shown}</figure>"
 
 def _section(case, number, files, folder):

@@ -133,7 +133,7 @@ A, B, C = OPENVE.names
     (json.dumps({A: 5, B: 4.5, C: 3}), (5, 4.5, 3)), ("```json\n" + json.dumps({"scores": {A: 5, B: "4/5", C: 3}, "reason": "{fine}"}, indent=1) + "\n```", (5, 4, 3)),
     (json.dumps({"instruction_compliance": {"score": 5, "why": "x"}, "visual quality and stability": {"rating": 4}, C: 3}), (5, 4, 3)), (f"The {A} is fine, 3 hats.\n\n" + lines(OPENVE, 5, 4, 3), (5, 4, 3)),
     ("<think>" + lines(OPENVE, 1, 1, 1) + "</think>" + lines(OPENVE, 5, 4, 3), (5, 4, 3)), (f"{A}: 5\n{A}: 5\n" + lines(OPENVE, 5, 4, 3), (5, 4, 3)), (lines(OPENVE, 5, 4, 3).replace("\n", "\r\n"), (5, 4, 3)),
-    (f"{C}: 3\n{A}: 5\n{B}: 4", (5, 4, 3)), (lines(OPENVE, "5", "4", "3").replace(":", "："), (5, 4, 3)), ("{not JSON}\n" + lines(OPENVE, 5, 4, 3), (5, 4, 3)), (f"{A}: 4 {B}: 3 {C}: 2.", (4, 3, 2))])
+    (f"{C}: 3\n{A}: 5\n{B}: 4", (5, 4, 3)), (lines(OPENVE, "5", "4", "3").replace(":", "："), (5, 4, 3)), ("{not JSON}\n" + lines(OPENVE, 5, 4, 3), (5, 4, 3)), (f"{A}: 4 {B}: 3 {C}: 2.", (4, 3, 2)), (f"{A} (1-5): 4\n{B} (out of 5): 3\n{C} [1 to 5]: 2/5", (4, 3, 2))])
 def test_replies_that_everybody_can_read(text, scores): assert read_scores(text, OPENVE) == dict(zip(OPENVE.names, scores)) and list(read_scores(text, OPENVE)) == list(OPENVE.names)
 
 
@@ -595,7 +595,7 @@ def test_a_person_scores_in_a_browser(tmp_path):
         page.on("dialog", lambda d: faults.append(d.message))
         page.on("request", lambda r: None if r.url.startswith(("file:", "data:", "blob:")) else foreign.append(r.url))
         page.goto(page_file.as_uri())
-        page.wait_for_function("[...document.querySelectorAll('video')].every(v => v.readyState > 1 && v.videoWidth)")
+        page.wait_for_function("[...document.querySelectorAll('video')].every(v => v.readyState && v.videoWidth)")
         assert page.locator("section:visible").count() == 1 and page.locator("#place").inner_text() == "Edit 1 of 3" and page.locator("#count").inner_text() == "0 of 3 scored"
         page.locator("section:visible input").first.focus()
         for key in "452": page.keyboard.press(key)
