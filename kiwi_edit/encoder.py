@@ -24,7 +24,7 @@ from .latents import fire_hooks
 __all__ = ['SYSTEM_PROMPT', 'REFERENCE_SUFFIX', 'QUERY_TOKEN', 'IMAGE_TOKEN', 'VIDEO_TOKEN', 'MODES', 'SPECIAL_TOKENS',
            'CHAT_TEMPLATE', 'make_tokenizer', 'sample_frames', 'video_sizes', 'resize_for_encoder', 'patchify_frames',
            'KiwiProcessor', 'chat_text', 'mrope_positions', 'EncoderInputs', 'collate_inputs', 'check_prompt',
-           'prepare_sample', 'prepare_inputs', 'vision_features', 'encode_hidden', 'encode_context']
+           'prepare_sample', 'prepare_inputs', 'token_counts', 'vision_features', 'encode_hidden', 'encode_context']
 
 # %% ../nbs/20_encoder.ipynb #e04d1ef3
 SYSTEM_PROMPT = ("You will be given an image and instruction. Please describe the content of the image in detail "
@@ -325,6 +325,17 @@ def prepare_inputs(
         raise ValueError(f"`prompts`, `sources` and `references` have to be of one length but have {len(prompts)}, "
                          f"{len(sources)} and {len(references)} items.")
     return collate_inputs([prepare_sample(processor, guidance_config, *sample) for sample in zip(prompts, sources, references)])
+
+# %% ../nbs/20_encoder.ipynb #20w00001
+def token_counts(
+    inputs: EncoderInputs,
+) -> list[dict[str, int]]:  # for each row: "words", "image", "video", "query"
+    "What the rows are made of; `image` is a reference, or a source of one frame."
+    rows = []
+    for ids, length in zip(inputs.input_ids, inputs.lengths.tolist()):
+        found = {name: int((ids == inputs.token_ids[name]).sum()) for name in ("image", "video", "query")}
+        rows.append(dict(words=length - sum(found.values())) | found)
+    return rows
 
 # %% ../nbs/20_encoder.ipynb #5474d8e3
 def vision_features(

@@ -39,9 +39,10 @@ from .latents import decode_latents, encode_frames, in_tiles, latent_statistics,
 from .video import as_frames, check_frame_count, fit_size, nearest_frame_count, read_image, read_video, resize_frames, stream_video, video_info
 
 # %% auto #0
-__all__ = ['logger', 'SCHEDULES', 'LAYOUTS', 'fit_reference', 'flow_sigmas', 'bundled_models', 'hub_reason', 'hub_errors',
-           'read_index', 'faults', 'check_folder', 'find_checkpoint', 'KiwiEditOutput', 'EditMemory', 'content_key',
-           'weights_key', 'KiwiEditPipeline', 'Footage', 'model_entries', 'put_in_place', 'put_back', 'model_card']
+__all__ = ['logger', 'SCHEDULES', 'LAYOUTS', 'fit_reference', 'flow_sigmas', 'noised', 'bundled_models', 'hub_reason',
+           'hub_errors', 'read_index', 'faults', 'check_folder', 'find_checkpoint', 'KiwiEditOutput', 'EditMemory',
+           'content_key', 'weights_key', 'KiwiEditPipeline', 'Footage', 'model_entries', 'put_in_place', 'put_back',
+           'model_card']
 
 # %% ../nbs/22_pipeline.ipynb #cc5b9d34
 logger = logging.getLogger(__name__)
@@ -70,6 +71,19 @@ def flow_sigmas(
     "Evenly spaced noise levels from 1 down to, but without, the last; the scheduler shifts them."
     if schedule not in SCHEDULES: raise ValueError(f"`schedule` has to be one of {', '.join(SCHEDULES)} but is {schedule!r}.")
     return np.linspace(1, SCHEDULES[schedule], num_inference_steps + 1)[:-1].tolist()
+
+# %% ../nbs/22_pipeline.ipynb #22w00001
+@torch.no_grad()
+def noised(
+    frames: np.ndarray,  # (T, H, W, 3) uint8
+    vae: AutoencoderKLWan,
+    sigma: float,  # noise level, 0..1
+    seed: int = 0,
+) -> np.ndarray:  # (T, H, W, 3) uint8
+    "A clip under noise as the denoiser has it before it, decoded so that one can look."
+    latents = encode_frames(vae, frames)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
+    return decode_latents(vae, torch.lerp(latents, noise, sigma))[0]
 
 # %% ../nbs/22_pipeline.ipynb #c23e31e4
 # a folder whose model_index.json names this component is read by that function
