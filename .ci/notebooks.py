@@ -31,13 +31,17 @@ def strip_widgets(
 ) -> None:
     "Drop saved widget state, which nbdev-clean keeps and GitHub cannot show."
     text = path.read_text(encoding="utf-8")
-    if '"widgets"' not in text and "widget-view+json" not in text:
+    if '"widgets"' not in text and "widget-view+json" not in text and "[2K" not in text:
         return
     notebook = json.loads(text)
     notebook["metadata"].pop("widgets", None)
     for cell in notebook["cells"]:
-        for output in cell.get("outputs", []):
+        if cell["cell_type"] != "code":
+            continue
+        for output in cell["outputs"]:
             output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+        # a widget clears its output twice before it draws, in characters for a terminal
+        cell["outputs"] = [o for o in cell["outputs"] if o["output_type"] != "stream" or "".join(o["text"]).replace("\x1b[2K\r", "")]
     path.write_text(json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
