@@ -1499,6 +1499,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'kiwi_edit.training.save_curve': ('training.html#save_curve', 'kiwi_edit/training.py'),
                                     'kiwi_edit.training.split_losses': ('training.html#split_losses', 'kiwi_edit/training.py'),
                                     'kiwi_edit.training.stage_data': ('training.html#stage_data', 'kiwi_edit/training.py'),
+                                    'kiwi_edit.training.stage_strips': ('training.html#stage_strips', 'kiwi_edit/training.py'),
                                     'kiwi_edit.training.thin': ('training.html#thin', 'kiwi_edit/training.py'),
                                     'kiwi_edit.training.to_device': ('training.html#to_device', 'kiwi_edit/training.py'),
                                     'kiwi_edit.training.train': ('training.html#train', 'kiwi_edit/training.py'),

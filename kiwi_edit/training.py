@@ -9,7 +9,8 @@ __all__ = ['logger', 'training_table', 'draw_noise_levels', 'Dice', 'draw_noise'
            'load_checkpoint', 'Prefetch', 'to_device', 'trim_log', 'measure_flops', 'peak_memory', 'make_accelerator',
            'averaged', 'fit', 'validation_strip', 'draw_log', 'read_log', 'save_curve', 'LiveView', 'stage_data',
            'world_batches', 'file_batches', 'with_dice', 'cast_weights', 'put_model', 'find_model', 'find_stages',
-           'frozen_aside', 'train', 'draw_stages', 'thin', 'publish', 'publish_fast', 'allocated_by', 'measure_step']
+           'frozen_aside', 'train', 'draw_stages', 'stage_strips', 'thin', 'publish', 'publish_fast', 'allocated_by',
+           'measure_step']
 
 # %% ../nbs/31_training.ipynb #94ea9002
 import base64, hashlib, io, json, logging, math, os, resource, shutil, sys, threading, time
@@ -37,7 +38,7 @@ from tqdm.auto import tqdm
 
 from .cache import Batch, Batches, LatentCache, OnlineRows, RowSettings, build_cache
 from .checkpoints import load_any, merge_lora, save_fast
-from .core import choose_device, multiplies_bfloat16, preset as get_preset
+from .core import asset, choose_device, multiplies_bfloat16, preset as get_preset
 from .curriculum import PARTS, STAGES, Loss, Stage, estimate, find_stage, select
 from .dataset import MetadataDataset, WorldDataset
 from .encoder import REFERENCE_SUFFIX, EncoderInputs, KiwiProcessor, collate_inputs, encode_context, make_tokenizer, prepare_sample
@@ -1007,6 +1008,17 @@ def draw_stages(
     for panel in panels: panel.set_xlabel("minutes in the stage", fontsize=8); panel.tick_params(labelsize=7); panel.legend(fontsize=7)
     figure.tight_layout()
     return figure
+
+# %% ../nbs/31_training.ipynb #31w00001
+def stage_strips(
+    stage: str,  # "canvas", "polish" or "fast": those whose strips are kept
+    model: str = "kiwi-edit-tiny",  # bundled
+) -> PIL.Image.Image:
+    "Held-out edits before a stage and after it, side by side."
+    strips = [PIL.Image.open(asset(f"{model}/training/{stage}-{when}.png")).convert("RGB") for when in ("before", "after")]
+    both = PIL.Image.new("RGB", (sum(s.width for s in strips), max(s.height for s in strips)), "white")
+    both.paste(strips[0], (0, 0)); both.paste(strips[1], (strips[0].width, 0))
+    return both
 
 # %% ../nbs/31_training.ipynb #66d8a0e5
 def thin(
