@@ -609,6 +609,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'kiwi_edit.demo.memory_note': ('demo.html#memory_note', 'kiwi_edit/demo.py'),
                                 'kiwi_edit.demo.messages': ('demo.html#messages', 'kiwi_edit/demo.py'),
                                 'kiwi_edit.demo.model_fields': ('demo.html#model_fields', 'kiwi_edit/demo.py'),
+                                'kiwi_edit.demo.only_uploads': ('demo.html#only_uploads', 'kiwi_edit/demo.py'),
                                 'kiwi_edit.demo.read_set': ('demo.html#read_set', 'kiwi_edit/demo.py'),
                                 'kiwi_edit.demo.result_fields': ('demo.html#result_fields', 'kiwi_edit/demo.py'),
                                 'kiwi_edit.demo.running': ('demo.html#running', 'kiwi_edit/demo.py'),

@@ -561,7 +561,7 @@ def provenance(
 @dataclass
 class Ranking:
     "Several editors on the same scenes."
-    reports: list[Report]  # the first is the one that the others are held against
+    reports: list[Report] = field(repr=False)  # the first is the one that the others are held against
     about: dict = field(default_factory=dict)  # what they were made with, see `provenance`
 
     def __post_init__(self):
@@ -572,7 +572,8 @@ class Ranking:
 
     def _columns(self, report, name):
         "(scenes, tasks) of a number; all tasks have as many scenes, since `run_benchmark` draws them so."
-        return np.array([[record.get(name, math.nan) for record in report.records if record["task"] == task] for task in report.rows], dtype=np.float64).T
+        tasks = dict.fromkeys(record["task"] for record in report.records)
+        return np.array([[record.get(name, math.nan) for record in report.records if record["task"] == task] for task in tasks], dtype=np.float64).T
 
     @property
     def rows(self) -> dict[str, dict]:  # editor -> scores, the best first
@@ -581,14 +582,16 @@ class Ranking:
         error, distance, told = (self._columns(self.reports[0], name) for name in ("error", "distance", "told_apart"))
         for report in self.reports:
             other, apart = self._columns(report, "error"), self._columns(report, "told_apart")
-            outside = [row["psnr_outside"] for row in report.rows.values() if row["psnr_outside"] is not None]
-            mean = lambda name: float(np.nanmean(values)) if np.isfinite(values := self._columns(report, name)).any() else None
+            outside = psnr_from_error(self._columns(report, "outside_error"))
+            outside = [column[~np.isnan(column)].mean() for column in outside.T if not np.isnan(column).all()]  # a style has no outside
+            flicker, sharpness = ([values for values in self._columns(report, name).ravel() if not math.isnan(values)] for name in ("flicker", "sharpness"))
             rows[report.model] = dict(
                 done=float(done(other, distance)), done_interval=bootstrap(other, distance, statistic=done), told_apart=float(apart.mean()),
                 difference=float(done(error, distance) - done(other, distance)),
                 difference_interval=bootstrap(error, other, distance, statistic=lambda a, b, d: done(a, d) - done(b, d)),
                 told_difference=float((told - apart).mean()), told_difference_interval=bootstrap(told, apart, statistic=lambda a, b: (a - b).mean()),
-                psnr_outside=float(np.mean(outside)) if outside else None, flicker=mean("flicker"), sharpness=mean("sharpness"))
+                psnr_outside=float(np.mean(outside)) if outside else None, flicker=float(np.mean(flicker)) if flicker else None,
+                sharpness=float(np.median(sharpness)) if sharpness else None)  # of flat targets the share has no upper end
         return dict(sorted(rows.items(), key=lambda item: -item[1]["done"]))
 
     def _repr_markdown_(self) -> str:
@@ -601,7 +604,7 @@ class Ranking:
         lines += ["", f"| edit done | {' | '.join(tasks[first])} |", "|---|" + "--:|" * len(tasks[first])]
         lines += [f"| {model} | " + " | ".join(f"{_shown(r['pooled'], '.2f')} ({_shown(r['pooled_interval'][0], '.2f')} to {_shown(r['pooled_interval'][1], '.2f')})" for r in tasks[model].values()) + " |" for model in rows]
         n = len(self.reports[0].records) // len(tasks[first])
-        notes = [f"{n} scenes a task from seed {self.reports[0].seed:,}", "intervals hold 95%", "PSNR in dB", "flicker in levels of 0 to 255"]
+        notes = [f"{n} scenes a task from seed {self.reports[0].seed:,}", "intervals hold 95%", "PSNR in dB", "flicker in levels of 0 to 255", "sharpness is a median"]
         if self.about: notes += [f"checkpoint {self.about['checkpoint']}", ", ".join(f"{k} {v}" for k, v in (self.about["versions"] | self.about["hardware"]).items() if k != "torch" or v)]
         return "\n".join(lines) + "\n\n" + "; ".join(notes) + "."
 

@@ -8,9 +8,10 @@ import PIL.Image
 import pytest
 import torch
 
-from kiwi_edit.benchmark import (BENCHMARK_TASKS, CopySource, Oracle, Report, benchmark_samples, candidate_targets, edit_batch, measure,
-                                 run_benchmark, world_rate)
-from kiwi_edit.core import preset
+from kiwi_edit import benchmark
+from kiwi_edit.benchmark import (BENCH_DIGESTS, BENCHMARK_TASKS, CopySource, FrameByFrame, MeanColour, Oracle, PasteReference, Ranking, Report, bench_digest, benchmark_samples,
+                                 candidate_targets, check_bench, checkpoint_digest, edit_batch, flicker_error, measure, provenance, run_benchmark, sharpness_share, world_rate)
+from kiwi_edit.core import asset, preset
 from kiwi_edit.encoder import make_tokenizer
 from kiwi_edit.metrics import nearest, squared_error
 from kiwi_edit.pipeline import KiwiEditPipeline
@@ -218,3 +219,84 @@ def test_reports_that_are_none(tmp_path):
 
 def test_world_rate_is_measured():
     assert world_rate(0.2, World(16, 16, 1)) > world_rate(0.2, World(128, 128, 5)) > 0
+
+
+def test_the_fixed_set_is_what_it_was(monkeypatch):
+    assert check_bench(("add", "plate")) == {task: BENCH_DIGESTS[task] for task in ("add", "plate")}
+    monkeypatch.setitem(benchmark.BENCH_DIGESTS, "plate", "0" * 16)
+    with pytest.raises(ValueError, match="but plate are not"): check_bench(("add", "plate"))
+
+
+@pytest.mark.parametrize("part", ["source", "target", "mask", "reference", "instruction"])
+def test_the_digest_sees_every_part(part):
+    sample = WORLD.sample(EVAL_SEED, "subject")
+    value = getattr(sample, part)
+    other = replace(sample, **{part: value + "." if part == "instruction" else ~value if part == "mask" else np.roll(value, 4, axis=-2)})
+    assert bench_digest([sample]) != bench_digest([other])
+    if part == "source":
+        flipped = value.copy(); flipped[0, 3, 3, 0] ^= 1  # the last bit of one pixel is the processor's
+        assert bench_digest([sample]) == bench_digest([replace(sample, source=flipped)])
+
+
+def test_a_pasted_reference_stays_in_its_place():
+    for task in ("subject", "background"):
+        for sample in benchmark_samples(WORLD, task, 4):
+            output, = PasteReference().edit_samples([sample])
+            assert output.dtype == np.uint8 and (output[~sample.mask] == sample.source[~sample.mask]).all() and (output != sample.source)[sample.mask].any()
+    white = replace(benchmark_samples(WORLD, "subject", 1)[0], reference=np.full((20, 30, 3), 255, np.uint8))
+    assert (PasteReference().edit_samples([white])[0][white.mask] == 255).all()
+    plain = WORLD.sample(EVAL_SEED, "add")
+    assert (PasteReference().edit_samples([plain])[0] == plain.source).all()
+
+
+def test_frames_alone_are_the_pipelines_own(pipe):
+    sample = WORLD.sample(EVAL_SEED, "add")
+    output, = FrameByFrame(pipe).edit_samples([sample], 1)
+    for frame, edited in zip(sample.source, output):
+        alone = pipe(sample.instruction, frame[None], num_inference_steps=1, generator=torch.Generator().manual_seed(EVAL_SEED)).frames[0]
+        assert np.abs(alone[0].astype(int) - edited).max() <= 2
+
+
+def test_flicker_and_sharpness_have_known_values():
+    target = np.zeros((3, 8, 8, 3), np.uint8); target[:, :, 4:] = 200
+    mask = np.ones((3, 8, 8), bool)
+    assert flicker_error(target, target, mask) == 0 and sharpness_share(target, target, mask) == 1
+    blinking = target.copy(); blinking[1] += 10
+    assert flicker_error(blinking, target, mask) == 10 and sharpness_share(blinking, target, mask) == 1
+    soft = target.copy(); soft[:, :, 3] = 100
+    assert sharpness_share(soft // 2, target, mask) == pytest.approx(.5)
+    assert np.isnan(flicker_error(target[:1], target[:1], mask[:1])) and np.isnan(sharpness_share(target, np.zeros_like(target), mask))
+    assert flicker_error(np.stack([target, blinking]), np.stack([target, target]), np.stack([mask, mask])).tolist() == [0, 10]
+
+
+def test_editors_are_ranked_by_the_share_done(tmp_path):
+    reports = [run_benchmark(editor, ("add", "plate"), samples=3, **QUICK, name=name) for editor, name in ((MeanColour(), None), (Noise(), "noise"), (CopySource(), None), (Target(), "target"))]
+    ranking = Ranking(reports, dict(versions=dict(torch="2"), hardware=dict(on="a machine"), checkpoint="abc"))
+    rows = ranking.rows
+    assert list(rows)[0] == "target" and rows["target"]["done"] == 1 and rows["copy of the source"]["done"] == 0
+    own = rows["mean colour"]
+    assert own["difference"] == 0 and own["difference_interval"] == (0, 0)
+    assert rows["target"]["difference"] == pytest.approx(own["done"] - 1) and rows["target"]["difference_interval"][1] < 0
+    assert rows["target"]["flicker"] == 0 and rows["target"]["sharpness"] == 1 and rows["noise"]["sharpness"] > 1
+    loaded = Ranking.load(ranking.save(tmp_path / "ranking.json"))
+    assert loaded._repr_markdown_() == ranking._repr_markdown_() and "checkpoint abc" in loaded._repr_markdown_()
+    assert ranking.strips("add", 2).get_figwidth() > 5
+    with pytest.raises(ValueError, match="whose pictures the reports keep"): loaded.strips("add")
+    with pytest.raises(ValueError, match="on the same scenes but those of copy"): Ranking([reports[0], replace(reports[2], records=reports[2].records[1:])])
+    (tmp_path / "none.json").write_text("[]")
+    with pytest.raises(ValueError, match="written by `Ranking.save`"): Ranking.load(tmp_path / "none.json")
+
+
+def test_the_published_ranking_is_of_the_model_that_ships():
+    path = asset("benchmarks/baselines.json")
+    assert path.stat().st_size < 300_000
+    ranking = Ranking.load(path)
+    assert ranking.about["checkpoint"] == checkpoint_digest(asset("kiwi-edit-tiny"))
+    full = Report.load(asset("kiwi-edit-tiny/benchmark.json"))
+    for a, b in zip(ranking.reports[0].records, full.records):
+        assert (a["task"], a["seed"]) == (b["task"], b["seed"]) and a["distance"] == pytest.approx(b["distance"], rel=1e-4)
+
+
+def test_provenance_names_what_matters():
+    about = provenance(torch.device("cpu"))
+    assert about["checkpoint"] is None and set(about["versions"]) >= {"kiwi-edit", "torch", "diffusers", "transformers", "pillow"} and "on" in about["hardware"]
