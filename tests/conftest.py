@@ -1,7 +1,28 @@
-"Differences to the official implementation, as the golden tests find them, in one table at the end of a run."
+"Differences to the official implementation, as the golden tests find them, in one table at the end of a run; and tests shared out to two processes."
+import os
+from functools import cache
+from pathlib import Path
+
 import pytest
 
 FOUND = {}  # (case, quantity) -> largest relative difference
+TAKEN = os.environ.get("KIWI_EDIT_TAKEN")  # folder in which processes that share the tests mark the files that they take; the second one begins at the end
+
+
+@cache
+def _mine(path):
+    try: (Path(TAKEN) / path.stem).mkdir()
+    except FileExistsError: return False
+    return True
+
+
+def pytest_collection_modifyitems(items):
+    if TAKEN and os.environ.get("KIWI_EDIT_SECOND"): items.sort(key=lambda item: item.path, reverse=True)  # stable, so within a file the order stays
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item):
+    if TAKEN and not _mine(item.path): return True  # the other process runs it
 
 
 @pytest.fixture(scope="session")
