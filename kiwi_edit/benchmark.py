@@ -35,7 +35,7 @@ __all__ = ['BENCHMARK_TASKS', 'NUM_CANDIDATES', 'BENCH_SAMPLES', 'BENCH_DIGESTS'
            'check_bench', 'candidate_targets', 'edit_batch', 'CopySource', 'Oracle', 'reconstruct', 'paste_reference',
            'PasteReference', 'FrameByFrame', 'MeanColour', 'flicker_error', 'sharpness_share', 'Report', 'Comparison',
            'describe_hardware', 'measure', 'run_benchmark', 'world_rate', 'checkpoint_digest', 'provenance', 'Ranking',
-           'film_of']
+           'film_of', 'run_baselines']
 
 # %% ../nbs/42_benchmark.ipynb #e237106b
 BENCHMARK_TASKS = TASKS  # six edits of clips, and the two edits of pictures that make references
@@ -565,7 +565,7 @@ class Ranking:
     about: dict = field(default_factory=dict)  # what they were made with, see `provenance`
 
     def __post_init__(self):
-        scenes = [[(record["task"], record["seed"]) for record in report.records] for report in self.reports]
+        scenes = [(report.difficulty, report.size, [(record["task"], record["seed"]) for record in report.records]) for report in self.reports]
         if not scenes: raise ValueError("`reports` has to hold at least one report but is empty.")
         for report, known in zip(self.reports, scenes):
             if known != scenes[0]: raise ValueError(f"`reports` have to be on the same scenes but those of {report.model} are others than those of {self.reports[0].model}.")
@@ -666,3 +666,23 @@ def film_of(
                 if clip is None or i == 1 and k: continue
                 axis.imshow(clip if i == 1 else clip[(0, len(clip) // 2, -1)[k]], interpolation="nearest")
     return figure
+
+# %% ../nbs/42_benchmark.ipynb #b0420018
+def run_baselines(
+    pipe: KiwiEditPipeline,
+    name: str,  # of the model in the table
+    tasks: tuple[str, ...] = BENCHMARK_TASKS,
+    samples: int = BENCH_SAMPLES,  # scenes of each task
+    folder: str | Path | None = None,  # of the model, for its checkpoint's digest
+    out: str | Path | None = None,  # existing folder for baselines.json and baselines.png
+    progress: bool = True,
+) -> Ranking:
+    "Rank a model among the editors of this notebook."
+    first = run_benchmark(pipe, tasks, samples, progress=progress, name=name, keep=2)
+    editors, (frames, size, _) = (FrameByFrame(pipe), PasteReference(), MeanColour(), CopySource(), Oracle(pipe.vae)), first.size
+    others = [run_benchmark(editor, tasks, samples, progress=progress, keep=2, size=size, num_frames=frames) for editor in editors]
+    ranking = Ranking([first, *others], provenance(pipe._execution_device, folder))
+    if out is not None:
+        ranking.save(Path(out) / "baselines.json")
+        with replacing(Path(out) / "baselines.png", True) as temporary: Path(temporary).write_bytes(ranking.strips(tasks[0], 2)._repr_png_())
+    return ranking

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from .benchmark import BENCH_SAMPLES, BENCHMARK_TASKS, benchmark_samples, provenance
 from .files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, one_line, renamed, sampled_digest
-from .judge import PUBLISHED, RUBRICS, Case, Judgement, MetricJudge, Summary, aggregate, rubric_for
+from .judge import PUBLISHED, RUBRICS, SCALES, Case, Judgement, MetricJudge, Summary, aggregate, rubric_for
 from .metrics import bootstrap, measure_clip
 from .video import (VideoError, as_frames, compare, film_strip, fit_size, nearest_frame_count, read_image, read_video, replacing, resize_frames, sample_indices,
                              video_info, write_video)
@@ -390,7 +390,9 @@ def row_key(
     judge,  # see `kiwi_edit.judge`
 ) -> str:  # 24 hexadecimal digits
     "Another one for another instruction, clip, reference, rubric or judge."
-    settings = [getattr(judge, name, None) for name in ("frames", "side", "video")]  # how a model is shown clips
+    rubric = rubric_for(row.bench, row.edit_type)
+    settings = [getattr(judge, name, None) for name in ("frames", "side", "video")] if judge.is_model else [repr(SCALES[rubric.name])]  # how a model is shown clips; how numbers become scores
+    settings.append(rubric.instruction())
     parts = [row.bench, row.id, row.instruction, row.edit_type, judge.name, *settings, _content(row.source), _content(path), _content(row.reference)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 

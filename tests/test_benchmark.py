@@ -300,3 +300,10 @@ def test_the_published_ranking_is_of_the_model_that_ships():
 def test_provenance_names_what_matters():
     about = provenance(torch.device("cpu"))
     assert about["checkpoint"] is None and set(about["versions"]) >= {"kiwi-edit", "torch", "diffusers", "transformers", "pillow"} and "on" in about["hardware"]
+
+
+def test_a_model_is_ranked_among_the_baselines(pipe, tmp_path):
+    ranking = benchmark.run_baselines(pipe, "random", ("add",), 2, out=tmp_path, progress=False)
+    assert set(ranking.rows) == {"random", "frame by frame", "reference pasted", "mean colour", "copy of the source", "autoencoder of the target"}
+    assert {report.size for report in ranking.reports} == {(5, 32, 32)} and PIL.Image.open(tmp_path / "baselines.png").width > 300
+    assert Ranking.load(tmp_path / "baselines.json").rows["random"]["done"] == pytest.approx(ranking.rows["random"]["done"], abs=1e-4)

@@ -306,7 +306,7 @@ def test_keys_tell_apart_what_matters(made):
     key = row_key(rows[0], path, judge)
     assert key == row_key(rows[0], path, MetricJudge())
     others = [replace(rows[0], instruction="x"), replace(rows[0], reference=rows[1].reference), replace(rows[0], source=rows[1].source), replace(rows[0], edit_type="background")]
-    assert len({key, *(row_key(row, path, judge) for row in others), row_key(rows[0], folder / rows[1].output, judge), row_key(rows[0], path, SimpleNamespace(name="b"))}) == 7
+    assert len({key, *(row_key(row, path, judge) for row in others), row_key(rows[0], folder / rows[1].output, judge), row_key(rows[0], path, SimpleNamespace(name="b", is_model=True))}) == 7
 
 
 @pytest.mark.parametrize("damage, criterion", [("flicker", "Temporal Consistency & Texture Fidelity"), ("slide", "Physical Integration & Tracking"), ("freeze", "Physical Integration & Tracking")])
