@@ -239,13 +239,14 @@ def demo(
     host: Optional[str] = typer.Option(None, help="Address to listen at; 0.0.0.0 lets other machines in. [the settings' demo_host]"),
     port: Optional[int] = typer.Option(None, help="[the settings' demo_port]"),
     model: Optional[str] = typer.Option(None, help="Bundled name, folder or hub id. [the settings' checkpoint]"),
+    share: bool = typer.Option(False, "--share", help="Also at a public address, through Gradio's servers."),
 ):
     "Open a page on which clips are edited in the browser."
     from importlib.util import find_spec
     if find_spec("gradio") is None: raise ImportError("`gradio` has to be installed for the page but is not: pip install 'kiwi-edit[demo]'")
     from kiwi_edit.demo import launch
     hush_bars()
-    try: launch(host, port, model, say=typer.echo)
+    try: launch(host, port, model, say=typer.echo, share=share)
     except SystemExit: typer.echo("\nstopped", err=True) # by Ctrl-C, as one stops a server
 
 # %% ../nbs/51_cli.ipynb #6deb3518
