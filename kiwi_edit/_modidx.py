@@ -623,6 +623,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'kiwi_edit.demo.Visitors.place': ('demo.html#visitors.place', 'kiwi_edit/demo.py'),
                                 'kiwi_edit.demo.Visitors.results': ('demo.html#visitors.results', 'kiwi_edit/demo.py'),
                                 'kiwi_edit.demo.Visitors.stop': ('demo.html#visitors.stop', 'kiwi_edit/demo.py'),
+                                'kiwi_edit.demo.Visitors.tidy': ('demo.html#visitors.tidy', 'kiwi_edit/demo.py'),
                                 'kiwi_edit.demo.Watched': ('demo.html#watched', 'kiwi_edit/demo.py'),
                                 'kiwi_edit.demo.Watched.__call__': ('demo.html#watched.__call__', 'kiwi_edit/demo.py'),
                                 'kiwi_edit.demo.Watched.__getattr__': ('demo.html#watched.__getattr__', 'kiwi_edit/demo.py'),

@@ -159,6 +159,7 @@ class Visitors:
     def __init__(self):
         sweep()
         self.root, self.stops = tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{os.getpid()}-", ignore_cleanup_errors=True), {}
+        self.kept = set() # paths below `UPLOADS` that stay: those of the examples
 
     def place(self, session: str) -> Path:
         "The visitor's folder. The name that a browser sends is not used for a path as it is."
@@ -178,6 +179,11 @@ class Visitors:
         for old in [*home.iterdir(), *forgotten]:
             if old != fresh: shutil.rmtree(old, ignore_errors=True)
 
+    def tidy(self):
+        "Delete uploads, and Gradio's copies of results, that are old; Gradio itself forgets some."
+        for file in UPLOADS.rglob("*") if _PREFIX in UPLOADS.name else ():
+            if str(file) not in self.kept and file.is_file() and time.time() - file.stat().st_mtime > KEEP[1]: file.unlink(missing_ok=True)
+
     def begin(self, session: str): self.stops[session] = threading.Event()
 
     def stop(self, session: str):
@@ -192,6 +198,7 @@ class Visitors:
 
     def leave(self, session: str):
         "The visitor is gone."
+        self.tidy()
         self.stop(session)
         self.stops.pop(session, None)
         shutil.rmtree(self.place(session), ignore_errors=True)
@@ -535,7 +542,7 @@ def set_html(
     def figure(row):
         verdict, facts = row["verdicts"][-1], ", ".join(f"{name.split('.')[1]} {row['scores'][name]:.2f}" for name in THRESHOLDS if name in row["scores"])
         said = "through all stages" if verdict["passed"] else f"dropped at {verdict['stage']}: {verdict['reason']}"
-        image = f'<img style="width:100%;max-width:640px" alt="Source, edited clip, mask and reference as far as they were made" src="data:image/jpeg;base64,{base64.b64encode(row["sheet"]).decode()}">' if row["sheet"] else ""
+        image = f'<img style="max-width:100%;max-height:160px" alt="Source, edited clip, mask and reference as far as they were made" src="data:image/jpeg;base64,{base64.b64encode(row["sheet"]).decode()}">' if row["sheet"] else ""
         return f'<figure style="margin:0 0 1.2em">{image}<figcaption><b>{html.escape(row["prompt"])}</b><br>{html.escape(row["iid"])}: {html.escape(said)}<br>{facts}</figcaption></figure>'
     return "".join(figure(row) for row in result.rows[:most])
 
@@ -687,7 +694,7 @@ def edit_tab(load, visitors):
             files = gr.File(label="Take it home", file_count="multiple", interactive=False, elem_id="downloads")
     if rows := sample_examples():
         shown = gr.Examples(rows, [video, image, instruction, references], label="Examples: click one, then Edit", cache_examples=False, visible_columns=[0, 2, 3], elem_id="examples", api_visibility="private")
-        shown.load_input_event.then(lambda: gr.Tabs(selected="clip"), outputs=tabs, **GLUE)
+        shown.load_input_event.then(lambda: (gr.Tabs(selected="clip"), None), outputs=[tabs, image], **GLUE)
     given = [video, image, instruction, references, steps, seed, fast, size, model]
     done = gr.on([button.click, instruction.submit], begin, outputs=halt, **QUICK, **GLUE).then(
         make_editor(load, visitors), given, [*results, last], api_name="edit", show_progress="minimal", show_progress_on=results[3], **DEVICE)
@@ -841,6 +848,7 @@ def make_demo(
         page.unload(leave)
     guard_fields(page)
     page.queue(max_size=16, default_concurrency_limit=4)
+    visitors.kept = {path for block in page.blocks.values() for path in getattr(block, "keep_in_cache", ())}
     page.visitors = visitors # lives as long as the page
     return page
 
@@ -891,6 +899,8 @@ def close(
     page: gr.Blocks, # from `launch`
 ):
     "Stop serving; what visitors have left is deleted."
+    from gradio.route_utils import delete_files_created_by_app
     for session in list(page.visitors.stops): page.visitors.stop(session)
     page.close(verbose=False)
+    delete_files_created_by_app(page, age=None)
     page.visitors.root.cleanup()

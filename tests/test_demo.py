@@ -334,6 +334,15 @@ def test_who_leaves_takes_his_files_along(server, files):
     while folder.exists(): assert time.time() < deadline; time.sleep(.1)
 
 
+def test_old_uploads_go(server):
+    old, new = demo.UPLOADS / "x" / "old.mp4", demo.UPLOADS / "x" / "new.mp4"
+    old.parent.mkdir(parents=True, exist_ok=True)
+    for file in (old, new): file.write_bytes(b"x")
+    for path in [old, *server.visitors.kept]: os.utime(path, (0, 0))
+    server.visitors.tidy()
+    assert not old.exists() and new.exists() and server.visitors.kept and all(Path(path).exists() for path in server.visitors.kept)
+
+
 def test_who_leaves_stops_the_edit(tmp_path):
     stop, ended = threading.Event(), threading.Event()
     def job(tell):
@@ -499,10 +508,11 @@ def test_small_screens_and_names_for_all_fields(page):
 
 def test_close_leaves_nothing(random_model, files):  # noqa: F811
     served = demo.launch("127.0.0.1", 0, random_model, block=False, say=lambda line: None)
-    visitor, root, before = gradio_client.Client(served.local_url, verbose=False), Path(served.visitors.root.name), folder_size(demo.UPLOADS)
+    visitor, root = gradio_client.Client(served.local_url, verbose=False), Path(served.visitors.root.name)
     visitor.predict(**arguments(image=files / "blue.png"), api_name="/edit")
+    kept = {f for block in served.blocks.values() for f in getattr(block, "keep_in_cache", ())}  # examples, which go with the process
+    own = {f for some in served.temp_file_sets for f in some} - kept
     visitor.close()
+    assert own and any(Path(f).exists() for f in own)
     demo.close(served)
-    deadline = time.time() + 30
-    while folder_size(demo.UPLOADS) > before: assert time.time() < deadline; time.sleep(.1)
-    assert not root.exists()
+    assert not root.exists() and not [f for f in own if Path(f).exists()]
