@@ -61,7 +61,7 @@ def test_the_map_matches_the_notebooks():
 def test_links_of_the_readme_lead_somewhere():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
-    assert "assets/figures/hero.png" in links
+    assert "assets/figures/hero.gif" in links
     assert not [link for link in links if not (ROOT / link).exists()]
 
 
