@@ -262,7 +262,7 @@ def retrieval(
 
 # %% ../nbs/40_metrics.ipynb #40a00021
 CLIP_METRICS = dict(  # name -> what it is
-    changed="share of the pixels that the edit touches", psnr_outside="dB to the source where nothing should change", ssim_outside="SSIM there",
+    changed="share of the pixels that the edit touches", psnr_outside="dB to the source where nothing should change", ssim_outside="SSIM to the source there",
     flicker="levels beyond the source's", warp_error="levels beyond the source's", motion="agreement with the source's motion, 1 at most",
     frozen="share of frames that repeat the one before though the source moves", shift="displacement as a whole, share of the sides",
     sharpness="ratio to the source's", reference="likeness of what came in to the reference", edit_done="share of the edit that is done, where the target is known")
