@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 FOUND = {}  # (case, quantity) -> largest relative difference
-TAKEN = os.environ.get("KIWI_EDIT_TAKEN")  # folder in which processes that share the tests mark the files that they take; the second one begins at the end
+TAKEN = os.environ.get("KIT_TESTS_TAKEN")  # folder in which processes that share the tests mark the files that they take; the second one begins at the end
 
 
 @cache
@@ -17,7 +17,7 @@ def _mine(path):
 
 
 def pytest_collection_modifyitems(items):
-    if TAKEN and os.environ.get("KIWI_EDIT_SECOND"): items.sort(key=lambda item: item.path, reverse=True)  # stable, so within a file the order stays
+    if TAKEN and os.environ.get("KIT_TESTS_SECOND"): items.sort(key=lambda item: item.path, reverse=True)  # stable, so within a file the order stays
 
 
 @pytest.hookimpl(tryfirst=True)
