@@ -14,17 +14,15 @@ import PIL.Image
 import torch
 from tqdm.auto import tqdm
 
-from .benchmark import candidate_targets, describe_hardware
+from .benchmark import candidate_targets, denoise_batch, describe_hardware
 from .cache import Batch, BatchPlan, RowSettings, build_cache, collate_rows
 from .core import choose_device
 from .curriculum import Loss, Stage, select
 from .dataset import Sample
 from .encoder import encode_context
 from .foundations import start_model
-from .guidance import EditCache, denoise
-from .latents import decode_latents
 from .metrics import SetDistance, nearest, psnr_from_error, set_distance, squared_error
-from .pipeline import KiwiEditPipeline, flow_sigmas
+from .pipeline import KiwiEditPipeline
 from .training import FlowMatching, draw_noise, fit, put_model, train
 from .video import Strip, replacing
 from .world import EVAL_SEED, Quadruplet, World
@@ -32,8 +30,8 @@ from .world import EVAL_SEED, Quadruplet, World
 # %% auto #0
 __all__ = ['RECIPES', 'REFERENCES', 'EXPERIMENTS', 'WITH_REFERENCE', 'WITHOUT', 'TRAIN_SEED', 'MEASURES', 'STATISTICS', 'Recipe',
            'Plan', 'halved', 'scenes', 'synthesizers', 'make_references', 'Scenes', 'make_foundations', 'fresh_model',
-           'Data', 'make_data', 'gated', 'batch_order', 'batches_of', 'edit_rows', 'measure_edits', 'run_cell',
-           'Ablation', 'reference_distances', 'run_experiment', 'main']
+           'Data', 'make_data', 'gated', 'batch_order', 'batches_of', 'measure_edits', 'run_cell', 'Ablation',
+           'reference_distances', 'run_experiment', 'main']
 
 # %% ../nbs/43_ablations.ipynb #43000007
 @dataclass(frozen=True)
@@ -285,25 +283,6 @@ def batches_of(
         return batch, draw_noise(batch, Loss(), seed, number, list(range(part, plan.batch_size, parts)), plan.batch_size, shift)
     return make
 
-# %% ../nbs/43_ablations.ipynb #4300001b
-@torch.no_grad()
-def edit_rows(
-    pipe,  # `KiwiEditPipeline`
-    batch: Batch,
-    steps: int,
-    seeds: list[int],  # of the noise
-) -> np.ndarray:  # (B, T, H, W, 3) uint8
-    "Edit a batch of rows, without a second look at the pixels that they were made of."
-    context, mask = encode_context(pipe.mllm, pipe.guidance, batch.inputs, batch.vision)
-    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    scheduler.set_timesteps(sigmas=flow_sigmas(steps), device=context.device)
-    latents = torch.cat([torch.randn((1, *batch.source.shape[1:]), generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(context.device)
-    cache = EditCache(num_steps=steps)
-    for t, sigma in zip(scheduler.timesteps, scheduler.sigmas):
-        velocity = denoise(pipe.transformer, pipe.guidance, latents, t.expand(len(seeds)), sigma.expand(len(seeds)), context, mask, batch.source, batch.reference, cache=cache)
-        latents = scheduler.step(velocity.float(), t, latents, return_dict=False)[0]
-    return decode_latents(pipe.vae, latents)
-
 # %% ../nbs/43_ablations.ipynb #4300001d
 MEASURES = ("error", "distance", "outside", "told_apart", "edges")
 
@@ -362,7 +341,9 @@ def run_cell(
             for start in range(0, len(quadruplets), 16):
                 at = range(start, min(start + 16, len(quadruplets)))
                 full = rows[kind].rows(at) if task in WITH_REFERENCE else None
-                outputs.append(edit_rows(pipe, gated(full, rows["blind"].rows(at), recipe, rows["blind"].token_ids), plan.edit_steps, [quadruplets[i].meta["seed"] for i in at]))
+                batch = gated(full, rows["blind"].rows(at), recipe, rows["blind"].token_ids)
+                with torch.no_grad(): context, mask = encode_context(pipe.mllm, pipe.guidance, batch.inputs, batch.vision)
+                outputs.append(denoise_batch(pipe, context, mask, batch.source, batch.reference, plan.edit_steps, [quadruplets[i].meta["seed"] for i in at]))
             outputs = np.concatenate(outputs)
             scores[f"{task} / {kind}"] = measure_edits(quadruplets, outputs)
             if kind in ("blind", "authentic"): pictures.append(outputs[:4, 0].reshape(-1, plan.size, 3))

@@ -32,10 +32,10 @@ from .world import EVAL_SEED, TASKS, Quadruplet, World
 
 # %% auto #0
 __all__ = ['BENCHMARK_TASKS', 'NUM_CANDIDATES', 'BENCH_SAMPLES', 'BENCH_DIGESTS', 'benchmark_samples', 'bench_digest',
-           'check_bench', 'candidate_targets', 'edit_batch', 'CopySource', 'Oracle', 'reconstruct', 'paste_reference',
-           'PasteReference', 'FrameByFrame', 'MeanColour', 'flicker_error', 'sharpness_share', 'Report', 'Comparison',
-           'describe_hardware', 'measure', 'run_benchmark', 'world_rate', 'checkpoint_digest', 'provenance', 'Ranking',
-           'film_of', 'run_baselines']
+           'check_bench', 'candidate_targets', 'edit_batch', 'denoise_batch', 'CopySource', 'Oracle', 'reconstruct',
+           'paste_reference', 'PasteReference', 'FrameByFrame', 'MeanColour', 'flicker_error', 'sharpness_share',
+           'Report', 'Comparison', 'describe_hardware', 'measure', 'run_benchmark', 'world_rate', 'checkpoint_digest',
+           'provenance', 'Ranking', 'film_of', 'run_baselines']
 
 # %% ../nbs/42_benchmark.ipynb #e237106b
 BENCHMARK_TASKS = TASKS  # six edits of clips, and the two edits of pictures that make references
@@ -128,7 +128,7 @@ def edit_batch(
     if len(seeds) != len(samples): raise ValueError(f"`seeds` has to hold one number for each of {len(samples)} samples but holds {len(seeds)}.")
     steps = pipe.config.default_steps if steps is None else steps
     if steps < 1: raise ValueError(f"`steps` has to be at least 1 but is {steps}.")
-    device, dtype, config = pipe._execution_device, pipe.transformer.dtype, pipe.guidance.config
+    device, config = pipe._execution_device, pipe.guidance.config
 
     images = [[] if sample.reference is None else [PIL.Image.fromarray(sample.reference)] for sample in samples]
     sources = [sample.source for sample in samples]
@@ -137,6 +137,24 @@ def edit_batch(
     source_latents = encode_frames(pipe.vae, np.stack(sources), device)
     reference_latents, reference_mask = _reference_latents(pipe, images, sources[0].shape, device)
 
+    edited = denoise_batch(pipe, context, context_mask, source_latents, reference_latents, steps, seeds, reference_mask)
+    pipe.maybe_free_model_hooks()
+    return edited
+
+
+@torch.no_grad()
+def denoise_batch(
+    pipe: KiwiEditPipeline,
+    context: torch.Tensor,  # (B, N, dim)
+    context_mask: torch.Tensor | None,  # from `encode_context`
+    source_latents: torch.Tensor,  # (B, z, f, h, w)
+    reference_latents: torch.Tensor | None,  # (B, z, R, h, w)
+    steps: int,
+    seeds: list[int],  # of the noise
+    reference_mask: torch.Tensor | None = None,  # (B, R) bool, False where a sample lacks its reference
+) -> np.ndarray:  # (B, T, H, W, 3) uint8
+    "The rest of an edit once all is encoded, for a batch."
+    device, dtype, config = source_latents.device, pipe.transformer.dtype, pipe.guidance.config
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     scheduler.set_timesteps(sigmas=flow_sigmas(steps), device=device)
     timesteps, sigmas = scheduler.timesteps, scheduler.sigmas.to(device)
@@ -144,14 +162,12 @@ def edit_batch(
     conditions = [None if x is None else x.to(dtype) for x in (source_latents, reference_latents)]
     cache = EditCache(num_steps=len(timesteps))
     for i, t in enumerate(timesteps):
-        timestep = t.expand(len(samples))
-        sigma = rounded_sigma(timestep, timesteps, sigmas) if config.round_timestep else sigmas[i].expand(len(samples))
+        timestep = t.expand(len(seeds))
+        sigma = rounded_sigma(timestep, timesteps, sigmas) if config.round_timestep else sigmas[i].expand(len(seeds))
         velocity = denoise(pipe.transformer, pipe.guidance, latents.to(dtype), timestep, sigma, context.to(dtype), context_mask,
                            *conditions, reference_mask=reference_mask, cache=cache).float()
         latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
-    edited = decode_latents(pipe.vae, latents)
-    pipe.maybe_free_model_hooks()
-    return edited
+    return decode_latents(pipe.vae, latents)
 
 
 def _reference_latents(pipe, images, shape, device):

@@ -13,14 +13,13 @@ from pathlib import Path
 
 # %% auto #0
 __all__ = ['UPLOADS', 'logger', 'SUGGESTIONS', 'PEAKS', 'KEEP', 'UPLOAD', 'LONGEST', 'LARGEST', 'LABELS', 'AWAY', 'THRESHOLDS',
-           'METRICS', 'KINDS', 'DEVICE', 'GLUE', 'QUICK', 'LOOK', 'build_demo', 'sample_examples', 'weights_in',
-           'memory_note', 'describe', 'LazyPipeline', 'alive', 'sweep', 'Visitors', 'check_source', 'check_references',
-           'Stopped', 'messages', 'crop', 'clean_guess', 'Watched', 'running', 'time_left', 'Edit', 'frame_pair',
-           'difference_map', 'call_as_python', 'make_downloads', 'make_editor', 'to_picture', 'show_looks',
-           'show_without', 'show_versus', 'data_sets', 'world_set', 'read_set', 'funnel_html', 'set_html',
-           'judge_names', 'judge_edit', 'source_fields', 'crop_fields', 'result_fields', 'compare_fields',
-           'model_fields', 'edit_tab', 'guidance_tab', 'data_tab', 'judge_tab', 'guard_fields', 'make_demo',
-           'free_port', 'launch', 'close']
+           'METRICS', 'KINDS', 'DEVICE', 'GLUE', 'QUICK', 'LOOK', 'sample_examples', 'weights_in', 'memory_note',
+           'describe', 'LazyPipeline', 'alive', 'sweep', 'Visitors', 'check_source', 'check_references', 'Stopped',
+           'messages', 'crop', 'clean_guess', 'Watched', 'running', 'time_left', 'Edit', 'frame_pair', 'difference_map',
+           'call_as_python', 'make_downloads', 'make_editor', 'to_picture', 'show_looks', 'show_without', 'show_versus',
+           'data_sets', 'world_set', 'read_set', 'funnel_html', 'set_html', 'judge_names', 'judge_edit',
+           'source_fields', 'crop_fields', 'result_fields', 'compare_fields', 'model_fields', 'edit_tab',
+           'guidance_tab', 'data_tab', 'judge_tab', 'guard_fields', 'make_demo', 'free_port', 'launch', 'close']
 
 # %% ../nbs/50_demo.ipynb #dd6a8ad3
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False") # before the import: the page talks to nobody but the browser,
@@ -851,8 +850,6 @@ def make_demo(
     visitors.kept = {path for block in page.blocks.values() for path in getattr(block, "keep_in_cache", ())}
     page.visitors = visitors # lives as long as the page
     return page
-
-build_demo = make_demo
 
 # %% ../nbs/50_demo.ipynb #b774e2eb
 def free_port(

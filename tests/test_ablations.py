@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from kiwi_edit.ablations import (RECIPES, REFERENCES, TRAIN_SEED, WITH_REFERENCE, Ablation, Data, Plan, Recipe, Scenes, batch_order, batches_of, edit_rows, fresh_model, gated, halved, main,
+from kiwi_edit.ablations import (RECIPES, REFERENCES, TRAIN_SEED, WITH_REFERENCE, Ablation, Data, Plan, Recipe, Scenes, batch_order, batches_of, fresh_model, gated, halved, main,
                                  make_references, measure_edits, run_cell, scenes)
 from kiwi_edit.cache import OnlineRows, RowSettings
 from kiwi_edit.core import asset
