@@ -3,6 +3,7 @@
     python .ci/notebooks.py export    write kiwi_edit/, clean nbs/, write README.md
     python .ci/notebooks.py check     do that in a copy and show what would change; the checkout stays as it is
     python .ci/notebooks.py site OUT  write all notebooks as web pages that need no network, with an index of the API
+    python .ci/notebooks.py badges OWNER/REPOSITORY [BRANCH]  put badges into all notebooks that open them at Colab and Kaggle, and a first cell that installs the kit there
 """
 import ast
 import difflib
@@ -220,6 +221,39 @@ def site(
     (out / "api.html").write_text(page, encoding="utf-8")
 
 
+# --- badges ---------------------------------------------------------------------------------------------------------
+
+INSTALL = """#| hide
+#| eval: false
+# On Colab or Kaggle this installs the kit; where it is installed, nothing happens.
+import importlib.util
+
+if importlib.util.find_spec("kiwi_edit") is None:
+    %pip install -q git+https://github.com/{repository}@{branch}
+"""
+
+
+def badges(
+    root: Path,  # a checkout, changed in place
+    repository: str,  # OWNER/REPOSITORY at GitHub, public
+    branch: str = "main",
+) -> None:
+    "A line of badges below every title, and a first cell that installs the kit where it is missing; older ones are replaced."
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise ValueError(f"`repository` has to be OWNER/REPOSITORY but is {repository!r}.")
+    for path in notebooks(root):
+        notebook, there = json.loads(path.read_text(encoding="utf-8")), f"github.com/{repository}/blob/{branch}/nbs/{path.name}"
+        line = (f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/{there.replace('.com', '', 1)}) "
+                f"[![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://{there})")
+        title, *rest = (c for c in notebook["cells"] if c["id"] != "install0")
+        text = re.sub(r"\n*^\[!\[Open in Colab\].*$", "", "".join(title["source"]), flags=re.M).rstrip() + f"\n\n{line}"
+        title["source"] = text.splitlines(keepends=True)
+        install = dict(cell_type="code", id="install0", metadata={}, source=INSTALL.format(repository=repository, branch=branch).strip().splitlines(keepends=True), execution_count=None, outputs=[])
+        notebook["cells"] = [title, install, *rest]
+        path.write_text(json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (root / "README.md").write_text(readme(root / "nbs" / "index.ipynb"), encoding="utf-8")
+
+
 if __name__ == "__main__":
     if sys.argv[1:] == ["export"]:
         export(ROOT)
@@ -227,5 +261,7 @@ if __name__ == "__main__":
         sys.exit(1 if check(ROOT) else 0)
     elif sys.argv[1:2] == ["site"] and len(sys.argv) <= 3:
         site(ROOT, Path(sys.argv[2] if sys.argv[2:] else ROOT / "outputs" / "site").resolve())
+    elif sys.argv[1:2] == ["badges"] and 3 <= len(sys.argv) <= 4:
+        badges(ROOT, *sys.argv[2:])
     else:
         sys.exit(__doc__)

@@ -233,12 +233,12 @@ def without(
     for part in parts:
         if part not in PARTS and not isinstance(part, int): raise ValueError(f"`parts` has to be of {', '.join(PARTS)}, or numbers of queries, but holds {part!r}.")
     other = copy.copy(pipe)
-    if "tokens" in parts: other.encode_references = lambda references, height, width: None
+    if "tokens" in parts: other.encode_references = lambda *_: None
     if set(parts) - {"tokens"}: other.encode_prompt = partial(_encode_without, pipe, parts)
     return other
 
-def _encode_without(pipe, parts, prompts, frames, references=()):
-    context, mask = pipe.encode_prompt(prompts, frames, references)
+def _encode_without(pipe, parts, prompts, frames, references=(), device=None):
+    context, mask = pipe.encode_prompt(prompts, frames, references, device)
     count = len(pipe.guidance.queries("ref" if len(references) else "image" if len(frames) == 1 else "video"))
     number = torch.arange(context.shape[1], device=context.device) - (mask.sum(1, keepdim=True) - count)  # of the query; below 0 for features
     if wrong := [part for part in parts if isinstance(part, int) and not 0 <= part < count]: raise ValueError(f"`parts` has to have numbers of queries from 0 to {count - 1} but has {wrong[0]}.")

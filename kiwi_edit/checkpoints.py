@@ -783,7 +783,7 @@ def write_trainer(
             elif part == "transformer" and not adapted: tensors[prefix + native_wan_name(name)] = p
             else: base[part][_plain_name(name)] = p
     noted = dict(guidance={name: _plain(value) for name, value in pipe.guidance.config.items() if not name.startswith("_")},
-                 scheduler=dict(shift=pipe.scheduler.config.shift), pipeline={name: pipe.config[name] for name in ("max_pixels", "max_frames", "default_steps", "schedule")})
+                 scheduler=dict(shift=pipe.scheduler.config.shift), pipeline={name: pipe.config[name] for name in ("max_pixels", "max_frames", "window_frames", "default_steps", "schedule")})
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: p.contiguous() for name, p in tensors.items()}, folder / f"step-{step}.safetensors", metadata={"format": "pt", _METADATA: json.dumps(noted)})
     _write(folder / "base/transformer/config.json", {name: _plain(value) for name, value in pipe.transformer.config.items() if not name.startswith("_")})

@@ -38,6 +38,7 @@ class Preset:
     fps: float  # frames a second of what is generated
     max_pixels: int  # width * height that a clip is fitted into
     num_inference_steps: int  # denoising steps of one edit
+    window_frames: int | None = None  # in a window of a longer clip; None: as many as `num_frames`
     shift: float = 5.0  # of the flow-matching schedule: more of the steps at high noise
 
     @property
@@ -163,7 +164,7 @@ _tiny = Preset(
         max_object_token=16, max_pixels_per_frame=112 * 112, min_pixels_per_frame=112 * 112, max_image_pixels=112 * 112, min_image_pixels=112 * 112,
         ref_pad_first=False, zero_init=False, query_read_out="queries", round_timestep=False, round_pixels=False,
     ),
-    height=64, width=64, num_frames=5, fps=8, max_pixels=64 * 64, num_inference_steps=4,
+    height=64, width=64, num_frames=5, window_frames=13, fps=8, max_pixels=64 * 64, num_inference_steps=4,
 )
 PRESETS = {p.name: p for p in (_tiny, _wan22_5b, _wan21_14b)}
 

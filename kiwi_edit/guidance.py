@@ -20,8 +20,8 @@ from torch import nn
 from .latents import ramp
 
 # %% auto #0
-__all__ = ['connector', 'embedder', 'KiwiGuidance', 'Rope', 'EditCache', 'Context', 'rotate', 'halve', 'attend',
-           'KiwiAttnProcessor', 'find_wan', 'hooked', 'rounded_sigma', 'check_shapes', 'denoise', 'Window',
+__all__ = ['connector', 'embedder', 'KiwiGuidance', 'Rope', 'EditCache', 'Context', 'rotate', 'halve', 'position_likeness',
+           'attend', 'KiwiAttnProcessor', 'find_wan', 'hooked', 'rounded_sigma', 'check_shapes', 'denoise', 'Window',
            'latent_windows', 'denoise_windows', 'window_caches']
 
 # %% ../nbs/21_guidance.ipynb #af144d2b
@@ -124,6 +124,20 @@ def rotate(
 def halve(cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None = None) -> Rope:
     "Wan's tables hold each value twice, side by side; once is enough."
     return Rope(cos[..., 0::2].contiguous(), sin[..., 1::2].contiguous(), mask)
+
+# %% ../nbs/21_guidance.ipynb #21a0c001
+def position_likeness(
+    rope: nn.Module,  # of a Wan transformer
+    frames: int,  # latent frames of the clip
+    references: int = 1,
+    first: bool = False,  # references stand in front of the clip instead of behind it
+) -> torch.Tensor:  # (references, frames) in -1..1
+    "How near rotary positions put each reference to each frame: the mean cosine of the angles between tokens at the same place of the picture."
+    _, height, width = rope.patch_size
+    cos, sin = halve(*rope(torch.empty(1, 1, frames + references, height, width)))[:2]
+    likeness = torch.einsum("bqhd,bkhd->qk", cos, cos) + torch.einsum("bqhd,bkhd->qk", sin, sin)
+    likeness /= cos.shape[-1]
+    return likeness[:references, references:] if first else likeness[frames:, :frames]
 
 # %% ../nbs/21_guidance.ipynb #ed0c21bf
 def attend(

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, patchify, unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm, patchify, unpatchify
 from torch.overrides import TorchFunctionMode
 
 # %% auto #0
-__all__ = ['latent_statistics', 'flat_convolutions', 'fire_hooks', 'tile_starts', 'ramp', 'in_tiles', 'encode_frames',
-           'decode_latents', 'regroup', 'stream_latents', 'stream_frames']
+__all__ = ['latent_statistics', 'fast_layers', 'fire_hooks', 'tile_starts', 'ramp', 'in_tiles', 'encode_frames', 'decode_latents',
+           'regroup', 'stream_latents', 'stream_frames']
 
 # %% ../nbs/02_latents.ipynb #5884e9db
 def latent_statistics(vae: AutoencoderKLWan, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:  # each (1, z, 1, 1, 1)
@@ -50,24 +50,31 @@ def _forward_where_it_helps(self, x, cache_x=None):
     lone = x.shape[2] == 1 and cache_x is None and self.stride[0] == 1
     return _forward_flat(self, x, cache_x) if lone or x.device.type == "cpu" else type(self).forward(self, x, cache_x)
 
-_flat_lock = threading.Lock()
+def _forward_summed(self, x):
+    "A norm over channels whose squares are summed plane by plane, as memory holds them."
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not self.channel_first: return type(self).forward(self, x)
+    length = x.square().sum(1, keepdim=True).clamp_min(1e-24).sqrt()  # at least 1e-12, as PyTorch's `normalize` has it
+    return x * (self.scale / length) * self.gamma + self.bias
+
+_FORWARDS = {WanCausalConv3d: _forward_where_it_helps, WanRMS_norm: _forward_summed}
+_fast_lock = threading.Lock()
 
 @contextmanager
-def flat_convolutions(
+def fast_layers(
     vae: AutoencoderKLWan,
 ):
-    "Within it, the autoencoder's 3D convolutions run as 2D ones where that is faster: the same numbers, up to rounding. Several threads may be within it at once."
+    "Within it, the autoencoder's 3D convolutions run as 2D ones and its norms sum in the order of memory, where that is faster: the same numbers, up to rounding. Several threads may be within it at once."
     counted = vars(vae.decoder)  # copies of an autoencoder that share its layers share the count
     def count(change):
-        with _flat_lock:
-            users = counted["_flat_users"] = counted.get("_flat_users", 0) + change
+        with _fast_lock:
+            users = counted["_fast_users"] = counted.get("_fast_users", 0) + change
             if users == 1 and change == 1:
                 for module in vae.modules():
-                    if isinstance(module, WanCausalConv3d): module.forward = types.MethodType(_forward_where_it_helps, module)
+                    if type(module) in _FORWARDS: module.forward = types.MethodType(_FORWARDS[type(module)], module)
             if not users:
                 for module in vae.modules():
-                    if isinstance(module, WanCausalConv3d): vars(module).pop("forward", None)
-                del counted["_flat_users"]
+                    if type(module) in _FORWARDS: vars(module).pop("forward", None)
+                del counted["_fast_users"]
     count(1)
     try: yield vae
     finally: count(-1)
@@ -152,7 +159,7 @@ def encode_frames(
         raise ValueError(f"`frames` has to hold {step}k+1 frames for this autoencoder but holds {frames.shape[1]}.")
     pixels = _to_pixels(vae, frames, device)
     mean, std = latent_statistics(vae, pixels.device)
-    with flat_convolutions(vae): return (in_tiles(vae, pixels.to(vae.dtype), "encode").float() - mean) / std
+    with fast_layers(vae): return (in_tiles(vae, pixels.to(vae.dtype), "encode").float() - mean) / std
 
 def decode_latents(
     vae: AutoencoderKLWan,
@@ -160,7 +167,7 @@ def decode_latents(
 ) -> np.ndarray:  # (B, T, H, W, 3) uint8
     "Frames of normalised latents."
     mean, std = latent_statistics(vae, latents.device)
-    with flat_convolutions(vae): return _to_frames(in_tiles(vae, (latents.float() * std + mean).to(vae.dtype), "decode"))
+    with fast_layers(vae): return _to_frames(in_tiles(vae, (latents.float() * std + mean).to(vae.dtype), "decode"))
 
 # %% ../nbs/02_latents.ipynb #02a00017
 def _streamed(vae, way):
@@ -176,7 +183,7 @@ def _streamed(vae, way):
         return y if vae.config.patch_size is None else unpatchify(y, vae.config.patch_size)
     def step(x):
         fire_hooks(vae)
-        with flat_convolutions(vae), torch.no_grad(): return in_tiles(vae, x.to(vae.dtype), way, run)
+        with fast_layers(vae), torch.no_grad(): return in_tiles(vae, x.to(vae.dtype), way, run)
     return step
 
 def regroup(

@@ -262,19 +262,25 @@ class KiwiEditPipeline(DiffusionPipeline):
         processor: KiwiProcessor,
         guidance: KiwiGuidance,
         max_pixels: int = 921600,  # of a frame, or of a window of a larger one
-        max_frames: int = 81,  # of a clip, or of a window of a longer one
+        max_frames: int = 81,  # of a clip
+        window_frames: int | None = None,  # of a window of a longer clip, where these are more than `max_frames`
         default_steps: int = 50,  # denoising steps where a call names none
         schedule: str = "native",  # their noise levels, see `flow_sigmas`
     ):
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, mllm=mllm, processor=processor, guidance=guidance)
-        self.register_to_config(max_pixels=max_pixels, max_frames=max_frames, default_steps=default_steps, schedule=schedule)
+        self.register_to_config(max_pixels=max_pixels, max_frames=max_frames, window_frames=window_frames, default_steps=default_steps, schedule=schedule)
         self.memory = EditMemory()
 
     @property
     def size_multiple(self) -> int:
         "Width and height of an edit are multiples of this many pixels."
         return self.vae.config.scale_factor_spatial * self.transformer.config.patch_size[-1]
+
+    @property
+    def window_frames(self) -> int:
+        "Frames that are denoised at once of a clip that is longer than `max_frames`."
+        return max(self.config.max_frames, self.config.window_frames or 0)
 
     @classmethod
     def from_preset(
@@ -297,7 +303,7 @@ class KiwiEditPipeline(DiffusionPipeline):
             WanTransformer3DModel(**preset.transformer).eval(), AutoencoderKLWan(**preset.vae).eval(),
             FlowMatchEulerDiscreteScheduler(shift=preset.shift), Qwen2_5_VLForConditionalGeneration(config).eval(),
             KiwiProcessor(tokenizer), KiwiGuidance(**preset.guidance).eval(), max_pixels=preset.max_pixels,
-            max_frames=preset.num_frames, default_steps=preset.num_inference_steps)
+            max_frames=preset.num_frames, window_frames=preset.window_frames, default_steps=preset.num_inference_steps)
 
     @classmethod
     def from_pretrained(
@@ -405,17 +411,18 @@ def encode_prompt(
     prompts: list[str],
     frames: np.ndarray,  # (T, H, W, 3) uint8
     references: list[PIL.Image.Image] = (),
+    device: torch.device | None = None,  # None asks the pipeline, which looks through all of its modules
 ) -> tuple[torch.Tensor, torch.Tensor]:  # context (B, N, dim), mask (B, N)
     "Contexts of several instructions about one clip; the pictures are looked at once, and remembered."
-    config, n = self.guidance.config, len(prompts)
+    config, n, device = self.guidance.config, len(prompts), device or self._execution_device
     inputs = [prepare_inputs(self.processor, config, [prompt], [frames], [references]) for prompt in prompts]
     mark, features, rows = weights_key(self.mllm.model.visual), [], inputs[0].pixel_values
     for grid in inputs[0].grids[0]:
         size = grid[0] * grid[1] * grid[2]
         one, rows = replace(inputs[0], grids=[[grid]], pixel_values=rows[:size]), rows[size:]
         key = mark and ("vision", mark, content_key(one.pixel_values.numpy()), grid)
-        features.append(self.memory.get(key, lambda: vision_features(self.mllm, one.to(self._execution_device))[0]))
-    return encode_context(self.mllm, self.guidance, collate_inputs(inputs).to(self._execution_device), [torch.cat(features)] * n)
+        features.append(self.memory.get(key, lambda: vision_features(self.mllm, one.to(device))[0]))
+    return encode_context(self.mllm, self.guidance, collate_inputs(inputs).to(device), [torch.cat(features)] * n)
 
 # %% ../nbs/22_pipeline.ipynb #f6e58b7d
 def _encoder_key(pipe, kind, content):  # of latents that the autoencoder makes as it is set now
@@ -428,11 +435,13 @@ def _encoder_key(pipe, kind, content):  # of latents that the autoencoder makes 
 def encode_source(
     self,
     footage: Footage,
+    device: torch.device | None = None,
 ) -> torch.Tensor:  # (1, z, f, h, w) float32
     "Latents of the source; what is longer than the model takes flows through in pieces."
     def make():
-        if footage.count <= self.config.max_frames and footage.frames is not None: return encode_frames(self.vae, footage.frames, self._execution_device)
-        return torch.cat(list(stream_latents(self.vae, footage.chunks(), self._execution_device, drop_rest=True)), dim=2)
+        place = device or self._execution_device
+        if footage.count <= self.config.max_frames and footage.frames is not None: return encode_frames(self.vae, footage.frames, place)
+        return torch.cat(list(stream_latents(self.vae, footage.chunks(), place, drop_rest=True)), dim=2)
     return self.memory.get(_encoder_key(self, "source", footage.key), make)
 
 
@@ -441,11 +450,12 @@ def encode_references(
     self,
     references: list[PIL.Image.Image],
     height: int, width: int,  # of the clip, or of its windows
+    device: torch.device | None = None,
 ) -> torch.Tensor | None:  # (1, z, R, h, w)
     "Latents of all references, one latent frame each."
     if not references: return None
     padded = np.stack([fit_reference(image, width, height)[None] for image in references])
-    return self.memory.get(_encoder_key(self, "references", content_key(padded)), lambda: encode_frames(self.vae, padded, self._execution_device).transpose(0, 2))
+    return self.memory.get(_encoder_key(self, "references", content_key(padded)), lambda: encode_frames(self.vae, padded, device or self._execution_device).transpose(0, 2))
 
 
 @patch_to(KiwiEditPipeline)
@@ -453,15 +463,16 @@ def windows(
     self,
     frames: int, height: int, width: int,  # of the clip, in frames and pixels
     window_overlap: float = .25,  # the least share of a window that its neighbour has too
-) -> list[Window] | None:  # None: the model takes the clip as a whole
+) -> list[Window] | None:  # None: one window is enough
     "The windows in which a clip is denoised that is longer or larger than the model takes."
     vae, patch = self.vae.config, self.transformer.config.patch_size[-1]
     window_width, window_height = fit_size(width, height, self.config.max_pixels, self.size_multiple)
     if frames <= self.config.max_frames and (window_width, window_height) == (width, height): return None
     to_latents = lambda t, h, w: ((t - 1) // vae.scale_factor_temporal + 1, h // vae.scale_factor_spatial, w // vae.scale_factor_spatial)
-    shape, size = to_latents(frames, height, width), to_latents(min(frames, self.config.max_frames), window_height, window_width)
+    shape, size = to_latents(frames, height, width), to_latents(min(frames, self.window_frames), window_height, window_width)
     overlap = [0 if side == length else max(1, round(side * window_overlap)) for side, length in zip(size, shape)]
-    return latent_windows(shape, size, overlap, patch)
+    windows = latent_windows(shape, size, overlap, patch)
+    return windows if len(windows) > 1 else None
 
 # %% ../nbs/22_pipeline.ipynb #f730182f
 @patch_to(KiwiEditPipeline)
@@ -514,11 +525,11 @@ def __call__(
 
     # 2. Encode
     guided = guidance_scale > 1
-    context, context_mask = self.encode_prompt([negative_prompt, prompt] if guided else [prompt], video.looked_at(), references)
-    source_latents, factor = self.encode_source(video), self.vae.config.scale_factor_spatial
+    context, context_mask = self.encode_prompt([negative_prompt, prompt] if guided else [prompt], video.looked_at(), references, device)
+    source_latents, factor = self.encode_source(video, device), self.vae.config.scale_factor_spatial
     windows = self.windows((source_latents.shape[2] - 1) * self.vae.config.scale_factor_temporal + 1, height, width, window_overlap)
     sides = (height, width) if windows is None else [factor * side for side in windows[0].weight.shape[1:]]
-    reference_latents = self.encode_references(references, *sides)
+    reference_latents = self.encode_references(references, *sides, device)
 
     # 3. Timesteps
     self.scheduler.set_timesteps(sigmas=flow_sigmas(steps, self.config.schedule) if sigmas is None else list(sigmas), device=device)

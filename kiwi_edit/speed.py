@@ -188,7 +188,7 @@ SAVINGS = {saving.name: saving for saving in (
     Saving("keys and values", "those of cross-attention are projected once for all steps", _forgetting("key_values")),
     Saving("head", "the denoiser's head sees the tokens of the clip and not those of references", _head_on_all),
     Saving("language model", "it keeps neither keys and values nor the states of all of its layers", _language_model_that_keeps),
-    Saving("convolutions", "3D convolutions of the autoencoder run as 2D ones on a CPU", lambda pipe: patched((latents, "flat_convolutions", nullcontext))),
+    Saving("autoencoder", "on a CPU its 3D convolutions run as 2D ones, and its norms sum in the order of memory", lambda pipe: patched((latents, "fast_layers", nullcontext))),
     Saving("reading", "frames are decoded by threads and resized by others", lambda pipe: patched((pipeline, "read_video", _frame_by_frame))),
     Saving("memory", "what the encoders made of a clip and of pictures is remembered", lambda pipe: patched((pipe, "memory", EditMemory(0))), "the next edit"),
     Saving("streams", "long clips go through the autoencoder in pieces", _all_at_once, "memory"),
@@ -646,7 +646,7 @@ def configurations(
     found = [Configuration("exact", "exact", own, nullcontext), Configuration("everything recomputed", "recomputed", own, recomputed),
              Configuration("the next edit of the clip", "exact", own, nullcontext, fresh=False)]
     for name, saving in ({} if quick else SAVINGS).items():
-        if saving.saves == "every edit" and (name != "convolutions" or subject.pipe._execution_device.type == "cpu"):
+        if saving.saves == "every edit" and (name != "autoencoder" or subject.pipe._execution_device.type == "cpu"):
             found.append(Configuration(f"without {name}", "without", own, saving.without))
     if many != own: found += [Configuration("exact", "exact", many, nullcontext), Configuration("everything recomputed", "recomputed", many, recomputed)]
     for chosen in QUICK if quick else TRIED:
@@ -751,29 +751,28 @@ def seam_error(
 def measure_windows(
     subject: Subject,
     frames: int = 161,  # of the long clip, 4k+1
-    seed: int = EVAL_SEED + 9,  # of its scene
-) -> dict:  # "frames", "windows", "one_bytes", "all_bytes", "seconds", "seam", "inside", "what" the inside is
+    seed: int = EVAL_SEED + 9,  # of its scenes
+    tasks: tuple[str, ...] = ("background", "subject", "add", "remove", "change", "style"),  # whose edits are looked at; with random weights the first one
+) -> dict:  # "frames", "windows", "one_bytes", "all_bytes", "seconds", "seam", "inside"
     "A long clip in windows: memory beside that of a single window, and how rough its seams are."
-    pipe, limits = subject.pipe, (subject.pipe.config.max_frames, subject.pipe.config.max_pixels)
-    side = max(1, math.isqrt(limits[1]) // pipe.size_multiple) * pipe.size_multiple
-    sample, trained = World(side, side, frames, split="eval").sample(seed, "background"), subject.name == "tiny"
-    def edit(count, **options):
+    pipe, trained = subject.pipe, subject.name == "tiny"
+    window, side = pipe.window_frames, math.isqrt(pipe.config.max_pixels) // pipe.size_multiple * pipe.size_multiple
+    world, device = World(side, side, frames, split="eval"), str(pipe._execution_device)
+    def edit(sample, count=frames, **options):
         pipe.memory.clear()
-        return pipe(sample.instruction, sample.source[:count], PIL.Image.fromarray(sample.reference), num_frames=count, generator=torch.Generator().manual_seed(0), **dict(output_type="stream") | options).frames[0]
+        reference = None if sample.reference is None else PIL.Image.fromarray(sample.reference)
+        return pipe(sample.instruction, sample.source[:count], reference, num_frames=count, generator=torch.Generator().manual_seed(0), **dict(output_type="stream") | options).frames[0]
     def use(count):
-        for piece in edit(count): piece.sum()  # a writer that keeps nothing
-    edit(limits[0], output_type="latent")
-    device = str(pipe._execution_device)
-    one, all_of_it = (allocated_by(lambda: use(count), device) for count in (limits[0], frames))
-    start = time.perf_counter(); clip = np.concatenate(list(edit(frames))); seconds = time.perf_counter() - start
-    windows, target = pipe.windows(frames, side, side), sample.target if trained else None
-    errors, what = seam_error(clip, windows, target), "borders within a window"
-    if math.isnan(errors["inside"]):  # windows of two latent frames have none: the same borders, had the clip been one window
-        pipe.register_to_config(max_frames=frames)
-        try: errors["inside"], what = seam_error(np.concatenate(list(edit(frames))), windows, target)["seam"], "the same borders in one window"
-        finally: pipe.register_to_config(max_frames=limits[0])
+        for piece in edit(first, count): piece.sum()  # a writer that keeps nothing
+    first = world.sample(seed, tasks[0])
+    edit(first, window, output_type="latent")
+    one, all_of_it = (allocated_by(lambda: use(count), device) for count in (window, frames))
+    start = time.perf_counter(); clips = [np.concatenate(list(edit(first)))]; seconds = time.perf_counter() - start
+    samples, windows = [first], pipe.windows(frames, side, side)
+    for task in tasks[1:] if trained else (): samples.append(world.sample(seed, task)); clips.append(np.concatenate(list(edit(samples[-1]))))
+    errors = [seam_error(clip, windows, sample.target if trained else None) for clip, sample in zip(clips, samples)]
     pipe.memory.clear()
-    return dict(frames=frames, windows=len(windows), one_bytes=one, all_bytes=all_of_it, seconds=seconds, **errors, what=what)
+    return dict(frames=frames, windows=len(windows), one_bytes=one, all_bytes=all_of_it, seconds=seconds, **{name: float(np.mean([error[name] for error in errors])) for name in ("seam", "inside")})
 
 # %% ../nbs/44_speed.ipynb #04f10006
 def reading_rates(
@@ -881,7 +880,7 @@ class SpeedReport:
             lines += [f"\nProducts of matrices: {model['rate'] / 1e9:,.0f} GFLOP a second, so that {' and '.join(floor)}." + "".join(f" Not measured: {name}, since {reason}." for name, reason in model["left_out"].items()), ""]
         for name, w in self.windows.items():
             lines += [f"**{name}**, {w['frames']} frames in {w['windows']} windows, {w['seconds']:.3g} s: {w['all_bytes'] / 1e6:.0f} MB at most, {w['one_bytes'] / 1e6:.0f} MB for one window ({w['all_bytes'] / w['one_bytes'] - 1:+.0%}); "
-                      f"error at seams {w['seam']:.2f}, {w['what']} {w['inside']:.2f} ({w['seam'] / w['inside'] - 1:+.0%}).", ""]
+                      f"error at seams {w['seam']:.2f}, inside windows {w['inside']:.2f} ({w['seam'] / w['inside'] - 1:+.0%}).", ""]
         for row in self.reading:
             lines += [f"**Reading** 720p to {row['size'][0]}x{row['size'][1]}: {row['loop']:.0f} frames a second in a loop, {row['exact']:.0f} by threads ({row['exact'] / row['loop']:.1f} times), {row['fast']:.0f} with FFmpeg's filter ({row['fast'] / row['loop']:.1f} times).", ""]
         if self.start: lines += ["**From a cold start**, seconds: " + ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.start.items()) + ".", ""]

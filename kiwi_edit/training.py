@@ -44,7 +44,7 @@ from .dataset import MetadataDataset, WorldDataset
 from .encoder import REFERENCE_SUFFIX, EncoderInputs, KiwiProcessor, collate_inputs, encode_context, make_tokenizer, prepare_sample
 from .foundations import Description, Reconstruction, autoencoder_batch, description_batch, measure_latents, start_model, train_motion_only
 from .guidance import EditCache, denoise, rounded_sigma
-from .latents import encode_frames, flat_convolutions, latent_statistics
+from .latents import encode_frames, fast_layers, latent_statistics
 from .pipeline import KiwiEditPipeline, fit_reference
 from .video import replacing, save_film_strip
 from .world import EVAL_SEED, TASKS, World
@@ -978,7 +978,7 @@ def train(
         if not done: return
         with open(home / "validation.jsonl", "a") as f: f.write(json.dumps(dict(step=step) | done) + "\n")
     set_aside()
-    with flat_convolutions(pipe.vae), aside:
+    with fast_layers(pipe.vae), aside:
         if accelerator.is_main_process and stage.buckets and not checkpoints(home / "checkpoints"):  # what it can do before
             home.mkdir(parents=True, exist_ok=True)
             on_save(0)

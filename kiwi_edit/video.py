@@ -105,7 +105,7 @@ def _existing(path, name="path"):
 def _reason(error):
     "An exception's message on one line."
     message = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(message.split())[:200]
+    return " ".join(message.split())[:200].rstrip(".")
 
 @contextlib.contextmanager
 def _open_image(path, name="path"):

@@ -5,19 +5,30 @@
 It wants playwright and a Chromium (CHROMIUM names one that is not in its usual place).
 """
 import argparse
+import functools
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
 
 
 def chromium():
     "Path of a Chromium, or None."
     names = os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome"
     return next((path for name in names if name and (path := shutil.which(name))), None)
+
+
+@functools.cache
+def why_no_browser():
+    "Why no page can be opened here, or None."
+    if chromium() is None: return "no Chromium"
+    try: done = subprocess.run([chromium(), "--headless", *ARGUMENTS, "--dump-dom", "about:blank"], capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired: return "Chromium does not start in a minute"
+    return None if "<html>" in done.stdout else f"Chromium does not start: {done.stderr.strip()[-300:]}"
 
 
 class Page:

@@ -96,7 +96,7 @@ def test_maps_say_who_looks_at_the_reference(pipe, clip):
 
 def test_windows_are_refused(pipe, clip):
     with recording(pipe), pytest.raises(ValueError, match="comes in windows"):
-        run(pipe, np.concatenate([clip, clip]), num_frames=9)
+        run(pipe, np.concatenate([clip] * 4), num_frames=17)
 
 
 def test_what_is_taken_away_does_not_count(pipe, clip):

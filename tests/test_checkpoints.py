@@ -263,6 +263,13 @@ def test_a_damaged_trainer_checkpoint_is_named(tmp_path, kind):
     one_clear_error(caught)
 
 
+def test_a_model_of_the_kit_without_one_tensor_is_named(tmp_path):
+    shutil.copytree(asset("kiwi-edit-tiny"), tmp_path / "tiny")
+    rewrite(tmp_path / "tiny/guidance/diffusion_pytorch_model.safetensors", lambda tensors: tensors.pop("connector.0.bias"))
+    with pytest.raises(ValueError, match=r"1 are missing \(connector\.0\.bias\)") as caught: KiwiEditPipeline.from_pretrained(tmp_path / "tiny")
+    one_clear_error(caught)
+
+
 @pytest.mark.parametrize("name", ["model_index.json", "transformer/config.json", "vae/config.json", "mllm_encoder/config.json", "processor/qwen_config.json", "mllm_encoder/model.safetensors.index.json"])
 def test_wrong_json_is_named(tmp_path, name):
     for number, text in enumerate(("{not json", "[1, 2]", "{}")):

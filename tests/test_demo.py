@@ -2,6 +2,7 @@
 import json
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -19,7 +20,7 @@ gradio_client = pytest.importorskip("gradio_client")
 import httpx  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
-from browser import Page, chromium  # noqa: E402
+from browser import ARGUMENTS, ROOT, Page, chromium, why_no_browser  # noqa: E402
 from test_cli import picture, random_model  # noqa: E402, F401
 
 from kiwi_edit import demo  # noqa: E402
@@ -422,10 +423,10 @@ def test_the_switch_for_fewer_steps(tmp_path):
 
 @pytest.fixture(scope="module")
 def browser():
-    "Playwright, where it and a Chromium are installed."
+    "Playwright, where it and a Chromium are installed and start."
     playwright = pytest.importorskip("playwright.sync_api")
-    if chromium() is None:
-        pytest.skip("no Chromium")
+    if reason := why_no_browser():
+        pytest.skip(reason)
     with playwright.sync_playwright() as running:
         yield running
 
@@ -504,6 +505,40 @@ def test_small_screens_and_names_for_all_fields(page):
         page.page.keyboard.press("Tab")
         if page.page.evaluate("document.activeElement.id") == "edit": break
     assert page.page.evaluate("document.activeElement.id") == "edit", "the button is reached by keyboard"
+
+
+def test_the_cell_of_the_notebook_in_jupyterlab(browser, tmp_path):
+    "The page comes up below its cell, and edits there."
+    cell = next(c for c in json.loads((ROOT / "nbs/50_demo.ipynb").read_text(encoding="utf-8"))["cells"] if "make_demo().launch(" in "".join(c["source"]))
+    notebook = dict(cells=[cell | dict(source="from kiwi_edit.demo import LOOK, make_demo\n" + "".join(cell["source"]))], nbformat=4, nbformat_minor=5,
+                    metadata=dict(kernelspec=dict(name="python3", display_name="Python 3", language="python")))
+    (tmp_path / "demo.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
+    with socket.socket() as free: free.bind(("127.0.0.1", 0)); port = free.getsockname()[1]
+    folders = {f"JUPYTER_{name}_DIR": str(tmp_path / name) for name in ("CONFIG", "DATA", "RUNTIME")} | dict(JUPYTERLAB_SETTINGS_DIR=str(tmp_path / "settings"), JUPYTERLAB_WORKSPACES_DIR=str(tmp_path / "spaces"))
+    with open(tmp_path / "log", "wb") as log:
+        lab = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--IdentityProvider.token=", f"--ServerApp.root_dir={tmp_path}"],
+                               stdout=log, stderr=log, env=os.environ | folders | dict(KIWI_EDIT_DEVICE="cpu"))
+    opened = browser.chromium.launch(executable_path=chromium(), args=ARGUMENTS)
+    try:
+        deadline = time.monotonic() + 60
+        while b"is running at" not in (tmp_path / "log").read_bytes(): assert lab.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text(); time.sleep(.2)
+        page = opened.new_page(viewport=dict(width=1400, height=1300))
+        page.set_default_timeout(120_000)
+        page.goto(f"http://127.0.0.1:{port}/lab/tree/demo.ipynb")
+        page.locator(".jp-Notebook .cm-content").first.click()
+        page.wait_for_selector("[data-status=idle], .jp-Notebook-ExecutionIndicator[data-status=idle]", state="attached")
+        page.keyboard.press("Shift+Enter")
+        inside = page.frame_locator(".jp-OutputArea iframe")
+        inside.locator("#examples tbody tr").first.click()
+        inside.locator("#clip video").wait_for()
+        inside.locator("#edit").click()
+        inside.locator("#result video").wait_for()
+        assert "5 frames of 256x256" in inside.locator("#note").inner_text()
+    finally:
+        opened.close()
+        lab.send_signal(signal.SIGINT); lab.send_signal(signal.SIGINT)  # the second one answers "shut down?"
+        try: lab.wait(20)
+        except subprocess.TimeoutExpired: lab.kill()
 
 
 def test_close_leaves_nothing(random_model, files):  # noqa: F811

@@ -132,6 +132,14 @@ def test_a_folder_is_for_one_run_at_a_time(folder):
         run_edits(read_edits(write(folder, *rows(1)), folder / "out"), MODEL)
 
 
+@pytest.mark.parametrize("text", ["a list of groceries", "a list of groceries\n", '["a"]\n', '{"row": 1}\n'])
+def test_results_that_no_list_has_written_are_left_alone(tmp_path, text):
+    (tmp_path / "results.jsonl").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match="was written by a list of edits"):
+        Ledger(tmp_path)
+    assert (tmp_path / "results.jsonl").read_text(encoding="utf-8") == text
+
+
 # what is kept
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from browser import ARGUMENTS, chromium
+from browser import ARGUMENTS, chromium, why_no_browser
 from test_backends import BROKEN, BUSY, KEY, PROCESSOR, Server, camel, gemini_reply, openai_reply, qwen25
 from kiwi_edit.backends import GeminiChat, OpenAIChat, Question, Retry, TransformersChat, VideoPart
 from kiwi_edit.core import asset
@@ -584,9 +584,9 @@ def test_scores_of_people(tmp_path):
         with pytest.raises(ValueError, match=why): read_scores_file(file)
 
 
-@pytest.mark.skipif(chromium() is None, reason="no Chromium here")
 def test_a_person_scores_in_a_browser(tmp_path):
     playwright = pytest.importorskip("playwright.sync_api")
+    if reason := why_no_browser(): pytest.skip(reason)
     page_file = save_score_page(page_cases(), tmp_path / "p.html", seed=1)
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=chromium(), args=ARGUMENTS)

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
 from kiwi_edit.core import assets_dir
-from kiwi_edit.latents import decode_latents, encode_frames, flat_convolutions, in_tiles, regroup, stream_frames, stream_latents
+from kiwi_edit.latents import decode_latents, encode_frames, fast_layers, in_tiles, regroup, stream_frames, stream_latents
 
 
 def frames(count, height=48, width=64, seed=0): return np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), np.uint8)
@@ -35,11 +35,11 @@ def test_convolutions_in_two_dimensions_give_the_same(vae, kind, count):
     x = torch.from_numpy(frames(count, 32, 48)).permute(3, 0, 1, 2)[None] / 127.5 - 1
     plain = one.encode(x).latent_dist.mode()
     back = one.decode(plain).sample
-    with flat_convolutions(one):
+    with fast_layers(one):
         assert all("forward" in vars(m) for m in one.modules() if isinstance(m, WanCausalConv3d))
         torch.testing.assert_close(one.encode(x).latent_dist.mode(), plain, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(one.decode(plain).sample, back, atol=1e-4, rtol=1e-4)
-    assert not any("forward" in vars(m) for m in one.modules()) and "_flat_users" not in vars(one.decoder)
+    assert not any("forward" in vars(m) for m in one.modules()) and "_fast_users" not in vars(one.decoder)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -50,7 +50,7 @@ def test_a_lone_convolution(stride, past):
     one.decoder = conv
     x, before = torch.randn(2, 3, 6, 7, 9), torch.randn(2, 3, past, 7, 9) if past else None
     plain = conv(x, before)
-    with flat_convolutions(one): torch.testing.assert_close(conv(x, before), plain, atol=1e-5, rtol=1e-5)
+    with fast_layers(one): torch.testing.assert_close(conv(x, before), plain, atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_are_the_same():
@@ -61,19 +61,19 @@ def test_gradients_are_the_same():
         one.encode(x).latent_dist.mode().square().sum().backward()
         return [p.grad.clone() for p in one.parameters() if p.grad is not None]
     plain = gradients()
-    with flat_convolutions(one): flat = gradients()
+    with fast_layers(one): flat = gradients()
     for a, b in zip(plain, flat, strict=True): torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
 
 
 def test_the_switch_counts_its_users_and_survives_errors(vae):
     inside, go_on = threading.Event(), threading.Event()
     def work():
-        with flat_convolutions(vae):
+        with fast_layers(vae):
             inside.set(); go_on.wait(10)
     other = threading.Thread(target=work)
     other.start(); inside.wait(10)
     with pytest.raises(RuntimeError, match="on purpose"):
-        with flat_convolutions(copy.copy(vae)): raise RuntimeError("on purpose")
+        with fast_layers(copy.copy(vae)): raise RuntimeError("on purpose")
     assert any("forward" in vars(m) for m in vae.modules())  # the other thread is still within
     go_on.set(); other.join()
     assert not any("forward" in vars(m) for m in vae.modules())

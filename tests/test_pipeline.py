@@ -143,17 +143,18 @@ def test_memory_notices_what_changes_its_encodings(pipe):
 
 
 def test_windows_of_a_long_clip(pipe):
-    "Thirteen frames by a model that takes five; as memory has it, a window is all there is."
-    frames, seen = clip(13), []
+    "Twenty-one frames by a model whose windows take thirteen; as memory has it, a window is all there is."
+    frames, seen = clip(21), []
     hook = pipe.transformer.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["hidden_states"].shape[2:]), with_kwargs=True)
-    try: out = pipe(PROMPT, frames, picture(), num_frames=13, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+    try: out = pipe(PROMPT, frames, picture(), num_frames=21, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
     finally: hook.remove()
-    assert out.frames[0].shape == frames.shape and seen == [(3, 8, 8)] * 6  # three windows of two latent frames and a reference, twice
+    assert out.frames[0].shape == frames.shape and seen == [(5, 8, 8)] * 4  # two windows of four latent frames and a reference, twice
+    assert pipe.windows(13, 64, 64) is None and len(pipe.windows(17, 64, 64)) == 2
     short = pipe(PROMPT, frames, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).frames[0]
     assert len(short) == 5
-    stream = pipe(PROMPT, frames, picture(), num_frames=13, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="stream").frames[0]
+    stream = pipe(PROMPT, frames, picture(), num_frames=21, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="stream").frames[0]
     assert np.array_equal(np.concatenate(list(stream)), out.frames[0])
-    with pytest.raises(ValueError, match="`window_overlap` has to be from 0 to below 1 but is 1"): pipe(PROMPT, frames, num_frames=13, window_overlap=1)
+    with pytest.raises(ValueError, match="`window_overlap` has to be from 0 to below 1 but is 1"): pipe(PROMPT, frames, num_frames=21, window_overlap=1)
 
 
 def test_windows_of_a_large_picture(pipe):

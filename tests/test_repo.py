@@ -71,6 +71,26 @@ def test_links_are_turned_towards_the_root():
     )
 
 
+# badges
+
+def test_badges_open_every_notebook_and_install_the_kit_once(tmp_path):
+    from IPython.core.inputtransformer2 import TransformerManager
+    shutil.copytree(ROOT / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns("llms.txt"))
+    for _ in range(2): kit_notebooks.badges(tmp_path, "somebody/a-copy", "next")
+    kit_notebooks.badges(tmp_path, "kiwi/kiwi-edit")
+    for path in NOTEBOOKS:
+        before, after = load(path), load(tmp_path / "nbs" / path.name)
+        assert source(after["cells"][0]).startswith(source(before["cells"][0]).rstrip()) and after["cells"][2:] == before["cells"][1:]
+        links = re.findall(r"\]\((https://(?:colab|kaggle)[^)]*(?:ipynb))\)", source(after["cells"][0]))
+        assert links == [f"https://colab.research.google.com/github/kiwi/kiwi-edit/blob/main/nbs/{path.name}", f"https://kaggle.com/kernels/welcome?src=https://github.com/kiwi/kiwi-edit/blob/main/nbs/{path.name}"]
+        install = TransformerManager().transform_cell(source(after["cells"][1]))
+        ran = []
+        exec(install, dict(get_ipython=lambda: type("Shell", (), dict(run_line_magic=lambda self, *magic: ran.append(magic)))()))
+        assert not ran and "run_line_magic('pip', 'install -q git+https://github.com/kiwi/kiwi-edit@main')" in install
+    assert "Open in Colab" in (tmp_path / "README.md").read_text(encoding="utf-8") and "install0" not in (tmp_path / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="`repository` has to be OWNER/REPOSITORY but is 'kiwi'"): kit_notebooks.badges(tmp_path, "kiwi")
+
+
 # web pages
 
 def test_pages_link_to_each_other_and_to_definitions_and_fetch_nothing(tmp_path):
