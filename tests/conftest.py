@@ -1,5 +1,6 @@
 "Differences to the official implementation, as the golden tests find them, in one table at the end of a run; and tests shared out to two processes."
 import os
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -23,6 +24,17 @@ def pytest_collection_modifyitems(items):
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item):
     if TAKEN and not _mine(item.path): return True  # the other process runs it
+
+
+def pytest_sessionfinish(session, exitstatus): session.config.verdict = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config):
+    "Where tests are shared out, a process ends with the verdict of its tests, and not with what threads of libraries do while an interpreter goes down."
+    if TAKEN and hasattr(config, "verdict"):
+        config.get_terminal_writer().flush(); sys.stdout.flush(); sys.stderr.flush()
+        os._exit(config.verdict)
 
 
 @pytest.fixture(scope="session")
