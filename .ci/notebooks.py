@@ -262,6 +262,9 @@ if __name__ == "__main__":
     elif sys.argv[1:2] == ["site"] and len(sys.argv) <= 3:
         site(ROOT, Path(sys.argv[2] if sys.argv[2:] else ROOT / "outputs" / "site").resolve())
     elif sys.argv[1:2] == ["badges"] and 3 <= len(sys.argv) <= 4:
-        badges(ROOT, *sys.argv[2:])
+        try:
+            badges(ROOT, *sys.argv[2:])
+        except ValueError as error:
+            sys.exit(str(error))
     else:
         sys.exit(__doc__)

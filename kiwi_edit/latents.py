@@ -70,10 +70,11 @@ def fast_layers(
             users = counted["_fast_users"] = counted.get("_fast_users", 0) + change
             if users == 1 and change == 1:
                 for module in vae.modules():
-                    if type(module) in _FORWARDS: module.forward = types.MethodType(_FORWARDS[type(module)], module)
+                    for kind, forward in _FORWARDS.items():
+                        if isinstance(module, kind): module.forward = types.MethodType(forward, module)
             if not users:
                 for module in vae.modules():
-                    if type(module) in _FORWARDS: vars(module).pop("forward", None)
+                    if isinstance(module, tuple(_FORWARDS)): vars(module).pop("forward", None)
                 del counted["_fast_users"]
     count(1)
     try: yield vae

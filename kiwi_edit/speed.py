@@ -958,7 +958,7 @@ def main(
             subject = bench_subject(name, folder, device)
             report.models.append(measure_model(subject, 1 if given.quick else given.runs, given.quick, 0 if given.quick else given.scores))
             if name == "tiny": report.streams = stream_memory(subject.pipe, (5, 21, 41) if given.quick else (5, 21, 41, 81))
-            if name != "5b": report.windows[name] = measure_windows(subject, *((41, EVAL_SEED + 9, ("background",)) if given.quick else (161,)))
+            if name != "5b": report.windows[name] = measure_windows(subject, 41, tasks=("background",)) if given.quick else measure_windows(subject)
     if find_spec("imageio"): report.reading = reading_rates(24 if given.quick else 96, runs=1 if given.quick else 3)
     report.start = first_start(1 if given.quick else 3)
     report.save(given.out)

@@ -526,7 +526,7 @@ def test_the_cell_of_the_notebook_in_jupyterlab(browser, tmp_path):
         page.set_default_timeout(120_000)
         page.goto(f"http://127.0.0.1:{port}/lab/tree/demo.ipynb")
         page.locator(".jp-Notebook .cm-content").first.click()
-        page.wait_for_selector("[data-status=idle], .jp-Notebook-ExecutionIndicator[data-status=idle]", state="attached")
+        page.wait_for_selector("[data-status=idle]", state="attached")
         page.keyboard.press("Shift+Enter")
         inside = page.frame_locator(".jp-OutputArea iframe")
         inside.locator("#examples tbody tr").first.click()

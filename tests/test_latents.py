@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm
 
 from kiwi_edit.core import assets_dir
 from kiwi_edit.latents import decode_latents, encode_frames, fast_layers, in_tiles, regroup, stream_frames, stream_latents
@@ -36,7 +36,7 @@ def test_convolutions_in_two_dimensions_give_the_same(vae, kind, count):
     plain = one.encode(x).latent_dist.mode()
     back = one.decode(plain).sample
     with fast_layers(one):
-        assert all("forward" in vars(m) for m in one.modules() if isinstance(m, WanCausalConv3d))
+        assert all("forward" in vars(m) for m in one.modules() if isinstance(m, (WanCausalConv3d, WanRMS_norm)))
         torch.testing.assert_close(one.encode(x).latent_dist.mode(), plain, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(one.decode(plain).sample, back, atol=1e-4, rtol=1e-4)
     assert not any("forward" in vars(m) for m in one.modules()) and "_fast_users" not in vars(one.decoder)
@@ -51,6 +51,22 @@ def test_a_lone_convolution(stride, past):
     x, before = torch.randn(2, 3, 6, 7, 9), torch.randn(2, 3, past, 7, 9) if past else None
     plain = conv(x, before)
     with fast_layers(one): torch.testing.assert_close(conv(x, before), plain, atol=1e-5, rtol=1e-5)
+
+
+def test_a_lone_norm_also_of_nothing_and_in_half_precision():
+    norm = WanRMS_norm(5, images=False)
+    one = torch.nn.ModuleDict(dict(decoder=norm))
+    one.decoder = norm
+    x = torch.randn(2, 5, 3, 4, 6)
+    x[:, :, 1, 2, 3] = 0
+    def results(x):
+        x = x.clone().requires_grad_()
+        y = norm(x); y.square().sum().backward()
+        return y.detach(), x.grad
+    plain, half = results(x), norm(x.bfloat16())
+    with fast_layers(one):
+        for fast, stock in zip(results(x), plain): torch.testing.assert_close(fast, stock, atol=1e-5, rtol=1e-5)
+        assert torch.equal(norm(x.bfloat16()), half)
 
 
 def test_gradients_are_the_same():
