@@ -90,15 +90,20 @@ class Recorder:
     "Collects what the processors see during one edit."
 
     def __init__(self,
-        config,  # of the `KiwiGuidance`
+        guidance,  # the pipeline's `KiwiGuidance`
+        scheduler,  # the pipeline's, which knows the step
     ):
-        self.config, self.references, self.grid, self.timesteps, self.seen = config, 0, None, [], {}
+        self.guidance, self.config, self.scheduler, self.features, self.at = guidance, guidance.config, scheduler, False, None
+        self.references, self.grid, self.timesteps, self.seen = 0, None, [], {}
+
+    def connected(self, module, args, context): self.features = module is self.guidance.ref_connector  # called last, where there are any
 
     def begin(self, module, args):  # before the denoiser embeds the time
         "A step begins."
-        timestep = float(args[0].flatten()[-1])
-        if self.timesteps and self.timesteps[-1] == timestep: raise ValueError("`video` has to be edited as a whole where its attention is recorded but comes in windows.")
-        self.timesteps.append(timestep)
+        at = self.scheduler.step_index  # None until the first step of an edit is done
+        if self.timesteps and at in (None, self.at): raise ValueError("`video` has to be edited once and as a whole where its attention is recorded but comes in windows, or is the second.")
+        self.at = at
+        self.timesteps.append(float(args[0].flatten()[-1]))
 
     def embedded(self, module, args, references): self.references = references.shape[2]
 
@@ -118,7 +123,7 @@ class Recorder:
         self.seen[len(self.timesteps) - 1, layer, alone] = shares.view(-1, f - r, h, w).float().cpu().numpy(), kept.float().cpu().numpy()
 
     def num_queries(self, frames):
-        mode = "ref" if self.references else "image" if frames == 1 else "video"
+        mode = "ref" if self.features else "image" if frames == 1 else "video"
         return getattr(self.config, f"num_{mode}_queries")
 
     def looks(self) -> Looks:
@@ -136,12 +141,13 @@ def recording(
     pipe: KiwiEditPipeline,
 ) -> Iterator[Recorder]:
     "Watch the edit that is made in the block; the pipeline is as before when it ends."
-    wan, recorder = find_wan(pipe.transformer), Recorder(pipe.guidance.config)
+    wan, recorder = find_wan(pipe.transformer), Recorder(pipe.guidance, pipe.scheduler)
     attentions = [attn for block in wan.blocks for attn in (block.attn1, block.attn2)]
     usual = [attn.processor for attn in attentions]
     try:
         for attn in attentions: attn.set_processor(WatchingProcessor(attn.processor, recorder.saw))
-        with hooked((pipe.guidance.ref_embedder, recorder.embedded), (wan.patch_embedding, recorder.patched), before=[(wan.condition_embedder, recorder.begin)]): yield recorder
+        with hooked((pipe.guidance.connector, recorder.connected), (pipe.guidance.ref_connector, recorder.connected),
+                    (pipe.guidance.ref_embedder, recorder.embedded), (wan.patch_embedding, recorder.patched), before=[(wan.condition_embedder, recorder.begin)]): yield recorder
     finally:
         for attn, processor in zip(attentions, usual): attn.set_processor(processor)
 
@@ -197,8 +203,9 @@ def draw_looks(
     rows = [("source", source), ("result", edited)]
     for i, maps in enumerate(looks.reference.mean((0, 1))): rows.append((f"looks at reference {i + 1}" if r > 1 else "looks at\nthe reference", lay_over(edited, spread(maps, source.shape[:3]))))
     if looks.num_features: rows.append(("looks at\nits features", lay_over(edited, spread(looks.features.mean((0, 1)), source.shape[:3]))))
-    figure, split = Figure(figsize=(7.4, 1.25 * len(rows) + 2.6), dpi=80), 2.3 / (1.25 * len(rows) + 2.6)
-    grid = figure.add_gridspec(len(rows), 6, left=.09, right=.99, top=1 - .06 * split, bottom=split, hspace=.08, wspace=.05)
+    height = max(len(rows), 2 * len(references))
+    figure, split = Figure(figsize=(7.4, 1.25 * height + 2.6), dpi=80), 2.3 / (1.25 * height + 2.6)
+    grid = figure.add_gridspec(height, 6, left=.09, right=.99, top=1 - .06 * split, bottom=split, hspace=.08, wspace=.05)
     for i, (name, frames) in enumerate(rows):
         for j, at in enumerate(columns): _picture(figure.add_subplot(grid[i, j]), frames[at], label="" if j else name)
     for i, image in enumerate(references):

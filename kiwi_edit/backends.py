@@ -86,6 +86,7 @@ def parse_json(
 ) -> dict:
     "The one JSON object of a reply. Prose, thoughts and code fences around it are left out; a second object, a list or half an object is a ValueError."
     text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
+    text = re.sub(r"^.*</think>", "", text, flags=re.DOTALL) # where the prompt has opened the thoughts
     found, at = [], 0
     while start := re.compile(r"[{\[]").search(text, at):
         at = start.start()

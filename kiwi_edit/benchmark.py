@@ -583,6 +583,8 @@ class Ranking:
     def __post_init__(self):
         scenes = [(report.difficulty, report.size, [(record["task"], record["seed"]) for record in report.records]) for report in self.reports]
         if not scenes: raise ValueError("`reports` has to hold at least one report but is empty.")
+        names = [report.model for report in self.reports]
+        if twice := [name for name in names if names.count(name) > 1]: raise ValueError(f"`reports` have to have different names but {twice[0]!r} is there more than once; `run_benchmark` takes a `name`.")
         for report, known in zip(self.reports, scenes):
             if known != scenes[0]: raise ValueError(f"`reports` have to be on the same scenes but those of {report.model} are others than those of {self.reports[0].model}.")
 

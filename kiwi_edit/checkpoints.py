@@ -810,6 +810,14 @@ def load_any(
     if trainer: return load_trainer_checkpoint(source, torch_dtype=torch_dtype, **options)
     return KiwiEditPipeline.from_pretrained(source, torch_dtype=torch_dtype, **options)
 
+def _carry_fast(source, destination, to):
+    "Few-step weights go along with the denoiser that they were trained beside."
+    place = Path(source) if Path(source).exists() else find_checkpoint(source)
+    if not (place / "fast/config.json").is_file(): return
+    if to != "kit": return logger.warning("The few-step weights of %s stay behind: only the kit's layout has a place for them.", source)
+    config = read_config(place, "fast", "config.json")
+    if config.get("transformer") == mark_of(place / "transformer"): save_fast({name: stored.read() for name, stored in open_weights(place / "fast").items()}, destination, config["num_inference_steps"])
+
 def convert(
     source: str | Path,  # see `load_any`
     destination: str | Path,  # folder, written as a whole or not at all
@@ -820,9 +828,10 @@ def convert(
     **options,  # of the source's loader: transformer, vae, mllm, ...
 ) -> Path:  # `destination`
     "A model from one layout to another."
-    destination = Path(destination)
+    destination = Path(destination).expanduser().absolute()
+    if destination.is_file(): raise FileExistsError(f"`destination` has to be a folder but {str(destination)!r} is a file.")
     if to not in WRITERS: raise ValueError(f"`to` has to be one of {', '.join(WRITERS)} but is {to!r}.")
-    if destination.exists() and not overwrite and (destination.is_file() or any(destination.iterdir())):
+    if destination.exists() and not overwrite and any(destination.iterdir()):
         raise FileExistsError(f"`destination` has to be new or empty but {str(destination)!r} is not; `overwrite` replaces it.")
     pipe = load_any(source, torch_dtype or stored_dtype(source), **options)
     fresh = destination.with_name(f".{destination.name}.new")
@@ -830,6 +839,7 @@ def convert(
     destination.parent.mkdir(parents=True, exist_ok=True)
     try:
         WRITERS[to](pipe, fresh, max_shard_size)
+        if "transformer" not in options: _carry_fast(source, fresh, to)
         if destination.exists(): shutil.rmtree(destination)
         fresh.rename(destination)
     finally: shutil.rmtree(fresh, ignore_errors=True)

@@ -259,7 +259,7 @@ def evaluate(
     root: Optional[Path] = typer.Option(None, help="Of a published bench: folder in which the paths of that file start. [the file's]"),
     model: Optional[str] = typer.Option(None, help="Bundled name, folder or hub id. [the settings' checkpoint]"),
     videos: Optional[Path] = typer.Option(None, help="Folder of finished videos that are scored instead of a model's."),
-    judge: Optional[str] = typer.Option(None, help="metrics, gemini[:MODEL], openai:MODEL[@URL] or transformers:PATH. [metrics; the kit's bench is measured against its targets]"),
+    judge: Optional[str] = typer.Option(None, help="metrics, gemini[:MODEL], openai:MODEL[@URL] or transformers:PATH. [the settings' judge; the kit's bench is measured against its targets]"),
     samples: int = typer.Option(32, help="Of the kit's bench: clips for each task."),
     tasks: Optional[str] = typer.Option(None, help="Of the kit's bench: tasks, separated by commas. [all that it has]"),
     limit: Optional[int] = typer.Option(None, help="Only the first so many rows of a published bench."),
@@ -290,7 +290,7 @@ def evaluate(
             if value is not None: raise ValueError(f"`{name}` has to be left out of the kit's bench unless `judge` is given but is {value}.")
         return measure_model(chosen, samples, model, steps, fast, out, overwrite, device)
     if overwrite: raise ValueError("`overwrite` has to be left out where rows are scored one by one: a folder is gone on in, and what is there is kept.")
-    with _going_on(): evaluate_rows(bench, data, root, chosen, samples, limit, model, videos, judge or "metrics", steps, fast, concat, part, number, out, device)
+    with _going_on(): evaluate_rows(bench, data, root, chosen, samples, limit, model, videos, judge or {"embedded": "metrics"}.get(settings().judge, settings().judge), steps, fast, concat, part, number, out, device)
 
 def measure_model(
     tasks: list, # of the kit's bench
@@ -722,7 +722,7 @@ def fill_caches(
     from kiwi_edit.training import cast_weights
     hush_bars()
     say(f"loading {folder.name} ({where}, {dtype})")
-    pipe = cast_weights(KiwiEditPipeline.from_pretrained(folder).to(where), getattr(torch, dtype)) # as training does, for the same numbers
+    pipe = cast_weights(KiwiEditPipeline.from_pretrained(folder), getattr(torch, dtype)).to(where) # as training does, for the same numbers
     for name, (dataset, row_settings) in sources.items():
         with loudness("kiwi_edit.cache", logging.INFO): # what is reused, what is stale, which rows are bad
             made = build_cache(pipe, dataset, out / name, row_settings, workers=workers, part=part, parts=parts)
@@ -885,7 +885,7 @@ def main(
         usage = hasattr(error, "format_message") # typer's own: unknown flags, missing ones, values of the wrong type
         names = FLAGS | dict(cache=dict.fromkeys(("data", "metadata", "dataset"), "DATA"), inspect=dict(folder="DIR"), edit=dict(path="VIDEO")).get(command, {})
         if usage: message = usage_line(error.format_message(), arguments)
-        else: message = " ".join(str(error).split()) if isinstance(error, FloatingPointError) else one_line(error, names) # a loss that is no number
+        else: message = " ".join(str(error).split()) if isinstance(error, FloatingPointError) else one_line(error, names, "`size` and `frames` have" if command == "edit" else f"`{command}` has") # a loss that is no number
         if message is None: raise
         typer.echo(f"error{f' in process {rank()}' if rank() else ''}: {message}", err=True)
         status = 2 if usage else 1

@@ -258,7 +258,7 @@ def _file_knobs(path: Path) -> dict:
     parser = configparser.ConfigParser(interpolation=None, default_section="")
     try:
         parser.read_string(path.read_text(encoding="utf-8-sig"), source=str(path))
-    except configparser.Error as error:
+    except (configparser.Error, UnicodeDecodeError) as error:
         raise ValueError(f"`{path}` is no settings file: {str(error).splitlines()[0]}") from None
     unknown = [section for section in parser.sections() if section != "kiwi-edit"]
     if unknown:
@@ -318,7 +318,7 @@ def choose_device(
         raise ValueError(f"`device` has to be one of {', '.join(_DEVICES)} but is {device!r}.") from None
     here = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if (chosen.index or 0) >= here.get(chosen.type, 1):
-        raise ValueError(f"`device` has to be there, but {str(device)!r} is not: this machine has {here[chosen.type]} of that kind. \"auto\" takes what there is.")
+        raise ValueError(f"`device` has to be there, but {str(device)!r} is not: this machine has {here.get(chosen.type, 1)} of that kind. \"auto\" takes what there is.")
     return chosen
 
 # %% ../nbs/00_core.ipynb #4c375d20

@@ -259,8 +259,9 @@ def select(
     for parameters in chosen.values():
         for p in parameters.values(): p.requires_grad_(True)
     for name in {PARTS[part].split(".")[0] for part in (*chosen, *stage.checkpointing)}: getattr(pipe, name).train()
+    kind = "activation" if hasattr(pipe.mllm, "activation_checkpointing_enable") else "gradient"  # as older releases of transformers call it
     for part, on, off in (("transformer", "enable_gradient_checkpointing", "disable_gradient_checkpointing"),
-                          ("language_model", "activation_checkpointing_enable", "activation_checkpointing_disable")):
+                          ("language_model", f"{kind}_checkpointing_enable", f"{kind}_checkpointing_disable")):
         getattr(attrgetter(PARTS[part])(pipe), on if part in stage.checkpointing else off)()
     return chosen
 
@@ -346,8 +347,8 @@ def batch_shapes(
     shares = stage.shares or [1] * len(stage.mix)
     for mode, share in zip(stage.mix, shares):
         width, height = fit_size(16_000, 9_000, stage.max_pixels, preset.size_multiple)
-        found[mode, 1 if mode == "image" else stage.num_frames, height, width, stage.batch_size] = share / sum(shares)
-    return [BatchShape(*shape, share) for shape, share in found.items()]
+        found[mode, 1 if mode == "image" else stage.num_frames, height, width, stage.batch_size] = share
+    return [BatchShape(*shape, share / sum(found.values())) for shape, share in found.items()]
 
 # %% ../nbs/30_curriculum.ipynb #4a3e3c88
 def fake_pipeline(

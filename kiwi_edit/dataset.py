@@ -401,7 +401,7 @@ def _reference_bytes(self: MetadataDataset, row):
 def _reference(self: MetadataDataset, data):
     "The image in these bytes."
     try: image = flatten_image(Image.open(io.BytesIO(data), formats=IMAGE_FORMATS))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
         raise ValueError(f"the reference has to be a complete image but its {len(data)} bytes are not one that can be decoded.") from error
     pixels = np.array(image)
     return resize_frames(pixels[None], *self._size(*image.size))[0] if self.crop_reference else pixels

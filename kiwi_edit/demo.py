@@ -12,14 +12,15 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['UPLOADS', 'logger', 'SUGGESTIONS', 'PEAKS', 'KEEP', 'UPLOAD', 'LONGEST', 'LARGEST', 'LABELS', 'AWAY', 'THRESHOLDS',
-           'METRICS', 'KINDS', 'DEVICE', 'GLUE', 'QUICK', 'LOOK', 'sample_examples', 'weights_in', 'memory_note',
-           'describe', 'LazyPipeline', 'alive', 'sweep', 'Visitors', 'check_source', 'check_references', 'Stopped',
-           'messages', 'crop', 'clean_guess', 'Watched', 'running', 'time_left', 'Edit', 'frame_pair', 'difference_map',
-           'call_as_python', 'make_downloads', 'make_editor', 'to_picture', 'show_looks', 'show_without', 'show_versus',
-           'data_sets', 'world_set', 'read_set', 'funnel_html', 'set_html', 'judge_names', 'judge_edit',
-           'source_fields', 'crop_fields', 'result_fields', 'compare_fields', 'model_fields', 'edit_tab',
-           'guidance_tab', 'data_tab', 'judge_tab', 'guard_fields', 'make_demo', 'free_port', 'launch', 'close']
+__all__ = ['UPLOADS', 'logger', 'SUGGESTIONS', 'PEAKS', 'KEEP', 'UPLOAD', 'LONGEST', 'LARGEST', 'MOST', 'LABELS', 'AWAY',
+           'THRESHOLDS', 'METRICS', 'KINDS', 'DEVICE', 'GLUE', 'QUICK', 'LOOK', 'sample_examples', 'weights_in',
+           'memory_note', 'describe', 'LazyPipeline', 'alive', 'sweep', 'Visitors', 'check_source', 'check_references',
+           'whole', 'Stopped', 'messages', 'crop', 'clean_guess', 'Watched', 'running', 'time_left', 'Edit',
+           'frame_pair', 'difference_map', 'call_as_python', 'make_downloads', 'make_editor', 'to_picture',
+           'show_looks', 'show_without', 'show_versus', 'data_sets', 'world_set', 'read_set', 'funnel_html', 'set_html',
+           'judge_names', 'judge_edit', 'source_fields', 'crop_fields', 'result_fields', 'compare_fields',
+           'model_fields', 'edit_tab', 'guidance_tab', 'data_tab', 'judge_tab', 'guard_fields', 'make_demo',
+           'free_port', 'launch', 'close']
 
 # %% ../nbs/50_demo.ipynb #dd6a8ad3
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False") # before the import: the page talks to nobody but the browser,
@@ -205,6 +206,7 @@ class Visitors:
 # %% ../nbs/50_demo.ipynb #d000000a
 UPLOAD = "100mb"
 LONGEST, LARGEST = 120, 4096 * 2304 # seconds of a clip, pixels of a frame or picture
+MOST = 2 ** 63 - 1 # of a seed
 
 def check_source(
     path: Path, # of a clip or an image
@@ -226,9 +228,18 @@ def check_references(
         except (OSError, ValueError, PIL.Image.DecompressionBombError): continue # the reader says it better
         if width * height > LARGEST: raise ValueError(f"`reference` has to have at most {LARGEST / 1e6:.1f} million pixels but has {width}x{height}.")
 
+def whole(
+    value: float | None, # of a number field; None where it was emptied
+    name: str, # of the argument
+    least: int, most: int,
+) -> int:
+    "A whole number out of a field."
+    if value is None or not least <= value <= most or int(value) != value: raise ValueError(f"`{name}` has to be a whole number from {least:,} to {most:,} but is {'empty' if value is None else value}.")
+    return int(value)
+
 # %% ../nbs/50_demo.ipynb #925274c6
 LABELS = dict(video="The clip", instruction="The instruction", reference="A reference", references="The references", seed="The seed", steps="The number of steps", model="The model",
-              name="The model", prompt="The instruction", out="The result", size="The size", frames="the number of frames", device="The device", number="The number of pairs", folder="The data set", judge="The judge", fast="Fast")
+              name="The model", prompt="The instruction", out="The result", size="The size", frames="the number of frames", device="The device", number="The number of pairs", which="The number of the reference", first_seed="The first seed", folder="The data set", judge="The judge", fast="Fast")
 
 class Stopped(Exception):
     "The visitor has stopped an edit."
@@ -349,7 +360,8 @@ def frame_pair(
 ) -> tuple: # both (H, W, 3) uint8
     "A frame before and after."
     index = min(max(int(index), 0), edit.frames - 1)
-    return tuple(read_video(path, indices=[index]).frames[0] for path in (edit.source, edit.edited))
+    before, after = (read_video(path, indices=[index]).frames[0] for path in (edit.source, edit.edited))
+    return before, after[:before.shape[0], :before.shape[1]]  # H.264 has even sides: where a source has odd ones, the last row or column is there twice
 
 def difference_map(
     before: np.ndarray, after: np.ndarray, # (H, W, 3) uint8
@@ -405,13 +417,14 @@ def make_editor(
             source, paths, size = Path(video or image), [path for path, _ in references or []], parse_size(size or None)
             check_source(source)
             check_references(paths)
+            steps, seed = None if fast else whole(steps, "steps", 1, 1000), whole(seed, "seed", 0, MOST)
             yield *wait, gr.skip(), "Loading the model …", gr.skip()
             pipe = load(fast, model)
-            steps = pipe.config.default_steps if fast else int(steps)
+            steps = steps or pipe.config.default_steps
             out = folder / f"edited{'.mp4' if video else '.png'}"
             def job(tell):
                 watched = Watched(pipe, lambda picture: tell((picture, None)), stop)
-                return edit_file(watched, source, instruction or "", paths, out=out, overwrite=True, progress=lambda done, total, what: tell((None, (done, total, what))), steps=steps, seed=int(seed), size=size)
+                return edit_file(watched, source, instruction or "", paths, out=out, overwrite=True, progress=lambda done, total, what: tell((None, (done, total, what))), steps=steps, seed=seed, size=size)
             began = None
             for kind, value in running(job, stop):
                 if kind == "done": break
@@ -421,7 +434,7 @@ def make_editor(
                 else: yield *wait, gr.skip(), f"{stage[2].capitalize()}: step {stage[0]} of {stage[1]}{time_left(time.monotonic() - (began or time.monotonic()), *stage[:2])}.", gr.skip()
         what = f"{value.frames} frames" if value.frames > 1 else "1 frame"
         note = f"{what} of {value.size[0]}x{value.size[1]}, edited at {value.work_size[0]}x{value.work_size[1]} in {value.seconds:.1f} s. {value.note[:1].upper()}{value.note[1:]}".strip()
-        call = call_as_python(str(load.model), str(source), instruction, paths, out.name, seed=int(seed), steps=steps, size=size, fast=fast)
+        call = call_as_python(str(load.model), str(source), instruction, paths, out.name, seed=seed, steps=steps, size=size, fast=fast)
         path = str(value.path)
         yield (gr.update(value=path if video else None, visible=bool(video)), gr.update(value=None if video else path, visible=not video), str(value.strip), note,
                Edit(str(source), path, paths, instruction, value.frames, call))
@@ -562,14 +575,14 @@ def judge_edit(
     instruction: str,
 ) -> str: # markdown
     "Scores of an edit, and the numbers behind them."
-    from kiwi_edit.judge import RUBRICS, Case, ChatJudge, MetricJudge, clip_arrays, picture_of
-    from kiwi_edit.synthesis import chat_of
+    from kiwi_edit.judge import RUBRICS, Case, MetricJudge, clip_arrays, picture_of
+    from kiwi_edit.published import judge_of
     if judge not in judge_names(): raise ValueError(f"`judge` has to be of {', '.join(judge_names())} but is {judge!r}.")
     if kind not in KINDS: raise ValueError(f"`kind` has to be of {', '.join(KINDS)} but is {kind!r}.")
     if not source or not edited: raise ValueError("`video` has to be there before and after the edit: give both files, or take the last edit.")
     for path in (source, edited): check_source(path)
     case = Case("edit", instruction or "", source, edited, reference or None, RUBRICS[KINDS[kind]])
-    asked = MetricJudge() if judge == METRICS else ChatJudge(chat_of(judge.removeprefix("transformers:")))
+    asked = MetricJudge() if judge == METRICS else judge_of(judge, device=settings().device)
     found = asked.judge([case], progress=False)[0]
     if not found.ok: raise ValueError(f"`judge` has to be able to score this but is not: {found.error}.")
     lines = [f"### {found.mean:.2f} of 5, by {html.escape(found.judge)}", "", "| criterion | of 5 | what is asked |", "|---|--:|---|"]
@@ -599,10 +612,11 @@ def crop_fields(references):
     "Fields that cut a part out of a reference."
     def part(references, which, left, right, top, bottom):
         with messages("Not cut"):
-            if not references or not 1 <= int(which) <= len(references): raise ValueError(f"`reference` has to be there before it can be cut, but there is no number {int(which)}.")
-            return crop(read_image(references[int(which) - 1][0]), left, right, top, bottom)
+            if not references: raise ValueError("`reference` has to be there before it can be cut but there is none.")
+            return crop(read_image(references[whole(which, "which", 1, len(references)) - 1][0]), left, right, top, bottom)
     def put(references, which, *sides):
-        return [(part(references, which, *sides) if i == int(which) - 1 else path, caption) for i, (path, caption) in enumerate(references or [])]
+        cut = part(references, which, *sides)
+        return [(cut if i == which - 1 else path, caption) for i, (path, caption) in enumerate(references)]
     with gr.Accordion("Crop a reference", open=False):
         which = gr.Number(1, precision=0, minimum=1, label="Which reference", info="1 is the first.", elem_id="crop-which")
         with gr.Row(): left, right = (gr.Slider(0, 100, value, step=1, label=f"{name} edge (%)", min_width=130) for name, value in (("Left", 0), ("Right", 100)))
@@ -712,7 +726,7 @@ def guidance_tab(load, given):
         paths = [path for path, _ in references or []]
         check_source(video or image)
         check_references(paths)
-        return load(model=model), Path(video or image), check_instruction(instruction or ""), paths, int(steps), int(seed)
+        return load(model=model), Path(video or image), check_instruction(instruction or ""), paths, whole(steps, "steps", 1, 1000), whole(seed, "seed", 0, MOST)
     def look(video=None, image=None, instruction="", references=None, steps=4, seed=0, model=None):
         """Edit, and draw where the denoiser looked: at the tokens of the reference, at its features in the context, at each query.
         The arguments are those of the edit. What comes back: a picture, and what it says."""
@@ -749,7 +763,7 @@ def data_tab():
     def pairs(number=6, first_seed=0):
         """Send pairs of the procedural world, every fourth of them spoilt, through the embedded pipeline.
         number: of pairs, 1 to 24; first_seed: of the world. What comes back: a line, the funnel and the pairs with verdicts and scores as HTML, and the pipeline's own thresholds."""
-        with messages("No pairs"): return shown(world_set(int(number), int(first_seed)), [own for _, _, _, own, _ in THRESHOLDS.values()])
+        with messages("No pairs"): return shown(world_set(whole(number, "number", 1, 24), whole(first_seed, "first_seed", 0, MOST)), [own for _, _, _, own, _ in THRESHOLDS.values()])
     def open_set(folder):
         """Open a data set of `kiwi-edit synthesize` that lies in the settings' data folder.
         folder: its name. What comes back is as for /pairs, with thresholds that change nothing."""

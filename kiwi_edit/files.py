@@ -120,11 +120,12 @@ def renamed(
 def one_line(
     error: BaseException,
     names: dict | None = None, # argument -> what the reader calls it
+    room: str = "`size` and `frames` have", # what asks for memory
 ) -> str | None: # None where the error is no fault of the user's
     "An error as a person should read it."
     message, names = " ".join(str(error).split()), names or {}
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or re.search("can't allocate memory|not enough memory", message):
-        message = f"`size` and `frames` have to ask for no more than fits into memory, which is full: {message[:160]}"
+        message = f"{room} to ask for no more than fits into memory, which is full: {message[:160]}"
     elif not isinstance(error, (ValueError, TypeError, OSError, ImportError)): return None
     elif not message.startswith("`"):
         if not isinstance(error, OSError) or not error.strerror: return None

@@ -546,6 +546,7 @@ def metric_scores(
     rubric: Rubric,
 ) -> dict: # criterion -> 1..5
     "The score of each criterion: that of its worst number. Numbers that have nothing to stand on are left out; a criterion without any is a ValueError."
+    if rubric.name not in SCALES: raise ValueError(f"`rubric` has to be one of {', '.join(SCALES)}, whose criteria have numbers, but is {rubric.name!r}; a model can judge by it.")
     table, scores = SCALES[rubric.name], {}
     for name in rubric.names:
         known = [scale.score(measured[scale.metric]) for scale in table[name] if not np.isnan(measured[scale.metric])]
@@ -600,7 +601,7 @@ def _column_mean(column):
     return known.mean() if len(known) else np.nan
 
 def _estimated(columns): # list of (N,) arrays with NaN -> mean of the column means, with its interval over rows
-    statistic = lambda *drawn: np.mean([_column_mean(c) for c in drawn])
+    statistic = lambda *drawn: np.mean([mean for c in drawn if not np.isnan(mean := _column_mean(c))])  # a draw may miss a rare type
     there = ~np.isnan(columns).all(0)
     columns = [c[there] for c in columns]
     value = float(statistic(*columns))

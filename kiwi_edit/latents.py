@@ -71,10 +71,10 @@ def fast_layers(
             if users == 1 and change == 1:
                 for module in vae.modules():
                     for kind, forward in _FORWARDS.items():
-                        if isinstance(module, kind): module.forward = types.MethodType(forward, module)
+                        if isinstance(module, kind) and "forward" not in vars(module): module.forward = types.MethodType(forward, module)  # one that is there is a hook's
             if not users:
                 for module in vae.modules():
-                    if isinstance(module, tuple(_FORWARDS)): vars(module).pop("forward", None)
+                    if getattr(vars(module).get("forward"), "__func__", None) in _FORWARDS.values(): del module.forward
                 del counted["_fast_users"]
     count(1)
     try: yield vae
@@ -127,18 +127,15 @@ def in_tiles(
         raise ValueError(f"tiles of the autoencoder have to have sides and strides in multiples of {factor} pixels, strides no longer than sides, but are {tile} and {stride}.")
     rows, columns = (tile_starts(side, *sizes) for side, sizes in zip(x.shape[-2:], zip(tile, stride)))
     overlap, total, weights = [round((t - s) * scale) for t, s in zip(tile, stride)], None, None
-    vae.use_tiling = False  # each tile is small enough for diffusers
-    try:
-        for i, top in enumerate(rows):
-            for j, left in enumerate(columns):
-                with _Unclamped() if way == "decode" else nullcontext(): part = run(x[..., top:top + tile[0], left:left + tile[1]], i * len(columns) + j)
-                y, x0 = round(top * scale), round(left * scale)
-                ramps = [ramp(length, over, start == starts[0], start == starts[-1]) for length, over, start, starts in zip(part.shape[-2:], overlap, (top, left), (rows, columns))]
-                weight = torch.minimum(ramps[0][:, None], ramps[1][None]).to(part)
-                if total is None: total, weights = (part.new_zeros(*shape, *(round(side * scale) for side in x.shape[-2:])) for shape in (part.shape[:-2], ()))
-                total[..., y:y + part.shape[-2], x0:x0 + part.shape[-1]] += part * weight
-                weights[y:y + part.shape[-2], x0:x0 + part.shape[-1]] += weight
-    finally: vae.use_tiling = True
+    for i, top in enumerate(rows):  # no part is larger than a tile, so diffusers cuts none further
+        for j, left in enumerate(columns):
+            with _Unclamped() if way == "decode" else nullcontext(): part = run(x[..., top:top + tile[0], left:left + tile[1]], i * len(columns) + j)
+            y, x0 = round(top * scale), round(left * scale)
+            ramps = [ramp(length, over, start == starts[0], start == starts[-1]) for length, over, start, starts in zip(part.shape[-2:], overlap, (top, left), (rows, columns))]
+            weight = torch.minimum(ramps[0][:, None], ramps[1][None]).to(part)
+            if total is None: total, weights = (part.new_zeros(*shape, *(round(side * scale) for side in x.shape[-2:])) for shape in (part.shape[:-2], ()))
+            total[..., y:y + part.shape[-2], x0:x0 + part.shape[-1]] += part * weight
+            weights[y:y + part.shape[-2], x0:x0 + part.shape[-1]] += weight
     return total / weights if way == "encode" else (total / weights).clamp(-1, 1)
 
 # %% ../nbs/02_latents.ipynb #1803d172

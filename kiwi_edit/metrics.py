@@ -161,8 +161,10 @@ def optical_flow(
 ) -> np.ndarray:  # (T - 1, H, W, 2) float32, pixels to the right and down
     "Where each pixel goes from a frame to the next, by OpenCV's DIS."
     import cv2
-    finder, gray = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST), _gray(clip)
-    return np.stack([finder.calc(a, b, None) for a, b in zip(gray, gray[1:])]) if len(clip) > 1 else np.zeros((0, *clip.shape[1:3], 2), np.float32)
+    (h, w), finder = clip.shape[1:3], cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+    if len(clip) < 2: return np.zeros((0, h, w, 2), np.float32)
+    gray = [cv2.copyMakeBorder(frame, 0, max(0, 32 - h), 0, max(0, 32 - w), cv2.BORDER_REPLICATE) for frame in _gray(clip)]  # DIS crashes on pictures that are lower than its patches
+    return np.stack([finder.calc(a, b, None)[:h, :w] for a, b in zip(gray, gray[1:])])
 
 
 def warp_error(
@@ -219,8 +221,10 @@ def _histogram(pixels):
     "Share of each Lab bin, a little blurred."
     import cv2
     lab = cv2.cvtColor(np.asarray(pixels, np.float32).reshape(1, -1, 3) / 255, cv2.COLOR_RGB2Lab)[0]
-    counts = np.histogramdd(lab, (np.linspace(0, 100, 9), np.linspace(-64, 64, 13), np.linspace(-64, 64, 13)))[0].astype(np.float32)
-    return np.stack([cv2.GaussianBlur(plane, (0, 0), .7) for plane in counts]) / max(counts.sum(), 1)
+    side = np.linspace(-128, 128, 25)  # the most saturated colours lie beyond 64
+    counts = np.histogramdd(lab, (np.linspace(0, 100.01, 9), side, side))[0].astype(np.float32)
+    counts = np.stack([cv2.GaussianBlur(plane, (0, 0), .7, borderType=cv2.BORDER_CONSTANT) for plane in counts])
+    return counts / max(counts.sum(), 1)
 
 
 def _without_canvas(image):
@@ -257,6 +261,7 @@ def retrieval(
     similarity = np.asarray(similarity, dtype=np.float64)
     if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1] or len(similarity) < 2:
         raise ValueError(f"`similarity` has to be a square of at least 2 outputs and as many candidates but is {similarity.shape}.")
+    similarity = np.where(np.isnan(similarity), -np.inf, similarity)  # what nothing is known of is no find
     places = (similarity >= similarity.diagonal()[:, None]).sum(1)  # a tie is no find
     return dict(first=float((places == 1).mean()), rank=float((1 / places).mean()), chance=1 / len(similarity))
 

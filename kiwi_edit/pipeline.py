@@ -216,11 +216,11 @@ class EditMemory:
         self.max_bytes, self.kept = max_bytes, OrderedDict()
 
     def get(self,
-        key: tuple | None,  # names content, module and settings; None is not remembered
+        key: tuple | None,  # names content, module and settings; None is not remembered, nor is anything while gradients are recorded
         make: Callable,     # gives the tensor where nothing is remembered
     ) -> torch.Tensor:
         "What belongs to a key."
-        if key is None: return make()
+        if key is None or torch.is_grad_enabled(): return make()
         if key not in self.kept: self.kept[key] = make()
         self.kept.move_to_end(key)
         found = self.kept[key]
@@ -421,7 +421,7 @@ def encode_prompt(
         size = grid[0] * grid[1] * grid[2]
         one, rows = replace(inputs[0], grids=[[grid]], pixel_values=rows[:size]), rows[size:]
         key = mark and ("vision", mark, content_key(one.pixel_values.numpy()), grid)
-        features.append(self.memory.get(key, lambda: vision_features(self.mllm, one.to(device))[0]))
+        features.append(self.memory.get(key, lambda: vision_features(self.mllm, one.to(device))[0]).to(device))
     return encode_context(self.mllm, self.guidance, collate_inputs(inputs).to(device), [torch.cat(features)] * n)
 
 # %% ../nbs/22_pipeline.ipynb #f6e58b7d
@@ -438,11 +438,11 @@ def encode_source(
     device: torch.device | None = None,
 ) -> torch.Tensor:  # (1, z, f, h, w) float32
     "Latents of the source; what is longer than the model takes flows through in pieces."
+    place = device or self._execution_device
     def make():
-        place = device or self._execution_device
         if footage.count <= self.config.max_frames and footage.frames is not None: return encode_frames(self.vae, footage.frames, place)
         return torch.cat(list(stream_latents(self.vae, footage.chunks(), place, drop_rest=True)), dim=2)
-    return self.memory.get(_encoder_key(self, "source", footage.key), make)
+    return self.memory.get(_encoder_key(self, "source", footage.key), make).to(place)  # they may have been made elsewhere
 
 
 @patch_to(KiwiEditPipeline)
@@ -454,8 +454,8 @@ def encode_references(
 ) -> torch.Tensor | None:  # (1, z, R, h, w)
     "Latents of all references, one latent frame each."
     if not references: return None
-    padded = np.stack([fit_reference(image, width, height)[None] for image in references])
-    return self.memory.get(_encoder_key(self, "references", content_key(padded)), lambda: encode_frames(self.vae, padded, device or self._execution_device).transpose(0, 2))
+    padded, place = np.stack([fit_reference(image, width, height)[None] for image in references]), device or self._execution_device
+    return self.memory.get(_encoder_key(self, "references", content_key(padded)), lambda: encode_frames(self.vae, padded, place).transpose(0, 2)).to(place)
 
 
 @patch_to(KiwiEditPipeline)
@@ -470,7 +470,7 @@ def windows(
     if frames <= self.config.max_frames and (window_width, window_height) == (width, height): return None
     to_latents = lambda t, h, w: ((t - 1) // vae.scale_factor_temporal + 1, h // vae.scale_factor_spatial, w // vae.scale_factor_spatial)
     shape, size = to_latents(frames, height, width), to_latents(min(frames, self.window_frames), window_height, window_width)
-    overlap = [0 if side == length else max(1, round(side * window_overlap)) for side, length in zip(size, shape)]
+    overlap = [0 if side == length else min(side - 1, max(1, round(side * window_overlap))) for side, length in zip(size, shape)]
     windows = latent_windows(shape, size, overlap, patch)
     return windows if len(windows) > 1 else None
 
@@ -504,7 +504,7 @@ def __call__(
     latents: torch.Tensor | None = None,  # (1, z, f, h, w) the noise itself
     output_type: str = "np",  # "np" (T, H, W, 3) uint8, "pil" images, "pt" (T, 3, H, W) in [0, 1], "latent", "stream" an iterator of (n, H, W, 3) uint8
     return_dict: bool = True,
-    callback_on_step_end: Callable | None = None,  # called as (pipeline, step, timestep, tensors) -> tensors
+    callback_on_step_end: Callable | None = None,  # called as (pipeline, step, timestep, tensors); `latents` in the dict that it returns replace the edit's
     callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
 ) -> KiwiEditOutput | tuple:
     "Edit a clip."
@@ -518,7 +518,10 @@ def __call__(
     references = [read_image(image) for image in references]
     if references and not self.guidance.config.takes_reference:
         raise ValueError(f"`reference` has to be None for this model, which was trained on instructions alone, but has {len(references)} image{'s' * (len(references) > 1)}.")
-    if not isinstance(video, Footage):
+    if isinstance(video, Footage):
+        for name, value, own in (("height", height, video.height), ("width", width, video.width), ("num_frames", num_frames, video.count)):
+            if value not in (None, own): raise ValueError(f"`{name}` has to be None or the footage's {own} but is {value}.")
+    else:
         frames = self.prepare_video(video, height, width, num_frames)
         video = Footage(*(frames.shape[i] for i in (0, 2, 1)), frames)
     device, height, width = self._execution_device, video.height, video.width

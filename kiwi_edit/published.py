@@ -302,15 +302,24 @@ def _asked(row): return dict(output=row.output, instruction=row.instruction, edi
 
 def _append(path, record):
     "A line at the end of a file, in one write."
-    with open(path, "ab") as file: file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+    line = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+    with open(path, "a+b") as file:
+        if file.seek(0, io.SEEK_END):
+            file.seek(-1, io.SEEK_END)
+            if file.read(1) != b"\n": line = b"\n" + line  # a run has ended in the middle of its line
+        file.write(line)
 
 
 def _lines(path):
-    "The records of a file of lines; the last one may have been cut."
+    "The records of a file of lines; those that were cut are left out."
     if not path.is_file(): return []
     *lines, rest = path.read_bytes().split(b"\n")
-    try: return [json.loads(line) for line in lines if line.strip()]
-    except ValueError as error: raise ValueError(f"`out` has to be a folder whose {path.name} was written by this kit, but a line of it is no JSON: {error}.") from error
+    records = []
+    for line in filter(bytes.strip, lines):
+        try: records.append(json.loads(line))
+        except ValueError: logger.warning("a line of %s is cut and counts for nothing: %s", path.name, line[:60].decode("utf-8", "replace"))
+    if lines and not records: raise ValueError(f"`out` has to be a folder whose {path.name} was written by this kit, but none of its lines is JSON.")
+    return records
 
 
 def _claim(out, settings, about):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools, io, itertools, math, re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 # %% auto #0
@@ -26,7 +27,7 @@ from PIL import Image
 from scipy import ndimage
 from skimage import feature, filters
 
-from .video import as_frames, read_image, read_video, sample_indices, video_info
+from .video import IMAGE_FORMATS, as_frames, flatten_image, read_image, read_video, sample_indices, video_info
 from .world import COLORS, PLACES, TASKS
 
 # %% ../nbs/11_quadruplets.ipynb #q1100005
@@ -139,11 +140,12 @@ class LoadOptions:
 def _still(data):
     "Reference of any kind as (h, w, 3) uint8."
     if isinstance(data, np.ndarray): return as_frames(data)[0]
-    image = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else read_image(data)
-    return np.array(image.convert("RGB"))
+    if isinstance(data, bytes): return np.array(flatten_image(Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)))
+    return np.array(read_image(data))
 
 def _clip_facts(clip):
     if isinstance(clip, np.ndarray): return (*as_frames(clip).shape[:3], 0.)
+    if clip in ("", Path()): raise ValueError("no file is named")
     info = video_info(clip)
     return info.frames, info.height, info.width, info.fps
 
@@ -161,6 +163,8 @@ def load_record(
     def verdict(reason=""):
         record.verdicts.append(Verdict("load", not reason, " ".join(reason.split())[:300], backend="embedded", error=bool(reason)))
         return record
+    try: pair.instruction.encode()
+    except UnicodeEncodeError as error: return verdict(f"unreadable instruction: {error}")
     facts = {}
     for name in ("source", "edited"):
         try: facts[name] = _clip_facts(getattr(pair, name))
@@ -172,7 +176,7 @@ def load_record(
     if pair.task and pair.task not in TASKS: return verdict(f"unknown task: {pair.task!r}")
     if pair.reference is not None:
         try: record.authentic_reference = _still(pair.reference)
-        except (ValueError, OSError) as error: return verdict(f"unreadable reference: {error}")
+        except Exception as error: return verdict(f"unreadable reference: {error}") # decoders of images raise what they like
     scale = min(1., options.side / max(height, width))
     size = (max(round(width * scale), 8), max(round(height * scale), 8))
     record.indices, record.fps, record.size = tuple(sample_indices(n, options.frames)), fps, (height, width)
@@ -646,7 +650,7 @@ class PixelEmbedder:
             hog = feature.hog(gray, orientations=8, pixels_per_cell=(16, 16), cells_per_block=(1, 1)).astype(np.float32)
             vector = np.concatenate([lab.ravel() / max(np.linalg.norm(lab), 1e-6), hog / max(np.linalg.norm(hog), 1e-6)])
             out.append(vector / max(np.linalg.norm(vector), 1e-6))
-        return np.array(out, np.float32).reshape(len(images), -1)
+        return np.array(out, np.float32).reshape(len(images), 16 * 16 * 3 + 4 * 4 * 8)
 
 
 def perceptual_hash(image: np.ndarray) -> int: # 64 bits

@@ -43,7 +43,7 @@ from .benchmark import describe_hardware, run_benchmark
 from .core import Preset, asset, choose_device, multiplies_bfloat16, preset
 from .guidance import KiwiAttnProcessor, attend, find_wan
 from .pipeline import EditMemory, KiwiEditPipeline
-from .training import allocated_by, cast_weights
+from .training import allocated_by, cast_weights, measure_flops
 from .video import Clip, Strip, av, read_image, read_video, replacing, resize_frames, video_info, write_video
 from .world import EVAL_SEED, World
 
@@ -51,8 +51,8 @@ from .world import EVAL_SEED, World
 __all__ = ['logger', 'PARTS', 'SAVINGS', 'APPROXIMATIONS', 'BENCH_MODELS', 'TRIED', 'QUICK', 'patched', 'operations',
            'profile_edit', 'Saving', 'recomputed', 'Approximation', 'approximation', 'approximately',
            'magnitude_ratios', 'FlowUniPC', 'Held', 'HeldAttnProcessor', 'parallelise', 'Subject', 'bench_subject',
-           'matrix_rate', 'step_flops', 'Configuration', 'configurations', 'measure_model', 'stream_memory',
-           'seam_error', 'measure_windows', 'reading_rates', 'first_start', 'SpeedReport', 'main']
+           'step_flops', 'Configuration', 'configurations', 'measure_model', 'stream_memory', 'seam_error',
+           'measure_windows', 'reading_rates', 'first_start', 'SpeedReport', 'main']
 
 # %% ../nbs/44_speed.ipynb #04021a01
 logger = logging.getLogger(__name__)
@@ -568,21 +568,6 @@ def bench_subject(
     return Subject(name, pipe, sample, steps)
 
 
-def matrix_rate(
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    size: int | None = None,  # of the square matrices
-) -> float:  # operations a second
-    "How fast products of large matrices are here: what no network can exceed."
-    device = torch.device(device)
-    size = size or (8192 if device.type == "cuda" else 1024)
-    a, b, seconds = *(torch.randn(size, size, device=device).to(dtype) for _ in range(2)), []
-    for _ in range(6):
-        start = time.perf_counter(); a @ b; _synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * size ** 3 / min(seconds)
-
-
 def step_flops(
     sizes: Preset,
     frames: int, height: int, width: int,  # of a clip, in frames and pixels
@@ -706,7 +691,7 @@ def measure_model(
                 bar.update()
     pipe.memory.clear()
     for row in rows: row["seconds"] = statistics.median(row["runs"])
-    return dict(name=subject.name, what=str(subject), rows=rows, left_out=left_out, rate=matrix_rate(device, pipe.transformer.dtype))
+    return dict(name=subject.name, what=str(subject), rows=rows, left_out=left_out, rate=measure_flops(device, pipe.transformer.dtype))
 
 
 def _scores(subject, way, samples):

@@ -5,7 +5,7 @@
 # %% ../nbs/14_synthesis.ipynb #s1400003
 from __future__ import annotations
 
-import base64, functools, hashlib, html, io, json, math, multiprocessing, os, re, shutil, signal, threading, time
+import base64, copy, csv, functools, hashlib, html, io, json, math, multiprocessing, os, re, shutil, signal, threading, time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from .core import settings
 from .backends import png_bytes
-from .dataset import FORMATS, ParquetCell, _READERS, _digest, _file_digest
+from .dataset import FORMATS, ParquetCell, _READERS, _digest, _file_digest, _photos_digest
 from .quadruplets import STAGES, FingerprintStage, LoadOptions, Pair, Record, Verdict, deduplicate, embedded_stages, load_record
 from .video import as_frames, replacing, write_video
 from .world import World
@@ -93,7 +93,15 @@ class FilePairs(Sequence):
 
     @property
     def key(self) -> str: # changes with the rows
-        return _digest([self.columns, str(self.root), self.ids, [[str(row.get(c)) if not isinstance(row.get(c), (bytes, dict, ParquetCell)) else "" for c in self.columns.values()] for row in self.rows]])
+        files = functools.cache(_file_digest)
+        return _digest([self.columns, str(self.root), self.ids, [[_in_key(row.get(c), files) for c in self.columns.values()] for row in self.rows]])
+
+def _in_key(value, files=_file_digest):
+    "A value as a key holds it: what is large by its digest."
+    if isinstance(value, ParquetCell): return [files(value.path), value.group, value.row]
+    if isinstance(value, dict): return {k: _in_key(v, files) for k, v in value.items()}
+    if isinstance(value, np.ndarray): return [value.shape, hashlib.sha256(value.tobytes()).hexdigest()]
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)
 
 def _kept_bytes(value):
     "A video that a table holds as bytes, as a file that readers of video can open."
@@ -151,7 +159,9 @@ def read_pairs(
         suffix = table.suffix.lower()
         if suffix not in FORMATS: raise ValueError(f"`pairs` has to end in {', '.join(FORMATS)} but is {str(table)!r}.")
         try: header, found = _READERS[suffix](table)
-        except (ValueError, pa.ArrowException) as error: raise ValueError(f"`pairs` has to be a readable {suffix} but {str(table)!r} is not: {' '.join(str(error).split())[:200]}.") from error
+        except (ValueError, csv.Error, pa.ArrowException) as error: raise ValueError(f"`pairs` has to be a readable {suffix} but {str(table)!r} is not: {' '.join(str(error).split())[:200]}.") from error
+        for i, row in enumerate(found):
+            if None in row: raise ValueError(f"`pairs` has to have as many fields in a row as in the header but row {i} of {str(table)!r} has {len(row[None])} more; text with a comma needs quotes.")
         rows, names = rows + found, list(dict.fromkeys([*names, *header]))
     if not rows: raise ValueError(f"`pairs` has to hold at least one row but {text!r} holds none.")
     return FilePairs(rows, _columns(names, columns, repr(tables[0].name)), root or tables[0].parent, path.stem)
@@ -184,8 +194,9 @@ class WorldPairs(Sequence):
         if isinstance(i, slice):
             picked = range(self.number)[i]
             if picked.step != 1: raise ValueError(f"`i` has to be a slice of step 1 but has step {picked.step}.")
-            turn = picked.start % len(self.tasks) if self.tasks else 0
-            return WorldPairs(max(len(picked), 1), self.first_seed + picked.start, self.tasks[turn:] + self.tasks[:turn], self.world)
+            turn, part = picked.start % len(self.tasks) if self.tasks else 0, copy.copy(self)
+            part.number, part.first_seed, part.tasks = len(picked), self.first_seed + picked.start, self.tasks[turn:] + self.tasks[:turn]
+            return part
         i = range(self.number)[i]
         made = self.world.sample(self.first_seed + i, self.tasks[i % len(self.tasks)] if self.tasks else None)
         return Pair(f"world-{self.first_seed + i:07d}", made.source, made.target, made.instruction, origin=dict(dataset="world", licence="MIT"))
@@ -196,7 +207,7 @@ class WorldPairs(Sequence):
     @property
     def key(self) -> str:
         w = self.world
-        return _digest(["world", self.number, self.first_seed, self.tasks, w.height, w.width, w.num_frames, w.split])
+        return _digest(["world", self.number, self.first_seed, self.tasks, w.height, w.width, w.num_frames, w.split, asdict(w.difficulty), _photos_digest(w.split)])
 
 # %% ../nbs/14_synthesis.ipynb #s1400013
 @dataclass(frozen=True)
@@ -210,7 +221,7 @@ class SynthesisOptions:
     clips: str = "refer"     # "refer" to the files of the pool, or "copy" them
     authentic: bool = False  # keep authentic references, where the pool has them, instead of synthesised ones
     similarity: float = .99  # see `deduplicate`
-    max_failures: float = .5 # share of rows that could not be read or answered, from which the run stops; counted from 20 rows on
+    max_failures: float = .5 # share of rows that could not be read or answered, from which the run stops; counted from 20 rows on. A part above it is done again
     sheets: int = 64         # pairs that the report shows as pictures
 
     def __post_init__(self):
@@ -263,7 +274,11 @@ def _place_clip(clip, name, record, folder, copy):
     path = folder / "clips" / f"{_safe(record.pair.id)}-{name}{Path(clip).suffix if isinstance(clip, str) else '.png' if still else '.mp4'}"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(clip, str):
+        if isinstance(clip, str) and os.path.isdir(clip): # frames
+            half = path.with_name(f".{path.name}")
+            shutil.rmtree(half, ignore_errors=True)
+            shutil.copytree(clip, half).rename(path)
+        elif isinstance(clip, str):
             with replacing(path, overwrite=True) as temporary: shutil.copyfile(clip, temporary)
         elif still:
             with replacing(path, overwrite=True) as temporary: temporary.write_bytes(png_bytes(as_frames(clip)[0]))
@@ -279,7 +294,7 @@ def to_row(
 ) -> dict:
     "What stays of a record once its frames are let go."
     scores = {f"{v.stage}.{k}": round(float(x), 6) for v in record.verdicts for k, x in v.scores.items()}
-    row = dict(iid=record.pair.id, prompt=record.pair.instruction, src_video="", tgt_video="", ref_image_bytes=None, task="background" if record.task == "background" else "subject",
+    row = dict(iid=record.pair.id, prompt=record.pair.instruction.encode("utf-8", "replace").decode(), src_video="", tgt_video="", ref_image_bytes=None, task="background" if record.task == "background" else "subject",
                edit_type=record.task, subject=record.subject, ref_source="", scores=json.dumps(scores, sort_keys=True), origin=json.dumps(record.pair.origin, sort_keys=True),
                backends=json.dumps({v.stage: v.backend for v in record.verdicts}), verdicts=json.dumps([asdict(v) | dict(scores={}) for v in record.verdicts]),
                embedding=None, hashes=None, authentic_ref_image_bytes=None, sheet=_sheet(record) if sheet else None)
@@ -335,12 +350,14 @@ def _write_table(path, rows, schema, key=""):
     table = pa.Table.from_pylist(rows, schema=schema.with_metadata({"kiwi-edit": key} if key else None))
     with replacing(path, overwrite=True) as temporary: pq.write_table(table, temporary, row_group_size=64)
 
-def _part_is_good(path, key, ids):
-    "Whether a part is whole, of these settings, and holds these rows."
+def _part_is_good(path, key, ids, most):
+    "Whether a part is whole, of these settings, holds these rows, and at most this share of them has failed."
     try:
         with pq.ParquetFile(path) as file:
-            return (file.schema_arrow.metadata or {}).get(b"kiwi-edit", b"").decode() == key and file.read(columns=["iid"]).column(0).to_pylist() == ids
+            if (file.schema_arrow.metadata or {}).get(b"kiwi-edit", b"").decode() != key: return False
+            rows = file.read(columns=["iid", "verdicts"]).to_pylist()
     except (OSError, pa.ArrowException): return False
+    return [row["iid"] for row in rows] == ids and sum(json.loads(row["verdicts"])[-1]["error"] for row in rows) <= most * len(rows)
 
 def _sums(folder):
     "SHA-256 of all tables, as sha256sum writes them."
@@ -382,7 +399,7 @@ def _finish(folder, parts, options, key):
             _write_table(folder / f"chunk_{number:05d}.parquet", [{c: row[c] for c in PUBLIC} for row in alive], pa.schema([_SCHEMA.field(c) for c in PUBLIC]))
             number += 1
         _write_table(folder / "verdicts" / f"records_{k:05d}.parquet", [{c: row[c] for c in shown} for row in rows], pa.schema([_SCHEMA.field(c) for c in shown]), key)
-    for clip in _orphans(folder): clip.unlink()
+    for clip in _orphans(folder): shutil.rmtree(clip) if clip.is_dir() else clip.unlink()
 
 def _orphans(folder):
     "Clips of records that turned out to be doubles, or of a run with other settings."
@@ -398,14 +415,17 @@ _worker = {} # of this process: its stages and what they need
 def _start_worker(make_stages, options, folder):
     cv2.setNumThreads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C is for the process that was started
-    _worker.update(stages=make_stages(), options=options, folder=folder)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
+    try: _worker.update(stages=make_stages(), options=options, folder=folder)
+    except Exception as error: _worker.update(error=f"{type(error).__name__}: {error}")
 
 def _leave_with_parent():
     multiprocessing.parent_process().join() # a parent that was killed asks nobody to stop
     os._exit(1)
 
-def _in_worker(job, pairs, sheets): return job, *run_batch(pairs, _worker["stages"], _worker["options"], _worker["folder"], sheets)
+def _in_worker(job, pairs, sheets):
+    if "error" in _worker: raise ValueError(f"`make_stages` has to make the stages in each worker but raised {_worker['error']}")
+    return job, *run_batch(pairs, _worker["stages"], _worker["options"], _worker["folder"], sheets)
 
 def _local(jobs, make_stages, options, folder):
     "Batches in this process or in others, as they get done."
@@ -422,7 +442,7 @@ def _local(jobs, make_stages, options, folder):
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done: yield future.result()
     except BrokenProcessPool as error:
-        raise StoppedRun("`workers` lost one of them, most likely for want of memory. Parts that are finished stay; fewer workers or a smaller `batch` need less.") from error
+        raise StoppedRun("`workers` lost one of them, most likely for want of memory. Parts that are finished stay; fewer workers or a smaller `batch` need less. Stages from a notebook's cell have to move to a module, since workers cannot import a cell.") from error
     finally: pool.shutdown(wait=False, cancel_futures=True)
 
 # %% ../nbs/14_synthesis.ipynb #s1400023
@@ -571,15 +591,22 @@ class Synthesis:
 # %% ../nbs/14_synthesis.ipynb #s1400028
 def _part_path(folder, k): return folder / "parts" / f"part_{k:05d}.parquet"
 
-def _named(value):
-    "A factory in words that are the same in every process."
-    if isinstance(value, functools.partial): return [_named(value.func), [_named(v) for v in value.args], {k: _named(v) for k, v in sorted(value.keywords.items())}]
-    return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else repr(value)
+def _code(code): return [code.co_code.hex(), code.co_names, [_code(c) if hasattr(c, "co_code") else sorted(map(repr, c)) if isinstance(c, frozenset) else repr(c) for c in code.co_consts]]
+
+def _named(value, above=()):
+    "A factory in words that are the same in every process: its name, and what it does and holds where a name is not enough (a lambda, a notebook's function)."
+    if isinstance(value, functools.partial): return [_named(value.func, above), [_named(v, above) for v in value.args], {k: _named(v, above) for k, v in sorted(value.keywords.items())}]
+    if not hasattr(value, "__qualname__"): return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+    name = f"{value.__module__}.{value.__qualname__}"
+    if value in above or not hasattr(value, "__code__") or ("<" not in name and value.__module__ != "__main__"): return name
+    known = [value.__globals__.get(n) for n in value.__code__.co_names]
+    held = [*(c.cell_contents for c in value.__closure__ or ()), *(value.__defaults__ or ()), *(v for v in known if isinstance(v, (str, int, float, list, tuple, dict)) or hasattr(v, "__qualname__"))]
+    return [name, _digest(_code(value.__code__), [_named(v, (*above, value)) for v in held])]
 
 def _settings_of(pairs, make_stages, options):
     "What the bytes of a shard depend on."
     kept = {k: v for k, v in asdict(options).items() if k not in ("batch", "workers", "engine", "max_failures")}
-    return dict(pairs=getattr(pairs, "key", None) or _digest([[p.id, p.instruction, p.task, *(c if isinstance(c, str) else hashlib.sha256(as_frames(c).tobytes()).hexdigest() for c in (p.source, p.edited))] for p in pairs]), stages=_named(make_stages), options=kept)
+    return dict(pairs=getattr(pairs, "key", None) or _digest([[p.id, p.instruction, p.task, p.origin, *map(_in_key, (p.source, p.edited, p.reference))] for p in pairs]), stages=_named(make_stages), options=kept)
 
 def _in_order(pairs):
     if isinstance(pairs, (FilePairs, WorldPairs)): return pairs
@@ -606,7 +633,7 @@ def synthesize(
     n, began = len(pairs), time.perf_counter()
     bounds = [(a, min(a + options.shard, n)) for a in range(0, n, options.shard)]
     ids = pairs.ids if hasattr(pairs, "ids") else [p.id for p in pairs]
-    missing = [k for k, (a, b) in enumerate(bounds) if not _part_is_good(_part_path(folder, k), key, ids[a:b])]
+    missing = [k for k, (a, b) in enumerate(bounds) if not _part_is_good(_part_path(folder, k), key, ids[a:b], options.max_failures)]
     jobs = [(k, a, min(a + options.batch, bounds[k][1])) for k in missing for a in range(*bounds[k], options.batch)]
     todo = sum(b - a for _, a, b in jobs)
     shown = lambda i: i * options.sheets // n != (i - 1) * options.sheets // n # evenly over the pool
@@ -778,9 +805,7 @@ class PlantedPairs(WorldPairs):
         return PLANTS[k // 4 % len(PLANTS)] if k % 4 == 3 else ""
 
     def __getitem__(self, i):
-        if isinstance(i, slice):
-            part = super().__getitem__(i)
-            return type(self)(part.number, part.first_seed, part.tasks, part.world)
+        if isinstance(i, slice): return super().__getitem__(i)
         i, pair = range(self.number)[i], super().__getitem__(i)
         kind, seed = self.spoilt(i), self.first_seed + i
         if kind == "no edit": return replace(pair, edited=pair.source)

@@ -25,6 +25,7 @@ import numpy as np
 import PIL.Image
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import AutoencoderKLWan
 from matplotlib.figure import Figure
@@ -68,7 +69,7 @@ def training_table(
 
 # %% ../nbs/31_training.ipynb #fecbaf74
 def draw_noise_levels(
-    options: Loss, # its `sampling` and `weighting`
+    options: Loss, # its `sampling`, `few` and `weighting`
     size: int, # of the batch, over all processes
     rng: np.random.Generator,
     shift: float = 5., # as the scheduler's
@@ -524,10 +525,10 @@ def trim_log(
 def measure_flops(
     device: str = "cpu",
     dtype: torch.dtype | None = None, # None is bfloat16 where the device has circuits for it, else float32
-    shape: tuple = (1024, 1024, 1024), # rows, inner side, columns
+    shape: tuple | None = None, # rows, inner side, columns; None is large enough for the device to be at its best
 ) -> float: # a second
     "The rate of a plain matrix product."
-    rows, inner, columns = shape
+    rows, inner, columns = shape or 3 * (8192 if torch.device(device).type == "cuda" else 1024,)
     dtype = dtype or (torch.bfloat16 if multiplies_bfloat16(device) else torch.float32)
     a, b = torch.randn(rows, inner, device=device, dtype=dtype), torch.randn(inner, columns, device=device, dtype=dtype)
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
@@ -552,10 +553,13 @@ def make_accelerator(
     folder=None, # for what they write
 ) -> Accelerator:
     "Accelerate for this process: alone, or one of many that `accelerate launch` or `torchrun` started."
-    cpu = torch.device(choose_device(device)).type == "cpu"
+    where = choose_device(device)
+    if "LOCAL_RANK" not in os.environ:  # alone: what Accelerate keeps for the process may be of a run before, and its "cuda" is the current one
+        if PartialState._shared_state and PartialState().device.type != where.type: AcceleratorState._reset_state(True)
+        if where.type == "cuda" and where.index is not None: torch.cuda.set_device(where)
     sharded = any(os.environ.get(f"ACCELERATE_USE_{kind}", "false") == "true" for kind in ("FSDP", "DEEPSPEED"))
     handlers = [] if sharded else [DistributedDataParallelKwargs(find_unused_parameters=True)]  # a batch uses the queries of its mode only
-    accelerator = Accelerator(cpu=cpu, gradient_accumulation_steps=accumulation, log_with=list(trackers) or None, project_dir=folder, kwargs_handlers=handlers)
+    accelerator = Accelerator(cpu=where.type == "cpu", gradient_accumulation_steps=accumulation, log_with=list(trackers) or None, project_dir=folder, kwargs_handlers=handlers)
     if len(accelerator.log_with) < len(trackers): raise ImportError(f"`trackers` have to be installed but of {', '.join(trackers)} only {', '.join(map(str, accelerator.log_with)) or 'none'} is.")
     if trackers: accelerator.init_trackers("kiwi-edit")
     return accelerator
@@ -603,6 +607,7 @@ def fit(
     accelerator = accelerator or make_accelerator(stage.accumulation, trackers=trackers, folder=folder)
     fsdp, zero = (accelerator.distributed_type == kind for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED))
     if (fsdp or zero) and stage.optimizer == "muon": raise ValueError("`stage.optimizer` has to be 'adamw' where weights are sharded but is 'muon', which needs whole matrices.")
+    if fsdp and not accelerator.is_fsdp2: raise ValueError("`fsdp_version` of Accelerate has to be 2, whose shards checkpoints gather, but is 1; assets/accelerate/fsdp2.yaml asks for it.")
     if zero and stage.ema and accelerator.state.deepspeed_plugin.zero_stage == 3: raise ValueError(f"`stage.ema` has to be 0 under DeepSpeed ZeRO-3, which shares out the weights, but is {stage.ema}.")
     device, main, parts = accelerator.device, accelerator.is_main_process, accelerator.num_processes
     model.to(device)
@@ -750,7 +755,7 @@ def read_log(
     path, # log.jsonl
 ) -> list: # of dicts, one a step
     "What a run has logged so far."
-    return [json.loads(line) for line in open(path)]
+    with open(path) as log: return [json.loads(line) for line in log if line.endswith("}\n")]  # the last one may have been cut
 
 def save_curve(
     log, # log.jsonl of a stage
@@ -938,7 +943,7 @@ def train(
         unset_hf_deepspeed_config()  # or transformers would split weights where it loads them; DeepSpeed does so with the whole module
     def opened(device): # the model that the stage begins with
         pipe = start_model(stage.preset, seed) if begin is None else load_any(begin, **(bases or {} if begin == start else {}))
-        cast_weights(pipe.to(device), getattr(torch, stage.dtype))
+        cast_weights(pipe, getattr(torch, stage.dtype)).to(device)
         if stage.round_timestep: pipe.guidance.register_to_config(round_timestep=True)
         torch.manual_seed(seed)  # of LoRA layers, which start at random
         select(pipe, stage)
@@ -1050,8 +1055,9 @@ def publish(
 ):
     "Write a run's model in half precision, and under `training` its thinned logs, the curves of all stages, and each stage's first and last film strip."
     folder, destination = Path(folder), Path(destination)
+    pipe = KiwiEditPipeline.from_pretrained(folder / "model").to(torch.float16)
     shutil.rmtree(destination / "fast", ignore_errors=True)  # few-step weights are those of the model that goes
-    KiwiEditPipeline.from_pretrained(folder / "model").to(torch.float16).save_pretrained(destination)
+    pipe.save_pretrained(destination)
     (destination / "training").mkdir(exist_ok=True)
     _publish_logs(folder, destination, points)
     logs = {name: read_log(found) for name in STAGES if (found := destination / "training" / f"{name}.jsonl").exists()}
@@ -1091,11 +1097,12 @@ def measure_step(
     stage: Stage, # one that denoises, trained by AdamW
     preset=None, # Preset; the stage's own if None
     device: str = "cpu",
-    steps: int = 3, # the fastest counts
+    steps: int = 3, # each beside a plain product, since a machine changes its pace; the middle one counts
 ) -> dict: # "bytes", "seconds" of a step; "said_bytes", "said_seconds" by the dry run
     "A step of a stage on random weights and samples, beside what the dry run says of it."
     said = estimate(stage, preset, progress=False)
-    shape, dtype = max(said.batches, key=lambda cost: sum(said.memory_of(cost).values())).shape, getattr(torch, stage.dtype)
+    fullest, dtype = max(said.batches, key=lambda cost: sum(said.memory_of(cost).values())), getattr(torch, stage.dtype)
+    shape, flops = fullest.shape, sum(fullest.flops.values())
     torch.manual_seed(0)
     with torch.device(device): pipe = KiwiEditPipeline.from_preset(preset or stage.preset, make_tokenizer(["Make it blue."], 400))
     cast_weights(pipe, dtype); select(pipe, stage)
@@ -1116,11 +1123,13 @@ def measure_step(
         weights = sum(p.numel() * p.element_size() for part in (pipe.mllm, pipe.guidance, pipe.transformer) for p in part.parameters())
         moments = sum(value.numel() * value.element_size() for value in optimizers.state().values())
         most = allocated_by(lambda: (back(), optimizers.step(1.)), device)
-        seconds, wait = math.inf, torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+        wan = pipe.transformer.config
+        product = math.prod(size[2:]) // math.prod(wan.patch_size) * size[0], wan.num_attention_heads * wan.attention_head_dim, wan.ffn_dim
+        runs, wait = [], torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
         for _ in range(steps):
             wait(); began = time.perf_counter()
             back(); optimizers.step(1.); wait()
-            seconds = min(seconds, time.perf_counter() - began)
-    width = pipe.transformer.config.num_attention_heads * pipe.transformer.config.attention_head_dim
-    rate = measure_flops(device, torch.bfloat16 if stage.autocast else dtype, (math.prod(size[2:]) // math.prod(pipe.transformer.config.patch_size) * size[0], width, pipe.transformer.config.ffn_dim))
-    return dict(bytes=weights + moments + most, said_bytes=said.peak, seconds=seconds, said_seconds=said.flops / stage.accumulation / rate, flops=said.flops, flops_per_second=rate)
+            seconds = time.perf_counter() - began
+            runs.append((seconds, measure_flops(device, torch.bfloat16 if stage.autocast else dtype, product)))
+    seconds, rate = sorted(runs, key=math.prod)[len(runs) // 2]
+    return dict(bytes=weights + moments + most, said_bytes=said.peak, seconds=seconds, said_seconds=flops / rate, flops=flops, flops_per_second=rate)

@@ -51,7 +51,7 @@ def flatten_image(
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
         peak = values.max(initial=0)
-        scale = 255 if peak <= 1 and image.mode == "F" else 1 if peak <= 255 else 255 / 65535
+        scale = 255 / 65535 if image.mode.startswith("I;16") else 255 if peak <= 1 and image.mode == "F" else 1 if peak <= 255 else 255 / 65535
         return Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -74,6 +74,8 @@ def as_frames(
         if arrays[0].ndim == 2: arrays = [np.repeat(a[..., None], 3, axis=-1) for a in arrays]
         frames = np.stack(arrays)
     frames = np.asarray(frames)
+    if frames.ndim > 2 and frames.shape[-1] == 4:
+        raise VideoError(f"`frames` have to be without transparency, which `read_image` lays on white, but are {frames.shape}.")
     if frames.ndim == 2: frames = np.repeat(frames[None, ..., None], 3, axis=-1)
     if frames.ndim == 4 and frames.shape[-1] == 1: frames = np.repeat(frames, 3, axis=-1)
     if frames.ndim == 3: frames = frames[None] if frames.shape[-1] == 3 else np.repeat(frames[..., None], 3, axis=-1)
@@ -124,13 +126,15 @@ def _open_image(path, name="path"):
 
 # %% ../nbs/01_video.ipynb #b08ff141
 def read_image(
-    path, # path of an image file, a PIL image or an array (H,W), (H,W,3) or (H,W,4)
+    path, # path of an image file, a PIL image or an array (H,W), (H,W,1), (H,W,3) or (H,W,4), uint8 or float in [0,1]
 ) -> Image.Image: # mode RGB, upright
     "Read one image as RGB."
     if isinstance(path, Image.Image): return flatten_image(path)
     if isinstance(path, np.ndarray):
-        if path.ndim == 3 and path.shape[-1] == 4 and path.dtype == np.uint8: return flatten_image(Image.fromarray(path))
-        return Image.fromarray(as_frames(path if path.ndim == 3 else path[None])[0])
+        if path.ndim == 2: path = path[..., None]
+        if path.ndim != 3 or path.shape[-1] != 4: return Image.fromarray(as_frames(path[None])[0])
+        channels = as_frames(path.transpose(2, 0, 1)[..., None])[..., 0] # each as a gray frame
+        return flatten_image(Image.fromarray(np.ascontiguousarray(channels.transpose(1, 2, 0))))
     path = _existing(path)
     if path.is_dir(): raise VideoError(f"`path` has to be an image file but {str(path)!r} is a folder.")
     with _open_image(path) as image:
@@ -428,7 +432,7 @@ MAX_CLIP_BYTES = 4 * 2 ** 30 # more than this in one array is refused
 @contextlib.contextmanager
 def _open_video(path, name="path"):
     "Open a video file with PyAV; yields the container and its first real video stream."
-    try: container = av.open(str(path), options=dict(format_whitelist=CONTAINERS, protocol_whitelist="file"), metadata_errors="replace")
+    try: container = av.open(os.path.abspath(path), options=dict(format_whitelist=CONTAINERS, protocol_whitelist="file"), metadata_errors="replace")
     except PermissionError: raise
     except (av.error.FFmpegError, ValueError) as error:
         raise VideoError(f"`{name}` has to be a video, an image or a folder of images but {str(path)!r} is none that can be decoded ({_reason(error)}).") from error
@@ -618,7 +622,7 @@ def _write_h264(path, clips, fps, span, crf):
     rate, first = Fraction(fps).limit_denominator(1001), next(clips)
     width, height, count = first.width, first.height, 0
     if max(width, height) > 16384: raise VideoError(f"`frames` have to be at most 16384 pixels wide and high for H.264 but are {width}x{height}.")
-    with av.open(str(path), "w", format="mp4", options=dict(movflags="+faststart")) as output:
+    with av.open(os.path.abspath(path), "w", format="mp4", options=dict(movflags="+faststart")) as output:
         stream = output.add_stream("libx264", rate=rate, options=dict(crf=str(crf), preset="medium"))
         stream.height, stream.width = height + height % 2, width + width % 2
         stream.pix_fmt = "yuv420p"
@@ -663,14 +667,14 @@ def write_video(
     if path.suffix.lower() not in (".mp4", ".mov", ".m4v", ".gif"):
         raise ValueError(f"`path` has to end in .mp4, .mov, .m4v or .gif but is {str(path)!r}.")
     if fps is None and not isinstance(frames, Iterator): fps = getattr(frames, "fps", DEFAULT_FPS)
-    if fps is not None and not (math.isfinite(fps := float(fps)) and 0 < fps <= 1000): raise ValueError(f"`fps` has to be above 0 and at most 1000 but is {fps}.")
+    if fps is not None and not (math.isfinite(fps := float(fps)) and 0.01 <= fps <= 1000): raise ValueError(f"`fps` has to be from 0.01 to 1000 but is {fps}.")
     if not 0 <= crf <= 51: raise ValueError(f"`crf` has to be from 0 to 51 but is {crf}.")
     span = _audio_span(audio_from)
     with replacing(path, overwrite) as temporary:
         clips = _clips(frames)
         if fps is None:
             first = next(clips)
-            clips, fps = itertools.chain([first], clips), min(first.fps, 1000.0)
+            clips, fps = itertools.chain([first], clips), min(max(first.fps, 0.01), 1000.0)
         if path.suffix.lower() == ".gif": _write_gif(temporary, clips, fps)
         else: _write_h264(temporary, clips, fps, span, crf)
     return path
@@ -714,6 +718,7 @@ def _animation(image):
     total = 0
     for i in range(count):
         image.seek(i)
+        if image.format in ("WEBP", "AVIF"): image.load() # these tell a frame's duration only then
         total += image.info.get("duration") or 100
     image.seek(0)
     return count, 1000 * count / total
@@ -785,7 +790,7 @@ def _frames_pyav(path, indices, index):
 def _frames_decord(path, indices, batch=4):
     "Yield (index, picture, seconds) for ascending indices; decord turns pictures upright by itself."
     decord = _decord()
-    reader = decord.VideoReader(str(path), num_threads=min(4, _cores()), fault_tol=1e-6)
+    reader = decord.VideoReader(os.path.abspath(path), num_threads=min(4, _cores()), fault_tol=1e-6)
     zero = float(reader.get_frame_timestamp(0)[0])
     for i in range(0, len(indices), batch):
         chosen = indices[i:i + batch]

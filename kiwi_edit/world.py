@@ -383,9 +383,13 @@ class Difficulty:
     max_objects: int = 3
     photo_backgrounds: float = .6  # share of plates that are photographs; the rest are drawn
     photo_objects: float = .35     # share of things that carry a photograph
-    motion: float = 1.             # how far things and camera move
+    motion: float = 1.             # how far things and camera move; beyond 4/3 the camera would leave the plate
     occlusion: bool = True         # may things stand before each other
     reference_change: float = 1.   # 0: the reference is a straight frontal view
+
+    def __post_init__(self):
+        if self.max_objects < 1: raise ValueError(f"`max_objects` has to be at least 1 but is {self.max_objects}.")
+        if not 0 <= self.motion <= 4 / 3: raise ValueError(f"`motion` has to be from 0 to 4/3 but is {self.motion}.")
 
 DIFFICULTIES = dict(full=Difficulty(), easy=Difficulty(max_objects=2, photo_backgrounds=.3, photo_objects=.2, motion=.5, occlusion=False, reference_change=.3))
 

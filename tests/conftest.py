@@ -1,4 +1,5 @@
 "Differences to the official implementation, as the golden tests find them, in one table at the end of a run; and tests shared out to two processes."
+import logging
 import os
 import sys
 from functools import cache
@@ -39,6 +40,31 @@ def pytest_unconfigure(config):
 
 @pytest.fixture(scope="session")
 def found(): return FOUND
+
+
+@pytest.fixture
+def one_thread():
+    "How sums are split among cores changes their last bit, and a busy machine splits them anew."
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def own_settings(tmp_path, monkeypatch):
+    "Outputs go to the test's folder; the command's logging ends with the test."
+    from kiwi_edit.core import settings
+
+    monkeypatch.setenv("KIWI_EDIT_OUTPUT_DIR", str(tmp_path / "outputs"))
+    monkeypatch.setenv("KIWI_EDIT_DEVICE", "cpu")
+    settings.cache_clear()
+    yield
+    settings.cache_clear()
+    logging.getLogger("kiwi_edit").handlers.clear()
+    logging.getLogger("kiwi_edit").setLevel(logging.NOTSET)
 
 
 def pytest_terminal_summary(terminalreporter):

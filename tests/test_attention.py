@@ -1,10 +1,12 @@
 "Watching attention: the shares are right, nothing is changed by looking, and what is taken away is gone."
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from kiwi_edit.attention import PARTS, attention_shares, draw_looks, lay_over, recording, spread, watch_edit, without
+from kiwi_edit.attention import PARTS, Looks, attention_shares, draw_looks, lay_over, recording, spread, watch_edit, without
 from kiwi_edit.core import preset
 from kiwi_edit.encoder import make_tokenizer
 from kiwi_edit.guidance import KiwiAttnProcessor, attend, find_wan
@@ -50,7 +52,7 @@ def test_looking_changes_nothing(pipe, clip):
     with recording(pipe) as recorder: watched = run(pipe, clip)
     assert np.array_equal(plain, watched) and np.array_equal(plain, run(pipe, clip))
     assert all(type(attn.processor) is KiwiAttnProcessor for block in find_wan(pipe.transformer).blocks for attn in (block.attn1, block.attn2))
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in (pipe.guidance.ref_embedder, pipe.transformer.patch_embedding, pipe.transformer.condition_embedder))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in (pipe.guidance.connector, pipe.guidance.ref_connector, pipe.guidance.ref_embedder, pipe.transformer.patch_embedding, pipe.transformer.condition_embedder))
     assert len(recorder.looks().timesteps) == 2
 
 
@@ -99,6 +101,38 @@ def test_windows_are_refused(pipe, clip):
         run(pipe, np.concatenate([clip] * 4), num_frames=17)
 
 
+def test_a_second_edit_is_refused(pipe, clip):
+    with recording(pipe):
+        run(pipe, clip)
+        with pytest.raises(ValueError, match="or is the second"): run(pipe, clip)
+
+
+def test_steps_may_share_a_rounded_timestep(clip):
+    torch.manual_seed(0)
+    small = preset("tiny")
+    rounded = KiwiEditPipeline.from_preset(replace(small, guidance=small.guidance | dict(round_timestep=True)), make_tokenizer(["make it snow"], vocab_size=512))
+    rounded.set_progress_bar_config(disable=True)
+    with recording(rounded) as recorder: run(rounded, clip, sigmas=[1., .999, .5])
+    looks = recorder.looks()
+    assert len(looks.reference) == 3 and looks.timesteps[0] == looks.timesteps[1] > looks.timesteps[2]
+
+
+@pytest.mark.parametrize("reference, parts, features, queries", [
+    (RED, [], True, 12), (RED, ["tokens"], True, 12), (RED, ["tokens", "features"], True, 12), (None, [], False, 8), (None, ["queries"], False, 8)])
+def test_queries_of_each_mode(clip, reference, parts, features, queries):
+    "A model that has 4 queries for images, 8 for clips and 12 where there is a reference."
+    torch.manual_seed(0)
+    small = preset("tiny")
+    modes = KiwiEditPipeline.from_preset(replace(small, guidance=small.guidance | dict(num_image_queries=4, num_video_queries=8, num_ref_queries=12)), make_tokenizer(["make it snow"], vocab_size=512))
+    modes.set_progress_bar_config(disable=True)
+    with recording(modes) as recorder: run(without(modes, *parts), clip, reference)
+    looks = recorder.looks()
+    assert len(looks.queries) == queries and (looks.num_features > 0) == features
+    if reference is None:
+        with recording(modes) as recorder: run(modes, clip[:1], None)
+        assert len(recorder.looks().queries) == 4
+
+
 def test_what_is_taken_away_does_not_count(pipe, clip):
     full = run(pipe, clip)
     both = run(without(pipe, "tokens", "features"), clip), run(without(pipe, "tokens", "features"), clip, BLUE)
@@ -125,6 +159,14 @@ def test_without_anything_in_the_context_attention_sees_zeros(pipe, clip):
     context, mask = other.encode_prompt(["make it snow"], clip)
     assert context.abs().max() == 0 and mask.all()
     assert np.isfinite(run(other, clip, None).astype(float)).all()
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 5])
+def test_every_reference_is_drawn(count):
+    looks = Looks([900, 500], np.full((2, 3, count, 2, 4, 5), .1), np.full((2, 3, count, 4, 5), .1), np.zeros((2, 3, 2, 4, 5)), np.full((2, 3, 8), .125), 0)
+    frames = np.zeros((5, 32, 40, 3), np.uint8)
+    figure = draw_looks(looks, frames, frames, [frames[0]] * count)
+    assert sum(ax.get_title() == "what is looked at" for ax in figure.axes) == count
 
 
 def test_maps_lie_on_the_frames_that_a_token_stands_for():

@@ -139,7 +139,8 @@ BUSY = (429, dict(error=dict(code=429, message="slow down", status="RESOURCE_EXH
 
 @pytest.mark.parametrize("text, value", [
     ('{"score": 7}', dict(score=7)), ('```json\n{"score": 7}\n```', dict(score=7)), ('Here [as asked]: {"a": {"b": [1, {"c": 2}]}} Enjoy!', dict(a=dict(b=[1, dict(c=2)]))),
-    ('<think>{"score": 1}? {no}</think>{"score": 7}', dict(score=7)), ('{"text": "a } and a { and ```"}', dict(text="a } and a { and ```"))])
+    ('<think>{"score": 1}? {no}</think>{"score": 7}', dict(score=7)), ('{"text": "a } and a { and ```"}', dict(text="a } and a { and ```")),
+    ('Draft: {"score": 5}, no.</think>\n{"score": 7}', dict(score=7)), ('{"score": 7}<think>{"score": 1}?</think>', dict(score=7))])
 def test_parse_json(text, value): assert parse_json(text) == value
 
 @pytest.mark.parametrize("text, why", [

@@ -283,6 +283,7 @@ def test_editors_are_ranked_by_the_share_done(tmp_path):
     assert ranking.strips("add", 2).get_figwidth() > 5
     with pytest.raises(ValueError, match="whose pictures the reports keep"): loaded.strips("add")
     with pytest.raises(ValueError, match="on the same scenes but those of copy"): Ranking([reports[0], replace(reports[2], records=reports[2].records[1:])])
+    with pytest.raises(ValueError, match="`reports` have to have different names but 'noise' is there more than once"): Ranking([*reports, reports[1]])
     (tmp_path / "none.json").write_text("[]")
     with pytest.raises(ValueError, match="written by `Ranking.save`"): Ranking.load(tmp_path / "none.json")
 

@@ -122,15 +122,6 @@ def test_neighbours_and_autocast_change_nothing(pipe):
     with torch.autocast("cpu", torch.bfloat16): assert equal(alone, encode_samples(pipe, samples[:3], settings)[0])
 
 
-@pytest.fixture
-def one_thread():
-    "How sums are split among cores changes their last bit, and a busy machine splits them anew."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_rows_are_made_while_another_thread_decodes(pipe, monkeypatch, one_thread):
     samples, inside = world(5, num_frames=5).samples, []
     alone, encode = encode_samples(pipe, samples[:1])[0], kiwi_edit.cache.encode_frames

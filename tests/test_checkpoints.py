@@ -162,6 +162,9 @@ def test_a_destination_that_is_taken_stays(tmp_path):
     with pytest.raises(FileExistsError, match="`overwrite` replaces it"): convert(RELEASED, tmp_path / "mine", "kit")
     assert (tmp_path / "mine/notes.txt").read_text() == "mine"
     convert(RELEASED, tmp_path / "mine", "kit", overwrite=True)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError, match="`destination` has to be a folder"): convert(RELEASED, tmp_path / "file", "kit", overwrite=True)
+    assert (tmp_path / "file").read_text() == "mine"
     assert not (tmp_path / "mine/notes.txt").exists()
     with pytest.raises(ValueError, match="`to` has to be one of kit, official, trainer but is 'onnx'"): convert(RELEASED, tmp_path / "x", "onnx")
 
@@ -344,7 +347,7 @@ def test_quantised_loading_goes_through_diffusers(tmp_path):
 
 # few-step weights
 
-def test_few_step_weights_are_added_to_those_they_were_trained_beside(tmp_path):
+def test_few_step_weights_are_added_to_those_they_were_trained_beside(tmp_path, caplog):
     tiny = KiwiEditPipeline.from_pretrained("kiwi-edit-tiny")
     tiny.save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="`fast` has to be False for a model without few-step weights but is True"): KiwiEditPipeline.from_pretrained(tmp_path / "model", fast=True)
@@ -360,10 +363,16 @@ def test_few_step_weights_are_added_to_those_they_were_trained_beside(tmp_path):
     variant = fast_variant(plain, tmp_path / "model")
     assert all(torch.equal(p, q) for p, q in zip(variant.transformer.parameters(), fast.transformer.parameters())) and variant.vae is plain.vae and variant.memory is plain.memory
     assert plain.config.default_steps == tiny.config.default_steps and variant.config.default_steps == 2
+    # a copy has them too, in another number format as well; a trainer's checkpoint has no place for them
+    copied = load_any(convert(tmp_path / "model", tmp_path / "copy", "kit", torch.bfloat16), torch_dtype=torch.bfloat16, fast=True)
+    assert copied.config.default_steps == 2 and all(torch.allclose(p.float(), q, atol=.02, rtol=.01) for p, q in zip(copied.transformer.parameters(), fast.transformer.parameters()))
+    convert(tmp_path / "model", tmp_path / "trainer", "trainer")
+    assert "few-step weights" in caplog.text and "stay behind" in caplog.text and not list((tmp_path / "trainer").rglob("lora*"))
     # they fit no other weights
     with torch.no_grad():
         for p in plain.transformer.parameters(): p += 1e-3
     plain.save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="belong to another denoiser than the one that lies there now"): KiwiEditPipeline.from_pretrained(tmp_path / "model", fast=True)
+    assert not (convert(tmp_path / "model", tmp_path / "other", "kit") / "fast").exists()
     save_fast({"blocks.99.attn1.to_q.lora_A.weight": A, "blocks.99.attn1.to_q.lora_B.weight": B}, tmp_path / "model", 2)
     with pytest.raises(ValueError, match=r"`fast` has to hold layers of the denoiser but holds .*blocks.99"): KiwiEditPipeline.from_pretrained(tmp_path / "model", fast=True)

@@ -1,7 +1,6 @@
 """`kiwi-edit`: what it makes of files, good ones and bad ones, and how it fails."""
 import contextlib
 import json
-import logging
 import os
 import re
 import resource
@@ -18,7 +17,7 @@ import pytest
 from PIL import Image
 
 from kiwi_edit import cli
-from kiwi_edit.core import assets_dir, settings
+from kiwi_edit.core import assets_dir
 from kiwi_edit.files import make_samples
 from kiwi_edit.video import read_video, video_info, write_video
 
@@ -41,16 +40,7 @@ def random_model(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def own_settings(tmp_path, monkeypatch):
-    "Outputs go to the test's folder; the command's logging ends with the test."
-    monkeypatch.setenv("KIWI_EDIT_OUTPUT_DIR", str(tmp_path / "outputs"))
-    monkeypatch.setenv("KIWI_EDIT_DEVICE", "cpu")
-    settings.cache_clear()
-    yield
-    settings.cache_clear()
-    logging.getLogger("kiwi_edit").handlers.clear()
-    logging.getLogger("kiwi_edit").setLevel(logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("own_settings")
 
 
 @pytest.fixture
@@ -697,6 +687,11 @@ def test_a_stage_without_what_it_builds_on_warns_and_a_loss_that_is_no_number_is
     monkeypatch.setattr(training, "train", explode)
     status, out, err = kiwi("train", "--stage", "image", "--out", tmp_path)
     assert status == 1 and err.splitlines() == ["warning: stage image starts from a random model, without encoder, which it builds on", "stage image", "error: the loss is nan at step 3; its samples: a, b. The last checkpoint is kept."]
+    def fill(*arguments, **options): raise MemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(training, "train", fill)
+    assert kiwi("train", "--stage", "image", "--out", tmp_path)[2].splitlines()[-1] == "error: `train` has to ask for no more than fits into memory, which is full: CUDA out of memory."
+    monkeypatch.setattr(training, "train", explode)
     monkeypatch.setenv("RANK", "1")
     status, out, err = kiwi("train", "--stage", "image", "--out", tmp_path)
     assert status == 1 and err.startswith("error in process 1: the loss is nan") and len(err.splitlines()) == 1

@@ -139,6 +139,13 @@ def test_a_wrong_file_says_what_is_wrong(tmp_path, text, message):
         read_settings(ini(tmp_path, text), environ={})
 
 
+def test_a_file_that_is_no_utf_8_is_named(tmp_path):
+    path = tmp_path / "my.ini"
+    path.write_bytes("[kiwi-edit]\ndata_dir = données\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="my.ini` is no settings file"):
+        read_settings(path, environ={})
+
+
 def test_wrong_environment():
     with pytest.raises(ValueError, match=r"`devise` in the environment \(KIWI_EDIT_DEVISE\) is no setting"):
         read_settings(environ={"KIWI_EDIT_DEVISE": "cpu"})
@@ -171,6 +178,8 @@ def test_devices():
         choose_device("toaster")
     with pytest.raises(ValueError, match="'cuda:99' is not: this machine has"):
         choose_device("cuda:99")
+    with pytest.raises(ValueError, match="'cpu:1' is not: this machine has 1 of that kind"):
+        choose_device("cpu:1")
 
 
 def test_dtypes():

@@ -18,7 +18,7 @@ from kiwi_edit.encoder import collate_inputs, encode_context, make_tokenizer, pr
 from kiwi_edit.guidance import EditCache, denoise
 from kiwi_edit.pipeline import KiwiEditPipeline, in_tiles
 from kiwi_edit.training import allocated_by, stage_data
-from kiwi_edit.world import TASKS
+from kiwi_edit.world import EVAL_SEED, TASKS
 
 
 # the stages of tiny
@@ -44,9 +44,11 @@ def test_every_task_of_the_bench_is_trained_on_clips():
 
 
 def test_the_last_stages_have_every_task_and_scenes_of_their_own():
-    seeds = [[(d.first_seed, d.first_seed + len(d)) for d, _ in stage_data(STAGES[stage]).values()] for stage in ("reference", "canvas", "polish", "fast")]
-    for stage in ("canvas", "polish", "fast"): assert {task for b in STAGES[stage].buckets for task in b.tasks} == set(TASKS)
-    for before, after in zip(seeds, seeds[1:]): assert max(end for _, end in before) <= min(start for start, _ in after)
+    late = ("reference", "canvas", "polish", "fast")
+    for stage in late[1:]: assert {task for b in STAGES[stage].buckets for task in b.tasks} == set(TASKS)
+    seeds = sorted((d.first_seed, d.first_seed + len(d)) for stage in late for d, _ in stage_data(STAGES[stage]).values())
+    for (_, end), (start, _) in zip(seeds, seeds[1:]): assert end <= start
+    assert seeds[-1][1] <= EVAL_SEED
 
 
 def test_stages_come_in_the_order_in_which_they_are_run():
@@ -248,6 +250,24 @@ def test_lora_is_added_as_it_is_in_the_number_format_of_the_model_and_only_once(
     again = select(pipe, find_stage("wan2.2-5b", "stage2-720"))["language_model"]
     assert {key: id(p) for key, p in again.items()} == {key: id(p) for key, p in chosen.items()}
     with pytest.raises(ValueError, match=r"`lora.rank` has to be that of the LoRA layers that are there, \[64\], but is 8"): select(pipe, replace(stage, lora=dict(language_model=Lora(8, ("q_proj",)))))
+
+
+def test_an_older_name_of_checkpointing(monkeypatch):
+    "Before 5.18 transformers knew it by its old name alone."
+    from transformers import PreTrainedModel
+    pipe, asked = fresh_pipeline(small()), []
+    for switch in ("enable", "disable"):
+        monkeypatch.delattr(PreTrainedModel, f"activation_checkpointing_{switch}", raising=False)
+        monkeypatch.setattr(PreTrainedModel, f"gradient_checkpointing_{switch}", lambda self, switch=switch: asked.append(switch))
+    for names in ((), ("language_model",)): select(pipe, replace(find_stage("wan2.2-5b", "stage2-600"), checkpointing=names))
+    assert asked == ["disable", "enable"]
+
+
+def test_shares_of_buckets_are_of_all_batches():
+    stage = Stage("two", ("transformer",), 1e-3, buckets=(Bucket(dict(add=1.)), Bucket(dict(subject=1.), 5)), steps=2)
+    assert [shape.share for shape in batch_shapes(stage)] == [.5, .5]
+    found = estimate(stage, progress=False)
+    assert found.flops == pytest.approx(np.mean([sum(cost.flops.values()) for cost in found.batches]))
 
 
 def test_checkpointing_is_switched_on_and_off_and_changes_no_gradient():

@@ -128,7 +128,8 @@ def test_errors_are_one_line_with_the_names_of_the_fields(predict, files, tmp_pa
     clip = files / "clip.mp4"
     refused(predict, "The clip is missing")
     refused(predict, "The instruction has to say what to edit", video=clip, instruction="  ")
-    refused(predict, "The seed has to be from 0", video=clip, seed=-1)
+    refused(predict, "The seed has to be a whole number from 0", video=clip, seed=-1)
+    refused(predict, "The seed has to be a whole number from 0 to", "but is empty", video=clip, seed=None)
     refused(predict, "The size has to be WIDTHxHEIGHT", video=clip, size="<b>big</b>")
     (tmp_path / "text.mp4").write_text("this is no video\n" * 20)
     refused(predict, "The clip has to be a video", video=tmp_path / "text.mp4")
@@ -138,6 +139,14 @@ def test_errors_are_one_line_with_the_names_of_the_fields(predict, files, tmp_pa
     with zipfile.ZipFile(tmp_path / "archive.mp4", "w") as archive: archive.writestr("a.txt", "a" * 1000)
     refused(predict, "The clip has to be a video", video=tmp_path / "archive.mp4")
     assert predict(video=clip, instruction="<script>alert(1)</script> <img src=x onerror=alert(2)>")[1] == [True, False], "and the page still works"
+
+
+def test_frames_of_odd_sizes_are_compared(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (2, 49, 63, 3), np.uint8)
+    Image.fromarray(frames[0]).save(tmp_path / "odd.gif", save_all=True, append_images=[Image.fromarray(frames[1])])
+    edit = demo.Edit(str(tmp_path / "odd.gif"), str(write_video(tmp_path / "odd.mp4", frames, 10)), [], "", 2, "")
+    before, after = demo.frame_pair(edit, 1)
+    assert before.shape == after.shape == (49, 63, 3) and demo.difference_map(before, after)[0].shape == before.shape
 
 
 def test_frames_appear_and_the_time_that_is_left(client, files):

@@ -174,6 +174,19 @@ def test_rows_that_fail_do_not_stop_the_others(clips):
     assert report.counts == dict(scored=1, failed=0, missing=3) and "this editor likes" in report.records[1]["error"]
 
 
+def test_half_a_line_of_a_run_that_was_cut_is_left_out(clips, caplog):
+    rows, out = read_bench("refvie", refvie(clips)), clips / "out"
+    edit_rows(Tint(), rows[:1], out, STEPS, progress=False)
+    for name in ("made.jsonl", "failures.jsonl"):
+        with open(out / name, "ab") as file: file.write(b'{"output": "hal')
+    assert edit_rows(Tint(), rows[:2], out, STEPS, progress=False).made == 1
+    assert edit_rows(Tint(), rows, out, STEPS, progress=False).before == 2 and "a line of made.jsonl is cut" in caplog.text
+    assert [json.loads(line)["output"] for line in (out / "made.jsonl").read_text().splitlines() if not line.endswith("hal")] == [row.output for row in rows]
+    assert score_rows(rows, out, MetricJudge(), clips / "scores", progress=False).counts["scored"] == 3
+    (out / "made.jsonl").write_text("no JSON\n")
+    with pytest.raises(ValueError, match="none of its lines is JSON"): edit_rows(Tint(), rows, out, STEPS, progress=False)
+
+
 def test_what_is_there_is_not_made_again(clips):
     rows, tint = read_bench("refvie", refvie(clips)), Tint()
     for part in (0, 1): edit_rows(tint, rows, clips / "out", STEPS, part, 2, progress=False)

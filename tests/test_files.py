@@ -1,6 +1,5 @@
 """Lists of edits: what is refused, what is kept, and what a run that was stopped in the middle leaves behind."""
 import json
-import logging
 import multiprocessing
 import os
 import re
@@ -15,24 +14,15 @@ from filelock import FileLock
 from test_video import encode, gradient
 
 from kiwi_edit import cli, files
-from kiwi_edit.core import assets_dir, settings
+from kiwi_edit.core import assets_dir
 from kiwi_edit.files import Ledger, read_edits, run_edits
 from kiwi_edit.video import video_info
 
 COMMAND = [sys.executable, "-m", "kiwi_edit.cli"]
 MODEL = "kiwi-edit-tiny"
 SNOW = "Make everything look snowy."
-pytestmark = pytest.mark.skipif(not (assets_dir() / MODEL / "model_index.json").is_file(), reason="the trained model is not there")
-
-
-@pytest.fixture(autouse=True)
-def own_settings(tmp_path, monkeypatch):
-    monkeypatch.setenv("KIWI_EDIT_OUTPUT_DIR", str(tmp_path / "outputs"))
-    monkeypatch.setenv("KIWI_EDIT_DEVICE", "cpu")
-    settings.cache_clear()
-    yield
-    settings.cache_clear()
-    logging.getLogger("kiwi_edit").handlers.clear()
+pytestmark = [pytest.mark.usefixtures("own_settings"),
+              pytest.mark.skipif(not (assets_dir() / MODEL / "model_index.json").is_file(), reason="the trained model is not there")]
 
 
 @pytest.fixture
@@ -206,17 +196,6 @@ def start(path, out, until, stop):
         stop(process.pid)
         said, err = process.communicate(timeout=60)
     return process.returncode, said.decode(), (seen + err).decode()
-
-
-@pytest.fixture
-def one_thread():
-    "Sums over another number of threads are rounded otherwise."
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_a_list_that_is_stopped_twice_ends_with_the_same_bytes(folder, capfd, one_thread):

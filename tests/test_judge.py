@@ -462,6 +462,8 @@ def test_counts_and_intervals():
     half = 1.96 * means.mean(1).std() / math.sqrt(40)
     assert total.micro[2] - total.micro[1] == pytest.approx(2 * half, rel=.15)
     assert "40 scored, 2 failed, 1 missing" in total._repr_markdown_() and json.loads(json.dumps(total.to_dict()))["scored"] == 40
+    rare = aggregate([judgement(str(i), (3, 4, 2 + i % 3), edit_type="rare" if i < 2 else "often") for i in range(42)])  # many draws have none of the rare type
+    assert rare.macro[1] < rare.macro[0] < rare.macro[2]
     none = aggregate(lost)
     assert (none.scored, none.micro, none.columns) == (0, None, {}) and "0 scored" in none._repr_markdown_()
 

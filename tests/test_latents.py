@@ -2,6 +2,7 @@
 import copy
 import threading
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -95,6 +96,22 @@ def test_the_switch_counts_its_users_and_survives_errors(vae):
     assert not any("forward" in vars(m) for m in vae.modules())
 
 
+@pytest.mark.parametrize("way", ["casting", "offload", "group offload"])
+def test_hooks_of_casting_and_offloading_stay(way):
+    "They live where the switch puts its own forwards."
+    one, clip, cpu = small(), frames(5, 32, 48), torch.device("cpu")
+    plain, exact = encode_frames(one, clip), way != "casting"
+    if way == "casting": one.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    elif way == "offload": accelerate.cpu_offload(one, cpu)
+    else: one.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    hooked = {name for name, module in one.named_modules() if "forward" in vars(module)}
+    assert any(isinstance(one.get_submodule(name), WanCausalConv3d) for name in hooked)
+    with torch.no_grad():
+        for _ in range(2): torch.testing.assert_close(encode_frames(one, clip, cpu), plain, atol=1e-4 if exact else .1, rtol=1e-3 if exact else .1)
+        assert decode_latents(one, plain).shape == (1, *clip.shape)
+    assert {name for name, module in one.named_modules() if "forward" in vars(module)} == hooked
+
+
 @pytest.mark.parametrize("kind", kinds)
 def test_streams_give_what_whole_clips_give(vae, kind):
     one, clip = vae if kind == "tiny" else small(**kinds[kind]), frames(13, 32, 48)
@@ -125,6 +142,21 @@ def test_a_stream_in_tiles(vae):
         assert np.abs(np.concatenate(list(stream_frames(vae, latents))) - decode_latents(vae, latents)[0].astype(int)).max() <= 1
     finally: vae.disable_tiling()
     assert not torch.allclose(encode_frames(vae, clip), latents, atol=1e-3)
+
+
+def test_tiles_of_two_clips_at_once(vae):
+    "While one clip is within a tile another begins: both have tiles."
+    clip, found = frames(5, 64, 96), []
+    vae.enable_tiling(tile_sample_min_height=48, tile_sample_min_width=48, tile_sample_stride_height=32, tile_sample_stride_width=32)
+    try:
+        alone = torch.cat(list(stream_latents(vae, [clip])), 2)
+        def run(part, number):
+            if not found: found.append(torch.cat(list(stream_latents(vae, [clip])), 2))
+            return vae.encode(part).latent_dist.mode()
+        x = torch.from_numpy(clip).permute(3, 0, 1, 2)[None] / 127.5 - 1
+        assert torch.allclose(in_tiles(vae, x, "encode", run), in_tiles(vae, x, "encode"), atol=1e-5)
+    finally: vae.disable_tiling()
+    torch.testing.assert_close(found[0], alone)
 
 
 def test_memory_of_a_stream_does_not_grow_with_the_clip(vae):

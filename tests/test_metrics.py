@@ -5,7 +5,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from kiwi_edit.metrics import (CLIP_METRICS, DAMAGES, DISTANCES, bootstrap, differing, done_share, edit_done, frechet_distance, gaussian_kl, kernel_distance, measure_clip, nearest,
+from kiwi_edit.metrics import (CLIP_METRICS, DAMAGES, DISTANCES, bootstrap, differing, done_share, edit_done, frechet_distance, gaussian_kl, kernel_distance, measure_clip, nearest, optical_flow,
                                paired_difference, pooled_share, preservation, psnr, psnr_from_error, reference_match, retrieval, set_distance, squared_error, structural_similarity)
 from kiwi_edit.world import EVAL_SEED, World
 
@@ -203,9 +203,20 @@ def test_a_clip_is_measured_at_the_size_and_frames_that_are_asked_for():
 def test_retrieval_counts_no_ties_and_paired_difference_needs_pairs():
     assert retrieval(np.eye(4)) == dict(first=1., rank=1., chance=.25)
     assert retrieval(np.eye(4)[::-1])["first"] == 0
+    assert retrieval(np.where(np.eye(4) == 1, [1, np.nan, 1, 1], 0)) == dict(first=.75, rank=(3 + 1 / 4) / 4, chance=.25)  # nothing is known of one
     with pytest.raises(ValueError, match="square"): retrieval(np.ones((2, 3)))
     with pytest.raises(ValueError, match="share none"): paired_difference([np.nan], [1.])
     assert paired_difference(np.arange(20.) + 1, np.arange(20.))["p"] < 1e-3
+
+
+@pytest.mark.parametrize("height, width", [(16, 256), (31, 256), (12, 48), (8, 8), (256, 5), (1, 1)])
+def test_flow_of_thin_and_of_small_clips(height, width):
+    "OpenCV crashes on some of these by itself."
+    wide = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (height, width + 4, 3)).astype(np.uint8), (0, 0), 2)
+    clip = np.stack([wide[:, 2 * t:2 * t + width] for t in range(3)])
+    flow = optical_flow(clip)
+    assert flow.shape == (2, height, width, 2)
+    if width == 256: assert np.median(flow[..., 0]) == pytest.approx(-2, abs=.3) and measure_clip(clip, clip)["frozen"] == 0
 
 
 def test_an_embedder_sees_what_came_in():
@@ -218,4 +229,8 @@ def test_an_embedder_sees_what_came_in():
     reference = np.full((7, 7, 3), 200, np.uint8)
     assert reference_match(edited, source, reference, region, Embedder()) == 1
     assert seen[0].shape == (4, 8, 3) and (seen[0] == 200).all() and seen[1] is reference
+    for colour in ((255, 0, 0), (0, 0, 255), (240, 140, 30), (0, 255, 0), (255, 255, 255), (0, 0, 0)):  # the most saturated ones, too
+        new, plain = np.full_like(source, 127), np.full((7, 7, 3), colour, np.uint8)
+        new[region] = colour
+        assert reference_match(new, np.full_like(source, 127), plain, region) > .98, colour
     assert reference_match(edited, source, reference, region) > .9 and np.isnan(reference_match(edited, source, reference, ~region & False))

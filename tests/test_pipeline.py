@@ -142,6 +142,23 @@ def test_memory_notices_what_changes_its_encodings(pipe):
     finally: pipe.memory.max_bytes = before
 
 
+def test_memory_keeps_no_gradients(pipe):
+    pipe.memory.clear()
+    latents = pipe.encode_source(Footage(5, 64, 64, clip()))
+    assert latents.requires_grad and not pipe.memory.kept
+    with torch.no_grad(): assert torch.allclose(pipe.encode_source(Footage(5, 64, 64, clip())), latents) and len(pipe.memory.kept) == 1
+    assert pipe.encode_source(Footage(5, 64, 64, clip())).requires_grad
+
+
+@torch.no_grad()
+def test_what_is_remembered_comes_to_the_device_that_is_asked_for(pipe):
+    pipe.memory.clear()
+    for device in ("cpu", "meta", "cpu"):
+        assert pipe.encode_source(Footage(5, 64, 64, clip()), torch.device(device)).device.type == device
+        assert pipe.encode_references([picture()], 64, 64, torch.device(device)).device.type == device
+    assert len(pipe.memory.kept) == 2
+
+
 def test_windows_of_a_long_clip(pipe):
     "Twenty-one frames by a model whose windows take thirteen; as memory has it, a window is all there is."
     frames, seen = clip(21), []
@@ -155,6 +172,16 @@ def test_windows_of_a_long_clip(pipe):
     stream = pipe(PROMPT, frames, picture(), num_frames=21, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="stream").frames[0]
     assert np.array_equal(np.concatenate(list(stream)), out.frames[0])
     with pytest.raises(ValueError, match="`window_overlap` has to be from 0 to below 1 but is 1"): pipe(PROMPT, frames, num_frames=21, window_overlap=1)
+
+
+@pytest.mark.parametrize("max_frames", [1, 5])
+@pytest.mark.parametrize("overlap", [0., .9, .99])
+def test_windows_of_any_overlap(pipe, max_frames, overlap):
+    other = copy.copy(pipe)
+    other.register_to_config(max_frames=max_frames, window_frames=None)
+    windows = other.windows(17, 64, 64, overlap)
+    length = (max_frames - 1) // 4 + 1
+    assert {w.frames.stop - w.frames.start for w in windows} == {length} and {f for w in windows for f in range(w.frames.start, w.frames.stop)} == set(range(5))
 
 
 def test_windows_of_a_large_picture(pipe):
@@ -172,6 +199,8 @@ def test_footage_in_a_file_is_edited_as_in_memory(pipe, tmp_path):
     there = read_video(tmp_path / "clip.mp4").frames[:9]
     def run(video): return pipe(PROMPT, video, num_frames=9, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).frames[0]
     assert np.abs(run(Footage(9, 64, 64, path=tmp_path / "clip.mp4")).astype(int) - run(there)).max() <= 1
+    for change, message in ((dict(num_frames=5), "`num_frames` has to be None or the footage's 9 but is 5"), (dict(height=32, width=64), "`height` .* 64 but is 32"), (dict(height=64, width=32), "`width` .* 64 but is 32")):
+        with pytest.raises(ValueError, match=message): edit(pipe, video=Footage(9, 64, 64, path=tmp_path / "clip.mp4"), **change)
 
 
 # sizes

@@ -1,9 +1,11 @@
 "Loading, parsing, stages and duplicates of the quadruplet pipeline."
+import io
 import random
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from kiwi_edit.quadruplets import *
 from kiwi_edit.world import World
@@ -13,6 +15,11 @@ WORLD = World()
 def pair(seed, task=None, **changes):
     made = WORLD.sample(seed, task)
     return Pair(**dict(dict(id=f"{seed:04d}", source=made.source, edited=made.target, instruction=made.instruction), **changes))
+
+def bytes_of(image, format="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
 
 def run(pairs):
     records = [load_record(p) for p in pairs]
@@ -42,6 +49,30 @@ def test_load_failures(tmp_path):
     for reason, changes in cases.items():
         record = load_record(pair(0, None, **changes)) if "task" not in changes else load_record(replace(pair(0), **changes))
         assert not record.alive and record.verdicts[0].reason.startswith(reason), record.verdicts
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(reference=bytes_of(Image.new("1", (20000, 20000)))), "unreadable reference: Image size"), # DecompressionBombError
+    (dict(reference=bytes_of(Image.new("RGB", (24, 24), "red"), "AVIF")[:-9]), "unreadable reference: Failed to decode"), # SyntaxError
+    (dict(reference=bytes_of(Image.new("RGB", (24, 24), "red"), "AVIF")[:-40] + bytes(40)), "unreadable reference: Failed to decode"), # RuntimeError
+    (dict(instruction="Add a hat \ud83d."), "unreadable instruction")])
+def test_what_only_one_row_has_is_a_verdict_of_that_row(changes, words):
+    assert load_record(pair(0, **changes)).verdicts[0].reason.startswith(words)
+
+def test_a_clip_without_a_name_is_not_the_folder_one_is_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(WORLD.sample(0).source[0]).save("holiday.png")
+    assert load_record(pair(0, source="")).verdicts[0].reason == "unreadable source: no file is named"
+
+def test_a_reference_is_the_same_as_bytes_and_as_a_file(tmp_path):
+    clear = np.zeros((20, 30, 4), np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for name, data in dict(clear=bytes_of(Image.fromarray(clear)), turned=bytes_of(Image.new("RGB", (30, 20), "red"), exif=turned)).items():
+        (tmp_path / f"{name}.png").write_bytes(data)
+        a, b = (load_record(pair(0, reference=r)).authentic_reference for r in (data, str(tmp_path / f"{name}.png")))
+        assert np.array_equal(a, b) and (name != "clear" or a.min() == 255) and (name != "turned" or a.shape == (30, 20, 3))
+
+def test_no_pictures_have_no_vectors(): assert PixelEmbedder().embed([]).shape == (0, PixelEmbedder().embed([WORLD.sample(0).source[0]]).shape[1])
 
 def test_defects_are_caught():
     for seed in range(4):

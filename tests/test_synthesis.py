@@ -1,6 +1,7 @@
 "Readers, engines, shards that survive, failures per row, and what the command line makes of them."
 import csv
 import hashlib
+import io
 import json
 import os
 import signal
@@ -13,12 +14,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from kiwi_edit.dataset import MetadataDataset, write_metadata
 from kiwi_edit.quadruplets import BackendError, Pair, ScoreStage, embedded_stages
 from kiwi_edit.synthesis import *
+from kiwi_edit.synthesis import _settings_of
 from kiwi_edit.video import write_video
-from kiwi_edit.world import World
+from kiwi_edit.world import Difficulty, World
 
 SMALL = SynthesisOptions(shard=4)
 
@@ -30,7 +33,6 @@ def table(tmp_path_factory):
     for i, task in enumerate(("subject", "add", "change", "remove", "background", "subject")):
         made = World().sample(40 + i, task)
         for name, clip in (("source", made.source), ("edited", made.target)): write_video(folder / f"{i}-{name}.mp4", clip, 10, crf=8)
-        from PIL import Image
         if i == 5: Image.fromarray(made.reference).save(folder / "5-reference.png")
         rows.append(dict(id=f"p{9 - i}", source=f"{i}-source.mp4", edited=f"{i}-edited.mp4", instruction=made.instruction, task=task, reference="5-reference.png" if i == 5 else None, licence="CC0"))
     (folder / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -87,6 +89,13 @@ def test_a_folder_of_clips_is_read_by_their_names(table, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="has none of them"): read_pairs(tmp_path / "empty")
 
+def test_a_row_with_more_fields_than_the_header_is_named(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("src_video,tgt_video,prompt\na.mp4,b.mp4,Add a star.\na.mp4,b.mp4,Add a star, red and small.\n")
+    with pytest.raises(ValueError, match="row 1 of '.*t.csv' has 1 more; text with a comma needs quotes"): read_pairs(path)
+    path.write_text("src_video,tgt_video,prompt\na.mp4,b.mp4," + "x" * 140000 + "\n")
+    with pytest.raises(ValueError, match="`pairs` has to be a readable .csv but '.*t.csv' is not: field larger"): read_pairs(path)
+
 def test_slices_are_light_and_the_same():
     pairs = PlantedPairs(12, 5, tasks=("add", "remove", "style"))
     part = pairs[4:9]
@@ -95,6 +104,7 @@ def test_slices_are_light_and_the_same():
         a, b = part[i], pairs[4 + i]
         assert (a.id, a.instruction) == (b.id, b.instruction) and (a.edited == b.edited).all()
     assert part.ids == pairs.ids[4:9] and [part.spoilt(i) for i in range(5)] == [pairs.spoilt(4 + i) for i in range(5)]
+    assert len(pairs[12:]) == 0 and list(pairs[12:]) == pairs[12:].ids == []
 
 # --- shards
 
@@ -141,6 +151,20 @@ def test_clips_are_copied_or_referred_to(table, tmp_path):
     kinds = {r["iid"]: r["ref_source"] for r in pq.read_table(tmp_path / "authentic" / "chunk_00000.parquet").to_pylist()}
     assert kinds["p4"] == "authentic" and set(kinds.values()) == {"authentic", "synthesised"}
 
+def test_clips_that_are_folders_of_frames_are_copied(tmp_path):
+    rows = []
+    for name, task in (("a", "subject"), ("b", "subject"), ("c", "remove")):
+        made = World().sample(0, task)
+        for which, clip in (("source", made.source), ("edited", made.target)):
+            (tmp_path / f"{name}-{which}").mkdir()
+            for i, frame in enumerate(clip): Image.fromarray(frame).save(tmp_path / f"{name}-{which}" / f"{i}.png")
+        rows.append(dict(id=name, source=f"{name}-source", edited=f"{name}-edited", instruction=made.instruction))
+    out = tmp_path / "out"
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    result = synthesize(tmp_path / "t.jsonl", out, options=SynthesisOptions(clips="copy"), progress=False)
+    assert [r["iid"] for r in result.kept] == ["a"] and sorted(p.name for p in (out / "clips").iterdir()) == ["a-edited", "a-source"] # b is a double, c has nothing to show
+    assert MetadataDataset(out, num_frames=5, max_pixels=64 * 64, factor=8)[0].source.shape == (5, 64, 64, 3)
+
 def test_folders_of_others_are_left_alone(undisturbed, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(FileExistsError, match="holds other things"): synthesize(PlantedPairs(4), tmp_path, progress=False)
@@ -166,6 +190,53 @@ def test_a_changed_byte_is_noticed(tmp_path):
     path = tmp_path / "out" / "chunk_00000.parquet"
     path.write_bytes(path.read_bytes()[:-9] + b"x" + path.read_bytes()[-8:])
     with pytest.raises(ValueError, match="chunk_00000.parquet differs"): inspect_folder(tmp_path / "out")
+
+# --- keys: other inputs are another run
+
+def png(shade):
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 20), (shade,) * 3).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+def test_keys_of_a_world_know_its_difficulty_and_its_photographs(monkeypatch):
+    keys = {WorldPairs(6).key, WorldPairs(6, world=World(difficulty="easy")).key, WorldPairs(6, world=World(difficulty=Difficulty(motion=.5))).key}
+    assert len(keys) == 3 and WorldPairs(6, world=World(difficulty=Difficulty())).key in keys and PlantedPairs(6).key not in keys
+    monkeypatch.setattr("kiwi_edit.synthesis._photos_digest", lambda split: "others are installed")
+    assert WorldPairs(6).key not in keys
+
+def test_keys_of_a_table_know_what_is_embedded_in_it(tmp_path):
+    row, path, found = dict(src_video="a.mp4", tgt_video="b.mp4", prompt="Add a star."), tmp_path / "t.parquet", set()
+    for shade in (40, 200, 40):
+        write_metadata(path, [row | dict(ref_image_bytes=png(shade))], overwrite=True)
+        found.add(read_pairs(path).key)
+    columns = dict(source="v", edited="v", instruction="p", reference="r")
+    for video, image in ((b"1", b"1"), (b"2", b"1"), (b"1", b"2")): found.add(FilePairs([dict(v=dict(bytes=video, path="v.mp4"), p="Add a star.", r=image)], columns).key)
+    assert len(found) == 5
+
+def test_keys_of_a_list_know_references_and_where_it_is_from():
+    a, b = World().sample(1).source, World().sample(1).target
+    key = lambda **facts: _settings_of([Pair("0", a, b, "Add a star.", **facts)], embedded_stages, SMALL)["pairs"]
+    found = [key(), key(reference=png(1)), key(reference=png(2)), key(reference="a.png"), key(reference=a[0]), key(reference=b[0]), key(origin=dict(licence="CC0"))]
+    assert len(set(found)) == len(found) and key(reference=a[0].copy()) == found[4]
+
+LAMBDAS = """
+import functools, sys
+from kiwi_edit.synthesis import _digest, _named, model_stages, embedded_stages
+least = 7.
+def mine(): return model_stages(thresholds={"verify.quality": least}) if "a" in {"a", "b", "c"} else None
+def of(n): return lambda: model_stages(thresholds={"verify.quality": n})
+class Chat: pass
+def itself(n): return lambda: (itself, n)
+made = [lambda: 1, lambda: 2, of(1), of(2), lambda n=1: n, lambda n=2: n, lambda: least, lambda: of, mine, functools.partial(model_stages, editor=lambda: 1), functools.partial(model_stages, editor=lambda: 2),
+        of(Chat()), itself(3), embedded_stages]
+found = [_digest(_named(m)) for m in made]
+least = 8.
+print(*found, _digest(_named(mine)), _digest(_named(of(1))))
+"""
+
+def test_factories_without_a_name_are_told_apart_and_are_the_same_in_every_process():
+    a, b = ([*subprocess.run([sys.executable, "-c", LAMBDAS], capture_output=True, text=True, check=True, env=os.environ | dict(PYTHONHASHSEED=seed)).stdout.split()] for seed in "12")
+    assert a == b and len(set(a[:-1])) == len(a) - 1 and a[-1] == a[2]
 
 # --- engines
 
@@ -230,6 +301,22 @@ def test_failures_are_recorded_per_row_and_too_many_stop_the_run(tmp_path):
         synthesize(pairs, tmp_path / "many", partial(failing, .6), SynthesisOptions(batch=5, max_failures=.3), progress=False)
     assert not (tmp_path / "many" / "SHA256SUMS").exists()
 
+up = False
+
+class _Away:
+    "An endpoint that is not there until it is up."
+    name = "away"
+    def score(self, records): return [dict(edit=1.) if up or r.pair.id < "world-0000002" else BackendError("endpoint: no connection") for r in records]
+
+def away(): return [ScoreStage(_Away()), *embedded_stages()[1:]]
+
+def test_rows_that_failed_before_the_run_stopped_are_asked_again(tmp_path, monkeypatch):
+    pairs, options = WorldPairs(24, tasks=("add",)), SynthesisOptions(shard=4)
+    with pytest.raises(StoppedRun, match="18 of 20 did"): synthesize(pairs, tmp_path / "out", away, options, progress=False)
+    monkeypatch.setitem(globals(), "up", True)
+    result = synthesize(pairs, tmp_path / "out", away, options, progress=False)
+    assert result.failures == 2 and result.done == 20 # half of the first part had failed, which is allowed
+
 def test_bad_files_are_rows_of_the_report(table, tmp_path):
     rows = [json.loads(line) for line in table.read_text().splitlines()]
     bad, short = tmp_path / "bad.mp4", tmp_path / "short.mp4"
@@ -237,13 +324,13 @@ def test_bad_files_are_rows_of_the_report(table, tmp_path):
     write_video(short, World().sample(1, "add").source[:3], 10)
     write_video(tmp_path / "small.mp4", World(48, 48).sample(1, "add").source, 10)
     here = lambda name: str(table.parent / name)
-    spoil = [dict(edited=str(bad)), dict(source="missing.mp4"), dict(edited=str(short)), dict(edited=str(tmp_path / "small.mp4")), dict(reference=str(bad)), dict(source=None), dict(instruction=None)]
+    spoil = [dict(edited=str(bad)), dict(source="missing.mp4"), dict(edited=str(short)), dict(edited=str(tmp_path / "small.mp4")), dict(reference=str(bad)), dict(source=None), dict(instruction=None), dict(instruction="Add a hat \ud83d.")]
     full = [r | dict(source=here(r["source"]), edited=here(r["edited"]), reference=None) for r in rows]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in full + [full[1] | dict(id=f"x{k}") | s for k, s in enumerate(spoil)]))
     result = synthesize(path, tmp_path / "out", options=SynthesisOptions(max_failures=1.), progress=False)
     why = {r["iid"]: r["verdicts"][-1]["reason"] for r in result.rows if r["iid"].startswith("x")}
-    for k, words in enumerate(("unreadable edited", "unreadable source", "lengths differ", "sizes differ", "unreadable reference", "unreadable source")): assert why[f"x{k}"].startswith(words), why
+    for k, words in enumerate(("unreadable edited", "unreadable source", "lengths differ", "sizes differ", "unreadable reference", "unreadable source", "", "unreadable instruction")): assert why[f"x{k}"].startswith(words), why
     assert not any(r["verdicts"][-1]["passed"] for r in result.rows if r["iid"] == "x6")
     assert len(result.kept) >= 3
     page = (tmp_path / "out" / "report.html").read_text()
@@ -258,6 +345,10 @@ class _Dies:
     def __call__(self, records): os.kill(os.getpid(), signal.SIGKILL)
 
 def dying(): return [_Dies()]
+
+def test_a_factory_that_raises_is_said_by_its_worker(tmp_path):
+    with pytest.raises(ValueError, match="`make_stages` has to make the stages in each worker but raised ValueError: `thresholds` has to name .* names 'verify.beauty'"):
+        synthesize(WorldPairs(3), tmp_path / "out", partial(model_stages, thresholds={"verify.beauty": 1}), SynthesisOptions(workers=1), progress=False)
 
 def test_a_worker_that_dies_ends_the_run_with_a_sentence(tmp_path):
     with pytest.raises(StoppedRun, match="`workers` lost one of them"): synthesize(WorldPairs(3), tmp_path / "out", dying, SynthesisOptions(workers=1), progress=False)

@@ -810,7 +810,11 @@ def test_a_stage_of_the_world_is_logged_looked_at_and_published(start, tmp_path,
     # further on, from where it ended
     more = run_stage(replace(WORLD, ema=.5), tmp_path / "run", start, steps=5)
     assert [record["step"] for record in more] == [5] and [row["step"] for row in read_log(home / "log.jsonl")] == [1, 2, 3, 4, 5]
+    (tmp_path / "shipped/fast").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError): publish(tmp_path / "no-run", tmp_path / "shipped")
+    assert (tmp_path / "shipped/fast").is_dir()  # nothing goes before there is something to come
     publish(tmp_path / "run", tmp_path / "shipped", points=2)
+    assert not (tmp_path / "shipped/fast").exists()
     whole, shipped = (weights(KiwiEditPipeline.from_pretrained(tmp_path / folder)) for folder in ("run/model", "shipped"))
     assert all(torch.allclose(value, shipped[key].to(value.dtype), atol=2e-3) for key, value in whole.items())
     assert all("_name_or_path" not in config.read_text() for config in (tmp_path / "shipped").rglob("*.json"))
@@ -880,6 +884,25 @@ def test_logs_are_drawn_and_thinned(tmp_path):
     few = thin(records, 3)
     assert [row["step"] for row in few] == [3, 6, 9] and few[0]["loss"] == pytest.approx(np.mean([record["loss"] for record in records[:3]]), abs=1e-4)
     assert few[1].keys() == records[0].keys()
+    with open(tmp_path / "log.jsonl", "a") as log: log.write('{"step": 10, "lo')  # a run that is killed, or writes just now
+    assert [record["step"] for record in read_log(tmp_path / "log.jsonl")] == list(range(1, 10))
+
+
+def test_another_device_in_the_same_process(tmp_path, monkeypatch):
+    from accelerate.state import AcceleratorState, PartialState
+    assert make_accelerator(device="cpu").device.type == "cpu"
+    monkeypatch.setitem(PartialState._shared_state, "device", torch.device("cuda"))
+    monkeypatch.setitem(AcceleratorState._shared_state, "_cpu", False)
+    assert make_accelerator(device="cpu").device.type == "cpu"
+
+
+def test_shards_of_the_first_version_of_fsdp_are_refused(tmp_path):
+    alone = make_accelerator(device="cpu")
+    class Sharded:
+        distributed_type, is_fsdp2, state = DistributedType.FSDP, False, alone.state
+        def __getattr__(self, name): return getattr(alone, name)
+    with pytest.raises(ValueError, match="`fsdp_version` of Accelerate has to be 2"):
+        fit(Toy(0.), toy_batch, tmp_path, Stage("toy", ("guidance",), 1e-2, steps=2), progress=False, accelerator=Sharded())
 
 
 def test_a_live_view_draws_what_it_has(tmp_path, monkeypatch):

@@ -182,6 +182,21 @@ def test_read_image_modes(tmp_path):
     Image.fromarray(gray > 100).save(tmp_path / "bits.png")
     for name in ("cmyk.jpg", "bits.png"): assert read_image(tmp_path / name).mode == "RGB"
 
+@pytest.mark.parametrize("level", [100, 255, 256, 2000])
+def test_sixteen_bits_that_are_dark_stay_dark(tmp_path, level):
+    Image.fromarray(np.full((4, 4), level, np.uint16)).save(tmp_path / "dark.png")
+    assert (np.asarray(read_image(tmp_path / "dark.png")) == round(level / 257)).all()
+
+@pytest.mark.parametrize("width", [4, 10])
+def test_read_image_arrays(width):
+    rgba = np.random.default_rng(0).integers(0, 256, (6, width, 4), dtype=np.uint8)
+    expected = np.asarray(flatten_image(Image.fromarray(rgba)))
+    for form in (rgba, rgba / 255, (rgba / 255).astype(np.float32), np.asfortranarray(rgba)): assert np.array_equal(np.asarray(read_image(form)), expected)
+    gray = np.repeat(rgba[..., :1], 3, -1)
+    for form in (rgba[..., 0], rgba[..., :1], gray, gray / 255): assert np.array_equal(np.asarray(read_image(form)), gray)
+    for form in (rgba, rgba[None], [rgba, rgba]):
+        with pytest.raises(VideoError, match="without transparency, which `read_image` lays on white, but are .*4\\)"): as_frames(form)
+
 @pytest.mark.parametrize("tag,turns", [(3, 2), (6, 3), (8, 1)])
 def test_exif_rotation(tmp_path, tag, turns):
     frame = gradient(1, 32, 64)[0]
@@ -318,6 +333,20 @@ def test_gif_and_folder(tmp_path):
     with pytest.raises(VideoError, match="one size .* 64x48 and, at frame 12, 32x48"): read_video(tmp_path / "shots")
     assert read_video(tmp_path / "shots", size=(32, 48)).frames.shape == (13, 48, 32, 3)
 
+@pytest.mark.parametrize("kind", [kind for kind in ("gif", "png", "webp", "avif") if kind.upper() in IMAGE_FORMATS])
+def test_rate_of_animations(tmp_path, kind):
+    images = [Image.fromarray(f) for f in gradient(6)]
+    images[0].save(tmp_path / f"a.{kind}", save_all=True, append_images=images[1:], duration=40)
+    info, clip = video_info(tmp_path / f"a.{kind}"), read_video(tmp_path / f"a.{kind}")
+    assert info.frames == 6 and info.fps == clip.fps == pytest.approx(25) and np.abs(clip.frames.astype(int) - gradient(6)).mean() < 12
+
+def test_names_that_look_like_addresses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("take:3").mkdir()
+    for name in ("take2:final.mp4", "take:3/a.mp4"):
+        write_video(name, gradient(5), 10)
+        assert len(read_video(name)) == video_info(name).frames == 5 and [len(read_video(name, decoder=decoder)) for decoder in READERS] == [5] * len(READERS)
+
 def test_bad_files(tmp_path, capfd):
     (tmp_path / "text.mp4").write_text("this is text\n" * 50)
     (tmp_path / "text.txt").write_text("this is text\n" * 50) # FFmpeg would draw it
@@ -385,6 +414,11 @@ def test_write_for_browsers(tmp_path, height, width):
 @pytest.mark.parametrize("fps", [0.5, 23.976, 29.97, 120])
 def test_rates_survive(tmp_path, fps):
     assert video_info(write_video(tmp_path / "a.mp4", gradient(10), fps)).fps == pytest.approx(fps, rel=1e-4)
+
+@pytest.mark.parametrize("suffix", ["mp4", "gif"])
+def test_very_slow_clips(tmp_path, suffix):
+    assert video_info(write_video(tmp_path / f"a.{suffix}", gradient(3), 0.01)).fps == pytest.approx(0.01)
+    assert video_info(write_video(tmp_path / f"b.{suffix}", iter([Clip(gradient(3), fps=1e-6)]))).fps == pytest.approx(0.01)
 
 def test_write_gif(tmp_path):
     clip = read_video(write_video(tmp_path / "a.gif", Clip(gradient(8), fps=8)))
@@ -458,7 +492,7 @@ def test_interrupt_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt): write_video(tmp_path / "a.mp4", gradient(8), overwrite=True)
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.mp4", "the old one")]
 
-@pytest.mark.parametrize("options,words", [(dict(fps=0), "`fps`"), (dict(fps=float("nan")), "`fps`"), (dict(fps=8, crf=70), "`crf`")])
+@pytest.mark.parametrize("options,words", [(dict(fps=0), "`fps`"), (dict(fps=1e-4), "`fps` has to be from 0.01 to 1000 but is 0.0001"), (dict(fps=float("nan")), "`fps`"), (dict(fps=8, crf=70), "`crf`")])
 def test_write_arguments(tmp_path, options, words):
     with pytest.raises(ValueError, match=words): write_video(tmp_path / "a.mp4", gradient(2), **options)
 

@@ -126,5 +126,16 @@ def test_bad_settings_are_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))): World(**bad)
 
 
+@pytest.mark.parametrize("bad", (dict(motion=1.5), dict(motion=-.1), dict(max_objects=0)))
+def test_a_world_that_cannot_be_drawn_is_named(bad):
+    with pytest.raises(ValueError, match=f"`{next(iter(bad))}` has to be"): Difficulty(**bad)
+
+
+@pytest.mark.parametrize("size", ((16, 16, 2), (64, 64, 5), (40, 100, 3)))
+def test_the_camera_stays_on_the_plate_at_the_most_motion(size):
+    wild = World(*size, difficulty=Difficulty(motion=4 / 3))
+    for seed in range(60): wild.sample(seed)
+
+
 def test_unknown_task_is_named():
     with pytest.raises(ValueError, match="task.*'recolor'"): MOVING.sample(0, "recolor")
