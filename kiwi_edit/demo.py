@@ -5,7 +5,7 @@
 # %% ../nbs/50_demo.ipynb #641cab61
 from __future__ import annotations
 
-import atexit, base64, contextlib, gc, hashlib, html, json, logging, os, queue, re, shutil, socket, tempfile, threading, time, zipfile
+import atexit, base64, contextlib, errno, gc, hashlib, html, json, logging, os, queue, re, shutil, socket, tempfile, threading, time, zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -879,7 +879,7 @@ def free_port(
         try: probe.bind(address)
         except PermissionError: raise PermissionError(f"`port` has to be one that may be opened, above 1023 for most, but is {port}.") from None
         except OSError as error:
-            if error.errno == 99: raise ValueError(f"`host` has to be an address of this machine but is {host!r}.") from None
+            if error.errno == errno.EADDRNOTAVAIL: raise ValueError(f"`host` has to be an address of this machine but is {host!r}.") from None
             raise ValueError(f"`port` has to be free but {port} is taken; 0 takes any that is free.") from None
         return probe.getsockname()[1]
 

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import quote
 
 # %% auto #0
 __all__ = ['logger', 'RUBRICS', 'BENCHES', 'MEDIA', 'SCALES', 'PUBLISHED', 'Criterion', 'Rubric', 'rubric_for', 'load_rubric',
@@ -848,9 +849,9 @@ def _shown_media(media, name, files, number, folder):
     else: data, suffix = Path(media).read_bytes(), Path(media).suffix.lower()
     if files is None: place = f"data:{mimetypes.guess_type('x' + suffix)[0]};base64,{base64.b64encode(data).decode()}"
     else:
-        files.mkdir(exist_ok=True)
+        files.mkdir(parents=True, exist_ok=True)
         with replacing(files / f"{number}-{name}{suffix}", overwrite=True) as temporary: temporary.write_bytes(data)
-        place = f"{files.name}/{number}-{name}{suffix}"
+        place = quote(f"{files.name}/{number}-{name}{suffix}")
     what = html.escape(place)
     shown = f'<img src="{what}" alt="{name}">' if still else f'<video src="{what}" controls loop muted playsinline preload="metadata" aria-label="{name}"></video>'
     return f"<figure><figcaption>{name.capitalize()}</figcaption>{shown}</figure>"

@@ -362,7 +362,7 @@ def frechet_distance(
 ) -> float:  # 0 for the same mean and covariance; in squared units of the features
     "Distance of the normal distributions that fit two sets of features: with Inception's features it is known as FID (Heusel et al., 2017)."
     a, b = _feature_sets(a, b)
-    (mean_a, cov_a), (mean_b, cov_b) = ((x.mean(0), np.cov(x, rowvar=False)) for x in (a, b))
+    (mean_a, cov_a), (mean_b, cov_b) = ((x.mean(0), np.atleast_2d(np.cov(x, rowvar=False))) for x in (a, b))
     values, vectors = np.linalg.eigh(cov_a)
     root = vectors * np.sqrt(values.clip(0)) @ vectors.T
     shared = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
@@ -430,6 +430,7 @@ def set_distance(
 ) -> SetDistance:
     "All three distances with their intervals."
     a, b = _feature_sets(a, b)
+    if len(b) < 4: raise ValueError(f"`b` has to hold at least 4 pictures, whose halves are held against each other, but holds {len(b)}.")
     if dims is not None and dims < a.shape[1]:
         directions = np.linalg.svd(b - b.mean(0), full_matrices=False)[2][:dims]
         a, b = (a - b.mean(0)) @ directions.T, (b - b.mean(0)) @ directions.T

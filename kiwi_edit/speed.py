@@ -164,7 +164,7 @@ def _language_model_that_keeps(pipe):
 def _frame_by_frame(path, num_frames=None, start=0, stride=1, indices=None, size=None, mode="training", **_):
     "Frames as the official code reads them: one is decoded, cropped and resized, then the next."
     wanted, frames = range(start, video_info(path).frames, stride)[:num_frames] if indices is None else indices, []
-    with av.open(str(path)) as container:
+    with av.open(os.path.abspath(path)) as container:
         for i, frame in enumerate(container.decode(video=0)):
             if i > wanted[-1]: break
             picture = frame.to_ndarray(format="rgb24")[None]

@@ -562,6 +562,7 @@ def test_page_is_whole_and_safe(tmp_path):
 
 
 def test_page_with_files_beside_it(tmp_path):
+    assert 'src="100%25%20%231_files/1-' in save_score_page(page_cases(), tmp_path / "new/100% #1.html", embed=False).read_text()
     text = save_score_page(page_cases(), tmp_path / "p.html", embed=False).read_text()
     assert "data:" not in text and len(list((tmp_path / "p_files").iterdir())) == 8 and 'src="p_files/3-before.mp4"' in text and (tmp_path / "p_files" / "3-before.mp4").read_bytes() == CLIP.read_bytes()
 

@@ -141,6 +141,8 @@ def test_distances_of_sets_have_known_values():
     rng = np.random.default_rng(0)
     a = rng.normal(0, 1, (3000, 4))
     for distance in DISTANCES.values(): assert distance(a, a) == pytest.approx(0, abs=.01)
+    assert frechet_distance(a[:, :1], a[:, :1] + 2) == pytest.approx(4)
+    with pytest.raises(ValueError, match="`b` has to hold at least 4 pictures"): set_distance(a, a[:3])
     assert frechet_distance(a, a * 3 + 2) == pytest.approx(4 * (4 + 4), rel=.05)
     assert gaussian_kl(a * 2, a, ridge=0) == pytest.approx(4 * (4 - 1 - np.log(4)) / 2, rel=.05)
     x, y = a[:40], a[40:90] + 1
