@@ -529,10 +529,10 @@ def test_the_cell_of_the_notebook_in_jupyterlab(browser, tmp_path):
                                stdout=log, stderr=log, env=os.environ | folders | dict(KIWI_EDIT_DEVICE="cpu"))
     opened = browser.chromium.launch(executable_path=chromium(), args=ARGUMENTS)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while b"is running at" not in (tmp_path / "log").read_bytes(): assert lab.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text(); time.sleep(.2)
         page = opened.new_page(viewport=dict(width=1400, height=1300))
-        page.set_default_timeout(120_000)
+        page.set_default_timeout(300_000)
         page.goto(f"http://127.0.0.1:{port}/lab/tree/demo.ipynb")
         page.locator(".jp-Notebook .cm-content").first.click()
         page.wait_for_selector("[data-status=idle]", state="attached")
