@@ -411,8 +411,9 @@ def test_shapes_of_a_weighted_mix():
 # what an edit costs
 
 @torch.no_grad()
-def test_memory_of_an_edit_is_as_said():
-    sizes, size = small(), (5, 96, 160)
+@pytest.mark.parametrize("name, size", [("tiny", (5, 64, 64)), ("wan2.2-5b", (5, 96, 160))], ids=["tiny", "thin 5b"])
+def test_memory_of_an_edit_is_as_said(name, size):
+    sizes = small(name)
     cost, pipe = edit_cost(sizes, *size, "float32", tile=(2, 2), stride=(1, 1)), fresh_pipeline(sizes)
     frames, references = np.zeros((*size, 3), np.uint8), [PIL.Image.new("RGB", size[:0:-1])]
     sample = prepare_sample(pipe.processor, pipe.guidance.config, "x" * 40, frames, references)
