@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from .benchmark import candidate_targets, denoise_batch, describe_hardware
 from .cache import Batch, BatchPlan, RowSettings, build_cache, collate_rows
-from .core import choose_device
+from .core import InputError, choose_device
 from .curriculum import Loss, Stage, select
 from .dataset import Sample
 from .encoder import encode_context
@@ -67,11 +67,11 @@ class Plan:
 
     def __post_init__(self):
         for name in ("size", "pairs", "steps", "batch_size", "seeds", "scenes", "edit_steps", "stage0"):
-            if getattr(self, name) < 1: raise ValueError(f"`{name}` has to be at least 1 but is {getattr(self, name)}.")
-        if self.size % 8 or self.size > 64 or 64 % self.size: raise ValueError(f"`size` has to be 8, 16, 32 or 64 but is {self.size}.")
+            if getattr(self, name) < 1: raise InputError(f"`{name}` has to be at least 1 but is {getattr(self, name)}.")
+        if self.size % 8 or self.size > 64 or 64 % self.size: raise InputError(f"`size` has to be 8, 16, 32 or 64 but is {self.size}.")
         for name in ("share", "first"):
-            if not 0 < getattr(self, name) < 1: raise ValueError(f"`{name}` has to lie between 0 and 1 but is {getattr(self, name)}.")
-        if self.first > 1 - self.share: raise ValueError(f"`first` has to be at most the share of batches without a reference, {1 - self.share:.2f}, but is {self.first}.")
+            if not 0 < getattr(self, name) < 1: raise InputError(f"`{name}` has to lie between 0 and 1 but is {getattr(self, name)}.")
+        if self.first > 1 - self.share: raise InputError(f"`first` has to be at most the share of batches without a reference, {1 - self.share:.2f}, but is {self.first}.")
 
     @property
     def key(self) -> str: # 12 hexadecimal digits
@@ -324,7 +324,7 @@ def run_cell(
     progress: bool = True,
 ) -> dict:  # "scores": "task / references" -> `MEASURES`; "steps", "seconds", "samples", "loss"
     "Train and test one cell; a finished one is read, a stopped one goes on."
-    if name not in RECIPES: raise ValueError(f"`name` has to be one of {', '.join(RECIPES)} but is {name!r}.")
+    if name not in RECIPES: raise InputError(f"`name` has to be one of {', '.join(RECIPES)} but is {name!r}.")
     recipe, home = RECIPES[name], Path(folder) / "cells" / plan.key / name.replace(" ", "-") / str(seed)
     if (home / "result.json").is_file(): return json.loads((home / "result.json").read_text())
     pipe = fresh_model(make_foundations(plan, folder, progress), seed)
@@ -394,7 +394,7 @@ class Ablation:
         minus_kind: str = "",  # its held-out references; the same where empty
     ) -> tuple[float, float, float]:  # value, lower and upper end of its 95% interval
         "A number of the tables."
-        if column not in STATISTICS: raise ValueError(f"`column` has to be one of {', '.join(STATISTICS)} but is {column!r}.")
+        if column not in STATISTICS: raise InputError(f"`column` has to be one of {', '.join(STATISTICS)} but is {column!r}.")
         names, statistic = STATISTICS[column]
         def of(cell, kind): return [np.concatenate([self.values(cell, name, task, kind) for task in tasks], 1) for name in names]
         one = of(cell, kind)
@@ -494,7 +494,7 @@ def run_experiment(
     progress: bool = True,
 ) -> Ablation:
     "All cells of an experiment; those that both experiments have are run once."
-    if name not in (*EXPERIMENTS, "all"): raise ValueError(f"`name` has to be 'a', 'b' or 'all' but is {name!r}.")
+    if name not in (*EXPERIMENTS, "all"): raise InputError(f"`name` has to be 'a', 'b' or 'all' but is {name!r}.")
     data = make_data(plan, folder, progress)
     names, cells = list(RECIPES) if name == "all" else list(EXPERIMENTS[name]), {}
     jobs = [(cell, seed) for seed in range(plan.seeds) for cell in names]

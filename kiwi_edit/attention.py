@@ -14,8 +14,10 @@ from functools import partial
 import numpy as np
 import torch
 
+from .core import InputError
 from .guidance import KiwiAttnProcessor, find_wan, halve, hooked, rotate, Rope
 from .pipeline import KiwiEditPipeline
+from .video import as_frames
 
 # %% auto #0
 __all__ = ['PARTS', 'attention_shares', 'Looks', 'WatchingProcessor', 'Recorder', 'recording', 'watch_edit', 'spread', 'lay_over',
@@ -101,7 +103,7 @@ class Recorder:
     def begin(self, module, args):  # before the denoiser embeds the time
         "A step begins."
         at = self.scheduler.step_index  # None until the first step of an edit is done
-        if self.timesteps and at in (None, self.at): raise ValueError("`video` has to be edited once and as a whole where its attention is recorded but comes in windows, or is the second.")
+        if self.timesteps and at in (None, self.at): raise InputError("`video` has to be edited once and as a whole where its attention is recorded but comes in windows, or is the second.")
         self.at = at
         self.timesteps.append(float(args[0].flatten()[-1]))
 
@@ -128,7 +130,7 @@ class Recorder:
 
     def looks(self) -> Looks:
         "All of it."
-        if not self.timesteps: raise ValueError("`recorder` has to have seen an edit but has seen none.")
+        if not self.timesteps: raise InputError("`recorder` has to have seen an edit but has seen none.")
         def stack(alone, part): return np.stack([np.stack([self.seen[step, layer, alone][part] for layer in range(layers)]) for step in range(len(self.timesteps))])
         layers = 1 + max(layer for _, layer, _ in self.seen)
         tokens = stack(False, 1)
@@ -163,7 +165,7 @@ def watch_edit(
     "An edit, and where the denoiser looked."
     with recording(pipe) as recorder:
         out = pipe(prompt, video=video, reference=reference, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed))
-    return out.frames[0], recorder.looks()
+    return as_frames(out.frames[0]), recorder.looks()
 
 # %% ../nbs/27_attention.ipynb #a2700017
 def spread(
@@ -238,7 +240,7 @@ def without(
 ) -> KiwiEditPipeline:  # shares all weights
     "A pipeline whose denoiser does not see some of what guides it."
     for part in parts:
-        if part not in PARTS and not isinstance(part, int): raise ValueError(f"`parts` has to be of {', '.join(PARTS)}, or numbers of queries, but holds {part!r}.")
+        if part not in PARTS and not isinstance(part, int): raise InputError(f"`parts` has to be of {', '.join(PARTS)}, or numbers of queries, but holds {part!r}.")
     other = copy.copy(pipe)
     if "tokens" in parts: other.encode_references = lambda *_: None
     if set(parts) - {"tokens"}: other.encode_prompt = partial(_encode_without, pipe, parts)
@@ -248,7 +250,7 @@ def _encode_without(pipe, parts, prompts, frames, references=(), device=None):
     context, mask = pipe.encode_prompt(prompts, frames, references, device)
     count = len(pipe.guidance.queries("ref" if len(references) else "image" if len(frames) == 1 else "video"))
     number = torch.arange(context.shape[1], device=context.device) - (mask.sum(1, keepdim=True) - count)  # of the query; below 0 for features
-    if wrong := [part for part in parts if isinstance(part, int) and not 0 <= part < count]: raise ValueError(f"`parts` has to have numbers of queries from 0 to {count - 1} but has {wrong[0]}.")
+    if wrong := [part for part in parts if isinstance(part, int) and not 0 <= part < count]: raise InputError(f"`parts` has to have numbers of queries from 0 to {count - 1} but has {wrong[0]}.")
     gone = torch.isin(number, torch.tensor([part for part in parts if isinstance(part, int)], device=number.device, dtype=number.dtype))
     if "features" in parts: gone = gone | (number < 0)
     if "queries" in parts: gone = gone | (number >= 0)

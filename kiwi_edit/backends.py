@@ -5,7 +5,7 @@
 # %% ../nbs/13_backends.ipynb #b1300003
 from __future__ import annotations
 
-import base64, functools, hashlib, importlib.util, io, json, math, mimetypes, os, random, re, threading, time
+import base64, functools, hashlib, inspect, io, json, math, mimetypes, os, random, re, threading, time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -15,17 +15,17 @@ from typing import Protocol
 
 # %% auto #0
 __all__ = ['COMPLAINT', 'SYSTEM', 'SCORE_PROMPT', 'GROUND_PROMPT', 'CONSISTENCY_PROMPT', 'QUALITY_PROMPT', 'REFERENCE_PROMPTS',
-           'VideoPart', 'Question', 'Attempt', 'Exchange', 'Chat', 'parse_json', 'Retry', 'png_bytes', 'OpenAIChat',
-           'GeminiChat', 'qwen_processor', 'video_pictures', 'TransformersChat', 'JudgeOptions', 'read_score',
-           'ChatScorer', 'spread_boxes', 'read_grounding', 'ChatGrounder', 'ChatVerifier', 'SamSegmenter', 'called',
-           'seed_of', 'best_view', 'EditorSynthesizer', 'KiwiSynthesizer', 'ImageEmbedder']
+           'VideoPart', 'Question', 'Attempt', 'Exchange', 'Chat', 'without_thoughts', 'parse_json', 'Retry',
+           'png_bytes', 'OpenAIChat', 'GeminiChat', 'qwen_processor', 'video_pictures', 'TransformersChat',
+           'JudgeOptions', 'read_score', 'ChatScorer', 'spread_boxes', 'read_grounding', 'ChatGrounder', 'ChatVerifier',
+           'SamSegmenter', 'called', 'seed_of', 'best_view', 'EditorSynthesizer', 'KiwiSynthesizer', 'ImageEmbedder']
 
 # %% ../nbs/13_backends.ipynb #b1300004
 import cv2
 import numpy as np
 from PIL import Image
 
-from .core import choose_device, choose_dtype
+from .core import InputError, choose_device, choose_dtype, require
 from .quadruplets import BackendError, Check, CutoutSynthesizer, Grounding, full_frames
 from .video import read_video, sample_indices, video_info
 from .world import TASKS, WORDINGS
@@ -81,13 +81,36 @@ def _no_constant(name): raise ValueError(f"numbers have to be finite but one is 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_constant)
 
+_THINK = r"(?:\w+:)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|scratchpad)"
+_THINKS = ( # how models open and close their thoughts: tags, Magistral, Kimi, OpenThinker, Command A, gpt-oss, Gemma
+    (rf"<{_THINK}(?:\s[^<>]*)?>", rf"</{_THINK}\s*>"), (rf"&lt;{_THINK}&gt;", rf"&lt;/{_THINK}&gt;"), (r"\[THINK\]", r"\[/THINK\]"), ("◁think▷", "◁/think▷"),
+    (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"), (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),
+    (r"<\|channel\|>(?:analysis|commentary)\b", r"<\|channel\|>final\s*<\|message\|>"), (r"<unused94>", r"<unused95>"))
+_OPENS, _CLOSES = (re.compile("|".join(signs), re.I) for signs in zip(*_THINKS))
+_THOUGHTS = re.compile(rf"(?:{_OPENS.pattern}).*?(?:{_CLOSES.pattern})", re.I | re.S)
+
+def without_thoughts(
+    text: str, # a reply
+) -> str:
+    "A reply without what a model thinks aloud before it answers. Thoughts that never end are a ValueError: what they hold is a draft."
+    text = _THOUGHTS.sub("", text)
+    text = text[max((closing.end() for closing in _CLOSES.finditer(text)), default=0):] # the prompt may have opened them
+    opened = _OPENS.search(text)
+    if opened and not _within_json(text, opened.start()): raise ValueError("its thoughts were cut off")
+    return text
+
+def _within_json(text, at):
+    "Whether a place lies within a JSON object, where what looks like a tag is a word like others."
+    start = text.find("{")
+    if not 0 <= start < at: return False
+    try: return at < _DECODER.raw_decode(text, start)[1]
+    except (ValueError, RecursionError): return False
+
 def parse_json(
     text: str, # a reply
 ) -> dict:
     "The one JSON object of a reply. Prose, thoughts and code fences around it are left out; a second object, a list or half an object is a ValueError."
-    text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
-    text = re.sub(r"^.*</think>", "", text, flags=re.DOTALL) # where the prompt has opened the thoughts
-    found, at = [], 0
+    text, found, at = without_thoughts(text), [], 0
     while start := re.compile(r"[{\[]").search(text, at):
         at = start.start()
         try: value, at = _DECODER.raw_decode(text, at)
@@ -124,11 +147,13 @@ class _Failure(Exception):
 
     def after(self, tries): return BackendError(f"{self.kind}: {self.why}" + (f" ({tries} tries)" if tries > 1 else ""))
 
-def _read(question, said):
+def _read(question, said, clean=str):
+    "The answer in what was said. What was cut off is none, whatever it holds: it may be a draft."
+    quoted = f"{' '.join(clean(said.text).split())[:80]!r}"
+    if said.cut: raise _Failure("rubbish", f"cut at {question.max_tokens} tokens: {quoted}", said=said)
     if not said.text.strip(): raise _Failure("rubbish", "empty reply", said=said)
     try: return question.read(said.text)
-    except ValueError as error: why = f"{error}: {' '.join(said.text.split())[:80]!r}"
-    raise _Failure("rubbish", f"cut at {question.max_tokens} tokens, and {why}" if said.cut else why, said=said)
+    except ValueError as error: raise _Failure("rubbish", f"{error}: {quoted}", said=said) from None
 
 def _again(question, failure):
     if failure.kind != "rubbish": return question
@@ -144,19 +169,15 @@ def png_bytes(picture: np.ndarray) -> bytes: # (h, w, 3) uint8
 
 def _mime(path): return mimetypes.guess_type(str(path))[0] or "video/mp4"
 
-def _needs(module, package):
-    try: found = importlib.util.find_spec(module)
-    except ModuleNotFoundError: found = None
-    if found is None: raise ImportError(f"This backend needs the package {package}: pip install 'kiwi-edit[judge]'.")
-
 _LOCK = threading.Lock()
+_SECRET = 8 # characters of a key, from which on it is one: servers of one's own are given "EMPTY" or "0"
 
 class _Endpoint(_Answers):
     "Questions to a server, from several threads."
     def __init__(self, model, base_url, key, timeout, retry, concurrency):
-        if concurrency < 1: raise ValueError(f"`concurrency` has to be at least 1 but is {concurrency}.")
-        if timeout <= 0: raise ValueError(f"`timeout` has to be above 0 seconds but is {timeout}.")
-        if retry.tries < 1: raise ValueError(f"`retry.tries` has to be at least 1 but is {retry.tries}.")
+        if concurrency < 1: raise InputError(f"`concurrency` has to be at least 1 but is {concurrency}.")
+        if timeout <= 0: raise InputError(f"`timeout` has to be above 0 seconds but is {timeout}.")
+        if retry.tries < 1: raise InputError(f"`retry.tries` has to be at least 1 but is {retry.tries}.")
         self.name = self.model = model
         self.base_url, self.timeout, self.retry, self.concurrency = base_url, timeout, retry, concurrency
         self._key, self._client = key, None
@@ -181,8 +202,8 @@ class _Endpoint(_Answers):
             if before: before()
             try:
                 said = self._send(asked)
-                said = replace(said, text=self._clean(said.text))
-                return Exchange(_read(question, said), (*attempts, said))
+                answer = _read(question, said, self._clean) # the key is taken out of what is kept, not out of what is read
+                return Exchange(self._clean(answer) if isinstance(answer, str) else answer, (*attempts, replace(said, text=self._clean(said.text))))
             except _Failure as failure:
                 failure.whole, said, rubbish = self._clean(failure.whole), failure.said or Attempt(), rubbish + (failure.kind == "rubbish")
                 attempts.append(replace(said, text=self._clean(said.text), failure=f"{failure.kind}: {failure.why}"))
@@ -190,7 +211,7 @@ class _Endpoint(_Answers):
                 asked = replace(_again(asked, failure), parts=_again(question, failure).parts) # the last complaint alone
                 self.retry.wait(attempt, failure.wait)
 
-    def _clean(self, text): return text.replace(self._key, "***") if self._key else text
+    def _clean(self, text): return text.replace(self._key, "***") if self._key and len(self._key) >= _SECRET else text
 
     def _status(self, code, message, response, wait=0.):
         "A failure for an HTTP status; what is too much, too slow or broken on the other side may work later."
@@ -209,37 +230,52 @@ class OpenAIChat(_Endpoint):
         timeout: float = 120., # seconds without a byte
         retry: Retry = Retry(),
         concurrency: int = 8, # questions under way at once
-        extra: dict | None = None, # further arguments of the request, such as `extra_body` or `max_completion_tokens`; those that are None are not sent
+        extra: dict | None = None, # further parameters of the request, such as `top_k` or `max_completion_tokens`; those that are None are not sent
     ):
-        _needs("openai", "openai")
+        require("openai")
         key = os.environ.get("OPENAI_API_KEY") if api_key is None else api_key
-        if not key and base_url is None: raise ValueError("`api_key` has to be given, or be in OPENAI_API_KEY, where `base_url` is None.")
+        if not key and base_url is None: raise InputError("`api_key` has to be given, or be in OPENAI_API_KEY, where `base_url` is None.")
         super().__init__(model, base_url, key, timeout, retry, concurrency)
-        self.extra = extra or {}
+        self.extra, self.spellings = extra or {}, {}
 
     def _connect(self):
         import openai
         return openai.OpenAI(api_key=self._key or "none", base_url=self.base_url, timeout=self.timeout, max_retries=0)
 
     def _send(self, question):
-        import openai
         content = [self._part(part) for part in question.parts]
         messages = [dict(role="system", content=question.system)] * bool(question.system) + [dict(role="user", content=content)]
-        request = dict(model=self.model, messages=messages, max_tokens=question.max_tokens, temperature=0.) | self.extra
-        try: reply = self._client.chat.completions.create(**{k: v for k, v in request.items() if v is not None})
+        room = {} if "max_completion_tokens" in self.extra else dict(max_tokens=question.max_tokens)
+        request = dict(model=self.model, messages=messages, temperature=0.) | room | self.extra
+        return _openai_reply(self._spelled(request))
+
+    def _spelled(self, request):
+        "The reply to a request. Of a parameter that the server refuses the other spelling is tried, once, and kept where it was taken."
+        tried = dict(self.spellings)
+        while True:
+            try: reply = self._create(_respelled(request, tried))
+            except _Refused as refused:
+                if refused.name not in request or refused.name in tried: raise refused.failure from None
+                tried[refused.name] = _SPELLINGS[refused.name]
+                continue
+            self.spellings = tried
+            return reply
+
+    def _create(self, request):
+        import openai
+        own = inspect.signature(self._client.chat.completions.create).parameters # what it does not know goes into the body as it is
+        body = {k: v for k, v in request.items() if k not in own and v is not None} | (request.get("extra_body") or {})
+        request = {k: v for k, v in request.items() if k in own} | (dict(extra_body=body) if body else {})
+        try: return self._client.chat.completions.create(**{k: v for k, v in request.items() if v is not None})
         except openai.APITimeoutError: raise _Failure("time-out", f"no reply within {self.timeout:g} s") from None
         except openai.APIConnectionError as error: raise _Failure("endpoint", f"no connection: {error.__cause__ or error}") from None
         except openai.APIStatusError as error:
             if error.code == "insufficient_quota": raise _Failure("quota", error.message, again=False) from None
             if error.code in ("content_filter", "content_policy_violation"): raise _Failure("refused", error.message, again=False) from None
-            raise self._status(error.status_code, error.message, error.response) from None
+            failure = self._status(error.status_code, error.message, error.response)
+            named = next((name for name in _SPELLINGS if name in request and re.search(rf"\b{name}\b", error.response.text)), None)
+            raise _Refused(named, failure) if named and error.status_code in (400, 422) else failure from None
         except (openai.APIResponseValidationError, ValueError): raise _Failure("rubbish", "the reply is no chat completion") from None
-        if not getattr(reply, "choices", None): raise _Failure("rubbish", "the reply has no choices")
-        choice, usage = reply.choices[0], reply.usage
-        said = Attempt(choice.message.content or "", (usage and usage.prompt_tokens) or 0, (usage and usage.completion_tokens) or 0, choice.finish_reason == "length")
-        if choice.message.refusal: raise _Failure("refused", choice.message.refusal, again=False, said=said)
-        if choice.finish_reason == "content_filter": raise _Failure("refused", "content_filter", again=False, said=said)
-        return said
 
     def _part(self, part):
         if isinstance(part, str): return dict(type="text", text=part)
@@ -247,6 +283,35 @@ class OpenAIChat(_Endpoint):
         data, kind = (Path(part.path).read_bytes(), _mime(part.path)) if video else (png_bytes(part), "image/png")
         name = "video_url" if video else "image_url"
         return {"type": name, name: dict(url=f"data:{kind};base64,{base64.b64encode(data).decode()}")}
+
+_SPELLINGS = dict(max_tokens="max_completion_tokens", max_completion_tokens="max_tokens", temperature=None) # None leaves it out
+
+class _Refused(Exception):
+    "A server does not take a parameter."
+    def __init__(self, name, failure): self.name, self.failure = name, failure
+
+def _respelled(request, spellings):
+    "A request with other names for some parameters."
+    return {spellings.get(name, name): value for name, value in request.items() if spellings.get(name, name) is not None}
+
+def _openai_reply(reply):
+    "What a chat completion says. Any server may have made it, so nothing in it is sure to be there, or to be what it should be."
+    if not getattr(reply, "choices", None): raise _Failure("rubbish", "the reply has no choices")
+    try:
+        choice, usage = reply.choices[0], reply.usage
+        said = Attempt(_words(choice.message.content), (usage and usage.prompt_tokens) or 0, (usage and usage.completion_tokens) or 0, choice.finish_reason == "length")
+        refusal = getattr(choice.message, "refusal", None)
+    except (AttributeError, TypeError, LookupError) as error: raise _Failure("rubbish", f"the reply is no chat completion: {error}") from None
+    if refusal: raise _Failure("refused", refusal, again=False, said=said)
+    if choice.finish_reason == "content_filter": raise _Failure("refused", "content_filter", again=False, said=said)
+    return said
+
+def _words(content):
+    "The text of a message: a string, or parts of which those with thoughts are left out."
+    if content is None or isinstance(content, str): return content or ""
+    parts = content if isinstance(content, list) else [content]
+    return "".join(part if isinstance(part, str) else str(part.get("text") or "") for part in parts if isinstance(part, str) or part.get("type", "text") in ("text", "output_text"))
+
 
 # %% ../nbs/13_backends.ipynb #b1300019
 _BLOCKED = ("SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION")
@@ -264,9 +329,9 @@ class GeminiChat(_Endpoint):
         thinking: int | None | str = "auto", # tokens to think with; None leaves it to the model, "auto" is 0 where a model can do without
         inline: int = 12 * 2 ** 20, # bytes of a question's videos that travel inside it; more are uploaded once and kept by the service for two days
     ):
-        _needs("google.genai", "google-genai")
+        require("google.genai")
         key = api_key or os.environ.get("GEMINI_API_KEY") or os.environ.get("GOOGLE_API_KEY")
-        if not key: raise ValueError("`api_key` has to be given, or be in GEMINI_API_KEY or GOOGLE_API_KEY.")
+        if not key: raise InputError("`api_key` has to be given, or be in GEMINI_API_KEY or GOOGLE_API_KEY.")
         super().__init__(model, base_url, key, timeout, retry, concurrency)
         self.thinking = (0 if "2.5-flash" in model else None) if thinking == "auto" else thinking
         self.inline, self._files = inline, {}
@@ -404,9 +469,9 @@ class TransformersChat(_Answers):
         batch_size: int = 4, # questions at once
         tries: int = 2,
     ):
-        if batch_size < 1 or tries < 1: raise ValueError(f"`batch_size` and `tries` have to be at least 1 but are {batch_size} and {tries}.")
+        if batch_size < 1 or tries < 1: raise InputError(f"`batch_size` and `tries` have to be at least 1 but are {batch_size} and {tries}.")
         self.device, loaded = choose_device(device), not isinstance(model, (str, Path))
-        if loaded and processor is None: raise ValueError("`processor` has to be given with a loaded model but is None.")
+        if loaded and processor is None: raise InputError("`processor` has to be given with a loaded model but is None.")
         self.name = (model.name_or_path or type(model).__name__) if loaded else str(model)
         self.processor = qwen_processor(model if processor is None else processor)
         if not loaded:
@@ -498,8 +563,15 @@ def read_score(text: str) -> int: # 1..10
     "The score of a reply."
     answer = parse_json(text)
     if "score" not in answer: raise ValueError(f'it has to have the key "score" but has {sorted(answer)}')
-    if type(answer["score"]) is not int or not 1 <= answer["score"] <= 10: raise ValueError(f"`score` has to be an integer from 1 to 10 but is {answer['score']!r}")
-    return answer["score"]
+    said = answer["score"]
+    score = _number(re.sub(r"\s*(?:/|out of)\s*10\s*$", "", said) if isinstance(said, str) else said)
+    if score not in range(1, 11): raise InputError(f"`score` has to be an integer from 1 to 10 but is {answer['score']!r}")
+    return int(score)
+
+def _number(value):
+    "A number as models write it: 7, 7.0 or \"7\"; None for anything else."
+    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d{1,9}(\.\d+)?\s*", value): return float(value)
+    return value if type(value) in (int, float) else None
 
 class ChatScorer:
     "Scores edits by what a vision-language model sees."
@@ -533,20 +605,21 @@ def read_grounding(
     "Task, subject and boxes of a reply."
     answer = parse_json(text)
     if missing := [key for key in ("task", "subject", "boxes") if key not in answer]: raise ValueError(f"it has to have the keys {missing}")
-    if answer["task"] not in TASKS: raise ValueError(f"`task` has to be one of {TASKS} but is {answer['task']!r}")
+    if answer["task"] not in TASKS: raise InputError(f"`task` has to be one of {TASKS} but is {answer['task']!r}")
     task, subject = task or answer["task"], answer["subject"]
-    if not isinstance(subject, str) or not subject.strip(): raise ValueError(f"`subject` has to be words but is {subject!r}")
-    if not isinstance(answer["boxes"], list): raise ValueError(f"`boxes` has to be a list but is {answer['boxes']!r}")
+    if not isinstance(subject, str) or not subject.strip(): raise InputError(f"`subject` has to be words but is {subject!r}")
+    if not isinstance(answer["boxes"], list): raise InputError(f"`boxes` has to be a list but is {answer['boxes']!r}")
     found = dict.fromkeys(shown)
     for box in answer["boxes"]:
-        if not isinstance(box, list) or len(box) != 5 or not all(type(x) in (int, float) for x in box): raise ValueError(f"a box has to be five numbers but is {box!r}")
-        frame, l, t, r, b = box
+        numbers = [_number(x) for x in box] if isinstance(box, list) else []
+        if len(numbers) != 5 or None in numbers: raise ValueError(f"a box has to be five numbers but is {box!r}")
+        frame, l, t, r, b = numbers
         if frame not in found: raise ValueError(f"a box has to be of a frame of {list(shown)} but is of {frame!r}")
         if not (0 <= l < r <= 1000 and 0 <= t < b <= 1000): raise ValueError(f"a box has to run from left to right and top to bottom in 0..1000 but is {box[1:]}")
         old = found[frame] or (1., 1., 0., 0.) # several boxes of a frame become the one around them
         found[frame] = (min(old[0], l / 1000), min(old[1], t / 1000), max(old[2], r / 1000), max(old[3], b / 1000))
     have = sum(box is not None for box in found.values())
-    if not have and task not in ("background", "style", "plate"): raise ValueError(f"`boxes` has to hold a box for the task {task!r} but is empty")
+    if not have and task not in ("background", "style", "plate"): raise InputError(f"`boxes` has to hold a box for the task {task!r} but is empty")
     return Grounding(task, subject.strip(), spread_boxes(found, count), task == "remove", 1. if task in ("background", "style", "plate") else have / len(found))
 
 class ChatGrounder:
@@ -599,7 +672,7 @@ class SamSegmenter:
         device: str = "auto",
         batch_size: int = 8, # frames at once
     ):
-        if batch_size < 1: raise ValueError(f"`batch_size` has to be at least 1 but is {batch_size}.")
+        if batch_size < 1: raise InputError(f"`batch_size` has to be at least 1 but is {batch_size}.")
         if isinstance(model, (str, Path)):
             from transformers import AutoModelForMaskGeneration
             model = AutoModelForMaskGeneration.from_pretrained(model)
@@ -681,7 +754,7 @@ class EditorSynthesizer:
         options: dict | None = None, # further arguments of each call, such as height and width
     ):
         prompts = REFERENCE_PROMPTS | (prompts or {})
-        if unknown := set(prompts) - set(REFERENCE_PROMPTS): raise ValueError(f"`prompts` has to have keys of {sorted(REFERENCE_PROMPTS)} but has {sorted(unknown)}.")
+        if unknown := set(prompts) - set(REFERENCE_PROMPTS): raise InputError(f"`prompts` has to have keys of {sorted(REFERENCE_PROMPTS)} but has {sorted(unknown)}.")
         qwen = type(pipe).__name__.startswith("QwenImage")
         words = " " if negative is None and qwen else negative
         call = dict(num_inference_steps=steps, negative_prompt=words) | {"true_cfg_scale" if qwen else "guidance_scale": guidance}
@@ -735,7 +808,7 @@ class KiwiSynthesizer:
         prompt = self.plate if record.task == "background" else self.isolate.format(x=called(record.subject))
         # a frame larger than the model takes is fitted by the pipeline itself
         frames = self.pipe(prompt, video=view[None], num_inference_steps=self.steps, guidance_scale=self.guidance, generator=_generator(record)).frames[0]
-        return _drawn(frames[0])
+        return _drawn(np.asarray(frames[0]))
 
 # %% ../nbs/13_backends.ipynb #b1300049
 _CLIP = (np.float32([.48145466, .4578275, .40821073]), np.float32([.26862954, .26130258, .27577711]))
@@ -750,7 +823,7 @@ class ImageEmbedder:
         batch_size: int = 32, # pictures at once
         side: int = 224, # pixels, at most; DINOv2's config says 518, it is used at 224
     ):
-        if batch_size < 1: raise ValueError(f"`batch_size` has to be at least 1 but is {batch_size}.")
+        if batch_size < 1: raise InputError(f"`batch_size` has to be at least 1 but is {batch_size}.")
         if isinstance(model, (str, Path)):
             from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
             clip = AutoConfig.from_pretrained(model).model_type.startswith("clip")

@@ -22,6 +22,7 @@ import PIL.Image
 import torch
 from tqdm.auto import tqdm
 
+from .core import InputError
 from .encoder import encode_context, prepare_inputs
 from .files import sampled_digest
 from .guidance import EditCache, denoise, rounded_sigma
@@ -50,8 +51,8 @@ def benchmark_samples(
     seed: int = EVAL_SEED,  # of the first scene; the others follow
 ) -> list[Quadruplet]:
     "The first scenes from `seed` on whose edit can be seen (a hidden object may be edited too, and nothing happens)."
-    if task not in BENCHMARK_TASKS: raise ValueError(f"`task` has to be one of {BENCHMARK_TASKS} but is {task!r}.")
-    if samples < 1: raise ValueError(f"`samples` has to be at least 1 but is {samples}.")
+    if task not in BENCHMARK_TASKS: raise InputError(f"`task` has to be one of {BENCHMARK_TASKS} but is {task!r}.")
+    if samples < 1: raise InputError(f"`samples` has to be at least 1 but is {samples}.")
     found = []
     while len(found) < samples:
         sample = world.sample(seed, task)
@@ -90,7 +91,7 @@ def check_bench(
     "Raise unless this installation draws the fixed set."
     found = {task: bench_digest(benchmark_samples(World(split="eval"), task, BENCH_SAMPLES)) for task in tasks}
     if wrong := [task for task in tasks if found[task] != BENCH_DIGESTS[task]]:
-        raise ValueError(f"`tasks` have to be drawn as the published bench has them but {', '.join(wrong)} are not: photographs of scikit-image or versions of numpy and Pillow differ.")
+        raise InputError(f"`tasks` have to be drawn as the published bench has them but {', '.join(wrong)} are not: photographs of scikit-image or versions of numpy and Pillow differ.")
     return found
 
 # %% ../nbs/42_benchmark.ipynb #81df1457
@@ -111,7 +112,7 @@ def candidate_targets(
         turn += 1  # edit 0 of the own task is the sample itself
         other = world.sample(seed + step * turn, tasks[turn % len(tasks)], edit=turn // len(tasks)).target
         if all(squared_error(other, target) > _VISIBLE for target in found): found.append(other)
-        if turn > 50 * number: raise ValueError(f"`number` has to be at most the {len(found)} targets of scene {seed} that can be told apart but is {number}.")
+        if turn > 50 * number: raise InputError(f"`number` has to be at most the {len(found)} targets of scene {seed} that can be told apart but is {number}.")
     own = seed % number  # anywhere, so that nothing is won by always answering the same
     return np.stack(found[1:own + 1] + found[:1] + found[own + 1:]), own
 
@@ -125,9 +126,9 @@ def edit_batch(
 ) -> np.ndarray:  # (B, T, H, W, 3) uint8
     "Edit several clips at once; each comes out as the pipeline gives it alone with a generator of the same seed."
     seeds = [sample.meta["seed"] for sample in samples] if seeds is None else seeds
-    if len(seeds) != len(samples): raise ValueError(f"`seeds` has to hold one number for each of {len(samples)} samples but holds {len(seeds)}.")
+    if len(seeds) != len(samples): raise InputError(f"`seeds` has to hold one number for each of {len(samples)} samples but holds {len(seeds)}.")
     steps = pipe.config.default_steps if steps is None else steps
-    if steps < 1: raise ValueError(f"`steps` has to be at least 1 but is {steps}.")
+    if steps < 1: raise InputError(f"`steps` has to be at least 1 but is {steps}.")
     device, config = pipe._execution_device, pipe.guidance.config
 
     images = [[] if sample.reference is None else [PIL.Image.fromarray(sample.reference)] for sample in samples]
@@ -361,9 +362,9 @@ class Report:
         path = Path(path)
         if not path.is_file(): raise FileNotFoundError(f"`path` has to be a report written by `Report.save` but {str(path)!r} does not exist.")
         try: data = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error: raise ValueError(f"`path` has to be a report written by `Report.save` but {str(path)!r} is not JSON: {error}.") from error
+        except ValueError as error: raise InputError(f"`path` has to be a report written by `Report.save` but {str(path)!r} is not JSON: {error}.") from error
         if not isinstance(data, dict) or "records" not in data or "difficulty" not in data:
-            raise ValueError(f"`path` has to be a report written by `Report.save` but {str(path)!r} holds no records of one.")
+            raise InputError(f"`path` has to be a report written by `Report.save` but {str(path)!r} holds no records of one.")
         data = {name: value for name, value in data.items() if name in cls.__dataclass_fields__}
         data["records"] = [{k: math.nan if v is None else v for k, v in record.items()} for record in data["records"]]
         return cls(**data | dict(size=tuple(data["size"])))
@@ -379,7 +380,7 @@ class Report:
     ) -> Strip:
         "Source, reference, target and output of a few samples of each task, the middle frames."
         shown = [(task, *pair) for task, pairs in self.shown.items() for pair in pairs[:samples]]
-        if not shown: raise ValueError("`shown` has to hold samples but is empty: a loaded report has no pictures; run the benchmark again.")
+        if not shown: raise InputError("`shown` has to hold samples but is empty: a loaded report has no pictures; run the benchmark again.")
         labels = ("source", "reference", "target", "output")
         figure = Strip(figsize=(1.15 * len(shown) + .7, 4 * 1.08 + .75), dpi=100)
         grid = figure.add_gridspec(4, len(shown), left=.7 / figure.get_figwidth(), right=1, bottom=0, top=1 - .75 / figure.get_figheight(), wspace=.05, hspace=.05)
@@ -407,11 +408,11 @@ class Comparison:
     def __init__(self, first: Report, second: Report):
         for name in ("difficulty", "size"):
             if getattr(first, name) != getattr(second, name):
-                raise ValueError(f"`other` has to be a report of the same {name} but the two are {getattr(first, name)} and {getattr(second, name)}.")
+                raise InputError(f"`other` has to be a report of the same {name} but the two are {getattr(first, name)} and {getattr(second, name)}.")
         self.first, self.second = first, second
         a, b = ({(r["task"], r["seed"]): r for r in report.records} for report in (first, second))
         self.shared = [(a[key], b[key]) for key in a if key in b]
-        if not self.shared: raise ValueError("`other` has to be a report on some of the same scenes but the two share none.")
+        if not self.shared: raise InputError("`other` has to be a report on some of the same scenes but the two share none.")
 
     @property
     def rows(self) -> dict[str, dict]:  # task -> differences, first minus second
@@ -462,7 +463,7 @@ def measure(
 ) -> list[dict]:  # one record for each sample
     "The errors of a batch of edits, inside and outside, how steady and sharp it is, and whether each is nearest to its own target."
     source, target, mask = (np.stack([getattr(sample, name) for sample in samples]) for name in ("source", "target", "mask"))
-    if outputs.shape != target.shape: raise ValueError(f"`outputs` has to be {target.shape} as the targets are but is {outputs.shape}.")
+    if outputs.shape != target.shape: raise InputError(f"`outputs` has to be {target.shape} as the targets are but is {outputs.shape}.")
     nothing = np.full(len(samples), np.nan)
     numbers = dict(
         error=squared_error(outputs, target, mask), distance=squared_error(source, target, mask), outside_error=squared_error(outputs, source, ~mask),
@@ -495,15 +496,15 @@ def run_benchmark(
     "Measure a model on the world's held-out scenes."
     tasks = (tasks,) if isinstance(tasks, str) else tuple(tasks)
     for task in tasks:
-        if task not in BENCHMARK_TASKS: raise ValueError(f"`tasks` has to hold names of {BENCHMARK_TASKS} but holds {task!r}.")
+        if task not in BENCHMARK_TASKS: raise InputError(f"`tasks` has to hold names of {BENCHMARK_TASKS} but holds {task!r}.")
     for argument, value in (("samples", samples), ("batch_size", batch_size), ("steps", steps)):
-        if value is not None and value < 1: raise ValueError(f"`{argument}` has to be at least 1 but is {value}.")
-    if not tasks: raise ValueError("`tasks` has to name at least one task but is empty.")
+        if value is not None and value < 1: raise InputError(f"`{argument}` has to be at least 1 but is {value}.")
+    if not tasks: raise InputError("`tasks` has to name at least one task but is empty.")
     if out is not None: Path(out).mkdir(parents=True, exist_ok=True)  # before the work, not after it
     is_pipe = not hasattr(pipe, "edit_samples")
     if is_pipe:
         size = size or max(1, math.isqrt(pipe.config.max_pixels) // pipe.size_multiple) * pipe.size_multiple
-        if size % pipe.size_multiple: raise ValueError(f"`size` has to be a multiple of {pipe.size_multiple} for this model but is {size}.")
+        if size % pipe.size_multiple: raise InputError(f"`size` has to be a multiple of {pipe.size_multiple} for this model but is {size}.")
         num_frames, steps = num_frames or pipe.config.max_frames, pipe.config.default_steps if steps is None else steps
     world = World(size or 64, size or 64, num_frames or 5, split="eval", difficulty=difficulty)
     device, vae = pipe._execution_device if is_pipe else torch.device("cpu"), getattr(pipe, "vae", None)
@@ -561,7 +562,7 @@ def checkpoint_digest(
 ) -> str:  # 16 hexadecimal digits
     "Tells models apart by a sample of the bytes of their configs and weights."
     folders = sorted(path for path in Path(folder).iterdir() if path.is_dir() and any(path.glob("*.safetensors")))
-    if not folders: raise ValueError(f"`folder` has to hold folders with safetensors but {str(folder)!r} holds none.")
+    if not folders: raise InputError(f"`folder` has to hold folders with safetensors but {str(folder)!r} holds none.")
     return hashlib.sha256("".join(f"{path.name} {sampled_digest(path)}\n" for path in folders).encode()).hexdigest()[:16]
 
 
@@ -582,11 +583,11 @@ class Ranking:
 
     def __post_init__(self):
         scenes = [(report.difficulty, report.size, [(record["task"], record["seed"]) for record in report.records]) for report in self.reports]
-        if not scenes: raise ValueError("`reports` has to hold at least one report but is empty.")
+        if not scenes: raise InputError("`reports` has to hold at least one report but is empty.")
         names = [report.model for report in self.reports]
-        if twice := [name for name in names if names.count(name) > 1]: raise ValueError(f"`reports` have to have different names but {twice[0]!r} is there more than once; `run_benchmark` takes a `name`.")
+        if twice := [name for name in names if names.count(name) > 1]: raise InputError(f"`reports` have to have different names but {twice[0]!r} is there more than once; `run_benchmark` takes a `name`.")
         for report, known in zip(self.reports, scenes):
-            if known != scenes[0]: raise ValueError(f"`reports` have to be on the same scenes but those of {report.model} are others than those of {self.reports[0].model}.")
+            if known != scenes[0]: raise InputError(f"`reports` have to be on the same scenes but those of {report.model} are others than those of {self.reports[0].model}.")
 
     def _columns(self, report, name):
         "(scenes, tasks) of a number; all tasks have as many scenes, since `run_benchmark` draws them so."
@@ -650,7 +651,7 @@ class Ranking:
     ) -> Ranking:
         "Read a ranking."
         data = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(data, dict) or not {"about", "scenes", "reports"} <= set(data): raise ValueError(f"`path` has to be a ranking written by `Ranking.save` but {str(path)!r} is none.")
+        if not isinstance(data, dict) or not {"about", "scenes", "reports"} <= set(data): raise InputError(f"`path` has to be a ranking written by `Ranking.save` but {str(path)!r} is none.")
         reports = []
         for one in data["reports"]:
             columns = {name: [math.nan if v is None else v for v in values] for name, values in one.pop("records").items()}
@@ -670,7 +671,7 @@ def film_of(
 ) -> Strip:
     "Source, reference, target, then what each editor made: first, middle and last frame."
     some = next(iter(shown.values())).get(task, [])[:samples]
-    if not some: raise ValueError(f"`task` has to be one whose pictures the reports keep but is {task!r}.")
+    if not some: raise InputError(f"`task` has to be one whose pictures the reports keep but is {task!r}.")
     labels = ["source", "reference", "target", *order]
     figure = Strip(figsize=(1.5 + 3.1 * len(some), .4 + 1.05 * len(labels)), dpi=80)
     grid = figure.add_gridspec(len(labels), 3 * len(some), left=1.5 / figure.get_figwidth(), right=1, bottom=0, top=1 - .4 / figure.get_figheight(), wspace=.03, hspace=.03)

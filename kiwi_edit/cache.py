@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from .core import InputError
 from .dataset import BadRow, GoodSamples, Sample, shrink_reference
 from .encoder import IMAGE_TOKEN, QUERY_TOKEN, VIDEO_TOKEN, EncoderInputs, KiwiProcessor, collate_inputs, prepare_sample, vision_features
 from .latents import encode_frames
@@ -43,12 +44,12 @@ class RowSettings:
     batch: int = 1              # samples of one shape that go through the frozen parts together
 
     def __post_init__(self):
-        if self.dtype not in ("float16", "bfloat16", "float32"): raise ValueError(f"`dtype` has to be 'float16', 'bfloat16' or 'float32' but is {self.dtype!r}.")
+        if self.dtype not in ("float16", "bfloat16", "float32"): raise InputError(f"`dtype` has to be 'float16', 'bfloat16' or 'float32' but is {self.dtype!r}.")
         if self.shrink is not None:
             object.__setattr__(self, "shrink", tuple(self.shrink))
-            if len(self.shrink) != 2 or not 0 < self.shrink[0] <= self.shrink[1] <= 1: raise ValueError(f"`shrink` has to be two shares, 0 < smallest <= largest <= 1, but is {self.shrink}.")
-        if self.seed < 0: raise ValueError(f"`seed` has to be 0 or more but is {self.seed}.")
-        if self.batch < 1: raise ValueError(f"`batch` has to be at least 1 but is {self.batch}.")
+            if len(self.shrink) != 2 or not 0 < self.shrink[0] <= self.shrink[1] <= 1: raise InputError(f"`shrink` has to be two shares, 0 < smallest <= largest <= 1, but is {self.shrink}.")
+        if self.seed < 0: raise InputError(f"`seed` has to be 0 or more but is {self.seed}.")
+        if self.batch < 1: raise InputError(f"`batch` has to be at least 1 but is {self.batch}.")
 
 # %% ../nbs/25_cache.ipynb #1ed04573
 def draw_shrink(
@@ -95,7 +96,7 @@ def _encode_group(pipe, samples, shrinks, settings):
     def filled(items): return items + items[-1:] * (settings.batch - len(items))
     height, width = samples[0].source.shape[1:3]
     if height % pipe.size_multiple or width % pipe.size_multiple:
-        raise ValueError(f"`samples` have to have sides that are multiples of {pipe.size_multiple} for this model but {samples[0].id or 'one'} is {width}x{height}.")
+        raise InputError(f"`samples` have to have sides that are multiples of {pipe.size_multiple} for this model but {samples[0].id or 'one'} is {width}x{height}.")
     references = [None if s.reference is None else Image.fromarray(s.reference) for s in samples]
     inputs = [prepare_sample(pipe.processor, pipe.guidance.config, s.instruction, s.source, [] if r is None else [r]) for s, r in zip(samples, references)]
     clips = dict(source=[s.source for s in samples], target=[s.target for s in samples])
@@ -109,7 +110,7 @@ def _encode_group(pipe, samples, shrinks, settings):
     for i, (sample, x) in enumerate(zip(samples, inputs)):
         tensors = {name: values[i].to("cpu", getattr(torch, settings.dtype)).clone(memory_format=torch.contiguous_format) for name, values in kept.items()}
         if not all(values.isfinite().all() for values in tensors.values()):
-            raise ValueError(f"`dtype` has to hold what the frozen parts give but {settings.dtype} does not hold all of {sample.id or 'a sample'}; bfloat16 and float32 reach further.")
+            raise InputError(f"`dtype` has to hold what the frozen parts give but {settings.dtype} does not hold all of {sample.id or 'a sample'}; bfloat16 and float32 reach further.")
         tensors["kept"] = kept_share(sample.source, sample.target, *tensors["source"].shape[1:]).half()
         rows.append(dict(id=sample.id, task=sample.task, shape=sample_shape(sample)) | tensors | dict(input_ids=x.input_ids[0].int(), position_ids=x.position_ids[:, 0].int()))
     return rows
@@ -162,7 +163,7 @@ def collate_rows(
 ) -> Batch:
     "Rows as a batch of float32 tensors."
     shapes = {tuple(row["shape"]) for row in rows}
-    if len(shapes) != 1: raise ValueError(f"`rows` have to have one shape (frames, height, width, has a reference) but have {sorted(shapes) or 'none'}.")
+    if len(shapes) != 1: raise InputError(f"`rows` have to have one shape (frames, height, width, has a reference) but have {sorted(shapes) or 'none'}.")
     mode, stacked = _mode(shapes.pop()), lambda name: torch.stack([row[name] for row in rows]).float()
     inputs = collate_inputs([EncoderInputs(row["input_ids"][None].long(), row["position_ids"][:, None].long(), torch.tensor([len(row["input_ids"])]), [mode], [[]], None, token_ids) for row in rows])
     return Batch(inputs, [row["vision"].float() for row in rows], stacked("source"), stacked("target"), stacked("reference") if mode == "ref" else None, stacked("kept").unsqueeze(1),
@@ -293,7 +294,7 @@ def survey_cache(
     progress: bool = True,
 ) -> CacheState:
     "Look at what is there, and compute nothing."
-    if not len(dataset): raise ValueError("`dataset` has to have at least one row but is empty.")
+    if not len(dataset): raise InputError("`dataset` has to have at least one row but is empty.")
     home = Path(folder).expanduser()
     frozen = frozen_digests(pipe, _single_frame(dataset))
     room = home / _name(frozen, settings, _single_frame(dataset))
@@ -316,8 +317,8 @@ def build_cache(
     progress: bool = True,
 ): # `LatentCache`, or None where there are other parts
     "Compute the rows that are missing and open the cache; a build that was stopped goes on where it was."
-    if shard_size < 1: raise ValueError(f"`shard_size` has to be at least 1 but is {shard_size}.")
-    if not 0 <= part < parts: raise ValueError(f"`part` has to be from 0 to {parts - 1}, below `parts`, but is {part}.")
+    if shard_size < 1: raise InputError(f"`shard_size` has to be at least 1 but is {shard_size}.")
+    if not 0 <= part < parts: raise InputError(f"`part` has to be from 0 to {parts - 1}, below `parts`, but is {part}.")
     state = survey_cache(pipe, dataset, folder, settings, progress)
     logger.info("%s", state)
     state.folder.mkdir(parents=True, exist_ok=True)
@@ -348,7 +349,7 @@ def build_cache(
     doubles = [BadRow(i, skipped[key].name, skipped[key].reason) for i, key in enumerate(state.keys) if key in skipped]
     bad = sorted(state.bad + doubles, key=lambda error: error.index)
     entries = [[i, *have[key]] for i, key in enumerate(state.keys) if key in have]
-    if not entries: raise ValueError(f"`dataset` has to have at least one good row but all {len(dataset)} are bad; the first is {bad[0]}")
+    if not entries: raise InputError(f"`dataset` has to have at least one good row but all {len(dataset)} are bad; the first is {bad[0]}")
     _save_json(state.folder / "index.json", dict(rows=entries, bad=[[error.index, error.name, error.reason] for error in bad]))
     return LatentCache(state.folder)
 
@@ -383,7 +384,7 @@ class LatentCache:
             different = [name for name, value in now.items() if made["frozen"][name] != value] + ["settings"] * (settings not in (None, self.settings)) + ["format"] * (made["format"] != FORMAT)
             if not different: return index
             others.append(different)
-        raise ValueError(f"`folder` has to hold a cache of this model but {str(folder)!r} holds one with another {', '.join(min(others, key=len))}; `build_cache` makes one beside it.")
+        raise InputError(f"`folder` has to hold a cache of this model but {str(folder)!r} holds one with another {', '.join(min(others, key=len))}; `build_cache` makes one beside it.")
 
     def __len__(self): return len(self.entries)
 
@@ -402,7 +403,7 @@ class LatentCache:
             shard = self._open(name)
             tensors = {tensor: shard.get_tensor(f"{place}.{tensor}") for tensor in TENSORS if shape[3] or tensor != "reference"}
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"`folder` has to hold whole shards but {str(self.folder / name)!r} cannot be read ({error}); `build_cache` computes its rows again.") from error
+            raise InputError(f"`folder` has to hold whole shards but {str(self.folder / name)!r} cannot be read ({error}); `build_cache` computes its rows again.") from error
         return dict(id=id, task=task, shape=shape) | tensors
 
     def rows(self, indices: Iterable[int]) -> list[dict]:
@@ -424,7 +425,7 @@ class OnlineRows:
         for i in tqdm(range(len(dataset)), desc="shapes", disable=not progress, mininterval=2, delay=2):
             try: self.shapes.append(tuple(dataset.shape(i)) if hasattr(dataset, "shape") else sample_shape(dataset[i])); self.indices.append(i)
             except BadRow as error: self._leave_out(error)
-        if not self.indices: raise ValueError(f"`dataset` has to have at least one good row but {f'all {len(dataset)} are bad; the first is {self.bad[0]}' if self.bad else 'is empty.'}")
+        if not self.indices: raise InputError(f"`dataset` has to have at least one good row but {f'all {len(dataset)} are bad; the first is {self.bad[0]}' if self.bad else 'is empty.'}")
 
     def _leave_out(self, error):
         if all(error.index != known.index for known in self.bad):
@@ -456,13 +457,13 @@ class BatchPlan:
         weights: list[float] | None = None, # share of the batches of each source, for "weighted"; None is equal shares
         seed: int = 0,
     ):
-        if not shapes or not all(shapes): raise ValueError(f"`shapes` have to be those of sources with at least one row each but there are {[len(rows) for rows in shapes] or 'none'}.")
+        if not shapes or not all(shapes): raise InputError(f"`shapes` have to be those of sources with at least one row each but there are {[len(rows) for rows in shapes] or 'none'}.")
         sizes = [batch_size] * len(shapes) if isinstance(batch_size, int) else list(batch_size)
-        if len(sizes) != len(shapes) or min(sizes) < 1: raise ValueError(f"`batch_size` has to be at least 1, for all or for each of {len(shapes)} sources, but is {batch_size}.")
-        if mix not in ("round_robin", "weighted"): raise ValueError(f"`mix` has to be 'round_robin' or 'weighted' but is {mix!r}.")
-        if mix == "round_robin" and weights is not None: raise ValueError(f"`weights` have to be None with `mix` 'round_robin' but are {weights}.")
+        if len(sizes) != len(shapes) or min(sizes) < 1: raise InputError(f"`batch_size` has to be at least 1, for all or for each of {len(shapes)} sources, but is {batch_size}.")
+        if mix not in ("round_robin", "weighted"): raise InputError(f"`mix` has to be 'round_robin' or 'weighted' but is {mix!r}.")
+        if mix == "round_robin" and weights is not None: raise InputError(f"`weights` have to be None with `mix` 'round_robin' but are {weights}.")
         weights = [1.] * len(shapes) if weights is None else list(weights)
-        if len(weights) != len(shapes) or min(weights) < 0 or not sum(weights) > 0: raise ValueError(f"`weights` have to be 0 or more, one for each of {len(shapes)} sources and not all 0, but are {weights}.")
+        if len(weights) != len(shapes) or min(weights) < 0 or not sum(weights) > 0: raise InputError(f"`weights` have to be 0 or more, one for each of {len(shapes)} sources and not all 0, but are {weights}.")
         self.batch_sizes, self.mix, self.weights, self.seed = sizes, mix, np.array(weights) / sum(weights), seed
         self.buckets = [defaultdict(list) for _ in shapes] # of each source, shape -> rows
         for buckets, rows in zip(self.buckets, shapes):
@@ -536,9 +537,9 @@ class Batches:
         "Rows part, part + parts, part + 2 * parts, ... of the batch of a step."
         source, number = self.plan.turn(step)
         size, rows = self.plan.batch_sizes[source], self.sources[source]
-        if size % parts or not 0 <= part < parts: raise ValueError(f"`parts` has to divide the batch of {size} rows, and `part` has to be below it, but they are {parts} and {part}.")
+        if size % parts or not 0 <= part < parts: raise InputError(f"`parts` has to divide the batch of {size} rows, and `part` has to be below it, but they are {parts} and {part}.")
         for number in range(number, number + len(rows)):
             found = zip(range(part, size, parts), rows.rows(self.plan.rows(source, number)[part::parts]))
             if good := [(place, row) for place, row in found if row is not None]: return collate_rows([row for _, row in good], rows.token_ids, [place for place, _ in good])
             logger.warning("No row of a batch of step %d is good: its place is taken by the source's next batch.", step)
-        raise ValueError(f"`sources` have to give at least one good row each but number {source} gives none; the first is {rows.bad[0]}")
+        raise InputError(f"`sources` have to give at least one good row each but number {source} gives none; the first is {rows.bad[0]}")

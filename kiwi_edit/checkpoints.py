@@ -29,20 +29,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from .core import PRESETS
+from .core import InputError, PRESETS
 from .encoder import KiwiProcessor
 from .guidance import KiwiGuidance
-from .pipeline import KiwiEditPipeline, find_checkpoint
+from .pipeline import KiwiEditPipeline, dtype_of, find_checkpoint
 
 # %% auto #0
 __all__ = ['logger', 'WAN_NAMES', 'VAE_NAMES', 'VAE_BLOCK_NAMES', 'TRAINER_NAMES', 'REFERENCE_PARTS', 'OFFICIAL_GUIDANCE',
-           'WRITERS', 'read_config', 'Stored', 'open_weights', 'compare', 'check_finite', 'fill', 'build', 'wan_name',
-           'native_wan_name', 'vae_name', 'native_vae_name', 'qwen_name', 'old_qwen_name', 'trainer_name', 'vae_config',
-           'load_official_vae', 'load_qwen', 'load_official_mllm', 'make_guidance', 'load_official', 'find_base',
-           'infer_transformer_config', 'infer_vae_config', 'split_lora', 'merged', 'add_adapters', 'merge_lora',
-           'load_transformer', 'load_vae', 'load_mllm', 'load_trainer_checkpoint', 'check_weights', 'mark_of',
-           'save_fast', 'add_fast', 'fast_variant', 'load_kit', 'official_reasons', 'write_official', 'write_trainer',
-           'load_any', 'convert', 'stored_dtype']
+           'WRITERS', 'read_config', 'Stored', 'variant_of', 'weight_files', 'open_weights', 'common_dtype', 'compare',
+           'check_finite', 'fill', 'build', 'wan_name', 'native_wan_name', 'vae_name', 'native_vae_name', 'qwen_name',
+           'old_qwen_name', 'trainer_name', 'vae_config', 'load_official_vae', 'load_qwen', 'load_official_mllm',
+           'make_guidance', 'load_official', 'find_base', 'infer_transformer_config', 'infer_vae_config', 'split_lora',
+           'merged', 'add_adapters', 'merge_lora', 'load_transformer', 'load_vae', 'load_mllm',
+           'load_trainer_checkpoint', 'check_weights', 'mark_of', 'save_fast', 'add_fast', 'fast_variant', 'load_kit',
+           'official_reasons', 'write_official', 'write_trainer', 'load_any', 'convert', 'stored_dtype']
 
 # %% ../nbs/23_checkpoints.ipynb #7f8dc21b
 logger = logging.getLogger(__name__)
@@ -54,12 +54,12 @@ def read_config(folder: Path, *names: str) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"`folder` has to hold {'/'.join(names)} but {str(folder)!r} does not.")
     try: values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error: raise ValueError(f"`{path.parent.name}/{path.name}` has to be JSON but is not: {error}.") from None
-    if not isinstance(values, dict): raise ValueError(f"`{path.parent.name}/{path.name}` has to hold names and values but holds a {type(values).__name__}.")
+    except ValueError as error: raise InputError(f"`{path.parent.name}/{path.name}` has to be JSON but is not: {error}.") from None
+    if not isinstance(values, dict): raise InputError(f"`{path.parent.name}/{path.name}` has to hold names and values but holds a {type(values).__name__}.")
     return {k: v for k, v in values.items() if not k.startswith("_")}
 
 def _having(config, origin, *names):
-    if missing := [name for name in names if name not in config]: raise ValueError(f"`{origin}` has to give {', '.join(missing)} but does not.")
+    if missing := [name for name in names if name not in config]: raise InputError(f"`{origin}` has to give {', '.join(missing)} but does not.")
     return config
 
 # %% ../nbs/23_checkpoints.ipynb #6fc43a96
@@ -79,7 +79,7 @@ class Stored:
 def _open_safetensors(file: Path) -> tuple[dict, dict]:  # name -> Stored, metadata
     try: handle = safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"`{file.name}` has to be a whole safetensors file but cannot be read ({error}); a download may have been cut short.") from None
+        raise InputError(f"`{file.name}` has to be a whole safetensors file but cannot be read ({error}); a download may have been cut short.") from None
     def read(name):  # the file is opened again, so that what was read of it does not stay in memory
         with safe_open(file, framework="pt") as again: return again.get_tensor(name)
     def stored(name):
@@ -90,22 +90,42 @@ def _open_safetensors(file: Path) -> tuple[dict, dict]:  # name -> Stored, metad
 def _open_pickle(file: Path) -> dict:  # name -> Stored
     try: tensors = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"`{file.name}` has to hold tensors alone but holds other objects, which are not loaded because that may run code: {str(error).splitlines()[0]}") from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error: raise ValueError(f"`{file.name}` has to be a whole file of torch but cannot be read: {str(error).splitlines()[0]}") from None
+        raise InputError(f"`{file.name}` has to hold tensors alone but holds other objects, which are not loaded because that may run code: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, EOFError, ValueError, KeyError) as error: raise InputError(f"`{file.name}` has to be a whole file of torch but cannot be read: {str(error).splitlines()[0]}") from None
     for nested in ("state_dict", "model_state"):
         if isinstance(tensors, dict) and isinstance(tensors.get(nested), dict): tensors = tensors[nested]
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise ValueError(f"`{file.name}` has to hold names and tensors but holds a {type(tensors).__name__}.")
+        raise InputError(f"`{file.name}` has to hold names and tensors but holds a {type(tensors).__name__}.")
     return {name: Stored.of(tensor) for name, tensor in tensors.items()}
+
+def variant_of(
+    file: Path,  # of weights
+) -> str:  # "" for the plain ones
+    "Which of several number formats of one model a file holds, as diffusers and transformers write it: `model.fp16-00001-of-00002.safetensors`."
+    found = re.fullmatch(r"(?:diffusion_pytorch_model|model)\.(\w+)(?:-\d{5}-of-\d{5})?\.safetensors", file.name)
+    return found[1] if found else ""
+
+def weight_files(
+    folder: Path,  # of a component
+    variant: str | None = None,  # the plain ones where the component has none of it
+) -> list[Path]:
+    "The files of weights; of several variants of a model one."
+    found = {}
+    for file in sorted(Path(folder).glob("*.safetensors")): found.setdefault(variant_of(file), []).append(file)
+    chosen = variant if variant in found else ""
+    if chosen not in found and len(found) > 1: raise InputError(f"`variant` has to be one of {', '.join(found)} for {Path(folder).name!r} but is {variant!r}.")
+    return found[chosen] if chosen in found else next(iter(found.values()), [])
 
 def open_weights(
     source: Path | list,  # a .safetensors or .pth file, a folder of .safetensors files (shards, with their index), or several of these
+    variant: str | None = None,  # of a folder's files
 ) -> dict[str, Stored]:
     "All tensors of files by name, unread; nothing but tensors is ever unpickled."
     if isinstance(source, (list, tuple)): files = [Path(file) for file in source]
     elif Path(source).is_dir():
-        files = sorted(Path(source).glob("*.safetensors"))
-        for index in Path(source).glob("*.safetensors.index.json"):
+        files = weight_files(source, variant)
+        kind = variant_of(files[0]) if files else ""
+        for index in Path(source).glob(f"*.safetensors.index.{kind}.json" if kind else "*.safetensors.index.json"):
             shards = read_config(index.parent, index.name).get("weight_map", {})
             absent = sorted({shard for shard in shards.values()} - {file.name for file in files})
             if absent: raise FileNotFoundError(f"`{index.parent.name}` has to hold the shards that {index.name} names but lacks {', '.join(absent)}.")
@@ -114,10 +134,19 @@ def open_weights(
     found = {}
     for file in files:
         if not file.is_file(): raise FileNotFoundError(f"`source` has to be a file or folder but {str(file)!r} is none.")
+        if file.suffix.lower() == ".gguf": raise InputError(f"`source` has to be .safetensors or .pth but {file.name} is GGUF, whose weights are quantised; take the file that it was made of.")
         new = _open_pickle(file) if file.suffix in (".pth", ".pt", ".ckpt", ".bin") else _open_safetensors(file)[0]
-        if twice := sorted(set(new) & set(found)): raise ValueError(f"`source` has to name each tensor once but {file.name} repeats {_some(twice)}.")
+        if twice := sorted(set(new) & set(found)): raise InputError(f"`source` has to name each tensor once but {file.name} repeats {_some(twice)}.")
         found |= new
     return found
+
+def common_dtype(
+    weights: dict,  # name -> Stored
+) -> torch.dtype:
+    "The number format of most weights."
+    counts = {}
+    for stored in weights.values(): counts[stored.dtype] = counts.get(stored.dtype, 0) + math.prod(stored.shape)
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(max(counts, key=counts.get, default="F32"), torch.float32)
 
 def _some(names, most=20):
     names = list(names)
@@ -139,7 +168,7 @@ def compare(
     kinds = [f"{name} {stored.dtype}" for name, stored in weights.items() if stored.dtype not in _FLOATS]
     wrong = [f"{len(names)} {what} ({_some(names)})" for names, what in (
         (missing, "are missing"), (left_over, "are left over"), (shapes, "have another shape"), (kinds, "are no floating-point numbers")) if names]
-    if wrong: raise ValueError(f"`weights` of {type(model).__name__} have to match its tensors, but {', '.join(wrong)}.")
+    if wrong: raise InputError(f"`weights` of {type(model).__name__} have to match its tensors, but {', '.join(wrong)}.")
 
 def check_finite(
     owner: str,  # for the message
@@ -147,7 +176,7 @@ def check_finite(
     value: torch.Tensor,
 ):
     "Raise where a tensor holds NaN or infinity."
-    if not all(math.isfinite(extreme) for extreme in torch.aminmax(value.detach())): raise ValueError(f"`weights` of {owner} have to be finite but {name} holds NaN or infinity.")
+    if not all(math.isfinite(extreme) for extreme in torch.aminmax(value.detach())): raise InputError(f"`weights` of {owner} have to be finite but {name} holds NaN or infinity.")
 
 def fill(
     model: torch.nn.Module,  # its tensors may be on the meta device, where they take no memory
@@ -178,7 +207,7 @@ def build(
             if kind is Qwen2_5_VLForConditionalGeneration: return kind(Qwen2_5_VLConfig(**config))
             return kind.from_config({name: value for name, value in config.items() if not name.startswith("_")})
     except Exception as error:  # whatever a wrong value may lead to
-        raise ValueError(f"`{origin}` has to describe a {kind.__name__} but does not: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+        raise InputError(f"`{origin}` has to describe a {kind.__name__} but does not: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
 
 # %% ../nbs/23_checkpoints.ipynb #1141141b
 WAN_NAMES = (  # native name (regular expression), diffusers' name
@@ -311,10 +340,12 @@ def _is_residual(weights): return any(".downsamples.0.downsamples." in name for 
 
 def load_official_vae(
     folder: Path,
-    dtype: torch.dtype = torch.float32,
+    torch_dtype: torch.dtype | str | dict = torch.float32,
+    variant: str | None = None,  # of the files
 ) -> AutoencoderKLWan:
     "The `vae` folder of a released repository, native names, as an `AutoencoderKLWan`."
-    config, weights = read_config(folder, "config.json"), open_weights(folder)
+    config, weights = read_config(folder, "config.json"), open_weights(folder, variant)
+    dtype = dtype_of(torch_dtype, "vae", common_dtype(weights))
     _having(config, "vae/config.json", "dim", "z_dim")
     blocks = config.get("num_res_blocks", 2)
     vae = build(AutoencoderKLWan, vae_config(config, _is_residual(weights)), "vae/config.json")
@@ -339,10 +370,12 @@ _OURS = ("image_queries", "video_queries", "ref_queries", "connector.", "conneto
 
 def load_official_mllm(
     folder: Path,
-    dtype: torch.dtype = torch.float32,
+    torch_dtype: torch.dtype | str | dict = torch.float32,
+    variant: str | None = None,  # of the files
 ):
     "The language model of a released repository and the tensors of ours that lie beside it."
-    weights = open_weights(Path(folder) / "mllm_encoder")
+    weights = open_weights(Path(folder) / "mllm_encoder", variant)
+    dtype = dtype_of(torch_dtype, "mllm", common_dtype(weights))
     ours = {name.replace("connetor.", "connector."): stored for name, stored in weights.items() if name.startswith(_OURS)}
     config = read_config(folder, "processor", "qwen_config.json")
     return load_qwen(config, {name: stored for name, stored in weights.items() if not name.startswith(_OURS)}, dtype, "processor/qwen_config.json"), ours
@@ -359,22 +392,23 @@ def make_guidance(
 ) -> KiwiGuidance:
     "Queries, connectors and embedders."
     try: guidance = KiwiGuidance(**config)
-    except (TypeError, ValueError, RuntimeError) as error: raise ValueError(f"`config` has to describe KiwiGuidance but does not: {error}") from error
+    except (TypeError, ValueError, RuntimeError) as error: raise InputError(f"`config` has to describe KiwiGuidance but does not: {error}") from error
     guidance = fill(guidance, weights, ignore=optional, dtype=dtype)
     for p in guidance.parameters(): p.data = p.data.to(dtype)
     return guidance
 
 def load_official(
     folder: str | Path,  # a released repository in diffusers layout, as downloaded
-    torch_dtype: torch.dtype = torch.float32,
+    torch_dtype: torch.dtype | str | dict = torch.float32,  # see `KiwiEditPipeline.from_pretrained`, and `variant` too
+    variant: str | None = None,
     schedule: str = "diffusers",  # noise levels: those of the pipeline that lies in such repositories, or "native"
     **overrides,  # fields of `KiwiGuidance` that differ from how the weights were trained
 ) -> KiwiEditPipeline:
     "A released Kiwi-Edit repository as the kit's pipeline; none of the code it carries is run."
     folder = Path(folder)
     if "mllm_encoder" not in read_config(folder, "model_index.json"):
-        raise ValueError(f"`folder` has to be a released Kiwi-Edit repository but the model_index.json of {str(folder)!r} names no mllm_encoder.")
-    mllm, weights = load_official_mllm(folder, torch_dtype)
+        raise InputError(f"`folder` has to be a released Kiwi-Edit repository but the model_index.json of {str(folder)!r} names no mllm_encoder.")
+    mllm, weights = load_official_mllm(folder, torch_dtype, variant)
     c = _having(read_config(folder, "mllm_encoder", "config.json"), "mllm_encoder/config.json", "hidden_size", "dit_dim", "num_image_queries", "num_video_queries", "num_ref_queries",
                 "max_object_token", "max_pixels_per_frame")
     source = _having(read_config(folder, "source_embedder", "config.json"), "source_embedder/config.json", "in_dim", "patch_size", "zero_init")
@@ -386,12 +420,12 @@ def load_official(
         max_object_token=c["max_object_token"], max_pixels_per_frame=c["max_pixels_per_frame"], temporal_step=mllm.config.vision_config.tokens_per_second,
         ref_pad_first=ref.get("ref_pad_first", False), zero_init=source["zero_init"], takes_reference=takes_reference, **OFFICIAL_GUIDANCE)
     for part in ("source_embedder", "ref_embedder")[:1 + takes_reference]:
-        weights |= {k.replace("patch_embedding", part): v for k, v in open_weights(folder / part).items()}
-    transformer = build(WanTransformer3DModel, read_config(folder, "transformer", "config.json"), "transformer/config.json")
+        weights |= {k.replace("patch_embedding", part): v for k, v in open_weights(folder / part, variant).items()}
+    denoiser, transformer = open_weights(folder / "transformer", variant), build(WanTransformer3DModel, read_config(folder, "transformer", "config.json"), "transformer/config.json")
     return KiwiEditPipeline(
-        fill(transformer, open_weights(folder / "transformer"), dtype=torch_dtype), load_official_vae(folder / "vae", torch_dtype),
+        fill(transformer, denoiser, dtype=dtype_of(torch_dtype, "transformer", common_dtype(denoiser))), load_official_vae(folder / "vae", torch_dtype, variant),
         FlowMatchEulerDiscreteScheduler.from_config(read_config(folder, "scheduler", "scheduler_config.json")), mllm, KiwiProcessor.from_pretrained(folder / "processor"),
-        make_guidance({**config, **overrides}, weights, torch_dtype, () if takes_reference else REFERENCE_PARTS), schedule=schedule)
+        make_guidance({**config, **overrides}, weights, dtype_of(torch_dtype, "guidance", common_dtype(weights)), () if takes_reference else REFERENCE_PARTS), schedule=schedule)
 
 # %% ../nbs/23_checkpoints.ipynb #346622f5
 _PATTERNS = {"transformer": ["config.json", "diffusion_pytorch_model*", "transformer/*"], "vae": ["*VAE*", "vae/*"], "mllm": ["*.json", "*.safetensors", "*.txt", "*.jinja"]}
@@ -411,7 +445,7 @@ def find_base(
     if path.is_file(): files, folder = [path], path.parent
     else:
         folder = path / part if (path / part).is_dir() else path
-        files = sorted(folder.glob("*.safetensors"))
+        files = weight_files(folder)
         if part == "vae": files = [file for file in (*files, *sorted(folder.glob("*.pth"))) if "vae" in file.name.lower()] or files
         if part == "transformer": files = [file for file in files if "vae" not in file.name.lower()]
         if files and next(folder.glob("*.index.json"), None): open_weights(folder)  # says which shards are missing
@@ -431,9 +465,9 @@ def infer_transformer_config(
             patch_size=patch, in_channels=channels, out_channels=shape("proj_out.weight")[0] // math.prod(patch), ffn_dim=shape("blocks.0.ffn.net.0.proj.weight")[0],
             num_layers=1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")), freq_dim=shape("condition_embedder.time_embedder.linear_1.weight")[1],
             text_dim=shape("condition_embedder.text_embedder.linear_1.weight")[1], cross_attn_norm="blocks.0.norm2.weight" in weights, qk_norm="rms_norm_across_heads", eps=1e-6)
-    except (KeyError, ValueError) as error: raise ValueError(f"`transformer` has to hold a whole Wan denoiser, or come with a config.json, but lacks {error}.") from None
+    except (KeyError, ValueError) as error: raise InputError(f"`transformer` has to hold a whole Wan denoiser, or come with a config.json, but lacks {error}.") from None
     heads = num_attention_heads or dim // 128
-    if not heads or dim % heads: raise ValueError(f"`transformer_config` has to give a num_attention_heads that divides the width {dim} but gives {num_attention_heads or 'none'}.")
+    if not heads or dim % heads: raise InputError(f"`transformer_config` has to give a num_attention_heads that divides the width {dim} but gives {num_attention_heads or 'none'}.")
     return config | dict(num_attention_heads=heads, attention_head_dim=dim // heads)
 
 def _transformer_config(config): # of diffusers, from its own or from the original release's
@@ -447,9 +481,9 @@ def infer_vae_config(
 ) -> dict:  # as released: `dim`, `z_dim`, ...
     "The configuration of a native Wan autoencoder, from the shapes of its tensors and, for what they do not show, from the released one with as many channels."
     try: dim, z_dim, wide = weights["encoder.conv1.weight"].shape[0], weights["conv2.weight"].shape[0], weights["decoder.conv1.weight"].shape[0]
-    except KeyError as error: raise ValueError(f"`vae` has to hold a native Wan autoencoder, or come with a config.json, but lacks {error}.") from None
+    except KeyError as error: raise InputError(f"`vae` has to hold a native Wan autoencoder, or come with a config.json, but lacks {error}.") from None
     alike = next((p.vae for p in PRESETS.values() if p.vae["z_dim"] == z_dim and p.name != "tiny"), None)
-    if alike is None: raise ValueError(f"`vae_config` has to be given for {z_dim} channels, which no released autoencoder has.")
+    if alike is None: raise InputError(f"`vae_config` has to be given for {z_dim} channels, which no released autoencoder has.")
     return {name: alike[name] for name in _VAE_CONFIG if name in alike} | dict(dim=dim, dec_dim=wide // alike["dim_mult"][-1])
 
 # %% ../nbs/23_checkpoints.ipynb #75c73ac6
@@ -462,7 +496,7 @@ def split_lora(
         found = re.match(r"(.*)\.lora_(A|B)(?:\.default)?\.weight$", name)
         if found: pairs.setdefault(found[1], {})[found[2]] = stored
         else: plain[name] = stored
-    if odd := [name for name, pair in pairs.items() if len(pair) < 2]: raise ValueError(f"`weights` have to hold both matrices of a LoRA layer but hold one of {_some(odd)}.")
+    if odd := [name for name, pair in pairs.items() if len(pair) < 2]: raise InputError(f"`weights` have to hold both matrices of a LoRA layer but hold one of {_some(odd)}.")
     return plain, {name: (pair["A"], pair["B"]) for name, pair in pairs.items()}
 
 def merged(
@@ -471,9 +505,9 @@ def merged(
 ) -> dict:  # name -> Stored
     "Weights with LoRA matrices added as they are read."
     strangers = [name for name in lora if f"{name}.weight" not in weights]
-    if strangers: raise ValueError(f"`weights` have to hold the layers that LoRA matrices belong to but lack {_some(strangers)}.")
+    if strangers: raise InputError(f"`weights` have to hold the layers that LoRA matrices belong to but lack {_some(strangers)}.")
     def added(base, A, B):
-        if (B.shape[0], A.shape[1]) != base.shape or A.shape[0] != B.shape[1]: raise ValueError(f"`weights` have to match their LoRA matrices but {list(B.shape)} times {list(A.shape)} is added to {list(base.shape)}.")
+        if (B.shape[0], A.shape[1]) != base.shape or A.shape[0] != B.shape[1]: raise InputError(f"`weights` have to match their LoRA matrices but {list(B.shape)} times {list(A.shape)} is added to {list(base.shape)}.")
         return replace(base, read=lambda: (base.read().float() + B.read().float() @ A.read().float()))
     return weights | {f"{name}.weight": added(weights[f"{name}.weight"], *pair) for name, pair in lora.items()}
 
@@ -522,7 +556,8 @@ def load_transformer(
     "A base denoiser with what was trained of it."
     base, given = _base("transformer", source, config)
     plain, lora = split_lora(trained or {})
-    weights, given = {wan_name(name) or name: stored for name, stored in base.items()} | plain, _transformer_config(given)
+    bare = {re.sub(r"^(model\.)?diffusion_model\.", "", name): stored for name, stored in base.items()}  # before which other programs put this
+    weights, given = {wan_name(name) or name: stored for name, stored in bare.items()} | plain, _transformer_config(given)
     if "num_layers" not in given: given = infer_transformer_config(weights, given.get("num_attention_heads")) | given
     model = fill(build(WanTransformer3DModel, given, "transformer"), merged(weights, lora) if merge else weights, dtype=dtype)
     return model if merge or not lora else add_adapters(model, lora)
@@ -572,15 +607,15 @@ def load_trainer_checkpoint(
     beside = lambda part, given: given if given is not None else (checkpoint.parent / "base" / part if (checkpoint.parent / "base" / part).is_dir() else None)
     transformer, vae, mllm = beside("transformer", transformer), beside("vae", vae), beside("mllm", mllm)
     for name, value in (("vae", vae), ("mllm", mllm)):
-        if value is None: raise ValueError(f"`{name}` has to name the base model, since a trainer checkpoint has no {name}, but is None.")
+        if value is None: raise InputError(f"`{name}` has to name the base model, since a trainer checkpoint has no {name}, but is None.")
     parts, strangers = dict(transformer={}, mllm={}, guidance={}), []
     for name, stored in open_weights(checkpoint).items():
         place = trainer_name(name)
         if place: parts[place[0]][place[1]] = stored
         else: strangers.append(name)
-    if strangers: raise ValueError(f"`checkpoint` has to hold tensors of Kiwi-Edit's trainer but {len(strangers)} are none of them: {_some(strangers)}.")
+    if strangers: raise InputError(f"`checkpoint` has to hold tensors of Kiwi-Edit's trainer but {len(strangers)} are none of them: {_some(strangers)}.")
     if transformer is None and not any("lora_" not in name for name in parts["transformer"]):
-        raise ValueError("`transformer` has to name the base model, since the checkpoint does not have the whole denoiser, but is None.")
+        raise InputError("`transformer` has to name the base model, since the checkpoint does not have the whole denoiser, but is None.")
     noted = json.loads(_open_safetensors(checkpoint)[1].get(_METADATA, "{}"))
     wan = load_transformer(transformer, transformer_config, parts["transformer"], merge, torch_dtype)
     language, processor = load_mllm(mllm, parts["mllm"], merge, torch_dtype)
@@ -603,10 +638,11 @@ _KINDS = dict(transformer=WanTransformer3DModel, vae=AutoencoderKLWan, mllm=Qwen
 def check_weights(
     folder: Path,  # in the kit's layout
     parts: tuple = tuple(_KINDS),
+    variant: str | None = None,  # of the files
 ):
     "Raise and list what does not belong, before any weight is read."
     for part in parts:
-        config, weights = read_config(folder, part, "config.json"), open_weights(folder / part)
+        config, weights = read_config(folder, part, "config.json"), open_weights(folder / part, variant)
         if part == "mllm": weights = {qwen_name(name): stored for name, stored in weights.items()}
         compare(build(_KINDS[part], config, f"{part}/config.json"), weights, ("lm_head.",) if part == "mllm" else ())
 
@@ -615,7 +651,7 @@ def mark_of(
 ) -> str:
     "Tells weights from other weights by 64 samples of each of their files."
     digest = hashlib.sha256()
-    for file in sorted(part.glob("*.safetensors")):
+    for file in weight_files(part):
         with open(file, "rb") as stream:
             for i in range(64):
                 stream.seek(i * file.stat().st_size // 64)
@@ -641,9 +677,9 @@ def add_fast(
     "Add few-step weights to the denoiser's, and take their number of steps."
     config, weights = read_config(folder, "fast", "config.json"), pipe.transformer.state_dict()
     if config.get("transformer") != mark_of(folder / "transformer"):
-        raise ValueError(f"`fast` has to be False for {folder.name!r}, whose few-step weights belong to another denoiser than the one that lies there now; make them again.")
+        raise InputError(f"`fast` has to be False for {folder.name!r}, whose few-step weights belong to another denoiser than the one that lies there now; make them again.")
     _, lora = split_lora(open_weights(folder / "fast"))
-    if strangers := [name for name in lora if f"{name}.weight" not in weights]: raise ValueError(f"`fast` has to hold layers of the denoiser but holds {_some(strangers)}.")
+    if strangers := [name for name in lora if f"{name}.weight" not in weights]: raise InputError(f"`fast` has to hold layers of the denoiser but holds {_some(strangers)}.")
     with torch.no_grad():
         for name, (A, B) in lora.items():
             weight = weights[f"{name}.weight"]
@@ -663,20 +699,28 @@ def fast_variant(
 
 def load_kit(
     folder: Path,
-    torch_dtype: torch.dtype = torch.float32,
+    torch_dtype: torch.dtype | str | dict = torch.float32,  # see `KiwiEditPipeline.from_pretrained`, and `variant` too
+    variant: str | None = None,
     fast: bool = False,  # with its few-step weights
-    **kwargs,  # of `DiffusionPipeline.from_pretrained`
+    **kwargs,  # parts that are loaded already, and `DIFFUSERS_OPTIONS`
 ) -> KiwiEditPipeline:
     "A folder that `save_pretrained` wrote."
     folder = Path(folder)
-    if fast: return add_fast(load_kit(folder, torch_dtype, **kwargs), folder)
+    if fast: return add_fast(load_kit(folder, torch_dtype, variant, **kwargs), folder)
+    own = tuple(part for part in _KINDS if part not in kwargs)
+    if variant and not any(variant == variant_of(file) for part in own for file in weight_files(folder / part, variant)):
+        raise FileNotFoundError(f"`variant` has to be one that files of the model have but is {variant!r}.")
     if kwargs:
-        if not kwargs.get("variant"): check_weights(folder, tuple(part for part in _KINDS if part not in kwargs))
-        return DiffusionPipeline.from_pretrained.__func__(KiwiEditPipeline, str(folder), dtype=torch_dtype, **kwargs)
-    parts = {part: fill(build(kind, read_config(folder, part, "config.json"), f"{part}/config.json"), open_weights(folder / part), dtype=torch_dtype)
-             for part, kind in _KINDS.items() if part not in ("mllm", "guidance")}
-    parts["mllm"] = load_qwen(read_config(folder, "mllm", "config.json"), open_weights(folder / "mllm"), torch_dtype, "mllm/config.json")
-    parts["guidance"] = make_guidance(read_config(folder, "guidance", "config.json"), open_weights(folder / "guidance"), torch_dtype)
+        check_weights(folder, own, variant)
+        dtypes = {part: dtype_of(torch_dtype, part, common_dtype(open_weights(folder / part, variant))) for part in own}
+        return DiffusionPipeline.from_pretrained.__func__(KiwiEditPipeline, str(folder), dtype=dtypes | dict(default=torch.float32), variant=variant, **kwargs)
+    parts = {}
+    for part, kind in _KINDS.items():
+        config, weights = read_config(folder, part, "config.json"), open_weights(folder / part, variant)
+        dtype = dtype_of(torch_dtype, part, common_dtype(weights))
+        if part == "mllm": parts[part] = load_qwen(config, weights, dtype, "mllm/config.json")
+        elif part == "guidance": parts[part] = make_guidance(config, weights, dtype)
+        else: parts[part] = fill(build(kind, config, f"{part}/config.json"), weights, dtype=dtype)
     numbers = {name: value for name, value in read_config(folder, "model_index.json").items() if not isinstance(value, list)}
     return KiwiEditPipeline(scheduler=FlowMatchEulerDiscreteScheduler.from_config(read_config(folder, "scheduler", "scheduler_config.json")),
                             processor=KiwiProcessor.from_pretrained(folder / "processor"), **parts, **numbers)
@@ -728,7 +772,7 @@ def write_official(
     max_shard_size: str = "5GB",  # of the denoiser's files
 ):
     "A released repository without its code: names, keys and configurations as the official code reads them."
-    if reasons := official_reasons(pipe): raise ValueError(f"`to` has to be a layout that can hold this model but is 'official': {'; '.join(reasons)}.")
+    if reasons := official_reasons(pipe): raise InputError(f"`to` has to be a layout that can hold this model but is 'official': {'; '.join(reasons)}.")
     if pipe.config.schedule != "diffusers": logger.warning("The pipeline of released repositories has its own noise levels; this model was read with the %s ones.", pipe.config.schedule)
     folder, g = Path(folder), pipe.guidance.config
     ours, wan = pipe.guidance.state_dict(), pipe.transformer.config
@@ -830,7 +874,7 @@ def convert(
     "A model from one layout to another."
     destination = Path(destination).expanduser().absolute()
     if destination.is_file(): raise FileExistsError(f"`destination` has to be a folder but {str(destination)!r} is a file.")
-    if to not in WRITERS: raise ValueError(f"`to` has to be one of {', '.join(WRITERS)} but is {to!r}.")
+    if to not in WRITERS: raise InputError(f"`to` has to be one of {', '.join(WRITERS)} but is {to!r}.")
     if destination.exists() and not overwrite and any(destination.iterdir()):
         raise FileExistsError(f"`destination` has to be new or empty but {str(destination)!r} is not; `overwrite` replaces it.")
     pipe = load_any(source, torch_dtype or stored_dtype(source), **options)
@@ -850,7 +894,5 @@ def stored_dtype(
 ) -> torch.dtype:
     "The number format of most of a model's weights on disk."
     path = Path(source) if Path(source).exists() else find_checkpoint(source)
-    counts = {}
-    for file in [path] if path.is_file() else path.rglob("*.safetensors"):
-        for stored in _open_safetensors(file)[0].values(): counts[stored.dtype] = counts.get(stored.dtype, 0) + math.prod(stored.shape)
-    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(max(counts, key=counts.get, default="F32"), torch.float32)
+    files = [path] if path.is_file() else [file for folder in (path, *(p for p in path.rglob("*") if p.is_dir())) for file in weight_files(folder)]
+    return common_dtype({(file, name): stored for file in files for name, stored in _open_safetensors(file)[0].items()})

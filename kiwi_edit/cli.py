@@ -22,17 +22,17 @@ from typing import List, Optional
 
 # %% auto #0
 __all__ = ['app', 'FLAGS', 'rank', 'say', 'tidy_signals', 'stop_if_asked', 'hush', 'loudness', 'hush_bars', 'load', 'bar', 'edit',
-           'edit_list', 'demo', 'evaluate', 'measure_model', 'evaluate_rows', 'make_rows', 'choose_stages',
-           'parse_data', 'check_data', 'check_model', 'bench_scores', 'check_trainer', 'parse_bases', 'check_run',
-           'free_memory', 'check_memory', 'options_table', 'find_tracker', 'train', 'dry', 'parse_parts', 'cache',
-           'table_source', 'stage_sources', 'fill_caches', 'kiwi_synthesizer', 'parse_numbers', 'parse_actors',
+           'edit_list', 'demo', 'evaluate', 'parse_parameters', 'measure_model', 'evaluate_rows', 'make_rows',
+           'choose_stages', 'parse_data', 'check_data', 'check_model', 'bench_scores', 'check_trainer', 'parse_bases',
+           'check_run', 'free_memory', 'check_memory', 'options_table', 'find_tracker', 'train', 'dry', 'parse_parts',
+           'cache', 'table_source', 'stage_sources', 'fill_caches', 'kiwi_synthesizer', 'parse_numbers', 'parse_actors',
            'synthesize', 'inspect', 'convert', 'usage_line', 'main']
 
 # %% ../nbs/51_cli.ipynb #6b6a4eb3
 import typer
 
 from . import __version__
-from .core import asset, settings
+from .core import InputError, MissingPackage, asset, check_local, require, settings
 
 # %% ../nbs/51_cli.ipynb #4c2fa40d
 app = typer.Typer(name="kiwi-edit", add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -175,12 +175,14 @@ def edit(
 ):
     "Edit a clip, an image, or a list of them."
     from kiwi_edit.files import parse_size, plan_edit, run_edit
+    for name, paths in dict(video=[video], reference=reference or ()).items():
+        for path in paths: check_local(path, name)
     options = dict(compare=compare, seed=seed, steps=steps, frames=frames, whole=whole, size=parse_size(size), strength=strength, guidance_scale=guidance_scale)
     if video.suffix.lower() == ".jsonl" and not video.is_dir():
         return edit_list(video, out, model, device, workers, overwrite, skip_bad, fast, instruction=instruction, reference=reference, **options)
     if instruction is None: raise _Missing("Missing option '--instruction' / '-i'.")
     for name, value in dict(workers=workers > 1, skip_bad=skip_bad).items():
-        if value: raise ValueError(f"`{name}` has to be left out unless VIDEO is a list (.jsonl) but that is {str(video)!r}.")
+        if value: raise InputError(f"`{name}` has to be left out unless VIDEO is a list (.jsonl) but that is {str(video)!r}.")
     plan = plan_edit(video, instruction, reference or (), out, overwrite=overwrite, **options)
     pipe = load(model, device, plan.check, fast)
     with bar() as report: done = run_edit(pipe, plan, report)
@@ -221,7 +223,7 @@ def edit_list(
     except BadEdits as error:
         for bad in error.bad[:shown]: say(str(bad).replace("`overwrite`", "--overwrite"))
         if len(error.bad) > shown: say(f"and {len(error.bad) - shown} more")
-        raise ValueError(f"`path` has to be a list of edits that can be done, unless `skip_bad` is set, but {len(error.bad)} of {error.total} rows are bad.") from error
+        raise InputError(f"`path` has to be a list of edits that can be done, unless `skip_bad` is set, but {len(error.bad)} of {error.total} rows are bad.") from error
     except SystemExit as stop:
         if seen: stop.left = f"{seen[0]} of {seen[1]} rows are done; the same command goes on from here"
         raise
@@ -242,15 +244,14 @@ def demo(
     share: bool = typer.Option(False, "--share", help="Also at a public address, through Gradio's servers."),
 ):
     "Open a page on which clips are edited in the browser."
-    from importlib.util import find_spec
-    if find_spec("gradio") is None: raise ImportError("`gradio` has to be installed for the page but is not: pip install 'kiwi-edit[demo]'")
+    require("gradio")
     from kiwi_edit.demo import launch
     hush_bars()
     try: launch(host, port, model, say=typer.echo, share=share)
     except SystemExit: typer.echo("\nstopped", err=True) # by Ctrl-C, as one stops a server
 
 # %% ../nbs/51_cli.ipynb #6deb3518
-FLAGS |= {name: f"--{name}" for name in ("bench", "videos", "judge", "limit", "concat")}
+FLAGS |= {name: f"--{name}" for name in ("bench", "videos", "judge", "limit", "concat")} | dict(extra="--parameter")
 
 @app.command()
 def evaluate(
@@ -260,6 +261,7 @@ def evaluate(
     model: Optional[str] = typer.Option(None, help="Bundled name, folder or hub id. [the settings' checkpoint]"),
     videos: Optional[Path] = typer.Option(None, help="Folder of finished videos that are scored instead of a model's."),
     judge: Optional[str] = typer.Option(None, help="metrics, gemini[:MODEL], openai:MODEL[@URL] or transformers:PATH. [the settings' judge; the kit's bench is measured against its targets]"),
+    parameter: Optional[List[str]] = typer.Option(None, metavar="NAME=VALUE", help="Further parameter of each request to an openai judge, such as temperature=1 or max_completion_tokens=4096; null leaves one out. May be given several times."),
     samples: int = typer.Option(32, help="Of the kit's bench: clips for each task."),
     tasks: Optional[str] = typer.Option(None, help="Of the kit's bench: tasks, separated by commas. [all that it has]"),
     limit: Optional[int] = typer.Option(None, help="Only the first so many rows of a published bench."),
@@ -273,24 +275,36 @@ def evaluate(
 ):
     "Score a model, or finished videos, on the kit's own bench or on a published one."
     from kiwi_edit.world import TASKS
-    if bench not in ("kit", "refvie", "openve", "imgedit"): raise ValueError(f"`bench` has to be kit, refvie, openve or imgedit but is {bench!r}.")
+    if bench not in ("kit", "refvie", "openve", "imgedit"): raise InputError(f"`bench` has to be kit, refvie, openve or imgedit but is {bench!r}.")
     chosen = [task.strip() for task in tasks.split(",")] if tasks is not None else list(TASKS)
     for task in chosen:
-        if task not in TASKS: raise ValueError(f"`tasks` has to be of {', '.join(TASKS)} but holds {task!r}.")
+        if task not in TASKS: raise InputError(f"`tasks` has to be of {', '.join(TASKS)} but holds {task!r}.")
     for name, value in dict(samples=samples, steps=steps, limit=limit).items():
-        if value is not None and value < 1: raise ValueError(f"`{name}` has to be at least 1 but is {value}.")
+        if value is not None and value < 1: raise InputError(f"`{name}` has to be at least 1 but is {value}.")
     kit, (part, number) = bench == "kit", parse_parts(parts)
-    if not kit and data is None: raise ValueError(f"`data` has to be the file of {bench} but is not given.")
+    if not kit and data is None: raise InputError(f"`data` has to be the file of {bench} but is not given.")
     unwanted = dict(data=data, root=root, limit=limit) if kit else dict(tasks=tasks)
     if videos is not None: unwanted |= dict(model=model, steps=steps, fast=fast or None, concat=concat or None, parts=parts if number > 1 else None)
     if wrong := [name for name, value in unwanted.items() if value is not None]:
-        raise ValueError(f"`{wrong[0]}` has to be left out {'where finished videos are scored' if wrong[0] not in ('data', 'root', 'limit', 'tasks') else 'of the bench ' + bench} but is {unwanted[wrong[0]]}.")
+        raise InputError(f"`{wrong[0]}` has to be left out {'where finished videos are scored' if wrong[0] not in ('data', 'root', 'limit', 'tasks') else 'of the bench ' + bench} but is {unwanted[wrong[0]]}.")
     if kit and judge is None and videos is None:
-        for name, value in dict(concat=concat or None, parts=parts if number > 1 else None).items():
-            if value is not None: raise ValueError(f"`{name}` has to be left out of the kit's bench unless `judge` is given but is {value}.")
+        for name, value in dict(concat=concat or None, extra=parameter, parts=parts if number > 1 else None).items():
+            if value is not None: raise InputError(f"`{name}` has to be left out of the kit's bench unless `judge` is given but is {value}.")
         return measure_model(chosen, samples, model, steps, fast, out, overwrite, device)
-    if overwrite: raise ValueError("`overwrite` has to be left out where rows are scored one by one: a folder is gone on in, and what is there is kept.")
-    with _going_on(): evaluate_rows(bench, data, root, chosen, samples, limit, model, videos, judge or {"embedded": "metrics"}.get(settings().judge, settings().judge), steps, fast, concat, part, number, out, device)
+    if overwrite: raise InputError("`overwrite` has to be left out where rows are scored one by one: a folder is gone on in, and what is there is kept.")
+    with _going_on(): evaluate_rows(bench, data, root, chosen, samples, limit, model, videos, judge or {"embedded": "metrics"}.get(settings().judge, settings().judge), steps, fast, concat, part, number, out, device, parse_parameters(parameter))
+
+def parse_parameters(
+    texts: list | None, # such as ["temperature=1", "chat_template_kwargs={\"enable_thinking\": false}"]
+) -> dict: # name -> value
+    "Parameters of requests; values are JSON where they can be, else text."
+    found = {}
+    for text in texts or ():
+        name, sign, value = text.partition("=")
+        if not sign or not name.strip(): raise InputError(f"`extra` has to be NAME=VALUE, such as temperature=1, but is {text!r}.")
+        try: found[name.strip()] = json.loads(value)
+        except ValueError: found[name.strip()] = value
+    return found
 
 def measure_model(
     tasks: list, # of the kit's bench
@@ -307,7 +321,7 @@ def measure_model(
     if out is None:
         out = settings().output_dir / "report.json"
         out.parent.mkdir(parents=True, exist_ok=True)
-    if out.suffix.lower() != ".json": raise ValueError(f"`out` has to end in .json but is {str(out)!r}.")
+    if out.suffix.lower() != ".json": raise InputError(f"`out` has to end in .json but is {str(out)!r}.")
     check_outputs([out], [], overwrite)
     pipe = load(model, device, fast=fast)
     from kiwi_edit.benchmark import run_benchmark
@@ -342,15 +356,17 @@ def evaluate_rows(
     number: int, # of parts
     out: Path | None, # folder
     device: str | None,
+    extra: dict, # parameters of requests to a judge
 ):
     "Make the videos of a bench, or take them, and have them scored."
     from kiwi_edit.files import renamed
     out = (settings().output_dir / f"evaluation-{bench}" if out is None else out).expanduser()
-    if out.suffix.lower() == ".json" or out.is_file(): raise ValueError(f"`out` has to be a folder where rows are scored one by one but is {str(out)!r}.")
+    if out.suffix.lower() == ".json" or out.is_file(): raise InputError(f"`out` has to be a folder where rows are scored one by one but is {str(out)!r}.")
     if videos is not None and not videos.expanduser().is_dir(): raise FileNotFoundError(f"`videos` has to be a folder of results but {str(videos)!r} is none.")
     from kiwi_edit.published import edit_rows, judge_of, read_bench, score_rows, world_rows, write_imgedit_list
     later = judge.startswith("transformers:") # it would lie in memory while the videos are made
-    asked = None if later else judge_of(judge, bench)
+    if later and extra: raise InputError(f"`extra` has to be left out unless the judge is openai:MODEL but is {extra!r}.")
+    asked = None if later else judge_of(judge, bench, extra=extra)
     if bench == "kit": rows = world_rows(tasks, samples)
     else:
         with renamed("`path`", "`data`"): rows = read_bench(bench, data, root)[:limit]
@@ -363,7 +379,7 @@ def evaluate_rows(
         typer.echo(str(made))
         if number > 1: return typer.echo(f"part {part + 1} of {number}; without --parts the same command scores all")
     elif (mark := folder / "bench.json").is_file(): about = json.loads(mark.read_text(encoding="utf-8"))["about"]
-    report = score_rows(rows, folder, asked or judge_of(judge, bench, device or settings().device), out, about=about, say=say, progress=True)
+    report = score_rows(rows, folder, asked or judge_of(judge, bench, device or settings().device, extra), out, about=about, say=say, progress=True)
     typer.echo(report._repr_markdown_())
     typer.echo(f"report: {out / 'report.html'}")
     if report.counts["scored"] < len(rows): raise typer.Exit(1)
@@ -389,7 +405,7 @@ def choose_stages(
     from kiwi_edit.curriculum import OFFICIAL, STAGES, as_official, find_stage
     from kiwi_edit.files import renamed
     get_preset(preset)
-    if not names and preset != "tiny": raise ValueError(f"`stage` has to be given for {preset}, where each needs data of its own; there are {', '.join(OFFICIAL[preset])}.")
+    if not names and preset != "tiny": raise InputError(f"`stage` has to be given for {preset}, where each needs data of its own; there are {', '.join(OFFICIAL[preset])}.")
     with renamed("`name`", "`stage`"): stages = [find_stage(preset, name) for name in names or STAGES]
     return [as_official(stage) if official_defects else stage for stage in stages]
 
@@ -404,8 +420,8 @@ def parse_data(
     for text in texts:
         mode, sign, path = text.partition("=")
         if mode not in MODES and default: mode, sign, path = default, "=", text
-        if mode not in MODES or not path: raise ValueError(f"`data` has to be MODE=METADATA, where MODE is one of {', '.join(MODES)}, but is {text!r}.")
-        if mode in data: raise ValueError(f"`data` has to name one file for each mode but names two for {mode}.")
+        if mode not in MODES or not path: raise InputError(f"`data` has to be MODE=METADATA, where MODE is one of {', '.join(MODES)}, but is {text!r}.")
+        if mode in data: raise InputError(f"`data` has to name one file for each mode but names two for {mode}.")
         data[mode] = Path(path).expanduser()
     return data
 
@@ -419,8 +435,8 @@ def check_data(
     from kiwi_edit.dataset import BadRow
     from kiwi_edit.training import stage_data
     wanted = dict.fromkeys(mode for stage in stages for mode in stage.mix)
-    if data and not wanted: raise ValueError(f"`data` has to be left out for stages that draw their own samples but names {', '.join(data)}.")
-    if set(data) != set(wanted): raise ValueError(f"`data` has to name a metadata file for {', '.join(wanted)} but names {', '.join(data) or 'none'}.")
+    if data and not wanted: raise InputError(f"`data` has to be left out for stages that draw their own samples but names {', '.join(data)}.")
+    if set(data) != set(wanted): raise InputError(f"`data` has to name a metadata file for {', '.join(wanted)} but names {', '.join(data) or 'none'}.")
     seen = {}
     for stage in stages: seen |= stage_data(stage, {mode: data[mode] for mode in stage.mix}, factor) if stage.mix else {}
     for mode, (dataset, _) in seen.items():
@@ -429,9 +445,9 @@ def check_data(
             try: sample = dataset[i]
             except BadRow as error: bad = bad or error
             else: break
-        else: raise ValueError(f"`data` of {mode} has to have a good row among its first {tried} but {str(data[mode])!r} has none: {bad}")
+        else: raise InputError(f"`data` of {mode} has to have a good row among its first {tried} but {str(data[mode])!r} has none: {bad}")
         if (sample.reference is not None) != (mode == "ref"):
-            raise ValueError(f"`data` of {mode} has to have {'a reference (ref_image or ref_image_bytes)' if mode == 'ref' else 'no references'} but {sample.id} has {'none' if mode == 'ref' else 'one'}.")
+            raise InputError(f"`data` of {mode} has to have {'a reference (ref_image or ref_image_bytes)' if mode == 'ref' else 'no references'} but {sample.id} has {'none' if mode == 'ref' else 'one'}.")
 
 # %% ../nbs/51_cli.ipynb #e44dd7e9
 def check_model(
@@ -440,14 +456,14 @@ def check_model(
     argument: str, # that named it
 ) -> Path: # its folder
     "Raise unless a model is there and has a preset's sizes; one on the hub is downloaded."
-    if str(name).endswith(".safetensors"): raise ValueError(f"`{argument}` has to be a model on its own but {str(name)!r} is a trainer's checkpoint, which needs its bases: `kiwi-edit convert` puts them together.")
+    if str(name).endswith(".safetensors"): raise InputError(f"`{argument}` has to be a model on its own but {str(name)!r} is a trainer's checkpoint, which needs its bases: `kiwi-edit convert` puts them together.")
     from kiwi_edit.files import renamed
     from kiwi_edit.pipeline import find_checkpoint
     with renamed("`name`", f"`{argument}`"): folder = find_checkpoint(str(name))
     found = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
     for size in ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels"):
         if found.get(size) != preset.transformer[size]:
-            raise ValueError(f"`{argument}` has to be a model of the sizes of {preset.name}, with {size} {preset.transformer[size]}, but {str(name)!r} has {found.get(size)}.")
+            raise InputError(f"`{argument}` has to be a model of the sizes of {preset.name}, with {size} {preset.transformer[size]}, but {str(name)!r} has {found.get(size)}.")
     return folder
 
 def bench_scores(
@@ -466,7 +482,7 @@ def check_trainer(
     from kiwi_edit.checkpoints import find_base
     if not Path(start).is_file(): raise FileNotFoundError(f"`start` has to be a file, if it ends in .safetensors, but {start!r} does not exist.")
     for part in ("vae", "mllm"):
-        if part not in bases: raise ValueError(f"`base` has to name vae and mllm, which a trainer's checkpoint does not have, but lacks {part}.")
+        if part not in bases: raise InputError(f"`base` has to name vae and mllm, which a trainer's checkpoint does not have, but lacks {part}.")
     for part, source in bases.items(): find_base(part, source)
 
 def parse_bases(
@@ -476,7 +492,7 @@ def parse_bases(
     bases = {}
     for text in texts or ():
         part, _, source = text.partition("=")
-        if part not in ("transformer", "vae", "mllm") or not source: raise ValueError(f"`base` has to be PART=SOURCE, where PART is transformer, vae or mllm, but is {text!r}.")
+        if part not in ("transformer", "vae", "mllm") or not source: raise InputError(f"`base` has to be PART=SOURCE, where PART is transformer, vae or mllm, but is {text!r}.")
         bases[part] = source
     return bases
 
@@ -492,19 +508,19 @@ def check_run(
     from kiwi_edit.training import find_model
     preset, processes = get_preset(stages[0].preset), int(os.environ.get("WORLD_SIZE", 1))
     sharded = any(os.environ.get(f"ACCELERATE_USE_{kind}", "false") == "true" for kind in ("FSDP", "DEEPSPEED"))
-    if out.exists() and not out.is_dir(): raise ValueError(f"`out` has to be a folder but {str(out)!r} is a file.")
+    if out.exists() and not out.is_dir(): raise InputError(f"`out` has to be a folder but {str(out)!r} is a file.")
     for stage in stages:
         if (out / stage.name / "log.jsonl").exists() and not resume:
             raise FileExistsError(f"`out` has to hold no run of stage {stage.name!r} unless `resume` is given but {str(out)!r} does.")
-        if sharded and stage.optimizer == "muon": raise ValueError(f"`stage` has to be one that AdamW trains where weights are sharded, because Muon needs whole matrices, but is {stage.name!r}.")
+        if sharded and stage.optimizer == "muon": raise InputError(f"`stage` has to be one that AdamW trains where weights are sharded, because Muon needs whole matrices, but is {stage.name!r}.")
         for bucket in stage.buckets:
-            if bucket.batch_size % processes: raise ValueError(f"`stage` {stage.name!r} has batches of {bucket.batch_size} samples, which {processes} processes cannot share equally.")
+            if bucket.batch_size % processes: raise InputError(f"`stage` {stage.name!r} has batches of {bucket.batch_size} samples, which {processes} processes cannot share equally.")
     model = find_model(out)
-    if model and start and not resume: raise ValueError(f"`start` has to be left out where `out` holds a model that the run goes on from, but it is {start!r} and {str(out)!r} does.")
-    if bases and not (start and start.endswith(".safetensors")): raise ValueError(f"`base` has to be left out unless `start` is a trainer's checkpoint, but names {', '.join(bases)}.")
+    if model and start and not resume: raise InputError(f"`start` has to be left out where `out` holds a model that the run goes on from, but it is {start!r} and {str(out)!r} does.")
+    if bases and not (start and start.endswith(".safetensors")): raise InputError(f"`base` has to be left out unless `start` is a trainer's checkpoint, but names {', '.join(bases)}.")
     if not model and start and start.endswith(".safetensors"): check_trainer(start, bases)
     elif model or start: check_model(model or start, preset, "out" if model else "start")
-    elif preset.name != "tiny": raise ValueError(f"`start` has to be given for {preset.name}, as `out` holds no model yet: a folder, a hub id or a released repository.")
+    elif preset.name != "tiny": raise InputError(f"`start` has to be given for {preset.name}, as `out` holds no model yet: a folder, a hub id or a released repository.")
     elif stages[0].follows: say(f"warning: stage {stages[0].name} starts from a random model, without {stages[0].follows}, which it builds on")
 
 # %% ../nbs/51_cli.ipynb #2eb7071c
@@ -554,8 +570,8 @@ def find_tracker(
     "The trackers of a run."
     from importlib.util import find_spec
     if track is None: return ("tensorboard",) if find_spec("tensorboard") else ()
-    if track not in ("tensorboard", "wandb", "none"): raise ValueError(f"`track` has to be tensorboard, wandb or none but is {track!r}.")
-    if track != "none" and find_spec(track) is None: raise ImportError(f"`{track}` has to be installed to track with it but is not: pip install {track}")
+    if track not in ("tensorboard", "wandb", "none"): raise InputError(f"`track` has to be tensorboard, wandb or none but is {track!r}.")
+    if track != "none" and find_spec(track) is None: raise MissingPackage(f"`{track}` has to be installed to track with it but is not: pip install {track}")
     return () if track == "none" else (track,)
 
 # %% ../nbs/51_cli.ipynb #67026be1
@@ -585,17 +601,17 @@ def train(
     preset, seed, trackers = preset or settings().preset, settings().seed if seed is None else seed, find_tracker(track)
     stages = choose_stages(preset, stage, official_defects)
     for option, value, least in (("minutes", minutes, 0), ("steps", steps, 0), ("seconds_per_step", seconds_per_step, 0), ("keep", keep, 0), ("score", score, 0), ("seed", seed, -1)):
-        if value is not None and not least < value < math.inf: raise ValueError(f"`{option}` has to be {'0 or more' if least else 'above 0'} but is {value}.")
+        if value is not None and not least < value < math.inf: raise InputError(f"`{option}` has to be {'0 or more' if least else 'above 0'} but is {value}.")
     for option, value in (("seconds_per_step", seconds_per_step), ("options", options)):
-        if value and not dry_run: raise ValueError(f"`{option}` has to come with `dry_run`, which it is for.")
-    if score and preset != "tiny": raise ValueError(f"`score` has to be left out for {preset}, whose models are not of the benchmark's world, but is {score}.")
+        if value and not dry_run: raise InputError(f"`{option}` has to come with `dry_run`, which it is for.")
+    if score and preset != "tiny": raise InputError(f"`score` has to be left out for {preset}, whose models are not of the benchmark's world, but is {score}.")
     found, bases = parse_data(data), parse_bases(base)
     if steps or minutes: stages = [replace(s, minutes=minutes, steps=steps or s.steps) for s in stages]
     from kiwi_edit.core import choose_device
     where = choose_device(device or settings().device)
     if dry_run: return dry(stages, cache, where, seconds_per_step, options)
     for s in stages:
-        if s.steps is None: raise ValueError(f"`steps` has to be given for stage {s.name!r} of {preset}, whose recipe does not say.")
+        if s.steps is None: raise InputError(f"`steps` has to be given for stage {s.name!r} of {preset}, whose recipe does not say.")
     if not rank():
         from kiwi_edit.core import preset as get_preset
         check_data(stages, found, get_preset(preset).size_multiple)
@@ -633,7 +649,7 @@ def parse_parts(
 ) -> tuple: # (part from 0, parts)
     "Which of how many parts."
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text.strip())
-    if not match or not 1 <= int(match[1]) <= int(match[2]): raise ValueError(f"`parts` has to be I/N with I from 1 to N, such as 2/8, but is {text!r}.")
+    if not match or not 1 <= int(match[1]) <= int(match[2]): raise InputError(f"`parts` has to be I/N with I from 1 to N, such as 2/8, but is {text!r}.")
     return int(match[1]) - 1, int(match[2])
 
 # %% ../nbs/51_cli.ipynb #bf576ed6
@@ -657,17 +673,17 @@ def cache(
     from kiwi_edit.core import PRESETS, choose_device, preset as get_preset
     name, (part, number) = preset or settings().preset, parse_parts(parts)
     sizes = get_preset(name)
-    if workers < 0: raise ValueError(f"`workers` has to be 0 or more but is {workers}.")
-    if prune and number > 1: raise ValueError(f"`prune` has to be left to a run over all rows but `parts` is {parts}.")
+    if workers < 0: raise InputError(f"`workers` has to be 0 or more but is {workers}.")
+    if prune and number > 1: raise InputError(f"`prune` has to be left to a run over all rows but `parts` is {parts}.")
     where = choose_device(device or settings().device)
     if stage is None: sources, dtype = table_source(data, sizes, num_frames, max_pixels, dtype or "bfloat16")
     else:
         for option, value in (("num_frames", num_frames), ("max_pixels", max_pixels), ("dtype", dtype)):
-            if value is not None: raise ValueError(f"`{option}` has to be left to `stage` where one is given but is {value}.")
+            if value is not None: raise InputError(f"`{option}` has to be left to `stage` where one is given but is {value}.")
         chosen = choose_stages(name, [stage], official_defects)[0]
         sources, dtype = stage_sources(data, chosen, sizes), chosen.dtype
     model = model or (settings().checkpoint if name == settings().preset else PRESETS[name].checkpoint)
-    if not model: raise ValueError(f"`model` has to be given for {name}, for which no weights are published.")
+    if not model: raise InputError(f"`model` has to be given for {name}, for which no weights are published.")
     folder = check_model(model, sizes, "model")
     fill_caches(folder, sources, out, where, dtype, workers, part, number, prune)
 
@@ -682,7 +698,7 @@ def table_source(
     "A table by itself."
     from kiwi_edit.cache import RowSettings
     from kiwi_edit.dataset import MetadataDataset
-    if not data or len(data) != 1: raise ValueError(f"`data` has to be one metadata file where no `stage` is given but there are {len(data or ())}.")
+    if not data or len(data) != 1: raise InputError(f"`data` has to be one metadata file where no `stage` is given but there are {len(data or ())}.")
     frames = sizes.num_frames if num_frames is None else num_frames
     [(mode, path)] = parse_data(data, "image" if frames == 1 else "video").items()
     dataset = MetadataDataset(path, num_frames=frames, max_pixels=sizes.max_pixels if max_pixels is None else max_pixels, factor=sizes.size_multiple)
@@ -695,11 +711,11 @@ def stage_sources(
 ) -> dict: # folder -> (dataset, RowSettings)
     "What a stage learns from, or the modes of it that are named."
     from kiwi_edit.training import stage_data
-    if not (stage.buckets or stage.mix): raise ValueError(f"`stage` has to be one that denoises, whose inputs can be kept, but {stage.name!r} draws new samples all the time.")
-    if stage.buckets and data: raise ValueError(f"`data` has to be left out for stage {stage.name!r}, which learns from the kit's own world, but is {' '.join(data)!r}.")
+    if not (stage.buckets or stage.mix): raise InputError(f"`stage` has to be one that denoises, whose inputs can be kept, but {stage.name!r} draws new samples all the time.")
+    if stage.buckets and data: raise InputError(f"`data` has to be left out for stage {stage.name!r}, which learns from the kit's own world, but is {' '.join(data)!r}.")
     found = parse_data(data, stage.mix[0] if len(stage.mix) == 1 else "")
     if stage.mix and not (found and set(found) <= set(stage.mix)):
-        raise ValueError(f"`data` has to be of {', '.join(stage.mix)} for stage {stage.name!r} but is {', '.join(found) or 'missing'}.")
+        raise InputError(f"`data` has to be of {', '.join(stage.mix)} for stage {stage.name!r} but is {', '.join(found) or 'missing'}.")
     stage = replace(stage, mix=tuple(found), alternation="round_robin", shares=())
     check_data([stage], found, sizes.size_multiple)
     return stage_data(stage, found, sizes.size_multiple)
@@ -747,7 +763,7 @@ def parse_numbers(
     for text in texts or ():
         name, _, number = text.partition("=")
         try: found[name.strip()] = float(number)
-        except ValueError: raise ValueError(f"`thresholds` has to be STAGE.SCORE=NUMBER, such as verify.quality=8, but is {text!r}.") from None
+        except ValueError: raise InputError(f"`thresholds` has to be STAGE.SCORE=NUMBER, such as verify.quality=8, but is {text!r}.") from None
     return found
 
 def parse_actors(
@@ -758,7 +774,7 @@ def parse_actors(
     found = {}
     for text in texts or ():
         match = re.fullmatch(r"(\w+)=(\d+)x(\d*\.?\d+)", text.strip())
-        if not match: raise ValueError(f"`actors` has to be STAGE=NUMBERxGPUS, such as segment=2x0.5, but is {text!r}.")
+        if not match: raise InputError(f"`actors` has to be STAGE=NUMBERxGPUS, such as segment=2x0.5, but is {text!r}.")
         found[match[1]] = Actors(int(match[2]), gpus=float(match[3]))
     return found
 
@@ -772,6 +788,7 @@ def synthesize(
     engine: str = typer.Option("local", help="local, or ray for many machines."),
     actors: Optional[List[str]] = typer.Option(None, metavar="STAGE=NUMBERxGPUS", help="With ray: actors of a stage and GPUs of each, such as segment=2x0.5."),
     vlm: Optional[str] = typer.Option(None, help="Model that scores, grounds and verifies: hub id, openai:MODEL[@URL] or gemini:MODEL. [embedded, without weights]"),
+    parameter: Optional[List[str]] = typer.Option(None, metavar="NAME=VALUE", help="Further parameter of each request to an openai model, such as temperature=1 or max_completion_tokens=4096; null leaves one out. May be given several times."),
     sam: Optional[str] = typer.Option(None, help="SAM that segments: hub id or folder. [embedded]"),
     editor: Optional[str] = typer.Option(None, help="Image editor that draws references: hub id or folder of diffusers, or kiwi[:MODEL]. [cut out of the clip]"),
     embedder: Optional[str] = typer.Option(None, help="DINOv2 or CLIP that finds doubles: hub id or folder. [embedded]"),
@@ -792,10 +809,12 @@ def synthesize(
     columns = {}
     for text in column or ():
         what, _, name = text.partition("=")
-        if not name: raise ValueError(f"`columns` has to be WHAT=COLUMN but is {text!r}.")
+        if not name: raise InputError(f"`columns` has to be WHAT=COLUMN but is {text!r}.")
         columns[what] = name
     kiwi = re.fullmatch(r"kiwi(?::(.+))?", editor or "")
     chosen = dict(vlm=vlm, sam=sam, editor=partial(kiwi_synthesizer, kiwi[1], device) if kiwi else editor, embedder=embedder, device=device or settings().device, thresholds=parse_numbers(thresholds) or None)
+    if extra := parse_parameters(parameter): chosen["extra"] = extra # only then: it is a part of what names a run
+    if extra and not (vlm or "").startswith("openai:"): raise InputError(f"`extra` has to be left out unless --vlm is openai:MODEL but is {' '.join(parameter)!r}.")
     if thresholds: model_stages(thresholds=chosen["thresholds"]) # wrong names are said before anything is loaded
     result = run(read_pairs(pairs, root, columns), out, partial(model_stages, **chosen), options, parse_actors(actors), overwrite)
     typer.echo(result._repr_markdown_())
@@ -812,7 +831,7 @@ def inspect(
     result = inspect_folder(folder)
     if row is not None:
         found = next((r for r in result.rows if r["iid"] == row), None)
-        if found is None: raise ValueError(f"`row` has to be the id of a pair but {row!r} is none; the first is {result.rows[0]['iid']!r}.")
+        if found is None: raise InputError(f"`row` has to be the id of a pair but {row!r} is none; the first is {result.rows[0]['iid']!r}.")
         typer.echo(f"{found['iid']}: {found['prompt']}\nedit: {found['edit_type'] or 'not grounded'}, subject: {found['subject'] or 'none'}")
         for v in found["verdicts"]:
             scores = ", ".join(f"{k.split('.', 1)[1]} {x:.3g}" for k, x in found["scores"].items() if k.startswith(v["stage"] + "."))
@@ -838,11 +857,11 @@ def convert(
     ref_pad_first: Optional[bool] = typer.Option(None, "--ref-pad-first/--ref-pad-last", help="Where a trainer checkpoint expects reference tokens. [as it records or is named, else last]"),
 ):
     "Write a model in another layout."
-    if to not in ("kit", "official", "trainer"): raise ValueError(f"`to` has to be kit, official or trainer but is {to!r}.")
+    if to not in ("kit", "official", "trainer"): raise InputError(f"`to` has to be kit, official or trainer but is {to!r}.")
     base = dict(transformer=transformer, vae=vae, mllm=mllm, ref_pad_first=ref_pad_first, transformer_config=None if heads is None else dict(num_attention_heads=heads))
     given = {name: value for name, value in base.items() if value is not None}
     trainer = source.endswith(".safetensors") or any(Path(source).glob("step-*.safetensors"))
-    if given and not trainer: raise ValueError(f"`{min(given)}` has to be left out unless SOURCE is a trainer checkpoint, which {source!r} is not.")
+    if given and not trainer: raise InputError(f"`{min(given)}` has to be left out unless SOURCE is a trainer checkpoint, which {source!r} is not.")
     from kiwi_edit.checkpoints import convert as write
     from kiwi_edit.core import choose_dtype
     say("reading and writing the weights")
@@ -870,6 +889,8 @@ def main(
     "Run the command line and exit."
     arguments = sys.argv[1:] if arguments is None else arguments
     command = next(iter(arguments), None)
+    for stream in (sys.stdout, sys.stderr): # a name that the console has no letters for must not end a command
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
     hush()
     try:
         with tidy_signals(): status = app(args=arguments, prog_name="kiwi-edit", standalone_mode=False) or 0

@@ -8,8 +8,10 @@ from __future__ import annotations
 import configparser
 import copy
 import functools
+import importlib.util
 import os
 import random
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,8 +20,57 @@ if TYPE_CHECKING:
     import torch
 
 # %% auto #0
-__all__ = ['PRESETS', 'Preset', 'preset', 'count_weights', 'Settings', 'checkout', 'read_settings', 'settings', 'choose_device',
-           'multiplies_bfloat16', 'choose_dtype', 'set_seed', 'assets_dir', 'asset']
+__all__ = ['OPTIONAL', 'PRESETS', 'InputError', 'InputTypeError', 'MissingPackage', 'missing_package', 'require', 'shortened',
+           'check_local', 'Preset', 'preset', 'count_weights', 'Settings', 'checkout', 'read_settings', 'settings',
+           'choose_device', 'multiplies_bfloat16', 'choose_dtype', 'set_seed', 'assets_dir', 'asset']
+
+# %% ../nbs/00_core.ipynb #c0e44002
+class InputError(ValueError):
+    "What the caller can mend; the message names the argument, the rule and the value."
+
+class InputTypeError(InputError, TypeError):
+    "An argument of the wrong type."
+
+class MissingPackage(ImportError):
+    "An optional package that is not installed; the message says how to get it."
+
+OPTIONAL = {  # module -> its package, and the extra of the kit that brings it
+    "gradio": ("gradio", "demo"), "openai": ("openai", "judge"), "google.genai": ("google-genai", "judge"), "datasets": ("datasets", "scale"), "ray": ("ray", "scale"),
+    "tensorboard": ("tensorboard", "train"), "scipy": ("scipy", "eval"), "wandb": ("wandb", None), "torchao": ("torchao", None)}
+
+def missing_package(
+    module: str,  # of `OPTIONAL`
+) -> MissingPackage:
+    "The error to raise where an optional module cannot be imported."
+    package, extra = OPTIONAL[module]
+    wanted = f"'kiwi-edit[{extra}]'" if extra else package
+    return MissingPackage(f"`{package}` has to be installed for this but is not: pip install {wanted}")
+
+def require(
+    module: str,  # of `OPTIONAL`
+) -> None:
+    "Raise where an optional module is not installed."
+    try: found = importlib.util.find_spec(module)
+    except ModuleNotFoundError: found = None  # of a package around it
+    if found is None: raise missing_package(module)
+
+def shortened(
+    text: str,
+    most: int = 300,  # characters
+) -> str:
+    "A text on one line, without its middle where it is longer."
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[:most * 2 // 3]} ... {text[len(text) - (most - most * 2 // 3 - 5):]}"
+
+def check_local(
+    value,  # of an argument
+    name: str,  # of the argument
+) -> None:
+    "Raise where an address stands in place of a file."
+    if isinstance(value, (str, Path)) and re.match(r"[A-Za-z][\w+.-]+:/", str(value)):
+        fetch = "load_video" if name == "video" else "load_image"
+        how = f"; `diffusers.utils.{fetch}` fetches one" if name in ("video", "reference") else ""
+        raise InputError(f"`{name}` has to be a file or its content but is the address {str(value)!r}{how}.")
 
 # %% ../nbs/00_core.ipynb #e5ca9902
 @dataclass(frozen=True)
@@ -177,7 +228,7 @@ def preset(
         return copy.deepcopy(name)
     name = settings().preset if name is None else name
     if name not in PRESETS:
-        raise ValueError(f"`preset` has to be one of {', '.join(PRESETS)} but is {name!r}.")
+        raise InputError(f"`preset` has to be one of {', '.join(PRESETS)} but is {name!r}.")
     return copy.deepcopy(PRESETS[name])
 
 # %% ../nbs/00_core.ipynb #1b3c58e3
@@ -220,15 +271,15 @@ class Settings:
 
     def __post_init__(self):
         if self.preset not in PRESETS:
-            raise ValueError(f"`preset` has to be one of {', '.join(PRESETS)} but is {self.preset!r}.")
+            raise InputError(f"`preset` has to be one of {', '.join(PRESETS)} but is {self.preset!r}.")
         if self.device.split(":")[0] not in _DEVICES:
-            raise ValueError(f"`device` has to be one of {', '.join(_DEVICES)} but is {self.device!r}.")
+            raise InputError(f"`device` has to be one of {', '.join(_DEVICES)} but is {self.device!r}.")
         if self.dtype not in _DTYPES:
-            raise ValueError(f"`dtype` has to be one of {', '.join(_DTYPES)} but is {self.dtype!r}.")
+            raise InputError(f"`dtype` has to be one of {', '.join(_DTYPES)} but is {self.dtype!r}.")
         if self.seed < 0:
-            raise ValueError(f"`seed` has to be 0 or more but is {self.seed}.")
+            raise InputError(f"`seed` has to be 0 or more but is {self.seed}.")
         if not 0 <= self.demo_port <= 65535:
-            raise ValueError(f"`demo_port` has to lie between 0 and 65535 but is {self.demo_port}.")
+            raise InputError(f"`demo_port` has to lie between 0 and 65535 but is {self.demo_port}.")
         if not self.checkpoint:
             object.__setattr__(self, "checkpoint", PRESETS[self.preset].checkpoint)
 
@@ -243,14 +294,14 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 def _parse(knob: str, text: str, origin: str, base: Path):
     kinds = {f.name: f.type for f in fields(Settings)}
     if knob not in kinds:
-        raise ValueError(f"`{knob}` in {origin} is no setting; there are {', '.join(kinds)}.")
+        raise InputError(f"`{knob}` in {origin} is no setting; there are {', '.join(kinds)}.")
     if kinds[knob] == "Path":
         return base / Path(text).expanduser()
     if kinds[knob] == "int":
         try:
             return int(text)
         except ValueError:
-            raise ValueError(f"`{knob}` in {origin} has to be a whole number but is {text!r}.") from None
+            raise InputError(f"`{knob}` in {origin} has to be a whole number but is {text!r}.") from None
     return text
 
 # %% ../nbs/00_core.ipynb #08ede39c
@@ -259,10 +310,10 @@ def _file_knobs(path: Path) -> dict:
     try:
         parser.read_string(path.read_text(encoding="utf-8-sig"), source=str(path))
     except (configparser.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"`{path}` is no settings file: {str(error).splitlines()[0]}") from None
+        raise InputError(f"`{path}` is no settings file: {str(error).splitlines()[0]}") from None
     unknown = [section for section in parser.sections() if section != "kiwi-edit"]
     if unknown:
-        raise ValueError(f"`{path}` has to hold one section, [kiwi-edit], but has [{unknown[0]}].")
+        raise InputError(f"`{path}` has to hold one section, [kiwi-edit], but has [{unknown[0]}].")
     pairs = parser["kiwi-edit"].items() if "kiwi-edit" in parser else ()
     return {knob: _parse(knob, text, str(path), path.parent) for knob, text in pairs if text or knob not in {f.name for f in fields(Settings)}}
 
@@ -315,10 +366,10 @@ def choose_device(
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"`device` has to be one of {', '.join(_DEVICES)} but is {device!r}.") from None
+        raise InputError(f"`device` has to be one of {', '.join(_DEVICES)} but is {device!r}.") from None
     here = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if (chosen.index or 0) >= here.get(chosen.type, 1):
-        raise ValueError(f"`device` has to be there, but {str(device)!r} is not: this machine has {here.get(chosen.type, 1)} of that kind. \"auto\" takes what there is.")
+        raise InputError(f"`device` has to be there, but {str(device)!r} is not: this machine has {here.get(chosen.type, 1)} of that kind. \"auto\" takes what there is.")
     return chosen
 
 # %% ../nbs/00_core.ipynb #4c375d20
@@ -345,7 +396,7 @@ def choose_dtype(
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in _DTYPES:
-        raise ValueError(f"`dtype` has to be one of {', '.join(_DTYPES)} but is {dtype!r}.")
+        raise InputError(f"`dtype` has to be one of {', '.join(_DTYPES)} but is {dtype!r}.")
     if dtype != "auto":
         return getattr(torch, dtype)
     if choose_device(device).type != "cuda":
@@ -361,7 +412,7 @@ def set_seed(
     import torch
 
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
-        raise ValueError(f"`seed` has to be a whole number from 0 to {2**32 - 1} but is {seed!r}.")
+        raise InputError(f"`seed` has to be a whole number from 0 to {2**32 - 1} but is {seed!r}.")
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

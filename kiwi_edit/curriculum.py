@@ -16,7 +16,7 @@ __all__ = ['PARTS', 'WORDS', 'PICTURES', 'CANVASES', 'STAGES', 'OFFICIAL', 'COMP
            'BatchShape', 'batch_shapes', 'fake_pipeline', 'BatchCost', 'Estimate', 'estimate', 'EditCost', 'edit_cost']
 
 # %% ../nbs/30_curriculum.ipynb #9dddc6d8
-from .core import Preset, preset as get_preset
+from .core import InputError, Preset, preset as get_preset
 
 # %% ../nbs/30_curriculum.ipynb #b89fda6e
 PARTS = {  # name -> where it is in a pipeline
@@ -108,15 +108,15 @@ class Stage:
                                           ("schedule", [self.schedule], ("constant", "cosine")), ("alternation", [self.alternation], ("round_robin", "weighted")),
                                           ("dtype", [self.dtype], ("float32", "bfloat16"))):
             for value in values:
-                if value not in known: raise ValueError(f"`{field_name}` of stage {self.name!r} has to be of {', '.join(known)} but holds {value!r}.")
-        if both := set(self.trains) & set(self.lora): raise ValueError(f"`lora` of stage {self.name!r} has to name parts that are not trained in full but names {sorted(both)}.")
-        if self.lr <= 0: raise ValueError(f"`lr` of stage {self.name!r} has to be above 0 but is {self.lr}.")
+                if value not in known: raise InputError(f"`{field_name}` of stage {self.name!r} has to be of {', '.join(known)} but holds {value!r}.")
+        if both := set(self.trains) & set(self.lora): raise InputError(f"`lora` of stage {self.name!r} has to name parts that are not trained in full but names {sorted(both)}.")
+        if self.lr <= 0: raise InputError(f"`lr` of stage {self.name!r} has to be above 0 but is {self.lr}.")
         if self.batch_size < 1 or self.accumulation < 1:
-            raise ValueError(f"`batch_size` and `accumulation` of stage {self.name!r} have to be at least 1 but are {self.batch_size} and {self.accumulation}.")
+            raise InputError(f"`batch_size` and `accumulation` of stage {self.name!r} have to be at least 1 but are {self.batch_size} and {self.accumulation}.")
         if len(self.shares) != (len(self.mix) if self.alternation == "weighted" else 0):
-            raise ValueError(f"`shares` of stage {self.name!r} has to name one share for each of its modes if they are weighted, and none otherwise, but is {self.shares}.")
+            raise InputError(f"`shares` of stage {self.name!r} has to name one share for each of its modes if they are weighted, and none otherwise, but is {self.shares}.")
         if self.mix and (self.num_frames % 4 != 1 or not self.max_pixels):
-            raise ValueError(f"`num_frames` of stage {self.name!r} has to be 4k+1 and `max_pixels` given but they are {self.num_frames} and {self.max_pixels}.")
+            raise InputError(f"`num_frames` of stage {self.name!r} has to be 4k+1 and `max_pixels` given but they are {self.num_frames} and {self.max_pixels}.")
 
 # %% ../nbs/30_curriculum.ipynb #66812245
 WORDS = dict(add=.3, remove=.2, change=.35, style=.15)
@@ -212,8 +212,8 @@ def find_stage(
 ) -> Stage:
     "The stage of that name in the curriculum of a preset."
     curricula = {"tiny": STAGES, **OFFICIAL}
-    if preset not in curricula: raise ValueError(f"`preset` has to be one of {', '.join(curricula)} but is {preset!r}.")
-    if name not in curricula[preset]: raise ValueError(f"`name` has to be a stage of {preset} but is {name!r}; there are {', '.join(curricula[preset])}.")
+    if preset not in curricula: raise InputError(f"`preset` has to be one of {', '.join(curricula)} but is {preset!r}.")
+    if name not in curricula[preset]: raise InputError(f"`name` has to be a stage of {preset} but is {name!r}; there are {', '.join(curricula[preset])}.")
     return curricula[preset][name]
 
 # %% ../nbs/30_curriculum.ipynb #4613af20
@@ -240,7 +240,7 @@ def add_lora(
     "Put LoRA layers beside the linear ones whose names end as stated; those that are there already stay."
     from peft import LoraConfig, inject_adapter_in_model
     there = {layer.r["default"] for layer in module.modules() if hasattr(layer, "lora_A")}
-    if there - {lora.rank}: raise ValueError(f"`lora.rank` has to be that of the LoRA layers that are there, {sorted(there)}, but is {lora.rank}.")
+    if there - {lora.rank}: raise InputError(f"`lora.rank` has to be that of the LoRA layers that are there, {sorted(there)}, but is {lora.rank}.")
     if not there: inject_adapter_in_model(LoraConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=list(lora.targets)), module)
 
 # %% ../nbs/30_curriculum.ipynb #e49b18c0
@@ -510,7 +510,7 @@ class Estimate:
         batch_size = max((cost.shape.batch_size for cost in self.batches), default=1)
         advice = [text for text, helps in (("checkpointing", len(stage.checkpointing) < 2), ("a smaller batch_size", batch_size > 1), ("a cache in place of online", self.online),
                                            ("dtype bfloat16", stage.dtype == "float32"), ("the optimizer offloaded", not self.offload_optimizer), ("fewer pixels or frames", self.batches)) if helps]
-        raise ValueError(f"`memory` has to be at least {_gb(self.peak)} for stage {stage.name!r} of {self.preset} but is {_gb(memory)}; it needs {parts}. What would lower it: {', '.join(advice)}.")
+        raise InputError(f"`memory` has to be at least {_gb(self.peak)} for stage {stage.name!r} of {self.preset} but is {_gb(memory)}; it needs {parts}. What would lower it: {', '.join(advice)}.")
 
     def __str__(self):
         stage = self.stage
@@ -549,7 +549,7 @@ def estimate(
     from tqdm.auto import tqdm
     if stage.buckets:
         if wrong := {"num_frames", "max_pixels", "mix"} & set(changes):
-            raise ValueError(f"`changes` of stage {stage.name!r} have to leave frames and pixels to its buckets but name {', '.join(sorted(wrong))}.")
+            raise InputError(f"`changes` of stage {stage.name!r} have to leave frames and pixels to its buckets but name {', '.join(sorted(wrong))}.")
         if "batch_size" in changes: changes["buckets"] = tuple(replace(bucket, batch_size=changes["batch_size"]) for bucket in stage.buckets)
     stage, preset = replace(stage, **changes), get_preset(preset or stage.preset)
     fake = FakeTensorMode(allow_non_fake_inputs=True)

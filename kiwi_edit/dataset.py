@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['logger', 'VERSIONS', 'COLUMNS', 'FORMATS', 'Sample', 'WorldDataset', 'BadRow', 'GoodSamples', 'write_metadata',
-           'ParquetCell', 'read_metadata', 'save_dataset', 'MetadataDataset', 'shrink_reference']
+           'ParquetCell', 'read_metadata', 'held', 'file_of', 'save_dataset', 'MetadataDataset', 'shrink_reference']
 
 # %% ../nbs/12_dataset.ipynb #8d284d39
-import csv, hashlib, io, itertools, json, logging, math, os, re
+import csv, hashlib, io, itertools, json, logging, math, os, re, reprlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +23,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from .core import InputError, settings, shortened
 from .video import (DEFAULT_FPS, IMAGE_FORMATS, check_frame_count, film_strip, fit_size, flatten_image, read_video, replacing,
                              resize_frames, usable_frames, video_info, write_video)
 from .world import EVAL_SEED, TASKS, World, photo_paths
@@ -51,7 +52,7 @@ class Sample:
         return film_strip(rows, title=self.instruction.replace("$", r"\$"))._repr_png_()
 
 # %% ../nbs/12_dataset.ipynb #63d5ddb5
-VERSIONS = dict(world=1, metadata=1) # raised whenever the same settings give other pixels; part of every key
+VERSIONS = dict(world=1, metadata=2) # raised whenever the same settings give other pixels; part of every key
 
 def _digest(*parts) -> str: # 64 hexadecimal digits
     "SHA-256 of anything that JSON can write."
@@ -83,11 +84,11 @@ class WorldDataset:
         first_seed: int = 1000,   # sample i comes from seed first_seed + i
         split: str = "train",     # "train" or "eval": see `World`
     ):
-        if not tasks or set(tasks) - set(TASKS): raise ValueError(f"`tasks` have to be some of {', '.join(TASKS)} but are {', '.join(tasks) or 'none'}.")
-        if not all(0 < share < math.inf for share in tasks.values()): raise ValueError(f"`tasks` have to have shares above 0 but have {tasks}.")
-        if samples < 1: raise ValueError(f"`samples` has to be at least 1 but is {samples}.")
+        if not tasks or set(tasks) - set(TASKS): raise InputError(f"`tasks` have to be some of {', '.join(TASKS)} but are {', '.join(tasks) or 'none'}.")
+        if not all(0 < share < math.inf for share in tasks.values()): raise InputError(f"`tasks` have to have shares above 0 but have {tasks}.")
+        if samples < 1: raise InputError(f"`samples` has to be at least 1 but is {samples}.")
         if first_seed < 0 or (first_seed < EVAL_SEED if split == "eval" else first_seed + samples > EVAL_SEED):
-            raise ValueError(f"`first_seed` has to leave all seeds {'from ' if split == 'eval' else 'below '}{EVAL_SEED} for the {split} split but is {first_seed} with {samples} samples.")
+            raise InputError(f"`first_seed` has to leave all seeds {'from ' if split == 'eval' else 'below '}{EVAL_SEED} for the {split} split but is {first_seed} with {samples} samples.")
         self.num_frames, self.first_seed, shares = check_frame_count(num_frames), first_seed, np.array(list(tasks.values()), float)
         self.world = World(height, width, num_frames, split)
         self.tasks = [list(tasks)[k] for k in np.random.default_rng(first_seed).choice(len(tasks), size=samples, p=shares / shares.sum())]
@@ -105,7 +106,7 @@ class WorldDataset:
         return _digest("world", VERSIONS["world"], _photos_digest(w.split), w.split, self.num_frames, w.height, w.width, self.first_seed + i, self.tasks[i])
 
 # %% ../nbs/12_dataset.ipynb #035b429a
-class BadRow(ValueError):
+class BadRow(InputError):
     "A row that gives no sample."
 
     def __init__(self,
@@ -114,7 +115,7 @@ class BadRow(ValueError):
         reason: str, # one line
     ):
         super().__init__(index, name, reason)
-        self.index, self.name, self.reason = index, name, reason
+        self.index, self.name, self.reason = index, name, shortened(reason, 298 - len(name))
 
     def __str__(self): return f"{self.name}: {self.reason}"
 
@@ -140,7 +141,7 @@ class GoodSamples:
     ):
         self.dataset, self.order, self.workers = dataset, list(range(len(dataset)) if order is None else order), workers
         if wrong := [i for i in self.order if not 0 <= i < len(dataset)]:
-            raise ValueError(f"`order` has to hold indices from 0 to {len(dataset) - 1} but holds {wrong[0]}.")
+            raise InputError(f"`order` has to hold indices from 0 to {len(dataset) - 1} but holds {wrong[0]}.")
         self.kept: list[int] = []       # indices of the samples that the last walk has given so far
         self.skipped: list[BadRow] = [] # what it has left out so far
         self._logged = set()
@@ -164,10 +165,10 @@ FORMATS = (".csv", ".json", ".jsonl", ".parquet")
 
 def _check_columns(columns, path):
     missing = [c for c in COLUMNS if c not in columns]
-    if missing: raise ValueError(f"`metadata` has to have the columns {', '.join(COLUMNS)} but {str(path)!r} lacks {', '.join(missing)}; it has {', '.join(map(str, columns))}.")
+    if missing: raise InputError(f"`metadata` has to have the columns {', '.join(COLUMNS)} but {str(path)!r} lacks {', '.join(missing)}; it has {shortened(', '.join(map(str, columns)), 100)}.")
 
 def _check_suffix(path):
-    if path.suffix.lower() not in FORMATS: raise ValueError(f"`metadata` has to end in {', '.join(FORMATS)} but is {str(path)!r}.")
+    if path.suffix.lower() not in FORMATS: raise InputError(f"`metadata` has to end in {', '.join(FORMATS)} but is {str(path)!r}.")
     return path.suffix.lower()
 
 # %% ../nbs/12_dataset.ipynb #3b2a5d50
@@ -179,10 +180,10 @@ def write_metadata(
     "Write a table of rows."
     path, columns = Path(path).expanduser(), list(dict.fromkeys(itertools.chain.from_iterable(rows)))
     suffix = _check_suffix(path)
-    if not rows: raise ValueError("`rows` has to hold at least one row but is empty.")
+    if not rows: raise InputError("`rows` has to hold at least one row but is empty.")
     _check_columns(columns, path)
     if suffix != ".parquet" and any(isinstance(value, bytes) for row in rows for value in row.values()):
-        raise ValueError(f"`rows` have to be text for {suffix} but hold bytes, which only .parquet keeps.")
+        raise InputError(f"`rows` have to be text for {suffix} but hold bytes, which only .parquet keeps.")
     with replacing(path, overwrite) as temporary:
         if suffix == ".parquet":
             types = {c: pa.binary() if c == "ref_image_bytes" else None for c in columns}
@@ -206,12 +207,12 @@ class _Stream:
         self.start, self.batch = 0, ()
         self.batches = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False).iter_batches(8, row_groups=[group], columns=[column], use_threads=False)
 
-    def __getitem__(self, row): # not before the last one
+    def __getitem__(self, row): # not one of an earlier batch
         while row >= self.start + len(self.batch):
             self.start, self.batch = self.start + len(self.batch), next(self.batches).column(0)
         return self.batch[row - self.start].as_py()
 
-_stream = {} # the one that is open: what it reads -> stream
+_streams = {} # those that are open, of one row group: what it reads -> stream
 
 @dataclass(frozen=True)
 class ParquetCell:
@@ -223,14 +224,15 @@ class ParquetCell:
 
     def read(self):
         "The value."
-        of = os.getpid(), self.path, self.path.stat().st_mtime_ns, self.group, self.column
+        group = os.getpid(), self.path, self.path.stat().st_mtime_ns, self.group
+        of = *group, self.column
         try:
-            if of not in _stream or self.row < _stream[of].start:
-                _stream.clear()
-                _stream[of] = _Stream(self.path, self.group, self.column)
-            return _stream[of][self.row]
-        except (StopIteration, IndexError, KeyError, pa.ArrowException) as error:
-            raise ValueError(f"`{self.column}` has to be where it was when the table was read but {str(self.path)!r} has changed or is damaged.") from error
+            if of not in _streams or self.row < _streams[of].start:
+                for other in [other for other in _streams if other[:-1] != group]: del _streams[other]
+                _streams[of] = _Stream(self.path, self.group, self.column)
+            return _streams[of][self.row]
+        except (StopIteration, IndexError, KeyError, OSError, pa.ArrowException) as error:
+            raise InputError(f"`{self.column}` has to be where it was when the table was read but {str(self.path)!r} has changed or is damaged.") from error
 
 # %% ../nbs/12_dataset.ipynb #e09b4a12
 def _read_csv(path):
@@ -250,13 +252,20 @@ def _read_json(path):
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows): raise ValueError("every row has to be an object with named values")
     return list(dict.fromkeys(itertools.chain.from_iterable(rows))), rows
 
+def _holds_files(kind):
+    "Whether values of an arrow type are files: bytes, {bytes, path} as `datasets` writes an image or a video, or lists of these."
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind): return _holds_files(kind.value_type)
+    if pa.types.is_struct(kind): return {kind.field(i).name for i in range(kind.num_fields)} == {"bytes", "path"}
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
 def _read_parquet(path):
-    rows, lazy = [], "ref_image_bytes"
+    rows = []
     with pq.ParquetFile(path) as file:
-        columns = file.schema_arrow.names
+        columns, lazy = file.schema_arrow.names, [field.name for field in file.schema_arrow if _holds_files(field.type)]
         for g in range(file.num_row_groups):
-            group = file.read_row_group(g, columns=[c for c in columns if c != lazy]).to_pylist()
-            rows += [row | {lazy: ParquetCell(path, g, i, lazy)} for i, row in enumerate(group)] if lazy in columns else group
+            group = file.read_row_group(g, columns=[c for c in columns if c not in lazy])
+            plain = group.to_pylist() if group.num_columns else [{}] * group.num_rows
+            rows += [row | {c: ParquetCell(path, g, i, c) for c in lazy} for i, row in enumerate(plain)]
     return columns, rows
 
 _READERS = {".csv": _read_csv, ".json": _read_json, ".jsonl": _read_json, ".parquet": _read_parquet}
@@ -268,16 +277,16 @@ def _named_rows(metadata):
     if not path.exists(): raise FileNotFoundError(f"`metadata` has to be an existing file or a folder of parquet shards but {str(path)!r} does not exist.")
     files = [path] if not path.is_dir() else sorted((f for f in path.glob("*.parquet") if not f.name.startswith(".")),
                                                     key=lambda f: [(int(n) if n else 0, text) for n, text in re.findall(r"(\d*)(\D*)", f.name)])
-    if not files: raise ValueError(f"`metadata` has to be a folder with .parquet files but {str(path)!r} has none.")
+    if not files: raise InputError(f"`metadata` has to be a folder with .parquet files but {str(path)!r} has none.")
     rows = []
     for file in files:
         suffix = _check_suffix(file)
         try: columns, found = _READERS[suffix](file)
-        except (ValueError, csv.Error, pa.ArrowException) as error:
-            raise ValueError(f"`metadata` has to be readable {'UTF-8 ' if suffix != '.parquet' else ''}{suffix} but {str(file)!r} is not: {' '.join(str(error).split())[:200]}.") from error
+        except (ValueError, OSError, csv.Error, pa.ArrowException) as error:
+            raise InputError(f"`metadata` has to be readable {'UTF-8 ' if suffix != '.parquet' else ''}{suffix} but {str(file)!r} is not: {' '.join(str(error).split())[:200]}.") from error
         if found or columns: _check_columns(columns, file)
         rows += [(f"{file.name} row {i}", row) for i, row in enumerate(found)]
-    if not rows: raise ValueError(f"`metadata` has to hold at least one row but {str(path)!r} holds none.")
+    if not rows: raise InputError(f"`metadata` has to hold at least one row but {str(path)!r} holds none.")
     return rows
 
 def read_metadata(
@@ -285,6 +294,33 @@ def read_metadata(
 ) -> list[dict]: # `src_video`, `tgt_video`, `prompt` and what else there is; `ref_image_bytes` as a `ParquetCell`
     "The rows of a table, or of all shards in the natural order of their names."
     return [row for _, row in _named_rows(metadata)]
+
+def held(
+    value, # of a row
+    root: Path, # where relative paths start
+) -> tuple: # bytes of a file or None, and the path of a file, or whatever else the value is
+    "What a row says of a file. Tables of `datasets` give {bytes, path}: the path of bytes is no more than a name, others may start from the working directory."
+    if isinstance(value, ParquetCell):
+        value = value.read()
+        if isinstance(value, list) and len(value) < 2: value = value[0] if value else None
+    if isinstance(value, bytes): return value, None
+    if not isinstance(value, dict) or value.keys() != {"bytes", "path"}: return None, value
+    data, path = value["bytes"], value["path"]
+    if not isinstance(data, (bytes, type(None))) or not isinstance(path, (str, type(None))): return None, value
+    if not data and path and not os.path.exists(root / path) and os.path.exists(path): path = str(Path(path).absolute())
+    return data if data or not path else None, path
+
+def file_of(
+    data: bytes, # of a video or an image
+    name: str | None = None, # such as clip.mp4
+) -> Path:
+    "Bytes of a table as a file that readers of video can open, in the settings' `cache_dir`."
+    folder = settings().cache_dir / "videos"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / (hashlib.sha256(data).hexdigest()[:32] + (Path(name or "").suffix or ".mp4"))
+    if not path.exists(): _save_bytes(path, data)
+    return path
+
 
 # %% ../nbs/12_dataset.ipynb #0cf4c582
 def _png(pixels):
@@ -307,7 +343,7 @@ def save_dataset(
     folder = Path(folder).expanduser()
     table, number = folder / f"metadata.{format}", len(dataset) if number is None else number
     _check_suffix(table)
-    if not 1 <= number <= len(dataset): raise ValueError(f"`number` has to be from 1 to the dataset's {len(dataset)} but is {number}.")
+    if not 1 <= number <= len(dataset): raise InputError(f"`number` has to be from 1 to the dataset's {len(dataset)} but is {number}.")
     if there := sorted(folder.glob("metadata.*")): raise FileExistsError(f"`folder` has to be without a dataset but has {str(there[0])!r}.")
     (folder / "clips").mkdir(parents=True, exist_ok=True)
     good, rows = GoodSamples(dataset, range(number)), []
@@ -341,8 +377,8 @@ class MetadataDataset:
         self.names, self.rows = zip(*_named_rows(metadata))
         self.root = Path(root).expanduser() if root is not None else self.metadata if self.metadata.is_dir() else self.metadata.parent
         if not self.root.is_dir(): raise FileNotFoundError(f"`root` has to be an existing folder but {str(self.root)!r} is none.")
-        if factor < 1: raise ValueError(f"`factor` has to be at least 1 but is {factor}.")
-        if max_pixels < factor ** 2: raise ValueError(f"`max_pixels` has to be at least factor*factor = {factor ** 2} but is {max_pixels}.")
+        if factor < 1: raise InputError(f"`factor` has to be at least 1 but is {factor}.")
+        if max_pixels < factor ** 2: raise InputError(f"`max_pixels` has to be at least factor*factor = {factor ** 2} but is {max_pixels}.")
         self.num_frames, self.max_pixels, self.factor = check_frame_count(num_frames), max_pixels, factor
         self.crop_reference, self.enlarge_narrow = crop_reference, enlarge_narrow
 
@@ -357,9 +393,9 @@ def _text(row, column):
     "A row's text, or a `ValueError` that says why there is none."
     value = row.get(column)
     if None in row: raise ValueError(f"the row has to have as many fields as the header but has {len(row[None])} more; text with a comma needs quotes.")
-    if _blank(value): raise ValueError(f"`{column}` has to be given but is missing.")
-    if not isinstance(value, str) or not value.strip(): raise ValueError(f"`{column}` has to be text but is {value!r}.")
-    if re.search("[\ud800-\udfff]", value): raise ValueError(f"`{column}` has to be Unicode text but is {value!r}.")
+    if _blank(value): raise InputError(f"`{column}` has to be given but is missing.")
+    if not isinstance(value, str) or not value.strip(): raise InputError(f"`{column}` has to be text but is {reprlib.repr(value)}.")
+    if re.search("[\ud800-\udfff]", value): raise InputError(f"`{column}` has to be Unicode text but is {reprlib.repr(value)}.")
     return value
 
 # %% ../nbs/12_dataset.ipynb #6dd4b7cf
@@ -371,9 +407,15 @@ def _size(self: MetadataDataset, width, height):
     return fit_size(width, height, self.max_pixels, self.factor)
 
 @patch
+def _clip(self: MetadataDataset, row, column):
+    "The file of a clip."
+    data, name = held(row.get(column), self.root)
+    return self.root / _text(row | {column: name}, column) if data is None else file_of(data, name)
+
+@patch
 def _plan(self: MetadataDataset, row, column):
     "Path, (width, height) and number of frames of a clip, from its header."
-    path = self.root / _text(row, column)
+    path = self._clip(row, column)
     try: info = video_info(path)
     except (ValueError, OSError) as error: raise ValueError(str(error).replace("`path`", f"`{column}`")) from error
     return path, self._size(info.width, info.height), usable_frames(info.frames, self.num_frames)
@@ -387,24 +429,22 @@ def _frames(path, size, count, column):
 @patch
 def _reference_bytes(self: MetadataDataset, row):
     "The file or the bytes of a row's reference, or None."
-    data = row.get("ref_image_bytes")
-    if isinstance(data, ParquetCell): data = data.read()
-    if _blank(data):
-        if _blank(row.get("ref_image")): return None
-        path = self.root / _text(row, "ref_image")
-        if not path.is_file(): raise FileNotFoundError(f"`ref_image` has to be an existing file but {str(path)!r} is none.")
+    for column in ("ref_image_bytes", "ref_image"):
+        data, value = held(row.get(column), self.root)
+        if data is not None: return data
+        if _blank(value): continue
+        if column == "ref_image_bytes" and not isinstance(row[column], ParquetCell): raise InputError(f"`ref_image_bytes` has to be bytes but is a {type(value).__name__}.")
+        path = self.root / _text(row | {column: value}, column)
+        if not path.is_file(): raise FileNotFoundError(f"`{column}` has to be an existing file but {str(path)!r} is none.")
         return path.read_bytes()
-    if not isinstance(data, bytes): raise ValueError(f"`ref_image_bytes` has to be bytes but is a {type(data).__name__}.")
-    return data
 
 @patch
 def _reference(self: MetadataDataset, data):
     "The image in these bytes."
-    try: image = flatten_image(Image.open(io.BytesIO(data), formats=IMAGE_FORMATS))
-    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
+    try: pixels = np.array(flatten_image(Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)))
+    except Exception as error: # decoders of images raise what they like
         raise ValueError(f"the reference has to be a complete image but its {len(data)} bytes are not one that can be decoded.") from error
-    pixels = np.array(image)
-    return resize_frames(pixels[None], *self._size(*image.size))[0] if self.crop_reference else pixels
+    return resize_frames(pixels[None], *self._size(*pixels.shape[1::-1]))[0] if self.crop_reference else pixels
 
 # %% ../nbs/12_dataset.ipynb #669b2cef
 @patch
@@ -413,7 +453,7 @@ def _sample(self: MetadataDataset, row, name):
     prompt = _text(row, "prompt")
     plans = [self._plan(row, column) for column in ("src_video", "tgt_video")]
     (_, (w, h), n), (_, (w2, h2), n2) = plans
-    if (w, h, n) != (w2, h2, n2): raise ValueError(f"`src_video` and `tgt_video` have to come out with one size and length but are {w}x{h} with {n} frames and {w2}x{h2} with {n2}.")
+    if (w, h, n) != (w2, h2, n2): raise InputError(f"`src_video` and `tgt_video` have to come out with one size and length but are {w}x{h} with {n} frames and {w2}x{h2} with {n2}.")
     data = self._reference_bytes(row)
     reference = None if data is None else self._reference(data)
     source, target = (_frames(*plan, column) for plan, column in zip(plans, ("src_video", "tgt_video")))
@@ -424,7 +464,7 @@ def _of_row(self: MetadataDataset, i, make):
     "What `make` makes of row i; its errors become a `BadRow`."
     i = range(len(self))[i]
     try: return make(self.rows[i], self.names[i])
-    except (ValueError, OSError) as error: raise BadRow(i, self.names[i], " ".join(str(error).split())) from error
+    except (ValueError, OSError) as error: raise BadRow(i, self.names[i], str(error)) from error
 
 @patch
 def __getitem__(self: MetadataDataset, i: int) -> Sample: return self._of_row(i, self._sample)
@@ -434,7 +474,7 @@ def __getitem__(self: MetadataDataset, i: int) -> Sample: return self._of_row(i,
 def key(self: MetadataDataset, i: int) -> str: # 64 hexadecimal digits
     "Changes when the sample does: with the bytes of its files, its words and the settings. Not with where the files are."
     def make(row, name):
-        files = [_file_digest(self.root / _text(row, column)) for column in ("src_video", "tgt_video")]
+        files = [_file_digest(self._clip(row, column)) for column in ("src_video", "tgt_video")]
         data = self._reference_bytes(row)
         settings = self.num_frames, self.max_pixels, self.factor, self.enlarge_narrow, data is not None and self.crop_reference
         return _digest("metadata", VERSIONS["metadata"], settings, _text(row, "prompt"), str(row.get("task") or ""), files, data and hashlib.sha256(data).hexdigest())
@@ -448,7 +488,7 @@ def shrink_reference(
     shrink: float = 1.0, # above 0, up to 1: of the size that just fits; the official trainer draws from 0.7 to 1
 ) -> np.ndarray: # (height, width, 3) uint8
     "A reference as the autoencoder sees it in training: fitted, shrunk, centred on white."
-    if not 0 < shrink <= 1: raise ValueError(f"`shrink` has to lie above 0 and up to 1 but is {shrink}.")
+    if not 0 < shrink <= 1: raise InputError(f"`shrink` has to lie above 0 and up to 1 but is {shrink}.")
     image = Image.fromarray(image)
     scale = min(width / image.width, height / image.height)
     fitted = [max(1, round(side * scale)) for side in image.size]

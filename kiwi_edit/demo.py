@@ -31,10 +31,10 @@ import gradio as gr
 import numpy as np
 import PIL.Image
 
-from .core import PRESETS, assets_dir, choose_device, choose_dtype, count_weights, settings
+from .core import InputError, PRESETS, assets_dir, choose_device, choose_dtype, count_weights, settings
 from .files import Limits, edit_file, find_model, load_model, one_line, parse_size
 from .metrics import CLIP_METRICS
-from .video import film_strip, read_image, read_video, replacing, video_info, write_video
+from .video import as_frames, film_strip, read_image, read_video, replacing, video_info, write_video
 
 logger = logging.getLogger(__name__)
 
@@ -113,9 +113,9 @@ class LazyPipeline:
         model: str | None = None, # None takes the one that is there
     ):
         from kiwi_edit.checkpoints import fast_variant
-        if fast and not self.own: raise ValueError("`fast` has to be off for a pipeline that was handed in: the folder of its weights is not known.")
+        if fast and not self.own: raise InputError("`fast` has to be off for a pipeline that was handed in: the folder of its weights is not known.")
         model = model or self.model
-        if model != self.model and (not self.own or model not in self.names and not self.any_model): raise ValueError(f"`model` has to be of the page's list, {', '.join(map(str, self.names))}, but is {model!r}.")
+        if model != self.model and (not self.own or model not in self.names and not self.any_model): raise InputError(f"`model` has to be of the page's list, {', '.join(map(str, self.names))}, but is {model!r}.")
         with self.lock:
             if model != self.model: self._switch(model)
             if self.pipe is None: self.pipe = load_model(self.model)
@@ -214,19 +214,19 @@ def check_source(
     "Raise where a source is more than the page takes."
     from kiwi_edit.files import renamed
     with renamed("`path`", "`video`"): info = video_info(path)
-    if info.duration > LONGEST and info.frames > 1: raise ValueError(f"`video` has to be at most {LONGEST} s long but is {info.duration:.0f} s.")
-    if info.width * info.height > LARGEST: raise ValueError(f"`video` has to have at most {LARGEST / 1e6:.1f} million pixels a frame but has {info.width}x{info.height}.")
+    if round(info.duration) > LONGEST and info.frames > 1: raise InputError(f"`video` has to be at most {LONGEST} s long but is {info.duration:.0f} s.")
+    if info.width * info.height > LARGEST: raise InputError(f"`video` has to have at most {LARGEST / 1e6:.1f} million pixels a frame but has {info.width}x{info.height}.")
 
 def check_references(
     paths: list, # of images
 ):
     "Raise where a reference is larger than the page takes, or there are too many."
-    if len(paths) > 8: raise ValueError(f"`references` have to be at most 8 but are {len(paths)}.")
+    if len(paths) > 8: raise InputError(f"`references` have to be at most 8 but are {len(paths)}.")
     for path in paths:
         try:
             with PIL.Image.open(path) as image: width, height = image.size
         except (OSError, ValueError, PIL.Image.DecompressionBombError): continue # the reader says it better
-        if width * height > LARGEST: raise ValueError(f"`reference` has to have at most {LARGEST / 1e6:.1f} million pixels but has {width}x{height}.")
+        if width * height > LARGEST: raise InputError(f"`reference` has to have at most {LARGEST / 1e6:.1f} million pixels but has {width}x{height}.")
 
 def whole(
     value: float | None, # of a number field; None where it was emptied
@@ -234,7 +234,7 @@ def whole(
     least: int, most: int,
 ) -> int:
     "A whole number out of a field."
-    if value is None or not least <= value <= most or int(value) != value: raise ValueError(f"`{name}` has to be a whole number from {least:,} to {most:,} but is {'empty' if value is None else value}.")
+    if value is None or not least <= value <= most or int(value) != value: raise InputError(f"`{name}` has to be a whole number from {least:,} to {most:,} but is {'empty' if value is None else value}.")
     return int(value)
 
 # %% ../nbs/50_demo.ipynb #925274c6
@@ -266,7 +266,7 @@ def crop(
     left: float, right: float, top: float, bottom: float, # where the part begins and ends, in percent of the sides
 ) -> PIL.Image.Image:
     "A part of a picture."
-    if not (0 <= left < right <= 100 and 0 <= top < bottom <= 100): raise ValueError(f"`reference` has to be cut where left is before right and top above bottom but {left:g} to {right:g} and {top:g} to {bottom:g} % is asked for.")
+    if not (0 <= left < right <= 100 and 0 <= top < bottom <= 100): raise InputError(f"`reference` has to be cut where left is before right and top above bottom but {left:g} to {right:g} and {top:g} to {bottom:g} % is asked for.")
     w, h = image.width / 100, image.height / 100
     box = int(left * w), int(top * h), int(np.ceil(right * w)), int(np.ceil(bottom * h))
     return image.crop((box[0], box[1], max(box[2], box[0] + 1), max(box[3], box[1] + 1)))
@@ -452,7 +452,7 @@ def to_picture(
 
 def _edit(pipe, frames, instruction, references, steps, seed):
     import torch
-    return pipe(instruction, video=frames, reference=references or None, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed)).frames[0]
+    return as_frames(pipe(instruction, video=frames, reference=references or None, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed)).frames[0])
 
 def show_looks(
     pipe, # `KiwiEditPipeline`
@@ -482,8 +482,8 @@ def show_without(
 ) -> tuple[np.ndarray, str]: # picture and what it says
     "An edit with all that guides it, and without some of it."
     from kiwi_edit.attention import apart, without
-    if away not in AWAY: raise ValueError(f"`away` has to be of {', '.join(AWAY)} but is {away!r}.")
-    if not references and away != "the queries": raise ValueError("`reference` has to be there before it can be taken away: put one into the Edit tab.")
+    if away not in AWAY: raise InputError(f"`away` has to be of {', '.join(AWAY)} but is {away!r}.")
+    if not references and away != "the queries": raise InputError("`reference` has to be there before it can be taken away: put one into the Edit tab.")
     frames, images = pipe.prepare_video(source), [read_image(r) for r in references]
     full = _edit(pipe, frames, instruction, images, steps, seed)
     less = _edit(without(pipe, *AWAY[away]), frames, instruction, images, steps, seed)
@@ -498,7 +498,7 @@ def show_versus(
 ) -> tuple[np.ndarray, str]: # picture and what it says
     "Two references: each alone, then both at once."
     from kiwi_edit.attention import watch_edit
-    if not references or not other: raise ValueError("`references` have to be two: the first one of the Edit tab, and another one here.")
+    if not references or not other: raise InputError("`references` have to be two: the first one of the Edit tab, and another one here.")
     frames, (one, two) = pipe.prepare_video(source), (read_image(path) for path in (references[0], other))
     alone = [_edit(pipe, frames, instruction, [image], steps, seed) for image in (one, two)]
     both, looks = watch_edit(pipe, instruction, frames, [one, two], seed, steps)
@@ -521,8 +521,8 @@ def world_set(
 ): # `Synthesis`
     "Pairs of the procedural world, every fourth spoilt, with what the embedded pipeline says of them; it drops none for a low score, so that thresholds can be tried."
     from kiwi_edit.synthesis import PlantedPairs, model_stages, synthesize
-    if not 1 <= number <= 24: raise ValueError(f"`number` has to be from 1 to 24 but is {number}.")
-    if first_seed < 0: raise ValueError(f"`seed` has to be at least 0 but is {first_seed}.")
+    if not 1 <= number <= 24: raise InputError(f"`number` has to be from 1 to 24 but is {number}.")
+    if first_seed < 0: raise InputError(f"`seed` has to be at least 0 but is {first_seed}.")
     stages = partial(model_stages, thresholds={name: 0 for name in THRESHOLDS})
     with tempfile.TemporaryDirectory() as folder: return synthesize(PlantedPairs(number, first_seed), Path(folder) / "set", stages, progress=False)
 
@@ -532,7 +532,7 @@ def read_set(
     "A data set by its name."
     from kiwi_edit.synthesis import inspect_folder
     found = data_sets()
-    if name not in found: raise ValueError(f"`folder` has to be of {', '.join(found) or 'the data folder, which holds none,'} but is {name!r}.")
+    if name not in found: raise InputError(f"`folder` has to be of {', '.join(found) or 'the data folder, which holds none,'} but is {name!r}.")
     return inspect_folder(found[name])
 
 # %% ../nbs/50_demo.ipynb #d000002b
@@ -577,14 +577,14 @@ def judge_edit(
     "Scores of an edit, and the numbers behind them."
     from kiwi_edit.judge import RUBRICS, Case, MetricJudge, clip_arrays, picture_of
     from kiwi_edit.published import judge_of
-    if judge not in judge_names(): raise ValueError(f"`judge` has to be of {', '.join(judge_names())} but is {judge!r}.")
-    if kind not in KINDS: raise ValueError(f"`kind` has to be of {', '.join(KINDS)} but is {kind!r}.")
-    if not source or not edited: raise ValueError("`video` has to be there before and after the edit: give both files, or take the last edit.")
+    if judge not in judge_names(): raise InputError(f"`judge` has to be of {', '.join(judge_names())} but is {judge!r}.")
+    if kind not in KINDS: raise InputError(f"`kind` has to be of {', '.join(KINDS)} but is {kind!r}.")
+    if not source or not edited: raise InputError("`video` has to be there before and after the edit: give both files, or take the last edit.")
     for path in (source, edited): check_source(path)
     case = Case("edit", instruction or "", source, edited, reference or None, RUBRICS[KINDS[kind]])
     asked = MetricJudge() if judge == METRICS else judge_of(judge, device=settings().device)
     found = asked.judge([case], progress=False)[0]
-    if not found.ok: raise ValueError(f"`judge` has to be able to score this but is not: {found.error}.")
+    if not found.ok: raise InputError(f"`judge` has to be able to score this but is not: {found.error}.")
     lines = [f"### {found.mean:.2f} of 5, by {html.escape(found.judge)}", "", "| criterion | of 5 | what is asked |", "|---|--:|---|"]
     lines += [f"| {c.name} | {found.scores[c.name]:.2f} | {c.asks} |" for c in case.rubric.criteria]
     if found.capped: lines += ["", "No score may exceed the first one, so some were lowered to it."]
@@ -612,7 +612,7 @@ def crop_fields(references):
     "Fields that cut a part out of a reference."
     def part(references, which, left, right, top, bottom):
         with messages("Not cut"):
-            if not references: raise ValueError("`reference` has to be there before it can be cut but there is none.")
+            if not references: raise InputError("`reference` has to be there before it can be cut but there is none.")
             return crop(read_image(references[whole(which, "which", 1, len(references)) - 1][0]), left, right, top, bottom)
     def put(references, which, *sides):
         cut = part(references, which, *sides)
@@ -642,7 +642,7 @@ def compare_fields(last):
         """A frame of this session's last edit: before and after, where they differ, and by how much.
         number: of the frame, from 1."""
         with messages("No frame"):
-            if edit is None: raise ValueError("`out` has to be there first: edit something.")
+            if edit is None: raise InputError("`out` has to be there first: edit something.")
             before, after = frame_pair(edit, number - 1)
             heat, most = difference_map(before, after)
             return (before, after), heat, f"Brightest: {max(most, 32):.0f} levels of 255 apart. Dark: the same."
@@ -659,7 +659,7 @@ def model_fields(load, limits, about):
     "Fields for the numbers of an edit and for the model; `about` is where the page says what it can do."
     def chosen(model):
         with messages("Not chosen"):
-            if model not in load.names and not load.any_model: raise ValueError(f"`model` has to be of the page's list but is {model!r}.")
+            if model not in load.names and not load.any_model: raise InputError(f"`model` has to be of the page's list but is {model!r}.")
             here = Path(model).is_dir() or (assets_dir() / model / "model_index.json").is_file()
             limits = Limits.read(find_model(model)) if here else None
             fast = limits.fast_steps if limits else None
@@ -722,7 +722,7 @@ def guidance_tab(load, given):
     "The *Guidance* tab."
     def prepared(video, image, instruction, references, steps, seed, model):
         from kiwi_edit.files import check_instruction
-        if not video and not image: raise ValueError("`video` has to be in the Edit tab first: drop one there, or click an example.")
+        if not video and not image: raise InputError("`video` has to be in the Edit tab first: drop one there, or click an example.")
         paths = [path for path, _ in references or []]
         check_source(video or image)
         check_references(paths)
@@ -772,7 +772,7 @@ def data_tab():
         """The funnel of this session's pairs with other thresholds; nothing is computed anew.
         The arguments are the least values of the edit score, the grounding confidence, and the consistency and the quality of the reference."""
         with messages("No funnel"):
-            if result is None: raise ValueError("`number` has to be chosen first: make or open some pairs.")
+            if result is None: raise InputError("`number` has to be chosen first: make or open some pairs.")
             return counted(result, *least)
     result, sets = gr.State(None), list(data_sets())
     with gr.Row():
@@ -796,7 +796,7 @@ def judge_tab(last):
     "The *Judge* tab."
     def taken(edit):
         with messages("Nothing to take"):
-            if edit is None: raise ValueError("`out` has to be there first: edit something in the Edit tab.")
+            if edit is None: raise InputError("`out` has to be there first: edit something in the Edit tab.")
             return edit.source, edit.edited, edit.references[0] if edit.references else None, edit.instruction
     def judge(source=None, edited=None, reference=None, instruction="", kind="any edit", judge=METRICS):
         """Score an edit.
@@ -871,16 +871,16 @@ def free_port(
     port: int, # 0 takes any that is free
 ) -> int:
     "The port, after a look whether it is free."
-    if not 0 <= port <= 65535: raise ValueError(f"`port` has to lie between 0 and 65535 but is {port}.")
+    if not 0 <= port <= 65535: raise InputError(f"`port` has to lie between 0 and 65535 but is {port}.")
     try: family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError: raise ValueError(f"`host` has to be an address of this machine but is {host!r}.") from None
+    except OSError: raise InputError(f"`host` has to be an address of this machine but is {host!r}.") from None
     with socket.socket(family, kind) as probe:
         if os.name != "nt": probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try: probe.bind(address)
         except PermissionError: raise PermissionError(f"`port` has to be one that may be opened, above 1023 for most, but is {port}.") from None
         except OSError as error:
-            if error.errno == errno.EADDRNOTAVAIL: raise ValueError(f"`host` has to be an address of this machine but is {host!r}.") from None
-            raise ValueError(f"`port` has to be free but {port} is taken; 0 takes any that is free.") from None
+            if error.errno == errno.EADDRNOTAVAIL: raise InputError(f"`host` has to be an address of this machine but is {host!r}.") from None
+            raise InputError(f"`port` has to be free but {port} is taken; 0 takes any that is free.") from None
         return probe.getsockname()[1]
 
 # %% ../nbs/50_demo.ipynb #7119ac1f

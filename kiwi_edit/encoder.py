@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import ProcessorMixin, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
+from .core import InputError, InputTypeError
 from .latents import fire_hooks
 
 # %% auto #0
@@ -59,7 +60,7 @@ def make_tokenizer(
     "A byte-level BPE tokenizer of the Qwen2 family, trained on `texts`, with Qwen2.5-VL's special tokens and chat layout."
     smallest = 256 + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
-        raise ValueError(f"`vocab_size` has to be at least {smallest} (bytes and special tokens) but is {vocab_size}.")
+        raise InputError(f"`vocab_size` has to be at least {smallest} (bytes and special tokens) but is {vocab_size}.")
     stock = Qwen2Tokenizer().backend_tokenizer
     learner = Tokenizer(models.BPE())
     learner.normalizer, learner.pre_tokenizer = stock.normalizer, stock.pre_tokenizer
@@ -205,7 +206,7 @@ def mrope_positions(
         box = torch.stack(torch.meshgrid(torch.arange(t) * temporal_step, torch.arange(h), torch.arange(w), indexing="ij"))
         here = first + t * h * w
         if not all(flags[first:here]):
-            raise ValueError(f"`is_vision` has to mark {t * h * w} tokens from position {first} on for the grid {(t, gh, gw)}.")
+            raise InputError(f"`is_vision` has to mark {t * h * w} tokens from position {first} on for the grid {(t, gh, gw)}.")
         positions[:, first:here] = box.reshape(3, -1) + start
         start += int(box.max()) + 1
     positions[:, here:] = torch.arange(start, start + length - here)
@@ -255,7 +256,7 @@ def collate_inputs(
     inputs: list[EncoderInputs],  # of one or more samples each
 ) -> EncoderInputs:
     "One right-padded batch out of several; the features that `vision_features` gave are joined with `+`, they are lists."
-    if not inputs: raise ValueError("`inputs` has to hold at least one sample but is empty.")
+    if not inputs: raise InputError("`inputs` has to hold at least one sample but is empty.")
     longest = max(x.input_ids.shape[1] for x in inputs)
     pad = inputs[0].token_ids["pad"]
     ids = torch.cat([F.pad(x.input_ids, (0, longest - x.input_ids.shape[1]), value=pad) for x in inputs])
@@ -271,9 +272,9 @@ def check_prompt(
 ):
     "Raise if an instruction is no string or would be read as a placeholder."
     if not isinstance(prompt, str):
-        raise TypeError(f"`prompt` has to be a string but is a {type(prompt).__name__}.")
+        raise InputTypeError(f"`prompt` has to be a string but is a {type(prompt).__name__}.")
     found = [t for t in SPECIAL_TOKENS if t in prompt]
-    if found: raise ValueError(f"`prompt` has to be plain text but holds the special token {found[0]!r}.")
+    if found: raise InputError(f"`prompt` has to be plain text but holds the special token {found[0]!r}.")
 
 # %% ../nbs/20_encoder.ipynb #2748cab7
 def prepare_sample(
@@ -288,7 +289,7 @@ def prepare_sample(
     c, p = guidance_config, processor.image_processor
     source = np.asarray(source)
     if source.ndim != 4 or source.shape[-1] != 3 or source.dtype != np.uint8 or not len(source):
-        raise ValueError(f"`source` has to be (T, H, W, 3) uint8 with T >= 1 but is {source.shape} {source.dtype}.")
+        raise InputError(f"`source` has to be (T, H, W, 3) uint8 with T >= 1 but is {source.shape} {source.dtype}.")
     mode = "ref" if len(references) else "image" if len(source) == 1 else "video"
     pictures = []  # (patch rows, grid) in the order of the text
     if mode == "image":
@@ -322,7 +323,7 @@ def prepare_inputs(
     "Ids, positions and pixels of a batch of edits."
     references = references or [[] for _ in prompts]
     if not len(prompts) == len(sources) == len(references):
-        raise ValueError(f"`prompts`, `sources` and `references` have to be of one length but have {len(prompts)}, "
+        raise InputError(f"`prompts`, `sources` and `references` have to be of one length but have {len(prompts)}, "
                          f"{len(sources)} and {len(references)} items.")
     return collate_inputs([prepare_sample(processor, guidance_config, *sample) for sample in zip(prompts, sources, references)])
 
@@ -344,7 +345,7 @@ def vision_features(
 ) -> list[torch.Tensor]:  # per sample (tokens, hidden): its pictures in the order of the text
     "Merged features of all pictures of a batch, a list with one tensor for each sample, to be cached or passed on."
     if inputs.pixel_values is None:
-        raise ValueError("`inputs.pixel_values` has to hold the pictures but is None; pass cached features as `vision`.")
+        raise InputError("`inputs.pixel_values` has to hold the pictures but is None; pass cached features as `vision`.")
     fire_hooks(mllm)
     visual = mllm.model.visual
     grid = torch.tensor([g for row in inputs.grids for g in row], device=inputs.input_ids.device)
@@ -370,7 +371,7 @@ def encode_hidden(
     is_query = ids == tokens["query"]
     for name, mask, values in (("vision", is_vision, features), ("queries", is_query, queries)):
         if int(mask.sum()) != len(values):
-            raise ValueError(f"`{name}` has to hold one row for each placeholder, {int(mask.sum())}, but holds {len(values)}.")
+            raise InputError(f"`{name}` has to hold one row for each placeholder, {int(mask.sum())}, but holds {len(values)}.")
     embeds = embeds.masked_scatter(is_vision[..., None], features).masked_scatter(is_query[..., None], queries)
     # Attention is causal and the padding is on the right: no real token sees it, so no mask is needed.
     return mllm.model.language_model(inputs_embeds=embeds, position_ids=inputs.position_ids, use_cache=False).last_hidden_state

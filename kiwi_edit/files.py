@@ -27,17 +27,18 @@ from pathlib import Path, PureWindowsPath
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'VIDEO_SUFFIXES', 'ROW_NAMES', 'ROW_OPTIONS', 'ROW_NOTES', 'enlarge', 'make_samples', 'Limits',
-           'renamed', 'one_line', 'check_instruction', 'check_outputs', 'result_suffix', 'default_out', 'EditPlan',
-           'plan_edit', 'find_model', 'load_model', 'EditedFile', 'edited_span', 'write_edit', 'run_edit', 'edit_file',
-           'parse_size', 'parse_row', 'sampled_digest', 'EditRow', 'BadEdit', 'BadEdits', 'EditList', 'read_edits',
-           'Ledger', 'EditRun', 'run_edits']
+           'renamed', 'one_line', 'check_instruction', 'check_outputs', 'result_suffix', 'file_name', 'default_out',
+           'EditPlan', 'plan_edit', 'find_model', 'load_model', 'EditedFile', 'edited_span', 'write_edit', 'run_edit',
+           'edit_file', 'parse_size', 'parse_row', 'sampled_digest', 'EditRow', 'BadEdit', 'BadEdits', 'EditList',
+           'read_edits', 'Ledger', 'EditRun', 'run_edits']
 
 # %% ../nbs/24_files.ipynb #d05f5ccf
 import numpy as np
 import PIL.Image
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
-from .core import choose_device, choose_dtype, settings
+from .core import InputError, InputTypeError, MissingPackage, OPTIONAL, missing_package, shortened, choose_device, choose_dtype, settings
 from .video import (VideoError, VideoInfo, as_frames, check_frame_count, compare, fit_size, flatten_image, nearest_frame_count, read_image, read_video,
                              replacing, resize_frames, sample_indices, save_film_strip, stream_video, video_info, write_video)
 from .world import EVAL_SEED, World
@@ -113,7 +114,7 @@ def renamed(
         if isinstance(error, OSError) and error.filename is not None: message = f"`path` has to be readable but {str(error.filename)!r} is not: {error.strerror}."
         for inner, outer in zip(names[::2], names[1::2]): message = message.replace(inner, outer)
         if message == str(error): raise
-        kinds = VideoError, FileNotFoundError, FileExistsError, PermissionError, OSError, ValueError
+        kinds = VideoError, InputError, FileNotFoundError, FileExistsError, PermissionError, OSError, ValueError
         raise next(kind for kind in kinds if isinstance(error, kind))(message) from error
 
 # %% ../nbs/24_files.ipynb #d2972971
@@ -126,21 +127,21 @@ def one_line(
     message, names = " ".join(str(error).split()), names or {}
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or re.search("can't allocate memory|not enough memory", message):
         message = f"{room} to ask for no more than fits into memory, which is full: {message[:160]}"
-    elif not isinstance(error, (ValueError, TypeError, OSError, ImportError)): return None
-    elif not message.startswith("`"):
-        if not isinstance(error, OSError) or not error.strerror: return None
-        message = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return re.sub(r"`(\w+)`", lambda match: names.get(match[1], match[0]), message)
+    elif isinstance(error, SafetensorError): message = f"a file of weights cannot be written: {message}"  # those that are read say more
+    elif isinstance(error, OSError): message = (f"{error.strerror}: {error.filename}" if error.filename else error.strerror) if error.strerror else message or type(error).__name__
+    elif isinstance(error, ModuleNotFoundError) and error.name in OPTIONAL: message = str(missing_package(error.name))
+    elif not isinstance(error, (InputError, MissingPackage)): return None
+    return shortened(re.sub(r"`(\w+)`", lambda match: names.get(match[1], match[0]), message))
 
 # %% ../nbs/24_files.ipynb #2cc92ed6
 def check_instruction(
     instruction: str, # what to edit, in words; any language and script
 ) -> str: # without the blanks around it
     "Raise unless there is something to read."
-    if not isinstance(instruction, str): raise TypeError(f"`instruction` has to be a string but is a {type(instruction).__name__}.")
-    if not instruction.strip(): raise ValueError(f"`instruction` has to say what to edit but is {instruction!r}.")
+    if not isinstance(instruction, str): raise InputTypeError(f"`instruction` has to be a string but is a {type(instruction).__name__}.")
+    if not instruction.strip(): raise InputError(f"`instruction` has to say what to edit but is {instruction!r}.")
     try: instruction.encode("utf-8")
-    except UnicodeEncodeError: raise ValueError(f"`instruction` has to be Unicode text but is {instruction!r}.") from None
+    except UnicodeEncodeError: raise InputError(f"`instruction` has to be Unicode text but is {instruction!r}.") from None
     return instruction.strip()
 
 def check_outputs(
@@ -152,8 +153,8 @@ def check_outputs(
     folder = outputs[0].parent
     if not folder.is_dir(): raise FileNotFoundError(f"`out` has to be in an existing folder but {str(folder)!r} is none.")
     for path in outputs:
-        if path.is_dir(): raise ValueError(f"`out` has to be a file but {str(path)!r} is a folder.")
-        if any(path.exists() and i.exists() and path.samefile(i) for i in inputs): raise ValueError(f"`out` has to be another file than those that are read but {str(path)!r} is one of them.")
+        if path.is_dir(): raise InputError(f"`out` has to be a file but {str(path)!r} is a folder.")
+        if any(path.exists() and i.exists() and path.samefile(i) for i in inputs): raise InputError(f"`out` has to be another file than those that are read but {str(path)!r} is one of them.")
         if path.exists() and not overwrite: raise FileExistsError(f"`out` has to be a new file unless `overwrite` is set but {str(path)!r} exists.")
     try:
         with tempfile.TemporaryFile(dir=folder): pass
@@ -169,6 +170,17 @@ def result_suffix(
     still = info.decoder == "image" and info.format != "folder" and info.frames == 1
     return ".mp4" if not still else video.suffix.lower() if video.suffix.lower() in IMAGE_SUFFIXES else ".png"
 
+def file_name(
+    stem: str, # of the source
+    ending: str, # with the suffix
+) -> str: # at most as long as file systems take, with what `plan_edit` adds to it
+    "A name for a result. Of a long one only the beginning is taken, and eight digits that tell it from others that begin so."
+    room = 255 - len("-compare") - len(ending)
+    if len(os.fsencode(stem)) <= room: return stem + ending
+    digest = hashlib.sha256(os.fsencode(stem)).hexdigest()[:8]
+    while len(os.fsencode(stem)) > room - 9: stem = stem[:-1]
+    return f"{stem}-{digest}{ending}"
+
 def default_out(
     video: Path, # the source
     info: VideoInfo, # about it
@@ -177,7 +189,7 @@ def default_out(
     folder = settings().output_dir
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as error: raise PermissionError(f"`output_dir` in the settings has to be a folder that can be made but {str(folder)!r} is not: {error.strerror}.") from error
-    return folder / f"{video.stem}-edited{result_suffix(video, info)}"
+    return folder / file_name(video.stem, f"-edited{result_suffix(video, info)}")
 
 # %% ../nbs/24_files.ipynb #e17494b2
 @dataclass(frozen=True)
@@ -210,7 +222,7 @@ class EditPlan:
     def check(self, limits: Limits):
         "Raise where the plan asks for what the model cannot do."
         if self.size and any(side % limits.size_multiple for side in self.size):
-            raise ValueError(f"`size` has to be multiples of {limits.size_multiple} for this model but is {self.size[0]}x{self.size[1]}.")
+            raise InputError(f"`size` has to be multiples of {limits.size_multiple} for this model but is {self.size[0]}x{self.size[1]}.")
 
 # %% ../nbs/24_files.ipynb #13279530
 def plan_edit(
@@ -231,22 +243,22 @@ def plan_edit(
     "Check an edit before any model is loaded."
     instruction = check_instruction(instruction)
     seed = settings().seed if seed is None else seed
-    if not 0 <= seed < 2 ** 63: raise ValueError(f"`seed` has to be from 0 to 2**63 - 1 but is {seed}.")
-    if steps is not None and not 1 <= steps <= 1000: raise ValueError(f"`steps` has to be from 1 to 1000 but is {steps}.")
+    if not 0 <= seed < 2 ** 63: raise InputError(f"`seed` has to be from 0 to 2**63 - 1 but is {seed}.")
+    if steps is not None and not 1 <= steps <= 1000: raise InputError(f"`steps` has to be from 1 to 1000 but is {steps}.")
     if frames is not None: check_frame_count(frames, "frames")
-    if frames is not None and whole: raise ValueError(f"`frames` has to be left out where `whole` is set but is {frames}.")
-    if size is not None and not all(1 <= side <= 8192 for side in size): raise ValueError(f"`size` has to have sides from 1 to 8192 but is {size[0]}x{size[1]}.")
-    if not 0 < strength <= 1: raise ValueError(f"`strength` has to lie above 0 and up to 1 but is {strength}.")
-    if not 1 <= guidance_scale < math.inf: raise ValueError(f"`guidance_scale` has to be a number from 1, which is off, but is {guidance_scale}.")
+    if frames is not None and whole: raise InputError(f"`frames` has to be left out where `whole` is set but is {frames}.")
+    if size is not None and not all(1 <= side <= 8192 for side in size): raise InputError(f"`size` has to have sides from 1 to 8192 but is {size[0]}x{size[1]}.")
+    if not 0 < strength <= 1: raise InputError(f"`strength` has to lie above 0 and up to 1 but is {strength}.")
+    if not 1 <= guidance_scale < math.inf: raise InputError(f"`guidance_scale` has to be a number from 1, which is off, but is {guidance_scale}.")
     video = Path(video).expanduser()
     sources = [references] if isinstance(references, (str, Path, PIL.Image.Image, np.ndarray)) else list(references or ())
     with renamed("`path`", "`video`"): info = video_info(video)
     with renamed("`path`", "`reference`"): images = tuple(read_image(Path(r).expanduser() if isinstance(r, str) else r) for r in sources)
     target = Path(out).expanduser() if out is not None else default_out(video, info)
     if target.suffix.lower() not in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES):
-        raise ValueError(f"`out` has to end in {', '.join((*VIDEO_SUFFIXES, *IMAGE_SUFFIXES))} but is {str(target)!r}.")
+        raise InputError(f"`out` has to end in {', '.join((*VIDEO_SUFFIXES, *IMAGE_SUFFIXES))} but is {str(target)!r}.")
     if target.suffix.lower() in IMAGE_SUFFIXES and nearest_frame_count(min(info.frames, frames or info.frames)) > 1:
-        raise ValueError(f"`out` has to end in {', '.join(VIDEO_SUFFIXES)} for a clip of {info.frames} frames but is {str(target)!r}.")
+        raise InputError(f"`out` has to end in {', '.join(VIDEO_SUFFIXES)} for a clip of {info.frames} frames but is {str(target)!r}.")
     strip, side_by_side = target.with_name(f"{target.stem}-strip.png"), target.with_name(f"{target.stem}-compare{target.suffix}") if compare else None
     check_outputs([p for p in (target, strip, side_by_side) if p], [video, *(Path(r).expanduser() for r in sources if isinstance(r, (str, Path)))], overwrite)
     return EditPlan(video, info, instruction, images, target, strip, side_by_side, overwrite, seed, steps, frames, whole, size, strength, guidance_scale)
@@ -257,7 +269,7 @@ def find_model(
 ) -> Path:
     "Its folder."
     model = model or settings().checkpoint
-    if not model: raise ValueError(f"`model` has to be given for the preset {settings().preset!r}, for which no weights are published.")
+    if not model: raise InputError(f"`model` has to be given for the preset {settings().preset!r}, for which no weights are published.")
     from kiwi_edit.pipeline import find_checkpoint
     with renamed("`name`", "`model`"): return find_checkpoint(model)
 
@@ -395,7 +407,7 @@ def run_edit(
     edited = pipe(
         plan.instruction, video=video, reference=list(plan.references) or None, height=height, width=width, num_frames=count,
         num_inference_steps=asked, strength=plan.strength, guidance_scale=plan.guidance_scale, generator=torch.Generator().manual_seed(plan.seed),
-        output_type="stream" if streamed else "np", callback_on_step_end=stepped).frames[0]
+        output_type="stream" if streamed else "pil", callback_on_step_end=stepped).frames[0]
     report(total, total, "writing")
     if streamed:
         done = {}
@@ -432,7 +444,7 @@ def parse_size(
     "Width and height."
     if text is None: return None
     match = re.fullmatch(r"(\d{1,6})[xX×](\d{1,6})", text.strip())
-    if not match: raise ValueError(f"`size` has to be WIDTHxHEIGHT, such as 64x64, but is {text!r}.")
+    if not match: raise InputError(f"`size` has to be WIDTHxHEIGHT, such as 64x64, but is {text!r}.")
     return int(match[1]), int(match[2])
 
 def _option(name, value):
@@ -444,7 +456,7 @@ def _option(name, value):
     elif kind == "float" and (type(value) is float or type(value) is int and abs(value) < 2 ** 63): return float(value)
     elif type(value).__name__ == kind: return value # `True` is no whole number
     what = dict(tuple='"WIDTHxHEIGHT" or [width, height]', float="a number", int="a whole number", bool="true or false")[kind]
-    raise ValueError(f"`{name}` has to be {what} but is {value!r}.")
+    raise InputError(f"`{name}` has to be {what} but is {value!r}.")
 
 def _once(pairs):
     names = [name for name, _ in pairs]
@@ -456,18 +468,18 @@ def parse_row(
 ) -> dict: # "video", "instruction", "reference", "out" and options, as far as they are given
     "What a line says, in the names and kinds of `plan_edit`."
     try: row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error: raise ValueError(f"`line` has to be a JSON object in UTF-8, each name once, but is not: {error}.") from error
-    if not isinstance(row, dict): raise ValueError(f"`line` has to be a JSON object but is {str(row)[:60]!r}.")
+    except (ValueError, RecursionError) as error: raise InputError(f"`line` has to be a JSON object in UTF-8, each name once, but is not: {error}.") from error
+    if not isinstance(row, dict): raise InputError(f"`line` has to be a JSON object but is {str(row)[:60]!r}.")
     found, known = {}, {name: what for what, names in ROW_NAMES.items() for name in names} | {name: name for name in ROW_OPTIONS}
     for name, value in row.items():
         if name in ROW_NOTES or value is None: continue
-        if name not in known: raise ValueError(f"`line` has to have names out of {', '.join(known)} but has {name!r}.")
+        if name not in known: raise InputError(f"`line` has to have names out of {', '.join(known)} but has {name!r}.")
         what = known[name]
-        if what in found: raise ValueError(f"`{what}` has to be given once but is there as {' and '.join(n for n in ROW_NAMES[what] if n in row)}.")
+        if what in found: raise InputError(f"`{what}` has to be given once but is there as {' and '.join(n for n in ROW_NAMES[what] if n in row)}.")
         if what in ROW_OPTIONS: value = _option(what, value)
         elif what == "reference": value = [value] if isinstance(value, str) and value else value or []
-        if what == "reference" and not (isinstance(value, list) and all(isinstance(v, str) and v for v in value)): raise ValueError(f"`reference` has to be a path or a list of paths but is {value!r}.")
-        if what in ("video", "out") and not (isinstance(value, str) and value): raise ValueError(f"`{what}` has to be a {'path' if what == 'video' else 'name'} but is {value!r}.")
+        if what == "reference" and not (isinstance(value, list) and all(isinstance(v, str) and v for v in value)): raise InputError(f"`reference` has to be a path or a list of paths but is {value!r}.")
+        if what in ("video", "out") and not (isinstance(value, str) and value): raise InputError(f"`{what}` has to be a {'path' if what == 'video' else 'name'} but is {value!r}.")
         found[what] = value
     return found
 
@@ -480,7 +492,7 @@ def sampled_digest(
     "SHA-256 of a file's size and of a sample of its bytes; up to 1 MiB that is all of them."
     digest = hashlib.sha256()
     if path.is_dir():
-        for file in sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")): digest.update(f"{file.name}\n{sampled_digest(file, blocks, block)}\n".encode())
+        for file in sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")): digest.update(f"{file.name}\n{sampled_digest(file, blocks, block)}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
     size = path.stat().st_size
     digest.update(f"{size}\n".encode())
@@ -523,7 +535,7 @@ class BadEdit:
 
     def __str__(self): return f"row {self.number}: {self.reason}"
 
-class BadEdits(ValueError):
+class BadEdits(InputError):
     "Rows of a list that keep it from being started."
     def __init__(self,
         bad: list, # of `BadEdit`
@@ -564,12 +576,12 @@ class EditList:
 def _check_row(number, row, path, folder, stand_in, digests):
     "A row as a plan, its files, and what they hold."
     for what in ("video", "instruction"):
-        if what not in row: raise ValueError(f"`{what}` has to be given, but the row has none{' and nor has the whole list' if what == 'instruction' else ''}.")
+        if what not in row: raise InputError(f"`{what}` has to be given, but the row has none{' and nor has the whole list' if what == 'instruction' else ''}.")
     name, video, references = row.get("out"), path.parent / Path(row["video"]).expanduser(), tuple(path.parent / Path(r).expanduser() for r in row.get("reference", ()))
     if name is not None and (Path(name).name != name or PureWindowsPath(name).name != name or name.startswith(".") or not name.isprintable()):
-        raise ValueError(f"`out` has to be the name of a file in the folder of results but is {name!r}.")
+        raise InputError(f"`out` has to be the name of a file in the folder of results but is {name!r}.")
     if name is None:
-        with renamed("`path`", "`video`"): name = f"{number:04d}-{video.stem}{result_suffix(video, video_info(video))}"
+        with renamed("`path`", "`video`"): name = file_name(f"{number:04d}-{video.stem}", result_suffix(video, video_info(video)))
     options = {option: row[option] for option in ROW_OPTIONS if option in row}
     with renamed(str(stand_in), str(folder)): plan = plan_edit(video, row["instruction"], references, stand_in / name, **options)
     defaults = {option: inspect.signature(plan_edit).parameters[option].default for option in ROW_OPTIONS}
@@ -587,14 +599,14 @@ def read_edits(
     **defaults, # for rows that say nothing of it: `instruction`, `reference` and the options of `plan_edit` that are in `ROW_OPTIONS`
 ) -> EditList:
     "Check a list of edits before any model is loaded."
-    if wrong := [name for name in defaults if name not in ("instruction", "reference", *ROW_OPTIONS)]: raise TypeError(f"`defaults` have to be of instruction, reference, {', '.join(ROW_OPTIONS)} but hold {wrong[0]}.")
-    path, folder = Path(path).expanduser().absolute(), Path(out).expanduser().absolute() if out is not None else settings().output_dir.absolute() / f"{Path(path).stem}-edited"
+    if wrong := [name for name in defaults if name not in ("instruction", "reference", *ROW_OPTIONS)]: raise InputTypeError(f"`defaults` have to be of instruction, reference, {', '.join(ROW_OPTIONS)} but hold {wrong[0]}.")
+    path, folder = Path(path).expanduser().absolute(), Path(out).expanduser().absolute() if out is not None else settings().output_dir.absolute() / file_name(Path(path).stem, "-edited")
     reference = defaults.pop("reference", None) or ()
     defaults = {name: value for name, value in defaults.items() if value is not None}
     if reference: defaults["reference"] = [str(Path(r).expanduser().absolute()) for r in ([reference] if isinstance(reference, (str, Path)) else reference)]
     if not path.is_file(): raise FileNotFoundError(f"`path` has to be an existing list of edits but {str(path)!r} is none.")
     lines = [(number, line) for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
-    if not lines: raise ValueError(f"`path` has to hold at least one edit but {str(path)!r} holds none.")
+    if not lines: raise InputError(f"`path` has to hold at least one edit but {str(path)!r} holds none.")
     if folder.exists() and not folder.is_dir(): raise FileExistsError(f"`out` has to be a folder for a list but {str(folder)!r} is a file.")
     check_outputs([next(p for p in (folder, *folder.parents) if p.exists()) / "result"], [])
     found, digests, taken = EditList(path, folder), {}, {}
@@ -606,7 +618,7 @@ def read_edits(
                 own = parse_row(line)
                 row = _check_row(number, defaults | own, path, folder, Path(stand_in), digests)
                 for file in row.files:
-                    if other := taken.get(file.name.casefold()): raise ValueError(f"`out` has to be a name of its own but {file.name!r} is what row {other} writes, too.")
+                    if other := taken.get(file.name.casefold()): raise InputError(f"`out` has to be a name of its own but {file.name!r} is what row {other} writes, too.")
             except (ValueError, TypeError, OSError) as error:
                 reason, argument = one_line(error), re.match(r"`(\w+)`", str(error))
                 if reason is None or argument and argument[1] in defaults and argument[1] not in own: raise # a fault of the kit, or of the whole list
@@ -632,7 +644,7 @@ class Ledger:
         self.records = {} # name of a result -> its last record: "done" or "failed"
         data = self.path.read_bytes() if self.path.exists() else b""
         *lines, torn = data.split(b"\n")
-        foreign = ValueError(f"`out` has to be a folder whose results.jsonl, if there is one, was written by a list of edits, but that in {str(folder)!r} was not.")
+        foreign = InputError(f"`out` has to be a folder whose results.jsonl, if there is one, was written by a list of edits, but that in {str(folder)!r} was not.")
         for line in lines:
             try: record = json.loads(line)
             except ValueError: raise foreign from None
@@ -733,7 +745,7 @@ def _in_workers(jobs, number, folder, devices, threads, fast, report):
                 except (EOFError, OSError):
                     process.join()
                     how = f"ended by signal {-process.exitcode}" if process.exitcode < 0 else f"ended with code {process.exitcode}"
-                    if job is None and not working: raise ValueError(f"`workers` have to fit into memory but the last has {how} while it loaded the model.") from None
+                    if job is None and not working: raise InputError(f"`workers` have to fit into memory but the last has {how} while it loaded the model.") from None
                     if job and jobs: start(device)
                     if job: yield job[0], dict(status="failed", seconds=None, error=f"`workers` have to last, but the one with this row has {how}, most likely for want of memory.", note="", lost=True)
                     continue
@@ -799,7 +811,7 @@ def _alone(folder):
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as error: raise PermissionError(f"`out` has to be a folder that can be made but {str(folder)!r} is not: {error.strerror}.") from error
     try: lock = FileLock(folder / ".lock", timeout=0).acquire()
-    except Timeout: raise ValueError(f"`out` has to be a folder that no other run writes to but one writes to {str(folder)!r} now.") from None
+    except Timeout: raise InputError(f"`out` has to be a folder that no other run writes to but one writes to {str(folder)!r} now.") from None
     with lock: yield
 
 def run_edits(
@@ -815,7 +827,7 @@ def run_edits(
 ) -> EditRun:
     "Do a list of edits. What earlier runs have done is kept."
     report, began, edits = progress or (lambda done, total, what: None), time.perf_counter(), replace(edits) # a row may turn out to be bad
-    if workers < 1: raise ValueError(f"`workers` has to be at least 1 but is {workers}.")
+    if workers < 1: raise InputError(f"`workers` has to be at least 1 but is {workers}.")
     edits.check(skip_bad)
     import torch
     where, folder = choose_device(device or settings().device), find_model(model)

@@ -17,6 +17,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import nn
 
+from .core import InputError, InputTypeError
 from .latents import ramp
 
 # %% auto #0
@@ -71,7 +72,7 @@ class KiwiGuidance(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         if query_read_out not in ("queries", "last_positions"):
-            raise ValueError(f'`query_read_out` has to be "queries" or "last_positions" but is {query_read_out!r}.')
+            raise InputError(f'`query_read_out` has to be "queries" or "last_positions" but is {query_read_out!r}.')
         self.image_queries = nn.Parameter(torch.randn(num_image_queries, hidden_size) * 0.02)
         self.video_queries = nn.Parameter(torch.randn(num_video_queries, hidden_size) * 0.02)
         self.ref_queries = nn.Parameter(torch.randn(num_ref_queries, hidden_size) * 0.02)
@@ -187,7 +188,7 @@ class KiwiAttnProcessor:
 def find_wan(transformer: nn.Module) -> WanTransformer3DModel:
     "The Wan transformer itself, also inside DDP or PEFT wrappers; its attention processors are put in place."
     wan = next((m for m in transformer.modules() if isinstance(m, WanTransformer3DModel)), None)
-    if wan is None: raise TypeError(f"`transformer` has to hold a WanTransformer3DModel but is a {type(transformer).__name__}.")
+    if wan is None: raise InputTypeError(f"`transformer` has to hold a WanTransformer3DModel but is a {type(transformer).__name__}.")
     for i, block in enumerate(wan.blocks):
         for attn in (block.attn1, block.attn2):
             if not isinstance(attn.processor, KiwiAttnProcessor): attn.set_processor(KiwiAttnProcessor(i))
@@ -222,19 +223,19 @@ def check_shapes(guidance, latents, context, context_mask, source_latents, refer
     c, (batch, channels, frames, height, width) = guidance.config, latents.shape
     _, ph, pw = c.patch_size
     if channels != c.in_channels or height % ph or width % pw:
-        raise ValueError(f"`latents` has to have {c.in_channels} channels and sides that are multiples of {(ph, pw)} but is {tuple(latents.shape)}.")
+        raise InputError(f"`latents` has to have {c.in_channels} channels and sides that are multiples of {(ph, pw)} but is {tuple(latents.shape)}.")
     if context.ndim != 3 or len(context) != batch or context.shape[2] != c.dim:
-        raise ValueError(f"`context` has to be ({batch}, N, {c.dim}) but is {tuple(context.shape)}.")
+        raise InputError(f"`context` has to be ({batch}, N, {c.dim}) but is {tuple(context.shape)}.")
     if context_mask is not None and context_mask.shape != context.shape[:2]:
-        raise ValueError(f"`context_mask` has to be {tuple(context.shape[:2])} but is {tuple(context_mask.shape)}.")
+        raise InputError(f"`context_mask` has to be {tuple(context.shape[:2])} but is {tuple(context_mask.shape)}.")
     if source_latents is not None and source_latents.shape != latents.shape:
-        raise ValueError(f"`source_latents` has to be {tuple(latents.shape)} like `latents` but is {tuple(source_latents.shape)}.")
+        raise InputError(f"`source_latents` has to be {tuple(latents.shape)} like `latents` but is {tuple(source_latents.shape)}.")
     if reference_latents is not None:
         shape = reference_latents.shape
         if len(shape) != 5 or shape[:2] != latents.shape[:2] or shape[3:] != latents.shape[3:]:
-            raise ValueError(f"`reference_latents` has to be ({batch}, {channels}, R, {height}, {width}) but is {tuple(shape)}.")
+            raise InputError(f"`reference_latents` has to be ({batch}, {channels}, R, {height}, {width}) but is {tuple(shape)}.")
         if reference_mask is not None and reference_mask.shape != (batch, shape[2]):
-            raise ValueError(f"`reference_mask` has to be {(batch, shape[2])} but is {tuple(reference_mask.shape)}.")
+            raise InputError(f"`reference_mask` has to be {(batch, shape[2])} but is {tuple(reference_mask.shape)}.")
 
 # %% ../nbs/21_guidance.ipynb #25cf95d1
 def denoise(
@@ -339,7 +340,7 @@ def latent_windows(
     size = [min(side, length) for side, length in zip(size, shape)]
     spans = []
     for length, side, shared, unit in zip(shape, size, overlap, (1, multiple, multiple)):
-        if side < length and not 0 <= shared < side: raise ValueError(f"`overlap` has to be from 0 to below the window's {side} but is {shared}.")
+        if side < length and not 0 <= shared < side: raise InputError(f"`overlap` has to be from 0 to below the window's {side} but is {shared}.")
         count = 1 if side == length else math.ceil((length - shared) / (side - shared))
         starts = [round(i * (length - side) / max(count - 1, 1) / unit) * unit for i in range(count)]
         spans.append([(slice(start, start + side), ramp(side, shared if count > 1 else 0, not i, i == count - 1)) for i, start in enumerate(starts)])

@@ -17,16 +17,17 @@ from urllib.parse import quote
 # %% auto #0
 __all__ = ['logger', 'RUBRICS', 'BENCHES', 'MEDIA', 'SCALES', 'PUBLISHED', 'Criterion', 'Rubric', 'rubric_for', 'load_rubric',
            'released_scores', 'read_scores', 'capped', 'Case', 'case_digest', 'Judgement', 'Judge', 'picture_of',
-           'numbered_frames', 'question_of', 'Pace', 'Memory', 'ChatJudge', 'Scale', 'metric_scores', 'clip_arrays',
-           'MetricJudge', 'Summary', 'aggregate', 'Published', 'krippendorff_alpha', 'Agreement', 'agreement',
-           'save_score_page', 'read_scores_file']
+           'numbered_frames', 'question_of', 'Pace', 'Memory', 'parameters_of', 'ChatJudge', 'Scale', 'metric_scores',
+           'clip_arrays', 'MetricJudge', 'Summary', 'aggregate', 'Published', 'krippendorff_alpha', 'Agreement',
+           'agreement', 'save_score_page', 'read_scores_file']
 
 # %% ../nbs/41_judge.ipynb #41a00004
 import cv2
 import numpy as np
 from tqdm.auto import tqdm
 
-from .backends import Chat, GeminiChat, Question, VideoPart, parse_json, png_bytes
+from .core import InputError
+from .backends import Chat, GeminiChat, Question, VideoPart, parse_json, png_bytes, without_thoughts
 from .metrics import bootstrap, measure_clip
 from .quadruplets import BackendError
 from .video import DEFAULT_FPS, read_image, read_video, replacing, sample_indices, video_info, write_video
@@ -109,7 +110,7 @@ def rubric_for(
     edit_type: str, # as the bench writes it
 ) -> Rubric:
     "The rubric for a row of a benchmark."
-    if bench not in BENCHES: raise ValueError(f"`bench` has to be one of {', '.join(BENCHES)} but is {bench!r}.")
+    if bench not in BENCHES: raise InputError(f"`bench` has to be one of {', '.join(BENCHES)} but is {bench!r}.")
     if bench == "refvie": return RUBRICS["refvie-subject" if edit_type == "subject" else "refvie-background"]
     return RUBRICS.get(f"refvie-{edit_type}" if bench == "kit" else "openve", RUBRICS["openve"])
 
@@ -120,9 +121,9 @@ def load_rubric(
     "A rubric in somebody's own words."
     import yaml
     path = Path(path)
-    def bad(rule, value): return ValueError(f"`path` has to hold {rule} but {path.name} has {value!r}.")
+    def bad(rule, value): return InputError(f"`path` has to hold {rule} but {path.name} has {value!r}.")
     try: found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error: raise ValueError(f"`path` has to hold YAML or JSON but {path.name} does not: {' '.join(str(error).split())[:160]}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error: raise InputError(f"`path` has to hold YAML or JSON but {path.name} does not: {' '.join(str(error).split())[:160]}.") from None
     if not isinstance(found, dict): raise bad("a mapping with `name` and `criteria`", type(found).__name__)
     if extra := sorted(map(str, found.keys() - {"name", "criteria", "capped", "system"})): raise bad("`name`, `criteria`, `capped` and `system` only", extra)
     name, system, capped, criteria = found.get("name"), found.get("system", ""), found.get("capped", True), found.get("criteria")
@@ -177,8 +178,11 @@ def _names_pattern(names):
     ordered = sorted(names, key=len, reverse=True)
     return re.compile(r"(?<![^\W_])(?:" + "|".join(f"({words[name]})" for name in ordered) + r")(?![^\W_])", re.I), ordered
 
+class _BadScore(ValueError):
+    "A criterion has a score that cannot be used."
+
 def _number(name, match):
-    if match[2] and int(match[2]) != 5: raise ValueError(f"{name} has to be a score out of 5 but is {match[1]} out of {match[2]}")
+    if match[2] and int(match[2]) != 5: raise _BadScore(f"{name} has to be a score out of 5 but is {match[1]} out of {match[2]}")
     return float(match[1])
 
 def _said(name, segment):
@@ -186,7 +190,7 @@ def _said(name, segment):
     first, _, rest = _RANGE.sub("", segment, count=1).partition("\n")
     if not re.sub(_FILL, "", first): first = rest.partition("\n")[0] if re.fullmatch(rf"{_FILL}{_VALUE}[\s*_~.|]*", rest.partition("\n")[0]) else ""
     if match := _HEAD.match(first):
-        if _DOUBT.match(first, match.end()): raise ValueError(f"{name} has to be one score but is {first.strip()[:30]!r}")
+        if _DOUBT.match(first, match.end()): raise _BadScore(f"{name} has to be one score but is {first.strip()[:30]!r}")
         return _number(name, match)
     return _number(name, match) if (match := _TAIL.search(first)) else None
 
@@ -199,7 +203,7 @@ def _said_in_json(found, pattern, ordered):
         name = ordered[match.lastindex - 1]
         if isinstance(value, dict): value = value.get("score", value.get("rating"))
         if isinstance(value, str): value = _said(name, value)
-        if type(value) not in (int, float): raise ValueError(f"{name} has to be a number but is {value!r}")
+        if type(value) not in (int, float): raise _BadScore(f"{name} has to be a number but is {value!r}")
         yield name, float(value)
 
 def _said_in_text(text, pattern, ordered):
@@ -220,12 +224,10 @@ def read_scores(
     if strict:
         if not (scores := released_scores(text, rubric)): raise ValueError("the released parser finds no scores")
         return scores
-    text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
-    pattern, ordered = _names_pattern(rubric.names)
+    text, (pattern, ordered) = without_thoughts(text), _names_pattern(rubric.names)
     try: found = list(_said_in_json(parse_json(text), pattern, ordered)) if "{" in text else []
-    except ValueError as error:
-        if any(str(error).startswith(name) for name in ordered): raise
-        found = [] # no JSON after all
+    except _BadScore: raise
+    except ValueError: found = [] # no JSON after all
     scores = {}
     for name, score in found or _said_in_text(text, pattern, ordered):
         if not 1 <= score <= 5: raise ValueError(f"{name} has to be from 1 to 5 but is {score:g}")
@@ -304,12 +306,12 @@ class Judgement:
     @classmethod
     def from_dict(cls, found: dict):
         "From a line of a file; what breaks the rules of a judgement is a ValueError."
-        if not isinstance(found, dict) or (missing := {"id", "judge", "rubric", "scores"} - found.keys()): raise ValueError(f"`found` has to have the keys of a judgement but lacks {sorted(missing) if isinstance(found, dict) else 'all'}.")
-        if extra := found.keys() - cls.__dataclass_fields__.keys(): raise ValueError(f"`found` has to have the keys of a judgement only but has {sorted(extra)}.")
+        if not isinstance(found, dict) or (missing := {"id", "judge", "rubric", "scores"} - found.keys()): raise InputError(f"`found` has to have the keys of a judgement but lacks {sorted(missing) if isinstance(found, dict) else 'all'}.")
+        if extra := found.keys() - cls.__dataclass_fields__.keys(): raise InputError(f"`found` has to have the keys of a judgement only but has {sorted(extra)}.")
         made = cls(**found)
-        if not isinstance(made.scores, dict): raise ValueError(f"`scores` has to be a mapping but is {made.scores!r}.")
+        if not isinstance(made.scores, dict): raise InputError(f"`scores` has to be a mapping but is {made.scores!r}.")
         values = list(made.scores.values())
-        if made.ok and (not values or not all(type(v) in (int, float) and 1 <= v <= 5 for v in values)): raise ValueError(f"`scores` have to be numbers from 1 to 5 where there is no error but are {values}.")
+        if made.ok and (not values or not all(type(v) in (int, float) and 1 <= v <= 5 for v in values)): raise InputError(f"`scores` have to be numbers from 1 to 5 where there is no error but are {values}.")
         return made
 
 def _failed(case, judge, error, **facts):
@@ -379,7 +381,7 @@ def question_of(
 class Pace:
     "Lets calls of many threads pass at an even rate."
     def __init__(self, rate: float): # calls a minute
-        if not (math.isfinite(rate) and rate > 0): raise ValueError(f"`rate` has to be above 0 requests a minute but is {rate}.")
+        if not (math.isfinite(rate) and rate > 0): raise InputError(f"`rate` has to be above 0 requests a minute but is {rate}.")
         self.gap, self._next = 60 / rate, 0.
 
     def __call__(self):
@@ -432,6 +434,14 @@ class _Brake:
 MEDIA = ("auto", "frames", "video")
 _REPLY = 300 # tokens of a reply that gives its reasons, for estimates
 
+def parameters_of(
+    judge,
+) -> list:  # of one dict, or empty
+    "The parameters of a judge's requests, where there are any: with others it may give other scores."
+    extra = getattr(getattr(judge, "chat", None), "extra", None)
+    return [extra] if extra else []
+
+
 class ChatJudge:
     "A vision-language model as judge."
     is_model = True
@@ -447,9 +457,9 @@ class ChatJudge:
         folder=None,          # remembers judgements here, so that a second run asks only what is missing
     ):
         for name, value in dict(attempts=attempts, frames=frames, side=side).items():
-            if value < 1: raise ValueError(f"`{name}` has to be at least 1 but is {value}.")
-        if media not in MEDIA: raise ValueError(f"`media` has to be one of {', '.join(MEDIA)} but is {media!r}.")
-        if prices is not None and (len(prices) != 2 or min(prices) < 0): raise ValueError(f"`prices` has to be two numbers of at least 0, for input and output, but is {prices}.")
+            if value < 1: raise InputError(f"`{name}` has to be at least 1 but is {value}.")
+        if media not in MEDIA: raise InputError(f"`media` has to be one of {', '.join(MEDIA)} but is {media!r}.")
+        if prices is not None and (len(prices) != 2 or min(prices) < 0): raise InputError(f"`prices` has to be two numbers of at least 0, for input and output, but is {prices}.")
         self.chat, self.name, self.attempts, self.frames, self.side, self.prices, self.folder = chat, chat.name, attempts, frames, side, prices, folder
         self.video = isinstance(chat, GeminiChat) if media == "auto" else media == "video"
         self.pace = Pace(rate) if rate else None
@@ -458,7 +468,7 @@ class ChatJudge:
 
     def _key(self, case):
         "None where the case cannot be read; it will fail when it is asked about."
-        try: return _digest(case_digest(case), self.name, self.video, *([] if self.video else [self.frames]), self.side)
+        try: return _digest(case_digest(case), self.name, self.video, *([] if self.video else [self.frames]), self.side, *parameters_of(self))
         except OSError: return None
 
     def judge(self, cases, progress=True):
@@ -547,7 +557,7 @@ def metric_scores(
     rubric: Rubric,
 ) -> dict: # criterion -> 1..5
     "The score of each criterion: that of its worst number. Numbers that have nothing to stand on are left out; a criterion without any is a ValueError."
-    if rubric.name not in SCALES: raise ValueError(f"`rubric` has to be one of {', '.join(SCALES)}, whose criteria have numbers, but is {rubric.name!r}; a model can judge by it.")
+    if rubric.name not in SCALES: raise InputError(f"`rubric` has to be one of {', '.join(SCALES)}, whose criteria have numbers, but is {rubric.name!r}; a model can judge by it.")
     table, scores = SCALES[rubric.name], {}
     for name in rubric.names:
         known = [scale.score(measured[scale.metric]) for scale in table[name] if not np.isnan(measured[scale.metric])]
@@ -641,8 +651,8 @@ def aggregate(
 ) -> Summary:
     "Means, intervals and counts. A failure is counted and in no mean."
     judgements = list(judgements)
-    if len(names := sorted({j.judge for j in judgements})) != 1: raise ValueError(f"`judgements` have to be of one judge but are of {names or 'none'}.")
-    if double := [key for key, n in Counter((j.id, j.rubric) for j in judgements).items() if n > 1]: raise ValueError(f"`judgements` have to be of different cases but {double[0]} is there more than once.")
+    if len(names := sorted({j.judge for j in judgements})) != 1: raise InputError(f"`judgements` have to be of one judge but are of {names or 'none'}.")
+    if double := [key for key, n in Counter((j.id, j.rubric) for j in judgements).items() if n > 1]: raise InputError(f"`judgements` have to be of different cases but {double[0]} is there more than once.")
     good = [j for j in judgements if j.ok]
     keys = list(dict.fromkeys((j.rubric, name) for j in good for name in j.scores))
     column = lambda rubric, name: np.array([j.scores.get(name, np.nan) if j.rubric == rubric else np.nan for j in good])
@@ -698,7 +708,7 @@ def krippendorff_alpha(
     level: str = "ordinal",  # "ordinal" or "interval": what the distance of two scores is
 ) -> float: # 1 agreement, 0 chance, below 0 contradiction; NaN where all scores are the same or no case has two
     "Krippendorff's alpha: one minus the disagreement that is there over the disagreement that chance would bring."
-    if level not in ("ordinal", "interval"): raise ValueError(f"`level` has to be ordinal or interval but is {level!r}.")
+    if level not in ("ordinal", "interval"): raise InputError(f"`level` has to be ordinal or interval but is {level!r}.")
     ratings = np.asarray(ratings, float)
     ratings = ratings[:, (~np.isnan(ratings)).sum(0) > 1] # a score without a second one has nothing to agree with
     values = np.unique(ratings[~np.isnan(ratings)])
@@ -755,7 +765,7 @@ def agreement(
     sides = []
     for name, judgements in (("a", a), ("b", b)):
         found, judges = {(j.id, j.rubric): j for j in judgements}, {j.judge for j in judgements}
-        if len(found) < len(judgements) or len(judges) != 1: raise ValueError(f"`{name}` has to be one judge's judgements of different cases but has {len(judges)} judges and {len(found)} cases in {len(judgements)} judgements.")
+        if len(found) < len(judgements) or len(judges) != 1: raise InputError(f"`{name}` has to be one judge's judgements of different cases but has {len(judges)} judges and {len(found)} cases in {len(judgements)} judgements.")
         sides.append(found)
     keys = [key for key in sides[0] if key in sides[1] and sides[0][key].ok and sides[1][key].ok]
     names = list(dict.fromkeys(name for key in keys for name in sides[0][key].scores))
@@ -875,9 +885,9 @@ def save_score_page(
 ) -> Path:
     "A page on which a person scores cases; `read_scores_file` reads what it saves."
     cases, path = list(cases), Path(path).expanduser()
-    if not cases: raise ValueError("`cases` has to hold at least one case but is empty.")
-    if len({c.id for c in cases}) < len(cases): raise ValueError("`cases` have to have different ids but some share one.")
-    if path.suffix.lower() != ".html": raise ValueError(f"`path` has to end in .html but is {path.name!r}.")
+    if not cases: raise InputError("`cases` has to hold at least one case but is empty.")
+    if len({c.id for c in cases}) < len(cases): raise InputError("`cases` have to have different ids but some share one.")
+    if path.suffix.lower() != ".html": raise InputError(f"`path` has to end in .html but is {path.name!r}.")
     if seed is not None: random.Random(seed).shuffle(cases)
     files = None if embed else path.with_name(path.stem + "_files")
     with tempfile.TemporaryDirectory() as folder: sections = "\n".join(_section(c, n, files, Path(folder)) for n, c in enumerate(cases, 1))
@@ -895,12 +905,12 @@ def read_scores_file(
     path = Path(path)
     text, found = path.read_text(encoding="utf-8"), []
     try: rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError as error: raise ValueError(f"`path` has to hold lines of JSON or a list but {path.name} does not: {error}.") from None
+    except json.JSONDecodeError as error: raise InputError(f"`path` has to hold lines of JSON or a list but {path.name} does not: {error}.") from None
     for number, row in enumerate(rows, 1):
         keys = ("id", "judge", "rubric", "criteria", "scores")
         if not isinstance(row, dict) or not all(key in row for key in keys) or not isinstance(row["scores"], list) or len(row["scores"]) != len(row["criteria"]):
-            raise ValueError(f"`path` has to hold rows with {', '.join(keys)} but row {number} of {path.name} is {str(row)[:80]}.")
-        if wrong := [s for s in row["scores"] if s is not None and (type(s) is not int or not 1 <= s <= 5)]: raise ValueError(f"`scores` have to be from 1 to 5 but row {number} of {path.name} has {wrong[0]!r}.")
+            raise InputError(f"`path` has to hold rows with {', '.join(keys)} but row {number} of {path.name} is {str(row)[:80]}.")
+        if wrong := [s for s in row["scores"] if s is not None and (type(s) is not int or not 1 <= s <= 5)]: raise InputError(f"`scores` have to be from 1 to 5 but row {number} of {path.name} has {wrong[0]!r}.")
         rubric = Rubric(row["rubric"], tuple(map(Criterion, row["criteria"])), bool(row.get("capped")))
         case, open_ = Case(row["id"], "", None, None, None, rubric, row.get("edit_type", "")), [n for n, s in zip(row["criteria"], row["scores"]) if s is None]
         found.append(_failed(case, row["judge"], f"incomplete: {', '.join(open_)}") if open_ else _scored(case, row["judge"], dict(zip(row["criteria"], map(float, row["scores"])))))

@@ -17,6 +17,8 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm, patchify, unpatchify
 from torch.overrides import TorchFunctionMode
 
+from .core import InputError
+
 # %% auto #0
 __all__ = ['latent_statistics', 'fast_layers', 'fire_hooks', 'tile_starts', 'ramp', 'in_tiles', 'encode_frames', 'decode_latents',
            'regroup', 'stream_latents', 'stream_frames']
@@ -124,7 +126,7 @@ def in_tiles(
     stride = [size // unit for size in (vae.tile_sample_stride_height, vae.tile_sample_stride_width)]
     if not vae.use_tiling or all(side <= size for side, size in zip(x.shape[-2:], tile)): return run(x, 0)
     if any(size % factor for size in tile + stride) and way == "encode" or any(s > t for s, t in zip(stride, tile)):
-        raise ValueError(f"tiles of the autoencoder have to have sides and strides in multiples of {factor} pixels, strides no longer than sides, but are {tile} and {stride}.")
+        raise InputError(f"tiles of the autoencoder have to have sides and strides in multiples of {factor} pixels, strides no longer than sides, but are {tile} and {stride}.")
     rows, columns = (tile_starts(side, *sizes) for side, sizes in zip(x.shape[-2:], zip(tile, stride)))
     overlap, total, weights = [round((t - s) * scale) for t, s in zip(tile, stride)], None, None
     for i, top in enumerate(rows):  # no part is larger than a tile, so diffusers cuts none further
@@ -151,10 +153,10 @@ def encode_frames(
     frames = torch.as_tensor(np.ascontiguousarray(frames) if isinstance(frames, np.ndarray) else frames)
     if frames.ndim == 4: frames = frames[None]
     if frames.ndim != 5 or frames.shape[-1] != 3 or frames.dtype != torch.uint8:
-        raise ValueError(f"`frames` has to be (B, T, H, W, 3) uint8 but is {tuple(frames.shape)} {frames.dtype}.")
+        raise InputError(f"`frames` has to be (B, T, H, W, 3) uint8 but is {tuple(frames.shape)} {frames.dtype}.")
     step = vae.config.scale_factor_temporal
     if (frames.shape[1] - 1) % step:
-        raise ValueError(f"`frames` has to hold {step}k+1 frames for this autoencoder but holds {frames.shape[1]}.")
+        raise InputError(f"`frames` has to hold {step}k+1 frames for this autoencoder but holds {frames.shape[1]}.")
     pixels = _to_pixels(vae, frames, device)
     mean, std = latent_statistics(vae, pixels.device)
     with fast_layers(vae): return (in_tiles(vae, pixels.to(vae.dtype), "encode").float() - mean) / std
@@ -198,7 +200,7 @@ def regroup(
             if sum(map(len, kept)) == wanted:
                 yield kept[0] if len(kept) == 1 else np.concatenate(kept)
                 kept, wanted = [], group
-    if kept and not drop_rest: raise ValueError(f"`chunks` has to hold {group}k+1 frames for this autoencoder but {sum(map(len, kept))} are left over.")
+    if kept and not drop_rest: raise InputError(f"`chunks` has to hold {group}k+1 frames for this autoencoder but {sum(map(len, kept))} are left over.")
 
 def stream_latents(
     vae: AutoencoderKLWan,

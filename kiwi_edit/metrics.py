@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .core import InputError
+
 # %% auto #0
 __all__ = ['CLIP_METRICS', 'DAMAGES', 'DISTANCES', 'squared_error', 'edit_done', 'done_share', 'pooled_share', 'psnr',
            'psnr_from_error', 'preservation', 'differing', 'nearest', 'bootstrap', 'paired_difference', 'flicker',
@@ -26,12 +28,12 @@ def squared_error(
     "Mean squared error over the pixels and channels of a region, for each clip of a batch."
     a, b = np.asarray(a), np.asarray(b)
     if a.ndim < 4 or b.ndim < 4 or a.shape[-4:] != b.shape[-4:] or a.shape[-1] != 3:
-        raise ValueError(f"`a` and `b` have to be clips (..., T, H, W, 3) of one size but are {a.shape} and {b.shape}.")
+        raise InputError(f"`a` and `b` have to be clips (..., T, H, W, 3) of one size but are {a.shape} and {b.shape}.")
     error = ((a.astype(np.float32) - b.astype(np.float32)) ** 2).mean(-1)
     if mask is None: return error.mean((-3, -2, -1), dtype=np.float64)
     mask = np.asarray(mask)
     if mask.dtype != bool or mask.shape[-3:] != error.shape[-3:]:
-        raise ValueError(f"`mask` has to be bool and {error.shape[-3:]} at its end but is {mask.dtype} and {mask.shape}.")
+        raise InputError(f"`mask` has to be bool and {error.shape[-3:]} at its end but is {mask.dtype} and {mask.shape}.")
     total, pixels = (error * mask).sum((-3, -2, -1), dtype=np.float64), mask.sum((-3, -2, -1))
     return np.divide(total, pixels, out=np.full(np.shape(total), np.nan), where=pixels > 0)[()]
 
@@ -52,7 +54,7 @@ def done_share(
 ) -> np.ndarray:  # (...)
     "The share of the edit that is done, from its two errors."
     if not np.all(np.asarray(distance) > 0):
-        raise ValueError("`source` and `target` have to differ inside the mask, or there is no edit to be done, but "
+        raise InputError("`source` and `target` have to differ inside the mask, or there is no edit to be done, but "
                          f"{int(np.sum(~(np.asarray(distance) > 0)))} of {np.size(distance)} samples have nothing to edit.")
     return 1 - error / distance
 
@@ -104,9 +106,9 @@ def nearest(
     mask: np.ndarray | None = None,  # (T, H, W) bool, where to look; None for where the candidates differ
 ) -> int:  # index of the candidate
     "Which candidate an output is nearest to by squared error."
-    if len(candidates) < 2: raise ValueError(f"`candidates` has to hold at least 2 targets but holds {len(candidates)}.")
+    if len(candidates) < 2: raise InputError(f"`candidates` has to hold at least 2 targets but holds {len(candidates)}.")
     mask = differing(candidates) if mask is None else np.asarray(mask)
-    if not mask.any(): raise ValueError("`mask` has to mark where the candidates differ but marks no pixel.")
+    if not mask.any(): raise InputError("`mask` has to mark where the candidates differ but marks no pixel.")
     return int(np.argmin(squared_error(np.asarray(output)[None], candidates, mask)))
 
 # %% ../nbs/40_metrics.ipynb #89bbf3d6
@@ -120,8 +122,8 @@ def bootstrap(
     "Interval of a statistic over samples: drawn again with replacement, the middle `level` of what comes out."
     values = [np.asarray(v, dtype=np.float64) for v in values]
     if not values or len({len(v) for v in values}) > 1 or not len(values[0]):
-        raise ValueError(f"`values` have to be arrays of one length above 0 but have the lengths {[len(v) for v in values]}.")
-    if not 0 < level < 1: raise ValueError(f"`level` has to lie between 0 and 1 but is {level}.")
+        raise InputError(f"`values` have to be arrays of one length above 0 but have the lengths {[len(v) for v in values]}.")
+    if not 0 < level < 1: raise InputError(f"`level` has to lie between 0 and 1 but is {level}.")
     drawn = np.random.default_rng(seed).integers(len(values[0]), size=(resamples, len(values[0])))
     with np.errstate(invalid="ignore"): results = [statistic(*(v[rows] for v in values)) for rows in drawn]
     low, high = np.quantile(results, [(1 - level) / 2, (1 + level) / 2], method="nearest")  # a value that occurred, so infinities stay whole
@@ -136,7 +138,7 @@ def paired_difference(
     from scipy.stats import wilcoxon
     gap = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
     gap = gap[np.isfinite(gap)]
-    if not len(gap): raise ValueError("`a` and `b` have to share at least one sample with a finite number but share none.")
+    if not len(gap): raise InputError("`a` and `b` have to share at least one sample with a finite number but share none.")
     return dict(mean=float(gap.mean()), interval=bootstrap(gap), p=float(wilcoxon(gap).pvalue) if gap.any() else 1., samples=len(gap))
 
 # %% ../nbs/40_metrics.ipynb #40a00013
@@ -260,7 +262,7 @@ def retrieval(
     "Whether each output finds its own reference, or its own instruction, among all."
     similarity = np.asarray(similarity, dtype=np.float64)
     if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1] or len(similarity) < 2:
-        raise ValueError(f"`similarity` has to be a square of at least 2 outputs and as many candidates but is {similarity.shape}.")
+        raise InputError(f"`similarity` has to be a square of at least 2 outputs and as many candidates but is {similarity.shape}.")
     similarity = np.where(np.isnan(similarity), -np.inf, similarity)  # what nothing is known of is no find
     places = (similarity >= similarity.diagonal()[:, None]).sum(1)  # a tie is no find
     return dict(first=float((places == 1).mean()), rank=float((1 / places).mean()), chance=1 / len(similarity))
@@ -290,8 +292,8 @@ def measure_clip(
     from kiwi_edit.video import sample_indices
     for name, clip in (("edited", edited), ("source", source), ("target", target)):
         if clip is not None and (clip.ndim != 4 or clip.shape[-1] != 3 or clip.dtype != np.uint8 or clip.shape != source.shape):
-            raise ValueError(f"`{name}` has to be uint8 {source.shape} as the source is but is {clip.dtype} {clip.shape}.")
-    if mask is not None and (mask.shape != source.shape[:3] or mask.dtype != bool): raise ValueError(f"`mask` has to be bool {source.shape[:3]} but is {mask.dtype} {mask.shape}.")
+            raise InputError(f"`{name}` has to be uint8 {source.shape} as the source is but is {clip.dtype} {clip.shape}.")
+    if mask is not None and (mask.shape != source.shape[:3] or mask.dtype != bool): raise InputError(f"`mask` has to be bool {source.shape[:3]} but is {mask.dtype} {mask.shape}.")
     done = float("nan") if target is None or mask is None else float(edit_done(edited, source, target, mask))
     at, scale = sample_indices(len(source), min(num_frames, len(source))), min(1., side / max(source.shape[1:3]))
     def small(clip): return clip[at] if scale == 1 else np.stack([cv2.resize(f, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) for f in clip[at]])
@@ -332,7 +334,7 @@ class ClipEmbedder:
     ):
         from transformers import VideoMAEModel
         from kiwi_edit.core import choose_device
-        if batch_size < 1: raise ValueError(f"`batch_size` has to be at least 1 but is {batch_size}.")
+        if batch_size < 1: raise InputError(f"`batch_size` has to be at least 1 but is {batch_size}.")
         self.device, self.batch_size = choose_device(device), batch_size
         loaded = not isinstance(model, str) and hasattr(model, "config")
         self.model = (model if loaded else VideoMAEModel.from_pretrained(model)).to(self.device).eval()
@@ -372,8 +374,8 @@ def frechet_distance(
 def _feature_sets(a, b):
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     for name, x in (("a", a), ("b", b)):
-        if x.ndim != 2 or len(x) < 2 or not np.isfinite(x).all(): raise ValueError(f"`{name}` has to hold finite features (N, d) of at least 2 pictures but is {x.shape}.")
-    if a.shape[1] != b.shape[1]: raise ValueError(f"`a` and `b` have to have features of one length but have {a.shape[1]} and {b.shape[1]}.")
+        if x.ndim != 2 or len(x) < 2 or not np.isfinite(x).all(): raise InputError(f"`{name}` has to hold finite features (N, d) of at least 2 pictures but is {x.shape}.")
+    if a.shape[1] != b.shape[1]: raise InputError(f"`a` and `b` have to have features of one length but have {a.shape[1]} and {b.shape[1]}.")
     return a, b
 
 # %% ../nbs/40_metrics.ipynb #5e7d0005
@@ -430,7 +432,7 @@ def set_distance(
 ) -> SetDistance:
     "All three distances with their intervals."
     a, b = _feature_sets(a, b)
-    if len(b) < 4: raise ValueError(f"`b` has to hold at least 4 pictures, whose halves are held against each other, but holds {len(b)}.")
+    if len(b) < 4: raise InputError(f"`b` has to hold at least 4 pictures, whose halves are held against each other, but holds {len(b)}.")
     if dims is not None and dims < a.shape[1]:
         directions = np.linalg.svd(b - b.mean(0), full_matrices=False)[2][:dims]
         a, b = (a - b.mean(0)) @ directions.T, (b - b.mean(0)) @ directions.T

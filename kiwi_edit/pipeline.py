@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+import io
 import json
 import logging
 import os
 import pkgutil
 import re
+import reprlib
 import shutil
 import tempfile
 from collections import OrderedDict
@@ -22,6 +25,8 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.loaders import WanLoraLoaderMixin
 from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -32,17 +37,18 @@ from huggingface_hub.utils import httpx
 from safetensors import SafetensorError, safe_open
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from .core import PRESETS, Preset, assets_dir, preset as get_preset
+from .core import PRESETS, InputError, InputTypeError, Preset, assets_dir, check_local, preset as get_preset
 from .encoder import KiwiProcessor, collate_inputs, encode_context, prepare_inputs, sample_frames, vision_features
 from .guidance import EditCache, KiwiGuidance, Window, denoise, denoise_windows, latent_windows, rounded_sigma, window_caches
 from .latents import decode_latents, encode_frames, in_tiles, latent_statistics, stream_frames, stream_latents, tile_starts
-from .video import as_frames, check_frame_count, fit_size, nearest_frame_count, read_image, read_video, resize_frames, stream_video, video_info
+from .video import IMAGE_FORMATS, VideoError, as_frames, check_frame_count, fit_size, nearest_frame_count, read_image, read_video, resize_frames, stream_video, video_info
 
 # %% auto #0
-__all__ = ['logger', 'SCHEDULES', 'LAYOUTS', 'fit_reference', 'flow_sigmas', 'noised', 'bundled_models', 'hub_reason',
-           'hub_errors', 'read_index', 'faults', 'check_folder', 'find_checkpoint', 'KiwiEditOutput', 'EditMemory',
-           'content_key', 'weights_key', 'KiwiEditPipeline', 'Footage', 'model_entries', 'put_in_place', 'put_back',
-           'model_card']
+__all__ = ['logger', 'SCHEDULES', 'VARIANTS', 'LAYOUTS', 'DIFFUSERS_OPTIONS', 'PARTS', 'fit_reference', 'flow_sigmas', 'noised',
+           'bundled_models', 'hub_reason', 'hub_errors', 'read_index', 'faults', 'check_folder', 'find_checkpoint',
+           'KiwiEditOutput', 'EditMemory', 'content_key', 'weights_key', 'KiwiEditPipeline', 'check_dtype', 'dtype_of',
+           'channels_last', 'picture_of', 'Footage', 'lora_names', 'check_lora', 'raw_lora', 'model_entries',
+           'put_in_place', 'put_back', 'model_card']
 
 # %% ../nbs/22_pipeline.ipynb #cc5b9d34
 logger = logging.getLogger(__name__)
@@ -69,7 +75,7 @@ def flow_sigmas(
     schedule: str = "native",  # one of `SCHEDULES`
 ) -> list[float]:
     "Evenly spaced noise levels from 1 down to, but without, the last; the scheduler shifts them."
-    if schedule not in SCHEDULES: raise ValueError(f"`schedule` has to be one of {', '.join(SCHEDULES)} but is {schedule!r}.")
+    if schedule not in SCHEDULES: raise InputError(f"`schedule` has to be one of {', '.join(SCHEDULES)} but is {schedule!r}.")
     return np.linspace(1, SCHEDULES[schedule], num_inference_steps + 1)[:-1].tolist()
 
 # %% ../nbs/22_pipeline.ipynb #22w00001
@@ -86,6 +92,7 @@ def noised(
     return decode_latents(vae, torch.lerp(latents, noise, sigma))[0]
 
 # %% ../nbs/22_pipeline.ipynb #c23e31e4
+VARIANTS = ["*diffusion_pytorch_model.*.safetensors", "*/model.*.safetensors"]  # files of a model's other number formats, as the hub has them beside the plain ones
 # a folder whose model_index.json names this component is read by that function
 LAYOUTS = {"mllm_encoder": "kiwi_edit.checkpoints:load_official", "guidance": "kiwi_edit.checkpoints:load_kit"}
 
@@ -182,6 +189,7 @@ def check_folder(
 # %% ../nbs/22_pipeline.ipynb #3384c955
 def find_checkpoint(
     name: str | Path,  # bundled name, local folder or hub id
+    variant: str | None = None,  # of the weights, such as "fp16"; those of another are not downloaded
     **hub,  # arguments of `huggingface_hub.snapshot_download`
 ) -> Path:  # folder with a model_index.json
     "Where a model lies; one on the hub is downloaded, its weights and configs and none of its code."
@@ -197,7 +205,7 @@ def find_checkpoint(
         folder = Path(snapshot_download(name, allow_patterns=["model_index.json"], **hub))
     read_index(folder, name)  # before gigabytes of something else are fetched
     with hub_errors(*asked):
-        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"], **hub))
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"], ignore_patterns=None if variant else VARIANTS, **hub))
     check_folder(folder, name)
     return folder
 
@@ -246,12 +254,13 @@ def weights_key(module: torch.nn.Module) -> tuple | None:
     return id(module), str(weights[0].dtype), str(weights[0].device), sum(0 if p.is_inference() else p._version for p in weights), sample
 
 # %% ../nbs/22_pipeline.ipynb #14df2e28
-class KiwiEditPipeline(DiffusionPipeline):
+class KiwiEditPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     "Video editing by instruction and reference image."
 
     model_cpu_offload_seq = "mllm->transformer->vae"
     _exclude_from_cpu_offload = ["guidance"]  # small, and its parts are called one by one
-    _callback_tensor_inputs = ["latents", "context", "source_latents", "reference_latents"]
+    _lora_loadable_modules = ["transformer"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "context", "source_latents", "reference_latents"]
 
     def __init__(
         self,
@@ -271,6 +280,32 @@ class KiwiEditPipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, mllm=mllm, processor=processor, guidance=guidance)
         self.register_to_config(max_pixels=max_pixels, max_frames=max_frames, window_frames=window_frames, default_steps=default_steps, schedule=schedule)
         self.memory = EditMemory()
+        self._interrupt, self._guidance_scale, self._num_timesteps, self._current_timestep = False, 1., 0, None
+
+    @property
+    def interrupt(self) -> bool:
+        "Whether a callback has set `_interrupt`: no more steps are done, and what is there is decoded."
+        return self._interrupt
+
+    @property
+    def guidance_scale(self) -> float:
+        "Of the edit under way; a callback may change `_guidance_scale`."
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        "Whether the edit under way is guided by a negative prompt."
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        "Steps of the edit under way."
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self):
+        "Of the edit under way; None where none is."
+        return self._current_timestep
 
     @property
     def size_multiple(self) -> int:
@@ -296,7 +331,7 @@ class KiwiEditPipeline(DiffusionPipeline):
             setattr(config, name, tokenizer.convert_tokens_to_ids(token))
         text = config.text_config
         if len(tokenizer) > text.vocab_size:
-            raise ValueError(f"`tokenizer` has to have at most the {text.vocab_size} tokens of the preset but has {len(tokenizer)}.")
+            raise InputError(f"`tokenizer` has to have at most the {text.vocab_size} tokens of the preset but has {len(tokenizer)}.")
         text.bos_token_id = text.pad_token_id = tokenizer.pad_token_id
         text.eos_token_id = tokenizer.eos_token_id
         return cls(
@@ -309,46 +344,112 @@ class KiwiEditPipeline(DiffusionPipeline):
     def from_pretrained(
         cls,
         name: str | Path,  # bundled name, local folder or hub id, in the kit's layout or a released one
-        torch_dtype: torch.dtype = torch.float32,  # of the loaded weights, whatever they are on disk
+        torch_dtype: torch.dtype | str | dict | None = torch.float32,  # of the loaded weights: a type or its name, "auto" as they are on disk, or these by part and "default"
+        variant: str | None = None,  # of the files, such as "fp16": where a part has it, it is read instead of the plain files
         revision: str | None = None, cache_dir: str | Path | None = None, token: str | None = None,
         local_files_only: bool = False, force_download: bool = False,  # as in huggingface_hub
         fast: bool = False,  # with the few-step weights that lie in the model's folder `fast`
-        **kwargs,  # passed to the loader: diffusers' own, or that of a released layout
+        **kwargs,  # parts that are loaded already, and what the loader of the layout or diffusers' takes
     ) -> KiwiEditPipeline:
         "Load a model; no code that comes with it is run."
         torch_dtype = kwargs.pop("dtype", torch_dtype)  # the newer name of the same argument
-        folder = find_checkpoint(name, revision=revision, cache_dir=cache_dir, token=token,
+        check_dtype(torch_dtype)
+        folder = find_checkpoint(name, variant, revision=revision, cache_dir=cache_dir, token=token,
                                  local_files_only=local_files_only, force_download=force_download)
         parts = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        loader = next(loader for part, loader in LAYOUTS.items() if part in parts)
+        loader = pkgutil.resolve_name(next(loader for part, loader in LAYOUTS.items() if part in parts))
+        known = {*inspect.signature(loader).parameters, *(inspect.signature(cls).parameters if "guidance" in parts else inspect.signature(KiwiGuidance).parameters)}
+        known -= {"folder", "kwargs", "overrides"}
+        if unknown := sorted(kwargs.keys() - known - (DIFFUSERS_OPTIONS if "guidance" in parts else set())):
+            raise InputTypeError(f"`{unknown[0]}` has to be left out: `from_pretrained` has no such argument for this model, but it is {reprlib.repr(kwargs[unknown[0]])}.")
         if fast:
-            if not (folder / "fast/config.json").is_file(): raise ValueError(f"`fast` has to be False for a model without few-step weights but is True, and {str(name)!r} has no folder `fast`.")
+            if not (folder / "fast/config.json").is_file(): raise InputError(f"`fast` has to be False for a model without few-step weights but is True, and {str(name)!r} has no folder `fast`.")
             kwargs["fast"] = True
-        return pkgutil.resolve_name(loader)(folder, torch_dtype=torch_dtype, **kwargs)
+        return loader(folder, torch_dtype=torch_dtype, **(kwargs | dict(variant=variant) if variant else kwargs))
+
+# %% ../nbs/22_pipeline.ipynb #14df2e30
+DIFFUSERS_OPTIONS = {"device_map", "max_memory", "low_cpu_mem_usage", "use_safetensors", "offload_folder", "offload_state_dict", "quantization_config"}  # of its loader
+PARTS = ("transformer", "vae", "mllm", "guidance")  # with weights
+
+def check_dtype(
+    torch_dtype,  # see `KiwiEditPipeline.from_pretrained`
+) -> None:
+    "Raise unless this names number formats."
+    if isinstance(torch_dtype, dict):
+        if unknown := [part for part in torch_dtype if part not in (*PARTS, "default")]:
+            raise InputError(f"`torch_dtype` has to be of {', '.join(PARTS)} or default but names {unknown[0]!r}.")
+        for value in torch_dtype.values(): check_dtype(value)
+        return
+    if isinstance(torch_dtype, str) and torch_dtype != "auto": torch_dtype = getattr(torch, torch_dtype.removeprefix("torch."), torch_dtype)
+    if torch_dtype not in (None, "auto", torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise InputError(f'`torch_dtype` has to be float16, bfloat16, float32 or float64 of torch, its name, "auto" or a dict of these but is {torch_dtype!r}.')
+
+def dtype_of(
+    torch_dtype,  # see `KiwiEditPipeline.from_pretrained`
+    part: str,  # of `PARTS`
+    stored: torch.dtype = torch.float32,  # what "auto" is
+) -> torch.dtype:
+    "The number format of a part."
+    if isinstance(torch_dtype, dict): torch_dtype = torch_dtype.get(part, torch_dtype.get("default"))
+    if torch_dtype == "auto": return stored
+    return getattr(torch, torch_dtype.removeprefix("torch.")) if isinstance(torch_dtype, str) else torch_dtype or torch.float32
+
+# %% ../nbs/22_pipeline.ipynb #14df2e31
+def channels_last(
+    array,  # array or tensor, of one picture or a clip
+) -> np.ndarray:
+    "A picture or a clip with its channels at the end; a batch of one is taken out of it. Tensors may have them first, as is usual."
+    if array.ndim == 5 and len(array) == 1: array = array[0]
+    if not isinstance(array, torch.Tensor): return array
+    if array.ndim in (3, 4) and array.shape[-1] not in (1, 3, 4) and array.shape[-3] in (1, 3, 4): array = array.movedim(-3, -1)
+    array = array.detach().cpu()
+    return (array.float() if array.is_floating_point() else array).numpy()
+
+def picture_of(
+    image,  # path, bytes, file object, PIL image, array or tensor
+    name: str = "reference",  # of the argument
+) -> PIL.Image.Image:  # RGB
+    "One picture from any of its common forms."
+    check_local(image, name)
+    if isinstance(image, (bytes, bytearray)): image = io.BytesIO(image)
+    if isinstance(image, (np.ndarray, torch.Tensor)):
+        image = channels_last(image)
+        if image.ndim == 4 and len(image) == 1: image = image[0]
+    try:
+        if hasattr(image, "read"): return read_image(PIL.Image.open(image, formats=IMAGE_FORMATS))
+        if isinstance(image, (PIL.Image.Image, np.ndarray)) or isinstance(image, (str, Path)) and Path(image) != Path(): return read_image(image)
+    except VideoError as error: raise VideoError(str(error).replace("`path`", f"`{name}`").replace("`frames`", f"`{name}`")) from error
+    except FileNotFoundError as error: raise FileNotFoundError(str(error).replace("`path`", f"`{name}`")) from error
+    except (MemoryError, PermissionError): raise
+    except Exception as error:  # decoders of images raise what they like
+        raise VideoError(f"`{name}` has to be an image ({', '.join(IMAGE_FORMATS)}) but is none that can be read: {type(error).__name__}.") from error
+    raise InputTypeError(f"`{name}` has to be an image: a path, bytes, a file, a picture of PIL, an array or a tensor, but is {reprlib.repr(image)}.")
 
 # %% ../nbs/22_pipeline.ipynb #50157f31
 @patch_to(KiwiEditPipeline)
 def check_inputs(self, prompt, negative_prompt, height, width, num_frames, num_inference_steps, sigmas, guidance_scale,
-                 strength, output_type, callback_on_step_end_tensor_inputs):
+                 strength, generator, output_type, callback_on_step_end_tensor_inputs):
     "Raise before anything is computed where an argument cannot be right."
     for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-        if not isinstance(text, str): raise TypeError(f"`{name}` has to be a string but is a {type(text).__name__}.")
-    if not prompt.strip(): raise ValueError(f"`prompt` has to say what to edit but is {prompt!r}.")
+        if not isinstance(text, str): raise InputTypeError(f"`{name}` has to be a string but is a {type(text).__name__}.")
+    if not prompt.strip(): raise InputError(f"`prompt` has to say what to edit but is {prompt!r}.")
     for name, side in (("height", height), ("width", width)):
         if side is not None and (side < 1 or side % self.size_multiple):
-            raise ValueError(f"`{name}` has to be a multiple of {self.size_multiple} but is {side}.")
+            raise InputError(f"`{name}` has to be a multiple of {self.size_multiple} but is {side}.")
     if (height is None) != (width is None):
-        raise ValueError(f"`height` and `width` have to be given together but are {height} and {width}.")
+        raise InputError(f"`height` and `width` have to be given together but are {height} and {width}.")
     if num_frames is not None: check_frame_count(num_frames)
-    if num_inference_steps < 1: raise ValueError(f"`num_inference_steps` has to be at least 1 but is {num_inference_steps}.")
+    if num_inference_steps < 1: raise InputError(f"`num_inference_steps` has to be at least 1 but is {num_inference_steps}.")
     if sigmas is not None and (not len(sigmas) or min(sigmas) <= 0 or max(sigmas) > 1):
-        raise ValueError(f"`sigmas` has to hold noise levels above 0 and up to 1 but is {sigmas}.")
-    if guidance_scale < 1: raise ValueError(f"`guidance_scale` has to be at least 1, which is off, but is {guidance_scale}.")
-    if not 0 < strength <= 1: raise ValueError(f"`strength` has to lie above 0 and up to 1 but is {strength}.")
-    if output_type not in ("np", "pil", "pt", "latent", "stream"):
-        raise ValueError(f'`output_type` has to be "np", "pil", "pt", "latent" or "stream" but is {output_type!r}.')
+        raise InputError(f"`sigmas` has to hold noise levels above 0 and up to 1 but is {sigmas}.")
+    if guidance_scale < 1: raise InputError(f"`guidance_scale` has to be at least 1, which is off, but is {guidance_scale}.")
+    if not 0 < strength <= 1: raise InputError(f"`strength` has to lie above 0 and up to 1 but is {strength}.")
+    if not all(isinstance(one, torch.Generator) for one in (generator if isinstance(generator, list) and len(generator) == 1 else [generator]) if one is not None):
+        raise InputTypeError(f"`generator` has to be a torch.Generator but is {reprlib.repr(generator)}; a seed makes one: torch.Generator().manual_seed(seed).")
+    if output_type not in ("pil", "np", "pt", "latent", "stream"):
+        raise InputError(f'`output_type` has to be "pil", "np", "pt", "latent" or "stream" but is {output_type!r}.')
     unknown = [k for k in callback_on_step_end_tensor_inputs if k not in self._callback_tensor_inputs]
-    if unknown: raise ValueError(f"`callback_on_step_end_tensor_inputs` has to be of {self._callback_tensor_inputs} but holds {unknown}.")
+    if unknown: raise InputError(f"`callback_on_step_end_tensor_inputs` has to be of {self._callback_tensor_inputs} but holds {unknown}.")
 
 # %% ../nbs/22_pipeline.ipynb #f7c65a03
 @dataclass
@@ -382,11 +483,19 @@ class Footage:
 @patch_to(KiwiEditPipeline)
 def prepare_video(
     self,
-    video,  # path, `Clip`, array or list of images
+    video,  # path, bytes or file object of a video, `Clip`, array or tensor, or list of images in any form
     height: int | None = None, width: int | None = None,  # None: the source's, within `max_pixels`
     num_frames: int | None = None,  # None: as many as the model takes
 ) -> np.ndarray:  # (T, H, W, 3) uint8
     "The frames that are edited: the first ones, 4k+1 of them, at a size that the model takes."
+    check_local(video, "video")
+    if hasattr(video, "read"): video = video.read()
+    if isinstance(video, (bytes, bytearray)):
+        with tempfile.TemporaryDirectory() as folder:
+            (file := Path(folder) / "video").write_bytes(video)
+            return self.prepare_video(file, height, width, num_frames)
+    if isinstance(video, (list, tuple)): video = [frame if isinstance(frame, np.ndarray) else np.asarray(picture_of(frame, "video")) for frame in video]
+    if isinstance(video, (np.ndarray, torch.Tensor)): video = channels_last(video)
     if isinstance(video, (str, Path)):
         info = video_info(video)
         source_width, source_height, there = info.width, info.height, info.frames
@@ -480,7 +589,7 @@ def prepare_latents(self, source_latents, sigma, strength, generator, latents):
     "Noise, or with a `strength` below 1 the source under as much noise as the first step expects."
     if latents is None: latents = randn_tensor(source_latents.shape, generator=generator, device=source_latents.device, dtype=torch.float32)
     if latents.shape != source_latents.shape:
-        raise ValueError(f"`latents` has to be {tuple(source_latents.shape)} for this clip but is {tuple(latents.shape)}.")
+        raise InputError(f"`latents` has to be {tuple(source_latents.shape)} for this clip but is {tuple(latents.shape)}.")
     latents = latents.to(source_latents.device, torch.float32)
     return latents if strength == 1 else sigma * latents + (1 - sigma) * source_latents
 
@@ -490,8 +599,8 @@ def prepare_latents(self, source_latents, sigma, strength, generator, latents):
 def __call__(
     self,
     prompt: str,  # what to edit, in words
-    video=None,  # path, `Clip`, `Footage`, (T, H, W, 3) array or list of images; one frame is image editing
-    reference=None,  # image, path, or a list of these
+    video=None,  # path, bytes or file object of a video, `Clip`, `Footage`, (T, H, W, 3) array, (T, 3, H, W) tensor, or list of images; one frame is image editing
+    reference=None,  # image as path, bytes, file object, PIL image, array or tensor, or a list of these
     height: int | None = None, width: int | None = None,  # of the edit in pixels; None keeps the source's where it fits
     num_frames: int | None = None,  # 4k+1, at most as many as there are; None stops at the model's number, more are denoised in windows
     window_overlap: float = .25,  # of the windows in which a clip is denoised that is longer or larger than the model takes: the least share in common
@@ -502,33 +611,34 @@ def __call__(
     strength: float = 1.0,  # below 1: start from the source under noise instead of from noise
     generator: torch.Generator | None = None,  # of the noise
     latents: torch.Tensor | None = None,  # (1, z, f, h, w) the noise itself
-    output_type: str = "np",  # "np" (T, H, W, 3) uint8, "pil" images, "pt" (T, 3, H, W) in [0, 1], "latent", "stream" an iterator of (n, H, W, 3) uint8
+    output_type: str = "pil",  # "pil" images, "np" (T, H, W, 3) float32 in [0, 1], "pt" (T, 3, H, W) in [0, 1], "latent", "stream" an iterator of (n, H, W, 3) uint8
     return_dict: bool = True,
-    callback_on_step_end: Callable | None = None,  # called as (pipeline, step, timestep, tensors); `latents` in the dict that it returns replace the edit's
+    callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,  # called as (pipeline, step, timestep, tensors); `latents` and `prompt_embeds` in the dict that it returns replace the edit's
     callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
 ) -> KiwiEditOutput | tuple:
     "Edit a clip."
     # 1. Check
+    if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)): callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
     steps = self.config.default_steps if num_inference_steps is None else num_inference_steps
     self.check_inputs(prompt, negative_prompt, height, width, num_frames, steps, sigmas, guidance_scale, strength,
-                      output_type, callback_on_step_end_tensor_inputs)
-    if not 0 <= window_overlap < 1: raise ValueError(f"`window_overlap` has to be from 0 to below 1 but is {window_overlap}.")
-    if video is None: raise ValueError("`video` has to be a clip or an image but is None.")
+                      generator, output_type, callback_on_step_end_tensor_inputs)
+    if not 0 <= window_overlap < 1: raise InputError(f"`window_overlap` has to be from 0 to below 1 but is {window_overlap}.")
+    if video is None: raise InputError("`video` has to be a clip or an image but is None.")
     references = [] if reference is None else reference if isinstance(reference, (list, tuple)) else [reference]
-    references = [read_image(image) for image in references]
+    references = [picture_of(image) for image in references]
     if references and not self.guidance.config.takes_reference:
-        raise ValueError(f"`reference` has to be None for this model, which was trained on instructions alone, but has {len(references)} image{'s' * (len(references) > 1)}.")
+        raise InputError(f"`reference` has to be None for this model, which was trained on instructions alone, but has {len(references)} image{'s' * (len(references) > 1)}.")
     if isinstance(video, Footage):
         for name, value, own in (("height", height, video.height), ("width", width, video.width), ("num_frames", num_frames, video.count)):
-            if value not in (None, own): raise ValueError(f"`{name}` has to be None or the footage's {own} but is {value}.")
+            if value not in (None, own): raise InputError(f"`{name}` has to be None or the footage's {own} but is {value}.")
     else:
         frames = self.prepare_video(video, height, width, num_frames)
         video = Footage(*(frames.shape[i] for i in (0, 2, 1)), frames)
     device, height, width = self._execution_device, video.height, video.width
 
     # 2. Encode
-    guided = guidance_scale > 1
-    context, context_mask = self.encode_prompt([negative_prompt, prompt] if guided else [prompt], video.looked_at(), references, device)
+    self._guidance_scale, self._interrupt = guidance_scale, False
+    context, context_mask = self.encode_prompt([negative_prompt, prompt] if self.do_classifier_free_guidance else [prompt], video.looked_at(), references, device)
     source_latents, factor = self.encode_source(video, device), self.vae.config.scale_factor_spatial
     windows = self.windows((source_latents.shape[2] - 1) * self.vae.config.scale_factor_temporal + 1, height, width, window_overlap)
     sides = (height, width) if windows is None else [factor * side for side in windows[0].weight.shape[1:]]
@@ -544,24 +654,32 @@ def __call__(
     latents = self.prepare_latents(source_latents, table[start], strength, generator, latents)
 
     # 5. Loop
-    dtype, batch, num_steps = self.transformer.dtype, len(context), len(timesteps) - start
-    cache, caches = EditCache(num_steps=num_steps), windows and window_caches(windows, num_steps)
-    source, reference = [None if x is None else x.to(dtype).expand(batch, -1, -1, -1, -1) for x in (source_latents, reference_latents)]
+    dtype, seen, num_steps = self.transformer.dtype, None, len(timesteps) - start
+    self._num_timesteps = num_steps
     with self.progress_bar(total=num_steps) as progress:
         for i, t in enumerate(timesteps[start:]):
+            if self.interrupt: break
+            self._current_timestep = t
+            if not self.do_classifier_free_guidance: context, context_mask = context[-1:], context_mask[-1:]  # a callback may have turned it off
+            if seen is None or seen.data_ptr() != context.data_ptr() or len(seen) != len(context):  # at first, or a callback has changed it
+                seen, batch = context, len(context)
+                cache, caches = EditCache(num_steps=num_steps - i), windows and window_caches(windows, num_steps - i)
+                source, reference = [None if x is None else x.to(dtype).expand(batch, -1, -1, -1, -1) for x in (source_latents, reference_latents)]
             timestep = t.expand(batch)
             sigma = rounded_sigma(timestep, timesteps, table) if self.guidance.config.round_timestep else table[start + i].expand(batch)
             call = lambda noisy, source, cache: denoise(self.transformer, self.guidance, noisy, timestep, sigma, context.to(dtype), context_mask, source, reference, cache=cache)
             noisy = latents.to(dtype).expand(batch, -1, -1, -1, -1)
             velocity = (call(noisy, source, cache) if windows is None else denoise_windows(windows, call, noisy, source, caches)).float()
-            if guided:
+            if batch == 2:
                 without, velocity = velocity.chunk(2)
-                velocity = without + guidance_scale * (velocity - without)
+                velocity = without + self.guidance_scale * (velocity - without)
             latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
             if callback_on_step_end is not None:
-                here = dict(latents=latents, context=context, source_latents=source_latents, reference_latents=reference_latents)
+                here = dict(latents=latents, prompt_embeds=context, context=context, source_latents=source_latents, reference_latents=reference_latents)
                 changed = callback_on_step_end(self, i, t, {k: here[k] for k in callback_on_step_end_tensor_inputs})
                 latents = (changed or {}).get("latents", latents)
+                context = next((x for x in map((changed or {}).get, ("prompt_embeds", "context")) if x is not None and x is not context), context)
+                context_mask = context_mask[-len(context):]
             progress.update()
 
     # 6. Decode
@@ -570,9 +688,90 @@ def __call__(
     elif windows is None: edited = decode_latents(self.vae, latents)
     else: edited = np.concatenate(list(stream_frames(self.vae, latents)))[None]
     if output_type == "pil": edited = [[PIL.Image.fromarray(frame) for frame in clip] for clip in edited]
+    if output_type == "np": edited = edited.astype(np.float32) / 255
     if output_type == "pt": edited = torch.from_numpy(edited).permute(0, 1, 4, 2, 3).float() / 255
+    self._current_timestep = None
     self.maybe_free_model_hooks()
     return KiwiEditOutput(frames=edited) if return_dict else (edited,)
+
+# %% ../nbs/22_pipeline.ipynb #f16a78c4
+_LORA_PREFIX = re.compile(r"^(?:pipe\.)?(?:transformer|(?:model\.)?diffusion_model|dit)\.")
+_NATIVE = re.compile(r"\.(?:self_attn|cross_attn)\.|\.ffn\.[02]\.|^(?:head\.head|time_projection|time_embedding|text_embedding)\.")
+
+def lora_names(
+    weights: dict,  # name -> tensor, of a LoRA file
+) -> dict:
+    "The same under names that diffusers' converters know, each `alpha` multiplied in."
+    spellings = ((".lora_down.", ".lora_A."), (".lora_up.", ".lora_B."), (".default.weight", ".weight"))
+    named = {}
+    for name, tensor in weights.items():
+        for theirs, ours in spellings: name = name.replace(theirs, ours)
+        name = re.sub(r"^lora_unet_blocks_(\d+)_(self_attn|cross_attn|ffn)_(\w+)\.", r"blocks.\1.\2.\3.", name)  # of musubi-tuner
+        named[_LORA_PREFIX.sub("", name)] = tensor
+    for name in [name for name in named if name.endswith(".alpha")]:
+        down = f"{name.removesuffix('.alpha')}.lora_A.weight"
+        if down in named: named[down] = named[down] * (float(named.pop(name)) / named[down].shape[0])
+    prefix = "diffusion_model." if any(map(_NATIVE.search, named)) else "transformer."
+    return {prefix + name: tensor for name, tensor in named.items()}
+
+def check_lora(
+    transformer: WanTransformer3DModel,
+    weights: dict,  # name -> tensor, in diffusers' names
+    name: str,  # what was asked for
+) -> None:
+    "Raise unless all of a LoRA has its place in a denoiser."
+    layers, sides, wrong = dict(transformer.named_modules()), {}, []
+    for key, tensor in weights.items():
+        found = re.fullmatch(r"transformer\.(.+)\.lora_(A|B)\.(weight|bias)", key)
+        layer = found and layers.get(found[1])
+        layer = getattr(layer, "base_layer", layer)
+        if not isinstance(layer, torch.nn.Linear): wrong.append(key)
+        elif found[3] == "weight":
+            sides.setdefault(found[1], {})[found[2]] = tensor
+            if tensor.ndim != 2 or tensor.shape[found[2] == "A"] != (layer.in_features if found[2] == "A" else layer.out_features): wrong.append(f"{key} of {list(tensor.shape)}")
+    wrong += [f"{layer} without one of its two matrices" for layer, pair in sides.items() if len(pair) < 2]
+    wrong += [f"{layer} with matrices of two ranks" for layer, pair in sides.items() if len(pair) == 2 and pair["A"].shape[0] != pair["B"].shape[-1]]
+    if wrong or not sides:
+        said = f"{len(wrong)} of its tensors have no place there, such as {wrong[0]}" if wrong else "it holds no LoRA matrices"
+        raise InputError(f"`pretrained_model_name_or_path_or_dict` has to be a LoRA of this model's denoiser but of {name} {said}.")
+
+@patch_to(KiwiEditPipeline)
+def load_lora_weights(
+    self,
+    pretrained_model_name_or_path_or_dict,  # file, folder, hub id, or a dict of tensors
+    adapter_name: str | None = None,
+    **kwargs,  # of diffusers' `load_lora_weights`: weight_name, subfolder, revision, token, ...
+) -> None:
+    "Put a LoRA beside the denoiser's weights; `fuse_lora`, `set_adapters` and `unload_lora_weights` are diffusers' own."
+    source = pretrained_model_name_or_path_or_dict
+    name = "the given dict" if isinstance(source, dict) else repr(str(source))
+    check_local(source, "pretrained_model_name_or_path_or_dict")
+    if not isinstance(source, dict) and not Path(source).exists() and (str(source).count("/") != 1 or str(source).endswith(".safetensors")):
+        raise FileNotFoundError(f"`pretrained_model_name_or_path_or_dict` has to be an existing file or folder, a hub id or a dict but {name} is none.")
+    options = {key: kwargs.pop(key) for key in ("low_cpu_mem_usage", "hotswap") if key in kwargs}
+    if unknown := kwargs.keys() - _LORA_SOURCE: raise InputTypeError(f"`{min(unknown)}` has to be left out: `load_lora_weights` has no such argument.")
+    with hub_errors(f"`pretrained_model_name_or_path_or_dict` has to be a LoRA that can be read but {name} cannot", name):
+        try: weights, metadata = raw_lora(source, kwargs)
+        except SafetensorError as error: raise OSError(f"it is no whole safetensors file ({error})") from None
+        except LookupError: raise OSError("it holds no file that diffusers takes for a LoRA") from None
+    if scaled := [key for key in weights if "dora_scale" in key or key.endswith(".diff")]: raise InputError(f"`pretrained_model_name_or_path_or_dict` has to be a plain LoRA but {name} has {scaled[0]}.")
+    try: weights = WanLoraLoaderMixin.lora_state_dict(lora_names(weights))
+    except (ValueError, LookupError, AttributeError) as error:
+        raise InputError(f"`pretrained_model_name_or_path_or_dict` has to be a LoRA of this model's denoiser but {name} has names that are none of it: {reprlib.repr(str(error))}.") from None
+    check_lora(self.transformer, weights, name)
+    self.load_lora_into_transformer(weights, self.transformer, adapter_name=adapter_name, metadata=metadata, _pipeline=self, **options)
+
+_LORA_SOURCE = {"weight_name", "local_files_only", "cache_dir", "proxies", "token", "revision", "subfolder"}  # where a hub has it
+
+def raw_lora(
+    source,  # file, folder, hub id, or a dict of tensors
+    options: dict,  # of `_LORA_SOURCE`
+) -> tuple[dict, dict | None]:  # name -> tensor, and what diffusers notes of its scale
+    "A LoRA file as it is."
+    from diffusers.loaders.lora_base import _fetch_state_dict
+    if isinstance(source, dict): return dict(source), None
+    found = {key: options.get(key) for key in _LORA_SOURCE}
+    return _fetch_state_dict(str(source), use_safetensors=True, force_download=False, user_agent={}, allow_pickle=False, **found)
 
 # %% ../nbs/22_pipeline.ipynb #d6084b8b
 def model_entries(folder: Path) -> list[Path]:
@@ -613,7 +812,7 @@ def check_saveable(self) -> None:
     for part, module in self.components.items():
         layers = [name for name, layer in module.named_modules() if hasattr(layer, "lora_A")] if isinstance(module, torch.nn.Module) else []
         if layers:
-            raise ValueError(f"`{part}` has to have its LoRA layers merged (`kiwi_edit.checkpoints.merge_lora`) before it is saved "
+            raise InputError(f"`{part}` has to have its LoRA layers merged (`kiwi_edit.checkpoints.merge_lora`) before it is saved "
                              f"but has {len(layers)} beside its weights, the first at {layers[0]}.")
 
 
@@ -677,7 +876,7 @@ Edits a video, or a single image, as an instruction says and, where one is given
 ```python
 from kiwi_edit.pipeline import KiwiEditPipeline
 pipe = KiwiEditPipeline.from_pretrained("{repo_id}")
-frames = pipe("Make it snow", video="clip.mp4", output_type="pil").frames[0]
+frames = pipe("Make it snow", video="clip.mp4").frames[0]
 ```
 
 ## Limits

@@ -25,9 +25,10 @@ import PIL.Image
 import yaml
 from tqdm.auto import tqdm
 
+from .core import InputError
 from .benchmark import BENCH_SAMPLES, BENCHMARK_TASKS, benchmark_samples, provenance
 from .files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, one_line, renamed, sampled_digest
-from .judge import PUBLISHED, RUBRICS, SCALES, Case, Judgement, MetricJudge, Summary, aggregate, rubric_for
+from .judge import PUBLISHED, RUBRICS, SCALES, Case, Judgement, MetricJudge, Summary, aggregate, parameters_of, rubric_for
 from .metrics import bootstrap, measure_clip
 from .video import (VideoError, as_frames, compare, film_strip, fit_size, nearest_frame_count, read_image, read_video, replacing, resize_frames, sample_indices,
                              video_info, write_video)
@@ -139,24 +140,24 @@ def read_bench(
     root: str | Path | None = None,  # folder in which its paths start; None: that of the file
 ) -> list[BenchRow]:
     "The rows of a published bench. What is wrong with the file is said before anything is made."
-    if kind not in LAYOUTS: raise ValueError(f"`kind` has to be one of {', '.join(LAYOUTS)} but is {kind!r}.")
+    if kind not in LAYOUTS: raise InputError(f"`kind` has to be one of {', '.join(LAYOUTS)} but is {kind!r}.")
     path, layout = Path(path).expanduser(), LAYOUTS[kind]
     if not path.is_file(): raise FileNotFoundError(f"`path` has to be the file of a bench but {str(path)!r} is none.")
     root = path.parent if root is None else Path(root).expanduser()
     if not root.is_dir(): raise FileNotFoundError(f"`root` has to be a folder but {str(root)!r} is none.")
     try: found = layout.read(path.read_bytes())
-    except (ValueError, csv.Error, yaml.YAMLError, RecursionError) as error: raise ValueError(f"`path` has to be {kind}'s file but {path.name!r} is not: {' '.join(str(error).split())}.") from error
+    except (ValueError, csv.Error, yaml.YAMLError, RecursionError) as error: raise InputError(f"`path` has to be {kind}'s file but {path.name!r} is not: {' '.join(str(error).split())}.") from error
     rows, taken = [], {}
     for name, fields in found:
         row = _checked(layout, path, name, fields)
         if row["edit_type"] in layout.skipped: continue
         try: output, note = output_name(kind, name, row)
-        except ValueError as error: raise ValueError(f"`path` {error}: {path.name!r}, row {name}.") from None
+        except ValueError as error: raise InputError(f"`path` {error}: {path.name!r}, row {name}.") from None
         unique = _own_name(output, taken, name)
         if unique != output: note = f"the published name {output!r} is that of row {taken[_folded(output)]}, too"
         reference = row.get("reference")
         rows.append(BenchRow(name, root / row["source"], row["instruction"], root / reference if reference else None, row["edit_type"], unique, kind, fields, note))
-    if not rows: raise ValueError(f"`path` has to hold at least one row to edit but {path.name!r} holds none.")
+    if not rows: raise InputError(f"`path` has to hold at least one row to edit but {path.name!r} holds none.")
     if not any(row.source.exists() for row in rows):
         raise FileNotFoundError(f"`root` has to be where the {len(rows)} sources of {path.name!r} are but none is there, the first is {str(rows[0].source)!r}.")
     if changed := [row for row in rows if row.note]: logger.warning("%d of %d results get another name than the published one; row %s: %s.", len(changed), len(rows), changed[0].id, changed[0].note)
@@ -165,13 +166,13 @@ def read_bench(
 
 def _checked(layout, path, name, fields):
     "The row with the names that are used here."
-    if not isinstance(fields, dict): raise ValueError(f"`path` has to hold rows with {', '.join(layout.columns.values())} but row {name} of {path.name!r} is {str(fields)[:60]!r}.")
+    if not isinstance(fields, dict): raise InputError(f"`path` has to hold rows with {', '.join(layout.columns.values())} but row {name} of {path.name!r} is {str(fields)[:60]!r}.")
     found = {}
     for what, column in layout.columns.items():
         value = fields.get(column)
         if what == "reference" and value in (None, ""): continue
         good = isinstance(value, str) and value.strip() and value.encode("utf-8", "replace").decode() == value and "\0" not in value
-        if not good: raise ValueError(f"`path` has to have text in the column {column!r} but row {name} of {path.name!r} has {value!r}.")
+        if not good: raise InputError(f"`path` has to have text in the column {column!r} but row {name} of {path.name!r} has {value!r}.")
         found[what] = value
     return found
 
@@ -211,7 +212,7 @@ class Making:
 
     def __post_init__(self):
         for name in ("steps", "num_frames", "max_pixels"):
-            if getattr(self, name) < 1: raise ValueError(f"`{name}` has to be at least 1 but is {getattr(self, name)}.")
+            if getattr(self, name) < 1: raise InputError(f"`{name}` has to be at least 1 but is {getattr(self, name)}.")
 
 
 def source_frames(
@@ -276,8 +277,8 @@ def edit_rows(
     progress: bool = True,
 ) -> Made:
     "Make the videos that are missing."
-    if not rows: raise ValueError("`rows` has to hold at least one row but is empty.")
-    if not 0 <= part < parts: raise ValueError(f"`part` has to be from 0 to {parts - 1}, one less than `parts`, but is {part}.")
+    if not rows: raise InputError("`rows` has to hold at least one row but is empty.")
+    if not 0 <= part < parts: raise InputError(f"`part` has to be from 0 to {parts - 1}, one less than `parts`, but is {part}.")
     out = Path(out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     _claim(out, dict(making=asdict(making), model=(about or {}).get("checkpoint")), about)
@@ -318,7 +319,7 @@ def _lines(path):
     for line in filter(bytes.strip, lines):
         try: records.append(json.loads(line))
         except ValueError: logger.warning("a line of %s is cut and counts for nothing: %s", path.name, line[:60].decode("utf-8", "replace"))
-    if lines and not records: raise ValueError(f"`out` has to be a folder whose {path.name} was written by this kit, but none of its lines is JSON.")
+    if lines and not records: raise InputError(f"`out` has to be a folder whose {path.name} was written by this kit, but none of its lines is JSON.")
     return records
 
 
@@ -401,7 +402,7 @@ def row_key(
     "Another one for another instruction, clip, reference, rubric or judge."
     rubric = rubric_for(row.bench, row.edit_type)
     settings = [getattr(judge, name, None) for name in ("frames", "side", "video")] if judge.is_model else [repr(SCALES[rubric.name])]  # how a model is shown clips; how numbers become scores
-    settings.append(rubric.instruction())
+    settings += [rubric.instruction(), *parameters_of(judge)]
     parts = [row.bench, row.id, row.instruction, row.edit_type, judge.name, *settings, _content(row.source), _content(path), _content(row.reference)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
@@ -604,7 +605,7 @@ class BenchReport:
     ) -> BenchReport:
         "Read a report."
         data = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(data, dict) or not {"bench", "judge", "is_model", "records"} <= set(data): raise ValueError(f"`path` has to be a report.json of `score_rows` but {str(path)!r} is none.")
+        if not isinstance(data, dict) or not {"bench", "judge", "is_model", "records"} <= set(data): raise InputError(f"`path` has to be a report.json of `score_rows` but {str(path)!r} is none.")
         return cls(data["bench"], data["judge"], data["is_model"], data["records"], data["about"])
 
 # %% ../nbs/45_published.ipynb #c450003d
@@ -696,7 +697,7 @@ def score_rows(
     progress: bool = True,
 ) -> BenchReport:
     "Score every row. What earlier runs have scored is kept."
-    if not rows: raise ValueError("`rows` has to hold at least one row but is empty.")
+    if not rows: raise InputError("`rows` has to hold at least one row but is empty.")
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
     if not folder.is_dir(): raise FileNotFoundError(f"`folder` has to be that of the results but {str(folder)!r} is none.")
     out.mkdir(parents=True, exist_ok=True)
@@ -737,16 +738,18 @@ def judge_of(
     text: str,  # "metrics", "gemini", "gemini:MODEL", "openai:MODEL", "openai:MODEL@URL" or "transformers:PATH"
     bench: str = "refvie",  # whose published judge "gemini" is
     device: str = "auto",  # of a judge in this process
+    extra: dict | None = None,  # further parameters of the requests to a server, see `OpenAIChat`
 ):
     "The judge that a word names."
     from kiwi_edit.backends import GeminiChat
     from kiwi_edit.judge import ChatJudge
     from kiwi_edit.synthesis import chat_of
     kind, _, rest = text.partition(":")
+    if extra and kind != "openai": raise InputError(f"`extra` has to be left out unless requests go to a server, openai:MODEL, but is {extra} for {text!r}.")
     if text == "metrics": return MetricJudge()
     if text != "gemini" and (kind not in ("gemini", "openai", "transformers") or not rest.strip("@")):
-        raise ValueError(f"`judge` has to be metrics, gemini, gemini:MODEL, openai:MODEL, openai:MODEL@URL or transformers:PATH but is {text!r}.")
+        raise InputError(f"`judge` has to be metrics, gemini, gemini:MODEL, openai:MODEL, openai:MODEL@URL or transformers:PATH but is {text!r}.")
     with renamed("`api_key` has to be given, or be", "`judge` has to have its key"):
         if kind == "gemini": chat = GeminiChat(rest or PUBLISHED_JUDGES.get(bench, PUBLISHED_JUDGES["refvie"]), thinking=None)  # these two think as they like
-        else: chat = chat_of(text if kind == "openai" else rest, device)
+        else: chat = chat_of(text if kind == "openai" else rest, device, extra)
     return ChatJudge(chat)

@@ -27,6 +27,7 @@ from PIL import Image
 from scipy import ndimage
 from skimage import feature, filters
 
+from .core import InputError
 from .video import IMAGE_FORMATS, as_frames, flatten_image, read_image, read_video, sample_indices, video_info
 from .world import COLORS, PLACES, TASKS
 
@@ -664,7 +665,7 @@ def _judge(records, stage, backend, call, settle):
     "One verdict for each record still alive: `settle` takes record and answer, and returns reason and scores."
     alive = [record for record in records if record.alive]
     answers = call(alive) if alive else []
-    if len(answers) != len(alive): raise ValueError(f"`backend` {backend!r} has to answer {len(alive)} records but gave {len(answers)} answers.")
+    if len(answers) != len(alive): raise InputError(f"`backend` {backend!r} has to answer {len(alive)} records but gave {len(answers)} answers.")
     for record, answer in zip(alive, answers):
         failed = isinstance(answer, BackendError)
         reason, scores = (str(answer) or "no answer", {}) if failed else settle(record, answer)
@@ -838,6 +839,6 @@ def contact_sheet(
         left = (width - small.shape[1]) // 2
         tile[:small.shape[0], left:left + small.shape[1]] = small
         rows.append(np.concatenate([cv2.resize(f, (width, height), interpolation=cv2.INTER_AREA) for f in (record.source[at], record.edited[at], shade)] + [tile], 1))
-    if not rows: raise ValueError("`records` have to hold at least one reference but hold none.")
+    if not rows: raise InputError("`records` have to hold at least one reference but hold none.")
     wide = max(row.shape[1] for row in rows)
     return np.concatenate([np.pad(row, ((0, 2), (0, wide - row.shape[1]), (0, 0)), constant_values=255) for row in rows])

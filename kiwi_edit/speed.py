@@ -40,11 +40,11 @@ from tqdm.auto import tqdm
 
 from . import guidance, latents, pipeline
 from .benchmark import describe_hardware, run_benchmark
-from .core import Preset, asset, choose_device, multiplies_bfloat16, preset
+from .core import InputError, MissingPackage, Preset, asset, choose_device, multiplies_bfloat16, preset
 from .guidance import KiwiAttnProcessor, attend, find_wan
 from .pipeline import EditMemory, KiwiEditPipeline
 from .training import allocated_by, cast_weights, measure_flops
-from .video import Clip, Strip, av, read_image, read_video, replacing, resize_frames, video_info, write_video
+from .video import Clip, Strip, as_frames, av, read_image, read_video, replacing, resize_frames, video_info, write_video
 from .world import EVAL_SEED, World
 
 # %% auto #0
@@ -202,7 +202,7 @@ def recomputed(
 ) -> Iterator[KiwiEditPipeline]:
     "Within it, edits compute what these savings spare them."
     if unknown := [name for name in names if name not in SAVINGS]:
-        raise ValueError(f"`names` have to be among {', '.join(SAVINGS)} but hold {unknown[0]!r}.")
+        raise InputError(f"`names` have to be among {', '.join(SAVINGS)} but hold {unknown[0]!r}.")
     with ExitStack() as stack:
         for name in names or SAVINGS: stack.enter_context(SAVINGS[name].without(pipe))
         yield pipe
@@ -245,9 +245,9 @@ def approximately(
     "Let the edits of a pipeline be approximate in the chosen ways."
     chosen = {chosen: options} if isinstance(chosen, str) else chosen
     for name, given in chosen.items():
-        if name not in APPROXIMATIONS: raise ValueError(f"`chosen` has to be among {', '.join(APPROXIMATIONS)} but is {name!r}.")
+        if name not in APPROXIMATIONS: raise InputError(f"`chosen` has to be among {', '.join(APPROXIMATIONS)} but is {name!r}.")
         if unknown := [option for option in given if option not in APPROXIMATIONS[name].options]:
-            raise ValueError(f"`options` of {name!r} have to be among {', '.join(APPROXIMATIONS[name].options) or 'none'} but hold {unknown[0]!r}.")
+            raise InputError(f"`options` of {name!r} have to be among {', '.join(APPROXIMATIONS[name].options) or 'none'} but hold {unknown[0]!r}.")
     with ExitStack() as undo:
         for name, given in chosen.items(): APPROXIMATIONS[name].start(pipe, undo, **given)
         return undo.pop_all()
@@ -279,7 +279,7 @@ def _bare(wan):
 def _cache(pipe, undo, make, check=None):
     "Enable the cache that `make` gives for a function that tells the timestep."
     wan = find_wan(pipe.transformer)
-    if wan.is_cache_enabled: raise ValueError(f"`chosen` has to hold one step cache at most but a {type(wan._cache_config).__name__} is enabled already.")
+    if wan.is_cache_enabled: raise InputError(f"`chosen` has to hold one step cache at most but a {type(wan._cache_config).__name__} is enabled already.")
     watch = _Watch(check)
     undo.callback(_bare, wan)
     HookRegistry.check_if_exists_or_initialize(wan).register_hook(watch, "kiwi_edit_watch")
@@ -289,7 +289,7 @@ def _cache(pipe, undo, make, check=None):
 
 
 def _one_window(context):
-    if context.name != "edit": raise ValueError("`chosen` has to be another cache for a clip that is denoised in windows: this one cannot tell them from each other.")
+    if context.name != "edit": raise InputError("`chosen` has to be another cache for a clip that is denoised in windows: this one cannot tell them from each other.")
 
 
 @approximation("first-block cache", "the first block says whether a step is like the last; if so, the others are skipped", "the default among the step caches; long schedules")
@@ -335,9 +335,9 @@ def magnitude_ratios(
 
 @approximation("magnitude cache", "blocks are skipped while the measured growth of their contribution says that little is lost (MagCache)", "one model and one number of steps, many clips")
 def _magnitude(pipe, undo, ratios: list[float] | None = None, threshold: float = .06, most: int = 3, keep: float = .2):
-    if not ratios: raise ValueError(f"`ratios` has to hold what `magnitude_ratios` measures on this model but is {ratios!r}.")
+    if not ratios: raise InputError(f"`ratios` has to hold what `magnitude_ratios` measures on this model but is {ratios!r}.")
     def check(context):
-        if context.num_inference_steps != len(ratios): raise ValueError(f"`num_inference_steps` has to be {len(ratios)}, the number of `ratios`, but is {context.num_inference_steps}.")
+        if context.num_inference_steps != len(ratios): raise InputError(f"`num_inference_steps` has to be {len(ratios)}, the number of `ratios`, but is {context.num_inference_steps}.")
     _cache(pipe, undo, lambda now: MagCacheConfig(threshold, most, keep, len(ratios), torch.tensor(ratios)), check)
 
 # %% ../nbs/44_speed.ipynb #0423cc76
@@ -360,7 +360,7 @@ class FlowUniPC(UniPCMultistepScheduler):
 @approximation("fewer steps", "a multistep solver at fewer noise levels (UniPC)", "first of all: it saves the most, on every machine")
 def _fewer_steps(pipe, undo, steps: int | None = None, order: int = 2):
     steps = max(1, pipe.config.default_steps // 2) if steps is None else steps
-    if steps < 1: raise ValueError(f"`steps` has to be at least 1 but is {steps}.")
+    if steps < 1: raise InputError(f"`steps` has to be at least 1 but is {steps}.")
     undo.callback(setattr, pipe, "scheduler", pipe.scheduler)
     undo.callback(pipe.register_to_config, default_steps=pipe.config.default_steps)
     pipe.scheduler = FlowUniPC.like(pipe.scheduler, order)
@@ -412,7 +412,7 @@ def _float8(pipe, undo):
 
 @approximation("int8 weights", "the blocks' weights are kept in 8-bit integers (torchao)", "GPUs whose memory is too small, with `torchao` installed and the model compiled; tried on a CPU only")
 def _int8(pipe, undo):
-    if find_spec("torchao") is None: raise ImportError("`int8 weights` needs torchao, which is not installed: pip install torchao")
+    if find_spec("torchao") is None: raise MissingPackage("`int8 weights` needs torchao, which is not installed: pip install torchao")
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
     blocks = find_wan(pipe.transformer).blocks
     for module in blocks.modules():
@@ -425,9 +425,9 @@ def _int8(pipe, undo):
 @approximation("tiled autoencoder", "frames go through the autoencoder in overlapping tiles", "GPUs whose memory is too small for a whole frame; takes a little longer")
 def _tiled(pipe, undo, tile: int = 256, overlap: float = .25):
     vae, unit = pipe.vae, pipe.vae.config.scale_factor_spatial
-    if tile < unit or tile % unit: raise ValueError(f"`tile` has to be a multiple of {unit} pixels but is {tile}.")
+    if tile < unit or tile % unit: raise InputError(f"`tile` has to be a multiple of {unit} pixels but is {tile}.")
     stride = max(1, round(tile * (1 - overlap) / unit)) * unit
-    if not 0 <= overlap < 1: raise ValueError(f"`overlap` has to be from 0 to below 1 but is {overlap}.")
+    if not 0 <= overlap < 1: raise InputError(f"`overlap` has to be from 0 to below 1 but is {overlap}.")
     for name in ("use_tiling", *(f"tile_sample_{kind}_{side}" for kind in ("min", "stride") for side in ("height", "width"))): undo.callback(setattr, vae, name, getattr(vae, name))
     vae.enable_tiling(tile, tile, stride, stride)
 
@@ -464,7 +464,7 @@ def _look_up(layer):
 @approximation("compiled", "the denoiser's blocks are compiled at the first edit of each shape", "GPUs, and many edits of one shape; needs a C++ compiler, on a GPU also triton")
 def _compiled(pipe, undo, backend: str | Callable = "inductor"):
     wan = find_wan(pipe.transformer)
-    if wan.is_cache_enabled: raise ValueError("`chosen` has to name 'compiled' before a step cache but one is enabled already.")
+    if wan.is_cache_enabled: raise InputError("`chosen` has to name 'compiled' before a step cache but one is enabled already.")
     if backend == "inductor":
         if wan.device.type == "cuda" and find_spec("triton") is None: raise RuntimeError("`compiled` needs triton on a GPU, which is not installed: pip install triton")
         compiler = os.environ.get("CXX") or ("cl" if sys.platform == "win32" else "clang++" if sys.platform == "darwin" else "g++")
@@ -491,10 +491,10 @@ def parallelise(
         if "RANK" not in os.environ: raise RuntimeError("`parallelise` has to be called by each process of a `torchrun` but this is a single process.")
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     world = distributed.get_world_size()
-    if world < 2 or ring < 1 or world % ring: raise ValueError(f"`ring` has to divide the number of processes, which has to be 2 at least, but is {ring} of {world}.")
+    if world < 2 or ring < 1 or world % ring: raise InputError(f"`ring` has to divide the number of processes, which has to be 2 at least, but is {ring} of {world}.")
     backend = wan.blocks[0].attn1.processor._attention_backend
     if ring > 1 and str(backend or "native") == "native":
-        raise ValueError("`ring` has to be 1 with PyTorch's own attention, which does not give the sums that a ring joins; `pipe.transformer.set_attention_backend('flash')` or another first.")
+        raise InputError("`ring` has to be 1 with PyTorch's own attention, which does not give the sums that a ring joins; `pipe.transformer.set_attention_backend('flash')` or another first.")
     context = ContextParallelConfig(ring_degree=ring, ulysses_degree=world // ring, ulysses_anything=ring == 1)
     config = ParallelConfig(context_parallel_config=context)
     config.setup(distributed.get_rank(), world, device, mesh=distributed.device_mesh.init_device_mesh(device.type, context.mesh_shape, mesh_dim_names=context.mesh_dim_names))
@@ -543,7 +543,7 @@ def bench_subject(
     device: str | torch.device = "auto",
 ) -> Subject:
     "A model of the benchmark and its edit."
-    if name not in BENCH_MODELS: raise ValueError(f"`name` has to be one of {', '.join(BENCH_MODELS)} but is {name!r}.")
+    if name not in BENCH_MODELS: raise InputError(f"`name` has to be one of {', '.join(BENCH_MODELS)} but is {name!r}.")
     device, tiny = choose_device(device), KiwiEditPipeline.from_pretrained("kiwi-edit-tiny")
     if name == "tiny":
         pipe, steps = tiny.to(device), (tiny.config.default_steps, 20)
@@ -656,7 +656,7 @@ def measure_model(
     progress: bool = True,
 ) -> dict:
     "Seconds, operations, memory and differences of all configurations."
-    if runs < 1: raise ValueError(f"`runs` has to be at least 1 but is {runs}.")
+    if runs < 1: raise InputError(f"`runs` has to be at least 1 but is {runs}.")
     pipe, device, exact, rows = subject.pipe, subject.pipe._execution_device, {}, []
     subject.edit(1); pipe.memory.clear()  # the first edit of a process is slower than the others
     ways, left_out = configurations(subject, quick)
@@ -669,7 +669,7 @@ def measure_model(
                 steps, compiled, result = way.steps if way.asked else None, "compiled" in way.name, {}
                 forget(way)
                 with nullcontext() if compiled else operations() as counter:
-                    frames = subject.edit(steps, callback_on_step_end=lambda pipe, i, t, tensors: result.update(tensors))[0]
+                    frames = as_frames(subject.edit(steps, callback_on_step_end=lambda pipe, i, t, tensors: result.update(tensors))[0])
                 result = result["latents"].float().cpu()
                 forget(way); few = None if compiled else allocated_by(lambda: subject.edit(steps and 1), str(device)) if "magnitude cache" not in way.name else None
                 row = dict(name=way.name, kind=way.kind, steps=way.steps, gflop=None if compiled else counter.get_total_flops() / 1e9, bytes=few, runs=[])
@@ -808,7 +808,7 @@ def first_start(
     runs: int = 3,  # their median counts
 ) -> dict[str, float]:  # seconds of each part, and of the whole command
     "What `kiwi-edit edit` of the sample clip takes in a fresh process, and what that is made of."
-    if runs < 1: raise ValueError(f"`runs` has to be at least 1 but is {runs}.")
+    if runs < 1: raise InputError(f"`runs` has to be at least 1 but is {runs}.")
     video, reference, words = asset("samples/clip.mp4"), asset("samples/reference.png"), asset("samples/instruction.txt").read_text()
     found = []
     with tempfile.TemporaryDirectory() as folder:
@@ -888,7 +888,7 @@ class SpeedReport:
         "Read a report."
         if not Path(path).is_file(): raise FileNotFoundError(f"`path` has to be a report written by `SpeedReport.save` but {str(path)!r} does not exist.")
         try: return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error: raise ValueError(f"`path` has to be a report written by `SpeedReport.save` but {str(path)!r} is none: {error}.") from error
+        except (ValueError, TypeError) as error: raise InputError(f"`path` has to be a report written by `SpeedReport.save` but {str(path)!r} is none: {error}.") from error
 
     def draw(self) -> Strip:
         "For each model: an edit with each saving switched off, and what approximations give for what they cost."

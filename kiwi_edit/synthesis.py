@@ -27,9 +27,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .core import settings
+from .core import InputError, require, settings, shortened
 from .backends import png_bytes
-from .dataset import FORMATS, ParquetCell, _READERS, _digest, _file_digest, _photos_digest
+from .dataset import FORMATS, ParquetCell, _READERS, _digest, _file_digest, _photos_digest, file_of, held
 from .quadruplets import STAGES, FingerprintStage, LoadOptions, Pair, Record, Verdict, deduplicate, embedded_stages, load_record
 from .video import as_frames, replacing, write_video
 from .world import World
@@ -64,7 +64,7 @@ class FilePairs(Sequence):
             column = columns.get("id")
             found = rows[column] if column and hasattr(rows, "select") else [row.get(column) for row in rows] if column else [None] * len(rows)
             ids = [str(value) if _given(value) else f"{name}-{i:07d}" for i, value in enumerate(found)]
-            if twice := [key for key, count in Counter(ids).items() if count > 1]: raise ValueError(f"`id` has to name one row but {twice[0]!r} names {ids.count(twice[0])}.")
+            if twice := [key for key, count in Counter(ids).items() if count > 1]: raise InputError(f"`id` has to name one row but {twice[0]!r} names {ids.count(twice[0])}.")
             order = sorted(range(len(ids)), key=ids.__getitem__)
             self.rows, ids = self._select(order), [ids[i] for i in order]
         self.ids = ids
@@ -83,13 +83,13 @@ class FilePairs(Sequence):
                     dict(dataset=self.name, licence=get("licence") if _given(get("licence")) else ""))
 
     def _file(self, value):
-        if isinstance(value, dict): value = _kept_bytes(value) if value.get("bytes") else value.get("path") # a video of a `datasets.Dataset`
-        return str(self.root / value) if isinstance(value, str) and value else ""
+        data, path = held(value, self.root)
+        if data is not None: return str(file_of(data, path))
+        return str(self.root / path) if isinstance(path, str) and path else ""
 
     def _still(self, value):
-        if isinstance(value, ParquetCell): value = value.read()
-        if isinstance(value, dict): value = value.get("bytes") or value.get("path")
-        return value if isinstance(value, bytes) or value is None else str(self.root / str(value))
+        data, path = held(value, self.root)
+        return data if data is not None or not _given(path) else str(self.root / str(path))
 
     @property
     def key(self) -> str: # changes with the rows
@@ -103,21 +103,12 @@ def _in_key(value, files=_file_digest):
     if isinstance(value, np.ndarray): return [value.shape, hashlib.sha256(value.tobytes()).hexdigest()]
     return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)
 
-def _kept_bytes(value):
-    "A video that a table holds as bytes, as a file that readers of video can open."
-    folder = settings().cache_dir / "videos"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / (hashlib.sha256(value["bytes"]).hexdigest()[:32] + (Path(value.get("path") or "").suffix or ".mp4"))
-    if not path.exists():
-        with replacing(path, overwrite=True) as temporary: temporary.write_bytes(value["bytes"])
-    return str(path)
-
 # %% ../nbs/14_synthesis.ipynb #s1400009
 def _columns(names, given, where):
     found = {what: next((n for n in (given.get(what), *known) if n in names), None) for what, known in ALIASES.items()}
-    if wrong := [column for column in given.values() if column not in names]: raise ValueError(f"`columns` has to name columns of {where} but names {wrong[0]!r}; it has {', '.join(names)}.")
+    if wrong := [column for column in given.values() if column not in names]: raise InputError(f"`columns` has to name columns of {where} but names {wrong[0]!r}; it has {shortened(', '.join(names), 100)}.")
     if lacks := [what for what in ("source", "edited", "instruction") if not found[what]]:
-        raise ValueError(f"`pairs` has to have a column for {' and '.join(lacks)} ({'; '.join(', '.join(ALIASES[what]) for what in lacks)}) but {where} has {', '.join(names)}.")
+        raise InputError(f"`pairs` has to have a column for {' and '.join(lacks)} ({'; '.join(', '.join(ALIASES[what]) for what in lacks)}) but {where} has {shortened(', '.join(names), 100)}.")
     return {what: column for what, column in found.items() if column}
 
 def _clips_of_folder(folder):
@@ -149,7 +140,7 @@ def read_pairs(
         tables = sorted(p for p in path.iterdir() if p.suffix.lower() == ".parquet" and not p.name.startswith(".")) or [p for p in sorted(path.iterdir()) if p.name in {f"{stem}{end}" for stem in ("pairs", "metadata") for end in FORMATS}][:1]
         if not tables:
             rows = _clips_of_folder(path)
-            if not rows: raise ValueError(f"`pairs` has to be a folder with .parquet shards, pairs.jsonl, metadata.csv or clips named NAME-source and NAME-edited but {text!r} has none of them.")
+            if not rows: raise InputError(f"`pairs` has to be a folder with .parquet shards, pairs.jsonl, metadata.csv or clips named NAME-source and NAME-edited but {text!r} has none of them.")
             return FilePairs(rows, {c: c for c in ("id", "source", "edited", "instruction", "reference")}, root or path, path.name)
     elif path.is_file(): tables = [path]
     elif re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.\[\]%:+-]+)?", text): return _hub_pairs(text, root, columns)
@@ -157,18 +148,18 @@ def read_pairs(
     rows, names = [], []
     for table in tables:
         suffix = table.suffix.lower()
-        if suffix not in FORMATS: raise ValueError(f"`pairs` has to end in {', '.join(FORMATS)} but is {str(table)!r}.")
+        if suffix not in FORMATS: raise InputError(f"`pairs` has to end in {', '.join(FORMATS)} but is {str(table)!r}.")
         try: header, found = _READERS[suffix](table)
-        except (ValueError, csv.Error, pa.ArrowException) as error: raise ValueError(f"`pairs` has to be a readable {suffix} but {str(table)!r} is not: {' '.join(str(error).split())[:200]}.") from error
+        except (ValueError, OSError, csv.Error, pa.ArrowException) as error: raise InputError(f"`pairs` has to be a readable {suffix} but {str(table)!r} is not: {' '.join(str(error).split())[:200]}.") from error
         for i, row in enumerate(found):
-            if None in row: raise ValueError(f"`pairs` has to have as many fields in a row as in the header but row {i} of {str(table)!r} has {len(row[None])} more; text with a comma needs quotes.")
+            if None in row: raise InputError(f"`pairs` has to have as many fields in a row as in the header but row {i} of {str(table)!r} has {len(row[None])} more; text with a comma needs quotes.")
         rows, names = rows + found, list(dict.fromkeys([*names, *header]))
-    if not rows: raise ValueError(f"`pairs` has to hold at least one row but {text!r} holds none.")
+    if not rows: raise InputError(f"`pairs` has to hold at least one row but {text!r} holds none.")
     return FilePairs(rows, _columns(names, columns, repr(tables[0].name)), root or tables[0].parent, path.stem)
 
 def _hub_pairs(text, root, columns):
-    try: import datasets
-    except ImportError as error: raise ImportError("`pairs` of the hub need the package datasets: pip install 'kiwi-edit[scale]'.") from error
+    require("datasets")
+    import datasets
     name, _, split = text.partition(":")
     data = datasets.load_dataset(name, split=split or "train")
     for column, kind in data.features.items():
@@ -185,7 +176,7 @@ class WorldPairs(Sequence):
         tasks: Sequence[str] | None = None, # in turn; None draws one for each seed
         world: World | None = None, # 5 frames of 64x64 pixels when None
     ):
-        if number < 1: raise ValueError(f"`number` has to be at least 1 but is {number}.")
+        if number < 1: raise InputError(f"`number` has to be at least 1 but is {number}.")
         self.number, self.first_seed, self.tasks, self.world = number, first_seed, tuple(tasks or ()), world or World()
 
     def __len__(self): return self.number
@@ -193,7 +184,7 @@ class WorldPairs(Sequence):
     def __getitem__(self, i):
         if isinstance(i, slice):
             picked = range(self.number)[i]
-            if picked.step != 1: raise ValueError(f"`i` has to be a slice of step 1 but has step {picked.step}.")
+            if picked.step != 1: raise InputError(f"`i` has to be a slice of step 1 but has step {picked.step}.")
             turn, part = picked.start % len(self.tasks) if self.tasks else 0, copy.copy(self)
             part.number, part.first_seed, part.tasks = len(picked), self.first_seed + picked.start, self.tasks[turn:] + self.tasks[:turn]
             return part
@@ -226,12 +217,12 @@ class SynthesisOptions:
 
     def __post_init__(self):
         for name in ("shard", "batch"):
-            if getattr(self, name) < 1: raise ValueError(f"`{name}` has to be at least 1 but is {getattr(self, name)}.")
+            if getattr(self, name) < 1: raise InputError(f"`{name}` has to be at least 1 but is {getattr(self, name)}.")
         for name in ("workers", "sheets"):
-            if getattr(self, name) < 0: raise ValueError(f"`{name}` has to be at least 0 but is {getattr(self, name)}.")
+            if getattr(self, name) < 0: raise InputError(f"`{name}` has to be at least 0 but is {getattr(self, name)}.")
         for name, known in (("engine", ("local", "ray")), ("clips", ("refer", "copy"))):
-            if getattr(self, name) not in known: raise ValueError(f"`{name}` has to be {' or '.join(known)} but is {getattr(self, name)!r}.")
-        if not 0 < self.max_failures <= 1: raise ValueError(f"`max_failures` has to lie above 0 and up to 1 but is {self.max_failures}.")
+            if getattr(self, name) not in known: raise InputError(f"`{name}` has to be {' or '.join(known)} but is {getattr(self, name)!r}.")
+        if not 0 < self.max_failures <= 1: raise InputError(f"`max_failures` has to lie above 0 and up to 1 but is {self.max_failures}.")
 
 # %% ../nbs/14_synthesis.ipynb #s1400014
 def through(
@@ -407,7 +398,7 @@ def _orphans(folder):
     return [p for p in (folder / "clips").glob("*") if str(p.relative_to(folder)) not in used]
 
 # %% ../nbs/14_synthesis.ipynb #s1400022
-class StoppedRun(ValueError):
+class StoppedRun(InputError):
     "A run that had to stop; the same call goes on from what is finished."
 
 _worker = {} # of this process: its stages and what they need
@@ -424,7 +415,7 @@ def _leave_with_parent():
     os._exit(1)
 
 def _in_worker(job, pairs, sheets):
-    if "error" in _worker: raise ValueError(f"`make_stages` has to make the stages in each worker but raised {_worker['error']}")
+    if "error" in _worker: raise InputError(f"`make_stages` has to make the stages in each worker but raised {_worker['error']}")
     return job, *run_batch(pairs, _worker["stages"], _worker["options"], _worker["folder"], sheets)
 
 def _local(jobs, make_stages, options, folder):
@@ -474,14 +465,14 @@ def stage_groups(
     workers: int,
 ) -> list[tuple[int, int, Actors]]: # first stage, last one + 1, what they are given
     "Stages with actors of their own stand alone; what lies between them is joined."
-    if wrong := set(actors) - set(names): raise ValueError(f"`actors` has to name stages ({', '.join(names)}) but names {', '.join(sorted(wrong))}.")
+    if wrong := set(actors) - set(names): raise InputError(f"`actors` has to name stages ({', '.join(names)}) but names {', '.join(sorted(wrong))}.")
     cuts = sorted({0, len(names)} | {i + k for i, n in enumerate(names) if n in actors for k in (0, 1)})
     return [(a, b, actors.get(names[a]) if b == a + 1 and names[a] in actors else Actors(max(workers, 1))) for a, b in zip(cuts, cuts[1:])]
 
 def _ray(jobs, make_stages, options, folder, actors):
     "Batches on Ray Data; many machines need a folder that they share."
-    try: import ray
-    except ImportError as error: raise ImportError("`engine` ray needs the package ray: pip install 'kiwi-edit[scale]'.") from error
+    require("ray")
+    import ray
     import logging, pickle
     started = not ray.is_initialized()
     if started: ray.init(num_cpus=max(options.workers, 1) + 1 if not os.environ.get("RAY_ADDRESS") else None, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
@@ -509,13 +500,15 @@ def stage_names(make_stages: Callable) -> list[str]:
 def chat_of(
     text: str, # "openai:MODEL", "openai:MODEL@http://host:8000/v1", "gemini:MODEL", or a hub id or folder that transformers loads
     device: str = "auto",
+    extra: dict | None = None, # further parameters of the requests to a server, see `OpenAIChat`
 ):
     "The vision-language model that a word names."
     from kiwi_edit.backends import GeminiChat, OpenAIChat, TransformersChat
     kind, _, rest = text.partition(":")
     if kind == "openai" and rest:
         model, _, url = rest.partition("@")
-        return OpenAIChat(model, url or None)
+        return OpenAIChat(model, url or None, extra=extra)
+    if extra: raise InputError(f"`extra` has to be left out unless requests go to a server, openai:MODEL, but is {extra} for {text!r}.")
     if kind == "gemini" and rest: return GeminiChat(rest)
     return TransformersChat(text, device=device)
 
@@ -526,13 +519,14 @@ def model_stages(
     embedder: str | None = None, # finds doubles; hub id or folder of a DINOv2 or CLIP
     device: str = "auto",
     thresholds: dict | None = None, # "verify.quality" -> number, in place of a stage's own
+    extra: dict | None = None, # further parameters of the requests to `vlm`
 ) -> list:
     "The stages with models where they are named, and with the embedded backends where not."
     from kiwi_edit import backends as b
     stages = [*embedded_stages(), FingerprintStage()]
     by = {stage.name: stage for stage in stages}
     if vlm:
-        chat = chat_of(vlm, device)
+        chat = chat_of(vlm, device, extra)
         by["score"].backend, by["ground"].backend, by["verify"].backend = b.ChatScorer(chat), b.ChatGrounder(chat), b.ChatVerifier(chat)
     if sam: by["segment"].backend = b.SamSegmenter(sam, device=device)
     if editor: by["synthesize"].backend = editor() if callable(editor) else b.EditorSynthesizer.from_pretrained(editor, device=device)
@@ -541,7 +535,7 @@ def model_stages(
         stage, _, score = name.partition(".")
         attribute = score if score in ("consistency", "quality") else dict(edit="threshold", confidence="threshold", area="smallest").get(score, score)
         if stage not in by or not hasattr(by[stage], attribute):
-            raise ValueError(f"`thresholds` has to name score.edit, ground.confidence, segment.area, segment.largest, verify.consistency or verify.quality but names {name!r}.")
+            raise InputError(f"`thresholds` has to name score.edit, ground.confidence, segment.area, segment.largest, verify.consistency or verify.quality but names {name!r}.")
         setattr(by[stage], attribute, float(least))
     return stages
 
@@ -611,7 +605,7 @@ def _settings_of(pairs, make_stages, options):
 def _in_order(pairs):
     if isinstance(pairs, (FilePairs, WorldPairs)): return pairs
     pairs = sorted(pairs, key=lambda p: p.id)
-    if twice := [a.id for a, b in zip(pairs, pairs[1:]) if a.id == b.id]: raise ValueError(f"`pairs` have to have ids of their own but {twice[0]!r} names two.")
+    if twice := [a.id for a, b in zip(pairs, pairs[1:]) if a.id == b.id]: raise InputError(f"`pairs` have to have ids of their own but {twice[0]!r} names two.")
     return pairs
 
 def synthesize(
@@ -625,7 +619,7 @@ def synthesize(
 ) -> Synthesis:
     "Quadruplets from pairs: parquet shards, a data card and a report in a folder. A run that was stopped goes on where it was."
     pairs = _in_order(read_pairs(pairs) if isinstance(pairs, (str, Path)) else pairs)
-    if not len(pairs): raise ValueError("`pairs` has to hold at least one pair but is empty.")
+    if not len(pairs): raise InputError("`pairs` has to hold at least one pair but is empty.")
     folder, wanted = Path(out).expanduser(), _settings_of(pairs, make_stages, options)
     key = _digest(wanted)
     _claim(folder, key, overwrite)
@@ -716,7 +710,7 @@ def inspect_folder(
     said, found = (folder / "SHA256SUMS").read_text(), _sums(folder)
     if said != found:
         wrong = sorted({line.split("  ")[1] for line in set(said.splitlines()) ^ set(found.splitlines())})
-        raise ValueError(f"`folder` has to hold what SHA256SUMS says but {', '.join(wrong)} differs.")
+        raise InputError(f"`folder` has to hold what SHA256SUMS says but {', '.join(wrong)} differs.")
     return _read_rows(folder)
 
 # %% ../nbs/14_synthesis.ipynb #s1400030

@@ -39,7 +39,7 @@ from tqdm.auto import tqdm
 
 from .cache import Batch, Batches, LatentCache, OnlineRows, RowSettings, build_cache
 from .checkpoints import load_any, merge_lora, save_fast
-from .core import asset, choose_device, multiplies_bfloat16, preset as get_preset
+from .core import InputError, MissingPackage, asset, choose_device, multiplies_bfloat16, preset as get_preset
 from .curriculum import PARTS, STAGES, Loss, Stage, estimate, find_stage, select
 from .dataset import MetadataDataset, WorldDataset
 from .encoder import REFERENCE_SUFFIX, EncoderInputs, KiwiProcessor, collate_inputs, encode_context, make_tokenizer, prepare_sample
@@ -47,7 +47,7 @@ from .foundations import Description, Reconstruction, autoencoder_batch, descrip
 from .guidance import EditCache, denoise, rounded_sigma
 from .latents import encode_frames, fast_layers, latent_statistics
 from .pipeline import KiwiEditPipeline, fit_reference
-from .video import replacing, save_film_strip
+from .video import as_frames, replacing, save_film_strip
 from .world import EVAL_SEED, TASKS, World
 
 # %% ../nbs/31_training.ipynb #2019ef05
@@ -82,11 +82,11 @@ def draw_noise_levels(
     else:
         if options.sampling == "uniform": uniform = (rng.permutation(size) + rng.random(size)) / size
         elif options.sampling == "logit_normal": uniform = 1 / (1 + np.exp(-rng.standard_normal(size)))
-        else: raise ValueError(f"`options.sampling` has to be 'table', 'uniform' or 'logit_normal' but is {options.sampling!r}.")
+        else: raise InputError(f"`options.sampling` has to be 'table', 'uniform' or 'logit_normal' but is {options.sampling!r}.")
         sigma = torch.from_numpy(_shifted(uniform, shift)).float()
     if round_timestep: sigma = rounded_sigma(1000 * sigma, timesteps, sigmas)
     if options.weighting == "none": return sigma, torch.ones(size)
-    if options.weighting != "gaussian": raise ValueError(f"`options.weighting` has to be 'none' or 'gaussian' but is {options.weighting!r}.")
+    if options.weighting != "gaussian": raise InputError(f"`options.weighting` has to be 'none' or 'gaussian' but is {options.weighting!r}.")
     lowest = _bell(timesteps).min()
     return sigma, (_bell(1000 * sigma) - lowest) * (len(sigmas) / (_bell(timesteps) - lowest).sum())
 
@@ -115,7 +115,7 @@ def draw_noise(
 ) -> Dice: # on the CPU
     "Noise and noise levels of a step, the same however its batch is split."
     if len(indices) != len(batch.target) or not all(0 <= i < size for i in indices):
-        raise ValueError(f"`indices` has to hold {len(batch.target)} places below {size} but is {list(indices)}.")
+        raise InputError(f"`indices` has to hold {len(batch.target)} places below {size} but is {list(indices)}.")
     levels = draw_noise_levels(options, size, np.random.default_rng((seed, 31, step, 0)), shift, round_timestep)
     own = [np.random.default_rng((seed, 31, step, 1 + i)) for i in indices]
     noise = torch.stack([torch.from_numpy(rng.standard_normal(batch.target.shape[1:], np.float32)) for rng in own])
@@ -175,7 +175,7 @@ def metric_factor(
     share: float, # 0 the plain squared error, 1 the decoder's view alone
 ) -> torch.Tensor: # (z, z) float32
     "F with F F^T = (1 - share) I + share G / mean(diag G)."
-    if not 0 <= share <= 1: raise ValueError(f"`share` has to lie in 0..1 but is {share}.")
+    if not 0 <= share <= 1: raise InputError(f"`share` has to lie in 0..1 but is {share}.")
     eye = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
     values, vectors = torch.linalg.eigh((1 - share) * eye + share * gram.double() / gram.diagonal().double().mean())
     return (vectors * values.clamp(min=0).sqrt()).float()
@@ -249,7 +249,7 @@ class FlowMatching(torch.nn.Module):
         shift: float = 5., # as the scheduler's, of a walk whose end is the target
     ):
         super().__init__()
-        if options.pixel_metric and gram is None: raise ValueError(f"`gram` has to be given for a `pixel_metric` of {options.pixel_metric} but is None.")
+        if options.pixel_metric and gram is None: raise InputError(f"`gram` has to be given for a `pixel_metric` of {options.pixel_metric} but is None.")
         self.mllm, self.guidance, self.transformer = pipe.mllm, pipe.guidance, pipe.transformer
         self.balance, self.source, self.autocast, self.rectify, self.shift = options.balance, source, autocast, options.rectify, shift
         self.register_buffer("factor", metric_factor(gram, options.pixel_metric) if options.pixel_metric else None, persistent=False)
@@ -295,8 +295,8 @@ class Optimizers:
         weight_decay: float = .01,
         lr_scales: dict | None = None, # part -> factor on lr
     ):
-        if kind not in ("muon", "adamw"): raise ValueError(f"`kind` has to be 'muon' or 'adamw' but is {kind!r}.")
-        if kind == "muon" and not hasattr(torch.optim, "Muon"): raise ValueError(f"`kind` 'muon' needs torch 2.9 or newer but torch is {torch.__version__}; take 'adamw'.")
+        if kind not in ("muon", "adamw"): raise InputError(f"`kind` has to be 'muon' or 'adamw' but is {kind!r}.")
+        if kind == "muon" and not hasattr(torch.optim, "Muon"): raise InputError(f"`kind` 'muon' needs torch 2.9 or newer but torch is {torch.__version__}; take 'adamw'.")
         self.lr, self.flat, scales = lr, [], lr_scales or {}
         matrices, others = defaultdict(list), defaultdict(list)
         for name, p in model.named_parameters():
@@ -338,7 +338,7 @@ class Optimizers:
     def check(self, tensors: dict):
         "Raise where `state` was given by another kind of optimiser."
         theirs, ours = "muon" if any(name.endswith(".momentum_buffer") for name in tensors) else "adamw", "muon" if self.flat else "adamw"
-        if theirs != ours: raise ValueError(f"`optimizer` has to be {theirs!r}, which the checkpoint's moments are of, but is {ours!r}.")
+        if theirs != ours: raise InputError(f"`optimizer` has to be {theirs!r}, which the checkpoint's moments are of, but is {ours!r}.")
 
     def load_state(self, tensors: dict):
         "Take over what `state` gave."
@@ -420,7 +420,7 @@ def learning_rate(
     lr_dip: bool = False, # a third of it in the first five steps, as the official trainer does unasked
 ) -> float: # factor on the peak rate
     "Linear warm-up, then a cosine or nothing."
-    if schedule not in ("cosine", "constant"): raise ValueError(f"`schedule` has to be 'cosine' or 'constant' but is {schedule!r}.")
+    if schedule not in ("cosine", "constant"): raise InputError(f"`schedule` has to be 'cosine' or 'constant' but is {schedule!r}.")
     if progress < warmup: factor = (progress + 1e-3) / (warmup + 1e-3)
     elif schedule == "constant": factor = 1.
     else: factor = floor + (1 - floor) * .5 * (1 + math.cos(math.pi * min((progress - warmup) / (1 - warmup), 1)))
@@ -445,7 +445,7 @@ def save_checkpoint(
     write: bool = True, # False in all but the first of several processes, which take part in gathering shards
 ):
     "Write a checkpoint so that a kill at any moment leaves all the older ones whole."
-    if keep < 1: raise ValueError(f"`keep` has to be at least 1 but is {keep}.")
+    if keep < 1: raise InputError(f"`keep` has to be at least 1 but is {keep}.")
     whole = {name: {} for name in files}
     for name, tensors in files.items():
         for key, value in tensors.items():
@@ -476,7 +476,7 @@ def load_checkpoint(
         except (OSError, ValueError, KeyError) as error: broken = [f"state.json ({error})"]
         if not broken: return {file.stem: load_file(file) for file in path.glob("*.safetensors")}, state
         logger.warning("%s is damaged (%s); the checkpoint before it is tried.", path.name, ", ".join(broken))
-    if found := checkpoints(folder): raise ValueError(f"`folder` holds {len(found)} checkpoints of which none is whole: {folder}. Move them away to start afresh.")
+    if found := checkpoints(folder): raise InputError(f"`folder` holds {len(found)} checkpoints of which none is whole: {folder}. Move them away to start afresh.")
     return None, None
 
 # %% ../nbs/31_training.ipynb #a95857b3
@@ -560,7 +560,7 @@ def make_accelerator(
     sharded = any(os.environ.get(f"ACCELERATE_USE_{kind}", "false") == "true" for kind in ("FSDP", "DEEPSPEED"))
     handlers = [] if sharded else [DistributedDataParallelKwargs(find_unused_parameters=True)]  # a batch uses the queries of its mode only
     accelerator = Accelerator(cpu=where.type == "cpu", gradient_accumulation_steps=accumulation, log_with=list(trackers) or None, project_dir=folder, kwargs_handlers=handlers)
-    if len(accelerator.log_with) < len(trackers): raise ImportError(f"`trackers` have to be installed but of {', '.join(trackers)} only {', '.join(map(str, accelerator.log_with)) or 'none'} is.")
+    if len(accelerator.log_with) < len(trackers): raise MissingPackage(f"`trackers` have to be installed but of {', '.join(trackers)} only {', '.join(map(str, accelerator.log_with)) or 'none'} is.")
     if trackers: accelerator.init_trackers("kiwi-edit")
     return accelerator
 
@@ -606,9 +606,9 @@ def fit(
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     accelerator = accelerator or make_accelerator(stage.accumulation, trackers=trackers, folder=folder)
     fsdp, zero = (accelerator.distributed_type == kind for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED))
-    if (fsdp or zero) and stage.optimizer == "muon": raise ValueError("`stage.optimizer` has to be 'adamw' where weights are sharded but is 'muon', which needs whole matrices.")
-    if fsdp and not accelerator.is_fsdp2: raise ValueError("`fsdp_version` of Accelerate has to be 2, whose shards checkpoints gather, but is 1; assets/accelerate/fsdp2.yaml asks for it.")
-    if zero and stage.ema and accelerator.state.deepspeed_plugin.zero_stage == 3: raise ValueError(f"`stage.ema` has to be 0 under DeepSpeed ZeRO-3, which shares out the weights, but is {stage.ema}.")
+    if (fsdp or zero) and stage.optimizer == "muon": raise InputError("`stage.optimizer` has to be 'adamw' where weights are sharded but is 'muon', which needs whole matrices.")
+    if fsdp and not accelerator.is_fsdp2: raise InputError("`fsdp_version` of Accelerate has to be 2, whose shards checkpoints gather, but is 1; assets/accelerate/fsdp2.yaml asks for it.")
+    if zero and stage.ema and accelerator.state.deepspeed_plugin.zero_stage == 3: raise InputError(f"`stage.ema` has to be 0 under DeepSpeed ZeRO-3, which shares out the weights, but is {stage.ema}.")
     device, main, parts = accelerator.device, accelerator.is_main_process, accelerator.num_processes
     model.to(device)
     optimizers = (ZeroOptimizers if zero else Optimizers)(model, stage.lr, stage.optimizer, stage.weight_decay, stage.lr_scales)
@@ -616,7 +616,7 @@ def fit(
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if state:
         theirs, ours = ({(name, tuple(p.shape)) for name, p in found.items()} for found in (files["weights"], trained))
-        if theirs != ours: raise ValueError(f"`folder` holds other parameters than this stage trains: {sorted({name for name, _ in theirs ^ ours})[:5]} in {folder}.")
+        if theirs != ours: raise InputError(f"`folder` holds other parameters than this stage trains: {sorted({name for name, _ in theirs ^ ours})[:5]} in {folder}.")
         with torch.no_grad():
             for name, p in trained.items(): p.copy_(files["weights"][name])
     if zero: wrapped = optimizers.prepare(accelerator, model, stage)
@@ -719,8 +719,8 @@ def validation_strip(
         task = tasks[i % len(tasks)]
         sample = world.sample(EVAL_SEED + 500_000 + i, task)
         reference = None if sample.reference is None else PIL.Image.fromarray(sample.reference)
-        frames = pipe(sample.instruction, video=list(map(PIL.Image.fromarray, sample.source)), reference=reference, num_inference_steps=steps,
-                      generator=torch.Generator().manual_seed(0), output_type="np").frames[0]
+        frames = as_frames(pipe(sample.instruction, video=list(map(PIL.Image.fromarray, sample.source)), reference=reference, num_inference_steps=steps,
+                                generator=torch.Generator().manual_seed(0)).frames[0])
         output, mask = np.asarray(frames, np.float32), sample.mask[..., None]
         error, change = (((clip.astype(np.float32) - sample.target) * mask) ** 2 for clip in (output, sample.source))
         done[task].append(float(1 - error.sum() / max(change.sum(), 1)))
@@ -801,7 +801,7 @@ def stage_data(
     if stage.buckets:
         return {f"{i}-{bucket.name}": (WorldDataset(bucket.tasks, bucket.num_frames, bucket.height, bucket.width, bucket.samples, stage.first_seed + 20_000 * i), RowSettings(batch=16))
                 for i, bucket in enumerate(stage.buckets)}
-    if set(data or ()) != set(stage.mix): raise ValueError(f"`data` has to name a metadata file for {', '.join(stage.mix) or 'nothing'} of stage {stage.name!r} but names {', '.join(data or ()) or 'none'}.")
+    if set(data or ()) != set(stage.mix): raise InputError(f"`data` has to name a metadata file for {', '.join(stage.mix) or 'nothing'} of stage {stage.name!r} but names {', '.join(data or ()) or 'none'}.")
     return {mode: (MetadataDataset(data[mode], num_frames=1 if mode == "image" else stage.num_frames, max_pixels=stage.max_pixels, factor=factor, crop_reference=stage.crop_reference),
                    RowSettings(dtype=stage.dtype, shrink=(.7, 1.))) for mode in stage.mix}
 
@@ -926,14 +926,14 @@ def train(
     "Run one stage on the model in `folder`, continuing where a stopped run left off."
     stage = find_stage("tiny", stage) if isinstance(stage, str) else stage
     stage = replace(stage, minutes=minutes or (stage.minutes if steps is None else None), steps=steps or stage.steps)
-    if stage.steps is None: raise ValueError(f"`steps` has to be given for stage {stage.name!r}, whose recipe does not say, but is None.")
+    if stage.steps is None: raise InputError(f"`steps` has to be given for stage {stage.name!r}, whose recipe does not say, but is None.")
     folder = Path(folder); home, made = folder / stage.name, find_stages(folder)
     if stage.name in made:
         if made[stage.name]["step"] >= stage.steps or stage.minutes and made[stage.name]["seconds"] >= 60 * stage.minutes: return made[stage.name]
         if stage.name != (last := list(made)[-1]):
-            raise ValueError(f"`stage` has to be {last!r}, which made the model in {str(folder)!r} last, to be trained further there, but is {stage.name!r}, whose checkpoint would undo what came after it. "
+            raise InputError(f"`stage` has to be {last!r}, which made the model in {str(folder)!r} last, to be trained further there, but is {stage.name!r}, whose checkpoint would undo what came after it. "
                              f"Train it in another folder, with `start` {str(folder / 'model')!r}.")
-        if stage.lora: raise ValueError(f"`folder` has to hold a model without stage {stage.name!r}, whose LoRA layers are merged when it ends, but {str(folder)!r} holds one with it.")
+        if stage.lora: raise InputError(f"`folder` has to hold a model without stage {stage.name!r}, whose LoRA layers are merged when it ends, but {str(folder)!r} holds one with it.")
     if stage.mix: stage_data(stage, data)  # what is wrong with its tables is said before anything is loaded
     accelerator = make_accelerator(stage.accumulation, device, trackers, home)
     begin, progress = find_model(folder) or start, progress and accelerator.is_main_process

@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
+from .core import InputError
+
 # %% ../nbs/10_world.ipynb #25ffa462
 def _circle(u, v): return np.hypot(u, v) - .9
 def _ring(u, v): return np.abs(np.hypot(u, v) - .62) - .28
@@ -388,8 +390,8 @@ class Difficulty:
     reference_change: float = 1.   # 0: the reference is a straight frontal view
 
     def __post_init__(self):
-        if self.max_objects < 1: raise ValueError(f"`max_objects` has to be at least 1 but is {self.max_objects}.")
-        if not 0 <= self.motion <= 4 / 3: raise ValueError(f"`motion` has to be from 0 to 4/3 but is {self.motion}.")
+        if self.max_objects < 1: raise InputError(f"`max_objects` has to be at least 1 but is {self.max_objects}.")
+        if not 0 <= self.motion <= 4 / 3: raise InputError(f"`motion` has to be from 0 to 4/3 but is {self.motion}.")
 
 DIFFICULTIES = dict(full=Difficulty(), easy=Difficulty(max_objects=2, photo_backgrounds=.3, photo_objects=.2, motion=.5, occlusion=False, reference_change=.3))
 
@@ -404,11 +406,11 @@ class World:
         split: str = "train", # "train" or "eval": which photographs, wordings and shape-texture pairs
         difficulty: str | Difficulty = "full",
     ):
-        if split not in ("train", "eval"): raise ValueError(f"`split` has to be 'train' or 'eval' but is {split!r}.")
+        if split not in ("train", "eval"): raise InputError(f"`split` has to be 'train' or 'eval' but is {split!r}.")
         if isinstance(difficulty, str) and difficulty not in DIFFICULTIES:
-            raise ValueError(f"`difficulty` has to be one of {sorted(DIFFICULTIES)} or a `Difficulty` but is {difficulty!r}.")
+            raise InputError(f"`difficulty` has to be one of {sorted(DIFFICULTIES)} or a `Difficulty` but is {difficulty!r}.")
         if min(height, width) < 16 or num_frames < 1:
-            raise ValueError(f"`height` and `width` have to be 16 or more and `num_frames` 1 or more but are {height}, {width} and {num_frames}.")
+            raise InputError(f"`height` and `width` have to be 16 or more and `num_frames` 1 or more but are {height}, {width} and {num_frames}.")
         self.height, self.width, self.num_frames, self.split = height, width, num_frames, split
         self.difficulty_name = difficulty if isinstance(difficulty, str) else "custom"
         self.difficulty = DIFFICULTIES[difficulty] if isinstance(difficulty, str) else difficulty
@@ -492,9 +494,9 @@ class World:
     ) -> Quadruplet:
         "The quadruplet of a seed."
         if (seed >= EVAL_SEED) != (self.split == "eval"):
-            raise ValueError(f"`seed` has to be {'at least' if self.split == 'eval' else 'below'} {EVAL_SEED} for the {self.split} split but is {seed}.")
+            raise InputError(f"`seed` has to be {'at least' if self.split == 'eval' else 'below'} {EVAL_SEED} for the {self.split} split but is {seed}.")
         if task is None: task = TASKS[np.random.default_rng((seed, 7)).integers(6)]
-        if task not in TASKS: raise ValueError(f"`task` has to be one of {TASKS} but is {task!r}.")
+        if task not in TASKS: raise InputError(f"`task` has to be one of {TASKS} but is {task!r}.")
         scene = self._scene(np.random.default_rng((seed, 1)), seed)
         words, rng = np.random.default_rng((seed, 2)), np.random.default_rng((seed, 3, edit))
         frames = 1 if task in ("isolate", "plate") else self.num_frames

@@ -11,6 +11,7 @@ from kiwi_edit.core import preset
 from kiwi_edit.encoder import make_tokenizer
 from kiwi_edit.guidance import KiwiAttnProcessor, attend, find_wan
 from kiwi_edit.pipeline import KiwiEditPipeline
+from kiwi_edit.video import as_frames
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ RED, BLUE = Image.new("RGB", (20, 30), "red"), Image.new("RGB", (30, 20), "blue"
 
 
 def run(pipe, clip, reference=RED, **options):
-    return pipe("make it snow", video=clip, reference=reference, num_inference_steps=2, generator=torch.Generator().manual_seed(0), **options).frames[0]
+    return as_frames(pipe("make it snow", video=clip, reference=reference, num_inference_steps=2, generator=torch.Generator().manual_seed(0), **options).frames[0])
 
 
 def test_shares_are_those_of_attention_itself():

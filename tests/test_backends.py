@@ -149,9 +149,30 @@ def test_parse_json(text, value): assert parse_json(text) == value
 def test_parse_json_says_what_is_wrong(text, why):
     with pytest.raises(ValueError, match=why): parse_json(text)
 
-@pytest.mark.parametrize("text", ['{"score": 0}', '{"score": 11}', '{"score": 7.5}', '{"score": "7"}', '{"score": true}', '{"score": null}', '{"points": 7}'])
+@pytest.mark.parametrize("text", ['{"score": 0}', '{"score": 11}', '{"score": 7.5}', '{"score": "7.5"}', '{"score": "seven"}', '{"score": "7/5"}', '{"score": [7]}', '{"score": true}', '{"score": null}', '{"points": 7}'])
 def test_scores_are_integers_in_range(text):
     with pytest.raises(ValueError, match="score"): read_score(text)
+
+@pytest.mark.parametrize("said", ["7", "7.0", '"7"', '" 7.0 "', '"7/10"', '"7 out of 10"'])
+def test_scores_are_read_as_models_write_them(said):
+    score = read_score('{"score": %s}' % said)
+    assert score == 7 and type(score) is int
+
+def test_numbers_of_boxes_are_read_as_models_write_them():
+    found = read_grounding('{"task": "add", "subject": "hat", "boxes": [["0", "100", 200.0, 300, "400.0"]]}', [0], 1)
+    assert np.allclose(found.boxes, [[.1, .2, .3, .4]])
+
+THINKING = [("<think>", "</think>"), ("<thinking>", "</thinking>"), ("<Thought>", "</Thought>"), ("<reasoning effort='high'>", "</reasoning >"), ("<seed:think>", "</seed:think>"),
+            ("[THINK]", "[/THINK]"), ("◁think▷", "◁/think▷"), ("<|begin_of_thought|>", "<|end_of_thought|>"), ("<|START_THINKING|>", "<|END_THINKING|>"),
+            ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"), ("<unused94>thought", "<unused95>"), ("&lt;think&gt;", "&lt;/think&gt;")]
+
+@pytest.mark.parametrize("opening, closing", THINKING)
+def test_thoughts_are_no_answer(opening, closing):
+    draft, answer = 'The form is {"score": 1}.', '{"score": 7}'
+    for text in (f"{opening}{draft}{closing}{answer}", f"{draft}\n{closing}\n{answer}", f"{opening}{draft}{closing}\n{answer}\n{opening}{draft}{closing}", f"{opening}{draft}{closing}{draft}{closing}{answer}"):
+        assert read_score(text) == 7
+    for text in (f"{opening}{draft}", f"{opening}{draft}{closing}{opening}{draft}", f"{answer}{opening}"):
+        with pytest.raises(ValueError, match="cut off"): read_score(text)
 
 def test_import_is_light():
     code = "import kiwi_edit.backends, sys; print([m for m in ('torch', 'transformers', 'diffusers', 'openai', 'google.genai') if m in sys.modules])"
@@ -292,6 +313,82 @@ def test_an_echoed_key_is_cut_out(serve):
     chat, server = serve("x" * 190 + KEY, f"{KEY} is what you sent", tries=2)
     exchange, = chat.ask([ASK])
     assert KEY not in str(exchange) and not any(KEY[:n] in str(exchange) for n in range(6, len(KEY))) and "***" in exchange.attempts[1].text
+
+def test_a_word_in_brackets_within_an_answer_is_no_thought():
+    assert parse_json('{"score": 3, "why": "a <reflection> in the water is missing"}') == dict(score=3, why="a <reflection> in the water is missing")
+
+
+def test_a_cut_reply_is_no_answer_whatever_it_holds(serve):
+    draft = 'The form is {"score": 5}. Let me look again'
+    chat, server = serve(openai_reply(draft, "length") if serve.openai else gemini_reply(draft, "MAX_TOKENS"), '{"score": 7}')
+    exchange, = chat.ask([ASK])
+    assert exchange.answer == 7 and [a.text for a in exchange.attempts] == [draft, '{"score": 7}']
+
+@pytest.mark.parametrize("key", ["0", "1", "e", "EMPTY", "none"])
+def test_what_is_no_secret_is_not_taken_out(serve, key):
+    chat, server = serve('{"score": 10, "note": "none, EMPTY"}')
+    chat._key = key
+    exchange, = chat.ask([ASK])
+    assert exchange.answer == 10 and exchange.attempts[0].text == '{"score": 10, "note": "none, EMPTY"}'
+
+def test_a_key_is_taken_out_of_what_is_kept_and_not_of_what_is_read(serve):
+    chat, server = serve(f'{{"score": 10, "note": "{KEY}"}}')
+    heard = []
+    scores, words = chat.ask([replace(ASK, read=lambda text: heard.append(text) or read_score(text)), replace(ASK, read=str)])
+    assert KEY in heard[0] and scores.answer == 10 and KEY not in str(scores) + str(words)
+
+def one_chat(*replies, **options):
+    server = Server(openai_reply, replies)
+    return OpenAIChat("x", f"http://127.0.0.1:{server.server_port}/v1", "k", retry=Retry(2, sleep=lambda s: None), concurrency=1, **options), server
+
+@pytest.mark.parametrize("content, answer", [
+    ([dict(type="text", text='{"score":'), dict(type="text", text=" 7}")], 7), ([dict(type="output_text", text='{"score": 7}')], 7), (['{"score": 7}'], 7), (dict(type="text", text='{"score": 7}'), 7),
+    ([dict(type="thinking", thinking=[dict(type="text", text='{"score": 1}')]), dict(type="text", text='{"score": 7}')], 7),
+    ([], "rubbish"), ([None], "rubbish"), (7, "rubbish"), ([dict(type="text", text=None)], "rubbish"), ([dict(type="image_url")], "rubbish")])
+def test_content_may_be_parts(content, answer):
+    chat, server = one_chat(openai_reply(content))
+    found = chat.answer([ASK])[0]
+    server.shutdown(); server.server_close()
+    assert found == 7 if answer == 7 else str(found).startswith(answer)
+
+@pytest.mark.parametrize("choices", [[None], [{}], [dict(message=None)], [dict(message={}, finish_reason="stop")], "abc", [dict(message="words", finish_reason="stop")], 5])
+def test_a_reply_without_its_parts_is_rubbish(choices):
+    chat, server = one_chat((200, dict(id="1", object="chat.completion", choices=choices), {}))
+    found = str(chat.answer([ASK])[0])
+    server.shutdown(); server.server_close()
+    assert found.startswith("rubbish: ")
+
+def picky(*names, status=400):
+    "A server that refuses some parameters."
+    def reply(body):
+        wrong = next((name for name in names if name in body), None)
+        if wrong is None: return openai_reply('{"score": 7}')
+        if status == 422: return 422, dict(detail=[dict(type="extra_forbidden", loc=["body", wrong], msg="Extra inputs are not permitted")]), {}
+        return 400, dict(error=dict(message=f"Unsupported parameter: '{wrong}' is not supported with this model.", param=wrong, code="unsupported_parameter")), {}
+    return reply
+
+@pytest.mark.parametrize("status", [400, 422])
+@pytest.mark.parametrize("refused, sent", [(("max_tokens",), {"max_completion_tokens", "temperature"}), (("temperature",), {"max_tokens"}), (("max_tokens", "temperature"), {"max_completion_tokens"})])
+def test_of_a_refused_parameter_the_other_spelling_is_tried_once_and_remembered(refused, sent, status):
+    chat, server = one_chat(picky(*refused, status=status))
+    assert chat.answer([ASK, ASK]) == [7, 7] and len(server.asked) == len(refused) + 2
+    server.shutdown(); server.server_close()
+    assert set(server.asked[-1][2]) - {"model", "messages"} == sent
+
+def test_a_parameter_refused_in_both_spellings_is_said():
+    chat, server = one_chat(picky("max_tokens", "max_completion_tokens"))
+    found = str(chat.answer([ASK])[0])
+    assert found.startswith("endpoint: 400") and "max_completion_tokens" in found and len(server.asked) == 2
+    chat.extra = dict(max_completion_tokens=9)
+    assert str(chat.answer([ASK])[0]).startswith("endpoint: 400") and len(server.asked) == 4
+    server.shutdown(); server.server_close()
+
+def test_parameters_that_the_client_does_not_know_travel_too():
+    chat, server = one_chat('{"score": 7}', extra=dict(top_k=1, max_completion_tokens=99, temperature=None, extra_body=dict(min_p=.1)))
+    assert chat.answer([ASK]) == [7]
+    body = server.asked[0][2]
+    server.shutdown(); server.server_close()
+    assert (body["top_k"], body["min_p"], body["max_completion_tokens"]) == (1, .1, 99) and not {"max_tokens", "temperature"} & set(body)
 
 def test_cut_replies_get_more_room(serve):
     cut = openai_reply('{"sco', "length") if serve.openai else gemini_reply('{"sco', "MAX_TOKENS")

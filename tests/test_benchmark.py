@@ -15,6 +15,7 @@ from kiwi_edit.core import asset, preset
 from kiwi_edit.encoder import make_tokenizer
 from kiwi_edit.metrics import nearest, squared_error
 from kiwi_edit.pipeline import KiwiEditPipeline
+from kiwi_edit.video import as_frames
 from kiwi_edit.world import EVAL_SEED, World
 
 WORLD = World(32, 32, split="eval")
@@ -253,7 +254,7 @@ def test_frames_alone_are_the_pipelines_own(pipe):
     sample = WORLD.sample(EVAL_SEED, "add")
     output, = FrameByFrame(pipe).edit_samples([sample], 1)
     for frame, edited in zip(sample.source, output):
-        alone = pipe(sample.instruction, frame[None], num_inference_steps=1, generator=torch.Generator().manual_seed(EVAL_SEED)).frames[0]
+        alone = as_frames(pipe(sample.instruction, frame[None], num_inference_steps=1, generator=torch.Generator().manual_seed(EVAL_SEED)).frames[0])
         assert np.abs(alone[0].astype(int) - edited).max() <= 2
 
 

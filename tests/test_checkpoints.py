@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from kiwi_edit import checkpoints
-from kiwi_edit.checkpoints import convert, fast_variant, load_any, load_official, load_trainer_checkpoint, open_weights, save_fast, stored_dtype
+from kiwi_edit.checkpoints import convert, fast_variant, load_any, load_official, load_trainer_checkpoint, load_transformer, native_wan_name, open_weights, save_fast, stored_dtype
 from kiwi_edit.core import asset
 from kiwi_edit.pipeline import KiwiEditPipeline, decode_latents, in_tiles, latent_statistics
 from kiwi_edit.world import EVAL_SEED, World
@@ -36,7 +36,7 @@ def edit(pipe, family="wan22", name="video", steps=2):
     case, facts = load_file(GOLDEN / family / f"cases/{name}.safetensors"), FACTS[family]["cases"][name]
     references = [Image.fromarray(case[key].numpy()) for key in sorted(case) if key.startswith("ref_image")]
     pipe.set_progress_bar_config(disable=True)
-    return pipe(facts["prompt"], case["src_frames"].numpy(), references or None, num_inference_steps=steps, generator=torch.Generator().manual_seed(0)).frames[0]
+    return pipe(facts["prompt"], case["src_frames"].numpy(), references or None, num_inference_steps=steps, generator=torch.Generator().manual_seed(0), output_type="np").frames[0]
 
 
 @cache
@@ -73,7 +73,7 @@ def test_tiny_goes_to_the_trainer_and_back(tmp_path):
     sample = World(split="eval").sample(EVAL_SEED, "subject")
     def run(pipe):
         pipe.set_progress_bar_config(disable=True)
-        return pipe(sample.instruction, sample.source, Image.fromarray(sample.reference), num_inference_steps=2, generator=torch.Generator().manual_seed(0)).frames[0]
+        return pipe(sample.instruction, sample.source, Image.fromarray(sample.reference), num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").frames[0]
     there = convert("kiwi-edit-tiny", tmp_path / "trainer", "trainer")
     back = convert(there, tmp_path / "kit", "kit")
     before = run(KiwiEditPipeline.from_pretrained("kiwi-edit-tiny"))
@@ -376,3 +376,65 @@ def test_few_step_weights_are_added_to_those_they_were_trained_beside(tmp_path, 
     assert not (convert(tmp_path / "model", tmp_path / "other", "kit") / "fast").exists()
     save_fast({"blocks.99.attn1.to_q.lora_A.weight": A, "blocks.99.attn1.to_q.lora_B.weight": B}, tmp_path / "model", 2)
     with pytest.raises(ValueError, match=r"`fast` has to hold layers of the denoiser but holds .*blocks.99"): KiwiEditPipeline.from_pretrained(tmp_path / "model", fast=True)
+
+
+# number formats and variants
+
+
+@pytest.fixture(scope="module")
+def two_formats(tmp_path_factory):
+    "The tiny model with plain files and files of half the size, told apart by a bias; in the encoder's folder these are shards."
+    folder = tmp_path_factory.mktemp("variant") / "model"
+    KiwiEditPipeline.from_pretrained("kiwi-edit-tiny").save_pretrained(folder)
+    for part, name, wanted in (("transformer", "diffusion_pytorch_model", "proj_out.bias"), ("vae", "diffusion_pytorch_model", "post_quant_conv.bias"), ("mllm", "model", None)):
+        half = {key: (value + 1 if key == wanted else value).half() for key, value in load_file(folder / part / f"{name}.safetensors").items()}
+        if part != "mllm": save_file(half, folder / part / f"{name}.fp16.safetensors")
+        else:
+            keys, files = sorted(half), [f"{name}.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
+            for i, file in enumerate(files): save_file({key: half[key] for key in keys[i::2]}, folder / part / file)
+            (folder / part / f"{name}.safetensors.index.fp16.json").write_text(json.dumps(dict(metadata={}, weight_map={key: files[i % 2] for i, key in enumerate(keys)})))
+    return folder
+
+
+def test_of_several_variants_one_is_read(two_formats):
+    plain, half = KiwiEditPipeline.from_pretrained(two_formats), KiwiEditPipeline.from_pretrained(two_formats, variant="fp16")
+    for part, name in (("transformer", "proj_out.bias"), ("vae", "post_quant_conv.bias")):
+        assert torch.allclose(getattr(half, part).state_dict()[name], getattr(plain, part).state_dict()[name] + 1, atol=2e-3), part
+    assert half.dtype == plain.dtype == torch.float32 and torch.equal(half.guidance.image_queries, plain.guidance.image_queries)  # which has no other files
+    assert KiwiEditPipeline.from_pretrained(two_formats, variant="fp16", torch_dtype="auto").transformer.dtype == torch.float16
+    with pytest.raises(FileNotFoundError, match="`variant` has to be one that files of the model have but is 'bf16'"): KiwiEditPipeline.from_pretrained(two_formats, variant="bf16")
+    (two_formats / "mllm/model.fp16-00002-of-00002.safetensors").rename(two_formats / "away")
+    with pytest.raises(FileNotFoundError, match="model.fp16-00002-of-00002.safetensors"): KiwiEditPipeline.from_pretrained(two_formats, variant="fp16")
+    (two_formats / "away").rename(two_formats / "mllm/model.fp16-00002-of-00002.safetensors")
+
+
+def test_number_formats_are_named_as_in_diffusers():
+    load = lambda torch_dtype: KiwiEditPipeline.from_pretrained("kiwi-edit-tiny", torch_dtype=torch_dtype)
+    stored = stored_dtype("kiwi-edit-tiny")
+    for given, wanted in (("auto", stored), ("bfloat16", torch.bfloat16), ("torch.float16", torch.float16), (None, torch.float32)): assert load(given).transformer.dtype == wanted, given
+    mixed = load(dict(transformer=torch.bfloat16, vae="auto", default="float32"))
+    assert (mixed.transformer.dtype, mixed.vae.dtype, mixed.mllm.dtype, mixed.guidance.dtype) == (torch.bfloat16, stored, torch.float32, torch.float32)
+    for wrong in ("bf17", torch.int8, 16, dict(unet=torch.float16), dict(vae="x"), "nn"):
+        with pytest.raises(ValueError, match="`torch_dtype` has to be"): load(wrong)
+
+
+@pytest.mark.parametrize("options", [dict(foo=1), dict(subfolder="nowhere"), dict(custom_pipeline="x"), dict(trust_remote_code=True), dict(schedul="native")])
+def test_unknown_arguments_are_refused_by_name(options):
+    for source in ("kiwi-edit-tiny", RELEASED):
+        with pytest.raises(TypeError, match=f"`{next(iter(options))}` has to be left out"): KiwiEditPipeline.from_pretrained(source, **options)
+
+
+def test_parts_that_are_loaded_already_are_taken():
+    vae = KiwiEditPipeline.from_pretrained("kiwi-edit-tiny").vae
+    assert KiwiEditPipeline.from_pretrained("kiwi-edit-tiny", vae=vae).vae is vae
+
+
+def test_a_denoiser_in_other_programs_files(tmp_path):
+    tiny = KiwiEditPipeline.from_pretrained("kiwi-edit-tiny").transformer
+    config = {name: value for name, value in tiny.config.items() if not name.startswith("_")}
+    for prefix in ("model.diffusion_model.", "diffusion_model.", ""):
+        save_file({prefix + native_wan_name(key): value.contiguous() for key, value in tiny.state_dict().items()}, tmp_path / "wan.safetensors")
+        found = load_transformer(tmp_path / "wan.safetensors", config)
+        assert all(torch.equal(a, b) for a, b in zip(found.state_dict().values(), tiny.state_dict().values()))
+    (tmp_path / "wan-Q4.gguf").write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(ValueError, match="GGUF, whose weights are quantised"): load_transformer(tmp_path / "wan-Q4.gguf", config)

@@ -1,5 +1,6 @@
 """`kiwi-edit`: what it makes of files, good ones and bad ones, and how it fails."""
 import contextlib
+import io
 import json
 import os
 import re
@@ -8,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import av
@@ -225,6 +228,42 @@ def test_evaluate_scores_videos_of_the_kits_bench(kiwi, tmp_path):
     assert status == 0 and "Judge: metrics (no model), which is no model" in out and "| edit_done |" in out, err
 
 
+def test_parameters_reach_a_judge_of_ones_own(kiwi, tmp_path):
+    from kiwi_edit.published import world_rows
+
+    heard = []
+
+    class Endpoint(BaseHTTPRequestHandler):
+        def log_message(self, *args): pass
+
+        def do_POST(self):
+            heard.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+            names = [line.split(":")[0] for line in str(heard[-1]["messages"][0]["content"]).split("\n") if line.endswith(": n")]
+            choice = dict(index=0, finish_reason="stop", message=dict(role="assistant", content="\n".join(f"{name}: 4" for name in names)))
+            data = json.dumps(dict(id="1", object="chat.completion", created=1, model="m", choices=[choice])).encode()
+            self.send_response(200)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    row, = world_rows(("add",), 1)
+    (tmp_path / "clips/add").mkdir(parents=True)
+    write_video(tmp_path / "clips" / row.output, row.target, 15)
+    command = "evaluate", "--tasks", "add", "--samples", 1, "--videos", tmp_path / "clips", "--judge", f"openai:m@http://127.0.0.1:{server.server_port}/v1", "--out", tmp_path / "out"
+    given = "--parameter", "max_completion_tokens=4096", "--parameter", "temperature=null", "--parameter", 'chat_template_kwargs={"enable_thinking": false}', "--parameter", "reasoning_effort=low"
+    status, out, err = kiwi(*command, *given)
+    server.shutdown()
+    server.server_close()
+    assert not status and heard and not {"temperature", "max_tokens"} & set(heard[0])
+    assert (heard[0]["max_completion_tokens"], heard[0]["chat_template_kwargs"], heard[0]["reasoning_effort"]) == (4096, {"enable_thinking": False}, "low")
+    for wrong in ("temperature", "=1"): refused(kiwi(*command, "--parameter", wrong), "--parameter has to be NAME=VALUE", wrong)
+    refused(kiwi("evaluate", "--videos", tmp_path, "--judge", "metrics", "--parameter", "temperature=1"), "--parameter has to be left out")
+    refused(kiwi("evaluate", "--parameter", "temperature=1"), "--parameter has to be left out")
+    refused(kiwi("synthesize", "world:1", "--out", tmp_path / "pairs", "--parameter", "temperature=1"), "--parameter has to be left out")
+
+
 def test_evaluate_says_what_is_wrong_first(kiwi, bench, tmp_path, monkeypatch):
     for name in ("OPENAI_API_KEY", "GEMINI_API_KEY", "GOOGLE_API_KEY"): monkeypatch.delenv(name, raising=False)
     refused(kiwi("evaluate", "--bench", "vbench"), "--bench has to be kit, refvie, openve or imgedit", "'vbench'")
@@ -410,6 +449,22 @@ def test_faults_of_the_kit_keep_their_traceback(monkeypatch):
 def test_text_that_is_no_unicode_is_refused(clip):
     done = subprocess.run([*COMMAND, "edit", str(clip), "-i", b"snow \xff"], capture_output=True, text=True)
     refused((done.returncode, done.stdout, done.stderr), "--instruction has to be Unicode text")
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_console_that_lacks_letters(monkeypatch, encoding):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+
+    def shows_a_name(**_):
+        print("中文.mp4")
+        return 0
+
+    monkeypatch.setattr(cli, "app", shows_a_name)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["edit"])
+    sys.stdout.flush()
+    assert stop.value.code == 0 and written.getvalue().split() == [rb"\u4e2d\u6587.mp4"]
 
 
 def test_nothing_is_overwritten(kiwi, clip, tmp_path):
@@ -834,3 +889,33 @@ def test_the_bundled_model_edits_the_sample(kiwi, tmp_path):
     assert seconds < 60 and np.abs(after - before).mean() > 10, "an edited background is another picture"
     grain = np.abs(np.diff(after[:, ::4, ::4], axis=2)).mean()
     assert grain < 40, "and no noise"
+
+
+# what libraries raise
+
+
+@pytest.mark.parametrize("arguments, module, extra", [
+    (["demo"], "gradio", "demo"), (["evaluate", "--videos", ".", "--judge", "openai:m@http://localhost:1/v1"], "openai", "judge"), (["evaluate", "--videos", ".", "--judge", "gemini:m"], "google.genai", "judge"),
+    (["synthesize", "somebody/pairs", "--out", "out"], "datasets", "scale")])
+def test_a_missing_package_is_one_line_that_names_the_extra(kiwi, monkeypatch, tmp_path, arguments, module, extra):
+    import importlib.util
+    real = importlib.util.find_spec
+    monkeypatch.setenv("GEMINI_API_KEY", "x")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: None if name == module else real(name, *args))
+    refused(kiwi(*arguments), f"pip install 'kiwi-edit[{extra}]'")
+
+
+def test_weights_that_the_disk_does_not_take_are_one_line(kiwi, random_model, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try: found = kiwi("convert", random_model, tmp_path / "copy")
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    status, out, err = found
+    refused((status, out, err.removeprefix("reading and writing the weights\n")), "too large")
+    assert not list(tmp_path.iterdir())
+
+
+def test_addresses_are_refused(kiwi, clip):
+    refused(kiwi("edit", "https://example.com/a.mp4", "-i", "make it snow"), "VIDEO has to be a file", "is the address")
+    refused(kiwi("edit", clip, "-i", "make it snow", "-r", "https://example.com/a.png"), "--reference has to be a file", "is the address")

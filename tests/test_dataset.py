@@ -7,6 +7,7 @@ import logging
 import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -340,6 +341,85 @@ def test_images_are_clips_of_one_frame(pair):
     assert [(s.mode, s.source.shape) for s in (ds[0], ds[1])] == [("image", (1, 32, 32, 3)), ("ref", (1, 32, 32, 3))]
     one = MetadataDataset(table(pair, [ROW | dict(ref_image="")], "v.csv"), num_frames=1)
     assert one[0].mode == "image" and MetadataDataset(pair / "v.csv")[0].mode == "video"
+
+
+CELL = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # of an image or a video in a table that `datasets` writes
+
+
+def parquet(folder, kinds=None, **columns):
+    "A table of the published columns, some of which hold files."
+    count = len(next(iter(columns.values())))
+    columns = dict(src_video=["a.mp4"] * count, tgt_video=["b.mp4"] * count, prompt=["Make it red."] * count) | columns
+    arrays = {name: pa.array(values, type=(kinds or {}).get(name, CELL if any(isinstance(v, dict) for v in values) else None)) for name, values in columns.items()}
+    pq.write_table(pa.table(arrays), folder / "hf.parquet", row_group_size=2)
+    return MetadataDataset(folder / "hf.parquet")
+
+
+@pytest.mark.parametrize("column", ["ref_image", "ref_image_bytes"])
+def test_images_as_datasets_writes_them(pair, column, monkeypatch):
+    data = (pair / "r.png").read_bytes()
+    cells = [dict(bytes=data, path=None), dict(bytes=data, path="gone/x.jpg"), dict(bytes=None, path="r.png"), dict(bytes=None, path=str(pair / "r.png")), None, dict(bytes=None, path=None)]
+    ds = parquet(pair, **{column: cells})
+    wanted = MetadataDataset(table(pair, [ROW, ROW | dict(ref_image=None)]))
+    for i in range(6):
+        sample, same = ds[i], wanted[i > 3]
+        assert (sample.reference is None) == (same.reference is None) == (i > 3) and np.array_equal(sample.source, same.source)
+        assert i > 3 or np.array_equal(sample.reference, same.reference)
+        assert ds.key(i) == wanted.key(i > 3)
+    monkeypatch.chdir(pair)
+    (pair / "tables").mkdir()
+    moved = parquet(pair / "tables", src_video=[dict(bytes=None, path="a.mp4")], tgt_video=[dict(bytes=None, path="b.mp4")], **{column: [dict(bytes=None, path="r.png")]})
+    assert np.array_equal(moved[0].reference, wanted[0].reference)  # `datasets` lets paths start where it was started
+
+
+def test_videos_as_datasets_writes_them(pair, monkeypatch):
+    monkeypatch.setattr(module, "settings", lambda: SimpleNamespace(cache_dir=pair / "cache"))
+    cells = {name: [dict(bytes=(pair / file).read_bytes(), path=path) for path in (None, "x.mp4")] + [dict(bytes=None, path=file)] for name, file in (("src_video", "a.mp4"), ("tgt_video", "b.mp4"))}
+    ds, wanted = parquet(pair, **cells), MetadataDataset(table(pair, [dict(ROW, ref_image=None)]))
+    for i in (2, 0, 1):
+        assert np.array_equal(ds[i].source, wanted[0].source) and np.array_equal(ds[i].target, wanted[0].target) and ds.key(i) == wanted.key(0)
+    pictures = parquet(pair, src_video=[dict(bytes=png(gradient(1)[0]), path=None)], tgt_video=[dict(bytes=png(gradient(1, shift=60)[0]), path=None)])
+    assert pictures[0].source.shape == (1, 32, 32, 3) and pictures[0].mode == "image"
+
+
+def test_columns_of_files_are_read_side_by_side(pair):
+    "Each keeps its own place in the file, so that going on is no starting again."
+    opened = []
+    ds = parquet(pair, ref_image=[dict(bytes=png(gradient(1, 8, 8, shift=i)[0]), path=None) for i in range(6)], src_video=[dict(bytes=None, path="a.mp4")] * 6)
+    class Counted(module._Stream):
+        def __init__(self, *args):
+            opened.append(args[1:])
+            super().__init__(*args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_Stream", Counted)
+        module._streams.clear()
+        shifts = [int(ds[i].reference[0, 0, 2]) for i in range(6)]
+    assert shifts == [10 + i for i in range(6)] and sorted(opened) == sorted((g, c) for g in range(3) for c in ("ref_image", "src_video"))
+
+
+def test_bytes_and_lists_of_images(pair):
+    data = (pair / "r.png").read_bytes()
+    assert parquet(pair, ref_image=[data])[0].reference is not None  # as pandas writes them
+    ds = parquet(pair, dict(ref_image=pa.list_(CELL)), ref_image=[[dict(bytes=data, path=None)], [], [dict(bytes=data, path=None)] * 2])
+    assert ds[0].reference is not None and ds[1].reference is None
+    with pytest.raises(BadRow, match="`ref_image` has to be text but is") as caught: ds[2]
+    assert len(str(caught.value)) <= 300
+
+
+def test_no_message_quotes_a_whole_file(pair, monkeypatch):
+    monkeypatch.setattr(module, "settings", lambda: SimpleNamespace(cache_dir=pair / "cache"))
+    noise = np.random.default_rng(0).bytes(20000)
+    for column in ("ref_image", "ref_image_bytes", "src_video"):
+        ds = parquet(pair, **{column: [dict(bytes=noise, path="x" * 900 + ".png")]})
+        with pytest.raises(BadRow) as caught: ds[0]
+        assert len(str(caught.value)) <= 300 and str(caught.value).startswith("hf.parquet row 0: ")
+    for row in (dict(prompt=["x"] * 5000), dict(prompt={"a": "x" * 5000}), dict(src_video="x" * 200 + "/" + "y" * 200)):
+        (pair / "meta.jsonl").write_text(json.dumps(ROW | row) + "\n")
+        with pytest.raises(BadRow) as caught: MetadataDataset(pair / "meta.jsonl")[0]
+        assert len(str(caught.value)) <= 300
+    (pair / "meta.csv").write_text(",".join(f"column{i}" for i in range(500)) + "\n")
+    with pytest.raises(ValueError) as caught: MetadataDataset(pair / "meta.csv")
+    assert len(str(caught.value)) <= 300 + len(str(pair))
 
 
 def test_bad_references(pair):

@@ -141,6 +141,17 @@ def test_errors_are_one_line_with_the_names_of_the_fields(predict, files, tmp_pa
     assert predict(video=clip, instruction="<script>alert(1)</script> <img src=x onerror=alert(2)>")[1] == [True, False], "and the page still works"
 
 
+def test_the_files_of_a_phone(predict, tmp_path):
+    cases = Path(__file__).parent / "cases"
+    refused(predict, "The clip has to be a video or an image", "'grid.heic' is a HEIF photo", video=cases / "grid.heic")
+    refused(predict, "A picture has to be an image", image=cases / "grid.heic")
+    assert read_video(predict(video=cases / "hlg.mov")[0]).frames.shape == (5, 96, 128, 3)
+    assert Image.open(predict(image=cases / "exif_neg.jpg")[0]).size == (96, 128)
+    two_minutes = write_video(tmp_path / "long.mp4", np.zeros((6, 2160, 3840, 3), np.uint8), 0.05)
+    assert video_info(predict(video=two_minutes)[0]).width == 3840
+    refused(predict, "The clip has to be at most 120 s long but is 140 s", video=write_video(tmp_path / "longer.mp4", np.zeros((7, 32, 32, 3), np.uint8), 0.05))
+
+
 def test_frames_of_odd_sizes_are_compared(tmp_path):
     frames = np.random.default_rng(0).integers(0, 256, (2, 49, 63, 3), np.uint8)
     Image.fromarray(frames[0]).save(tmp_path / "odd.gif", save_all=True, append_images=[Image.fromarray(frames[1])])

@@ -17,6 +17,7 @@ from kiwi_edit import published
 from kiwi_edit.backends import OpenAIChat, Retry
 from kiwi_edit.judge import ChatJudge, MetricJudge
 from kiwi_edit.metrics import DAMAGES
+from kiwi_edit.core import InputError
 from kiwi_edit.published import (BenchReport, Making, edit_rows, judge_of, lay_beside, output_name, published_lines, read_bench, report_page, row_key,
                                  score_rows, source_frames, world_rows, write_imgedit_list)
 from kiwi_edit.video import VideoError, read_video, video_info, write_video
@@ -37,7 +38,7 @@ class Tint:
 
     def __call__(self, prompt, video=None, reference=None, num_inference_steps=None, generator=None):
         self.seen.append((prompt, np.shape(video), reference, num_inference_steps, generator.initial_seed()))
-        if "fail" in prompt: raise ValueError("`prompt` has to be one that this editor likes but is not.")
+        if "fail" in prompt: raise InputError("`prompt` has to be one that this editor likes but is not.")
         edited = np.array(video)
         edited[:, :, : edited.shape[2] // 2, 0] = 230
         return SimpleNamespace(frames=[edited])
@@ -470,6 +471,9 @@ def test_judges_by_name(monkeypatch):
     for name in ("OPENAI_API_KEY", "GEMINI_API_KEY", "GOOGLE_API_KEY"): monkeypatch.delenv(name, raising=False)
     assert judge_of("metrics").name == "metrics (no model)"
     assert judge_of("openai:qwen3-vl@http://localhost:1/v1").chat.base_url == "http://localhost:1/v1"
+    assert judge_of("openai:x@http://localhost:1/v1", extra=dict(temperature=1)).chat.extra == dict(temperature=1)
+    for text in ("metrics", "gemini:gemini-2.5-pro", "transformers:x"):
+        with pytest.raises(ValueError, match="`extra` has to be left out"): judge_of(text, extra=dict(temperature=1))
     for text in ("gemini", "gemini:gemini-2.5-pro", "openai:gpt-5"):
         with pytest.raises(ValueError, match="`judge` has to have its key in"): judge_of(text)
     monkeypatch.setenv("GEMINI_API_KEY", KEY)

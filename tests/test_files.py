@@ -130,6 +130,27 @@ def test_results_that_no_list_has_written_are_left_alone(tmp_path, text):
     assert (tmp_path / "results.jsonl").read_text(encoding="utf-8") == text
 
 
+# names
+
+
+def test_names_of_results_fit(tmp_path):
+    for stem in ("a" * 240, "é" * 120, "視" * 84, os.fsdecode(b"\xe9" * 240)):
+        names = [files.file_name(stem + more, "-edited.mp4") for more in ("", "b")]
+        assert len(set(names)) == 2 and all(name.startswith(stem[:50]) and name.endswith("-edited.mp4") for name in names)
+        for name in names:
+            (tmp_path / f"{Path(name).stem}-compare.mp4").touch()  # the longest that is written beside it
+    assert files.file_name("clip", "-edited.mp4") == "clip-edited.mp4"
+
+
+def test_a_long_name_has_a_default_output(folder):
+    long = (folder / "clip.mp4").rename(folder / f"{'a' * 240}.mp4")
+    plan = files.plan_edit(long, SNOW, compare=True)
+    for path in (plan.out, plan.strip, plan.comparison):
+        path.touch()
+    edits = read_edits(write(folder, dict(video=long.name, instruction=SNOW)), folder / "out")
+    assert len(edits.rows) == 1 and not edits.bad
+
+
 # what is kept
 
 
@@ -287,3 +308,23 @@ def test_a_long_clip_that_fails_on_the_way_leaves_nothing(tmp_path, pipe, monkey
 
 def test_frames_and_whole_are_asked_for_one_at_a_time(folder):
     with pytest.raises(ValueError, match="`frames` has to be left out where `whole` is set but is 5"): files.plan_edit(folder / "clip.mp4", SNOW, out=folder / "out.mp4", frames=5, whole=True)
+
+
+# whose fault an error is
+
+def test_the_class_of_an_error_says_whose_fault_it_is():
+    from safetensors import SafetensorError
+    from kiwi_edit.core import InputError, InputTypeError, missing_package
+    from kiwi_edit.dataset import BadRow
+    from kiwi_edit.video import VideoError
+    message = "`seed` has to be at least 0 but is -1."
+    for error in (InputError(message), InputTypeError(message), VideoError(message)): assert files.one_line(error, dict(seed="--seed")) == "--seed" + message[6:]
+    for error in (ValueError(message), TypeError(message), KeyError(message), RuntimeError(message), ImportError(message)): assert files.one_line(error) is None
+    assert files.one_line(BadRow(1, "a.csv row 1", "no file")) == "a.csv row 1: no file"
+    assert "No space left" in files.one_line(SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"))
+    assert files.one_line(OSError(28, "No space left on device", "x.mp4")) == "No space left on device: x.mp4" and files.one_line(OSError("a library's own words")) == "a library's own words"
+    assert "pip install 'kiwi-edit[judge]'" in files.one_line(missing_package("openai"))
+    for module, extra in (("openai", "judge"), ("gradio", "demo"), ("datasets", "scale")):
+        assert f"kiwi-edit[{extra}]" in files.one_line(ModuleNotFoundError(f"No module named {module!r}", name=module))
+    assert files.one_line(ModuleNotFoundError("No module named 'kiwi_edit.nothing'", name="kiwi_edit.nothing")) is None
+    assert len(files.one_line(InputError("`path` has to be shorter but is " + "x" * 5000))) == 300

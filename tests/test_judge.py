@@ -148,6 +148,15 @@ def test_replies_that_nobody_should_guess_at(text, why):
     with pytest.raises(ValueError, match=why): read_scores(text, OPENVE)
 
 
+@pytest.mark.parametrize("opening, closing", [("<think>", "</think>"), ("<thinking>", "</thinking>"), ("[THINK]", "[/THINK]"), ("◁think▷", "◁/think▷")])
+def test_thoughts_are_no_scores(opening, closing):
+    drafts = lines(OPENVE, 1, 1, 1), json.dumps({A: 1, B: 1, C: 1})
+    for draft in drafts:
+        for text in (f"{opening}{draft}{closing}{lines(OPENVE, 5, 4, 3)}", f"{draft}\n{closing}\n\n{lines(OPENVE, 5, 4, 3)}", f"{draft}{closing}{json.dumps({A: 5, B: 4, C: 3})}"):
+            assert read_scores(text, OPENVE) == {A: 5, B: 4, C: 3}
+        with pytest.raises(ValueError, match="cut off"): read_scores(f"{opening}{draft}\nBut the sky flickers", OPENVE)
+
+
 def test_names_inside_names():
     rubric = Rubric("x", (Criterion("Quality", "?"), Criterion("Visual Quality", "?")))
     assert read_scores("Visual Quality: 4\nQuality: 2", rubric) == {"Quality": 2, "Visual Quality": 4}

@@ -1,17 +1,19 @@
 "The whole edit on a small random model: arguments, sizes, determinism, saving and loading."
 import copy
+import io
 import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from kiwi_edit import pipeline as module
-from kiwi_edit.core import preset
+from kiwi_edit.core import InputError, preset
 from kiwi_edit.encoder import make_tokenizer
-from kiwi_edit.pipeline import Footage, KiwiEditPipeline, decode_latents, encode_frames, fit_reference, flow_sigmas
-from kiwi_edit.video import read_video, write_video
+from kiwi_edit.pipeline import Footage, KiwiEditPipeline, decode_latents, encode_frames, fit_reference, flow_sigmas, picture_of
+from kiwi_edit.video import as_frames, read_video, write_video
 
 PROMPT = "Replace the red circle with the object in the reference."
 
@@ -42,10 +44,11 @@ def test_forms_of_the_result(pipe):
     latents = edit(pipe)
     assert latents.shape == (1, 48, 2, 8, 8)
     frames = edit(pipe, output_type="np")
-    assert frames.shape == (1, 5, 64, 64, 3) and frames.dtype == np.uint8
-    assert np.array_equal(frames, decode_latents(pipe.vae, latents))
-    images = edit(pipe, output_type="pil")[0]
-    assert [image.size for image in images] == [(64, 64)] * 5 and np.array_equal(np.asarray(images[3]), frames[0, 3])
+    assert frames.shape == (1, 5, 64, 64, 3) and frames.dtype == np.float32 and 0 <= frames.min() and 0.5 < frames.max() <= 1
+    exact = decode_latents(pipe.vae, latents)
+    assert np.array_equal(as_frames(frames[0]), exact[0])
+    images = pipe(PROMPT, clip(), num_inference_steps=2, generator=torch.Generator().manual_seed(0)).frames[0]
+    assert [image.size for image in images] == [(64, 64)] * 5 and np.array_equal(np.asarray(images[3]), exact[0, 3])
     tensor = edit(pipe, output_type="pt")
     assert tensor.shape == (1, 5, 3, 64, 64) and 0 <= tensor.min() and tensor.max() <= 1
     as_tuple = pipe(PROMPT, clip(), num_inference_steps=1, output_type="latent", return_dict=False)
@@ -165,12 +168,12 @@ def test_windows_of_a_long_clip(pipe):
     hook = pipe.transformer.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["hidden_states"].shape[2:]), with_kwargs=True)
     try: out = pipe(PROMPT, frames, picture(), num_frames=21, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
     finally: hook.remove()
-    assert out.frames[0].shape == frames.shape and seen == [(5, 8, 8)] * 4  # two windows of four latent frames and a reference, twice
+    assert as_frames(out.frames[0]).shape == frames.shape and seen == [(5, 8, 8)] * 4  # two windows of four latent frames and a reference, twice
     assert pipe.windows(13, 64, 64) is None and len(pipe.windows(17, 64, 64)) == 2
     short = pipe(PROMPT, frames, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).frames[0]
     assert len(short) == 5
     stream = pipe(PROMPT, frames, picture(), num_frames=21, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="stream").frames[0]
-    assert np.array_equal(np.concatenate(list(stream)), out.frames[0])
+    assert np.array_equal(np.concatenate(list(stream)), as_frames(out.frames[0]))
     with pytest.raises(ValueError, match="`window_overlap` has to be from 0 to below 1 but is 1"): pipe(PROMPT, frames, num_frames=21, window_overlap=1)
 
 
@@ -190,14 +193,14 @@ def test_windows_of_a_large_picture(pipe):
     large = np.kron(clip(5), np.ones((1, 2, 2, 1), np.uint8))
     try: out = pipe(PROMPT, large, picture(), height=128, width=128, num_inference_steps=1, guidance_scale=2.).frames[0]
     finally: hook.remove()
-    assert out.shape == (5, 128, 128, 3) and set(seen) == {(3, 8, 8)} and len(seen) == 9
+    assert as_frames(out).shape == (5, 128, 128, 3) and set(seen) == {(3, 8, 8)} and len(seen) == 9
 
 
 def test_footage_in_a_file_is_edited_as_in_memory(pipe, tmp_path):
     frames = clip(11)
     write_video(tmp_path / "clip.mp4", frames, 8, crf=0)
     there = read_video(tmp_path / "clip.mp4").frames[:9]
-    def run(video): return pipe(PROMPT, video, num_frames=9, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).frames[0]
+    def run(video): return as_frames(pipe(PROMPT, video, num_frames=9, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).frames[0])
     assert np.abs(run(Footage(9, 64, 64, path=tmp_path / "clip.mp4")).astype(int) - run(there)).max() <= 1
     for change, message in ((dict(num_frames=5), "`num_frames` has to be None or the footage's 9 but is 5"), (dict(height=32, width=64), "`height` .* 64 but is 32"), (dict(height=64, width=32), "`width` .* 64 but is 32")):
         with pytest.raises(ValueError, match=message): edit(pipe, video=Footage(9, 64, 64, path=tmp_path / "clip.mp4"), **change)
@@ -225,6 +228,117 @@ def test_forms_of_the_source(pipe, tmp_path):
     assert pipe.prepare_video(frames, height=32, width=48).shape == (5, 32, 48, 3)
     picture().convert("RGBA").save(tmp_path / "ref.png")
     assert edit(pipe, video=images[0], reference=str(tmp_path / "ref.png"), num_inference_steps=1).shape == (1, 48, 1, 8, 8)
+
+
+def test_forms_of_references_and_clips(pipe, tmp_path):
+    "All of them say the same, so the latents are the same."
+    frames, image = clip(), picture()
+    image.save(tmp_path / "r.png")
+    write_video(tmp_path / "v.mp4", frames, 8, crf=0)
+    pixels, data = torch.from_numpy(np.array(image)), (tmp_path / "r.png").read_bytes()
+    first = pixels.permute(2, 0, 1)
+    base = edit(pipe, reference=image, num_inference_steps=1)
+    for one in (tmp_path / "r.png", data, bytearray(data), io.BytesIO(data), open(tmp_path / "r.png", "rb"), pixels, first, first[None], pixels.float() / 255, (first / 255).double(), np.asarray(image), [data]):
+        assert torch.equal(edit(pipe, reference=one, num_inference_steps=1), base)
+    assert np.array_equal(picture_of((first / 255).bfloat16()).size, image.size)
+    tensor = torch.from_numpy(frames)
+    names = [tmp_path / f"{i}.png" for i in range(5)]
+    for frame, name in zip(frames, names): Image.fromarray(frame).save(name)
+    for video in (tensor, tensor.permute(0, 3, 1, 2), tensor[None], tensor.permute(0, 3, 1, 2)[None] / 255, list(tensor), [str(n) for n in names], [n.read_bytes() for n in names], [open(n, "rb") for n in names], frames[None]):
+        assert np.array_equal(pipe.prepare_video(video), frames)
+    assert np.abs(pipe.prepare_video((tensor / 255).bfloat16()).astype(int) - frames).max() <= 1
+    film = (tmp_path / "v.mp4").read_bytes()
+    for video in (film, io.BytesIO(film), open(tmp_path / "v.mp4", "rb")): assert np.array_equal(pipe.prepare_video(video), pipe.prepare_video(tmp_path / "v.mp4"))
+    assert np.array_equal(pipe.prepare_video(names[0].read_bytes()), frames[:1])
+
+
+def test_a_callback_may_stop_an_edit(pipe):
+    seen = []
+
+    def stop(pipe, i, t, tensors):
+        seen.append(tensors["latents"])
+        pipe._interrupt = True
+        return {}
+
+    out = edit(pipe, callback_on_step_end=stop, num_inference_steps=4)
+    assert len(seen) == 1 and torch.equal(out, seen[0])
+    assert not torch.equal(edit(pipe, num_inference_steps=4), out)  # the next edit is not stopped
+
+
+def test_callbacks_of_diffusers(pipe):
+    from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
+
+    class Batches(SDCFGCutoffCallback):
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            batches.append((len(callback_kwargs["prompt_embeds"]), pipeline.num_timesteps, pipeline.guidance_scale))
+            return super().callback_fn(pipeline, step_index, timestep, callback_kwargs)
+
+    batches, sizes = [], []
+    hook = pipe.transformer.register_forward_pre_hook(lambda module, args, kwargs: sizes.append(len(kwargs["hidden_states"])), with_kwargs=True)
+    options = dict(num_inference_steps=4, guidance_scale=2., negative_prompt="blurred")
+    try: cut = edit(pipe, callback_on_step_end=Batches(cutoff_step_index=1, cutoff_step_ratio=None), **options)
+    finally: hook.remove()
+    assert sizes == [2, 2, 1, 1] and batches == [(2, 4, 2.), (2, 4, 2.), (1, 4, 0.), (1, 4, 0.)]
+    assert torch.isfinite(cut).all() and not torch.equal(cut, edit(pipe, **options)) and not torch.equal(cut, edit(pipe, num_inference_steps=4))
+    many = edit(pipe, callback_on_step_end=MultiPipelineCallbacks([SDCFGCutoffCallback(cutoff_step_index=1, cutoff_step_ratio=None)]), **options)
+    assert torch.allclose(many, cut)
+
+
+def test_the_default_output_is_what_diffusers_writes(pipe, tmp_path, monkeypatch):
+    from diffusers.utils import export_utils
+    monkeypatch.setattr(export_utils, "is_imageio_available", lambda: False)  # its other writer needs no FFmpeg
+    frames = pipe(PROMPT, clip(), num_inference_steps=2, generator=torch.Generator().manual_seed(0)).frames[0]
+    for form in (frames, np.stack(frames).astype(np.float32) / 255):
+        export_utils.export_to_video(form, str(tmp_path / "out.mp4"), fps=8)
+        back = read_video(tmp_path / "out.mp4").frames.astype(float)
+        assert np.abs(back - as_frames(frames)).mean() < np.abs(back - (255. - as_frames(frames))).mean()
+
+
+# LoRA files of others
+
+LORA_NAMES = {  # a layer, as others call it -> which it is: the first block's query, feed-forward or output
+    "transformer.blocks.0.attn1.to_q": 0, "blocks.0.attn1.to_q": 0, "blocks.0.self_attn.q": 0, "pipe.dit.blocks.0.self_attn.q": 0, "diffusion_model.blocks.0.self_attn.q": 0,
+    "model.diffusion_model.blocks.0.self_attn.q": 0, "diffusion_model.blocks.0.ffn.0": 1, "diffusion_model.blocks.0.cross_attn.o": 2, "lora_unet_blocks_0_self_attn_q": 0}
+
+
+@pytest.mark.parametrize("name", LORA_NAMES)
+@pytest.mark.parametrize("style, alpha", [("lora_A.weight lora_B.weight", None), ("lora_A.weight lora_B.weight", 8.), ("lora_A.default.weight lora_B.default.weight", None), ("lora_down.weight lora_up.weight", 1.)])
+def test_lora_files_of_others(pipe, name, style, alpha, tmp_path):
+    if name.startswith("lora_unet") and "down" not in style: pytest.skip("nobody writes this")
+    block = pipe.transformer.blocks[0]
+    layer = [block.attn1.to_q, block.ffn.net[0].proj, block.attn2.to_out[0]][LORA_NAMES[name]]
+    before, places = layer.weight.detach().clone(), torch.Generator().manual_seed(0)
+    A, B = torch.randn(4, layer.in_features, generator=places), torch.randn(layer.out_features, 4, generator=places)
+    weights = dict(zip((f"{name}.{ending}" for ending in style.split()), (A, B))) | ({} if alpha is None else {f"{name}.alpha": torch.tensor(alpha)})
+    save_file(weights, tmp_path / "lora.safetensors")
+    try:
+        pipe.load_lora_weights(tmp_path / "lora.safetensors")
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+        place = [block.attn1.to_q, block.ffn.net[0].proj, block.attn2.to_out[0]][LORA_NAMES[name]].weight.detach()
+        assert torch.allclose(place - before, (1 if alpha is None else alpha / 4) * B @ A, atol=1e-4)
+    finally:
+        pipe.unload_lora_weights()
+        with torch.no_grad(): [block.attn1.to_q, block.ffn.net[0].proj, block.attn2.to_out[0]][LORA_NAMES[name]].weight.copy_(before)
+
+
+@pytest.mark.parametrize("names, why", [
+    ([], "holds no LoRA matrices"), (["x"], "no place there"), (["transformer.blocks.0.attn1.to_q.lora_A.weight"], "without one of its two"),
+    (["transformer.blocks.99.attn1.to_q.lora_A.weight", "transformer.blocks.99.attn1.to_q.lora_B.weight"], "no place there"),
+    (["diffusion_model.blocks.0.self_attn.q.lora_A.weight", "diffusion_model.blocks.0.self_attn.q.lora_B.weight", "diffusion_model.foo.lora_A.weight"], "none of it"),
+    (["base_model.model.blocks.0.attn1.to_q.lora_A.weight", "base_model.model.blocks.0.attn1.to_q.lora_B.weight"], "no place there"),
+    (["text_encoder.layers.0.q.lora_A.weight", "text_encoder.layers.0.q.lora_B.weight"], "no place there"), (["diffusion_model.blocks.0.self_attn.q.dora_scale"], "plain LoRA")])
+def test_a_lora_that_does_not_belong_is_refused(pipe, names, why):
+    width = pipe.transformer.blocks[0].attn1.to_q.in_features
+    with pytest.raises(InputError, match=why): pipe.load_lora_weights({name: torch.zeros(2, width) if "lora_A" in name else torch.zeros(width, 2) for name in names})
+    assert not hasattr(pipe.transformer.blocks[0].attn1.to_q, "lora_A")
+
+
+def test_a_lora_that_is_not_there_is_said(pipe, tmp_path):
+    with pytest.raises(FileNotFoundError, match="'x.safetensors' is none"): pipe.load_lora_weights("x.safetensors")
+    with pytest.raises(InputError, match="`wait_name` has to be left out"): pipe.load_lora_weights({}, wait_name="x")
+    (tmp_path / "x.safetensors").write_bytes(b"no weights")
+    with pytest.raises(OSError, match="cannot"): pipe.load_lora_weights(tmp_path / "x.safetensors")
 
 
 def test_trimming_is_logged(pipe, caplog):
@@ -318,6 +432,11 @@ def test_preset_and_tokenizer_have_to_fit():
     (dict(guidance_scale=0.5), "`guidance_scale` has to be at least 1"),
     (dict(strength=0), "`strength` has to lie above 0 and up to 1 but is 0"),
     (dict(output_type="gif"), "`output_type` has to be .* but is 'gif'"),
+    (dict(generator=0), "`generator` has to be a torch.Generator but is 0"),
+    (dict(reference=""), "`reference` has to be an image.* but is ''"), (dict(reference=[None]), "`reference` has to be an image.* but is None"), (dict(reference=b"no picture"), "`reference` has to be an image"),
+    (dict(reference=io.BytesIO(b"no picture")), "`reference` has to be an image"), (dict(reference=3), "`reference` has to be an image.* but is 3"),
+    (dict(reference="https://example.com/a.png"), "`reference` has to be a file .* address 'https://example.com/a.png'"), (dict(video="https://example.com/a.mp4"), "`video` has to be a file .* address"),
+    (dict(video=["https://example.com/a.png"]), "`video` has to be a file .* address"), (dict(video=[None]), "`video` has to be an image"), (dict(foo=1), "foo"),
     (dict(callback_on_step_end_tensor_inputs=["noise"]), "`callback_on_step_end_tensor_inputs` has to be of"),
     (dict(latents=torch.zeros(1, 48, 2, 4, 4)), r"`latents` has to be \(1, 48, 2, 8, 8\) for this clip but is \(1, 48, 2, 4, 4\)"),
 ])
@@ -328,3 +447,16 @@ def test_wrong_arguments(pipe, change, message):
 def test_missing_source_and_instructions_in_other_scripts(pipe):
     with pytest.raises(ValueError, match="`video` has to be a clip or an image but is None"): pipe(PROMPT)
     assert torch.isfinite(edit(pipe, "把红色的圆换成一只猫 🐈", num_inference_steps=1)).all()
+
+
+def test_a_lora_of_two_ranks_is_refused_and_leaves_nothing(pipe):
+    layer = pipe.transformer.blocks[0].attn1.to_q
+    weights = {"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.zeros(2, layer.in_features),
+               "transformer.blocks.0.attn1.to_q.lora_B.weight": torch.zeros(layer.out_features, 3)}
+    with pytest.raises(InputError, match="two ranks"): pipe.load_lora_weights(weights)
+    assert pipe.transformer.blocks[0].attn1.to_q is layer
+
+
+@pytest.mark.parametrize("options", [dict(torch_dtype="float8_e4m3fn"), dict(folder="x"), dict(kwargs=1), dict(overrides={})])
+def test_what_would_fail_deep_inside_is_refused_at_the_door(options):
+    with pytest.raises((InputError, TypeError), match=f"`{next(iter(options))}`"): KiwiEditPipeline.from_pretrained("kiwi-edit-tiny", **options)

@@ -335,3 +335,12 @@ def test_entry_points_can_be_run():
         subprocess.run([path.read_text().split("\n")[0].removeprefix("#!").split()[-1], "-n", str(path)], check=True)
     assert "./kit test" in (ROOT / ".ci" / "run").read_text()
     assert "./kit test" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_what_a_caller_can_mend_is_said_by_a_class():
+    "A message that begins with the name of an argument is for people; its class has to say so."
+    for path in sorted((ROOT / "kiwi_edit").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("ValueError", "TypeError", "ImportError") and node.args): continue
+            text = node.args[0].values[0] if isinstance(node.args[0], ast.JoinedStr) else node.args[0]
+            assert not (isinstance(text, ast.Constant) and str(text.value).startswith("`")), f"{path.name}, line {node.lineno}"

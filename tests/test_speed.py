@@ -16,7 +16,7 @@ from kiwi_edit.core import asset
 from kiwi_edit.guidance import find_wan
 from kiwi_edit.pipeline import KiwiEditPipeline, flow_sigmas
 from kiwi_edit.speed import APPROXIMATIONS, SAVINGS, FlowUniPC, SpeedReport, approximately, magnitude_ratios, recomputed
-from kiwi_edit.video import Clip, read_video
+from kiwi_edit.video import Clip, as_frames, read_video
 from kiwi_edit.world import World
 
 SCENE = World(64, 64, 5, split="eval").sample(10_000_012, "background")
@@ -36,7 +36,8 @@ def pipe():
 
 
 def edit(pipe, steps=2, video=SCENE.source, output_type="latent", **options):
-    return pipe(SCENE.instruction, video, generator=torch.Generator().manual_seed(0), num_inference_steps=steps, output_type=output_type, **options).frames
+    frames = pipe(SCENE.instruction, video, generator=torch.Generator().manual_seed(0), num_inference_steps=steps, output_type=output_type, **options).frames
+    return np.stack(list(map(as_frames, frames))) if output_type == "np" else frames
 
 
 @pytest.fixture(scope="module")

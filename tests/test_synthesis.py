@@ -10,8 +10,10 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -95,6 +97,18 @@ def test_a_row_with_more_fields_than_the_header_is_named(tmp_path):
     with pytest.raises(ValueError, match="row 1 of '.*t.csv' has 1 more; text with a comma needs quotes"): read_pairs(path)
     path.write_text("src_video,tgt_video,prompt\na.mp4,b.mp4," + "x" * 140000 + "\n")
     with pytest.raises(ValueError, match="`pairs` has to be a readable .csv but '.*t.csv' is not: field larger"): read_pairs(path)
+
+def test_tables_of_datasets_are_read_as_training_reads_them(table, tmp_path, monkeypatch):
+    monkeypatch.setattr("kiwi_edit.dataset.settings", lambda: SimpleNamespace(cache_dir=tmp_path / "cache"))
+    rows, cell = [json.loads(line) for line in table.read_text().splitlines()], pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    data = [(table.parent / row["source"]).read_bytes() for row in rows[:3]]
+    cells = [dict(bytes=data[0], path="x.mp4"), dict(bytes=data[1], path=None), dict(bytes=None, path=rows[2]["source"])]
+    png = b"\x89PNG" + bytes(9)
+    columns = dict(src_video=pa.array(cells, cell), tgt_video=[row["edited"] for row in rows[:3]], prompt=["x"] * 3, ref_image=pa.array([dict(bytes=png, path=None), None, dict(bytes=None, path="r.png")], cell))
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    pairs = read_pairs(tmp_path / "t.parquet", root=table.parent)
+    assert [Path(p.source).read_bytes() for p in pairs] == [data[0], data[1], (table.parent / rows[2]["source"]).read_bytes()]
+    assert [p.reference for p in pairs] == [png, None, str(table.parent / "r.png")]
 
 def test_slices_are_light_and_the_same():
     pairs = PlantedPairs(12, 5, tasks=("add", "remove", "style"))
@@ -347,7 +361,7 @@ class _Dies:
 def dying(): return [_Dies()]
 
 def test_a_factory_that_raises_is_said_by_its_worker(tmp_path):
-    with pytest.raises(ValueError, match="`make_stages` has to make the stages in each worker but raised ValueError: `thresholds` has to name .* names 'verify.beauty'"):
+    with pytest.raises(ValueError, match="`make_stages` has to make the stages in each worker but raised InputError: `thresholds` has to name .* names 'verify.beauty'"):
         synthesize(WorldPairs(3), tmp_path / "out", partial(model_stages, thresholds={"verify.beauty": 1}), SynthesisOptions(workers=1), progress=False)
 
 def test_a_worker_that_dies_ends_the_run_with_a_sentence(tmp_path):

@@ -395,6 +395,294 @@ def test_long_video_peak_memory(folder):
     assert int(out.stdout) < 250 # all 120 frames would take 746 MB
 
 
+# what a player shows
+
+CASES = Path(__file__).parent / "cases"
+COLOURS = dict(red=(255, 0, 0), lime=(0, 255, 0), blue=(0, 0, 255), yellow=(255, 255, 0), white=(255, 255, 255), gray=(128, 128, 128))
+
+def colour(pixel): return min(COLOURS, key=lambda name: np.abs(np.subtract(COLOURS[name], pixel)).sum())
+
+def corners(frame): return " ".join(colour(frame[y, x]) for y, x in ((8, 8), (8, -8), (-8, 8), (-8, -8)))
+
+def four_corners(count=6, width=128, height=96):
+    frame = np.full((height, width, 3), 128, np.uint8)
+    for rows, columns, name in ((slice(24), slice(32), "red"), (slice(24), slice(-32, None), "lime"), (slice(-24, None), slice(32), "blue"), (slice(-24, None), slice(-32, None), "yellow")):
+        frame[rows, columns] = COLOURS[name]
+    return np.repeat(frame[None], count, axis=0)
+
+def frames_of(path):
+    "All frames, after a look whether every way of reading gives them."
+    frames, info = read_video(path).frames, video_info(path)
+    assert frames.shape[:3] == (info.frames, info.height, info.width)
+    for decoder in READERS: assert np.array_equal(read_video(path, decoder=decoder).frames, frames), decoder
+    assert np.array_equal(np.concatenate([part.frames for part in stream_video(path, chunk=5)]), frames)
+    some = sorted({len(frames) // 2, len(frames) - 1})
+    assert np.array_equal(read_video(path, indices=some).frames, frames[some])
+    exact, fast = (read_video(path, size=(32, 24), mode="stretch", fast=fast).frames.astype(int) for fast in (False, True))
+    assert np.array_equal(exact, resize_frames(frames, 32, 24, "stretch")) and np.abs(fast - exact).mean() < 6
+    return frames
+
+def first_sound(path):
+    "(second of the first sound, its pitch in Hz)."
+    with av.open(str(path)) as container:
+        resampler = av.AudioResampler(format="fltp", layout="mono", rate=48000)
+        samples = np.concatenate([b.to_ndarray()[0] for f in container.decode(audio=0) for b in resampler.resample(f)])
+    return np.argmax(np.abs(samples) > 0.1) / 48000, np.abs(np.fft.rfft(samples)).argmax() * 48000 / len(samples)
+
+@pytest.mark.parametrize("matrix", [(1, 0, 0, 1), (-1, 0, 0, 1), (1, 0, 0, -1), (-1, 0, 0, -1), (0, 1, -1, 0), (0, -1, 1, 0), (0, 1, 1, 0), (0, -1, -1, 0)])
+def test_all_display_matrices(folder, plain, matrix):
+    data, shown = bytearray(plain.read_bytes()), read_video(plain).frames[3]
+    a, b, c, d = matrix
+    at = data.index(b"tkhd") + 4
+    data[at + 40:at + 76] = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+    path = folder / "matrix.mp4"
+    path.write_bytes(data)
+    y, x = np.mgrid[:48, :64]
+    columns, rows = a * x + c * y, b * x + d * y # where the matrix says that each pixel goes
+    columns, rows = columns - columns.min(), rows - rows.min()
+    expected = np.empty((rows.max() + 1, columns.max() + 1, 3), np.uint8)
+    expected[rows, columns] = shown
+    assert np.array_equal(frames_of(path)[3], expected)
+
+def test_a_mirrored_clip(): assert corners(frames_of(CASES / "hflip.mp4")[3]) == "lime red yellow blue"
+
+def test_square_pixels_come_out(folder):
+    frames = frames_of(CASES / "sar43.mp4")
+    assert frames.shape[1:3] == (96, 128) and corners(frames[3]) == "red lime blue yellow"
+    for ratio, size in ((Fraction(3, 4), (128, 128)), (Fraction(16, 9), (96, 228)), (Fraction(1440, 1439), (96, 128))):
+        with av.open(str(folder / "ratio.mkv"), "w") as out:
+            stream = out.add_stream("libx264", rate=10)
+            stream.width, stream.height, stream.pix_fmt, stream.codec_context.sample_aspect_ratio = 128, 96, "yuv420p", ratio
+            for frame in four_corners(3): out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            out.mux(stream.encode(None))
+        frames = frames_of(folder / "ratio.mkv")
+        assert frames.shape[1:3] == size and corners(frames[1]) == "red lime blue yellow", ratio
+
+@pytest.mark.parametrize("name,rate", [("f23976.mkv", Fraction(24000, 1001)), ("f60.mkv", Fraction(60))])
+def test_rates_are_the_containers(tmp_path, name, rate):
+    frames_of(CASES / name)
+    with av.open(str(write_video(tmp_path / "out.mp4", read_video(CASES / name)))) as container: assert container.streams.video[0].average_rate == rate
+
+@pytest.mark.parametrize("rate", ["30000/1001", "60000/1001", "15/2", "25", "240"])
+def test_rates_in_milliseconds_are_exact(folder, rate):
+    for suffix in ("mkv", "flv", "ts"):
+        with av.open(str(folder / f"rate.{suffix}"), "w") as out:
+            stream = out.add_stream("libx264", rate=Fraction(rate))
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+            for frame in gradient(48): out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            out.mux(stream.encode(None))
+        info = video_info(folder / f"rate.{suffix}")
+        assert Fraction(info.fps).limit_denominator(1001) == Fraction(rate) and info.frames == 48, suffix
+
+def test_picture_and_sound_stay_together(tmp_path):
+    clip = read_video(CASES / "vfr.mp4")
+    assert (clip.fps, len(frames_of(CASES / "vfr.mp4")), video_info(CASES / "vfr.mp4").duration) == (30, 90, 3)
+    back = read_video(out := clip.save(tmp_path / "out.mp4"))
+    white = [(frame.min(axis=-1) > 200).sum() > 20 for frame in back.frames]
+    assert np.argmax(white) / back.fps == pytest.approx(1.5, abs=1 / 30) and first_sound(out)[0] == pytest.approx(1.49, abs=0.03)
+    late = read_video(CASES / "vfr.mp4", start=60, num_frames=20)
+    assert (late.start, late.end) == (pytest.approx(2), pytest.approx(2 + 20 / 30)) and np.array_equal(late.frames, clip.frames[60:80])
+
+@pytest.mark.parametrize("suffix", ["mkv", "ts", "nut"])
+@pytest.mark.parametrize("gaps", [[1 / 30] * 30 + [0.25] * 8, [0.25] * 6 + [1 / 30] * 40, [(1 + (i % 7 == 3)) / 30 for i in range(60)], [0.5, 2, 0.5, 0.04, 0.04, 1]])
+def test_pictures_come_when_their_stamps_say(folder, suffix, gaps):
+    times = np.cumsum([0, *gaps[:-1]])
+    shades = np.linspace(20, 230, len(times)).round().astype(np.uint8)
+    path = folder / f"stamps.{suffix}"
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=30, options=dict(crf="1", g="12"))
+        stream.width, stream.height, stream.pix_fmt, stream.codec_context.time_base = 64, 48, "yuv420p", Fraction(1, 1000)
+        for time, shade in zip(times, shades):
+            picture = av.VideoFrame.from_ndarray(np.full((48, 64, 3), shade, np.uint8), format="rgb24")
+            picture.pts, picture.time_base = round(time * 1000), Fraction(1, 1000)
+            out.mux(stream.encode(picture))
+        out.mux(stream.encode(None))
+    frames, fps = frames_of(path), video_info(path).fps
+    for i, frame in enumerate(frames):
+        near = shades[[np.searchsorted(times, i / fps + d, "right") - 1 for d in (-0.51 / fps, 0.51 / fps) if i / fps + d >= 0]]
+        assert near.min() - 3 <= frame.mean() <= near.max() + 3, i
+    assert fps <= 60 and len(frames) / fps >= times[-1]
+
+@pytest.mark.parametrize("kind", [kind for kind in ("gif", "png", "webp", "avif") if kind.upper() in IMAGE_FORMATS])
+def test_delays_of_animations(tmp_path, kind):
+    images = [Image.fromarray(np.full((16, 16, 3), shade, np.uint8)) for shade in (20, 120, 220)]
+    images[0].save(tmp_path / f"a.{kind}", save_all=True, append_images=images[1:], duration=[100, 500, 200])
+    clip = read_video(tmp_path / f"a.{kind}")
+    assert (clip.fps, clip.end) == (10, pytest.approx(0.8))
+    assert clip.frames.mean(axis=(1, 2, 3)) == pytest.approx([20] + [120] * 5 + [220] * 2, abs=6)
+    assert np.array_equal(np.concatenate([part.frames for part in stream_video(tmp_path / f"a.{kind}", chunk=3)]), clip.frames)
+
+@pytest.mark.parametrize("delays,seconds", [([100, 100, 3000], 3.2), ([100, 1900, 100], 2.1)])
+def test_a_picture_that_is_held_keeps_its_time(tmp_path, delays, seconds):
+    images = [Image.fromarray(np.full((16, 16, 3), shade, np.uint8)) for shade in (20, 120, 220)]
+    images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:], duration=delays)
+    clip = read_video(tmp_path / "a.gif")
+    assert clip.end == pytest.approx(seconds, abs=.11) and video_info(tmp_path / "a.gif").duration == pytest.approx(seconds, abs=.11)
+    shown = [int((np.abs(clip.frames.mean(axis=(1, 2, 3)) - shade) < 8).sum()) / clip.fps for shade in (20, 120, 220)]
+    assert shown == pytest.approx([delay / 1000 for delay in delays], abs=.11)
+
+def test_a_tag_of_transparency_on_another_codec_is_passed_over(folder):
+    path = folder / "tagged.mkv"
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.metadata["alpha_mode"] = 64, 48, "1"
+        for _ in range(3): out.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((48, 64, 3), 90, np.uint8))))
+        out.mux(stream.encode())
+    assert read_video(path).frames.shape == (3, 48, 64, 3)
+
+@pytest.mark.parametrize("brand", [b"heic", b"mif2", b"miaf", b"hevm"])
+def test_photos_in_the_container_of_films_are_refused(tmp_path, brand):
+    data = bytearray((CASES / "grid.heic").read_bytes())
+    data[8:12] = brand
+    (tmp_path / "a.heic").write_bytes(data)
+    with pytest.raises(VideoError, match="HEIF"): read_video(tmp_path / "a.heic")
+
+def test_light_beyond_white_is_toned_down(folder):
+    frame = frames_of(CASES / "hlg.mov")[3]
+    assert frame[48, 64].tolist() == pytest.approx([128] * 3, abs=15) and frame.min(axis=-1).max() >= 235
+    assert frame[8, 8, 0] >= 220 and frame[8, 8, 1:].max() <= 40
+    ramp = np.repeat(np.linspace(0, 255, 128).astype(np.uint8)[None, :, None], 3, -1).repeat(96, 0)[None].repeat(3, 0)
+    for transfer, white in ((18, 0.75), (16, 0.58), (14, 1)): # HLG, PQ, BT.2020 as bright as paper: what a white sheet is coded as
+        path = folder / "ramp.mkv"
+        with av.open(str(path), "w") as out:
+            stream = out.add_stream("ffv1", rate=10)
+            stream.width, stream.height, stream.pix_fmt = 128, 96, "yuv420p10le"
+            for frame in ramp:
+                picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p10le", dst_colorspace="BT2020")
+                stream.codec_context.colorspace, stream.codec_context.color_primaries, stream.codec_context.color_trc = 9, 9, transfer
+                out.mux(stream.encode(picture))
+            out.mux(stream.encode(None))
+        line = frames_of(path)[1, 48].astype(int)
+        assert (np.diff(line[:, 0]) >= -1).all() and np.ptp(line, axis=-1).max() <= 6 # gray stays gray, brighter stays brighter
+        assert 235 <= line[round(white * 127), 0] and line[round(white * 127), 0] < 250 or transfer == 14
+        assert line[-1, 0] >= 250
+
+def test_high_definition_without_tags_is_bt709(folder):
+    frame = frames_of(CASES / "hd_untagged709.mp4")[3]
+    assert frame[40, 40].tolist() == pytest.approx((253, 0, 0), abs=4) and frame[40, -40].tolist() == pytest.approx((0, 253, 0), abs=4)
+
+def test_colours_that_nobody_converts_are_refused(folder):
+    path = folder / "ycgco.mp4"
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt, stream.codec_context.colorspace = 128, 96, "yuv444p", 8
+        for frame in four_corners(2):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv444p")
+            picture.colorspace = 8
+            out.mux(stream.encode(picture))
+        out.mux(stream.encode(None))
+    with pytest.raises(VideoError, match="matrix 8"): read_video(path)
+
+@pytest.mark.parametrize("codec,pixels,suffix", [("libvpx-vp9", "yuva420p", "webm"), ("libvpx", "yuva420p", "webm"), ("prores_ks", "yuva444p10le", "mov"),
+                                                ("png", "rgba", "mov"), ("qtrle", "argb", "mov"), ("ffv1", "bgra", "mkv")])
+def test_transparent_clips_lie_on_white(folder, codec, pixels, suffix):
+    if codec not in av.codecs_available: pytest.skip(f"{codec} is not in this build of FFmpeg")
+    clear = np.concatenate([four_corners(), np.full((6, 96, 128, 1), 255, np.uint8)], axis=-1)
+    clear[:, :48, 64:, 3], clear[:, 48:, 64:, 3] = 0, 128
+    path = folder / f"clear.{suffix}"
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=10, options={"auto-alt-ref": "0"} if "vpx" in codec else {})
+        stream.width, stream.height, stream.pix_fmt = 128, 96, pixels
+        if suffix == "webm": stream.metadata["alpha_mode"] = "1"
+        for frame in clear: out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgba")))
+        out.mux(stream.encode(None))
+    frames = frames_of(path)
+    assert (frames[:, 4:40, 72:] > 250).all() and frames[3, 60, 80].tolist() == pytest.approx([191] * 3, abs=8) and colour(frames[3, 8, 8]) == "red"
+
+@pytest.mark.parametrize("name", ["alpha_vp9.webm", "alpha_prores.mov"])
+def test_a_transparent_half_is_white(name):
+    frames = frames_of(CASES / name)
+    assert (frames[:, :, 68:] > 250).all() and (frames[:, 40:56, :60] < 250).any()
+
+@pytest.mark.parametrize("first", ["top", "bottom"])
+def test_half_pictures_become_whole_ones(folder, first):
+    path = folder / f"{first}.mp4"
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=25, options={"crf": "4", "x264-params": "tff=1" if first == "top" else "bff=1"})
+        stream.width, stream.height, stream.pix_fmt = 128, 96, "yuv420p"
+        for t in range(10):
+            frame = np.full((96, 128, 3), 30, np.uint8)
+            for half in (0, 1): frame[half if first == "top" else 1 - half::2, 8 * t + 4 * half:8 * t + 4 * half + 16] = 220
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        out.mux(stream.encode(None))
+    for clip, starts in ((frames_of(path), (40, 44)), (frames_of(CASES / "interlaced.mp4"), (44, 48))):
+        bright = clip[5, 8:88, :, 0] > 125
+        start = np.flatnonzero(bright[0])[0]
+        assert start in starts and all(np.flatnonzero(row).tolist() == list(range(start, start + 16)) for row in bright)
+
+def test_the_default_track_is_kept(tmp_path):
+    frames_of(CASES / "two_audio.mkv")
+    assert first_sound(read_video(CASES / "two_audio.mkv").save(tmp_path / "out.mp4"))[1] == pytest.approx(3000, abs=20)
+
+def test_another_size_in_the_middle_is_fitted_to_the_first(folder):
+    frames = frames_of(CASES / "reschange.ts")
+    assert frames.shape == (12, 96, 128, 3) and corners(frames[1]) == "red red red red" and corners(frames[10]) == "blue blue blue blue"
+
+def test_photos_in_a_film_container_are_refused():
+    for call in (video_info, read_video, read_image):
+        with pytest.raises(VideoError, match="has to be .*image.*grid.heic"): call(CASES / "grid.heic")
+
+@pytest.mark.parametrize("name", ["exif_neg.jpg", "exif_ascii_in_rational.jpg", "bad_exif_struct.jpg"])
+def test_of_exif_only_the_orientation_counts(name):
+    image, info = read_image(CASES / name), video_info(CASES / name)
+    assert image.size == (info.width, info.height) == (96, 128) and corners(np.asarray(image)).startswith("blue")
+    assert np.array_equal(read_video(CASES / name).frames[0], np.asarray(image))
+    assert flatten_image(image) is image # it is turned once
+
+def test_any_exif_can_be_read(tmp_path):
+    data, rng = (CASES / "exif_neg.jpg").read_bytes(), np.random.default_rng(0)
+    start = data.index(b"Exif") + 6
+    end = start - 8 + int.from_bytes(data[start - 8:start - 6], "big")
+    for _ in range(60):
+        damaged = bytearray(data)
+        for at in rng.integers(start, end, 3): damaged[at] = rng.integers(256)
+        (tmp_path / "a.jpg").write_bytes(damaged)
+        assert sorted(read_image(tmp_path / "a.jpg").size) == [96, 128] == sorted([video_info(tmp_path / "a.jpg").width, video_info(tmp_path / "a.jpg").height])
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "tif", "webp"])
+@pytest.mark.parametrize("tag", range(1, 9))
+def test_all_orientations(tmp_path, tag, kind):
+    from PIL import ImageOps
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    path = tmp_path / f"a.{kind}"
+    Image.fromarray(gradient(1)[0]).save(path, exif=exif)
+    with Image.open(path) as image: expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    assert np.array_equal(expected, np.asarray(read_image(path)))
+    assert (video_info(path).height, video_info(path).width) == expected.shape[:2]
+
+def test_profiles_of_pictures(tmp_path):
+    frame = np.asarray(read_image(CASES / "icc_adobe.jpg"))
+    for at, rgb in (((8, 8), (200, 60, 40)), ((8, -8), (40, 180, 60)), ((-8, 8), (50, 60, 190)), ((-8, -8), (220, 200, 60))): assert frame[at].tolist() == pytest.approx(rgb, abs=4)
+    with Image.open(CASES / "icc_adobe.jpg") as image:
+        profile, clear = image.info["icc_profile"], image.convert("RGBA")
+        expected = frame[8, 8].tolist()
+        clear.putalpha(Image.fromarray(np.repeat(np.arange(image.height)[:, None] < image.height // 2, image.width, 1).astype(np.uint8) * 255))
+        clear.save(tmp_path / "clear.png", icc_profile=profile)
+        image.convert("L").save(tmp_path / "gray.png", icc_profile=profile) # of another kind of colours: it says nothing
+        image.convert("RGB").save(tmp_path / "broken.png", icc_profile=profile[:200])
+        plain = np.asarray(image.convert("RGB"))
+    on_white = np.asarray(read_image(tmp_path / "clear.png"))
+    assert on_white[8, 8].tolist() == pytest.approx(expected, abs=2) and (on_white[-8:] == 255).all()
+    tags = ((b"wtpt", b"XYZ " + bytes(4) + struct.pack(">3i", 63190, 65536, 54061)), (b"kTRC", b"curv" + bytes(4) + struct.pack(">IHxx", 1, 256)))
+    table = b"".join(name + struct.pack(">II", 156 + 20 * i, len(tag)) for i, (name, tag) in enumerate(tags))
+    head = struct.pack(">IxxxxI12s", 192, 0x02100000, b"mntrGRAYXYZ ") + bytes(12) + b"acsp" + bytes(28) + struct.pack(">3i", 63190, 65536, 54061)
+    linear = head.ljust(128, b"\0") + struct.pack(">I", 2) + table + b"".join(tag for _, tag in tags)
+    for mode in ("L", "LA", "I;16"):
+        Image.new("L" if mode == "L" else mode, (8, 8), {"L": 128, "LA": (128, 255), "I;16": 128 * 257}[mode]).save(tmp_path / "linear.png", icc_profile=linear)
+        assert read_image(tmp_path / "linear.png").getpixel((3, 3)) == pytest.approx((188, 188, 188), abs=2), mode
+    assert read_image(tmp_path / "gray.png").mode == "RGB" and np.array_equal(np.asarray(read_image(tmp_path / "broken.png")), plain)
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes there")
+def test_names_that_are_no_unicode(tmp_path):
+    folder = tmp_path / os.fsdecode(b"\xe9t\xe9")
+    folder.mkdir()
+    path = write_video(folder / os.fsdecode(b"caf\xe9.mp4"), gradient(5), 10)
+    assert video_info(path).frames == 5 and [len(read_video(path, decoder=decoder)) for decoder in READERS] == [5] * len(READERS)
+    assert len(read_video(path)) == sum(map(len, stream_video(path))) == 5
+    assert len(read_video(write_video(folder / os.fsdecode(b"\xe8.gif"), gradient(3), 10))) == 3
+
+
 # writing
 
 @pytest.mark.parametrize("height,width", [(48, 64), (47, 63), (1, 1), (8, 8)])
