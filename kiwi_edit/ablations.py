@@ -53,7 +53,7 @@ EXPERIMENTS = dict(a=("both", "queries only", "latents only", "neither", "one st
 @dataclass(frozen=True)
 class Plan:
     "What all cells have in common."
-    size: int = 32            # pixels, square: the world's 64, halved
+    size: int = 48            # pixels, square: the world's 96, halved
     pairs: int = 1200         # training pairs with a reference, and as many without
     steps: int = 240
     batch_size: int = 16
@@ -68,7 +68,7 @@ class Plan:
     def __post_init__(self):
         for name in ("size", "pairs", "steps", "batch_size", "seeds", "scenes", "edit_steps", "stage0"):
             if getattr(self, name) < 1: raise InputError(f"`{name}` has to be at least 1 but is {getattr(self, name)}.")
-        if self.size % 8 or self.size > 64 or 64 % self.size: raise InputError(f"`size` has to be 8, 16, 32 or 64 but is {self.size}.")
+        if self.size not in (16, 32, 48, 96): raise InputError(f"`size` has to be 16, 32, 48 or 96 but is {self.size}.")
         for name in ("share", "first"):
             if not 0 < getattr(self, name) < 1: raise InputError(f"`{name}` has to lie between 0 and 1 but is {getattr(self, name)}.")
         if self.first > 1 - self.share: raise InputError(f"`first` has to be at most the share of batches without a reference, {1 - self.share:.2f}, but is {self.first}.")
@@ -80,7 +80,7 @@ class Plan:
 
 # %% ../nbs/43_ablations.ipynb #f4a594a1
 WITH_REFERENCE, WITHOUT = dict(subject=.6, background=.4), dict(add=.3, remove=.2, change=.3, style=.2)
-TRAIN_SEED = dict(references=200_000, words=240_000)  # first scenes, which no stage of the embedded model's curriculum has
+TRAIN_SEED = dict(references=900_000, words=940_000)  # first scenes, which no stage of the embedded model's curriculum has
 
 
 def halved(
@@ -101,9 +101,9 @@ def scenes(
     number: int,
     first_seed: int,
     split: str = "train",
-) -> list[Quadruplet]:  # single frames of 64x64 pixels
+) -> list[Quadruplet]:  # single frames of 96x96 pixels
     "Scenes of the world, each with a task drawn from the shares."
-    world, names = World(64, 64, 1, split), list(tasks)
+    world, names = World(num_frames=1, split=split), list(tasks)
     drawn = np.random.default_rng(first_seed).choice(len(names), number, p=np.array(list(tasks.values())) / sum(tasks.values()))
     return [world.sample(first_seed + i, names[k]) for i, k in enumerate(drawn)]
 
@@ -307,7 +307,7 @@ _candidates = {}  # (seed, task, size) -> (targets, own): eight renderings that 
 def _told_apart(q, output):
     key = q.meta["seed"], q.task, output.shape[1]
     if key not in _candidates:
-        world = World(64, 64, 1, "eval")
+        world = World(num_frames=1, split="eval")
         whole = world.sample(q.meta["seed"], q.task)
         targets, own = candidate_targets(world, whole)
         _candidates[key] = np.stack([halved(replace(whole, target=t), output.shape[1]).target for t in targets]), own

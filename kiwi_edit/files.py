@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
+import io
 import json
 import math
 import multiprocessing
@@ -41,7 +42,7 @@ from safetensors import SafetensorError
 from .core import InputError, InputTypeError, MissingPackage, OPTIONAL, missing_package, shortened, choose_device, choose_dtype, settings
 from .video import (VideoError, VideoInfo, as_frames, check_frame_count, compare, fit_size, flatten_image, nearest_frame_count, read_image, read_video,
                              replacing, resize_frames, sample_indices, save_film_strip, stream_video, video_info, write_video)
-from .world import EVAL_SEED, World
+from .world import WINDOW, Scene, Thing, ids_of, named_objects, plate_reference, read_table, render, thing_reference
 
 # %% ../nbs/24_files.ipynb #e07b3405
 def enlarge(
@@ -52,24 +53,41 @@ def enlarge(
     return as_frames(frames).repeat(scale, axis=1).repeat(scale, axis=2)
 
 # %% ../nbs/24_files.ipynb #77282cb7
+def _eval_row(kind, name, nth=0):
+    return [i for i in ids_of(kind, "eval") if read_table(kind)[i]["name"] == name][nth]
+
+
+def _place(name, left):
+    "A square of a photograph of the eval split, (side, side, 3) float32: a plate for frames of 96x96."
+    import cv2
+    stored = read_table("scenes")[_eval_row("scenes", name)]["image"]
+    photo = np.asarray(PIL.Image.open(io.BytesIO(stored)).convert("RGB"))
+    side, plate = min(photo.shape[:2]), math.ceil(96 / WINDOW) + 2
+    start = round(left * (photo.shape[1] - side))
+    return cv2.resize(photo[:side, start:start + side], (plate, plate), interpolation=cv2.INTER_AREA).astype(np.float32)
+
+
 def make_samples(
-    folder: str | Path, # written into
-    seed: int = EVAL_SEED + 12, # of the scene
-    tasks: tuple = ("background", "style", "change", "remove", "add", "subject"), # one example each; the first is the one that `./kit edit` runs
+    folder: str | Path,  # written into
     num_frames: int = 5,
     fps: float = 8,
-) -> list[dict]: # video, instruction, reference (or None) and task of each example
-    "Write the sample clip, its references and its examples."
-    folder, world, examples = Path(folder), World(64, 64, num_frames, split="eval"), []
+) -> list[dict]:  # video, instruction, reference (or None) and task of each example
+    "Write the sample clip, its references and its examples: no model of the kit has seen the place, nor what the references show."
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for task in tasks:
-        sample = world.sample(seed, task=task)
-        reference = None
-        if sample.reference is not None:
-            reference = "reference.png" if task == tasks[0] else f"reference-{task}.png"
-            PIL.Image.fromarray(enlarge(sample.reference[None])[0]).save(folder / reference, optimize=True)
-        examples.append(dict(video="clip.mp4", instruction=sample.instruction, reference=reference, task=task))
-    write_video(folder / "clip.mp4", enlarge(sample.source), fps, overwrite=True, crf=12)
+    flamingo = Thing(named_objects()["flamingo"], size=.62, center=(.4, .56), path=(.2, 0.))
+    scene = Scene(_place("Roman ruins on a lawn", .35), "Roman ruins on a lawn", (flamingo,), pan=(.05, 0.))
+    armchair = Thing(_eval_row("objects", "black armchair", 1))
+    references = {"reference.png": thing_reference(armchair, np.random.default_rng(1)),
+                  "reference-background.png": plate_reference(_place("the Capitol in Washington", .5), np.random.default_rng(1))}
+    rows = (("subject", "Replace the flamingo with what the reference shows.", "reference.png"),
+            ("background", "Swap the background for the scene shown in the reference.", "reference-background.png"),
+            ("change", "Turn the color of the flamingo to blue.", None), ("remove", "Erase the flamingo from the clip.", None),
+            ("add", "Put a pumpkin at the bottom right of the video.", None), ("style", "Make everything look snowy.", None))
+    examples = [dict(video="clip.mp4", instruction=words, reference=reference, task=task) for task, words, reference in rows]
+    for name, picture in references.items():
+        PIL.Image.fromarray(enlarge(picture[None])[0]).save(folder / name, optimize=True)
+    write_video(folder / "clip.mp4", enlarge(render(scene, num_frames, 96, 96)[0]), fps, overwrite=True, crf=12)
     (folder / "instruction.txt").write_text(examples[0]["instruction"] + "\n", encoding="utf-8")
     (folder / "examples.jsonl").write_text("".join(json.dumps(e) + "\n" for e in examples), encoding="utf-8")
     return examples

@@ -704,7 +704,7 @@ def _scores(subject, way, samples):
 def stream_memory(
     pipe: KiwiEditPipeline,
     lengths: tuple[int, ...] = (5, 21, 41, 81),  # frames, 4k+1
-    size: int = 64,  # pixels, square
+    size: int = 96,  # pixels, square
 ) -> list[dict]:  # "frames", "streamed" and "whole" in bytes
     "Memory of decoding a clip to its frames, in pieces and at once."
     rows, vae = [], pipe.vae.config
@@ -755,7 +755,8 @@ def measure_windows(
     start = time.perf_counter(); clips = [np.concatenate(list(edit(first)))]; seconds = time.perf_counter() - start
     samples, windows = [first], pipe.windows(frames, side, side)
     for task in tasks[1:] if trained else (): samples.append(world.sample(seed, task)); clips.append(np.concatenate(list(edit(samples[-1]))))
-    errors = [seam_error(clip, windows, sample.target if trained else None) for clip, sample in zip(clips, samples)]
+    group = pipe.vae.config.scale_factor_temporal
+    errors = [seam_error(clip, windows, sample.target if trained else None, group) for clip, sample in zip(clips, samples)]
     pipe.memory.clear()
     return dict(frames=frames, windows=len(windows), one_bytes=one, all_bytes=all_of_it, seconds=seconds, **{name: float(np.mean([error[name] for error in errors])) for name in ("seam", "inside")})
 
@@ -767,7 +768,7 @@ def reading_rates(
 ) -> list[dict]:  # "size", "loop", "exact", "fast" in frames a second
     "Frames a second of decoding and resizing: imageio's loop frame by frame, and `read_video`."
     import imageio.v3 as imageio
-    scene = World(64, 64, min(frames, 33), split="eval").sample(EVAL_SEED, "style").source
+    scene = World(num_frames=min(frames, 33), split="eval").sample(EVAL_SEED, "style").source
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"

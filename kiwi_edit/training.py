@@ -43,7 +43,7 @@ from .core import InputError, MissingPackage, asset, choose_device, multiplies_b
 from .curriculum import PARTS, STAGES, Loss, Stage, estimate, find_stage, select
 from .dataset import MetadataDataset, WorldDataset
 from .encoder import REFERENCE_SUFFIX, EncoderInputs, KiwiProcessor, collate_inputs, encode_context, make_tokenizer, prepare_sample
-from .foundations import Description, Reconstruction, autoencoder_batch, description_batch, measure_latents, start_model, train_motion_only
+from .foundations import Description, Reconstruction, autoencoder_batch, description_batch, fit_projection, measure_latents, start_model
 from .guidance import EditCache, denoise, rounded_sigma
 from .latents import encode_frames, fast_layers, latent_statistics
 from .pipeline import KiwiEditPipeline, fit_reference
@@ -725,7 +725,7 @@ def validation_strip(
         error, change = (((clip.astype(np.float32) - sample.target) * mask) ** 2 for clip in (output, sample.source))
         done[task].append(float(1 - error.sum() / max(change.sum(), 1)))
         picks = [0, -1][:num_frames]  # a single frame among clips stands twice, so that columns line up
-        blank = np.full(sample.source.shape[1:], 255, np.uint8) if reference is None else fit_reference(reference, 64, 64)
+        blank = np.full(sample.source.shape[1:], 255, np.uint8) if reference is None else fit_reference(reference, world.width, world.height)
         rows[f"{i + 1}. {task} {done[task][-1]:.2f}"] = [*sample.source[picks], blank, *frames[picks], *sample.target[picks]]
     save_film_strip(path, rows, max_columns=7)
     return {task: sum(values) / len(values) for task, values in done.items()}
@@ -799,7 +799,7 @@ def stage_data(
 ) -> dict: # name of its cache's folder -> (dataset, how its rows are made)
     "What a stage learns from, under the names by which its caches are found."
     if stage.buckets:
-        return {f"{i}-{bucket.name}": (WorldDataset(bucket.tasks, bucket.num_frames, bucket.height, bucket.width, bucket.samples, stage.first_seed + 20_000 * i), RowSettings(batch=16))
+        return {f"{i}-{bucket.name}": (WorldDataset(bucket.tasks, bucket.num_frames, bucket.height, bucket.width, bucket.samples, stage.first_seed + 100_000 * i, difficulty=bucket.difficulty), RowSettings(batch=16))
                 for i, bucket in enumerate(stage.buckets)}
     if set(data or ()) != set(stage.mix): raise InputError(f"`data` has to name a metadata file for {', '.join(stage.mix) or 'nothing'} of stage {stage.name!r} but names {', '.join(data or ()) or 'none'}.")
     return {mode: (MetadataDataset(data[mode], num_frames=1 if mode == "image" else stage.num_frames, max_pixels=stage.max_pixels, factor=factor, crop_reference=stage.crop_reference),
@@ -947,7 +947,6 @@ def train(
         if stage.round_timestep: pipe.guidance.register_to_config(round_timestep=True)
         torch.manual_seed(seed)  # of LoRA layers, which start at random
         select(pipe, stage)
-        if stage.name == "autoencoder-motion": train_motion_only(pipe.vae)
         return pipe
     pipe, aside = opened(accelerator.device), ExitStack()
     with accelerator.main_process_first():  # one process fills the caches, the others find them full
@@ -963,10 +962,10 @@ def train(
     elif "mllm" in stage.trains:
         as_module, batches = lambda pipe: Description(pipe.mllm, pipe.guidance.config), lambda number, part, parts: description_batch(pipe.processor, pipe.guidance.config, number, seed=seed, part=part, parts=parts)
     else:
-        as_module = lambda pipe: Reconstruction(pipe.vae)
+        def as_module(pipe):
+            return Reconstruction(pipe.vae, fit_projection(pipe.vae.config.z_dim) if stage.linear else None)
         def batches(number, part, parts):
-            clips = stage.name != "autoencoder-image" and number % 3
-            return autoencoder_batch(number, 4 if clips else 16, 5 if clips else 1, seed=seed, part=part, parts=parts)
+            return autoencoder_batch(number, seed=seed, part=part, parts=parts)
     model = as_module(pipe)
     def set_aside():
         if stage.buckets or stage.mix: aside.enter_context(frozen_aside(pipe, bool(stage.buckets or cache)))
@@ -995,7 +994,8 @@ def train(
         for part in (pipe.vae, pipe.mllm, pipe.guidance, pipe.transformer): part.requires_grad_(False).eval()
         merge_lora(pipe)
         if stage.loss.few: pipe.register_to_config(default_steps=stage.loss.few)
-        if stage.name in ("autoencoder-image", "autoencoder-video"): measure_latents(pipe.vae)
+        if "vae" in stage.trains:
+            measure_latents(pipe.vae)
         put_model(pipe, folder / "model", made | {stage.name: state})
     accelerator.wait_for_everyone()  # the next stage starts from it
     return state

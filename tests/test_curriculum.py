@@ -31,7 +31,7 @@ def test_stage_is_consistent(stage):
     if stage.buckets: assert sum(b.weight for b in stage.buckets) == pytest.approx(1)
     for bucket in stage.buckets:
         assert set(bucket.tasks) <= set(TASKS) and sum(bucket.tasks.values()) == pytest.approx(1)
-        assert bucket.num_frames % 4 == 1 and bucket.height % 8 == bucket.width % 8 == 0 and bucket.height * bucket.width <= 64 * 64
+        assert bucket.num_frames % 4 == 1 and bucket.height % 16 == bucket.width % 16 == 0 and bucket.height * bucket.width <= 96 * 96
         assert bucket.samples >= bucket.batch_size
         reference = set(bucket.tasks) & {"subject", "background"}
         assert not reference or reference == set(bucket.tasks)  # a batch has references or has none
@@ -418,7 +418,7 @@ def test_memory_of_an_edit_is_as_said(name, size):
     frames, references = np.zeros((*size, 3), np.uint8), [PIL.Image.new("RGB", size[:0:-1])]
     sample = prepare_sample(pipe.processor, pipe.guidance.config, "x" * 40, frames, references)
     factor, sigma = pipe.vae.config.scale_factor_spatial, torch.ones(1)
-    latents = torch.zeros(1, pipe.vae.config.z_dim, (size[0] - 1) // 4 + 1, size[1] // factor, size[2] // factor)
+    latents = torch.zeros(1, pipe.vae.config.z_dim, (size[0] - 1) // pipe.vae.config.scale_factor_temporal + 1, size[1] // factor, size[2] // factor)
     pixels, context = torch.zeros(1, 3, *size), encode_context(pipe.mllm, pipe.guidance, sample)[0]
     step = lambda: denoise(pipe.transformer, pipe.guidance, latents, 1000 * sigma, sigma, context, None, latents, latents[:, :, :1], cache=EditCache())
     for phase, run in (("read", lambda: encode_context(pipe.mllm, pipe.guidance, sample)), ("denoise", step)): assert cost.activations[phase] == pytest.approx(allocated_by(run), rel=.1), phase

@@ -270,7 +270,7 @@ def batch(tiny):
     with torch.no_grad():
         inputs = prepare_inputs(tiny.processor, tiny.guidance.config, [s.instruction for s in samples], [s.source for s in samples], [[r] for r in references])
         latents = [encode_frames(tiny.vae, np.stack(clips)) for clips in ([s.source for s in samples], [s.target for s in samples],
-                                                                         [fit_reference(r, 64, 64)[None] for r in references])]
+                                                                         [fit_reference(r, 96, 96)[None] for r in references])]
         kept = torch.stack([kept_share(s.source, s.target, *latents[0].shape[2:]) for s in samples]).unsqueeze(1)
         return Batch(inputs.without_pixels(), vision_features(tiny.mllm, inputs), *latents, kept, [s.task for s in samples])
 

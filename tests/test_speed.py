@@ -19,7 +19,7 @@ from kiwi_edit.speed import APPROXIMATIONS, SAVINGS, FlowUniPC, SpeedReport, app
 from kiwi_edit.video import Clip, as_frames, read_video
 from kiwi_edit.world import World
 
-SCENE = World(64, 64, 5, split="eval").sample(10_000_012, "background")
+SCENE = World(split="eval").sample(10_000_012, "background")
 CASES = {"reference": dict(reference=PIL.Image.fromarray(SCENE.reference)), "no reference": {}, "guidance": dict(reference=PIL.Image.fromarray(SCENE.reference), guidance_scale=2.)}
 
 
@@ -135,7 +135,7 @@ def test_plain_reading_is_the_same(pipe, tmp_path):
 
 
 def test_streams_are_the_whole_in_pieces(pipe):
-    clip = World(64, 64, 13, split="eval").sample(10_000_012, "background").source
+    clip = World(num_frames=13, split="eval").sample(10_000_012, "background").source
     def run(): return list(edit(pipe, 1, clip, "stream", num_frames=13)[0])
     pieces = run()
     with recomputed(pipe, "streams", "memory"): whole = run()
@@ -206,7 +206,7 @@ def test_step_cache_skips_and_stays_near(pipe, counted, name, case):
 
 
 def test_step_caches_and_windows(pipe):
-    clip = World(64, 64, 21, split="eval").sample(10_000_012, "background").source
+    clip = World(num_frames=21, split="eval").sample(10_000_012, "background").source
     run = lambda: edit(pipe, 8, clip, "np", num_frames=21)[0]
     count, before = flops(run)
     for name in ("first-block cache", "taylor series"):
@@ -421,7 +421,7 @@ def test_subjects(tmp_path):
     large = speed.bench_subject("large", tmp_path, "cpu")
     assert str(large) == "8 layers of width 512, 17 frames of 128x128"
     one, other = large.edit(1, output_type="latent"), large.edit(1, output_type="latent")
-    assert one.shape == (1, 48, 5, 16, 16) and torch.equal(one, other)
+    assert one.shape == (1, 48, 17, 16, 16) and torch.equal(one, other)
     large.sample["reference"] = None
     assert not torch.equal(large.edit(1, output_type="latent"), one)  # guidance says something although weights are random
 
