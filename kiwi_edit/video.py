@@ -816,9 +816,7 @@ def _write_h264(path, clips, fps, span, crf):
     width, height, count = first.width, first.height, 0
     if max(width, height) > 16384: raise VideoError(f"`frames` have to be at most 16384 pixels wide and high for H.264 but are {width}x{height}.")
     with av.open(os.path.abspath(path), "w", format="mp4", options=dict(movflags="+faststart")) as output:
-        options = {"crf": str(crf), "preset": "medium"}
-        if width * height <= 640 * 480: options["x264-params"] = "threads=1" # on a busy machine x264's threads may write other bytes
-        stream = output.add_stream("libx264", rate=rate, options=options)
+        stream = output.add_stream("libx264", rate=rate, options=dict(crf=str(crf), preset="medium"))
         stream.height, stream.width = height + height % 2, width + width % 2
         stream.pix_fmt = "yuv420p"
         context = stream.codec_context # say which matrix made the colours, or players guess it from the height

@@ -241,7 +241,7 @@ def test_a_list_that_is_stopped_twice_ends_with_the_same_results(folder, capfd, 
     assert alone.counts == dict(done=7, failed=0, bad=1) and visible(out) == visible(folder / "alone") and "0007-clip-compare.mp4" in visible(out)
     for name in visible(out) - {"results.jsonl"}:
         files = out / name, folder / "alone" / name
-        if name.endswith((".mp4", ".png")):  # the last bit of a sum differs from process to process, and with it a pixel here and there
+        if name.endswith("-compare.mp4"):  # encoders differ from process to process at widths that are no multiple of 16
             both = [read_video(file).frames.astype(int) for file in files]
             assert both[0].shape == both[1].shape and np.abs(both[0] - both[1]).mean() < .5, name
         else: assert files[0].read_bytes() == files[1].read_bytes(), name
