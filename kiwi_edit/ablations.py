@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse, hashlib, json, sys
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from .metrics import SetDistance, nearest, psnr_from_error, set_distance, square
 from .pipeline import KiwiEditPipeline
 from .training import FlowMatching, draw_noise, fit, put_model, train
 from .video import Strip, replacing
-from .world import EVAL_SEED, Quadruplet, World
+from .world import DIFFICULTIES, EVAL_SEED, Quadruplet, World
 
 # %% auto #0
 __all__ = ['RECIPES', 'REFERENCES', 'EXPERIMENTS', 'WITH_REFERENCE', 'WITHOUT', 'TRAIN_SEED', 'MEASURES', 'STATISTICS', 'Recipe',
@@ -53,7 +54,7 @@ EXPERIMENTS = dict(a=("both", "queries only", "latents only", "neither", "one st
 @dataclass(frozen=True)
 class Plan:
     "What all cells have in common."
-    size: int = 32            # pixels, square: the world's 64, halved
+    size: int = 48            # pixels, square: the world's 96, halved
     pairs: int = 1200         # training pairs with a reference, and as many without
     steps: int = 240
     batch_size: int = 16
@@ -62,16 +63,22 @@ class Plan:
     lr: float = 1.5e-3
     seeds: int = 3            # runs of each cell
     scenes: int = 48          # held-out scenes a task
-    edit_steps: int = 4       # denoising steps of an edit
+    edit_steps: int = 1       # denoising steps of an edit, whose noise levels a cell is trained at
     stage0: int = 240         # steps that the encoder learns to describe edits, once for all cells
+    difficulty: str = "easy"  # of the world
 
     def __post_init__(self):
         for name in ("size", "pairs", "steps", "batch_size", "seeds", "scenes", "edit_steps", "stage0"):
             if getattr(self, name) < 1: raise InputError(f"`{name}` has to be at least 1 but is {getattr(self, name)}.")
-        if self.size % 8 or self.size > 64 or 64 % self.size: raise InputError(f"`size` has to be 8, 16, 32 or 64 but is {self.size}.")
+        if self.size not in (16, 32, 48, 96): raise InputError(f"`size` has to be 16, 32, 48 or 96 but is {self.size}.")
         for name in ("share", "first"):
             if not 0 < getattr(self, name) < 1: raise InputError(f"`{name}` has to lie between 0 and 1 but is {getattr(self, name)}.")
+        if self.pairs > 40_000: raise InputError(f"`pairs` has to be at most 40000, the scenes between two of `TRAIN_SEED`, but is {self.pairs}.")
+        if self.difficulty not in DIFFICULTIES: raise InputError(f"`difficulty` has to be one of {', '.join(DIFFICULTIES)} but is {self.difficulty!r}.")
         if self.first > 1 - self.share: raise InputError(f"`first` has to be at most the share of batches without a reference, {1 - self.share:.2f}, but is {self.first}.")
+
+    @property
+    def loss(self) -> Loss: return Loss(few=self.edit_steps)
 
     @property
     def key(self) -> str: # 12 hexadecimal digits
@@ -80,7 +87,7 @@ class Plan:
 
 # %% ../nbs/43_ablations.ipynb #f4a594a1
 WITH_REFERENCE, WITHOUT = dict(subject=.6, background=.4), dict(add=.3, remove=.2, change=.3, style=.2)
-TRAIN_SEED = dict(references=200_000, words=240_000)  # first scenes, which no stage of the embedded model's curriculum has
+TRAIN_SEED = dict(references=900_000, words=940_000)  # first scenes, which no editing stage of the embedded model's curriculum has
 
 
 def halved(
@@ -101,9 +108,10 @@ def scenes(
     number: int,
     first_seed: int,
     split: str = "train",
-) -> list[Quadruplet]:  # single frames of 64x64 pixels
+    difficulty: str = "full",
+) -> list[Quadruplet]:  # single frames of 96x96 pixels
     "Scenes of the world, each with a task drawn from the shares."
-    world, names = World(64, 64, 1, split), list(tasks)
+    world, names = World(num_frames=1, split=split, difficulty=difficulty), list(tasks)
     drawn = np.random.default_rng(first_seed).choice(len(names), number, p=np.array(list(tasks.values())) / sum(tasks.values()))
     return [world.sample(first_seed + i, names[k]) for i, k in enumerate(drawn)]
 
@@ -191,15 +199,18 @@ def make_foundations(
     return home / "model"
 
 
+@cache
+def _start(seed): return start_model("tiny", seed)  # the same beginning as the embedded model's: it copies the source
+
+
 def fresh_model(
     foundations: str | Path,  # from `make_foundations`
     seed: int,
 ) -> KiwiEditPipeline:
     "The foundations with a guidance and a denoiser that know nothing."
     pipe = KiwiEditPipeline.from_pretrained(str(foundations))
+    for name in ("guidance", "transformer"): getattr(pipe, name).load_state_dict(getattr(_start(seed), name).state_dict())
     torch.manual_seed(seed)
-    random = KiwiEditPipeline.from_preset("tiny", pipe.processor.tokenizer)
-    for name in ("guidance", "transformer"): getattr(pipe, name).load_state_dict(getattr(random, name).state_dict())
     return pipe
 
 # %% ../nbs/43_ablations.ipynb #43000015
@@ -221,20 +232,20 @@ def make_data(
     def with_references(name, quadruplets):
         nonlocal backends
         if backends is None: backends = synthesizers()
-        made = make_references(quadruplets, folder / "references" / name, backends, progress=progress)
+        made = make_references(quadruplets, folder / "references" / plan.difficulty / name, backends, progress=progress)
         kept = [i for i, references in enumerate(made) if references]
         return [halved(quadruplets[i], plan.size) for i in kept], {kind: [made[i][kind] for i in kept] for kind in REFERENCES}
     def rows(name, quadruplets, references=None):
         nonlocal pipe
         if pipe is None: pipe = KiwiEditPipeline.from_pretrained(str(make_foundations(plan, folder, progress)))
-        return build_cache(pipe, Scenes(quadruplets, references), folder / "rows" / f"{name}-{plan.size}", RowSettings(batch=16), progress=progress)
+        return build_cache(pipe, Scenes(quadruplets, references), folder / "rows" / f"{name}-{plan.difficulty}-{plan.size}", RowSettings(batch=16), progress=progress)
     def all_rows(name, quadruplets, references):
         return {"blind": rows(f"{name}-blind", quadruplets)} | {kind: rows(f"{name}-{kind}", quadruplets, found) for kind, found in references.items()}
-    pairs, references = with_references("train", scenes(WITH_REFERENCE, plan.pairs, TRAIN_SEED["references"]))
-    words = [halved(q, plan.size) for q in scenes(WITHOUT, plan.pairs, TRAIN_SEED["words"])]
+    pairs, references = with_references("train", scenes(WITH_REFERENCE, plan.pairs, TRAIN_SEED["references"], difficulty=plan.difficulty))
+    words = [halved(q, plan.size) for q in scenes(WITHOUT, plan.pairs, TRAIN_SEED["words"], difficulty=plan.difficulty)]
     data = Data(all_rows("train", pairs, references) | {"words": rows("train-words", words)}, {}, references)
     for i, task in enumerate(("subject", "background", *WITHOUT)):
-        found = scenes({task: 1.}, plan.scenes, EVAL_SEED + 50_000 * (i + 1), "eval")
+        found = scenes({task: 1.}, plan.scenes, EVAL_SEED + 50_000 * (i + 1), "eval", plan.difficulty)
         if task in WITH_REFERENCE: found, references = with_references(f"{task}-eval", found)
         else: found, references = [halved(q, plan.size) for q in found], {}
         data.held_out[task] = (found, all_rows(f"eval-{task}", found, references))
@@ -280,7 +291,7 @@ def batches_of(
         kind, k = order[number]
         at = plans[kind].rows(0, k)[part::parts]
         batch = gated(None, words.rows(at), recipe, words.token_ids) if kind == "words" else gated(pairs.rows(at), blind.rows(at), recipe, blind.token_ids)
-        return batch, draw_noise(batch, Loss(), seed, number, list(range(part, plan.batch_size, parts)), plan.batch_size, shift)
+        return batch, draw_noise(batch, plan.loss, seed, number, list(range(part, plan.batch_size, parts)), plan.batch_size, shift)
     return make
 
 # %% ../nbs/43_ablations.ipynb #4300001d
@@ -301,13 +312,13 @@ def measure_edits(
     return {name: [None if not np.isfinite(x) else round(float(x), 4) for x in values] for name, values in found.items()}
 
 
-_candidates = {}  # (seed, task, size) -> (targets, own): eight renderings that all cells are held against
+_candidates = {}  # (seed, task, difficulty, size) -> (targets, own): eight renderings that all cells are held against
 
 
 def _told_apart(q, output):
-    key = q.meta["seed"], q.task, output.shape[1]
+    key = q.meta["seed"], q.task, q.meta["difficulty"], output.shape[1]
     if key not in _candidates:
-        world = World(64, 64, 1, "eval")
+        world = World(num_frames=1, split="eval", difficulty=q.meta["difficulty"])
         whole = world.sample(q.meta["seed"], q.task)
         targets, own = candidate_targets(world, whole)
         _candidates[key] = np.stack([halved(replace(whole, target=t), output.shape[1]).target for t in targets]), own
@@ -329,7 +340,7 @@ def run_cell(
     if (home / "result.json").is_file(): return json.loads((home / "result.json").read_text())
     pipe = fresh_model(make_foundations(plan, folder, progress), seed)
     stage = Stage("cell", ("language_model", "guidance", "transformer"), plan.lr, optimizer="muon", schedule="cosine", warmup=.03, clip=1., lr_scales=dict(language_model=.3),
-                  steps=plan.steps, batch_size=plan.batch_size)
+                  steps=plan.steps, batch_size=plan.batch_size, loss=plan.loss)
     select(pipe, stage)
     state = fit(FlowMatching(pipe, stage.loss), batches_of(data, plan, recipe, seed, pipe.scheduler.config.shift), home, stage, seed, keep=1, progress=progress)
     for part in (pipe.mllm, pipe.guidance, pipe.transformer): part.requires_grad_(False).eval()
@@ -436,7 +447,7 @@ class Ablation:
     def _small_print(self):
         runs = [run for found in self.cells.values() for run in found]
         scenes = len(next(iter(runs[0]["scores"].values()))["error"])
-        return (f"{len(runs)} runs, {len(runs) // len(self.cells)} seeds a recipe; {runs[0]['steps']} steps of {self.plan['batch_size']} single frames of {self.plan['size']}x{self.plan['size']}, {sum(r['seconds'] for r in runs) / 3600:.1f} hours of training in all"
+        return (f"{len(runs)} runs, {len(runs) // len(self.cells)} seeds a recipe; {runs[0]['steps']} steps of {self.plan['batch_size']} single frames of {self.plan['size']}x{self.plan['size']}, world: {self.plan.get('difficulty', 'full')}, {sum(r['seconds'] for r in runs) / 3600:.1f} hours of training in all"
                 + (f" on {self.hardware['on']}" if self.hardware else "") + f"; {scenes} held-out scenes a task; 95% intervals over runs and scenes.")
 
     def draw(self) -> Strip:

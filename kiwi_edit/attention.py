@@ -223,7 +223,7 @@ def draw_looks(
 
 def _panel(ax, title, x, y=""):
     ax.set_title(title, fontsize=8); ax.set_xlabel(x, fontsize=7); ax.set_ylabel(y, fontsize=7); ax.tick_params(labelsize=6)
-    for axis in (ax.xaxis, ax.yaxis)[:1 + bool(y)]: axis.get_major_locator().set_params(integer=True)
+    for axis in (ax.xaxis, ax.yaxis)[:1 + bool(y)]: axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     return ax
 
 def _picture(ax, image, title="", label=""):

@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import hashlib
 import json
 import logging
 import math
@@ -41,8 +39,8 @@ __all__ = ['logger', 'WAN_NAMES', 'VAE_NAMES', 'VAE_BLOCK_NAMES', 'TRAINER_NAMES
            'old_qwen_name', 'trainer_name', 'vae_config', 'load_official_vae', 'load_qwen', 'load_official_mllm',
            'make_guidance', 'load_official', 'find_base', 'infer_transformer_config', 'infer_vae_config', 'split_lora',
            'merged', 'add_adapters', 'merge_lora', 'load_transformer', 'load_vae', 'load_mllm',
-           'load_trainer_checkpoint', 'check_weights', 'mark_of', 'save_fast', 'add_fast', 'fast_variant', 'load_kit',
-           'official_reasons', 'write_official', 'write_trainer', 'load_any', 'convert', 'stored_dtype']
+           'load_trainer_checkpoint', 'check_weights', 'load_kit', 'official_reasons', 'write_official',
+           'write_trainer', 'load_any', 'convert', 'stored_dtype']
 
 # %% ../nbs/23_checkpoints.ipynb #7f8dc21b
 logger = logging.getLogger(__name__)
@@ -646,67 +644,14 @@ def check_weights(
         if part == "mllm": weights = {qwen_name(name): stored for name, stored in weights.items()}
         compare(build(_KINDS[part], config, f"{part}/config.json"), weights, ("lm_head.",) if part == "mllm" else ())
 
-def mark_of(
-    part: Path,  # folder of a component
-) -> str:
-    "Tells weights from other weights by 64 samples of each of their files."
-    digest = hashlib.sha256()
-    for file in weight_files(part):
-        with open(file, "rb") as stream:
-            for i in range(64):
-                stream.seek(i * file.stat().st_size // 64)
-                digest.update(stream.read(4096))
-    return digest.hexdigest()
-
-def save_fast(
-    lora: dict,        # name in the denoiser -> tensor, such as "blocks.0.attn1.to_q.lora_A.weight"
-    folder: Path,      # of the model that they were trained beside
-    num_inference_steps: int,  # that an edit takes with them
-):
-    "Write few-step weights beside a model in the kit's layout."
-    there = Path(folder) / "fast"
-    there.mkdir(exist_ok=True)
-    (there / "config.json").unlink(missing_ok=True)  # without it the folder counts for nothing
-    save_file({name: x.detach().to("cpu", torch.float16).contiguous() for name, x in lora.items()}, there / "lora.safetensors")
-    (there / "config.json").write_text(json.dumps(dict(num_inference_steps=num_inference_steps, transformer=mark_of(Path(folder) / "transformer")), indent=2) + "\n", encoding="utf-8")
-
-def add_fast(
-    pipe: KiwiEditPipeline,  # changed in place
-    folder: Path,            # of its model
-) -> KiwiEditPipeline:
-    "Add few-step weights to the denoiser's, and take their number of steps."
-    config, weights = read_config(folder, "fast", "config.json"), pipe.transformer.state_dict()
-    if config.get("transformer") != mark_of(folder / "transformer"):
-        raise InputError(f"`fast` has to be False for {folder.name!r}, whose few-step weights belong to another denoiser than the one that lies there now; make them again.")
-    _, lora = split_lora(open_weights(folder / "fast"))
-    if strangers := [name for name in lora if f"{name}.weight" not in weights]: raise InputError(f"`fast` has to hold layers of the denoiser but holds {_some(strangers)}.")
-    with torch.no_grad():
-        for name, (A, B) in lora.items():
-            weight = weights[f"{name}.weight"]
-            weight.copy_(weight.float() + (B.read().float() @ A.read().float()).to(weight.device))
-    pipe.register_to_config(default_steps=config["num_inference_steps"])
-    return pipe
-
-def fast_variant(
-    pipe: KiwiEditPipeline,
-    folder: Path,  # of its model
-) -> KiwiEditPipeline:
-    "A second pipeline with few-step weights; it shares all parts but the denoiser."
-    numbers = {name: value for name, value in pipe.config.items() if not isinstance(value, (tuple, list)) and not name.startswith("_")}
-    other = KiwiEditPipeline(**pipe.components | dict(transformer=copy.deepcopy(pipe.transformer)), **numbers)
-    other.memory, other._progress_bar_config = pipe.memory, dict(getattr(pipe, "_progress_bar_config", {}))
-    return add_fast(other, folder)
-
 def load_kit(
     folder: Path,
     torch_dtype: torch.dtype | str | dict = torch.float32,  # see `KiwiEditPipeline.from_pretrained`, and `variant` too
     variant: str | None = None,
-    fast: bool = False,  # with its few-step weights
     **kwargs,  # parts that are loaded already, and `DIFFUSERS_OPTIONS`
 ) -> KiwiEditPipeline:
     "A folder that `save_pretrained` wrote."
     folder = Path(folder)
-    if fast: return add_fast(load_kit(folder, torch_dtype, variant, **kwargs), folder)
     own = tuple(part for part in _KINDS if part not in kwargs)
     if variant and not any(variant == variant_of(file) for part in own for file in weight_files(folder / part, variant)):
         raise FileNotFoundError(f"`variant` has to be one that files of the model have but is {variant!r}.")
@@ -854,14 +799,6 @@ def load_any(
     if trainer: return load_trainer_checkpoint(source, torch_dtype=torch_dtype, **options)
     return KiwiEditPipeline.from_pretrained(source, torch_dtype=torch_dtype, **options)
 
-def _carry_fast(source, destination, to):
-    "Few-step weights go along with the denoiser that they were trained beside."
-    place = Path(source) if Path(source).exists() else find_checkpoint(source)
-    if not (place / "fast/config.json").is_file(): return
-    if to != "kit": return logger.warning("The few-step weights of %s stay behind: only the kit's layout has a place for them.", source)
-    config = read_config(place, "fast", "config.json")
-    if config.get("transformer") == mark_of(place / "transformer"): save_fast({name: stored.read() for name, stored in open_weights(place / "fast").items()}, destination, config["num_inference_steps"])
-
 def convert(
     source: str | Path,  # see `load_any`
     destination: str | Path,  # folder, written as a whole or not at all
@@ -883,7 +820,6 @@ def convert(
     destination.parent.mkdir(parents=True, exist_ok=True)
     try:
         WRITERS[to](pipe, fresh, max_shard_size)
-        if "transformer" not in options: _carry_fast(source, fresh, to)
         if destination.exists(): shutil.rmtree(destination)
         fresh.rename(destination)
     finally: shutil.rmtree(fresh, ignore_errors=True)

@@ -46,7 +46,7 @@ def _root(version: bool = typer.Option(False, "--version", help="Show the versio
 
 # %% ../nbs/51_cli.ipynb #001c6c2c
 FLAGS = {name: "--" + name.replace("_", "-") for name in (
-    "instruction", "reference", "model", "out", "overwrite", "seed", "steps", "frames", "whole", "size", "fast", "device", "strength", "guidance_scale",
+    "instruction", "reference", "model", "out", "overwrite", "seed", "steps", "frames", "whole", "size", "device", "strength", "guidance_scale",
     "host", "port", "tasks", "samples", "preset", "stage", "minutes", "resume", "data", "cache", "start", "base", "score", "keep", "track", "dry_run", "seconds_per_step",
     "options", "num_frames", "max_pixels", "dtype", "workers", "parts", "prune", "engine", "actors", "root", "vlm", "sam", "editor", "embedder", "shard", "batch", "max_failures", "skip_bad", "row", "to", "transformer", "vae", "mllm", "heads")}
 FLAGS |= dict(pairs="PAIRS", columns="--column", thresholds="--threshold", sheets="PAIRS", video="VIDEO", name="--model", prompt="--instruction", folder="--out", metadata="--data", dataset="--data", trackers="--track", memory="free memory", checkpoint="SOURCE", destination="DESTINATION", source="SOURCE", transformer_config="--heads", overrides="--model")
@@ -123,12 +123,11 @@ def load(
     model: str | None, # bundled name, folder or hub id; None takes the settings'
     device: str | None, # None takes the settings'
     check=None, # called with the model's `Limits` before its weights are read
-    fast: bool = False, # with its few-step weights
 ):
     "The pipeline, loaded without bars of libraries."
     from kiwi_edit.files import load_model
     hush_bars()
-    return load_model(model, device, check, say=lambda line: typer.echo(line, err=True), fast=fast)
+    return load_model(model, device, check, say=lambda line: typer.echo(line, err=True))
 
 # %% ../nbs/51_cli.ipynb #04157cce
 @contextlib.contextmanager
@@ -165,7 +164,6 @@ def edit(
     steps: Optional[int] = typer.Option(None, help="Denoising steps. [the model's own number]"),
     frames: Optional[int] = typer.Option(None, help="Edit at most so many frames, 4k+1, in windows where the model takes fewer at once. [as many as the model takes]"),
     whole: bool = typer.Option(False, "--whole", help="Edit all frames, in windows."),
-    fast: bool = typer.Option(False, "--fast", help="In few steps, by weights that come with the model for this; rougher."),
     size: Optional[str] = typer.Option(None, metavar="WIDTHxHEIGHT", help="Size at which the model works; the result has the source's. [as large as the model takes]"),
     device: Optional[str] = typer.Option(None, help="auto, cpu, cuda, cuda:1 or mps. [the settings' device]"),
     strength: float = typer.Option(1.0, help="Below 1: start from the source under noise, and stay closer to it."),
@@ -179,12 +177,12 @@ def edit(
         for path in paths: check_local(path, name)
     options = dict(compare=compare, seed=seed, steps=steps, frames=frames, whole=whole, size=parse_size(size), strength=strength, guidance_scale=guidance_scale)
     if video.suffix.lower() == ".jsonl" and not video.is_dir():
-        return edit_list(video, out, model, device, workers, overwrite, skip_bad, fast, instruction=instruction, reference=reference, **options)
+        return edit_list(video, out, model, device, workers, overwrite, skip_bad, instruction=instruction, reference=reference, **options)
     if instruction is None: raise _Missing("Missing option '--instruction' / '-i'.")
     for name, value in dict(workers=workers > 1, skip_bad=skip_bad).items():
         if value: raise InputError(f"`{name}` has to be left out unless VIDEO is a list (.jsonl) but that is {str(video)!r}.")
     plan = plan_edit(video, instruction, reference or (), out, overwrite=overwrite, **options)
-    pipe = load(model, device, plan.check, fast)
+    pipe = load(model, device, plan.check)
     with bar() as report: done = run_edit(pipe, plan, report)
     if done.note: typer.echo(re.sub(r"`(\w+)`", lambda match: FLAGS[match[1]], done.note))
     what = f"{done.frames} frames" if done.frames > 1 else "1 frame"
@@ -204,7 +202,6 @@ def edit_list(
     workers: int, # processes
     overwrite: bool, # whether results of other edits may be replaced
     skip_bad: bool, # whether the good rows are done where there are bad ones
-    fast: bool, # with the model's few-step weights
     **defaults, # for rows that say nothing of it
 ):
     "Do a list of edits and say what has become of it."
@@ -219,7 +216,7 @@ def edit_list(
         with bar("rows", delay=2) as report: edits = read_edits(path, out, report, **defaults)
         edits.check(skip_bad)
         hush_bars()
-        with bar("rows") as report: run = run_edits(edits, model, device, workers, overwrite, skip_bad, watched, lambda line: tqdm.write(line, file=sys.stderr), fast)
+        with bar("rows") as report: run = run_edits(edits, model, device, workers, overwrite, skip_bad, watched, lambda line: tqdm.write(line, file=sys.stderr))
     except BadEdits as error:
         for bad in error.bad[:shown]: say(str(bad).replace("`overwrite`", "--overwrite"))
         if len(error.bad) > shown: say(f"and {len(error.bad) - shown} more")
@@ -266,7 +263,6 @@ def evaluate(
     tasks: Optional[str] = typer.Option(None, help="Of the kit's bench: tasks, separated by commas. [all that it has]"),
     limit: Optional[int] = typer.Option(None, help="Only the first so many rows of a published bench."),
     steps: Optional[int] = typer.Option(None, help="Denoising steps. [50 for a published bench, else the model's own number]"),
-    fast: bool = typer.Option(False, "--fast", help="With the model's few-step weights."),
     concat: bool = typer.Option(False, "--concat", help="Also write source and result side by side."),
     parts: str = typer.Option("1/1", metavar="I/N", help="Only make the videos of part I of N; a last run without it scores all."),
     out: Optional[Path] = typer.Option(None, "--out", "-o", help="File for the report, .json, where targets are known; else folder of videos, scores and report. [report.json or evaluation-BENCH in the settings' output_dir]"),
@@ -284,15 +280,15 @@ def evaluate(
     kit, (part, number) = bench == "kit", parse_parts(parts)
     if not kit and data is None: raise InputError(f"`data` has to be the file of {bench} but is not given.")
     unwanted = dict(data=data, root=root, limit=limit) if kit else dict(tasks=tasks)
-    if videos is not None: unwanted |= dict(model=model, steps=steps, fast=fast or None, concat=concat or None, parts=parts if number > 1 else None)
+    if videos is not None: unwanted |= dict(model=model, steps=steps, concat=concat or None, parts=parts if number > 1 else None)
     if wrong := [name for name, value in unwanted.items() if value is not None]:
         raise InputError(f"`{wrong[0]}` has to be left out {'where finished videos are scored' if wrong[0] not in ('data', 'root', 'limit', 'tasks') else 'of the bench ' + bench} but is {unwanted[wrong[0]]}.")
     if kit and judge is None and videos is None:
         for name, value in dict(concat=concat or None, extra=parameter, parts=parts if number > 1 else None).items():
             if value is not None: raise InputError(f"`{name}` has to be left out of the kit's bench unless `judge` is given but is {value}.")
-        return measure_model(chosen, samples, model, steps, fast, out, overwrite, device)
+        return measure_model(chosen, samples, model, steps, out, overwrite, device)
     if overwrite: raise InputError("`overwrite` has to be left out where rows are scored one by one: a folder is gone on in, and what is there is kept.")
-    with _going_on(): evaluate_rows(bench, data, root, chosen, samples, limit, model, videos, judge or {"embedded": "metrics"}.get(settings().judge, settings().judge), steps, fast, concat, part, number, out, device, parse_parameters(parameter))
+    with _going_on(): evaluate_rows(bench, data, root, chosen, samples, limit, model, videos, judge or {"embedded": "metrics"}.get(settings().judge, settings().judge), steps, concat, part, number, out, device, parse_parameters(parameter))
 
 def parse_parameters(
     texts: list | None, # such as ["temperature=1", "chat_template_kwargs={\"enable_thinking\": false}"]
@@ -311,7 +307,6 @@ def measure_model(
     samples: int, # of each
     model: str | None, # None takes the settings'
     steps: int | None, # None takes the model's own number
-    fast: bool, # with its few-step weights
     out: Path | None, # report.json
     overwrite: bool,
     device: str | None,
@@ -323,7 +318,7 @@ def measure_model(
         out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix.lower() != ".json": raise InputError(f"`out` has to end in .json but is {str(out)!r}.")
     check_outputs([out], [], overwrite)
-    pipe = load(model, device, fast=fast)
+    pipe = load(model, device)
     from kiwi_edit.benchmark import run_benchmark
     report = run_benchmark(pipe, tasks=tuple(tasks), samples=samples, steps=steps, progress=True)
     report.save(out)
@@ -350,7 +345,6 @@ def evaluate_rows(
     videos: Path | None, # folder of finished results; None: the model makes them
     judge: str, # see `judge_of`
     steps: int | None, # None takes 50 on a published bench, else the model's own number
-    fast: bool, # with the model's few-step weights
     concat: bool, # also side by side
     part: int, # from 0
     number: int, # of parts
@@ -373,7 +367,7 @@ def evaluate_rows(
     about, folder = None, videos and videos.expanduser()
     if videos is None:
         folder = out / "videos"
-        made, about = make_rows(rows, folder, model, steps, fast, concat, part, number, device, bench)
+        made, about = make_rows(rows, folder, model, steps, concat, part, number, device, bench)
         if bench == "imgedit": write_imgedit_list(rows, folder)
         for failure in made.failed[:20]: say(f"row {failure['id']} failed: {failure['error']}")
         typer.echo(str(made))
@@ -384,14 +378,14 @@ def evaluate_rows(
     typer.echo(f"report: {out / 'report.html'}")
     if report.counts["scored"] < len(rows): raise typer.Exit(1)
 
-def make_rows(rows, folder, model, steps, fast, concat, part, number, device, bench):
+def make_rows(rows, folder, model, steps, concat, part, number, device, bench):
     "The videos, and what they were made with."
     from kiwi_edit.benchmark import provenance
     from kiwi_edit.files import find_model
     from kiwi_edit.published import Making, edit_rows
-    pipe = load(model, device, fast=fast)
-    making = Making(steps=steps or (pipe.config.default_steps if bench == "kit" or fast else 50), concat=concat)
-    about = dict(model=str(model or settings().checkpoint) + " (few-step weights)" * fast, steps=making.steps, seed=making.seed) | provenance(pipe._execution_device, find_model(model))
+    pipe = load(model, device)
+    making = Making(steps=steps or (pipe.config.default_steps if bench == "kit" else 50), concat=concat)
+    about = dict(model=str(model or settings().checkpoint), steps=making.steps, seed=making.seed) | provenance(pipe._execution_device, find_model(model))
     return edit_rows(pipe, rows, folder, making, part, number, about), about
 
 # %% ../nbs/51_cli.ipynb #8a704044

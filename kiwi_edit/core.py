@@ -85,7 +85,7 @@ class Preset:
     guidance: dict  # arguments of `KiwiGuidance`: queries, connectors, source and reference embedders
     height: int  # pixels
     width: int  # pixels
-    num_frames: int  # 4k+1, so that the autoencoder's time steps come out whole
+    num_frames: int  # 4k+1, as the autoencoder takes them: one frame, then groups of four
     fps: float  # frames a second of what is generated
     max_pixels: int  # width * height that a clip is fitted into
     num_inference_steps: int  # denoising steps of one edit
@@ -190,32 +190,35 @@ _tiny = Preset(
     name="tiny",
     checkpoint="kiwi-edit-tiny",
     transformer=dict(
-        _WAN_TRANSFORMER, patch_size=(1, 1, 1), num_layers=6, num_attention_heads=6, attention_head_dim=32, ffn_dim=768, freq_dim=64, text_dim=32,
-        in_channels=48, out_channels=48,
+        _WAN_TRANSFORMER, patch_size=(1, 2, 2), num_layers=6, num_attention_heads=4, attention_head_dim=64, ffn_dim=768,
+        freq_dim=64, text_dim=32, in_channels=32, out_channels=32,
     ),
     vae=dict(
-        base_dim=32, decoder_base_dim=32, z_dim=48, dim_mult=[1, 2, 2], num_res_blocks=1, attn_scales=[], temperal_downsample=[True, True],
-        is_residual=True, in_channels=12, out_channels=12, patch_size=2, scale_factor_temporal=4, scale_factor_spatial=8,
-        latents_mean=[0.0] * 48, latents_std=[1.0] * 48,  # training measures them
+        base_dim=32, decoder_base_dim=40, z_dim=32, dim_mult=[1, 2, 2], num_res_blocks=1, attn_scales=[],
+        temperal_downsample=[False, False], is_residual=True, in_channels=12, out_channels=12, patch_size=2,
+        scale_factor_temporal=1, scale_factor_spatial=8,
+        latents_mean=[0.0] * 32, latents_std=[1.0] * 32,  # training measures them
     ),
     mllm=dict(
         text_config=dict(
-            hidden_size=192, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2, intermediate_size=512, vocab_size=1024,
-            max_position_embeddings=4096, rms_norm_eps=1e-6, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
+            hidden_size=192, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, intermediate_size=512,
+            vocab_size=1536, max_position_embeddings=4096, rms_norm_eps=1e-6, tie_word_embeddings=True,
+            bos_token_id=None, eos_token_id=None,
             rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 6, 6]),
         ),
         vision_config=dict(
-            depth=3, hidden_size=128, num_heads=4, intermediate_size=256, out_hidden_size=192, patch_size=14, spatial_merge_size=2,
-            temporal_patch_size=2, window_size=112, fullatt_block_indexes=[2], tokens_per_second=2,
+            depth=3, hidden_size=128, num_heads=4, intermediate_size=256, out_hidden_size=192, patch_size=14,
+            spatial_merge_size=2, temporal_patch_size=2, window_size=112, fullatt_block_indexes=[2], tokens_per_second=2,
         ),
         tie_word_embeddings=True,  # the ids of its special tokens come from its own tokenizer
     ),
     guidance=dict(
-        hidden_size=192, dim=192, in_channels=48, patch_size=(1, 1, 1), num_image_queries=16, num_video_queries=16, num_ref_queries=16,
-        max_object_token=16, max_pixels_per_frame=112 * 112, min_pixels_per_frame=112 * 112, max_image_pixels=112 * 112, min_image_pixels=112 * 112,
-        ref_pad_first=False, zero_init=False, query_read_out="queries", round_timestep=False, round_pixels=False,
+        hidden_size=192, dim=256, in_channels=32, patch_size=(1, 2, 2), num_image_queries=16, num_video_queries=16,
+        num_ref_queries=16, max_object_token=16, max_pixels_per_frame=112 * 112, min_pixels_per_frame=112 * 112,
+        max_image_pixels=112 * 112, min_image_pixels=112 * 112, ref_pad_first=False, zero_init=False,
+        query_read_out="queries", round_timestep=False, round_pixels=False, names="edit",
     ),
-    height=64, width=64, num_frames=5, window_frames=13, fps=8, max_pixels=64 * 64, num_inference_steps=4,
+    height=96, width=96, num_frames=5, window_frames=13, fps=8, max_pixels=96 * 96, num_inference_steps=1,
 )
 PRESETS = {p.name: p for p in (_tiny, _wan22_5b, _wan21_14b)}
 

@@ -43,7 +43,6 @@ class Loss:
     dropout: float = 0.         # share of samples without their instruction, for classifier-free guidance
     pixel_metric: float = 0.    # 0 to 1: share of the error measured by how strongly each latent channel shows in decoded pixels, to first order
     few: int = 0                # noise levels are those of so many steps and no others; 0 trains at all levels
-    rectify: int = 0            # the target is what the model without its LoRA layers makes of the same noise in so many steps; 0 takes the true one
 
 # %% ../nbs/30_curriculum.ipynb #0120c0d8
 @dataclass(frozen=True)
@@ -51,14 +50,15 @@ class Bucket:
     "Samples of the world that fit into one batch."
     tasks: dict           # task -> share
     num_frames: int = 1
-    height: int = 64      # pixels
-    width: int = 64       # pixels
+    height: int = 96      # pixels
+    width: int = 96       # pixels
     weight: float = 1.    # share of the batches
     batch_size: int = 16
     samples: int = 4096   # how many are made and cached
+    difficulty: str = "full"  # of the world
 
     @property
-    def name(self): return f"{'-'.join(sorted(self.tasks))}-{self.num_frames}x{self.height}x{self.width}"
+    def name(self): return f"{'-'.join(sorted(self.tasks))}-{self.difficulty}-{self.num_frames}x{self.height}x{self.width}"
 
     @property
     def mode(self): return "ref" if {"subject", "background"} & set(self.tasks) else "image" if self.num_frames == 1 else "video"
@@ -74,11 +74,12 @@ class Stage:
     follows: str = ""             # the stage whose weights it starts from where no others are named
     lora: dict = field(default_factory=dict)      # part -> Lora
     buckets: tuple = ()           # of the world
-    first_seed: int = 1000        # of the world's samples; each bucket begins 20,000 seeds after the one before
+    first_seed: int = 1000        # of the world's samples; each bucket begins 100,000 seeds after the one before
     mix: tuple = ()               # modes whose data sets alternate, where the samples come from files
     alternation: str = "round_robin"              # or "weighted": a mode is drawn for each batch
     shares: tuple = ()            # of the modes, where they are weighted
     source: bool = True           # the denoiser is given the source's latents
+    linear: bool = False          # the autoencoder is taught a linear projection and its inverse, apart
     num_frames: int = 1           # 4k+1, the most that a clip has
     max_pixels: int | None = None # width * height that a frame is fitted into
     batch_size: int = 1           # of each process
@@ -119,44 +120,32 @@ class Stage:
             raise InputError(f"`num_frames` of stage {self.name!r} has to be 4k+1 and `max_pixels` given but they are {self.num_frames} and {self.max_pixels}.")
 
 # %% ../nbs/30_curriculum.ipynb #66812245
-WORDS = dict(add=.3, remove=.2, change=.35, style=.15)
-PICTURES = dict(subject=.6, background=.4)
-CANVASES = dict(isolate=.6, plate=.4)  # the tasks that make references
+WORDS = dict(add=.28, remove=.2, change=.37, style=.15)
+PICTURES = dict(subject=.7, background=.3)
+CANVASES = dict(isolate=.65, plate=.35)  # the tasks that make references
 
-def _buckets(tasks, num_frames, weight, samples, batch_size):
-    "Square, wide and tall samples of the same tasks."
-    return tuple(Bucket(tasks, num_frames, h, w, weight * share, batch_size, round(samples * share))
-                 for h, w, share in ((64, 64, .6), (48, 80, .2), (80, 48, .2)))
+def _buckets(num_frames, samples, batch_size, difficulty="full", shares=(.35, .5, .15)):
+    "Edits by words, by a reference, and (single frames only) edits that make references."
+    kinds = zip((WORDS, PICTURES, CANVASES), (num_frames, num_frames, 1), shares)
+    return tuple(Bucket(tasks, frames, weight=share, batch_size=batch_size, samples=round(samples * share), difficulty=difficulty)
+                 for tasks, frames, share in kinds)
 
-_DENOISER = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")  # linear layers of self- and cross-attention, and of the feed-forward
 
-_tiny = partial(Stage, optimizer="muon", schedule="cosine", warmup=.03, clip=1.)
-_edits = partial(_tiny, trains=("language_model", "guidance", "transformer"), lr_scales=dict(language_model=.3), autocast=True)
+_tiny = partial(Stage, optimizer="muon", schedule="cosine", warmup=.03, clip=1., weight_decay=0.)
+_edits = partial(_tiny, trains=("language_model", "guidance", "transformer"), lr_scales=dict(language_model=.3), autocast=True,
+                 loss=Loss(few=1, pixel_metric=.75))
 
 STAGES = {stage.name: stage for stage in (
-    _tiny("autoencoder-image", ("vae",), minutes=9, lr=1.2e-3),
-    _tiny("autoencoder-video", ("vae",), minutes=9, lr=1e-3, follows="autoencoder-image"),
-    _tiny("autoencoder-motion", ("vae",), minutes=18, lr=1e-3, follows="autoencoder-video", weight_decay=0.),
-    _tiny("autoencoder-decoder", ("decoder",), minutes=9, lr=8e-4, follows="autoencoder-motion", weight_decay=0.),
-    _tiny("encoder", ("mllm",), minutes=15, lr=1.5e-3, follows="autoencoder-decoder"),
-    _edits("image", minutes=35, lr=1.5e-3, follows="encoder", floor=.4,
-           buckets=_buckets(WORDS, 1, .45, 8000, 16) + _buckets(PICTURES, 1, .55, 10000, 16)),
-    _edits("video", minutes=14, lr=1e-3, follows="image", floor=.6,
-           buckets=_buckets(WORDS, 5, .7, 3500, 12) + _buckets(PICTURES, 1, .3, 10000, 16)),
-    _edits("reference", minutes=110, lr=1.2e-3, follows="video", floor=.02, loss=Loss(pixel_metric=.75),
-           buckets=_buckets(WORDS, 5, .45, 12500, 12) + _buckets(PICTURES, 5, .35, 10600, 12) + _buckets(WORDS, 1, .1, 8000, 16) + _buckets(PICTURES, 1, .1, 10000, 16)),
-    _edits("canvas", minutes=80, lr=1.2e-3, follows="reference", floor=.02, loss=Loss(pixel_metric=.75), first_seed=300_000,
-           buckets=_buckets(dict(add=.26, remove=.17, change=.44, style=.13), 5, .34, 7000, 12) + _buckets(dict(subject=.75, background=.25), 5, .36, 8000, 12)
-           + _buckets(CANVASES, 1, .2, 6000, 16) + _buckets(PICTURES, 1, .1, 4000, 16)),
-    _edits("polish", minutes=100, lr=1e-3, follows="canvas", floor=.02, loss=Loss(pixel_metric=.75), first_seed=540_000,
-           buckets=_buckets(dict(add=.25, remove=.15, change=.45, style=.15), 5, .32, 6500, 12) + _buckets(dict(subject=.75, background=.25), 5, .3, 6500, 12)
-           + _buckets(dict(isolate=.75, plate=.25), 1, .22, 7000, 16) + _buckets(PICTURES, 1, .16, 6000, 16)),
-    _tiny("fast", (), minutes=30, lr=1e-3, follows="polish", optimizer="adamw", autocast=True, lora=dict(transformer=Lora(16, _DENOISER)),
-          loss=Loss(balance=1., pixel_metric=.75, few=1, rectify=4), first_seed=780_000,
-          buckets=_buckets(WORDS, 5, .45, 2400, 12) + _buckets(PICTURES, 5, .35, 2400, 12) + _buckets(CANVASES, 1, .2, 1200, 16)),
+    _tiny("autoencoder-start", ("vae",), minutes=6, lr=2e-3, floor=.3, linear=True),
+    _tiny("autoencoder", ("vae",), minutes=118, lr=1.5e-3, follows="autoencoder-start"),
+    _tiny("encoder", ("mllm",), minutes=14, lr=1.5e-3, follows="autoencoder"),
+    _edits("pictures", minutes=33, lr=2e-3, follows="encoder", floor=.5, buckets=_buckets(1, 20_000, 24, "easy")),
+    _edits("clips", minutes=21, lr=1.5e-3, follows="pictures", floor=.02, first_seed=400_000, buckets=_buckets(5, 6_000, 12, "easy")),
 )}
 
 # %% ../nbs/30_curriculum.ipynb #bbc190c1
+_DENOISER = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")  # linear layers of attention and feed-forward
+
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 _official = partial(Stage, dtype="bfloat16", checkpointing=("transformer", "language_model"), loss=Loss(sampling="table", weighting="gaussian", balance=1.))

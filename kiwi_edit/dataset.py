@@ -23,10 +23,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .core import InputError, settings, shortened
+from .core import InputError, asset, settings, shortened
 from .video import (DEFAULT_FPS, IMAGE_FORMATS, check_frame_count, film_strip, fit_size, flatten_image, read_video, replacing,
                              resize_frames, usable_frames, video_info, write_video)
-from .world import EVAL_SEED, TASKS, World, photo_paths
+from .world import EVAL_SEED, TASKS, World
 
 # %% ../nbs/12_dataset.ipynb #e42e300f
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class Sample:
         return film_strip(rows, title=self.instruction.replace("$", r"\$"))._repr_png_()
 
 # %% ../nbs/12_dataset.ipynb #63d5ddb5
-VERSIONS = dict(world=1, metadata=2) # raised whenever the same settings give other pixels; part of every key
+VERSIONS = dict(world=2, metadata=2) # raised whenever the same settings give other pixels; part of every key
 
 def _digest(*parts) -> str: # 64 hexadecimal digits
     "SHA-256 of anything that JSON can write."
@@ -68,8 +68,9 @@ def _file_digest(
         while block := file.read(1 << 20): digest.update(block)
     return digest.hexdigest()
 
-@lru_cache(maxsize=2)
-def _photos_digest(split): return _digest([_file_digest(path) for path in photo_paths(split)])
+@lru_cache(maxsize=1)
+def _world_digest():
+    return _digest([_file_digest(asset(f"world/{kind}.parquet")) for kind in ("objects", "scenes")])
 
 # %% ../nbs/12_dataset.ipynb #6cc80a0b
 class WorldDataset:
@@ -78,11 +79,12 @@ class WorldDataset:
     def __init__(self,
         tasks: dict,              # task -> share of the samples
         num_frames: int = 1,      # 4k+1; "isolate" and "plate" always have one
-        height: int = 64,         # pixels
-        width: int = 64,          # pixels
+        height: int = 96,         # pixels
+        width: int = 96,          # pixels
         samples: int = 4096,      # how many
         first_seed: int = 1000,   # sample i comes from seed first_seed + i
         split: str = "train",     # "train" or "eval": see `World`
+        difficulty: str = "full", # one of `world.DIFFICULTIES`
     ):
         if not tasks or set(tasks) - set(TASKS): raise InputError(f"`tasks` have to be some of {', '.join(TASKS)} but are {', '.join(tasks) or 'none'}.")
         if not all(0 < share < math.inf for share in tasks.values()): raise InputError(f"`tasks` have to have shares above 0 but have {tasks}.")
@@ -90,7 +92,7 @@ class WorldDataset:
         if first_seed < 0 or (first_seed < EVAL_SEED if split == "eval" else first_seed + samples > EVAL_SEED):
             raise InputError(f"`first_seed` has to leave all seeds {'from ' if split == 'eval' else 'below '}{EVAL_SEED} for the {split} split but is {first_seed} with {samples} samples.")
         self.num_frames, self.first_seed, shares = check_frame_count(num_frames), first_seed, np.array(list(tasks.values()), float)
-        self.world = World(height, width, num_frames, split)
+        self.world = World(height, width, num_frames, split, difficulty)
         self.tasks = [list(tasks)[k] for k in np.random.default_rng(first_seed).choice(len(tasks), size=samples, p=shares / shares.sum())]
 
     def __len__(self): return len(self.tasks)
@@ -103,7 +105,7 @@ class WorldDataset:
     def key(self, i: int) -> str: # 64 hexadecimal digits
         "Changes when the sample does."
         i, w = range(len(self))[i], self.world
-        return _digest("world", VERSIONS["world"], _photos_digest(w.split), w.split, self.num_frames, w.height, w.width, self.first_seed + i, self.tasks[i])
+        return _digest("world", VERSIONS["world"], _world_digest(), w.split, w.difficulty_name, self.num_frames, w.height, w.width, self.first_seed + i, self.tasks[i])
 
 # %% ../nbs/12_dataset.ipynb #035b429a
 class BadRow(InputError):

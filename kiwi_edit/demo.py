@@ -48,23 +48,22 @@ def sample_examples(
     rows = [json.loads(line) for line in (folder / "examples.jsonl").read_text(encoding="utf-8").splitlines()]
     return [[str(folder / row["video"]), None, row["instruction"], [str(folder / row["reference"])] if row["reference"] else None] for row in rows]
 
-SUGGESTIONS = ("Make everything look snowy.", "Swap the background for the scene shown in the reference.", "Put the thing shown in the picture in place of the white heart.",
-               "Make the color of the white heart orange.", "Erase the white heart from the clip.", "Insert a small yellow diamond moving left at the bottom.")
+SUGGESTIONS = ("Make everything look snowy.", "Swap the background for the scene shown in the reference.", "Replace the flamingo with what the reference shows.",
+               "Turn the color of the flamingo to blue.", "Erase the flamingo from the clip.", "Put a pumpkin at the bottom right of the video.")
 
 # %% ../nbs/50_demo.ipynb #d0000001
 def weights_in(
     folder: Path, # of a model, in any layout
 ) -> int: # numbers
-    "How many weights a model folder holds, from the headers of its files; few-step weights take the place of others and don't count."
+    "How many weights a model folder holds, from the headers of its files."
     total = 0
     for file in Path(folder).rglob("*.safetensors"):
-        if file.relative_to(folder).parts[0] == "fast": continue
         with open(file, "rb") as stream: header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         total += sum(int(np.prod(tensor["shape"], dtype=np.int64)) for name, tensor in header.items() if name != "__metadata__")
     return total
 
 # %% ../nbs/50_demo.ipynb #d0000003
-PEAKS = {"tiny": (.05, "5 frames of 64x64, float32"), "wan2.2-5b": (23.5, "81 frames of 832x480, bfloat16")} # GB, and of which edit: `curriculum.edit_cost`
+PEAKS = {"tiny": (.07, "5 frames of 96x96, float32"), "wan2.2-5b": (23.5, "81 frames of 832x480, bfloat16")} # GB, and of which edit: `curriculum.edit_cost`
 
 @lru_cache
 def memory_note(
@@ -92,39 +91,35 @@ def describe(
         side = round(limits.max_pixels ** .5)
         lines.append(f"**{Path(model).name}** edits the first **{limits.max_frames} frames** of a clip, or an image, at about **{side}x{side} pixels**, and enlarges the result to the size of yours.")
     if Path(model).name == "kiwi-edit-tiny":
-        lines.append("It is small enough to travel with the kit and was trained on the kit's own drawn world: shapes before photographs and patterns. There it restyles, swaps backgrounds and "
-                     "removes shapes well, adds, recolours and replaces them roughly, and reshapes them now and then. On footage of the real world it does little beyond styles, and everything comes out soft.")
+        lines.append("It is small enough to travel with the kit and was trained on the kit's own procedural world: cut-out things that move on photographs. There it restyles, swaps backgrounds, and adds, removes, "
+                     "recolours and replaces things, some better than others. It knows the words of that world and no others. On footage of the real world it does little beyond styles, and everything comes out soft.")
     return "\n\n".join(lines)
 
 # %% ../nbs/50_demo.ipynb #a199d9fa
 class LazyPipeline:
-    "A pipeline that is loaded when it is first asked for, and its few-step sister, which shares all but the denoiser."
+    "A pipeline that is loaded when it is first asked for."
     def __init__(self,
         pipe=None, # one that is loaded
         model: str | None = None, # which to load; bundled name, folder or hub id
         any_model: bool = False, # whether others than those of `names` may be asked for
     ):
-        self.pipe, self.fast, self.model, self.any_model, self.own, self.lock = pipe, None, model, any_model, pipe is None, threading.Lock()
+        self.pipe, self.model, self.any_model, self.own, self.lock = pipe, model, any_model, pipe is None, threading.Lock()
         known = [preset.checkpoint for preset in PRESETS.values() if preset.checkpoint] if self.own and any_model else []
         self.names = list(dict.fromkeys([model, *known])) # to choose from
 
     def __call__(self,
-        fast: bool = False, # with few-step weights
         model: str | None = None, # None takes the one that is there
     ):
-        from kiwi_edit.checkpoints import fast_variant
-        if fast and not self.own: raise InputError("`fast` has to be off for a pipeline that was handed in: the folder of its weights is not known.")
         model = model or self.model
         if model != self.model and (not self.own or model not in self.names and not self.any_model): raise InputError(f"`model` has to be of the page's list, {', '.join(map(str, self.names))}, but is {model!r}.")
         with self.lock:
             if model != self.model: self._switch(model)
             if self.pipe is None: self.pipe = load_model(self.model)
-            if fast and self.fast is None: self.fast = fast_variant(self.pipe, find_model(self.model))
-            return self.fast if fast else self.pipe
+            return self.pipe
 
     def _switch(self, model):
         find_model(model) # or an error, and the old one stays
-        self.pipe = self.fast = None # there may be no room for both
+        self.pipe = None # there may be no room for both
         self.model = model
         gc.collect()
 
@@ -239,7 +234,7 @@ def whole(
 
 # %% ../nbs/50_demo.ipynb #925274c6
 LABELS = dict(video="The clip", instruction="The instruction", reference="A reference", references="The references", seed="The seed", steps="The number of steps", model="The model",
-              name="The model", prompt="The instruction", out="The result", size="The size", frames="the number of frames", device="The device", number="The number of pairs", which="The number of the reference", first_seed="The first seed", folder="The data set", judge="The judge", fast="Fast")
+              name="The model", prompt="The instruction", out="The result", size="The size", frames="the number of frames", device="The device", number="The number of pairs", which="The number of the reference", first_seed="The first seed", folder="The data set", judge="The judge")
 
 class Stopped(Exception):
     "The visitor has stopped an edit."
@@ -308,7 +303,8 @@ class Watched:
 
     def _picture(self, latents):
         from kiwi_edit.latents import decode_latents
-        frames = decode_latents(self.pipe.vae, latents[:, :, :2])[0][:5] # two frames of latents are five of the clip
+        vae = self.pipe.vae
+        frames = decode_latents(vae, latents[:, :, :1 + 4 // vae.config.scale_factor_temporal])[0][:5] # the first five of the clip
         return np.concatenate(list(frames), 1)
 
 # %% ../nbs/50_demo.ipynb #d0000016
@@ -378,10 +374,9 @@ def call_as_python(
     **options, # of `edit_file`
 ) -> str:
     "An edit as a program."
-    fast = options.pop("fast", False)
     if options.get("size") is None: options.pop("size", None)
     given = "".join(f", {name}={value!r}" for name, value in options.items())
-    return (f"from kiwi_edit.files import edit_file, load_model\n\npipe = load_model({model!r}{', fast=True' * fast})\n"
+    return (f"from kiwi_edit.files import edit_file, load_model\n\npipe = load_model({model!r})\n"
             f"edit_file(pipe, {Path(source).name!r}, {instruction!r},\n          {[Path(r).name for r in references]!r}, out={out!r}{given})\n")
 
 def make_downloads(
@@ -406,10 +401,10 @@ def make_editor(
     visitors: Visitors,
 ):
     "The function behind the button."
-    def edit(video=None, image=None, instruction="", references=None, steps=4, seed=0, fast=False, size="", model=None, request: gr.Request = None):
+    def edit(video=None, image=None, instruction="", references=None, steps=1, seed=0, size="", model=None, request: gr.Request = None):
         """Edit a clip, or an image, by an instruction and reference pictures.
         video: the clip; image: instead of a clip; instruction: what to change, in words; references: none, one or several pictures; steps: of denoising; seed: of the noise;
-        fast: with few-step weights where the model has them; size: WIDTHxHEIGHT at which the model works, empty for what fits; model: of the page's list.
+        size: WIDTHxHEIGHT at which the model works, empty for what fits; model: of the page's list.
         What comes back: the edited clip or the edited image, a film strip, and a line about what was done."""
         session, wait = getattr(request, "session_hash", None) or "local", (gr.skip(),) * 2
         with messages("Not edited"), visitors.editing(session) as stop, visitors.results(session) as folder:
@@ -417,10 +412,9 @@ def make_editor(
             source, paths, size = Path(video or image), [path for path, _ in references or []], parse_size(size or None)
             check_source(source)
             check_references(paths)
-            steps, seed = None if fast else whole(steps, "steps", 1, 1000), whole(seed, "seed", 0, MOST)
+            steps, seed = whole(steps, "steps", 1, 1000), whole(seed, "seed", 0, MOST)
             yield *wait, gr.skip(), "Loading the model …", gr.skip()
-            pipe = load(fast, model)
-            steps = steps or pipe.config.default_steps
+            pipe = load(model)
             out = folder / f"edited{'.mp4' if video else '.png'}"
             def job(tell):
                 watched = Watched(pipe, lambda picture: tell((picture, None)), stop)
@@ -434,7 +428,7 @@ def make_editor(
                 else: yield *wait, gr.skip(), f"{stage[2].capitalize()}: step {stage[0]} of {stage[1]}{time_left(time.monotonic() - (began or time.monotonic()), *stage[:2])}.", gr.skip()
         what = f"{value.frames} frames" if value.frames > 1 else "1 frame"
         note = f"{what} of {value.size[0]}x{value.size[1]}, edited at {value.work_size[0]}x{value.work_size[1]} in {value.seconds:.1f} s. {value.note[:1].upper()}{value.note[1:]}".strip()
-        call = call_as_python(str(load.model), str(source), instruction, paths, out.name, seed=seed, steps=steps, size=size, fast=fast)
+        call = call_as_python(str(load.model), str(source), instruction, paths, out.name, seed=seed, steps=steps, size=size)
         path = str(value.path)
         yield (gr.update(value=path if video else None, visible=bool(video)), gr.update(value=None if video else path, visible=not video), str(value.strip), note,
                Edit(str(source), path, paths, instruction, value.frames, call))
@@ -662,21 +656,15 @@ def model_fields(load, limits, about):
             if model not in load.names and not load.any_model: raise InputError(f"`model` has to be of the page's list but is {model!r}.")
             here = Path(model).is_dir() or (assets_dir() / model / "model_index.json").is_file()
             limits = Limits.read(find_model(model)) if here else None
-            fast = limits.fast_steps if limits else None
-            return "\n\n".join([describe(model, limits), memory_note(model)]), gr.update(value=limits.steps if limits else 50), _fast(fast)
+            return "\n\n".join([describe(model, limits), memory_note(model)]), gr.update(value=limits.steps if limits else 50)
     with gr.Row():
         steps = gr.Slider(1, 100, value=limits.steps if limits else 50, step=1, label="Steps", min_width=160, elem_id="steps")
         seed = gr.Number(settings().seed, precision=0, label="Seed", min_width=100, elem_id="seed")
-    with gr.Row():
-        size = gr.Textbox("", label="Size", placeholder="what fits, or 64x64", info="At which the model works.", min_width=130, max_lines=1, max_length=20, elem_id="size")
-        fast = gr.Checkbox(**{name: value for name, value in _fast(limits.fast_steps if limits else None).items() if name != "__type__"}, label="Fast", min_width=130, elem_id="fast")
+    size = gr.Textbox("", label="Size", placeholder="what fits, or 96x96", info="At which the model works.", max_lines=1, max_length=20, elem_id="size")
     model = gr.Dropdown(load.names, value=load.model, label="Model", allow_custom_value=load.any_model, interactive=load.own,
                         info="A bundled name, a folder or a hub id." if load.any_model else None, elem_id="model")
-    model.change(chosen, model, [about, steps, fast], **GLUE)
-    fast.change(lambda on: gr.update(interactive=not on), fast, steps, **GLUE)
-    return steps, seed, size, fast, model
-
-def _fast(steps): return gr.update(value=False, visible=bool(steps), info=f"{steps} step{'s' * (steps > 1)}, by weights made for it; rougher." if steps else None)
+    model.change(chosen, model, [about, steps], **GLUE)
+    return steps, seed, size, model
 
 # %% ../nbs/50_demo.ipynb #d0000035
 def edit_tab(load, visitors):
@@ -699,7 +687,7 @@ def edit_tab(load, visitors):
             with gr.Row():
                 button = gr.Button("Edit", variant="primary", min_width=120, elem_id="edit")
                 halt = gr.Button("Cancel", interactive=False, min_width=120, elem_id="cancel")
-            steps, seed, size, fast, model = model_fields(load, limits, about)
+            steps, seed, size, model = model_fields(load, limits, about)
             crop_fields(references)
         with gr.Column(min_width=320):
             results = result_fields()
@@ -708,7 +696,7 @@ def edit_tab(load, visitors):
     if rows := sample_examples():
         shown = gr.Examples(rows, [video, image, instruction, references], label="Examples: click one, then Edit", cache_examples=False, visible_columns=[0, 2, 3], elem_id="examples", api_visibility="private")
         shown.load_input_event.then(lambda: (gr.Tabs(selected="clip"), None), outputs=[tabs, image], **GLUE)
-    given = [video, image, instruction, references, steps, seed, fast, size, model]
+    given = [video, image, instruction, references, steps, seed, size, model]
     done = gr.on([button.click, instruction.submit], begin, outputs=halt, **QUICK, **GLUE).then(
         make_editor(load, visitors), given, [*results, last], api_name="edit", show_progress="minimal", show_progress_on=results[3], **DEVICE)
     done.then(lambda: gr.update(interactive=False), outputs=halt, **QUICK, **GLUE)
@@ -727,15 +715,15 @@ def guidance_tab(load, given):
         check_source(video or image)
         check_references(paths)
         return load(model=model), Path(video or image), check_instruction(instruction or ""), paths, whole(steps, "steps", 1, 1000), whole(seed, "seed", 0, MOST)
-    def look(video=None, image=None, instruction="", references=None, steps=4, seed=0, model=None):
+    def look(video=None, image=None, instruction="", references=None, steps=1, seed=0, model=None):
         """Edit, and draw where the denoiser looked: at the tokens of the reference, at its features in the context, at each query.
         The arguments are those of the edit. What comes back: a picture, and what it says."""
         with messages("Nothing to see"): return show_looks(*prepared(video, image, instruction, references, steps, seed, model))
-    def take_away(video=None, image=None, instruction="", references=None, steps=4, seed=0, model=None, away=None):
+    def take_away(video=None, image=None, instruction="", references=None, steps=1, seed=0, model=None, away=None):
         """Edit with all that guides it, and without some of it.
         The arguments are those of the edit, and away: what is taken away. What comes back: a picture, and what it says."""
         with messages("Nothing to see"): return show_without(*prepared(video, image, instruction, references, steps, seed, model), away)
-    def versus(video=None, image=None, instruction="", references=None, steps=4, seed=0, model=None, other=None):
+    def versus(video=None, image=None, instruction="", references=None, steps=1, seed=0, model=None, other=None):
         """Edit with the first reference, with another one, and with both at once.
         The arguments are those of the edit, and other: the second reference. What comes back: a picture, and what it says."""
         with messages("Nothing to see"): return show_versus(*prepared(video, image, instruction, references, steps, seed, model), other)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
+import io
 import json
 import math
 import multiprocessing
@@ -41,7 +42,7 @@ from safetensors import SafetensorError
 from .core import InputError, InputTypeError, MissingPackage, OPTIONAL, missing_package, shortened, choose_device, choose_dtype, settings
 from .video import (VideoError, VideoInfo, as_frames, check_frame_count, compare, fit_size, flatten_image, nearest_frame_count, read_image, read_video,
                              replacing, resize_frames, sample_indices, save_film_strip, stream_video, video_info, write_video)
-from .world import EVAL_SEED, World
+from .world import WINDOW, Scene, Thing, ids_of, named_objects, plate_reference, read_table, render, thing_reference
 
 # %% ../nbs/24_files.ipynb #e07b3405
 def enlarge(
@@ -52,24 +53,41 @@ def enlarge(
     return as_frames(frames).repeat(scale, axis=1).repeat(scale, axis=2)
 
 # %% ../nbs/24_files.ipynb #77282cb7
+def _eval_row(kind, name, nth=0):
+    return [i for i in ids_of(kind, "eval") if read_table(kind)[i]["name"] == name][nth]
+
+
+def _place(name, left):
+    "A square of a photograph of the eval split, (side, side, 3) float32: a plate for frames of 96x96."
+    import cv2
+    stored = read_table("scenes")[_eval_row("scenes", name)]["image"]
+    photo = np.asarray(PIL.Image.open(io.BytesIO(stored)).convert("RGB"))
+    side, plate = min(photo.shape[:2]), math.ceil(96 / WINDOW) + 2
+    start = round(left * (photo.shape[1] - side))
+    return cv2.resize(photo[:side, start:start + side], (plate, plate), interpolation=cv2.INTER_AREA).astype(np.float32)
+
+
 def make_samples(
-    folder: str | Path, # written into
-    seed: int = EVAL_SEED + 12, # of the scene
-    tasks: tuple = ("background", "style", "change", "remove", "add", "subject"), # one example each; the first is the one that `./kit edit` runs
+    folder: str | Path,  # written into
     num_frames: int = 5,
     fps: float = 8,
-) -> list[dict]: # video, instruction, reference (or None) and task of each example
-    "Write the sample clip, its references and its examples."
-    folder, world, examples = Path(folder), World(64, 64, num_frames, split="eval"), []
+) -> list[dict]:  # video, instruction, reference (or None) and task of each example
+    "Write the sample clip, its references and its examples: no model of the kit has seen the place, nor what the references show."
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for task in tasks:
-        sample = world.sample(seed, task=task)
-        reference = None
-        if sample.reference is not None:
-            reference = "reference.png" if task == tasks[0] else f"reference-{task}.png"
-            PIL.Image.fromarray(enlarge(sample.reference[None])[0]).save(folder / reference, optimize=True)
-        examples.append(dict(video="clip.mp4", instruction=sample.instruction, reference=reference, task=task))
-    write_video(folder / "clip.mp4", enlarge(sample.source), fps, overwrite=True, crf=12)
+    flamingo = Thing(named_objects()["flamingo"], size=.62, center=(.4, .56), path=(.2, 0.))
+    scene = Scene(_place("Roman ruins on a lawn", .35), "Roman ruins on a lawn", (flamingo,), pan=(.05, 0.))
+    armchair = Thing(_eval_row("objects", "black armchair", 1))
+    references = {"reference.png": thing_reference(armchair, np.random.default_rng(1)),
+                  "reference-background.png": plate_reference(_place("the Capitol in Washington", .5), np.random.default_rng(1))}
+    rows = (("subject", "Replace the flamingo with what the reference shows.", "reference.png"),
+            ("background", "Swap the background for the scene shown in the reference.", "reference-background.png"),
+            ("change", "Turn the color of the flamingo to blue.", None), ("remove", "Erase the flamingo from the clip.", None),
+            ("add", "Put a pumpkin at the bottom right of the video.", None), ("style", "Make everything look snowy.", None))
+    examples = [dict(video="clip.mp4", instruction=words, reference=reference, task=task) for task, words, reference in rows]
+    for name, picture in references.items():
+        PIL.Image.fromarray(enlarge(picture[None])[0]).save(folder / name, optimize=True)
+    write_video(folder / "clip.mp4", enlarge(render(scene, num_frames, 96, 96)[0]), fps, overwrite=True, crf=12)
     (folder / "instruction.txt").write_text(examples[0]["instruction"] + "\n", encoding="utf-8")
     (folder / "examples.jsonl").write_text("".join(json.dumps(e) + "\n" for e in examples), encoding="utf-8")
     return examples
@@ -82,7 +100,6 @@ class Limits:
     max_pixels: int # width * height
     size_multiple: int # of width and height
     steps: int # denoising steps where nobody names a number
-    fast_steps: int | None = None # with its few-step weights, where it has any
 
     @classmethod
     def of(cls, pipe) -> Limits:
@@ -96,8 +113,7 @@ class Limits:
         index = config("model_index.json")
         if "max_frames" not in index: return None
         multiple = config("vae", "config.json")["scale_factor_spatial"] * config("transformer", "config.json")["patch_size"][-1]
-        fast = config("fast", "config.json")["num_inference_steps"] if Path(folder, "fast", "config.json").is_file() else None
-        return cls(index["max_frames"], index["max_pixels"], multiple, index["default_steps"], fast)
+        return cls(index["max_frames"], index["max_pixels"], multiple, index["default_steps"])
 
 # %% ../nbs/24_files.ipynb #44cfc853
 IMAGE_SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -278,7 +294,6 @@ def load_model(
     device: str | None = None, # None takes the settings'
     check: Callable | None = None, # called with the model's `Limits` before its weights are read
     say: Callable | None = None, # called with a line when the weights are read
-    fast: bool = False, # with its few-step weights
 ):
     "A `KiwiEditPipeline` on its device, without a progress bar of its own."
     where = choose_device(device or settings().device)
@@ -287,7 +302,7 @@ def load_model(
     folder = find_model(model)
     if check and (limits := Limits.read(folder)): check(limits)
     if say: say(f"loading {model or settings().checkpoint} ({where}, {str(dtype).removeprefix('torch.')})")
-    pipe = KiwiEditPipeline.from_pretrained(folder, torch_dtype=dtype, fast=fast).to(where)
+    pipe = KiwiEditPipeline.from_pretrained(folder, torch_dtype=dtype).to(where)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -701,7 +716,7 @@ def _leave_with_parent():
     multiprocessing.parent_process().join() # a parent that was killed asks nobody to stop
     os._exit(1)
 
-def _serve(connection, folder, device, threads, fast):
+def _serve(connection, folder, device, threads):
     "A process that edits what it is sent."
     signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C is for the process that was started
     threading.Thread(target=_leave_with_parent, daemon=True).start()
@@ -710,7 +725,7 @@ def _serve(connection, folder, device, threads, fast):
     tqdm.set_lock(threading.RLock()) # its own would be one between processes, which a killed process leaves behind
     for library in (diffusers, transformers): library.utils.logging.disable_progress_bar()
     torch.set_num_threads(threads)
-    try: pipe = load_model(folder, device, fast=fast)
+    try: pipe = load_model(folder, device)
     except Exception as error: return connection.send(("broken", error))
     connection.send(("ready", None))
     while job := connection.recv(): connection.send(("outcome", _outcome(pipe, *job, lambda done, total, what: connection.send(("progress", what)))))
@@ -725,12 +740,12 @@ def _deaf():
     try: yield
     finally: signal.signal(signal.SIGINT, before)
 
-def _in_workers(jobs, number, folder, devices, threads, fast, report):
+def _in_workers(jobs, number, folder, devices, threads, report):
     "Outcomes of rows from several processes, as they come."
     jobs, working, started, context = deque(jobs), {}, [], multiprocessing.get_context("spawn")
     def start(device):
         ours, theirs = context.Pipe()
-        started.append(context.Process(target=_serve, args=(theirs, folder, device, threads, fast), daemon=True))
+        started.append(context.Process(target=_serve, args=(theirs, folder, device, threads), daemon=True))
         with _deaf(): started[-1].start()
         theirs.close()
         working[ours] = started[-1], device, None # no job: it is loading
@@ -823,7 +838,6 @@ def run_edits(
     skip_bad: bool = False, # whether the good rows are done where there are bad ones
     progress: Callable | None = None, # called as (rows done, rows, what) along the way
     say: Callable | None = None, # called with a line when the weights are read
-    fast: bool = False, # with the model's few-step weights
 ) -> EditRun:
     "Do a list of edits. What earlier runs have done is kept."
     report, began, edits = progress or (lambda done, total, what: None), time.perf_counter(), replace(edits) # a row may turn out to be bad
@@ -839,7 +853,7 @@ def run_edits(
         edits.check(skip_bad)
     with _alone(edits.folder):
         ledger, model_digest = Ledger(edits.folder), _model_digest(folder)
-        marks = {row.name: hashlib.sha256(f"{row.inputs} {model_digest}{' fast' * fast}".encode()).hexdigest()[:16] for row in edits.rows}
+        marks = {row.name: hashlib.sha256(f"{row.inputs} {model_digest}".encode()).hexdigest()[:16] for row in edits.rows}
         todo = _survey(edits, ledger, marks, overwrite)
         edits.check(skip_bad)
         ledger.sweep()
@@ -854,11 +868,11 @@ def run_edits(
         if number > 1:
             if say: say(f"loading {model} in {number} processes ({where})")
             devices = [f"cuda:{k}" for k in range(torch.cuda.device_count())] if where.type == "cuda" and where.index is None else [str(where)]
-            outcomes = _in_workers(todo, number, folder, devices, max(1, torch.get_num_threads() // number), fast, stage)
-        else: outcomes = _in_process(todo, lambda: load_model(model, device, say=say, fast=fast), stage) if todo else iter(())
+            outcomes = _in_workers(todo, number, folder, devices, max(1, torch.get_num_threads() // number), stage)
+        else: outcomes = _in_process(todo, lambda: load_model(model, device, say=say), stage) if todo else iter(())
         try:
             for row, outcome in outcomes:
-                ledger.add(dict(row=row.number, status=outcome.pop("status"), out=row.name) | outcome | dict(settings=row.settings | dict(model=model) | (dict(fast=True) if fast else {}), fingerprint=marks[row.name]))
+                ledger.add(dict(row=row.number, status=outcome.pop("status"), out=row.name) | outcome | dict(settings=row.settings | dict(model=model), fingerprint=marks[row.name]))
                 ended.append(row)
                 report(before + len(ended), total, now)
         finally:

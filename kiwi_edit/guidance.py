@@ -21,9 +21,9 @@ from .core import InputError, InputTypeError
 from .latents import ramp
 
 # %% auto #0
-__all__ = ['connector', 'embedder', 'KiwiGuidance', 'Rope', 'EditCache', 'Context', 'rotate', 'halve', 'position_likeness',
-           'attend', 'KiwiAttnProcessor', 'find_wan', 'hooked', 'rounded_sigma', 'check_shapes', 'denoise', 'Window',
-           'latent_windows', 'denoise_windows', 'window_caches']
+__all__ = ['NAMES', 'connector', 'embedder', 'to_velocity', 'KiwiGuidance', 'Rope', 'EditCache', 'Context', 'rotate', 'halve',
+           'position_likeness', 'attend', 'KiwiAttnProcessor', 'find_wan', 'hooked', 'rounded_sigma', 'check_shapes',
+           'denoise', 'Window', 'latent_windows', 'denoise_windows', 'window_caches']
 
 # %% ../nbs/21_guidance.ipynb #af144d2b
 def connector(hidden_size: int, dim: int, zero_init: bool) -> nn.Sequential:
@@ -42,6 +42,25 @@ def embedder(in_channels: int, dim: int, patch_size: tuple[int, int, int], zero_
         nn.init.zeros_(conv.weight)
         nn.init.zeros_(conv.bias)
     return conv
+
+# %% ../nbs/21_guidance.ipynb #21d00002
+NAMES = ("velocity", "sample", "edit")  # noise minus clean; the clean latents; those less the source's
+
+
+def to_velocity(
+    named: torch.Tensor,  # (B, z, f, h, w) what the network gives
+    names: str,  # one of `NAMES`: what it is
+    latents: torch.Tensor,  # (B, z, f, h, w) noisy latents
+    sigma: torch.Tensor,  # (B,) noise level; counts as .05 where it is below
+    source_latents: torch.Tensor | None = None,  # (B, z, f, h, w); without them an edit is the clean latents
+) -> torch.Tensor:  # (B, z, f, h, w)
+    "The velocity that follows from what the network names."
+    if names == "velocity":
+        return named
+    clean = named.float()
+    if names == "edit" and source_latents is not None:
+        clean = clean + source_latents
+    return (latents - clean) / sigma.float().clamp(min=.05).view(-1, 1, 1, 1, 1)
 
 # %% ../nbs/21_guidance.ipynb #9da93aac
 class KiwiGuidance(ModelMixin, ConfigMixin):
@@ -69,10 +88,13 @@ class KiwiGuidance(ModelMixin, ConfigMixin):
         ref_pad_first: bool = False,  # reference tokens before the video's instead of after
         zero_init: bool = True,  # connectors and embedders start at zero
         takes_reference: bool = True,  # False for weights that were trained without references
+        names: str = "velocity",  # what the denoiser's output is, one of `NAMES`
     ):
         super().__init__()
         if query_read_out not in ("queries", "last_positions"):
             raise InputError(f'`query_read_out` has to be "queries" or "last_positions" but is {query_read_out!r}.')
+        if names not in NAMES:
+            raise InputError(f"`names` has to be one of {', '.join(NAMES)} but is {names!r}.")
         self.image_queries = nn.Parameter(torch.randn(num_image_queries, hidden_size) * 0.02)
         self.video_queries = nn.Parameter(torch.randn(num_video_queries, hidden_size) * 0.02)
         self.ref_queries = nn.Parameter(torch.randn(num_ref_queries, hidden_size) * 0.02)
@@ -253,7 +275,7 @@ def denoise(
 ) -> torch.Tensor:  # (B, z, f, h, w) velocity, noise minus clean
     "One call of the denoiser under both kinds of guidance."
     check_shapes(guidance, latents, context, context_mask, source_latents, reference_latents, reference_mask)
-    wan, first = find_wan(transformer), guidance.config.ref_pad_first
+    wan, first, noisy = find_wan(transformer), guidance.config.ref_pad_first, latents
     batch, _, frames, height, width = latents.shape
     extra = 0 if reference_latents is None else reference_latents.shape[2]
     if extra and reference_mask is not None:
@@ -314,9 +336,10 @@ def denoise(
     head = dict(before=[(wan.norm_out, of_video)]) if extra else {}
     with step_cache, hooked((wan.patch_embedding, conditions), (wan.rope, positions), (wan.condition_embedder.text_embedder, lambda *_: blocks_see),
                             *([(wan.proj_out, of_all)] if extra else []), **head):
-        velocity = transformer(hidden_states=latents, timestep=timestep, encoder_hidden_states=text, return_dict=False)[0]
+        named = transformer(hidden_states=latents, timestep=timestep, encoder_hidden_states=text, return_dict=False)[0]
     if cache is not None: cache.steps += 1
-    return velocity[:, :, extra:] if first else velocity[:, :, :frames]
+    named = named[:, :, extra:] if first else named[:, :, :frames]
+    return to_velocity(named, guidance.config.names, noisy, sigma, source_latents)
 
 # %% ../nbs/21_guidance.ipynb #02b10003
 class Window(NamedTuple):

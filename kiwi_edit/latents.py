@@ -154,9 +154,8 @@ def encode_frames(
     if frames.ndim == 4: frames = frames[None]
     if frames.ndim != 5 or frames.shape[-1] != 3 or frames.dtype != torch.uint8:
         raise InputError(f"`frames` has to be (B, T, H, W, 3) uint8 but is {tuple(frames.shape)} {frames.dtype}.")
-    step = vae.config.scale_factor_temporal
-    if (frames.shape[1] - 1) % step:
-        raise InputError(f"`frames` has to hold {step}k+1 frames for this autoencoder but holds {frames.shape[1]}.")
+    if frames.shape[1] % 4 != 1:  # diffusers encodes one frame, then whole groups of four, also where time is not compressed
+        raise InputError(f"`frames` has to hold 4k+1 frames but holds {frames.shape[1]}.")
     pixels = _to_pixels(vae, frames, device)
     mean, std = latent_statistics(vae, pixels.device)
     with fast_layers(vae): return (in_tiles(vae, pixels.to(vae.dtype), "encode").float() - mean) / std
@@ -204,9 +203,9 @@ def regroup(
 
 def stream_latents(
     vae: AutoencoderKLWan,
-    chunks: Iterable[np.ndarray],  # (n, H, W, 3) uint8 each, 4k+1 frames together
+    chunks: Iterable[np.ndarray],  # (n, H, W, 3) uint8 each, one frame and whole groups together
     device: torch.device | str | None = None,  # where to compute; None is where the autoencoder lies
-    drop_rest: bool = False,       # leave out frames that do not fill a group of four, instead of raising
+    drop_rest: bool = False,       # leave out frames that do not fill a group, instead of raising
 ) -> Iterator[torch.Tensor]:  # (1, z, 1, h, w) float32, one latent frame after the other
     "What `encode_frames` gives, piece by piece: memory does not grow with the clip."
     step = _streamed(vae, "encode")
@@ -218,7 +217,7 @@ def stream_latents(
 def stream_frames(
     vae: AutoencoderKLWan,
     latents: torch.Tensor | Iterable[torch.Tensor],  # (1, z, f, h, w) normalised, or pieces of it
-) -> Iterator[np.ndarray]:  # (1, H, W, 3) uint8, then (4, H, W, 3) each
+) -> Iterator[np.ndarray]:  # (1, H, W, 3) uint8, then a group (4, H, W, 3) each; single frames where time is not compressed
     "What `decode_latents` gives, piece by piece: memory does not grow with the clip."
     step = _streamed(vae, "decode")
     for piece in [latents] if isinstance(latents, torch.Tensor) else latents:

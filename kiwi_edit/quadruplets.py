@@ -205,10 +205,37 @@ class Request:
     old: str = ""       # what it takes the place of
     place: str = ""     # of `world.PLACES`
 
+_SHADES = COLORS | dict(brown=(120, 75, 45), gray=(128, 128, 128), grey=(128, 128, 128), golden=(212, 170, 70))
+_COLOR = re.compile(rf"\b(?:{'|'.join(_SHADES)})\b")
 _ARTICLE = re.compile(r"^(?:the|an?|some)\s+")
 _CUTS = r"\s+(?:at|to|on|onto|in front of|next to|beside|moving|from|of the video)\s+|,?\s*please$| of the video$"
 
 def _thing(text): return _ARTICLE.sub("", re.split(_CUTS, text.strip(" .,!"))[0].strip())
+
+_VERBS = r"(?:make|let|turn|change|paint|recolou?r|give)"
+_LOOKS = (  # the old thing, and in which colour or size it comes back
+    re.compile(rf"{_VERBS} (?:the colou?r of )?(.+?) (?:in |to |into )?({'|'.join(_SHADES)})$"),
+    re.compile(rf"{_VERBS} (?:the size of )?(.+?) (?:be |to an? |into an? )?(larger|smaller|bigger)(?: one)?$"))
+_SWAPS = (  # (pattern, whether the new thing is named first)
+    (re.compile(r"put (.+?) in place of (.+)"), True),
+    (re.compile(r"(?:replace|swap|exchange) (.+?) (?:with|for|by) ((?:an?|the|some) .+)"), False),
+    (re.compile(r"(?:replace|swap|exchange) (.+?) (?:with|for|by) (.+)"), False),
+    (re.compile(r"(?:change|turn|transform|make|paint) (.+?) (?:into|to) (.+)"), False),
+    (re.compile(r"make (the .+?) (an? .+)"), False))
+
+def _old_and_new(words):
+    "What an instruction takes away and what it puts there; empty where it does not say."
+    words = re.sub(r",? please$", "", words)
+    for pattern in _LOOKS:
+        if found := pattern.match(words):
+            old = _thing(found[1])
+            plain = " ".join(_COLOR.sub("", old).split()) if found[2] in _SHADES else old
+            return old, f"{found[2]} {plain}"
+    for pattern, new_first in _SWAPS:
+        if found := pattern.search(words):
+            old, new = reversed(found.groups()) if new_first else found.groups()
+            return _thing(old), _thing(new)
+    return "", ""
 
 def parse_instruction(
     text: str,
@@ -222,12 +249,10 @@ def parse_instruction(
         elif has(r"\b(remove|delete|erase|get rid of|disappear)\b|\btake .+ out\b"): task = "remove"
         elif has(r"\breference\b|\b(object|thing) (shown )?in the picture\b"): task = "subject"
         elif has(r"\b(style|aesthetic)\b|\b(make|turn|render|give|apply)\b.*\b(video|clip|everything|footage)\b"): task = "style"
-        elif has(r"^(please )?(add|insert|place|put)\b|there should be"): task = "add"
-        elif has(r"\b(replace|swap|change|turn|make|paint|recolou?r|transform|give|cover|exchange)\b"): task = "change"
+        elif has(r"^(please )?(add|insert|place|put)\b(?!.* in place of )|there should be"): task = "add"
+        elif has(r"\b(replace|swap|change|turn|make|let|paint|recolou?r|transform|give|cover|exchange|put)\b"): task = "change"
     place = next((p for p in sorted(PLACES, key=len, reverse=True) if f"at {p}" in words), "")
-    old = new = ""
-    for pattern in (r"(?:replace|swap|exchange) (.+?) (?:with|for|by) ((?:an?|the|some) .+)", r"(?:replace|swap|exchange) (.+?) (?:with|for|by) (.+)", r"(?:change|turn|transform|make|paint) (.+?) (?:into|to) (.+)"):
-        if not new and (found := re.search(pattern, words)): old, new = _thing(found[1]), _thing(found[2])
+    old, new = _old_and_new(words) if task in ("subject", "background", "change") else ("", "")
     if not new and (found := re.search(r"(?:remove|delete|erase|get rid of|take|make) (.+?)(?: out| disappear| from the|,|$)", words)): new = _thing(found[1])
     if not new and (found := re.search(r"(?:add|insert|place|put|there should be) (.+)", words)): new = _thing(found[1])
     if task == "background": new = re.sub(r"^(?:a|an|the) ", "", new if old else "") or "new background"
@@ -287,18 +312,19 @@ def mask_boxes(mask: np.ndarray) -> np.ndarray: # (T, 4), NaN where empty
     return boxes
 
 # %% ../nbs/11_quadruplets.ipynb #9a110013
-_SHADES = COLORS | dict(brown=(120, 75, 45), gray=(128, 128, 128), grey=(128, 128, 128), golden=(212, 170, 70))
-
 def color_share(
     pixels: np.ndarray, # (N, 3) uint8
     name: str, # of a colour
 ) -> float: # 0..1
-    "Share of the pixels near a colour's name, in Lab with lightness at half weight."
+    "Share of the pixels near a colour's name, in Lab with lightness at half weight, or of its hue: things have shade."
     if not len(pixels): return 0.
     a, b = _lab(pixels[None, None])[0, 0], _lab(np.uint8([[[_SHADES[name]]]]))[0, 0]
-    return float((np.linalg.norm((a - b) * np.float32([.5, 1, 1]), axis=-1) < 28).mean())
+    near = np.linalg.norm((a - b) * np.float32([.5, 1, 1]), axis=-1) < 28
+    chroma, wanted = np.linalg.norm(a[:, 1:], axis=-1), np.linalg.norm(b[0, 1:])
+    if wanted > 30: near |= (chroma > 12) & (a[:, 1:] @ b[0, 1:] > math.cos(math.radians(15)) * chroma * wanted)
+    return float(near.mean())
 
-def _colors_in(text): return [w for w in re.findall("[a-z]+", text.split(" with ")[0]) if w in _SHADES]
+def _colors_in(text): return _COLOR.findall(text.split(" with ")[0])
 
 # %% ../nbs/11_quadruplets.ipynb #9a110014
 class ChangeScorer:
@@ -313,46 +339,51 @@ class ChangeScorer:
         source, edited, want = record.source, record.edited, parse_instruction(record.pair.instruction, record.task)
         distance = color_distance(source, edited)
         mask = changed_region(distance, self.options)
-        wide = want.task in ("background", "style")
         share = float(mask.mean())
-        scores = dict(change=min(1., share / .004), share=share, aligned=self._aligned(source, edited, distance), steady=self._steady(source, edited, distance),
-                      kept=1. if wide else float(np.clip((.9 - share) / .3, 0, 1)), fits=self._fits(want, source, edited, mask))
+        wide = want.task in ("background", "style")
+        scores = dict(change=min(1., share / .004), share=share, aligned=self._aligned(source, edited),
+                      steady=self._steady(source, edited, distance, want.task), kept=1. if wide else float(np.clip((.9 - share) / .3, 0, 1)),
+                      fits=self._fits(want, edited, mask))
         return scores | dict(edit=min(scores[k] for k in ("change", "aligned", "steady", "kept", "fits")))
 
-    def _aligned(self, source, edited, distance):
-        "Whether shifting the edited clip back as a whole would not bring it nearer to the source."
+    def _aligned(self, source, edited):
+        "Whether shifting the edited clip back as a whole would not bring its edges nearer to the source's."
         h, w = source.shape[1:3]
-        shifts = []
-        for s, e in zip(source, edited):
-            gray = [cv2.cvtColor(f, cv2.COLOR_RGB2GRAY).astype(np.float32) for f in (s, e)]
-            edges = [np.hypot(cv2.Sobel(g, cv2.CV_32F, 1, 0), cv2.Sobel(g, cv2.CV_32F, 0, 1)) for g in gray]
-            shifts.append(cv2.phaseCorrelate(*edges, cv2.createHanningWindow((w, h), cv2.CV_32F))[0])
+        source, edited = (np.stack([self._edges(frame) for frame in clip]) for clip in (source, edited))
+        window = cv2.createHanningWindow((w, h), cv2.CV_32F)
+        shifts = [cv2.phaseCorrelate(*pair, window)[0] for pair in zip(source, edited)]
         dx, dy = np.median(np.array(shifts), 0).round().astype(int)
-        if max(abs(dx), abs(dy)) < 1 or abs(dx) > w // 3 or abs(dy) > h // 3: return 1.
+        if max(abs(dx), abs(dy)) < min(h, w) / 40 or abs(dx) > w // 3 or abs(dy) > h // 3: return 1.
         inner = (slice(None), slice(max(dy, 0), h + min(dy, 0)), slice(max(dx, 0), w + min(dx, 0)))
         other = (slice(None), slice(max(-dy, 0), h + min(-dy, 0)), slice(max(-dx, 0), w + min(-dx, 0)))
-        near = lambda d: float((d < self.options.low).mean())
-        before, after = near(distance[other]), near(color_distance(source[other], edited[inner]))
-        return 1. if after < before + .03 else before / after
+        likeness = lambda a, b: float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
+        before, after = likeness(source, edited), likeness(source[other], edited[inner])
+        return max(before, 0.) / after if after > before + .1 else 1.
 
-    def _steady(self, source, edited, distance):
+    def _edges(self, frame):
+        "Edges beside those around them: that a region has many says nothing of where they are."
+        gray = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY).astype(np.float32)
+        edges = np.hypot(cv2.Sobel(gray, cv2.CV_32F, 1, 0), cv2.Sobel(gray, cv2.CV_32F, 0, 1))
+        return edges - cv2.GaussianBlur(edges, (0, 0), min(frame.shape[:2]) / 24)
+
+    def _steady(self, source, edited, distance, task):
         "No frame black, frozen, or further from the source than the rest."
         if len(source) < 2: return 1.
         level = np.median(distance.reshape(len(distance), -1), 1) + distance.reshape(len(distance), -1).mean(1)
         jump = float((level / (2.5 * np.median(level) + 14)).max())
-        moves = [np.abs(np.diff(c.astype(np.float32), axis=0)).mean((1, 2, 3)) for c in (source, edited)]
-        frozen = bool(((moves[1] < .02) & (moves[0] > .3)).any())
+        before, after = (np.abs(np.diff(c.astype(np.float32), axis=0)) for c in (source, edited))
+        level_of = np.median if task == "remove" else np.mean  # what went may be all that moved
+        frozen = bool(((after.mean((1, 2, 3)) < .02) & (level_of(before, axis=(1, 2, 3)) > .3)).any())
         dark = bool(((edited.mean((1, 2, 3)) < 4) & (source.mean((1, 2, 3)) > 16)).any())
         return 0. if frozen or dark else min(1., 1 / max(jump, 1e-6) ** 2)
 
-    def _fits(self, want, source, edited, mask):
-        "Whether colour and place words agree with the pixels; 1 where the words say neither."
+    def _fits(self, want, edited, mask):
+        "Whether the colours and the place that are asked for are there, and all of the frame where all of it is meant; 1 where the words say nothing of it."
         fits = [1.]
         if not mask.any(): return 0.
+        if want.task in ("background", "style"): fits.append(min(1., float(mask.mean()) / .5))
         if want.task in ("add", "change"):
             fits += [min(1., color_share(edited[mask], c) / .08) for c in _colors_in(want.subject)]
-        if want.task in ("change", "subject"): fits += [min(1., color_share(source[mask], c) / .08) for c in _colors_in(want.old)]
-        if want.task == "remove": fits += [min(1., color_share(source[mask], c) / .08) for c in _colors_in(want.subject)]
         if want.place and want.task in ("add", "subject"):
             _, y, x = np.nonzero(mask[:1] if mask[0].any() else mask)
             off = math.dist(PLACES[want.place], (x.mean() / mask.shape[2], y.mean() / mask.shape[1]))

@@ -357,7 +357,7 @@ class FlowUniPC(UniPCMultistepScheduler):
         self.timesteps = (self.sigmas[:-1] * self.config.num_train_timesteps).to(device)
 
 
-@approximation("fewer steps", "a multistep solver at fewer noise levels (UniPC)", "first of all: it saves the most, on every machine")
+@approximation("fewer steps", "a multistep solver at fewer noise levels (UniPC)", "models of many steps, first of all: it saves the most, on every machine")
 def _fewer_steps(pipe, undo, steps: int | None = None, order: int = 2):
     steps = max(1, pipe.config.default_steps // 2) if steps is None else steps
     if steps < 1: raise InputError(f"`steps` has to be at least 1 but is {steps}.")
@@ -365,15 +365,6 @@ def _fewer_steps(pipe, undo, steps: int | None = None, order: int = 2):
     undo.callback(pipe.register_to_config, default_steps=pipe.config.default_steps)
     pipe.scheduler = FlowUniPC.like(pipe.scheduler, order)
     pipe.register_to_config(default_steps=steps)
-
-
-@approximation("few-step weights", "other weights, trained to go all the way in a few steps", "models that have them: `kiwi-edit-tiny`")
-def _few_step_weights(pipe, undo, model: str | Path = "kiwi-edit-tiny"):
-    fast = KiwiEditPipeline.from_pretrained(model, fast=True, torch_dtype=pipe.transformer.dtype).to(pipe._execution_device)
-    undo.callback(setattr, pipe, "transformer", pipe.transformer)
-    undo.callback(pipe.register_to_config, default_steps=pipe.config.default_steps)
-    pipe.transformer = fast.transformer
-    pipe.register_to_config(default_steps=fast.config.default_steps)
 
 # %% ../nbs/44_speed.ipynb #049fe74a
 def _recast(undo, module, dtype, keep=()):
@@ -602,7 +593,7 @@ class Configuration:
 
 TRIED = (  # approximations and their options, at twenty steps
     {"first-block cache": dict(threshold=.2)}, {"spectral cache": {}}, {"taylor series": {}}, {"magnitude cache": {}}, {"attention broadcast": {}}, {"faster cache": {}},
-    {"fewer steps": dict(steps=10)}, {"fewer steps": dict(steps=7)}, {"few-step weights": {}},
+    {"fewer steps": dict(steps=10)}, {"fewer steps": dict(steps=7)},
     {"fewer steps": dict(steps=10), "first-block cache": dict(threshold=.2)}, {"fewer steps": dict(steps=8), "taylor series": {}},
     {"bfloat16": {}}, {"float8 weights": {}}, {"int8 weights": {}}, {"tiled autoencoder": dict(overlap=.5)},
     {"compiled": {}}, {"compiled": {}, "fewer steps": dict(steps=10), "first-block cache": dict(threshold=.2)},
@@ -616,7 +607,6 @@ def _title(chosen):
 
 def _impossible(subject, chosen):
     "Why an approximation is not measured here, None where it is."
-    if "few-step weights" in chosen and (subject.name != "tiny" or not (asset("kiwi-edit-tiny") / "fast/config.json").is_file()): return "this model has none"
     if "bfloat16" in chosen and subject.name == "5b": return "this model has them already"
     if "bfloat16" in chosen and not multiplies_bfloat16(subject.pipe._execution_device): return "products in bfloat16 are emulated here"
     if "int8 weights" in chosen and find_spec("torchao") is None: return "torchao is not installed"
@@ -643,7 +633,7 @@ def configurations(
         if "tiled autoencoder" in chosen:
             unit = subject.pipe.vae.config.scale_factor_spatial
             chosen["tiled autoencoder"]["tile"] = math.isqrt(subject.pipe.config.max_pixels) * 3 // 4 // unit * unit
-        found.append(Configuration(title, "approximate", many, lambda pipe, chosen=chosen: approximately(pipe, chosen), asked=not {"fewer steps", "few-step weights"} & set(chosen)))
+        found.append(Configuration(title, "approximate", many, lambda pipe, chosen=chosen: approximately(pipe, chosen), asked="fewer steps" not in chosen))
     return found, left_out
 
 
@@ -654,6 +644,7 @@ def measure_model(
     quick: bool = False,  # few configurations
     scores: int = 8,  # samples of each task on which an approximation of `tiny` is scored; 0: not
     progress: bool = True,
+    difficulty: str = "easy",  # of the world that they are scored on
 ) -> dict:
     "Seconds, operations, memory and differences of all configurations."
     if runs < 1: raise InputError(f"`runs` has to be at least 1 but is {runs}.")
@@ -674,8 +665,8 @@ def measure_model(
                 forget(way); few = None if compiled else allocated_by(lambda: subject.edit(steps and 1), str(device)) if "magnitude cache" not in way.name else None
                 row = dict(name=way.name, kind=way.kind, steps=way.steps, gflop=None if compiled else counter.get_total_flops() / 1e9, bytes=few, runs=[])
                 if way.kind == "exact" and way.fresh: exact[way.steps] = frames, result
-                if way.kind == "approximate" and scores and subject.name == "tiny": row["scores"] = _scores(subject, way, scores)
-            if way.name == "exact" and scores and subject.name == "tiny": row["scores"] = _scores(subject, way, scores)
+                if way.kind == "approximate" and scores and subject.name == "tiny": row["scores"] = _scores(subject, way, scores, difficulty)
+            if way.name == "exact" and scores and subject.name == "tiny": row["scores"] = _scores(subject, way, scores, difficulty)
             mse = np.square(frames.astype(float) - exact[way.steps][0]).mean()
             row |= dict(latents=float((result - exact[way.steps][1]).abs().max()), psnr=None if mse == 0 else float(10 * np.log10(255 ** 2 / mse)))
             rows.append(row); bar.update()
@@ -691,20 +682,21 @@ def measure_model(
                 bar.update()
     pipe.memory.clear()
     for row in rows: row["seconds"] = statistics.median(row["runs"])
-    return dict(name=subject.name, what=str(subject), rows=rows, left_out=left_out, rate=measure_flops(device, pipe.transformer.dtype))
+    return dict(name=subject.name, what=str(subject), rows=rows, left_out=left_out, rate=measure_flops(device, pipe.transformer.dtype), difficulty=difficulty)
 
 
-def _scores(subject, way, samples):
-    "Means over the tasks of the kit's own benchmark."
-    report = run_benchmark(subject.pipe, samples=samples, steps=way.steps if way.asked else None, progress=False, keep=0)
-    return {name: statistics.mean(row[name] for row in report.rows.values()) for name in ("pooled", "told_apart")}
+def _scores(subject, way, samples, difficulty):
+    "Means over the tasks of the kit's own benchmark; None where a network has to see it and is not installed."
+    report = run_benchmark(subject.pipe, samples=samples, steps=way.steps if way.asked else None, difficulty=difficulty, progress=False, keep=0)
+    columns = {name: [row[name] for row in report.rows.values()] for name in ("pooled", "told_apart")}
+    return {name: None if None in values else statistics.mean(values) for name, values in columns.items()}
 
 # %% ../nbs/44_speed.ipynb #04abed51
 @torch.no_grad()
 def stream_memory(
     pipe: KiwiEditPipeline,
     lengths: tuple[int, ...] = (5, 21, 41, 81),  # frames, 4k+1
-    size: int = 64,  # pixels, square
+    size: int = 96,  # pixels, square
 ) -> list[dict]:  # "frames", "streamed" and "whole" in bytes
     "Memory of decoding a clip to its frames, in pieces and at once."
     rows, vae = [], pipe.vae.config
@@ -738,11 +730,12 @@ def measure_windows(
     frames: int = 161,  # of the long clip, 4k+1
     seed: int = EVAL_SEED + 9,  # of its scenes
     tasks: tuple[str, ...] = ("background", "subject", "add", "remove", "change", "style"),  # whose edits are looked at; with random weights the first one
-) -> dict:  # "frames", "windows", "one_bytes", "all_bytes", "seconds", "seam", "inside"
+    difficulty: str = "easy",  # of the world
+) -> dict:  # "difficulty", "frames", "windows", "one_bytes", "all_bytes", "seconds", "seam", "inside"
     "A long clip in windows: memory beside that of a single window, and how rough its seams are."
     pipe, trained = subject.pipe, subject.name == "tiny"
     window, side = pipe.window_frames, math.isqrt(pipe.config.max_pixels) // pipe.size_multiple * pipe.size_multiple
-    world, device = World(side, side, frames, split="eval"), str(pipe._execution_device)
+    world, device = World(side, side, frames, split="eval", difficulty=difficulty), str(pipe._execution_device)
     def edit(sample, count=frames, **options):
         pipe.memory.clear()
         reference = None if sample.reference is None else PIL.Image.fromarray(sample.reference)
@@ -755,9 +748,10 @@ def measure_windows(
     start = time.perf_counter(); clips = [np.concatenate(list(edit(first)))]; seconds = time.perf_counter() - start
     samples, windows = [first], pipe.windows(frames, side, side)
     for task in tasks[1:] if trained else (): samples.append(world.sample(seed, task)); clips.append(np.concatenate(list(edit(samples[-1]))))
-    errors = [seam_error(clip, windows, sample.target if trained else None) for clip, sample in zip(clips, samples)]
+    group = pipe.vae.config.scale_factor_temporal
+    errors = [seam_error(clip, windows, sample.target if trained else None, group) for clip, sample in zip(clips, samples)]
     pipe.memory.clear()
-    return dict(frames=frames, windows=len(windows), one_bytes=one, all_bytes=all_of_it, seconds=seconds, **{name: float(np.mean([error[name] for error in errors])) for name in ("seam", "inside")})
+    return dict(difficulty=difficulty, frames=frames, windows=len(windows), one_bytes=one, all_bytes=all_of_it, seconds=seconds, **{name: float(np.mean([error[name] for error in errors])) for name in ("seam", "inside")})
 
 # %% ../nbs/44_speed.ipynb #04f10006
 def reading_rates(
@@ -767,7 +761,7 @@ def reading_rates(
 ) -> list[dict]:  # "size", "loop", "exact", "fast" in frames a second
     "Frames a second of decoding and resizing: imageio's loop frame by frame, and `read_video`."
     import imageio.v3 as imageio
-    scene = World(64, 64, min(frames, 33), split="eval").sample(EVAL_SEED, "style").source
+    scene = World(num_frames=min(frames, 33), split="eval").sample(EVAL_SEED, "style").source
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
@@ -859,12 +853,12 @@ class SpeedReport:
             for row in self.rows(model):
                 quality = "equal" if row["psnr"] is None else "equal to 1e-5" if row["latents"] < 1e-5 else f"{row['psnr']:.1f}"
                 cells = [row["name"], str(row["steps"]), f"{row['seconds']:.3g}", f"{row['ratio']:.2f}", *("" if row[k] is None else f"{row[k] / unit:.1f}" for k, unit in (("gflop", 1), ("bytes", 1e6))), quality]
-                if scored: cells += [f"{row['scores']['pooled']:.2f}", f"{row['scores']['told_apart']:.0%}"] if "scores" in row else ["", ""]
+                if scored: cells += ["" if row.get("scores", {}).get(name) is None else format(row["scores"][name], form) for name, form in (("pooled", ".2f"), ("told_apart", ".0%"))]
                 lines.append("| " + " | ".join(cells) + " |")
             floor = [f"{row['steps']} steps of the exact edit cannot take less than {1e9 * row['gflop'] / model['rate']:.3g} s" for row in model["rows"] if row["name"] == "exact"]
-            lines += [f"\nProducts of matrices: {model['rate'] / 1e9:,.0f} GFLOP a second, so that {' and '.join(floor)}." + "".join(f" Not measured: {name}, since {reason}." for name, reason in model["left_out"].items()), ""]
+            lines += [f"\nProducts of matrices: {model['rate'] / 1e9:,.0f} GFLOP a second, so that {' and '.join(floor)}." + "".join(f" Not measured: {name}, since {reason}." for name, reason in model["left_out"].items()) + f" Scored on the world: {model.get('difficulty', 'full')}." * scored, ""]
         for name, w in self.windows.items():
-            lines += [f"**{name}**, {w['frames']} frames in {w['windows']} windows, {w['seconds']:.3g} s: {w['all_bytes'] / 1e6:.0f} MB at most, {w['one_bytes'] / 1e6:.0f} MB for one window ({w['all_bytes'] / w['one_bytes'] - 1:+.0%}); "
+            lines += [f"**{name}**, {w['frames']} frames of the world ({w.get('difficulty', 'full')}) in {w['windows']} windows, {w['seconds']:.3g} s: {w['all_bytes'] / 1e6:.0f} MB at most, {w['one_bytes'] / 1e6:.0f} MB for one window ({w['all_bytes'] / w['one_bytes'] - 1:+.0%}); "
                       f"error at seams {w['seam']:.2f}, inside windows {w['inside']:.2f} ({w['seam'] / w['inside'] - 1:+.0%}).", ""]
         for row in self.reading:
             lines += [f"**Reading** 720p to {row['size'][0]}x{row['size'][1]}: {row['loop']:.0f} frames a second in a loop, {row['exact']:.0f} by threads ({row['exact'] / row['loop']:.1f} times), {row['fast']:.0f} with FFmpeg's filter ({row['fast'] / row['loop']:.1f} times).", ""]

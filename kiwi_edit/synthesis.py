@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from .core import InputError, require, settings, shortened
 from .backends import png_bytes
-from .dataset import FORMATS, ParquetCell, _READERS, _digest, _file_digest, _photos_digest, file_of, held
+from .dataset import FORMATS, ParquetCell, _READERS, _digest, _file_digest, _world_digest, file_of, held
 from .quadruplets import STAGES, FingerprintStage, LoadOptions, Pair, Record, Verdict, deduplicate, embedded_stages, load_record
 from .video import as_frames, replacing, write_video
 from .world import World
@@ -174,7 +174,7 @@ class WorldPairs(Sequence):
         number: int, # of pairs
         first_seed: int = 0, # pair i comes from seed first_seed + i
         tasks: Sequence[str] | None = None, # in turn; None draws one for each seed
-        world: World | None = None, # 5 frames of 64x64 pixels when None
+        world: World | None = None, # 5 frames of 96x96 pixels when None
     ):
         if number < 1: raise InputError(f"`number` has to be at least 1 but is {number}.")
         self.number, self.first_seed, self.tasks, self.world = number, first_seed, tuple(tasks or ()), world or World()
@@ -198,7 +198,7 @@ class WorldPairs(Sequence):
     @property
     def key(self) -> str:
         w = self.world
-        return _digest(["world", self.number, self.first_seed, self.tasks, w.height, w.width, w.num_frames, w.split, asdict(w.difficulty), _photos_digest(w.split)])
+        return _digest(["world", self.number, self.first_seed, self.tasks, w.height, w.width, w.num_frames, w.split, asdict(w.difficulty), _world_digest()])
 
 # %% ../nbs/14_synthesis.ipynb #s1400013
 @dataclass(frozen=True)

@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['logger', 'training_table', 'draw_noise_levels', 'Dice', 'draw_noise', 'edit_weights', 'drop_instructions',
-           'pixel_metric', 'metric_factor', 'flow_matching_loss', 'split_losses', 'rectified_target', 'FlowMatching',
-           'part_of', 'Optimizers', 'ZeroOptimizers', 'learning_rate', 'checkpoints', 'save_checkpoint',
-           'load_checkpoint', 'Prefetch', 'to_device', 'trim_log', 'measure_flops', 'peak_memory', 'make_accelerator',
-           'averaged', 'fit', 'validation_strip', 'draw_log', 'read_log', 'save_curve', 'LiveView', 'stage_data',
-           'world_batches', 'file_batches', 'with_dice', 'cast_weights', 'put_model', 'find_model', 'find_stages',
-           'frozen_aside', 'train', 'draw_stages', 'stage_strips', 'thin', 'publish', 'publish_fast', 'allocated_by',
-           'measure_step']
+           'pixel_metric', 'metric_factor', 'flow_matching_loss', 'split_losses', 'FlowMatching', 'part_of',
+           'Optimizers', 'ZeroOptimizers', 'learning_rate', 'checkpoints', 'save_checkpoint', 'load_checkpoint',
+           'Prefetch', 'to_device', 'trim_log', 'measure_flops', 'peak_memory', 'make_accelerator', 'averaged', 'fit',
+           'validation_strip', 'draw_log', 'read_log', 'save_curve', 'LiveView', 'stage_data', 'world_batches',
+           'file_batches', 'with_dice', 'cast_weights', 'put_model', 'find_model', 'find_stages', 'frozen_aside',
+           'train', 'draw_stages', 'stage_strips', 'thin', 'publish', 'allocated_by', 'measure_step']
 
 # %% ../nbs/31_training.ipynb #94ea9002
 import base64, hashlib, io, json, logging, math, os, resource, shutil, sys, threading, time
@@ -29,7 +28,6 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import AutoencoderKLWan
 from matplotlib.figure import Figure
-from peft.helpers import rescale_adapter_scale
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import get_total_norm
@@ -38,13 +36,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from .cache import Batch, Batches, LatentCache, OnlineRows, RowSettings, build_cache
-from .checkpoints import load_any, merge_lora, save_fast
+from .checkpoints import load_any, merge_lora
 from .core import InputError, MissingPackage, asset, choose_device, multiplies_bfloat16, preset as get_preset
 from .curriculum import PARTS, STAGES, Loss, Stage, estimate, find_stage, select
 from .dataset import MetadataDataset, WorldDataset
 from .encoder import REFERENCE_SUFFIX, EncoderInputs, KiwiProcessor, collate_inputs, encode_context, make_tokenizer, prepare_sample
-from .foundations import Description, Reconstruction, autoencoder_batch, description_batch, measure_latents, start_model, train_motion_only
-from .guidance import EditCache, denoise, rounded_sigma
+from .foundations import Description, Reconstruction, autoencoder_batch, description_batch, fit_projection, measure_latents, start_model
+from .guidance import denoise, rounded_sigma
 from .latents import encode_frames, fast_layers, latent_statistics
 from .pipeline import KiwiEditPipeline, fit_reference
 from .video import as_frames, replacing, save_film_strip
@@ -216,27 +214,6 @@ def split_losses(
             if name: groups.setdefault(f"loss/{name}", []).append(value)
     return {name: sum(values) / len(values) for name, values in groups.items()}
 
-# %% ../nbs/31_training.ipynb #fa57aa02
-@torch.no_grad()
-def rectified_target(
-    parts, # with `mllm`, `guidance` and `transformer`, which has LoRA layers
-    batch: Batch,
-    noise: torch.Tensor, # (B, z, f, h, w)
-    steps: int, # of the walk
-    shift: float = 5., # as the scheduler's
-    source: bool = True, # the denoiser is given the source's latents
-) -> torch.Tensor: # (B, z, f, h, w) float32
-    "Where the walk from a noise ends when the denoiser's LoRA layers are silent."
-    dtype, sigmas = parts.transformer.dtype, [_shifted(1 - i / steps, shift) for i in range(steps)] + [0.]
-    context, mask = encode_context(parts.mllm, parts.guidance, batch.inputs, batch.vision)
-    given, latents, cache = (batch.source if source else None, batch.reference), noise.float(), EditCache()
-    with rescale_adapter_scale(parts.transformer, 0):
-        for now, then in zip(sigmas, sigmas[1:]):
-            sigma = noise.new_full((len(noise),), now)
-            velocity = denoise(parts.transformer, parts.guidance, latents.to(dtype), 1000 * sigma, sigma, context.to(dtype), mask, *(x if x is None else x.to(dtype) for x in given), cache=cache)
-            latents = latents + (then - now) * velocity.float()
-    return latents
-
 # %% ../nbs/31_training.ipynb #d6c90149
 class FlowMatching(torch.nn.Module):
     "The parts that train, and their loss as the one thing that is called."
@@ -246,12 +223,11 @@ class FlowMatching(torch.nn.Module):
         gram: torch.Tensor | None = None, # from `pixel_metric`, where the options want it
         source: bool = True, # the denoiser is given the source's latents
         autocast: bool = False, # products in bfloat16 on float32 weights
-        shift: float = 5., # as the scheduler's, of a walk whose end is the target
     ):
         super().__init__()
         if options.pixel_metric and gram is None: raise InputError(f"`gram` has to be given for a `pixel_metric` of {options.pixel_metric} but is None.")
         self.mllm, self.guidance, self.transformer = pipe.mllm, pipe.guidance, pipe.transformer
-        self.balance, self.source, self.autocast, self.rectify, self.shift = options.balance, source, autocast, options.rectify, shift
+        self.balance, self.source, self.autocast = options.balance, source, autocast
         self.register_buffer("factor", metric_factor(gram, options.pixel_metric) if options.pixel_metric else None, persistent=False)
 
     def forward(self,
@@ -259,7 +235,6 @@ class FlowMatching(torch.nn.Module):
     ) -> tuple[torch.Tensor, dict]: # loss of each sample (B,), and numbers for the log
         batch, dice = item
         with torch.autocast(batch.target.device.type, torch.bfloat16, enabled=self.autocast):
-            if self.rectify: batch = replace(batch, target=rectified_target(self, batch, dice.noise, self.rectify, self.shift, self.source))
             losses, squared = flow_matching_loss(self, batch, dice, self.balance, self.factor, self.source)
         tokens = sum(x[:, 0].numel() for x in (batch.target, batch.reference) if x is not None) // math.prod(self.transformer.config.patch_size)
         return losses, split_losses(squared, dice.sigma, batch.inputs.modes, batch.tasks) | dict(tokens=tokens)
@@ -725,7 +700,7 @@ def validation_strip(
         error, change = (((clip.astype(np.float32) - sample.target) * mask) ** 2 for clip in (output, sample.source))
         done[task].append(float(1 - error.sum() / max(change.sum(), 1)))
         picks = [0, -1][:num_frames]  # a single frame among clips stands twice, so that columns line up
-        blank = np.full(sample.source.shape[1:], 255, np.uint8) if reference is None else fit_reference(reference, 64, 64)
+        blank = np.full(sample.source.shape[1:], 255, np.uint8) if reference is None else fit_reference(reference, world.width, world.height)
         rows[f"{i + 1}. {task} {done[task][-1]:.2f}"] = [*sample.source[picks], blank, *frames[picks], *sample.target[picks]]
     save_film_strip(path, rows, max_columns=7)
     return {task: sum(values) / len(values) for task, values in done.items()}
@@ -799,7 +774,7 @@ def stage_data(
 ) -> dict: # name of its cache's folder -> (dataset, how its rows are made)
     "What a stage learns from, under the names by which its caches are found."
     if stage.buckets:
-        return {f"{i}-{bucket.name}": (WorldDataset(bucket.tasks, bucket.num_frames, bucket.height, bucket.width, bucket.samples, stage.first_seed + 20_000 * i), RowSettings(batch=16))
+        return {f"{i}-{bucket.name}": (WorldDataset(bucket.tasks, bucket.num_frames, bucket.height, bucket.width, bucket.samples, stage.first_seed + 100_000 * i, difficulty=bucket.difficulty), RowSettings(batch=16))
                 for i, bucket in enumerate(stage.buckets)}
     if set(data or ()) != set(stage.mix): raise InputError(f"`data` has to name a metadata file for {', '.join(stage.mix) or 'nothing'} of stage {stage.name!r} but names {', '.join(data or ()) or 'none'}.")
     return {mode: (MetadataDataset(data[mode], num_frames=1 if mode == "image" else stage.num_frames, max_pixels=stage.max_pixels, factor=factor, crop_reference=stage.crop_reference),
@@ -947,7 +922,6 @@ def train(
         if stage.round_timestep: pipe.guidance.register_to_config(round_timestep=True)
         torch.manual_seed(seed)  # of LoRA layers, which start at random
         select(pipe, stage)
-        if stage.name == "autoencoder-motion": train_motion_only(pipe.vae)
         return pipe
     pipe, aside = opened(accelerator.device), ExitStack()
     with accelerator.main_process_first():  # one process fills the caches, the others find them full
@@ -959,14 +933,14 @@ def train(
             clips = [World(num_frames=5).sample(i, TASKS[i % 4]).target for i in range(48)]
             gram = pixel_metric(pipe.vae, encode_frames(pipe.vae, np.stack(clips)), progress)
         autocast = stage.autocast and multiplies_bfloat16(accelerator.device)  # elsewhere float32 is the fast one
-        as_module = lambda pipe: FlowMatching(pipe, stage.loss, gram, stage.source, autocast, pipe.scheduler.config.shift)
+        as_module = lambda pipe: FlowMatching(pipe, stage.loss, gram, stage.source, autocast)
     elif "mllm" in stage.trains:
         as_module, batches = lambda pipe: Description(pipe.mllm, pipe.guidance.config), lambda number, part, parts: description_batch(pipe.processor, pipe.guidance.config, number, seed=seed, part=part, parts=parts)
     else:
-        as_module = lambda pipe: Reconstruction(pipe.vae)
+        def as_module(pipe):
+            return Reconstruction(pipe.vae, fit_projection(pipe.vae.config.z_dim) if stage.linear else None)
         def batches(number, part, parts):
-            clips = stage.name != "autoencoder-image" and number % 3
-            return autoencoder_batch(number, 4 if clips else 16, 5 if clips else 1, seed=seed, part=part, parts=parts)
+            return autoencoder_batch(number, seed=seed, part=part, parts=parts)
     model = as_module(pipe)
     def set_aside():
         if stage.buckets or stage.mix: aside.enter_context(frozen_aside(pipe, bool(stage.buckets or cache)))
@@ -995,7 +969,8 @@ def train(
         for part in (pipe.vae, pipe.mllm, pipe.guidance, pipe.transformer): part.requires_grad_(False).eval()
         merge_lora(pipe)
         if stage.loss.few: pipe.register_to_config(default_steps=stage.loss.few)
-        if stage.name in ("autoencoder-image", "autoencoder-video"): measure_latents(pipe.vae)
+        if "vae" in stage.trains:
+            measure_latents(pipe.vae)
         put_model(pipe, folder / "model", made | {stage.name: state})
     accelerator.wait_for_everyone()  # the next stage starts from it
     return state
@@ -1016,7 +991,7 @@ def draw_stages(
 
 # %% ../nbs/31_training.ipynb #31w00001
 def stage_strips(
-    stage: str,  # "canvas", "polish" or "fast": those whose strips are kept
+    stage: str,  # "pictures" or "clips", those that denoise
     model: str = "kiwi-edit-tiny",  # bundled
 ) -> PIL.Image.Image:
     "Held-out edits before a stage and after it, side by side."
@@ -1056,25 +1031,11 @@ def publish(
     "Write a run's model in half precision, and under `training` its thinned logs, the curves of all stages, and each stage's first and last film strip."
     folder, destination = Path(folder), Path(destination)
     pipe = KiwiEditPipeline.from_pretrained(folder / "model").to(torch.float16)
-    shutil.rmtree(destination / "fast", ignore_errors=True)  # few-step weights are those of the model that goes
     pipe.save_pretrained(destination)
     (destination / "training").mkdir(exist_ok=True)
     _publish_logs(folder, destination, points)
     logs = {name: read_log(found) for name in STAGES if (found := destination / "training" / f"{name}.jsonl").exists()}
     if logs: draw_stages(logs).savefig(destination / "training/curves.png", dpi=80)
-
-def publish_fast(
-    folder, # of a run of stage `fast`
-    destination, # folder of the model that it started from, which gets the few-step weights
-    points: int = 300, # of its curve
-):
-    "Write the LoRA layers of a run as the few-step weights of a model, and its log, curve and strips beside those of the other stages."
-    folder, destination, steps = Path(folder), Path(destination), find_stage("tiny", "fast").loss.few
-    files, _ = load_checkpoint(folder / "fast/checkpoints")
-    if files is None: raise FileNotFoundError(f"`folder` has to be that of a run of stage 'fast' but {str(folder)!r} holds no checkpoint of it.")
-    save_fast({name.removeprefix("transformer.").replace(".default", ""): x for name, x in (files.get("average") or files["weights"]).items()}, destination, steps)
-    (destination / "training").mkdir(exist_ok=True)
-    _publish_logs(folder, destination, points)
 
 # %% ../nbs/31_training.ipynb #317a5702
 def allocated_by(

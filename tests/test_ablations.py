@@ -5,15 +5,28 @@ import numpy as np
 import pytest
 import torch
 
+from kiwi_edit import ablations, foundations
 from kiwi_edit.ablations import (RECIPES, REFERENCES, TRAIN_SEED, WITH_REFERENCE, Ablation, Data, Plan, Recipe, Scenes, batch_order, batches_of, fresh_model, gated, halved, main,
                                  make_references, measure_edits, run_cell, scenes)
 from kiwi_edit.cache import OnlineRows, RowSettings
 from kiwi_edit.core import asset
+from kiwi_edit.curriculum import STAGES
 from kiwi_edit.guidance import denoise
 from kiwi_edit.quadruplets import BackendError, CutoutSynthesizer
 from kiwi_edit.world import EVAL_SEED, World
 
 FOUNDATIONS = str(asset("kiwi-edit-tiny"))  # any model will do
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_words():
+    "The tokenizer of a random model, which no cell takes over, is made of a few sentences."
+    texts = foundations.world_texts
+    foundations.world_texts = lambda: texts(50)
+    ablations._start.cache_clear()
+    yield
+    foundations.world_texts = texts
+    ablations._start.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +58,7 @@ def test_curricula_differ_in_nothing_but_the_order(seed):
 def test_a_shut_way_lets_nothing_through(data):
     "With the queries shut the context, and with the latents shut the denoiser's tokens, are the same whatever the reference is."
     pipe = fresh_model(FOUNDATIONS, 0)
+    torch.nn.init.normal_(pipe.transformer.proj_out.weight)  # which begins with a copy of the source, whatever it sees
     full, blind, ids = data.rows["authentic"].rows([0, 1]), data.rows["blind"].rows([0, 1]), data.rows["blind"].token_ids
     other = [row | dict(reference=row["reference"].flip(-1) + 1, vision=row["vision"] + 1) for row in full]
     def seen(recipe, rows):
@@ -72,6 +86,27 @@ def test_seeds_differ_and_foundations_do_not():
     first = lambda pipe: next(p for p in pipe.transformer.parameters() if p.ndim > 1)
     assert torch.equal(first(a), first(again)) and not torch.equal(first(a), first(b))
     assert all(torch.equal(p, q) for p, q in zip(a.mllm.parameters(), b.mllm.parameters()))
+    assert not a.transformer.proj_out.weight.any() and all(torch.equal(p, q) for p, q in zip(a.transformer.parameters(), foundations.start_model("tiny", 0).transformer.parameters()))
+
+
+def test_scenes_are_those_of_no_stage_and_of_no_evaluation():
+    used = [range(stage.first_seed + 100_000 * i, stage.first_seed + 100_000 * i + bucket.samples) for stage in STAGES.values() for i, bucket in enumerate(stage.buckets)]
+    plan = Plan(pairs=40_000)  # as many as there may be
+    own = [range(first, first + plan.pairs) for first in TRAIN_SEED.values()]
+    for one in own:
+        assert one.stop <= EVAL_SEED
+        for other in used + [r for r in own if r is not one]: assert one.stop <= other.start or other.stop <= one.start, (one, other)
+
+
+def test_a_plan_is_checked_and_names_its_difficulty():
+    with pytest.raises(ValueError, match="`pairs` has to be at most 40000"): Plan(pairs=40_001)
+    with pytest.raises(ValueError, match="`difficulty` has to be one of full, easy but is 'hard'"): Plan(difficulty="hard")
+    assert Plan(difficulty="full").key != Plan().key and Plan(edit_steps=3).loss.few == 3
+    for difficulty in ("full", "easy"):
+        q, = scenes(dict(subject=1.), 1, EVAL_SEED, "eval", difficulty)
+        small = halved(q, 48)
+        assert small.meta["difficulty"] == difficulty and measure_edits([small], small.target[None])["told_apart"] == [1.]
+        assert f"world: {difficulty}" in Ablation(dict(batch_size=2, size=32, difficulty=difficulty), dict(both=runs(.3, .5)))._small_print()
 
 
 def test_a_cell_is_run_once_and_goes_on_after_a_stop(data, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def clip():
-    t, y, x = np.mgrid[0:5, 0:32, 0:40][..., None]
+    t, y, x = np.mgrid[0:5, 0:48, 0:64][..., None]
     return ((x + 2 * y + 4 * t) * np.array([3, 5, 7]) % 256).astype(np.uint8)
 
 
@@ -70,7 +70,7 @@ def test_an_edit_that_fails_leaves_the_pipeline_as_it_was(pipe, clip):
 @pytest.mark.parametrize("references, features", [([], 0), ([RED], 1), ([RED, BLUE], 2)])
 def test_shapes_and_sums(pipe, clip, references, features):
     edited, looks = watch_edit(pipe, "make it snow", clip, references or None, steps=2)
-    grid, layers = (2, 4, 5), pipe.transformer.config.num_layers
+    grid, layers = (5, 3, 4), pipe.transformer.config.num_layers
     r = len(references)
     assert looks.reference.shape == (2, layers, r, *grid) and looks.places.shape == (2, layers, r, *grid[1:])
     assert looks.features.shape == (2, layers, *grid)
@@ -80,7 +80,7 @@ def test_shapes_and_sums(pipe, clip, references, features):
     np.testing.assert_allclose(looks.features.mean((2, 3, 4)), looks.tokens[:, :, :looks.num_features].sum(2), atol=1e-5)
     np.testing.assert_allclose(looks.reference.mean((3, 4, 5)), looks.places.sum((3, 4)), atol=1e-5)
     assert looks.timesteps[0] > looks.timesteps[1] and 0 <= looks.summary()["reference"] < 1
-    pictures = [np.asarray(image.resize((40, 32))) for image in references]
+    pictures = [np.asarray(image.resize((64, 48))) for image in references]
     draw_looks(looks, clip, edited, pictures).savefig(__import__("io").BytesIO())
 
 
@@ -88,13 +88,13 @@ def test_maps_say_who_looks_at_the_reference(pipe, clip):
     "Keys of the reference that are made to match what one token asks are looked at by that token."
     with recording(pipe) as recorder: run(pipe, clip)
     recorder.seen.clear()
-    query, key = torch.zeros(60, 2, 8), torch.zeros(60, 2, 8)
-    query[7], key[40:] = 10, 10  # frame 0, row 1, column 2 of a grid of 3x4x5
+    query, key = torch.zeros(72, 2, 8), torch.zeros(72, 2, 8)
+    query[6], key[60:] = 10, 10  # frame 0, row 1, column 2 of a grid of 6x3x4
     recorder.saw(0, True, query, key, None)
     shares, places = recorder.seen[1, 0, True]
-    assert shares.shape == (1, 2, 4, 5) and shares[0, 0, 1, 2] > .99
-    assert np.delete(shares.ravel(), 7) == pytest.approx(1 / 3, abs=1e-5)
-    assert places.shape == (1, 4, 5)
+    assert shares.shape == (1, 5, 3, 4) and shares[0, 0, 1, 2] > .99
+    assert np.delete(shares.ravel(), 6) == pytest.approx(1 / 6, abs=1e-5)
+    assert places.shape == (1, 3, 4)
 
 
 def test_windows_are_refused(pipe, clip):

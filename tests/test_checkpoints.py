@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from kiwi_edit import checkpoints
-from kiwi_edit.checkpoints import convert, fast_variant, load_any, load_official, load_trainer_checkpoint, load_transformer, native_wan_name, open_weights, save_fast, stored_dtype
+from kiwi_edit.checkpoints import convert, load_any, load_official, load_trainer_checkpoint, load_transformer, native_wan_name, open_weights, stored_dtype
 from kiwi_edit.core import asset
 from kiwi_edit.pipeline import KiwiEditPipeline, decode_latents, in_tiles, latent_statistics
 from kiwi_edit.world import EVAL_SEED, World
@@ -80,7 +80,6 @@ def test_tiny_goes_to_the_trainer_and_back(tmp_path):
     assert np.array_equal(run(load_any(there)), before) and np.array_equal(run(KiwiEditPipeline.from_pretrained(back)), before)
     assert stored_dtype(back) == stored_dtype("kiwi-edit-tiny") == torch.float16
     shipped, returned = weights_of(asset("kiwi-edit-tiny")), weights_of(back)
-    shipped.pop("fast/lora.safetensors", None)  # few-step weights have no place in a trainer's checkpoint
     assert shipped.keys() == returned.keys() and all(torch.equal(returned[name][key], value) for name, tensors in shipped.items() for key, value in tensors.items())
     with pytest.raises(ValueError, match="its autoencoder is one of the two native ones"): convert("kiwi-edit-tiny", tmp_path / "official", "official")
     assert not (tmp_path / "official").exists() and not list(tmp_path.glob(".*"))
@@ -343,39 +342,6 @@ def test_quantised_loading_goes_through_diffusers(tmp_path):
     pipe = KiwiEditPipeline.from_pretrained(tmp_path / "kit", quantization_config=eight)
     assert type(pipe.transformer.blocks[0].attn1.to_q.weight).__name__ == "Int8Tensor"
     assert 0 < np.abs(edit(pipe, name="ref").astype(float) - original()).mean() < 8
-
-
-# few-step weights
-
-def test_few_step_weights_are_added_to_those_they_were_trained_beside(tmp_path, caplog):
-    tiny = KiwiEditPipeline.from_pretrained("kiwi-edit-tiny")
-    tiny.save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="`fast` has to be False for a model without few-step weights but is True"): KiwiEditPipeline.from_pretrained(tmp_path / "model", fast=True)
-    torch.manual_seed(0)
-    A, B = torch.randn(2, 192), torch.randn(192, 2)
-    save_fast({"blocks.0.attn1.to_q.lora_A.weight": A, "blocks.0.attn1.to_q.lora_B.weight": B}, tmp_path / "model", 2)
-    fast, plain = KiwiEditPipeline.from_pretrained(tmp_path / "model", fast=True), KiwiEditPipeline.from_pretrained(tmp_path / "model")
-    assert fast.config.default_steps == 2 and plain.config.default_steps == tiny.config.default_steps
-    theirs = dict(plain.transformer.named_parameters())
-    for name, p in fast.transformer.named_parameters():
-        added = B.half().float() @ A.half().float() if name == "blocks.0.attn1.to_q.weight" else 0
-        assert torch.equal(p, theirs[name] + added), name
-    variant = fast_variant(plain, tmp_path / "model")
-    assert all(torch.equal(p, q) for p, q in zip(variant.transformer.parameters(), fast.transformer.parameters())) and variant.vae is plain.vae and variant.memory is plain.memory
-    assert plain.config.default_steps == tiny.config.default_steps and variant.config.default_steps == 2
-    # a copy has them too, in another number format as well; a trainer's checkpoint has no place for them
-    copied = load_any(convert(tmp_path / "model", tmp_path / "copy", "kit", torch.bfloat16), torch_dtype=torch.bfloat16, fast=True)
-    assert copied.config.default_steps == 2 and all(torch.allclose(p.float(), q, atol=.02, rtol=.01) for p, q in zip(copied.transformer.parameters(), fast.transformer.parameters()))
-    convert(tmp_path / "model", tmp_path / "trainer", "trainer")
-    assert "few-step weights" in caplog.text and "stay behind" in caplog.text and not list((tmp_path / "trainer").rglob("lora*"))
-    # they fit no other weights
-    with torch.no_grad():
-        for p in plain.transformer.parameters(): p += 1e-3
-    plain.save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="belong to another denoiser than the one that lies there now"): KiwiEditPipeline.from_pretrained(tmp_path / "model", fast=True)
-    assert not (convert(tmp_path / "model", tmp_path / "other", "kit") / "fast").exists()
-    save_fast({"blocks.99.attn1.to_q.lora_A.weight": A, "blocks.99.attn1.to_q.lora_B.weight": B}, tmp_path / "model", 2)
-    with pytest.raises(ValueError, match=r"`fast` has to hold layers of the denoiser but holds .*blocks.99"): KiwiEditPipeline.from_pretrained(tmp_path / "model", fast=True)
 
 
 # number formats and variants

@@ -571,18 +571,22 @@ def test_world_modes():
 
 def test_world_keys_change_with_the_settings(monkeypatch):
     keys = [WorldDataset(tasks, n, h, w, samples=5, first_seed=seed).key(2) for tasks, n, h, w, seed in (
-        (dict(add=1), 1, 64, 64, 1000), (dict(remove=1), 1, 64, 64, 1000), (dict(add=1), 5, 64, 64, 1000), (dict(add=1), 1, 80, 64, 1000),
-        (dict(add=1), 1, 64, 80, 1000), (dict(add=1), 1, 64, 64, 1001))]
+        (dict(add=1), 1, 96, 96, 1000), (dict(remove=1), 1, 96, 96, 1000), (dict(add=1), 5, 96, 96, 1000), (dict(add=1), 1, 80, 96, 1000),
+        (dict(add=1), 1, 96, 80, 1000), (dict(add=1), 1, 96, 96, 1001))]
+    keys.append(WorldDataset(dict(add=1), samples=5, difficulty="easy").key(2))
     assert len(set(keys)) == len(keys)
     ds = WorldDataset(dict(add=1), samples=9)
     assert ds.key(2) == keys[0] and ds.key(2) != ds.key(3)
-    monkeypatch.setitem(module.VERSIONS, "world", 99)
+    with monkeypatch.context() as patch:
+        patch.setitem(module.VERSIONS, "world", 99)
+        assert ds.key(2) != keys[0]
+    monkeypatch.setattr(module, "_world_digest", lambda: "other pictures")
     assert ds.key(2) != keys[0]
 
 
 def test_the_version_of_the_world_is_raised_when_its_pixels_change():
     # When this fails because the world draws something else, raise VERSIONS["world"] and note the new numbers here.
-    expected = {1: [110.7, 107.3, 107.8, 97.2, 111.2, 73.6, 168.0, 103.0]}
+    expected = {2: [125.3, 108.7, 120.9, 127.2, 136.4, 111.3, 184.9, 133.4]}
     ds = WorldDataset(dict.fromkeys(TASKS, 1), num_frames=5, samples=100, first_seed=EVAL_SEED, split="eval")
     first = [ds[ds.tasks.index(task)] for task in TASKS]
     means = [float(s.source.mean() / 2 + s.target.mean() / 2) for s in first]

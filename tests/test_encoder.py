@@ -17,7 +17,7 @@ from kiwi_edit.encoder import (IMAGE_TOKEN, QUERY_TOKEN, SPECIAL_TOKENS, VIDEO_T
 from kiwi_edit.pipeline import KiwiEditPipeline
 
 GOLDEN = Path(os.environ.get("KIWI_EDIT_GOLDEN", Path(__file__).parent / "golden")) / "wan22"
-TEXTS = ["Replace the red circle with the object in the reference.", "Make it look like a painting.", "Remove the blue square."]
+TEXTS = ["Replace the red fox with the object in the reference.", "Make it look like a painting.", "Remove the blue boat."]
 
 
 @pytest.fixture(scope="module")

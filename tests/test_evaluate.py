@@ -237,7 +237,17 @@ def test_the_kits_own_bench_as_rows(tmp_path):
     assert report.counts["scored"] == 2 and all(record["metrics"]["edit_done"] > .8 for record in report.records)
     write_video(tmp_path / rows[0].output, rows[0].target[:, :32], 15, overwrite=True)
     again = score_rows(rows, tmp_path, MetricJudge(), tmp_path / "scores", progress=False)
-    assert again.counts == dict(scored=1, failed=1, missing=0) and "64x64 pixels of its scene" in again.records[0]["error"]
+    assert again.counts == dict(scored=1, failed=1, missing=0) and "96x96 pixels of its scene" in again.records[0]["error"]
+
+
+def test_the_kits_own_bench_names_its_difficulty(tmp_path):
+    for difficulty, name in (("full", "add/1000000.mp4"), ("easy", "easy/add/1000000.mp4")):
+        row, = world_rows(("add",), 1, difficulty=difficulty)
+        assert row.output == name and row.fields["difficulty"] == difficulty
+        report = score_rows([row], tmp_path, MetricJudge(), tmp_path / difficulty, progress=False)
+        assert report.difficulty == difficulty and f"world: {difficulty}" in report._repr_markdown_() and f"world: {difficulty}" in (tmp_path / difficulty / "report.html").read_text()
+        assert BenchReport.load(tmp_path / difficulty / "report.json").difficulty == difficulty
+    with pytest.raises(ValueError, match="`difficulty` has to be one of"): world_rows(("add",), 1, difficulty="hard")
 
 
 # scoring

@@ -112,7 +112,7 @@ def test_what_is_wrong_with_the_whole_list_is_said_once(folder, monkeypatch):
     from kiwi_edit import pipeline
 
     monkeypatch.setattr(pipeline.KiwiEditPipeline, "from_pretrained", lambda *a, **k: pytest.fail("weights were read"))
-    with pytest.raises(files.BadEdits, match="row 2: `size` has to be multiples of 8"):
+    with pytest.raises(files.BadEdits, match="row 2: `size` has to be multiples of 16"):
         run_edits(read_edits(write(folder, *rows(1), *rows(1, size="60x64", out="b.mp4")), folder / "out"), MODEL)
     assert not (folder / "out").exists()
 
@@ -221,7 +221,7 @@ def start(path, out, until, stop):
 
 
 def test_a_list_that_is_stopped_twice_ends_with_the_same_results(folder, capfd, one_thread):
-    path, out = write(folder, *rows(6), dict(video="clip.mp4", instruction="Erase the white heart from the clip.", reference="reference.png", compare=True), '{"video": '), folder / "out"
+    path, out = write(folder, *rows(6), dict(video="clip.mp4", instruction="Erase the flamingo from the clip.", reference="reference.png", compare=True), '{"video": '), folder / "out"
     status, said, err = start(path, out, rb"[1-6]/7 rows", lambda pid: os.killpg(pid, signal.SIGINT))  # Ctrl-C reaches all of them
     assert status == 130 and said == "" and "Traceback" not in err and "leaked" not in err
     done = int(re.search(r"error: interrupted; (\d) of 7 rows are done; the same command goes on from here\n$", err)[1])

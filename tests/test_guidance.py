@@ -6,7 +6,8 @@ import torch
 from diffusers import WanTransformer3DModel
 
 import kiwi_edit.guidance
-from kiwi_edit.guidance import EditCache, KiwiGuidance, attend, denoise, denoise_windows, latent_windows, rounded_sigma, window_caches
+from kiwi_edit.guidance import (NAMES, EditCache, KiwiGuidance, attend, denoise, denoise_windows, latent_windows, rounded_sigma, to_velocity,
+                                window_caches)
 
 SIZES = dict(patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8, freq_dim=16, ffn_dim=32,
              num_layers=2)
@@ -92,6 +93,42 @@ def test_cache_gives_the_same_and_computes_once(first):
         calls.update(kept)
         assert torch.equal(denoise(transformer, guidance, **step, **masks, cache=cache), expected)
     assert calls == {"key": 1, "self": 3, "source": 1, "reference": 1}
+
+
+# what the network names
+
+@pytest.mark.parametrize("first", (False, True))
+@pytest.mark.parametrize("names", NAMES)
+def test_a_perfect_network_gives_one_velocity_whatever_it_names(names, first):
+    transformer, guidance = models(names=names, ref_pad_first=first)
+    args = arguments()
+    sigma, source = args["sigma"].view(-1, 1, 1, 1, 1), args["source_latents"]
+    clean, noise = torch.randn_like(source), torch.randn_like(source)
+    named = dict(velocity=noise - clean, sample=clean, edit=clean - source)[names]
+    blank = torch.zeros_like(args["reference_latents"])
+    transformer.forward = lambda **_: (torch.cat([blank, named] if first else [named, blank], 2),)
+    velocity = denoise(transformer, guidance, **args | dict(latents=torch.lerp(clean, noise, sigma)))
+    assert torch.allclose(velocity, noise - clean, atol=1e-4)
+
+
+def test_an_edit_without_a_source_is_the_clean_clip_and_low_noise_does_not_blow_up():
+    clean, noise = torch.randn(2, 4, 1, 2, 2), torch.randn(2, 4, 1, 2, 2)
+    sigma = torch.tensor([.5, .001])
+    noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1))
+    velocity = to_velocity(clean, "edit", noisy, sigma)
+    assert torch.allclose(velocity[0], (noise - clean)[0], atol=1e-5)
+    assert torch.allclose(velocity[1], (noise - clean)[1] * .001 / .05, atol=1e-5)
+
+
+def test_half_precision_of_the_network_does_not_reach_the_velocity_of_a_sample():
+    clean = torch.randn(1, 4, 1, 2, 2).bfloat16()
+    noisy, sigma = torch.randn(1, 4, 1, 2, 2), torch.tensor([.1])
+    assert torch.allclose(to_velocity(clean, "sample", noisy, sigma), (noisy - clean.float()) / .1)
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(ValueError, match="`names` has to be one of velocity, sample, edit but is 'noise'"):
+        models(names="noise")
 
 
 def test_the_stock_forward_runs_and_is_left_as_it_was():

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 import kiwi_edit.pipeline
 from kiwi_edit.pipeline import KiwiEditPipeline, bundled_models, find_checkpoint
 
-PROMPT = "Replace the red circle with the object in the reference."
+PROMPT = "Replace the red fox with the object in the reference."
 PARTS = {"transformer", "vae", "scheduler", "mllm", "processor", "guidance"}
 TOKEN = "hf_right"
 
@@ -257,7 +257,7 @@ def test_push_and_load_back(pipe, hub, tmp_path):
     card = files["README.md"].decode()
     head, text = card.split("---\n")[1:]
     assert {"license: mit", "library_name: kiwi-edit", "pipeline_tag: video-to-video"} <= set(head.splitlines())
-    assert 'from_pretrained("somebody/kiwi")' in text and "6 layers of width 192" in text and "4,096 pixels" in text
+    assert 'from_pretrained("somebody/kiwi")' in text and f"{pipe.transformer.config.num_layers} layers of width {pipe.guidance.config.dim}" in text and f"{pipe.config.max_pixels:,} pixels" in text
     again = KiwiEditPipeline.from_pretrained("somebody/kiwi", cache_dir=tmp_path / "elsewhere")
     assert torch.equal(edit(again), edit(pipe)) and not list((tmp_path / "cache").rglob("*.safetensors"))
 
@@ -265,7 +265,7 @@ def test_push_and_load_back(pipe, hub, tmp_path):
     hub.commit("somebody/kiwi", files | {"README.md": b"---\ntags: [mine]\n---\nMy words.\n", "picture.png": b"png", "transformer/modeling.py": b"raise SystemExit"})
     pipe.push_to_hub("somebody/kiwi", token=TOKEN, max_shard_size="5MB", license="apache-2.0", commit_message="In shards")
     files = hub.files("somebody/kiwi")
-    assert "transformer/diffusion_pytorch_model.safetensors" not in files and "transformer/diffusion_pytorch_model-00001-of-00004.safetensors" in files
+    assert "transformer/diffusion_pytorch_model.safetensors" not in files and "transformer/diffusion_pytorch_model-00001-of-00006.safetensors" in files
     assert "picture.png" in files and "My words." in files["README.md"].decode() and "license: apache-2.0" in files["README.md"].decode()
     assert torch.equal(edit(KiwiEditPipeline.from_pretrained("somebody/kiwi")), edit(pipe))
 
@@ -308,7 +308,7 @@ def test_what_is_fetched(hub, saved, tmp_path, monkeypatch):
     (changed / "model_index.json").write_text(json.dumps(index | {"default_steps": 7}))
     hub.add("somebody/code", changed)
     assert KiwiEditPipeline.from_pretrained("somebody/code").config.default_steps == 7
-    assert KiwiEditPipeline.from_pretrained("somebody/code", revision=sha).config.default_steps == 4
+    assert KiwiEditPipeline.from_pretrained("somebody/code", revision=sha).config.default_steps == index["default_steps"]
     assert "has no `revision` 'nowhere'" in refused("somebody/code", revision="nowhere")
     hub.log.clear()
     KiwiEditPipeline.from_pretrained("somebody/code", force_download=True)
@@ -375,9 +375,9 @@ def test_repositories_that_are_refused(hub, saved, tmp_path):
 @pytest.mark.parametrize("harm, reason", [
     (lambda f: shutil.rmtree(f / "vae"), "vae/ is missing"),
     (lambda f: (f / "guidance/diffusion_pytorch_model.safetensors").unlink(), "the weights of guidance/ are missing"),
-    (lambda f: (f / "transformer/diffusion_pytorch_model-00002-of-00004.safetensors").unlink(), "transformer/diffusion_pytorch_model-00002-of-00004.safetensors is missing"),
-    (lambda f: [(f / "transformer" / name).unlink() for name in ("diffusion_pytorch_model-00004-of-00004.safetensors", "diffusion_pytorch_model.safetensors.index.json")],
-     "transformer/diffusion_pytorch_model-00004-of-00004.safetensors is missing"),
+    (lambda f: (f / "transformer/diffusion_pytorch_model-00002-of-00006.safetensors").unlink(), "transformer/diffusion_pytorch_model-00002-of-00006.safetensors is missing"),
+    (lambda f: [(f / "transformer" / name).unlink() for name in ("diffusion_pytorch_model-00006-of-00006.safetensors", "diffusion_pytorch_model.safetensors.index.json")],
+     "transformer/diffusion_pytorch_model-00006-of-00006.safetensors is missing"),
     (lambda f: os.truncate(f / "mllm/model-00001-of-00003.safetensors", 4_000_000), "mllm/model-00001-of-00003.safetensors is cut off or damaged"),
     (lambda f: (f / "guidance/diffusion_pytorch_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "is cut off or damaged"),
     (lambda f: os.truncate(f / "mllm/model.safetensors.index.json", 100), "mllm/model.safetensors.index.json is cut off or damaged"),

@@ -416,7 +416,7 @@ def test_memory_of_a_file_with_a_bad_line(tmp_path):
 
 @pytest.mark.parametrize("task, falls", [("subject", dict(flicker=1, blur=1, freeze=2, slide=2)), ("background", dict(flicker=1, freeze=1, slide=2)), ("change", dict(flicker=1, blur=1, freeze=1, slide=2))])
 def test_damage_lowers_its_criterion(task, falls):
-    one = case(9, task, known=True)
+    one = case(25, task, known=True)
     names = one.rubric.names
     cases = [one] + [replace(one, id=name, edited=DAMAGES[name](one.edited)) for name in falls]
     best, *found = MetricJudge().judge(cases, progress=False)
@@ -426,8 +426,8 @@ def test_damage_lowers_its_criterion(task, falls):
 
 @pytest.mark.parametrize("task", ["subject", "background"])
 def test_another_reference_lowers_the_first_criterion(task):
-    one = case(9, task)
-    own, other = MetricJudge().judge([one, replace(one, id="b", reference=case(29, task).reference)], progress=False)
+    one = case(25, task)
+    own, other = MetricJudge().judge([one, replace(one, id="b", reference=case(45, task).reference)], progress=False)
     assert list(other.scores.values())[0] < list(own.scores.values())[0] - 1
 
 

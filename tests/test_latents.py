@@ -27,7 +27,9 @@ def small(**changes):
     return AutoencoderKLWan(**config | changes).eval().requires_grad_(False)
 
 
-kinds = {"tiny": None, "wan2.1": {}, "wan2.2": dict(is_residual=True, in_channels=12, out_channels=12, patch_size=2, dim_mult=[1, 2, 2, 2], decoder_base_dim=8)}
+residual = dict(is_residual=True, in_channels=12, out_channels=12, patch_size=2, dim_mult=[1, 2, 2, 2], decoder_base_dim=8)
+kinds = {"tiny": None, "wan2.1": {}, "wan2.2": residual,
+         "each frame its own": residual | dict(temperal_downsample=[False] * 3, scale_factor_temporal=1)}
 
 @pytest.mark.parametrize("kind", kinds)
 @pytest.mark.parametrize("count", [1, 5, 13])
@@ -119,7 +121,16 @@ def test_streams_give_what_whole_clips_give(vae, kind):
     for sizes in (1, 5, 13): torch.testing.assert_close(torch.cat(list(stream_latents(one, (clip[i:i + sizes] for i in range(0, 13, sizes)))), 2), latents, atol=1e-5, rtol=1e-5)
     whole = decode_latents(one, latents)[0].astype(int)
     for given in (latents, latents.split(1, 2), latents.split(3, 2)): assert np.abs(np.concatenate(list(stream_frames(one, given))) - whole).max() <= 1
-    assert [len(x) for x in stream_frames(one, latents)] == [1, 4, 4, 4]
+    group = one.config.scale_factor_temporal
+    assert latents.shape[2] == 1 + 12 // group
+    assert [len(x) for x in stream_frames(one, latents)] == [1] + [group] * (12 // group)
+
+
+@pytest.mark.parametrize("kind", ("wan2.2", "each frame its own"))
+def test_no_frame_is_left_out(kind):
+    one = small(**kinds[kind])
+    with pytest.raises(ValueError, match=r"`frames` has to hold 4k\+1 frames but holds 7"):
+        encode_frames(one, frames(7))
 
 
 def test_streams_of_two_clips_at_once(vae):
@@ -166,7 +177,7 @@ def test_memory_of_a_stream_does_not_grow_with_the_clip(vae):
     clip = frames(41)
     few, many = (allocated(lambda: [None for _ in stream_latents(vae, (clip[i:min(i + 4, n)] for i in range(0, n, 4)))]) for n in (13, 41))
     assert many < 1.05 * few
-    latents = torch.randn(1, 48, 11, 6, 8)
+    latents = torch.randn(1, vae.config.z_dim, 11, 6, 8)
     few, many = (allocated(lambda: [None for _ in stream_frames(vae, latents[:, :, :n])]) for n in (4, 11))
     assert many < 1.05 * few
 
@@ -178,11 +189,11 @@ def test_groups_and_what_is_left_over():
     assert np.array_equal(np.concatenate(list(regroup([clip[:3], clip[3:9]]))), clip[:9])
 
 
-def test_the_stream_brings_an_offloaded_autoencoder_to_its_device(vae):
+def test_the_stream_brings_an_offloaded_autoencoder_to_its_device():
     class Hook:
         calls = 0
         def pre_forward(self, module): self.calls += 1
+    vae = small()
     vae._hf_hook = hook = Hook()
-    try: list(stream_latents(vae, [frames(5)]))
-    finally: del vae._hf_hook
+    list(stream_latents(vae, [frames(5)]))
     assert hook.calls == 2

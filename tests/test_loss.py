@@ -20,7 +20,7 @@ from kiwi_edit.encoder import encode_context, prepare_inputs, vision_features
 from kiwi_edit.guidance import denoise, rounded_sigma
 from kiwi_edit.pipeline import KiwiEditPipeline, encode_frames, fit_reference, flow_sigmas, latent_statistics
 from kiwi_edit.training import (Batch, Dice, FlowMatching, draw_noise, draw_noise_levels, drop_instructions, edit_weights, flow_matching_loss, metric_factor,
-                                pixel_metric, rectified_target, split_losses, training_table)
+                                pixel_metric, split_losses, training_table)
 from kiwi_edit.world import World
 
 GOLDEN = Path(os.environ.get("KIWI_EDIT_GOLDEN", Path(__file__).parent / "golden")) / "wan22"
@@ -270,7 +270,7 @@ def batch(tiny):
     with torch.no_grad():
         inputs = prepare_inputs(tiny.processor, tiny.guidance.config, [s.instruction for s in samples], [s.source for s in samples], [[r] for r in references])
         latents = [encode_frames(tiny.vae, np.stack(clips)) for clips in ([s.source for s in samples], [s.target for s in samples],
-                                                                         [fit_reference(r, 64, 64)[None] for r in references])]
+                                                                         [fit_reference(r, 96, 96)[None] for r in references])]
         kept = torch.stack([kept_share(s.source, s.target, *latents[0].shape[2:]) for s in samples]).unsqueeze(1)
         return Batch(inputs.without_pixels(), vision_features(tiny.mllm, inputs), *latents, kept, [s.task for s in samples])
 
@@ -289,7 +289,7 @@ def test_a_sample_has_the_same_loss_alone_and_among_others(tiny, batch):
 
 @torch.no_grad()
 def test_sums_are_float32_in_a_bfloat16_run(tiny, batch):
-    dice, gram = draw_noise(batch, Loss(), 0, 0, range(3), 3), torch.diag(torch.rand(48, generator=torch.Generator().manual_seed(0)).double())
+    dice, gram = draw_noise(batch, Loss(), 0, 0, range(3), 3), torch.diag(torch.rand(32, generator=torch.Generator().manual_seed(0)).double())
     exact, near = (FlowMatching(tiny, Loss(pixel_metric=.5), gram, autocast=on)((batch, dice))[0] for on in (False, True))
     assert near.dtype == torch.float32
     assert torch.allclose(near, exact, rtol=.1) and not torch.equal(near, exact)
@@ -300,9 +300,11 @@ def test_sums_are_float32_in_a_bfloat16_run(tiny, batch):
 def test_a_stage_without_the_source(tiny, batch):
     dice = draw_noise(batch, Loss(), 0, 0, range(3), 3)
     with_source, without = (FlowMatching(tiny, Loss(), source=given)((batch, dice))[0] for given in (True, False))
-    assert (without / with_source - 1).abs().min() > .1
+    assert (without / with_source - 1).abs().min() > .01
     hook = tiny.guidance.source_embedder.register_forward_hook(lambda module, args, out: out * 0)
+    tiny.guidance.register_to_config(names="sample")  # or what the model names would be added to the source
     assert torch.allclose(without, FlowMatching(tiny, Loss())((batch, dice))[0], rtol=1e-5)  # and the balance still knows what is touched
+    tiny.guidance.register_to_config(names="edit")
     hook.remove()
 
 
@@ -372,7 +374,7 @@ def gram(tiny):
 
 @torch.no_grad()
 def test_pixel_metric_predicts_pixel_errors(tiny, gram):
-    assert gram.shape == (48, 48) and torch.allclose(gram, gram.T, rtol=0, atol=1e-12)
+    assert gram.shape == (32, 32) and torch.allclose(gram, gram.T, rtol=0, atol=1e-12)
     values, directions = torch.linalg.eigh(gram)
     assert values.min() > -1e-12
     world, (mean, std) = World(num_frames=1, split="eval"), latent_statistics(tiny.vae, "cpu")
@@ -388,7 +390,7 @@ def test_pixel_metric_predicts_pixel_errors(tiny, gram):
     assert off(measured).max() < np.log(1.3)
     assert off(plain).median() > np.log(1.8)
     # and as a whole: the mean over the channels times their number is the pixel error
-    assert abs((measured * 48 * gram.diagonal().mean() / real).log().median()) < np.log(1.5)
+    assert abs((measured * 32 * gram.diagonal().mean() / real).log().median()) < np.log(1.5)
 
 
 @torch.no_grad()
@@ -397,10 +399,10 @@ def test_pixel_metric_in_the_loss(tiny, batch, gram):
     plain, _ = flow_matching_loss(tiny, batch, dice)
     assert torch.allclose(flow_matching_loss(tiny, batch, dice, factor=metric_factor(gram, 0.))[0], plain, rtol=1e-5)
     for share in (.5, 1.):
-        matrix = (1 - share) * torch.eye(48) + share * (gram / gram.diagonal().mean()).float()
+        matrix = (1 - share) * torch.eye(len(gram)) + share * (gram / gram.diagonal().mean()).float()
         factor = metric_factor(gram, share)
         assert torch.allclose(factor @ factor.T, matrix, atol=1e-5)
-        errors = torch.randn(48, 100, generator=torch.Generator().manual_seed(0))
+        errors = torch.randn(32, 100, generator=torch.Generator().manual_seed(0))
         assert torch.allclose((factor.T @ errors).square().sum(0), (errors * (matrix @ errors)).sum(0), rtol=1e-4)
         loss, numbers = FlowMatching(tiny, Loss(balance=1., pixel_metric=share), gram)((batch, dice))
         assert abs(numbers["loss/ref"] / plain.mean().item() - 1) < 1e-5 and (loss / plain - 1).abs().max() > .02
@@ -424,43 +426,3 @@ def test_noise_levels_of_few_steps_are_those_of_an_edit_with_so_many(tiny):
         tiny.scheduler.set_timesteps(sigmas=flow_sigmas(few))
         sigma, weight = draw_noise_levels(Loss(few=few), 64, np.random.default_rng(0), tiny.scheduler.config.shift)
         assert np.allclose(np.unique(sigma), np.unique(tiny.scheduler.sigmas[:-1]), atol=1e-6) and (weight == 1).all()
-
-
-@pytest.fixture(scope="module")
-def student(tiny):
-    "The embedded model with LoRA layers that say something."
-    torch.manual_seed(0)
-    student = copy.copy(tiny)
-    student.transformer = copy.deepcopy(tiny.transformer)
-    add_lora(student.transformer, Lora(2, ("to_q", "ffn.net.2")))
-    for name, p in student.transformer.named_parameters():
-        if "lora_B" in name: p.data.normal_(std=.5)
-    return student
-
-
-def test_the_target_of_few_steps_is_where_the_models_own_walk_ends(tiny, student, batch):
-    dice = draw_noise(batch, Loss(few=1), 0, 0, range(len(batch)), len(batch), tiny.scheduler.config.shift)
-    shift = tiny.scheduler.config.shift
-    target = rectified_target(student, batch, dice.noise, 3, shift)
-    latents, sigmas = dice.noise, [shift * u / (1 + (shift - 1) * u) for u in (1, 2 / 3, 1 / 3)] + [0.]
-    with torch.no_grad():
-        context, mask = encode_context(tiny.mllm, tiny.guidance, batch.inputs, batch.vision)
-        for now, then in zip(sigmas, sigmas[1:]):
-            sigma = torch.full((len(batch),), now)
-            latents = latents + (then - now) * denoise(tiny.transformer, tiny.guidance, latents, 1000 * sigma, sigma, context, mask, batch.source, batch.reference)
-    torch.testing.assert_close(target, latents, atol=1e-4, rtol=1e-4)  # the student's layers were silent
-    with torch.no_grad():
-        loss, _ = FlowMatching(student, Loss(balance=1., few=1, rectify=3), shift=shift)((batch, dice))
-        plain, _ = flow_matching_loss(student, replace(batch, target=target), dice)
-        theirs, _ = flow_matching_loss(tiny, replace(batch, target=target), dice)
-    assert torch.allclose(loss, plain, rtol=1e-4) and not torch.allclose(plain, theirs, rtol=1e-2)  # and speak again
-
-
-def test_only_the_student_learns(tiny, student, batch):
-    dice = draw_noise(batch, Loss(few=1), 0, 0, range(len(batch)), len(batch), tiny.scheduler.config.shift)
-    for part in (student.transformer, student.mllm, student.guidance): part.requires_grad_(False)
-    for name, p in student.transformer.named_parameters():
-        if "lora_" in name: p.requires_grad_(True)
-    FlowMatching(student, Loss(few=1, rectify=2), shift=tiny.scheduler.config.shift)((batch, dice))[0].mean().backward()
-    with_gradient = {name for name, p in student.transformer.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    assert with_gradient and all("lora_" in name for name in with_gradient) and any("lora_A" in name for name in with_gradient)

@@ -4,9 +4,11 @@ import cv2
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
-from kiwi_edit.metrics import (CLIP_METRICS, DAMAGES, DISTANCES, bootstrap, differing, done_share, edit_done, frechet_distance, gaussian_kl, kernel_distance, measure_clip, nearest, optical_flow,
-                               paired_difference, pooled_share, preservation, psnr, psnr_from_error, reference_match, retrieval, set_distance, squared_error, structural_similarity)
+from kiwi_edit.metrics import (CLIP_METRICS, DAMAGES, DISTANCES, PerceptualFeatures, bootstrap, differing, done_share, edit_box, edit_done, feature_distance, frechet_distance,
+                               gaussian_kl, kernel_distance, measure_clip, nearest, optical_flow, paired_difference, perceptual_features, pooled_share, preservation, psnr,
+                               psnr_from_error, reference_match, retrieval, set_distance, share_interval, sharpness_share, squared_error, structural_similarity)
 from kiwi_edit.world import EVAL_SEED, World
 
 
@@ -128,10 +130,134 @@ def test_bootstrap_keeps_rows_together():
     assert low == pytest.approx(0.6) and high == pytest.approx(0.6)
 
 
+def test_wilsons_interval_has_known_values():
+    assert share_interval(np.zeros(10)) == pytest.approx((0, .2775), abs=1e-4)
+    assert share_interval(np.ones(10)) == pytest.approx((.7225, 1), abs=1e-4)
+    assert share_interval(np.arange(10) < 5) == pytest.approx((.2366, .7634), abs=1e-4)
+    assert share_interval(np.arange(100) < 5, .9) == pytest.approx((.0244, .0996), abs=1e-3)
+    with pytest.raises(ValueError, match="`hits` has to hold at least one"): share_interval([])
+
+
 def test_bootstrap_is_checked():
     with pytest.raises(ValueError, match="one length above 0"): bootstrap(np.ones(3), np.ones(4))
     with pytest.raises(ValueError, match="one length above 0"): bootstrap(np.ones(0))
     with pytest.raises(ValueError, match="`level`"): bootstrap(np.ones(3), level=95)
+
+
+# what a blur costs
+
+
+@pytest.fixture(scope="module")
+def textured():
+    "A clip with edges and texture, and the middle of it as a mask."
+    clip = np.kron(np.random.default_rng(5).integers(0, 256, (2, 16, 16, 3)), np.ones((1, 4, 4, 1))).astype(np.uint8)
+    clip[:, :32] = clip[:, :32] // 8 + 100  # the upper half is nearly flat
+    mask = np.zeros(clip.shape[:3], bool)
+    mask[:, 8:56, 8:56] = True
+    return clip, mask
+
+
+def test_sharpness_is_one_for_the_target_alone(textured):
+    clip, mask = textured
+    rng = np.random.default_rng(0)
+    grain = rng.normal(0, 25, clip.shape)
+    soft = np.stack([cv2.GaussianBlur(frame, (0, 0), 2) for frame in clip]).astype(float)
+    shares = {name: sharpness_share(frames.clip(0, 255).astype(np.uint8), clip, mask) for name, frames in dict(
+        target=clip, shifted=np.roll(clip, 1, 2), unseen=clip + rng.normal(0, 1.5, clip.shape), blur=soft, grainy_blur=soft + grain,
+        noise=rng.integers(0, 256, clip.shape), flat=np.full_like(clip, 128)).items()}
+    assert shares["target"] == 1 and shares["flat"] == 0
+    assert shares["shifted"] > .6 and shares["unseen"] > .9
+    assert max(shares["blur"], shares["grainy_blur"], shares["noise"]) < .4
+
+
+def test_sharpness_looks_inside_and_is_taken_clip_by_clip(textured):
+    clip, mask = textured
+    broken = np.where(mask[..., None], clip, 255 - clip[:, ::-1])
+    assert sharpness_share(broken, clip, mask) == 1
+    half = (clip // 2 + 60).astype(np.uint8)
+    together = sharpness_share(np.stack([clip, half]), np.stack([clip, clip]), np.stack([mask, mask]))
+    assert together.tolist() == [1, sharpness_share(half, clip, mask)] and together[1] == pytest.approx(.25, abs=.03)  # half the contrast, a quarter of the energy
+
+
+def test_sharpness_beside_a_flat_target(textured):
+    clip, mask = textured
+    flat = np.full_like(clip, 100)
+    assert sharpness_share(flat, flat, mask) == 1 and sharpness_share(clip, flat, mask) == 0
+    assert sharpness_share(flat + np.random.default_rng(0).integers(0, 3, flat.shape, np.uint8), flat, mask) == 1  # grain that nobody sees
+
+
+def test_features_are_compared_where_the_mask_is():
+    x = torch.nn.functional.normalize(torch.randn(3, 8, 4, 6, generator=torch.Generator().manual_seed(0)), dim=1)
+    y = x.clone()
+    y[:, :, :, 3:] *= -1
+    mask = np.zeros((3, 8, 12), bool)
+    mask[..., :6] = True
+    assert feature_distance([x], [x]) == pytest.approx(0, abs=1e-6)
+    assert [float(feature_distance([x], [y], m)) for m in (mask, ~mask, None)] == pytest.approx([0, 2, 1], abs=1e-6)
+    assert feature_distance([x, x], [torch.stack([x, y]), torch.stack([x, x])], ~mask) == pytest.approx([0, 1], abs=1e-6)
+
+
+@pytest.mark.parametrize("height, width, at, box", [
+    (96, 96, (40, 60, 30, 50), ((37, 63), (27, 53))),  # 21 pixels and a quarter more
+    (96, 96, (0, 3, 90, 95), ((0, 24), (72, 96))),  # not below a quarter of the frame, moved in at the rim
+    (48, 96, (0, 47, 0, 95), ((0, 48), (0, 96))),  # as far as the frame goes
+])
+def test_the_box_of_an_edit(height, width, at, box):
+    mask = np.zeros((2, height, width), bool)
+    mask[0, at[0], at[2]] = mask[1, at[1], at[3]] = True  # it moves
+    assert [(s.start, s.stop) for s in edit_box(mask)] == list(box)
+
+
+@pytest.fixture(scope="module")
+def network():
+    found = perceptual_features()
+    if found is None: pytest.skip("the extra `eval` is not installed")
+    return found
+
+
+def test_a_blur_is_farther_than_a_shift_and_grain_on_it_farther_still(network):
+    from skimage.data import astronaut
+    picture = np.asarray(PIL.Image.fromarray(astronaut()[:256, 100:356]).resize((96, 96), PIL.Image.LANCZOS))
+    rng, soft = np.random.default_rng(0), cv2.GaussianBlur(picture, (0, 0), 2)
+    grain = rng.normal(0, 12, picture.shape)
+    faults = [picture, picture.astype(float) * 1.05, np.roll(picture, 1, 1), picture + grain, soft, soft + grain, np.full_like(picture, picture.mean((0, 1)))]
+    clips = np.stack([f.clip(0, 255).astype(np.uint8)[None] for f in faults])
+    found = network.distance(clips, picture[None])
+    same, brighter, shifted, grainy, blurred, both, flat = found
+    assert same == pytest.approx(0, abs=1e-5) and brighter < .05
+    assert shifted < .5 * blurred and grainy < blurred < both < 1.2 * flat
+    noise = rng.integers(0, 256, picture[None].shape, np.uint8)
+    assert network.distance(noise, picture[None]) > 2 * blurred
+
+
+def test_features_are_those_of_each_frame_alone(network, textured):
+    clip, mask = textured
+    whole = network.features(np.stack([clip, 255 - clip]))
+    assert [tuple(layer.shape[:2]) for layer in whole] == [(2, 2)] * 5
+    for layer, alone in zip(whole, network.features(clip[1:])):
+        torch.testing.assert_close(layer[0, 1], alone[0], atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(layer.norm(dim=2), torch.ones_like(layer[:, :, 0]))
+    with pytest.raises(ValueError, match="`frames` have to be uint8"): network.features(clip / 255)
+
+
+def test_pictures_as_vectors(network):
+    from skimage.data import astronaut, coffee
+    small = np.asarray(PIL.Image.fromarray(astronaut()).resize((120, 90)))
+    vectors = network.embed([astronaut(), small, coffee()])
+    assert vectors.shape == (3, 192) and np.linalg.norm(vectors, axis=1) == pytest.approx([1, 1, 1], abs=1e-5)
+    assert vectors[0] @ vectors[1] > .8 > vectors[0] @ vectors[2]
+
+
+def test_weights_are_read_as_data_only(network, monkeypatch):
+    asked, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: asked.append(kwargs) or load(*args, **kwargs))
+    PerceptualFeatures()
+    assert asked == [dict(weights_only=True)]
+
+
+def test_nothing_is_loaded_where_the_extra_is_missing(monkeypatch):
+    monkeypatch.setattr("kiwi_edit.metrics.find_spec", lambda name: None)
+    assert perceptual_features.__wrapped__() is None
 
 
 # two sets of pictures

@@ -85,9 +85,9 @@ def test_a_folder_of_clips_is_read_by_their_names(table, tmp_path):
         here = tmp_path / "flat" if i else tmp_path / "flat" / "deep"
         here.mkdir(parents=True, exist_ok=True)
         for name in ("source", "edited"): (here / f"{'clip-' if i else ''}{name}.mp4").symlink_to(table.parent / f"{i}-{name}.mp4")
-        (here / ("clip.txt" if i else "instruction.txt")).write_text("Add a red heart.")
+        (here / ("clip.txt" if i else "instruction.txt")).write_text("Add a red fox.")
     found = read_pairs(tmp_path / "flat")
-    assert [p.id for p in found] == ["clip", "deep"] and all(Path(p.edited).is_file() and p.instruction == "Add a red heart." for p in found)
+    assert [p.id for p in found] == ["clip", "deep"] and all(Path(p.edited).is_file() and p.instruction == "Add a red fox." for p in found)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="has none of them"): read_pairs(tmp_path / "empty")
 
@@ -126,7 +126,7 @@ def test_the_released_columns_come_first_and_training_reads_the_shards(undisturb
     rows = [row for path in sorted(undisturbed.glob("chunk_*.parquet")) for row in pq.read_table(path).to_pylist()]
     assert list(rows[0])[:5] == ["iid", "prompt", "src_video", "tgt_video", "ref_image_bytes"]
     assert [r["iid"] for r in rows] == sorted(r["iid"] for r in rows) and len(rows) == len(inspect_folder(undisturbed).kept) > 3
-    data = MetadataDataset(undisturbed, num_frames=5, max_pixels=64 * 64, factor=8)
+    data = MetadataDataset(undisturbed, num_frames=5, max_pixels=96 * 96, factor=16)
     assert len(data) == len(rows) and data[0].reference.ndim == 3 and data[0].mode == "ref" and data[0].instruction == rows[0]["prompt"]
     assert {r["task"] for r in rows} <= {"subject", "background"} and {r["ref_source"] for r in rows} == {"synthesised"}
 
@@ -177,7 +177,7 @@ def test_clips_that_are_folders_of_frames_are_copied(tmp_path):
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     result = synthesize(tmp_path / "t.jsonl", out, options=SynthesisOptions(clips="copy"), progress=False)
     assert [r["iid"] for r in result.kept] == ["a"] and sorted(p.name for p in (out / "clips").iterdir()) == ["a-edited", "a-source"] # b is a double, c has nothing to show
-    assert MetadataDataset(out, num_frames=5, max_pixels=64 * 64, factor=8)[0].source.shape == (5, 64, 64, 3)
+    assert MetadataDataset(out, num_frames=5, max_pixels=96 * 96, factor=16)[0].source.shape == (5, 96, 96, 3)
 
 def test_folders_of_others_are_left_alone(undisturbed, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
@@ -212,10 +212,10 @@ def png(shade):
     Image.new("RGB", (20, 20), (shade,) * 3).save(buffer, format="PNG")
     return buffer.getvalue()
 
-def test_keys_of_a_world_know_its_difficulty_and_its_photographs(monkeypatch):
+def test_keys_of_a_world_know_its_difficulty_and_its_pictures(monkeypatch):
     keys = {WorldPairs(6).key, WorldPairs(6, world=World(difficulty="easy")).key, WorldPairs(6, world=World(difficulty=Difficulty(motion=.5))).key}
     assert len(keys) == 3 and WorldPairs(6, world=World(difficulty=Difficulty())).key in keys and PlantedPairs(6).key not in keys
-    monkeypatch.setattr("kiwi_edit.synthesis._photos_digest", lambda split: "others are installed")
+    monkeypatch.setattr("kiwi_edit.synthesis._world_digest", lambda: "other pictures")
     assert WorldPairs(6).key not in keys
 
 def test_keys_of_a_table_know_what_is_embedded_in_it(tmp_path):
@@ -396,8 +396,8 @@ def test_the_embedded_model_trains_on_the_shards(undisturbed, tmp_path):
     from kiwi_edit.curriculum import Stage
     from kiwi_edit.training import train
     losses = []
-    stage = Stage("quadruplets", ("guidance", "transformer"), 1e-4, mix=("ref",), num_frames=5, max_pixels=64 * 64, batch_size=2)
+    stage = Stage("quadruplets", ("guidance", "transformer"), 1e-4, mix=("ref",), num_frames=5, max_pixels=96 * 96, batch_size=2)
     train(stage, tmp_path / "run", "kiwi-edit-tiny", dict(ref=undisturbed), steps=2, device="cpu", progress=False, on_step=lambda record: losses.append(record["loss"]))
     assert len(losses) == 2 and np.isfinite(losses).all()
-    data = MetadataDataset(undisturbed, num_frames=5, max_pixels=64 * 64, factor=8)
-    assert data[0].source.shape == (5, 64, 64, 3)
+    data = MetadataDataset(undisturbed, num_frames=5, max_pixels=96 * 96, factor=16)
+    assert data[0].source.shape == (5, 96, 96, 3)

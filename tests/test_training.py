@@ -105,7 +105,7 @@ def start(tmp_path_factory):
     sizes.mllm["vision_config"].update(depth=2, hidden_size=32, num_heads=2, intermediate_size=48, out_hidden_size=64, fullatt_block_indexes=[1])
     sizes.guidance.update(hidden_size=64, dim=64, num_image_queries=4, num_video_queries=4, num_ref_queries=4)
     torch.manual_seed(0)
-    KiwiEditPipeline.from_preset(sizes, make_tokenizer(["Replace the red circle with the object in the reference."] * 4)).save_pretrained(folder)
+    KiwiEditPipeline.from_preset(sizes, make_tokenizer(["Replace the red fox with the object in the reference."] * 4)).save_pretrained(folder)
     return str(folder)
 
 
