@@ -49,7 +49,7 @@ def strip_widgets(
 def shrink_figures(
     path: Path,  # a notebook, changed in place
 ) -> None:
-    "Save figures in 256 colors and at most 1600 pixels wide: a third of the bytes, which stay in the history for good."
+    "Save figures in 256 colors and at most 1200 pixels wide: a third of the bytes, which stay in the history for good."
     import base64
     import io
 
@@ -60,7 +60,7 @@ def shrink_figures(
         raw = base64.b64decode("".join(data.get("image/png", "")))
         if len(raw) < 8000 or (image := Image.open(io.BytesIO(raw))).mode == "P":
             continue
-        image.thumbnail((1600, 10_000))
+        image.thumbnail((1200, 10_000))
         white = Image.new("RGBA", image.size, "white")
         white.alpha_composite(image.convert("RGBA"))
         buffer = io.BytesIO()

@@ -47,7 +47,7 @@ def _root(version: bool = typer.Option(False, "--version", help="Show the versio
 # %% ../nbs/51_cli.ipynb #001c6c2c
 FLAGS = {name: "--" + name.replace("_", "-") for name in (
     "instruction", "reference", "model", "out", "overwrite", "seed", "steps", "frames", "whole", "size", "device", "strength", "guidance_scale",
-    "host", "port", "tasks", "samples", "preset", "stage", "minutes", "resume", "data", "cache", "start", "base", "score", "keep", "track", "dry_run", "seconds_per_step",
+    "host", "port", "tasks", "samples", "difficulty", "preset", "stage", "minutes", "resume", "data", "cache", "start", "base", "score", "keep", "track", "dry_run", "seconds_per_step",
     "options", "num_frames", "max_pixels", "dtype", "workers", "parts", "prune", "engine", "actors", "root", "vlm", "sam", "editor", "embedder", "shard", "batch", "max_failures", "skip_bad", "row", "to", "transformer", "vae", "mllm", "heads")}
 FLAGS |= dict(pairs="PAIRS", columns="--column", thresholds="--threshold", sheets="PAIRS", video="VIDEO", name="--model", prompt="--instruction", folder="--out", metadata="--data", dataset="--data", trackers="--track", memory="free memory", checkpoint="SOURCE", destination="DESTINATION", source="SOURCE", transformer_config="--heads", overrides="--model")
 
@@ -260,6 +260,7 @@ def evaluate(
     judge: Optional[str] = typer.Option(None, help="metrics, gemini[:MODEL], openai:MODEL[@URL] or transformers:PATH. [the settings' judge; the kit's bench is measured against its targets]"),
     parameter: Optional[List[str]] = typer.Option(None, metavar="NAME=VALUE", help="Further parameter of each request to an openai judge, such as temperature=1 or max_completion_tokens=4096; null leaves one out. May be given several times."),
     samples: int = typer.Option(32, help="Of the kit's bench: clips for each task."),
+    difficulty: str = typer.Option("full", help="Of the kit's bench: easy or full."),
     tasks: Optional[str] = typer.Option(None, help="Of the kit's bench: tasks, separated by commas. [all that it has]"),
     limit: Optional[int] = typer.Option(None, help="Only the first so many rows of a published bench."),
     steps: Optional[int] = typer.Option(None, help="Denoising steps. [50 for a published bench, else the model's own number]"),
@@ -270,7 +271,8 @@ def evaluate(
     device: Optional[str] = typer.Option(None, help="auto, cpu, cuda, cuda:1 or mps. [the settings' device]"),
 ):
     "Score a model, or finished videos, on the kit's own bench or on a published one."
-    from kiwi_edit.world import TASKS
+    from kiwi_edit.world import DIFFICULTIES, TASKS
+    if difficulty not in DIFFICULTIES: raise InputError(f"`difficulty` has to be of {', '.join(DIFFICULTIES)} but is {difficulty!r}.")
     if bench not in ("kit", "refvie", "openve", "imgedit"): raise InputError(f"`bench` has to be kit, refvie, openve or imgedit but is {bench!r}.")
     chosen = [task.strip() for task in tasks.split(",")] if tasks is not None else list(TASKS)
     for task in chosen:
@@ -286,9 +288,9 @@ def evaluate(
     if kit and judge is None and videos is None:
         for name, value in dict(concat=concat or None, extra=parameter, parts=parts if number > 1 else None).items():
             if value is not None: raise InputError(f"`{name}` has to be left out of the kit's bench unless `judge` is given but is {value}.")
-        return measure_model(chosen, samples, model, steps, out, overwrite, device)
+        return measure_model(chosen, samples, difficulty, model, steps, out, overwrite, device)
     if overwrite: raise InputError("`overwrite` has to be left out where rows are scored one by one: a folder is gone on in, and what is there is kept.")
-    with _going_on(): evaluate_rows(bench, data, root, chosen, samples, limit, model, videos, judge or {"embedded": "metrics"}.get(settings().judge, settings().judge), steps, concat, part, number, out, device, parse_parameters(parameter))
+    with _going_on(): evaluate_rows(bench, data, root, chosen, samples, difficulty, limit, model, videos, judge or {"embedded": "metrics"}.get(settings().judge, settings().judge), steps, concat, part, number, out, device, parse_parameters(parameter))
 
 def parse_parameters(
     texts: list | None, # such as ["temperature=1", "chat_template_kwargs={\"enable_thinking\": false}"]
@@ -305,6 +307,7 @@ def parse_parameters(
 def measure_model(
     tasks: list, # of the kit's bench
     samples: int, # of each
+    difficulty: str, # of the world
     model: str | None, # None takes the settings'
     steps: int | None, # None takes the model's own number
     out: Path | None, # report.json
@@ -320,7 +323,7 @@ def measure_model(
     check_outputs([out], [], overwrite)
     pipe = load(model, device)
     from kiwi_edit.benchmark import run_benchmark
-    report = run_benchmark(pipe, tasks=tuple(tasks), samples=samples, steps=steps, progress=True)
+    report = run_benchmark(pipe, tasks=tuple(tasks), samples=samples, steps=steps, difficulty=difficulty, progress=True)
     report.save(out)
     typer.echo(report._repr_markdown_())
     typer.echo(f"report: {out}")
@@ -340,6 +343,7 @@ def evaluate_rows(
     root: Path | None, # where its paths start
     tasks: list, # of the kit's bench
     samples: int, # of each
+    difficulty: str, # of the kit's bench
     limit: int | None, # rows at most
     model: str | None, # None takes the settings'
     videos: Path | None, # folder of finished results; None: the model makes them
@@ -361,7 +365,7 @@ def evaluate_rows(
     later = judge.startswith("transformers:") # it would lie in memory while the videos are made
     if later and extra: raise InputError(f"`extra` has to be left out unless the judge is openai:MODEL but is {extra!r}.")
     asked = None if later else judge_of(judge, bench, extra=extra)
-    if bench == "kit": rows = world_rows(tasks, samples)
+    if bench == "kit": rows = world_rows(tasks, samples, difficulty=difficulty)
     else:
         with renamed("`path`", "`data`"): rows = read_bench(bench, data, root)[:limit]
     about, folder = None, videos and videos.expanduser()
@@ -463,10 +467,11 @@ def check_model(
 def bench_scores(
     pipe, # KiwiEditPipeline
     samples: int, # of each task
+    difficulty: str = "full", # of the world
 ) -> dict: # "bench/subject", ... -> share of the edit done
     "What joins the validation log of a run."
     from kiwi_edit.benchmark import run_benchmark
-    return {f"bench/{task}": row["pooled"] for task, row in run_benchmark(pipe, samples=samples, keep=0, progress=False).rows.items()}
+    return {f"bench/{task}": row["pooled"] for task, row in run_benchmark(pipe, samples=samples, difficulty=difficulty, keep=0, progress=False).rows.items()}
 
 def check_trainer(
     start: str, # step-N.safetensors
@@ -616,7 +621,7 @@ def train(
     hush_bars()
     for s in stages:
         say(f"stage {s.name}")
-        train_stage(s, out, start, {mode: found[mode] for mode in s.mix}, cache, bases=bases, seed=seed, device=str(where), keep=keep, evaluate=(lambda pipe: bench_scores(pipe, score)) if score else None, trackers=trackers)
+        train_stage(s, out, start, {mode: found[mode] for mode in s.mix}, cache, bases=bases, seed=seed, device=str(where), keep=keep, evaluate=(lambda pipe: bench_scores(pipe, score, s.buckets[0].difficulty if s.buckets else "full")) if score else None, trackers=trackers)
     if not rank(): typer.echo(f"model: {out / 'model'}")
 
 def dry(
