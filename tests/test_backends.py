@@ -759,7 +759,8 @@ def test_editor_from_a_folder(name, small, tmp_path):
         (tmp_path / "model_index.json").write_text(json.dumps(index | dict(processor=["transformers", "Qwen2VLProcessor"])))
     loaded = EditorSynthesizer.from_pretrained(tmp_path, device="cpu", steps=1, options=options)
     assert type(loaded.pipe).__name__ == name
-    assert np.array_equal(loaded.synthesize([grounded()])[0], EditorSynthesizer(pipe, steps=1, options=options).synthesize([grounded()])[0])
+    ours, theirs = (editor.synthesize([grounded()])[0].astype(int) for editor in (loaded, EditorSynthesizer(pipe, steps=1, options=options)))
+    assert abs(ours - theirs).max() <= 1  # weights lie elsewhere in memory, so that sums may round otherwise
 
 def test_editor_sees_the_best_frame_at_full_size():
     class Pipe:
