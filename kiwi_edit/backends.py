@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64, functools, hashlib, inspect, io, json, math, mimetypes, os, random, re, threading, time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Protocol

@@ -5,7 +5,6 @@
 # %% ../nbs/23_checkpoints.ipynb #7392d5ce
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math

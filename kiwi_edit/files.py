@@ -40,7 +40,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from .core import InputError, InputTypeError, MissingPackage, OPTIONAL, missing_package, shortened, choose_device, choose_dtype, settings
-from .video import (VideoError, VideoInfo, as_frames, check_frame_count, compare, fit_size, flatten_image, nearest_frame_count, read_image, read_video,
+from .video import (VideoError, VideoInfo, as_frames, check_frame_count, compare, fit_size, nearest_frame_count, read_image, read_video,
                              replacing, resize_frames, sample_indices, save_film_strip, stream_video, video_info, write_video)
 from .world import WINDOW, Scene, Thing, ids_of, named_objects, plate_reference, read_table, render, thing_reference
 

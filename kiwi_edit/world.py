@@ -9,7 +9,6 @@ __all__ = ['SPLITS', 'LEFT_OUT', 'COLORS', 'WINDOW', 'STYLES', 'TASKS', 'WORDING
 
 # %% ../nbs/10_world.ipynb #10d0003
 import io
-import json
 import math
 from dataclasses import dataclass, field, replace
 from functools import lru_cache

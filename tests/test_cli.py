@@ -889,7 +889,7 @@ def test_the_bundled_model_edits_the_sample(kiwi, tmp_path):
     assert status == 0, err
     seconds = float(re.search(r"in ([\d.]+) s\)", out)[1])
     before, after = read_video(samples / "clip.mp4").frames.astype(float), read_video(tmp_path / "new.mp4").frames.astype(float)
-    assert seconds < 60 and np.abs(after - before).mean() > 1, "an edit changes the clip"
+    assert seconds < 60 and np.abs(after - before).mean() > 10, "an edit changes the clip"
     grain = np.abs(np.diff(after[:, ::4, ::4], axis=2)).mean()
     assert grain < 40, "and no noise"
 

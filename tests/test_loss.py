@@ -1,5 +1,4 @@
 """The loss: what is drawn, what is dropped, what counts how much, and every number of the official training step."""
-import copy
 import json
 import os
 from dataclasses import replace
@@ -14,9 +13,9 @@ from safetensors.torch import load_file
 
 from kiwi_edit.cache import kept_share
 from kiwi_edit.checkpoints import load_official
-from kiwi_edit.curriculum import Lora, Loss, add_lora
+from kiwi_edit.curriculum import Loss
 from kiwi_edit.dataset import shrink_reference
-from kiwi_edit.encoder import encode_context, prepare_inputs, vision_features
+from kiwi_edit.encoder import prepare_inputs, vision_features
 from kiwi_edit.guidance import denoise, rounded_sigma
 from kiwi_edit.pipeline import KiwiEditPipeline, encode_frames, fit_reference, flow_sigmas, latent_statistics
 from kiwi_edit.training import (Batch, Dice, FlowMatching, draw_noise, draw_noise_levels, drop_instructions, edit_weights, flow_matching_loss, metric_factor,
