@@ -24,7 +24,8 @@ def notebooks(
     root: Path,  # a checkout
 ) -> list[Path]:
     "The notebooks in the order in which they are read."
-    return sorted(p for p in (root / "nbs").glob("*.ipynb") if not p.name.startswith(("_", ".")))
+    folders = root / "nbs", root / "nbs" / "library"
+    return [p for folder in folders for p in sorted(folder.glob("*.ipynb")) if not p.name.startswith(("_", "."))]
 
 
 def strip_widgets(
@@ -97,9 +98,9 @@ def readme(
 def relink(
     markdown: str,  # text whose links are relative to nbs/
 ) -> str:  # the same with links relative to the root
-    "Turn `../assets/x.png` into `assets/x.png`, and `01_video.ipynb` into `nbs/01_video.ipynb`."
+    "Turn `../assets/x.png` into `assets/x.png`, and `01_world.ipynb` into `nbs/01_world.ipynb`."
     markdown = re.sub(r"(\]\(|(?:src|href)=\")\.\./", r"\1", markdown)
-    return re.sub(r"(\]\(|href=\")([\w-]+\.ipynb)", r"\1nbs/\2", markdown)
+    return re.sub(r"(\]\(|href=\")((?:library/)?[\w-]+\.ipynb)", r"\1nbs/\2", markdown)
 
 
 def export(
@@ -118,9 +119,10 @@ def export(
     for path in notebooks(root):
         strip_widgets(path)
         shrink_figures(path)
-    wanted = {f"{name}.py" for path in notebooks(root) if (name := module_name(path))}
-    for path in (root / "kiwi_edit").glob("*.py"):
-        if path.name not in wanted | {"_modidx.py"} and GENERATED in path.read_text(encoding="utf-8"):
+    package = root / "kiwi_edit"
+    wanted = {package / f"{name.replace('.', '/')}.py" for path in notebooks(root) if (name := module_name(path))}
+    for path in package.rglob("*.py"):
+        if path not in wanted | {package / "_modidx.py"} and GENERATED in path.read_text(encoding="utf-8"):
             path.unlink()
     (root / "README.md").write_text(readme(root / "nbs" / "index.ipynb"), encoding="utf-8")
 
@@ -140,7 +142,8 @@ def fingerprints(
     root: Path,  # a checkout
 ) -> dict[str, str]:  # relative path -> text
     "Everything an export writes."
-    paths = [*(root / "nbs").glob("*.ipynb"), *(root / "nbs").glob("llms.txt"), *(root / "kiwi_edit").glob("*.py"), root / "README.md", root / "pyproject.toml"]
+    paths = [*(root / "nbs").rglob("*.ipynb"), *(root / "nbs").glob("llms.txt"), *(root / "kiwi_edit").rglob("*.py")]
+    paths += [root / "README.md", root / "pyproject.toml"]
     return {str(p.relative_to(root)): p.read_text(encoding="utf-8") for p in sorted(paths) if p.is_file()}
 
 
@@ -229,7 +232,7 @@ def site(
         notebook.cells = [c for c in notebook.cells if not re.search(r"^#\|\s*(hide|default_exp)\b", c.source, re.M)]
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
-                cell.source = re.sub(r"(\]\(|href=\")([\w-]+)\.ipynb", r"\1\2.html", cell.source)
+                cell.source = re.sub(r"(\]\(|href=\")(?:(?:\.\./|library/)?([\w-]+))\.ipynb", r"\1\2.html", cell.source)
                 cell.source = re.sub(r"(?<![`\[])`([A-Za-z_]\w+)`(?![`\]])", lambda m: f"[`{m[1]}`]({places[m[1]]})" if m[1] in places else m[0], cell.source)
             else:
                 cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip()
@@ -268,7 +271,7 @@ def badges(
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise ValueError(f"`repository` has to be OWNER/REPOSITORY but is {repository!r}.")
     for path in notebooks(root):
-        notebook, there = json.loads(path.read_text(encoding="utf-8")), f"github.com/{repository}/blob/{branch}/nbs/{path.name}"
+        notebook, there = json.loads(path.read_text(encoding="utf-8")), f"github.com/{repository}/blob/{branch}/{path.relative_to(root).as_posix()}"
         line = (f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/{there.replace('.com', '', 1)}) "
                 f"[![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://{there})")
         title, *rest = (c for c in notebook["cells"] if c["id"] != "install0")

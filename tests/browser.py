@@ -139,7 +139,7 @@ def main():
     sys.path.insert(0, str(ROOT))
     from playwright.sync_api import sync_playwright
 
-    from kiwi_edit.demo import close, launch
+    from kiwi_edit.apps.demo import close, launch
 
     served = launch("127.0.0.1", 0, options.model, block=False, say=print)
     try:

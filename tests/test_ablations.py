@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from kiwi_edit import ablations, foundations
+from kiwi_edit import ablations
+from kiwi_edit.train import foundations
 from kiwi_edit.ablations import (RECIPES, REFERENCES, TRAIN_SEED, WITH_REFERENCE, Ablation, Data, Plan, Recipe, Scenes, batch_order, batches_of, fresh_model, gated, halved, main,
                                  make_references, measure_edits, run_cell, scenes)
-from kiwi_edit.cache import OnlineRows, RowSettings
+from kiwi_edit.train.cache import OnlineRows, RowSettings
 from kiwi_edit.core import asset
-from kiwi_edit.curriculum import STAGES
+from kiwi_edit.train.curriculum import STAGES
 from kiwi_edit.guidance import denoise
 from kiwi_edit.quadruplets import BackendError, CutoutSynthesizer
 from kiwi_edit.world import EVAL_SEED, World

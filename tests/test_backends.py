@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kiwi_edit.backends import *
+from kiwi_edit.data.backends import *
 from kiwi_edit.core import asset
 from kiwi_edit.encoder import KiwiProcessor
 from kiwi_edit.quadruplets import BackendError, GroundStage, Pair, ScoreStage, SegmentStage, SynthesizeStage, VerifyStage, deduplicate, load_record, mask_boxes
@@ -175,7 +175,7 @@ def test_thoughts_are_no_answer(opening, closing):
         with pytest.raises(ValueError, match="cut off"): read_score(text)
 
 def test_import_is_light():
-    code = "import kiwi_edit.backends, sys; print([m for m in ('torch', 'transformers', 'diffusers', 'openai', 'google.genai') if m in sys.modules])"
+    code = "import kiwi_edit.data.backends, sys; print([m for m in ('torch', 'transformers', 'diffusers', 'openai', 'google.genai') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 # endpoints

@@ -8,8 +8,8 @@ import PIL.Image
 import pytest
 import torch
 
-from kiwi_edit import benchmark
-from kiwi_edit.benchmark import (BENCH_DIGESTS, BENCHMARK_TASKS, BlurredTarget, CopySource, FrameByFrame, MeanColour, Oracle, PasteReference, PixelNoise, Ranking, Report, Scene,
+from kiwi_edit.eval import benchmark
+from kiwi_edit.eval.benchmark import (BENCH_DIGESTS, BENCHMARK_TASKS, BlurredTarget, CopySource, FrameByFrame, MeanColour, Oracle, PasteReference, PixelNoise, Ranking, Report, Scene,
                                  bench_digest, bench_world, benchmark_samples, candidate_targets, check_bench, checkpoint_digest, edit_batch, flicker_error, measure, provenance,
                                  run_benchmark, run_editors, succeeded, world_rate)
 from kiwi_edit.core import asset, preset

@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-import kiwi_edit.cache
-from kiwi_edit.cache import (Batch, Batches, BatchPlan, LatentCache, OnlineRows, RowSettings, build_cache, collate_rows, draw_shrink, encode_samples,
+import kiwi_edit.train.cache
+from kiwi_edit.train.cache import (Batch, Batches, BatchPlan, LatentCache, OnlineRows, RowSettings, build_cache, collate_rows, draw_shrink, encode_samples,
                              fingerprint, frozen_digests, placeholder_ids, sample_shape, survey_cache)
-from kiwi_edit.dataset import BadRow, Sample, WorldDataset
+from kiwi_edit.data.dataset import BadRow, Sample, WorldDataset
 from kiwi_edit.encoder import encode_context, make_tokenizer
 from kiwi_edit.guidance import denoise
 from kiwi_edit.pipeline import KiwiEditPipeline, decode_latents, fit_reference
@@ -124,7 +124,7 @@ def test_neighbours_and_autocast_change_nothing(pipe):
 
 def test_rows_are_made_while_another_thread_decodes(pipe, monkeypatch, one_thread):
     samples, inside = world(5, num_frames=5).samples, []
-    alone, encode = encode_samples(pipe, samples[:1])[0], kiwi_edit.cache.encode_frames
+    alone, encode = encode_samples(pipe, samples[:1])[0], kiwi_edit.train.cache.encode_frames
     def watched(*arguments):
         inside.append(1)
         try: return len(inside), encode(*arguments)
@@ -133,7 +133,7 @@ def test_rows_are_made_while_another_thread_decodes(pipe, monkeypatch, one_threa
         others, latents = watched(*arguments)
         assert others == 1  # one thread at a time
         return latents
-    monkeypatch.setattr(kiwi_edit.cache, "encode_frames", checked)
+    monkeypatch.setattr(kiwi_edit.train.cache, "encode_frames", checked)
     with ThreadPoolExecutor(3) as pool:
         rows = [pool.submit(lambda: [encode_samples(pipe, samples[:1])[0] for _ in range(4)]) for _ in range(2)]
         def decode():
@@ -265,8 +265,8 @@ def test_another_model_is_refused_by_the_part_that_differs(pipe, tmp_path):
 
 BUILD = textwrap.dedent("""
     import sys, time
-    from kiwi_edit.cache import build_cache
-    from kiwi_edit.dataset import WorldDataset
+    from kiwi_edit.train.cache import build_cache
+    from kiwi_edit.data.dataset import WorldDataset
     from kiwi_edit.pipeline import KiwiEditPipeline
     class Slow(WorldDataset):
         def __getitem__(self, i): time.sleep(.1); return super().__getitem__(i)

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from kiwi_edit import checkpoints
-from kiwi_edit.checkpoints import convert, load_any, load_official, load_trainer_checkpoint, load_transformer, native_wan_name, open_weights, stored_dtype
+from kiwi_edit.weights import checkpoints
+from kiwi_edit.weights.checkpoints import convert, load_any, load_official, load_trainer_checkpoint, load_transformer, native_wan_name, open_weights, stored_dtype
 from kiwi_edit.core import asset
 from kiwi_edit.pipeline import KiwiEditPipeline, decode_latents, in_tiles, latent_statistics
 from kiwi_edit.world import EVAL_SEED, World

@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kiwi_edit import cli
+from kiwi_edit.apps import cli
 from kiwi_edit.core import assets_dir
-from kiwi_edit.files import make_samples
+from kiwi_edit.data.files import make_samples
 from kiwi_edit.video import read_video, video_info, write_video
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMAND = [sys.executable, "-m", "kiwi_edit.cli"]
+COMMAND = [sys.executable, "-m", "kiwi_edit.apps.cli"]
 
 
 @pytest.fixture(scope="session")
@@ -219,7 +219,7 @@ def test_evaluate_makes_and_scores_the_rows_of_a_published_bench(kiwi, random_mo
 
 
 def test_evaluate_scores_videos_of_the_kits_bench(kiwi, tmp_path):
-    from kiwi_edit.published import world_rows
+    from kiwi_edit.eval.published import world_rows
 
     row, = world_rows(("add",), 1)
     (tmp_path / "add").mkdir()
@@ -229,7 +229,7 @@ def test_evaluate_scores_videos_of_the_kits_bench(kiwi, tmp_path):
 
 
 def test_parameters_reach_a_judge_of_ones_own(kiwi, tmp_path):
-    from kiwi_edit.published import world_rows
+    from kiwi_edit.eval.published import world_rows
 
     heard = []
 
@@ -291,7 +291,7 @@ def test_version_help_and_no_command(kiwi):
 
 
 def test_help_is_fast():
-    code = "import sys; from kiwi_edit.cli import main\ntry: main(['--help'])\nexcept SystemExit: print([m for m in ('torch', 'numpy', 'av', 'diffusers', 'gradio') if m in sys.modules])"
+    code = "import sys; from kiwi_edit.apps.cli import main\ntry: main(['--help'])\nexcept SystemExit: print([m for m in ('torch', 'numpy', 'av', 'diffusers', 'gradio') if m in sys.modules])"
     began = time.perf_counter()
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "[]" and time.perf_counter() - began < 3
@@ -439,9 +439,9 @@ def test_usage_errors_are_one_line_too(kiwi, clip):
 
 
 def test_faults_of_the_kit_keep_their_traceback(monkeypatch):
-    import kiwi_edit.files
+    import kiwi_edit.data.files
 
-    monkeypatch.setattr(kiwi_edit.files, "plan_edit", lambda *a, **k: np.zeros(2) + np.zeros(3))
+    monkeypatch.setattr(kiwi_edit.data.files, "plan_edit", lambda *a, **k: np.zeros(2) + np.zeros(3))
     with pytest.raises(ValueError, match="broadcast"):
         cli.main(["edit", "x.mp4", "-i", "x"])
 
@@ -555,7 +555,7 @@ def test_a_lost_signal_stops_at_the_next_step():
 
 def learning(name, **changes):
     "A small stage of the tiny model's."
-    from kiwi_edit.curriculum import Stage
+    from kiwi_edit.train.curriculum import Stage
 
     return Stage(name, ("guidance", "transformer"), 1e-3, **dict(steps=2, batch_size=2, clip=1.0) | changes)
 
@@ -563,7 +563,7 @@ def learning(name, **changes):
 @pytest.fixture
 def small(monkeypatch):
     "Two stages that take seconds: one of the world, one of files."
-    from kiwi_edit import curriculum
+    from kiwi_edit.train import curriculum
 
     buckets = curriculum.Bucket({"add": 1.0}, 1, 32, 32, 0.5, 2, 4), curriculum.Bucket({"subject": 1.0}, 5, 32, 32, 0.5, 2, 4)
     lora = dict(language_model=curriculum.Lora(2, ("q_proj",)))
@@ -574,7 +574,7 @@ def small(monkeypatch):
 @pytest.fixture(scope="session")
 def tables(tmp_path_factory):
     "Metadata files: pictures, and references of which one row lacks its clip."
-    from kiwi_edit.dataset import WorldDataset, read_metadata, save_dataset, write_metadata
+    from kiwi_edit.data.dataset import WorldDataset, read_metadata, save_dataset, write_metadata
 
     folder = tmp_path_factory.mktemp("data")
     image = save_dataset(WorldDataset({"add": 1.0}, 1, 32, 32, samples=3), folder / "pictures", format="csv", progress=False)
@@ -636,7 +636,7 @@ def test_dry_run_says_what_is_needed_and_loads_nothing(kiwi, small, monkeypatch,
     monkeypatch.chdir(tmp_path)
     for name in ("from_pretrained", "to"):
         monkeypatch.setattr(pipeline.KiwiEditPipeline, name, lambda *a, **k: pytest.fail("it was loaded"))
-    from kiwi_edit import curriculum
+    from kiwi_edit.train import curriculum
 
     monkeypatch.setitem(curriculum.STAGES, "wide", learning("wide", buckets=(curriculum.Bucket({"subject": 1.0}, 5, 96, 96, 1.0, 24, 4),)))
     status, out, err = kiwi("train", "--stage", "wide", "--dry-run", "--steps", 1800, "--seconds-per-step", 2, "--options")
@@ -737,7 +737,7 @@ def test_free_memory_is_shared_by_the_processes_of_a_machine(monkeypatch):
 
 
 def test_a_stage_without_what_it_builds_on_warns_and_a_loss_that_is_no_number_is_one_line(kiwi, small, monkeypatch, tmp_path):
-    from kiwi_edit import training
+    from kiwi_edit.train import engine as training
 
     def explode(*arguments, **options):
         raise FloatingPointError("the loss is nan at step 3; its samples: a, b. The last checkpoint is kept.")
@@ -835,7 +835,7 @@ def test_sharding_wraps_layers_that_exist(random_model):
     from accelerate.commands.config.config_args import load_config_from_file
 
     from kiwi_edit.pipeline import KiwiEditPipeline
-    from kiwi_edit.training import FlowMatching
+    from kiwi_edit.train.engine import FlowMatching
 
     config = {key.removeprefix("fsdp_"): value for key, value in load_config_from_file(str(CONFIGS / "fsdp2.yaml")).fsdp_config.items()}
     plugin = FullyShardedDataParallelPlugin(
@@ -850,7 +850,7 @@ def test_sharding_wraps_layers_that_exist(random_model):
 def test_deepspeed_files_are_the_official_recipe():
     from accelerate.commands.config.config_args import load_config_from_file
 
-    from kiwi_edit.curriculum import find_stage
+    from kiwi_edit.train.curriculum import find_stage
 
     for name, preset, stage in (("zero2", "wan2.2-5b", "stage3-mix"), ("zero3", "wan2.1-14b", "stage2-720")):
         config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
@@ -859,7 +859,7 @@ def test_deepspeed_files_are_the_official_recipe():
 
 
 def test_two_processes_train_one_model_and_speak_once(tmp_path, random_model):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "cpu-2.yaml"), "-m", "kiwi_edit.cli"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "cpu-2.yaml"), "-m", "kiwi_edit.apps.cli"]
     command = [*launch, "train", "--device", "cpu", "--stage", "encoder", "--steps", "1", "--start", str(random_model), "--out", str(tmp_path / "run"), "--track", "none"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)))
     assert done.returncode == 0, done.stderr

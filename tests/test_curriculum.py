@@ -12,12 +12,12 @@ import torch
 from accelerate import init_empty_weights
 
 from kiwi_edit.core import preset
-from kiwi_edit.curriculum import (COMPONENTS, OFFICIAL, PARTS, PICTURES, STAGES, Bucket, Loss, Lora, Stage, as_official, batch_shapes,
+from kiwi_edit.train.curriculum import (COMPONENTS, OFFICIAL, PARTS, PICTURES, STAGES, Bucket, Loss, Lora, Stage, as_official, batch_shapes,
                                   edit_cost, estimate, find_stage, part_parameters, select, stage_table)
 from kiwi_edit.encoder import collate_inputs, encode_context, make_tokenizer, prepare_sample
 from kiwi_edit.guidance import EditCache, denoise
 from kiwi_edit.pipeline import KiwiEditPipeline, in_tiles
-from kiwi_edit.training import allocated_by, stage_data
+from kiwi_edit.train.engine import allocated_by, stage_data
 from kiwi_edit.world import EVAL_SEED, TASKS
 
 
@@ -135,7 +135,7 @@ def test_unknown_stages_are_named_with_those_there_are():
 
 
 def test_importing_the_stages_costs_nothing():
-    heavy = subprocess.run([sys.executable, "-c", "import sys, kiwi_edit.curriculum; print([m for m in ('torch', 'transformers', 'diffusers', 'peft', 'numpy') if m in sys.modules])"],
+    heavy = subprocess.run([sys.executable, "-c", "import sys, kiwi_edit.train.curriculum; print([m for m in ('torch', 'transformers', 'diffusers', 'peft', 'numpy') if m in sys.modules])"],
                            capture_output=True, text=True, check=True).stdout
     assert heavy.strip() == "[]"
 

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from kiwi_edit import dataset as module
-from kiwi_edit.dataset import *
+from kiwi_edit.data.dataset import *
 from kiwi_edit.video import read_video, write_video
 from kiwi_edit.world import EVAL_SEED, TASKS, World
 
@@ -459,7 +459,7 @@ def test_bad_rows_are_skipped_counted_and_named(mixed, caplog):
         for _ in range(2):
             assert [s.instruction for s in good] == ["Number 7.", "Number 0.", "Number 9."]
     assert good.kept == [7, 0, 9] and [(b.index, b.name) for b in good.skipped] == [(2, "meta.csv row 2"), (6, "meta.csv row 6"), (5, "meta.csv row 5")]
-    messages = [r.getMessage() for r in caplog.records if r.name == "kiwi_edit.dataset"]
+    messages = [r.getMessage() for r in caplog.records if r.name == "kiwi_edit.data.dataset"]
     assert len(messages) == 3 and messages[1] == "Skipped meta.csv row 6: `prompt` has to be given but is missing."
 
 

@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from browser import ARGUMENTS, ROOT, Page, chromium, why_no_browser  # noqa: E402
 from test_cli import picture, random_model  # noqa: E402, F401
 
-from kiwi_edit import demo  # noqa: E402
+from kiwi_edit.apps import demo  # noqa: E402
 from kiwi_edit.core import assets_dir, settings  # noqa: E402
-from kiwi_edit.files import Limits  # noqa: E402
+from kiwi_edit.data.files import Limits  # noqa: E402
 from kiwi_edit.video import read_video, video_info, write_video  # noqa: E402
 
 
@@ -235,7 +235,7 @@ def test_data(client):
 
 
 def test_data_sets_of_the_data_folder(tmp_path, monkeypatch):
-    from kiwi_edit.synthesis import WorldPairs, synthesize
+    from kiwi_edit.data.synthesis import WorldPairs, synthesize
     monkeypatch.setenv("KIWI_EDIT_DATA_DIR", str(tmp_path))
     settings.cache_clear()
     synthesize(WorldPairs(2, 40), tmp_path / "few", progress=False)
@@ -522,7 +522,7 @@ def test_small_screens_and_names_for_all_fields(page):
 def test_the_cell_of_the_notebook_in_jupyterlab(browser, tmp_path):
     "The page comes up below its cell, and edits there."
     cell = next(c for c in json.loads((ROOT / "nbs/50_demo.ipynb").read_text(encoding="utf-8"))["cells"] if "make_demo().launch(" in "".join(c["source"]))
-    notebook = dict(cells=[cell | dict(source="from kiwi_edit.demo import LOOK, make_demo\n" + "".join(cell["source"]))], nbformat=4, nbformat_minor=5,
+    notebook = dict(cells=[cell | dict(source="from kiwi_edit.apps.demo import LOOK, make_demo\n" + "".join(cell["source"]))], nbformat=4, nbformat_minor=5,
                     metadata=dict(kernelspec=dict(name="python3", display_name="Python 3", language="python")))
     (tmp_path / "demo.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
     with socket.socket() as free: free.bind(("127.0.0.1", 0)); port = free.getsockname()[1]

@@ -13,12 +13,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from kiwi_edit import published
-from kiwi_edit.backends import OpenAIChat, Retry
-from kiwi_edit.judge import ChatJudge, MetricJudge
+from kiwi_edit.eval import published
+from kiwi_edit.data.backends import OpenAIChat, Retry
+from kiwi_edit.eval.judge import ChatJudge, MetricJudge
 from kiwi_edit.metrics import DAMAGES
 from kiwi_edit.core import InputError
-from kiwi_edit.published import (BenchReport, Making, edit_rows, judge_of, lay_beside, output_name, published_lines, read_bench, report_page, row_key,
+from kiwi_edit.eval.published import (BenchReport, Making, edit_rows, judge_of, lay_beside, output_name, published_lines, read_bench, report_page, row_key,
                                  score_rows, source_frames, world_rows, write_imgedit_list)
 from kiwi_edit.video import VideoError, read_video, video_info, write_video
 

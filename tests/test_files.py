@@ -14,12 +14,13 @@ import pytest
 from filelock import FileLock
 from test_video import encode, gradient
 
-from kiwi_edit import cli, files
+from kiwi_edit.apps import cli
+from kiwi_edit.data import files
 from kiwi_edit.core import assets_dir
-from kiwi_edit.files import Ledger, read_edits, run_edits
+from kiwi_edit.data.files import Ledger, read_edits, run_edits
 from kiwi_edit.video import read_video, video_info
 
-COMMAND = [sys.executable, "-m", "kiwi_edit.cli"]
+COMMAND = [sys.executable, "-m", "kiwi_edit.apps.cli"]
 MODEL = "kiwi-edit-tiny"
 SNOW = "Make everything look snowy."
 pytestmark = [pytest.mark.usefixtures("own_settings"),
@@ -320,7 +321,7 @@ def test_frames_and_whole_are_asked_for_one_at_a_time(folder):
 def test_the_class_of_an_error_says_whose_fault_it_is():
     from safetensors import SafetensorError
     from kiwi_edit.core import InputError, InputTypeError, missing_package
-    from kiwi_edit.dataset import BadRow
+    from kiwi_edit.data.dataset import BadRow
     from kiwi_edit.video import VideoError
     message = "`seed` has to be at least 0 but is -1."
     for error in (InputError(message), InputTypeError(message), VideoError(message)): assert files.one_line(error, dict(seed="--seed")) == "--seed" + message[6:]

@@ -6,14 +6,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
-import kiwi_edit.foundations
+import kiwi_edit.train.foundations
 from kiwi_edit.core import preset
-from kiwi_edit.curriculum import STAGES
+from kiwi_edit.train.curriculum import STAGES
 from kiwi_edit.encoder import make_tokenizer
-from kiwi_edit.foundations import (Description, LinearProjection, Reconstruction, autoencoder_batch, description, description_batch,
+from kiwi_edit.train.foundations import (Description, LinearProjection, Reconstruction, autoencoder_batch, description, description_batch,
                                    initialize_autoencoder, measure_latents, start_model, world_texts)
 from kiwi_edit.pipeline import KiwiEditPipeline
-from kiwi_edit.training import train
+from kiwi_edit.train.engine import train
 from kiwi_edit.world import World
 
 
@@ -178,7 +178,7 @@ def test_an_encoder_learns_to_describe(pipe):
 
 def test_a_first_model_knows_the_words_of_the_world_and_follows_its_seed(monkeypatch):
     seen = []
-    monkeypatch.setattr(kiwi_edit.foundations, "world_texts", lambda: seen.append(1) or world_texts(300))
+    monkeypatch.setattr(kiwi_edit.train.foundations, "world_texts", lambda: seen.append(1) or world_texts(300))
     torch.manual_seed(7)
     a, b = start_model(), start_model()
     assert len(seen) == 2 and all(torch.equal(value, b.transformer.state_dict()[key]) for key, value in a.transformer.state_dict().items())
@@ -193,10 +193,10 @@ def test_a_first_model_knows_the_words_of_the_world_and_follows_its_seed(monkeyp
 @pytest.mark.parametrize("name, part", [("autoencoder-start", "vae"), ("autoencoder", "vae"), ("encoder", "mllm")])
 def test_a_stage_trains_its_part_alone(pipe, name, part, tmp_path, monkeypatch):
     pipe.save_pretrained(tmp_path / "start")
-    monkeypatch.setattr("kiwi_edit.training.autoencoder_batch", lambda step, *_, **more: autoencoder_batch(step, 2, 32, **more))
-    monkeypatch.setattr("kiwi_edit.training.description_batch", lambda processor, config, step, **more: description_batch(processor, config, step, 2, **more))
-    monkeypatch.setattr("kiwi_edit.training.measure_latents", lambda vae: measure_latents(vae, batches=1))
-    monkeypatch.setattr("kiwi_edit.training.fit_projection", lambda channels: LinearProjection(autoencoder_batch(0, 16, 32), channels))
+    monkeypatch.setattr("kiwi_edit.train.engine.autoencoder_batch", lambda step, *_, **more: autoencoder_batch(step, 2, 32, **more))
+    monkeypatch.setattr("kiwi_edit.train.engine.description_batch", lambda processor, config, step, **more: description_batch(processor, config, step, 2, **more))
+    monkeypatch.setattr("kiwi_edit.train.engine.measure_latents", lambda vae: measure_latents(vae, batches=1))
+    monkeypatch.setattr("kiwi_edit.train.engine.fit_projection", lambda channels: LinearProjection(autoencoder_batch(0, 16, 32), channels))
     records = []
     assert train(name, tmp_path / "run", str(tmp_path / "start"), steps=2, device="cpu", progress=False, on_step=records.append)["step"] == 2
     assert ("accuracy" if name == "encoder" else "psnr") in records[0] and records[0]["lr"] < STAGES[name].lr

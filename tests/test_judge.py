@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 from browser import ARGUMENTS, chromium, why_no_browser
 from test_backends import BROKEN, BUSY, KEY, PROCESSOR, Server, camel, gemini_reply, openai_reply, qwen25
-from kiwi_edit.backends import GeminiChat, OpenAIChat, Question, Retry, TransformersChat, VideoPart
+from kiwi_edit.data.backends import GeminiChat, OpenAIChat, Question, Retry, TransformersChat, VideoPart
 from kiwi_edit.core import asset
-from kiwi_edit.judge import *
-from kiwi_edit.judge import _failed
+from kiwi_edit.eval.judge import *
+from kiwi_edit.eval.judge import _failed
 from kiwi_edit.metrics import DAMAGES
 from kiwi_edit.video import read_video, resize_frames, write_video
 from kiwi_edit.world import World
@@ -177,7 +177,7 @@ def test_judgements_travel():
 
 
 def test_import_is_light():
-    code = "import kiwi_edit.judge, sys; print([m for m in ('torch', 'transformers', 'diffusers', 'openai', 'google.genai', 'scipy.stats', 'yaml') if m in sys.modules])"
+    code = "import kiwi_edit.eval.judge, sys; print([m for m in ('torch', 'transformers', 'diffusers', 'openai', 'google.genai', 'scipy.stats', 'yaml') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 

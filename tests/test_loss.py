@@ -11,14 +11,14 @@ from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 from safetensors.torch import load_file
 
-from kiwi_edit.cache import kept_share
-from kiwi_edit.checkpoints import load_official
-from kiwi_edit.curriculum import Loss
-from kiwi_edit.dataset import shrink_reference
+from kiwi_edit.train.cache import kept_share
+from kiwi_edit.weights.checkpoints import load_official
+from kiwi_edit.train.curriculum import Loss
+from kiwi_edit.data.dataset import shrink_reference
 from kiwi_edit.encoder import prepare_inputs, vision_features
 from kiwi_edit.guidance import denoise, rounded_sigma
 from kiwi_edit.pipeline import KiwiEditPipeline, encode_frames, fit_reference, flow_sigmas, latent_statistics
-from kiwi_edit.training import (Batch, Dice, FlowMatching, draw_noise, draw_noise_levels, drop_instructions, edit_weights, flow_matching_loss, metric_factor,
+from kiwi_edit.train.engine import (Batch, Dice, FlowMatching, draw_noise, draw_noise_levels, drop_instructions, edit_weights, flow_matching_loss, metric_factor,
                                 pixel_metric, split_losses, training_table)
 from kiwi_edit.world import World
 

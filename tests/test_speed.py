@@ -12,11 +12,12 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.overrides import TorchFunctionMode
 
-from kiwi_edit import guidance, latents, pipeline, speed
+from kiwi_edit import guidance, latents, pipeline
+from kiwi_edit.apps import speed
 from kiwi_edit.core import asset
 from kiwi_edit.guidance import find_wan
 from kiwi_edit.pipeline import KiwiEditPipeline, flow_sigmas
-from kiwi_edit.speed import APPROXIMATIONS, SAVINGS, FlowUniPC, SpeedReport, approximately, magnitude_ratios, recomputed
+from kiwi_edit.apps.speed import APPROXIMATIONS, SAVINGS, FlowUniPC, SpeedReport, approximately, magnitude_ratios, recomputed
 from kiwi_edit.video import Clip, as_frames, read_video
 from kiwi_edit.world import World
 
@@ -339,7 +340,7 @@ import sys
 import torch
 from kiwi_edit.core import asset
 from kiwi_edit.pipeline import KiwiEditPipeline
-from kiwi_edit.speed import parallelise
+from kiwi_edit.apps.speed import parallelise
 torch.set_num_threads(1)
 pipe = KiwiEditPipeline.from_pretrained("kiwi-edit-tiny"); pipe.set_progress_bar_config(disable=True)
 edit = lambda noise, **options: pipe("Make it snow.", asset("samples/clip.mp4"), generator=noise, output_type="latent", num_inference_steps=2, **options).frames

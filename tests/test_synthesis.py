@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from kiwi_edit.dataset import MetadataDataset, write_metadata
+from kiwi_edit.data.dataset import MetadataDataset, write_metadata
 from kiwi_edit.quadruplets import BackendError, Pair, ScoreStage, embedded_stages
-from kiwi_edit.synthesis import *
-from kiwi_edit.synthesis import _settings_of
+from kiwi_edit.data.synthesis import *
+from kiwi_edit.data.synthesis import _settings_of
 from kiwi_edit.video import write_video
 from kiwi_edit.world import Difficulty, World
 
@@ -99,7 +99,7 @@ def test_a_row_with_more_fields_than_the_header_is_named(tmp_path):
     with pytest.raises(ValueError, match="`pairs` has to be a readable .csv but '.*t.csv' is not: field larger"): read_pairs(path)
 
 def test_tables_of_datasets_are_read_as_training_reads_them(table, tmp_path, monkeypatch):
-    monkeypatch.setattr("kiwi_edit.dataset.settings", lambda: SimpleNamespace(cache_dir=tmp_path / "cache"))
+    monkeypatch.setattr("kiwi_edit.data.dataset.settings", lambda: SimpleNamespace(cache_dir=tmp_path / "cache"))
     rows, cell = [json.loads(line) for line in table.read_text().splitlines()], pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     data = [(table.parent / row["source"]).read_bytes() for row in rows[:3]]
     cells = [dict(bytes=data[0], path="x.mp4"), dict(bytes=data[1], path=None), dict(bytes=None, path=rows[2]["source"])]
@@ -215,7 +215,7 @@ def png(shade):
 def test_keys_of_a_world_know_its_difficulty_and_its_pictures(monkeypatch):
     keys = {WorldPairs(6).key, WorldPairs(6, world=World(difficulty="easy")).key, WorldPairs(6, world=World(difficulty=Difficulty(motion=.5))).key}
     assert len(keys) == 3 and WorldPairs(6, world=World(difficulty=Difficulty())).key in keys and PlantedPairs(6).key not in keys
-    monkeypatch.setattr("kiwi_edit.synthesis._world_digest", lambda: "other pictures")
+    monkeypatch.setattr("kiwi_edit.data.synthesis._world_digest", lambda: "other pictures")
     assert WorldPairs(6).key not in keys
 
 def test_keys_of_a_table_know_what_is_embedded_in_it(tmp_path):
@@ -235,7 +235,7 @@ def test_keys_of_a_list_know_references_and_where_it_is_from():
 
 LAMBDAS = """
 import functools, sys
-from kiwi_edit.synthesis import _digest, _named, model_stages, embedded_stages
+from kiwi_edit.data.synthesis import _digest, _named, model_stages, embedded_stages
 least = 7.
 def mine(): return model_stages(thresholds={"verify.quality": least}) if "a" in {"a", "b", "c"} else None
 def of(n): return lambda: model_stages(thresholds={"verify.quality": n})
@@ -260,7 +260,7 @@ def test_workers_change_nothing(undisturbed, tmp_path):
 
 PROGRAM = """
 import sys
-from kiwi_edit.synthesis import *
+from kiwi_edit.data.synthesis import *
 if __name__ == "__main__": synthesize(PlantedPairs(16), sys.argv[1], options=SynthesisOptions(shard=4, workers=int(sys.argv[2]), engine=sys.argv[3]), progress=False)
 """
 
@@ -375,7 +375,7 @@ def test_a_worker_that_dies_ends_the_run_with_a_sentence(tmp_path):
     (("world:4", "--out", "{tmp}/full"), "--out has to be a new or empty folder"),
     (("{tmp}/lost.jsonl", "--out", "{tmp}/out"), "--max-failures allows 50% of the rows to fail but 20 of 20 did; 20 times load: unreadable source")])
 def test_the_command_line_says_in_one_line_what_is_wrong(capfd, tmp_path, arguments, words):
-    from kiwi_edit.cli import main
+    from kiwi_edit.apps.cli import main
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("years of work")
     (tmp_path / "lost.jsonl").write_text("".join(json.dumps(dict(id=f"r{i}", source="lost.mp4", edited="lost.mp4", instruction="Add a hat.")) + "\n" for i in range(30)))
@@ -393,8 +393,8 @@ def test_thresholds_reach_their_stages():
     with pytest.raises(ValueError, match="names 'verify.beauty'"): model_stages(thresholds={"verify.beauty": 1})
 
 def test_the_embedded_model_trains_on_the_shards(undisturbed, tmp_path):
-    from kiwi_edit.curriculum import Stage
-    from kiwi_edit.training import train
+    from kiwi_edit.train.curriculum import Stage
+    from kiwi_edit.train.engine import train
     losses = []
     stage = Stage("quadruplets", ("guidance", "transformer"), 1e-4, mix=("ref",), num_frames=5, max_pixels=96 * 96, batch_size=2)
     train(stage, tmp_path / "run", "kiwi-edit-tiny", dict(ref=undisturbed), steps=2, device="cpu", progress=False, on_step=lambda record: losses.append(record["loss"]))

@@ -22,14 +22,14 @@ from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
-import kiwi_edit.training
-from kiwi_edit.checkpoints import convert, load_trainer_checkpoint, merge_lora
+import kiwi_edit.train.engine
+from kiwi_edit.weights.checkpoints import convert, load_trainer_checkpoint, merge_lora
 from kiwi_edit.core import preset
-from kiwi_edit.curriculum import Bucket, Lora, Loss, Stage, add_lora, find_stage, part_parameters, select
-from kiwi_edit.dataset import WorldDataset, save_dataset, write_metadata
+from kiwi_edit.train.curriculum import Bucket, Lora, Loss, Stage, add_lora, find_stage, part_parameters, select
+from kiwi_edit.data.dataset import WorldDataset, save_dataset, write_metadata
 from kiwi_edit.encoder import make_tokenizer
 from kiwi_edit.pipeline import KiwiEditPipeline
-from kiwi_edit.training import (FlowMatching, LiveView, Optimizers, Prefetch, averaged, checkpoints, draw_log, file_batches, find_model, fit, frozen_aside, measure_flops, measure_step,
+from kiwi_edit.train.engine import (FlowMatching, LiveView, Optimizers, Prefetch, averaged, checkpoints, draw_log, file_batches, find_model, fit, frozen_aside, measure_flops, measure_step,
                                 learning_rate, load_checkpoint, make_accelerator, part_of, publish, put_model, read_log, save_checkpoint, save_curve, thin, train,
                                 trim_log, with_dice, world_batches)
 
@@ -49,7 +49,7 @@ def short_and_exact():
 
 def make_short_and_exact(set=setattr):
     torch.set_num_threads(1)
-    set(kiwi_edit.training, "save_curve", lambda *_: None)
+    set(kiwi_edit.train.engine, "save_curve", lambda *_: None)
 
 
 # a toy that learns to add up
@@ -248,7 +248,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_older_ones(tmp_path, mo
     def write_half(tensors, path):
         if path.stem == "moments": raise KeyboardInterrupt
         save_file(tensors, path)
-    monkeypatch.setattr(kiwi_edit.training, "save_file", write_half)
+    monkeypatch.setattr(kiwi_edit.train.engine, "save_file", write_half)
     with pytest.raises(KeyboardInterrupt): run_toy(tmp_path / "run", steps=6)
     monkeypatch.undo()
     assert (folder / "step-00000006.new/weights.safetensors").exists()
@@ -284,7 +284,7 @@ def shard(monkeypatch, *layers):
         accelerator.state.fsdp_plugin = plugin
         return accelerator
     monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.FSDP)
-    for module in (kiwi_edit.training, sys.modules[__name__]): monkeypatch.setattr(module, "make_accelerator", sharding)
+    for module in (kiwi_edit.train.engine, sys.modules[__name__]): monkeypatch.setattr(module, "make_accelerator", sharding)
 
 
 def share_out(monkeypatch, zero):
@@ -297,7 +297,7 @@ def share_out(monkeypatch, zero):
             plugin.select(_from_accelerator_state=True)
         return Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
     Accelerator(cpu=True)
-    for module in (kiwi_edit.training, sys.modules[__name__]): monkeypatch.setattr(module, "make_accelerator", sharing)
+    for module in (kiwi_edit.train.engine, sys.modules[__name__]): monkeypatch.setattr(module, "make_accelerator", sharing)
 
 
 ZERO_EDITS = replace(EDITS, batch_size=2, accumulation=2, steps=3, optimizer="adamw", lr=1e-4, ema=0., checkpointing=("transformer", "language_model"))
@@ -498,7 +498,7 @@ def test_the_dip_reaches_the_rates_of_a_run(tmp_path):
 
 @needs_muon
 def test_muon_moves_kernels_like_the_matrices_that_they_are(monkeypatch):
-    monkeypatch.setattr(kiwi_edit.training, "multiplies_bfloat16", lambda device: True)  # as torch's own does
+    monkeypatch.setattr(kiwi_edit.train.engine, "multiplies_bfloat16", lambda device: True)  # as torch's own does
     torch.manual_seed(0)
     module = torch.nn.ModuleDict(dict(transformer=torch.nn.Conv3d(2, 3, 3), guidance=torch.nn.ModuleDict(dict(norm=torch.nn.LayerNorm(4), connector=torch.nn.Linear(4, 5)))))
     matrix = torch.nn.Parameter(module["transformer"].weight.detach().flatten(1).clone())
@@ -531,7 +531,7 @@ def test_adamw_takes_everything_where_it_is_chosen():
 def test_muon_multiplies_in_float32_where_bfloat16_is_emulated(monkeypatch, kind):
     found, formats = {}, []
     for fast in (False, True):
-        monkeypatch.setattr(kiwi_edit.training, "multiplies_bfloat16", lambda device: fast)
+        monkeypatch.setattr(kiwi_edit.train.engine, "multiplies_bfloat16", lambda device: fast)
         torch.manual_seed(0)
         layer = torch.nn.Linear(24, 16)
         before, optimizers = layer.weight.detach().clone(), Optimizers(layer, .02, kind)
@@ -606,7 +606,7 @@ def test_a_loop_leaves_no_thread_behind(tmp_path, monkeypatch, error):
     made = []
     class Watched(Prefetch):
         def close(self): super().close(); made.append(self)
-    monkeypatch.setattr(kiwi_edit.training, "Prefetch", Watched)
+    monkeypatch.setattr(kiwi_edit.train.engine, "Prefetch", Watched)
     def on_step(record):
         if error: raise error
     with pytest.raises(error) if error else contextlib.nullcontext(): run_toy(tmp_path, on_step=on_step, steps=2)
@@ -736,7 +736,7 @@ def test_an_earlier_stage_does_not_undo_a_later_one(start, tmp_path):
 def test_a_kill_before_the_model_is_in_place_is_made_up_for(start, data, tmp_path, monkeypatch):
     stage = replace(EDITS, steps=2, accumulation=1)
     run_stage(stage, tmp_path / "whole", start, data)
-    monkeypatch.setattr(kiwi_edit.training, "put_model", lambda *_: 1 / 0)
+    monkeypatch.setattr(kiwi_edit.train.engine, "put_model", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError): run_stage(stage, tmp_path / "killed", start, data)
     monkeypatch.undo()
     assert run_stage(stage, tmp_path / "killed", start, data) == []
@@ -776,7 +776,7 @@ def test_a_stage_in_bfloat16(start, data, tmp_path, monkeypatch):
     def watched(model, *more):
         formats.update(buffer.dtype for buffer in model.buffers())
         return fit(model, *more)
-    monkeypatch.setattr(kiwi_edit.training, "fit", watched)
+    monkeypatch.setattr(kiwi_edit.train.engine, "fit", watched)
     stage = replace(EDITS, dtype="bfloat16", optimizer="adamw", steps=2, trains=("guidance", "transformer"), lora={}, schedule="constant", warmup=0.)
     records = run_stage(stage, tmp_path, start, data)
     files, _ = load_checkpoint(tmp_path / "edits/checkpoints")
@@ -789,7 +789,7 @@ def test_a_stage_in_bfloat16(start, data, tmp_path, monkeypatch):
 
 
 def test_a_stage_of_the_world_is_logged_looked_at_and_published(start, tmp_path, monkeypatch):
-    monkeypatch.setattr(kiwi_edit.training, "save_curve", save_curve)
+    monkeypatch.setattr(kiwi_edit.train.engine, "save_curve", save_curve)
     asked = []
     def evaluate(pipe):
         asked.append(pipe.transformer.training)
@@ -837,7 +837,7 @@ def test_the_samples_of_a_model_that_breaks_are_named(pipe, tmp_path):
 
 @pytest.fixture
 def nothing_is_loaded(monkeypatch):
-    for name in ("make_accelerator", "start_model", "KiwiEditPipeline"): monkeypatch.setattr(kiwi_edit.training, name, None)
+    for name in ("make_accelerator", "start_model", "KiwiEditPipeline"): monkeypatch.setattr(kiwi_edit.train.engine, name, None)
 
 
 def test_stages_that_cannot_start_say_so_first(tmp_path, data, nothing_is_loaded):
@@ -939,5 +939,5 @@ def test_the_rate_of_a_product_is_measured_in_the_format_that_the_device_multipl
     formats = []
     monkeypatch.setattr(torch, "randn", lambda *size, f=torch.randn, **options: formats.append(options.get("dtype")) or f(*size, **options))
     for fast, format in ((False, torch.float32), (True, torch.bfloat16)):
-        monkeypatch.setattr(kiwi_edit.training, "multiplies_bfloat16", lambda device: fast)
+        monkeypatch.setattr(kiwi_edit.train.engine, "multiplies_bfloat16", lambda device: fast)
         assert measure_flops("cpu", shape=(8, 16, 24)) > 0 and formats[-2:] == [format] * 2
