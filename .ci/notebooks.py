@@ -1,10 +1,11 @@
 """What `./kit export` and `./kit test` do with the notebooks: export, clean, README, and whether all of it is fresh.
 
-    python .ci/notebooks.py export    write kiwi_edit/, clean nbs/, write README.md
-    python .ci/notebooks.py check     do that in a copy and show what would change; the checkout stays as it is
-    python .ci/notebooks.py site OUT  write all notebooks as web pages that need no network, with an index of the API
-    python .ci/notebooks.py badges OWNER/REPOSITORY [BRANCH]  put badges into all notebooks that open them at Colab and Kaggle, and a first cell that installs the kit there
+python .ci/notebooks.py export    write kiwi_edit/, clean nbs/, write README.md
+python .ci/notebooks.py check     do that in a copy and show what would change; the checkout stays as it is
+python .ci/notebooks.py site OUT  write all notebooks as web pages that need no network, with an index of the API
+python .ci/notebooks.py badges OWNER/REPOSITORY [BRANCH]  put badges into all notebooks that open them at Colab and Kaggle, and a first cell that installs the kit there
 """
+
 import ast
 import difflib
 import html
@@ -43,31 +44,41 @@ def strip_widgets(
         for output in cell["outputs"]:
             output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
         # a widget clears its output twice before it draws, in characters for a terminal
-        cell["outputs"] = [o for o in cell["outputs"] if o["output_type"] != "stream" or "".join(o["text"]).replace("\x1b[2K\r", "")]
+        cell["outputs"] = [
+            o for o in cell["outputs"] if o["output_type"] != "stream" or "".join(o["text"]).replace("\x1b[2K\r", "")
+        ]
     path.write_text(json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def shrink_figures(
     path: Path,  # a notebook, changed in place
 ) -> None:
-    "Save figures in 256 colors and at most 1200 pixels wide: a third of the bytes, which stay in the history for good."
+    "Save figures at most 1200 pixels wide, drawings in 256 colors and photographs as JPEG: what is committed stays."
     import base64
     import io
 
     from PIL import Image
 
+    def saved(image, *arguments, **options):
+        image.save(buffer := io.BytesIO(), *arguments, **options)
+        return buffer.getvalue()
+
     notebook, smaller = json.loads(path.read_text(encoding="utf-8")), False
     for data in (o.get("data", {}) for c in notebook["cells"] for o in c.get("outputs", ())):
         raw = base64.b64decode("".join(data.get("image/png", "")))
-        if len(raw) < 8000 or (image := Image.open(io.BytesIO(raw))).mode == "P":
+        if len(raw) < 8000:
             continue
+        image = Image.open(io.BytesIO(raw)).convert("RGBA")
         image.thumbnail((1200, 10_000))
         white = Image.new("RGBA", image.size, "white")
-        white.alpha_composite(image.convert("RGBA"))
-        buffer = io.BytesIO()
-        white.convert("RGB").quantize(256).save(buffer, "PNG", optimize=True)
-        if buffer.tell() < len(raw):
-            data["image/png"], smaller = base64.b64encode(buffer.getvalue()).decode(), True
+        white.alpha_composite(image)
+        drawing = saved(white.convert("RGB").quantize(256), "PNG", optimize=True)
+        photograph = saved(white.convert("RGB"), "JPEG", quality=85, subsampling=0, optimize=True)
+        best = min(raw, drawing, photograph, key=len)
+        if len(best) < 0.95 * len(raw):
+            del data["image/png"]
+            kind = "image/jpeg" if best is photograph else "image/png"
+            data[kind], smaller = base64.b64encode(best).decode(), True
     if smaller:
         path.write_text(json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -90,7 +101,9 @@ def readme(
     notebook.metadata.setdefault("language_info", {"name": "python"})  # nbdev-clean drops it, and code fences want it
     body, resources = MarkdownExporter().from_notebook_node(notebook)
     if resources.get("outputs"):
-        raise ValueError(f"`{path.name}` has to show its pictures from assets/ but has them in outputs: {sorted(resources['outputs'])}.")
+        raise ValueError(
+            f"`{path.name}` has to show its pictures from assets/ but has them in outputs: {sorted(resources['outputs'])}."
+        )
     body = re.sub(r"[ \t]+$", "", body, flags=re.M)
     return re.sub(r"\n{3,}", "\n\n", body).strip() + "\n"
 
@@ -167,7 +180,9 @@ def check(
         lines = list(difflib.unified_diff(old, new, f"{name} (checkout)", f"{name} (exported)", lineterm="", n=1))
         sys.stderr.write("\n".join(line[:200] for line in lines[:12]) + "\n")
     if stale:
-        sys.stderr.write(f"{len(stale)} files are not what the notebooks export; `./kit export` writes them: {', '.join(stale)}\n")
+        sys.stderr.write(
+            f"{len(stale)} files are not what the notebooks export; `./kit export` writes them: {', '.join(stale)}\n"
+        )
     return len(stale)
 
 
@@ -194,7 +209,11 @@ def symbols(
         if cell["cell_type"] != "code" or not re.match(r"#\|\s*export", source):
             continue
         for node in ast.parse(source).body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and not any("patch" in ast.dump(d) for d in node.decorator_list):
+            if (
+                isinstance(node, (ast.FunctionDef, ast.ClassDef))
+                and not node.name.startswith("_")
+                and not any("patch" in ast.dump(d) for d in node.decorator_list)
+            ):
                 found[node.name] = cell["id"], (ast.get_docstring(node) or "").split("\n")[0]
     return found
 
@@ -221,11 +240,28 @@ def site(
         bar = "".join(f'<a href="{to}"{" class=here" if at == to else ""}>{label}</a>' for to, label in links)
         if stem:
             i = [p.stem for p in paths].index(stem)
-            ways = [(paths[j].stem, label.format(paths[j].stem)) for j, label in ((i - 1, "← {}"), (i + 1, "{} →")) if 0 <= j < len(paths)]
-            bar += '<span class="way">' + " &nbsp; ".join(f'<a href="{to}.html">{label}</a>' for to, label in ways) + "</span>"
+            ways = [
+                (paths[j].stem, label.format(paths[j].stem))
+                for j, label in ((i - 1, "← {}"), (i + 1, "{} →"))
+                if 0 <= j < len(paths)
+            ]
+            bar += (
+                '<span class="way">'
+                + " &nbsp; ".join(f'<a href="{to}.html">{label}</a>' for to, label in ways)
+                + "</span>"
+            )
         return f'<nav class="kit" aria-label="notebooks">{bar}</nav>'
 
-    exporter = HTMLExporter(template_name="lab", embed_images=True, mathjax_url="", require_js_url="", jquery_url="", mermaid_js_url="", widget_renderer_url="", jupyter_widgets_base_url="")
+    exporter = HTMLExporter(
+        template_name="lab",
+        embed_images=True,
+        mathjax_url="",
+        require_js_url="",
+        jquery_url="",
+        mermaid_js_url="",
+        widget_renderer_url="",
+        jupyter_widgets_base_url="",
+    )
     out.mkdir(parents=True, exist_ok=True)
     for path in paths:
         notebook = nbformat.read(path, as_version=4)
@@ -233,19 +269,33 @@ def site(
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
                 cell.source = re.sub(r"(\]\(|href=\")(?:(?:\.\./|library/)?([\w-]+))\.ipynb", r"\1\2.html", cell.source)
-                cell.source = re.sub(r"(?<![`\[])`([A-Za-z_]\w+)`(?![`\]])", lambda m: f"[`{m[1]}`]({places[m[1]]})" if m[1] in places else m[0], cell.source)
+                cell.source = re.sub(
+                    r"(?<![`\[])`([A-Za-z_]\w+)`(?![`\]])",
+                    lambda m: f"[`{m[1]}`]({places[m[1]]})" if m[1] in places else m[0],
+                    cell.source,
+                )
             else:
                 cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip()
                 cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
-        body, _ = exporter.from_notebook_node(notebook, resources=dict(metadata=dict(path=str(path.parent), name=path.stem)))
+        body, _ = exporter.from_notebook_node(
+            notebook, resources=dict(metadata=dict(path=str(path.parent), name=path.stem))
+        )
         for _, (cell, _) in exported[path.stem].items():
             body = body.replace(f'id="cell-id={cell}"', f'id="{cell}"')
         body = re.sub(r'<script[^>]*src="[^"]*"[^>]*></script>', "", body)  # what is left of the template's scripts
         body = body.replace("</head>", f"<style>{STYLE}</style></head>", 1)
         body = re.sub(r"(<body[^>]*>)", lambda m: m[1] + nav(f"{path.stem}.html", path.stem), body, count=1)
         (out / f"{path.stem}.html").write_text(body, encoding="utf-8")
-    lists = [f'<h2 id="{stem}"><a href="{stem}.html">{stem}</a></h2><dl>' + "".join(f'<dt><a href="{stem}.html#{cell}">{name}</a></dt><dd>{html.escape(text)}</dd>' for name, (cell, text) in found.items()) + "</dl>"
-             for stem, found in exported.items() if found]
+    lists = [
+        f'<h2 id="{stem}"><a href="{stem}.html">{stem}</a></h2><dl>'
+        + "".join(
+            f'<dt><a href="{stem}.html#{cell}">{name}</a></dt><dd>{html.escape(text)}</dd>'
+            for name, (cell, text) in found.items()
+        )
+        + "</dl>"
+        for stem, found in exported.items()
+        if found
+    ]
     page = f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>kiwi-edit: API</title><style>{STYLE}</style></head><body><main class="kit">{nav("api.html")}<h1>API</h1>{"".join(lists)}</main></body></html>'
     (out / "api.html").write_text(page, encoding="utf-8")
 
@@ -271,13 +321,25 @@ def badges(
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise ValueError(f"`repository` has to be OWNER/REPOSITORY but is {repository!r}.")
     for path in notebooks(root):
-        notebook, there = json.loads(path.read_text(encoding="utf-8")), f"github.com/{repository}/blob/{branch}/{path.relative_to(root).as_posix()}"
-        line = (f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/{there.replace('.com', '', 1)}) "
-                f"[![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://{there})")
+        notebook, there = (
+            json.loads(path.read_text(encoding="utf-8")),
+            f"github.com/{repository}/blob/{branch}/{path.relative_to(root).as_posix()}",
+        )
+        line = (
+            f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/{there.replace('.com', '', 1)}) "
+            f"[![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://{there})"
+        )
         title, *rest = (c for c in notebook["cells"] if c["id"] != "install0")
         text = re.sub(r"\n*^\[!\[Open in Colab\].*$", "", "".join(title["source"]), flags=re.M).rstrip() + f"\n\n{line}"
         title["source"] = text.splitlines(keepends=True)
-        install = dict(cell_type="code", id="install0", metadata={}, source=INSTALL.format(repository=repository, branch=branch).strip().splitlines(keepends=True), execution_count=None, outputs=[])
+        install = dict(
+            cell_type="code",
+            id="install0",
+            metadata={},
+            source=INSTALL.format(repository=repository, branch=branch).strip().splitlines(keepends=True),
+            execution_count=None,
+            outputs=[],
+        )
         notebook["cells"] = [title, install, *rest]
         path.write_text(json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (root / "README.md").write_text(readme(root / "nbs" / "index.ipynb"), encoding="utf-8")

@@ -38,56 +38,82 @@ __all__ = ['RECIPES', 'REFERENCES', 'EXPERIMENTS', 'WITH_REFERENCE', 'WITHOUT', 
 @dataclass(frozen=True)
 class Recipe:
     "One cell of the experiment: what differs from the whole recipe."
-    queries: bool = True           # the encoder sees the reference, and reads it out through its queries
-    latents: bool = True           # the denoiser sees the reference's latents
-    progressive: bool = True       # edits without a reference come first; else the same batches are shuffled
+
+    queries: bool = True  # the encoder sees the reference, and reads it out through its queries
+    latents: bool = True  # the denoiser sees the reference's latents
+    progressive: bool = True  # edits without a reference come first; else the same batches are shuffled
     references: str = "authentic"  # of the training pairs: as the world draws them, or made by "cut-out" or "kiwi-edit"
 
 
 RECIPES = {
-    "both": Recipe(), "queries only": Recipe(latents=False), "latents only": Recipe(queries=False), "neither": Recipe(queries=False, latents=False),
-    "one stage": Recipe(progressive=False), "cut-outs": Recipe(references="cut-out"), "made by the model": Recipe(references="kiwi-edit")}
+    "both": Recipe(),
+    "queries only": Recipe(latents=False),
+    "latents only": Recipe(queries=False),
+    "neither": Recipe(queries=False, latents=False),
+    "one stage": Recipe(progressive=False),
+    "cut-outs": Recipe(references="cut-out"),
+    "made by the model": Recipe(references="kiwi-edit"),
+}
 REFERENCES = ("authentic", "cut-out", "kiwi-edit")
-EXPERIMENTS = dict(a=("both", "queries only", "latents only", "neither", "one stage", "cut-outs"), b=("both", "cut-outs", "made by the model"))
+EXPERIMENTS = dict(
+    a=("both", "queries only", "latents only", "neither", "one stage", "cut-outs"),
+    b=("both", "cut-outs", "made by the model"),
+)
 
 # %% ../nbs/10_what_mattered.ipynb #43000009
 @dataclass(frozen=True)
 class Plan:
     "What all cells have in common."
-    size: int = 48            # pixels, square: the world's 96, halved
-    pairs: int = 1200         # training pairs with a reference, and as many without
+
+    size: int = 48  # pixels, square: the world's 96, halved
+    pairs: int = 1200  # training pairs with a reference, and as many without
     steps: int = 240
     batch_size: int = 16
-    share: float = .6         # of the batches: pairs with a reference
-    first: float = .3         # of the steps of a progressive curriculum: how long it sees pairs without a reference only
+    share: float = 0.6  # of the batches: pairs with a reference
+    first: float = 0.3  # of the steps of a progressive curriculum: how long it sees pairs without a reference only
     lr: float = 1.5e-3
-    seeds: int = 3            # runs of each cell
-    scenes: int = 48          # held-out scenes a task
-    edit_steps: int = 1       # denoising steps of an edit, whose noise levels a cell is trained at
-    stage0: int = 240         # steps that the encoder learns to describe edits, once for all cells
+    seeds: int = 3  # runs of each cell
+    scenes: int = 48  # held-out scenes a task
+    edit_steps: int = 1  # denoising steps of an edit, whose noise levels a cell is trained at
+    stage0: int = 240  # steps that the encoder learns to describe edits, once for all cells
     difficulty: str = "easy"  # of the world
 
     def __post_init__(self):
         for name in ("size", "pairs", "steps", "batch_size", "seeds", "scenes", "edit_steps", "stage0"):
-            if getattr(self, name) < 1: raise InputError(f"`{name}` has to be at least 1 but is {getattr(self, name)}.")
-        if self.size not in (16, 32, 48, 96): raise InputError(f"`size` has to be 16, 32, 48 or 96 but is {self.size}.")
+            if getattr(self, name) < 1:
+                raise InputError(f"`{name}` has to be at least 1 but is {getattr(self, name)}.")
+        if self.size not in (16, 32, 48, 96):
+            raise InputError(f"`size` has to be 16, 32, 48 or 96 but is {self.size}.")
         for name in ("share", "first"):
-            if not 0 < getattr(self, name) < 1: raise InputError(f"`{name}` has to lie between 0 and 1 but is {getattr(self, name)}.")
-        if self.pairs > 40_000: raise InputError(f"`pairs` has to be at most 40000, the scenes between two of `TRAIN_SEED`, but is {self.pairs}.")
-        if self.difficulty not in DIFFICULTIES: raise InputError(f"`difficulty` has to be one of {', '.join(DIFFICULTIES)} but is {self.difficulty!r}.")
-        if self.first > 1 - self.share: raise InputError(f"`first` has to be at most the share of batches without a reference, {1 - self.share:.2f}, but is {self.first}.")
+            if not 0 < getattr(self, name) < 1:
+                raise InputError(f"`{name}` has to lie between 0 and 1 but is {getattr(self, name)}.")
+        if self.pairs > 40_000:
+            raise InputError(
+                f"`pairs` has to be at most 40000, the scenes between two of `TRAIN_SEED`, but is {self.pairs}."
+            )
+        if self.difficulty not in DIFFICULTIES:
+            raise InputError(f"`difficulty` has to be one of {', '.join(DIFFICULTIES)} but is {self.difficulty!r}.")
+        if self.first > 1 - self.share:
+            raise InputError(
+                f"`first` has to be at most the share of batches without a reference, {1 - self.share:.2f}, but is {self.first}."
+            )
 
     @property
-    def loss(self) -> Loss: return Loss(few=self.edit_steps)
+    def loss(self) -> Loss:
+        return Loss(few=self.edit_steps)
 
     @property
-    def key(self) -> str: # 12 hexadecimal digits
+    def key(self) -> str:  # 12 hexadecimal digits
         "Changes with anything that changes a cell's result; not with the number of seeds."
-        return hashlib.sha256(json.dumps({k: v for k, v in asdict(self).items() if k != "seeds"}, sort_keys=True).encode()).hexdigest()[:12]
+        return hashlib.sha256(
+            json.dumps({k: v for k, v in asdict(self).items() if k != "seeds"}, sort_keys=True).encode()
+        ).hexdigest()[:12]
 
 # %% ../nbs/10_what_mattered.ipynb #f4a594a1
-WITH_REFERENCE, WITHOUT = dict(subject=.6, background=.4), dict(add=.3, remove=.2, change=.3, style=.2)
-TRAIN_SEED = dict(references=900_000, words=940_000)  # first scenes, which no editing stage of the embedded model's curriculum has
+WITH_REFERENCE, WITHOUT = dict(subject=0.6, background=0.4), dict(add=0.3, remove=0.2, change=0.3, style=0.2)
+TRAIN_SEED = dict(
+    references=900_000, words=940_000
+)  # first scenes, which no editing stage of the embedded model's curriculum has
 
 
 def halved(
@@ -95,16 +121,18 @@ def halved(
     size: int,  # pixels, square; divides the quadruplet's
 ) -> Quadruplet:
     "A quadruplet with smaller clips; its reference stays."
+
     def mean(clip):
         k = clip.shape[1] // size
         return clip.reshape(len(clip), size, k, size, k, 3).mean((2, 4), dtype=np.float32).round().astype(np.uint8)
+
     k = quadruplet.mask.shape[1] // size
     mask = quadruplet.mask.reshape(-1, size, k, size, k).any((2, 4))
     return replace(quadruplet, source=mean(quadruplet.source), target=mean(quadruplet.target), mask=mask)
 
 
 def scenes(
-    tasks: dict,     # task -> share
+    tasks: dict,  # task -> share
     number: int,
     first_seed: int,
     split: str = "train",
@@ -112,16 +140,17 @@ def scenes(
 ) -> list[Quadruplet]:  # single frames of 96x96 pixels
     "Scenes of the world, each with a task drawn from the shares."
     world, names = World(num_frames=1, split=split, difficulty=difficulty), list(tasks)
-    drawn = np.random.default_rng(first_seed).choice(len(names), number, p=np.array(list(tasks.values())) / sum(tasks.values()))
+    drawn = np.random.default_rng(first_seed).choice(
+        len(names), number, p=np.array(list(tasks.values())) / sum(tasks.values())
+    )
     return [world.sample(first_seed + i, names[k]) for i, k in enumerate(drawn)]
 
 # %% ../nbs/10_what_mattered.ipynb #4300000e
-def synthesizers(
-    model: str = "kiwi-edit-tiny",
-) -> dict:  # name -> `Synthesizer`
+def synthesizers(model: str = "kiwi-edit-tiny") -> dict:  # name -> `Synthesizer`
     "The two synthesisers that need nothing from the net: pixels cut out of the edited frame, and the embedded model's own image tasks."
     from kiwi_edit.data.backends import KiwiSynthesizer
     from kiwi_edit.quadruplets import CutoutSynthesizer
+
     pipe = KiwiEditPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
     return {"cut-out": CutoutSynthesizer(), "kiwi-edit": KiwiSynthesizer(pipe)}
@@ -129,57 +158,93 @@ def synthesizers(
 
 def make_references(
     quadruplets: list[Quadruplet],  # with a reference
-    folder: str | Path,             # gets one PNG for each synthesiser and scene
-    backends: dict,                 # name -> `Synthesizer`
+    folder: str | Path,  # gets one PNG for each synthesiser and scene
+    backends: dict,  # name -> `Synthesizer`
     batch: int = 16,
     progress: bool = True,
-) -> list[dict]:  # for each scene: name -> (h, w, 3) uint8, "authentic" among them; empty where some stage dropped the pair
+) -> list[
+    dict
+]:  # for each scene: name -> (h, w, 3) uint8, "authentic" among them; empty where some stage dropped the pair
     "References as the pipeline of `02_quadruplets` makes them; a call that was stopped goes on where it was."
-    from kiwi_edit.quadruplets import GroundStage, Pair, ScoreStage, SegmentStage, SynthesizeStage, VerifyStage, load_record
+    from kiwi_edit.quadruplets import (
+        GroundStage,
+        Pair,
+        ScoreStage,
+        SegmentStage,
+        SynthesizeStage,
+        VerifyStage,
+        load_record,
+    )
+
     folder, found = Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
-    def path(name, q): return folder / f"{q.meta['seed']}-{name}.png"
+
+    def path(name, q):
+        return folder / f"{q.meta['seed']}-{name}.png"
+
     for start in tqdm(range(0, len(quadruplets), batch), desc="references", disable=not progress):
-        part = quadruplets[start:start + batch]
+        part = quadruplets[start : start + batch]
         done = folder / f"done-{part[0].meta['seed']}-{len(part)}.json"
         if not done.is_file():
-            records = [load_record(Pair(str(q.meta["seed"]), q.source, q.target, q.instruction, task=q.task)) for q in part]
-            for stage in (ScoreStage(), GroundStage(), SegmentStage()): records = stage(records)
+            records = [
+                load_record(Pair(str(q.meta["seed"]), q.source, q.target, q.instruction, task=q.task)) for q in part
+            ]
+            for stage in (ScoreStage(), GroundStage(), SegmentStage()):
+                records = stage(records)
             kept = [r.alive for r in records]
             for name, backend in backends.items():
                 made = [replace(r, verdicts=list(r.verdicts)) for r in records]
-                for stage in (SynthesizeStage(backend), VerifyStage()): made = stage(made)
+                for stage in (SynthesizeStage(backend), VerifyStage()):
+                    made = stage(made)
                 kept = [a and r.alive for a, r in zip(kept, made)]
                 for r, q in zip(made, part):
                     if r.alive:
-                        with replacing(path(name, q), True) as temporary: PIL.Image.fromarray(r.reference).save(temporary, "PNG")
-            with replacing(done, True) as temporary: Path(temporary).write_text(json.dumps(kept))
+                        with replacing(path(name, q), True) as temporary:
+                            PIL.Image.fromarray(r.reference).save(temporary, "PNG")
+            with replacing(done, True) as temporary:
+                Path(temporary).write_text(json.dumps(kept))
         for q, alive in zip(part, json.loads(done.read_text())):
-            found.append({"authentic": q.reference} | {name: np.asarray(PIL.Image.open(path(name, q)).convert("RGB")) for name in backends} if alive else {})
+            found.append(
+                {"authentic": q.reference}
+                | {name: np.asarray(PIL.Image.open(path(name, q)).convert("RGB")) for name in backends}
+                if alive
+                else {}
+            )
     return found
 
 # %% ../nbs/10_what_mattered.ipynb #43000011
 class Scenes:
     "Quadruplets with the references of one kind, in the form that `build_cache` takes."
+
     num_frames = 1
 
-    def __init__(self,
+    def __init__(
+        self,
         quadruplets: list[Quadruplet],
         references: list | None = None,  # (h, w, 3) uint8 each; None hides all references
     ):
         self.quadruplets, self.references = quadruplets, [None] * len(quadruplets) if references is None else references
 
-    def __len__(self): return len(self.quadruplets)
+    def __len__(self):
+        return len(self.quadruplets)
 
     def __getitem__(self, i: int) -> Sample:
         q = self.quadruplets[i]
-        return Sample(q.source, q.target, q.instruction, self.references[i], q.task, f"world {q.meta['split']} seed {q.meta['seed']}")
+        return Sample(
+            q.source,
+            q.target,
+            q.instruction,
+            self.references[i],
+            q.task,
+            f"world {q.meta['split']} seed {q.meta['seed']}",
+        )
 
     def key(self, i: int) -> str:  # 64 hexadecimal digits
         "Changes when the sample does."
         q, reference = self.quadruplets[i], self.references[i]
         digest = hashlib.sha256(q.instruction.encode())
-        for pixels in (q.source, q.target, *(() if reference is None else (reference,))): digest.update(repr(pixels.shape).encode() + pixels.tobytes())
+        for pixels in (q.source, q.target, *(() if reference is None else (reference,))):
+            digest.update(repr(pixels.shape).encode() + pixels.tobytes())
         return digest.hexdigest()
 
 # %% ../nbs/10_what_mattered.ipynb #43000013
@@ -193,14 +258,17 @@ def make_foundations(
     if not (home / "start" / "model_index.json").is_file():
         pipe, trained = start_model("tiny", 0), KiwiEditPipeline.from_pretrained("kiwi-edit-tiny")
         pipe.vae.load_state_dict(trained.vae.state_dict())
-        pipe.vae.register_to_config(latents_mean=list(trained.vae.config.latents_mean), latents_std=list(trained.vae.config.latents_std))
+        pipe.vae.register_to_config(
+            latents_mean=list(trained.vae.config.latents_mean), latents_std=list(trained.vae.config.latents_std)
+        )
         put_model(pipe, home / "start")
     train("encoder", home, start=str(home / "start"), steps=plan.stage0, keep=1, progress=progress)
     return home / "model"
 
 
 @cache
-def _start(seed): return start_model("tiny", seed)  # the same beginning as the embedded model's: it copies the source
+def _start(seed):
+    return start_model("tiny", seed)  # the same beginning as the embedded model's: it copies the source
 
 
 def fresh_model(
@@ -209,7 +277,8 @@ def fresh_model(
 ) -> KiwiEditPipeline:
     "The foundations with a guidance and a denoiser that know nothing."
     pipe = KiwiEditPipeline.from_pretrained(str(foundations))
-    for name in ("guidance", "transformer"): getattr(pipe, name).load_state_dict(getattr(_start(seed), name).state_dict())
+    for name in ("guidance", "transformer"):
+        getattr(pipe, name).load_state_dict(getattr(_start(seed), name).state_dict())
     torch.manual_seed(seed)
     return pipe
 
@@ -217,46 +286,67 @@ def fresh_model(
 @dataclass
 class Data:
     "Rows for training and for the held-out scenes: what frozen parts make of them, computed once for all cells."
-    rows: dict      # "words", "blind", and each of `REFERENCES` -> `LatentCache` of the training pairs
+
+    rows: dict  # "words", "blind", and each of `REFERENCES` -> `LatentCache` of the training pairs
     held_out: dict  # task -> (quadruplets, {"blind" or one of `REFERENCES` -> `LatentCache`})
     references: dict = field(default_factory=dict)  # of `REFERENCES` -> list of the training pairs' references
 
 
 def make_data(
     plan: Plan,
-    folder: str | Path,    # of the experiment
+    folder: str | Path,  # of the experiment
     progress: bool = True,
 ) -> Data:
     "Scenes, their references of each kind, and their rows."
     folder, pipe, backends = Path(folder), None, None
+
     def with_references(name, quadruplets):
         nonlocal backends
-        if backends is None: backends = synthesizers()
+        if backends is None:
+            backends = synthesizers()
         made = make_references(quadruplets, folder / "references" / plan.difficulty / name, backends, progress=progress)
         kept = [i for i, references in enumerate(made) if references]
-        return [halved(quadruplets[i], plan.size) for i in kept], {kind: [made[i][kind] for i in kept] for kind in REFERENCES}
+        return [halved(quadruplets[i], plan.size) for i in kept], {
+            kind: [made[i][kind] for i in kept] for kind in REFERENCES
+        }
+
     def rows(name, quadruplets, references=None):
         nonlocal pipe
-        if pipe is None: pipe = KiwiEditPipeline.from_pretrained(str(make_foundations(plan, folder, progress)))
-        return build_cache(pipe, Scenes(quadruplets, references), folder / "rows" / f"{name}-{plan.difficulty}-{plan.size}", RowSettings(batch=16), progress=progress)
+        if pipe is None:
+            pipe = KiwiEditPipeline.from_pretrained(str(make_foundations(plan, folder, progress)))
+        return build_cache(
+            pipe,
+            Scenes(quadruplets, references),
+            folder / "rows" / f"{name}-{plan.difficulty}-{plan.size}",
+            RowSettings(batch=16),
+            progress=progress,
+        )
+
     def all_rows(name, quadruplets, references):
-        return {"blind": rows(f"{name}-blind", quadruplets)} | {kind: rows(f"{name}-{kind}", quadruplets, found) for kind, found in references.items()}
-    pairs, references = with_references("train", scenes(WITH_REFERENCE, plan.pairs, TRAIN_SEED["references"], difficulty=plan.difficulty))
+        return {"blind": rows(f"{name}-blind", quadruplets)} | {
+            kind: rows(f"{name}-{kind}", quadruplets, found) for kind, found in references.items()
+        }
+
+    pairs, references = with_references(
+        "train", scenes(WITH_REFERENCE, plan.pairs, TRAIN_SEED["references"], difficulty=plan.difficulty)
+    )
     words = [halved(q, plan.size) for q in scenes(WITHOUT, plan.pairs, TRAIN_SEED["words"], difficulty=plan.difficulty)]
     data = Data(all_rows("train", pairs, references) | {"words": rows("train-words", words)}, {}, references)
     for i, task in enumerate(("subject", "background", *WITHOUT)):
-        found = scenes({task: 1.}, plan.scenes, EVAL_SEED + 50_000 * (i + 1), "eval", plan.difficulty)
-        if task in WITH_REFERENCE: found, references = with_references(f"{task}-eval", found)
-        else: found, references = [halved(q, plan.size) for q in found], {}
+        found = scenes({task: 1.0}, plan.scenes, EVAL_SEED + 50_000 * (i + 1), "eval", plan.difficulty)
+        if task in WITH_REFERENCE:
+            found, references = with_references(f"{task}-eval", found)
+        else:
+            found, references = [halved(q, plan.size) for q in found], {}
         data.held_out[task] = (found, all_rows(f"eval-{task}", found, references))
     return data
 
 # %% ../nbs/10_what_mattered.ipynb #43000017
 def gated(
     full: list[dict] | None,  # rows with their references, None where there are none
-    blind: list[dict],        # the same rows as an encoder sees them that is shown no reference
+    blind: list[dict],  # the same rows as an encoder sees them that is shown no reference
     recipe: Recipe,
-    token_ids: dict,          # from `placeholder_ids`
+    token_ids: dict,  # from `placeholder_ids`
 ) -> Batch:
     "A batch in which the reference goes only the ways that a recipe leaves open."
     batch = collate_rows(full if full is not None and recipe.queries else blind, token_ids)
@@ -265,9 +355,7 @@ def gated(
 
 
 def batch_order(
-    plan: Plan,
-    recipe: Recipe,
-    seed: int,
+    plan: Plan, recipe: Recipe, seed: int
 ) -> list[tuple[str, int]]:  # for each step: "words" or "pairs", and which of its batches
     "The same batches for every recipe; a progressive one takes those without references first."
     pairs = round(plan.share * plan.steps)
@@ -282,16 +370,32 @@ def batches_of(
     plan: Plan,
     recipe: Recipe,
     seed: int,
-    shift: float = 5.,  # as the scheduler's
+    shift: float = 5.0,  # as the scheduler's
 ):
     "A function of (number, part, parts) that gives a batch and its dice, as `fit` wants it."
-    order, words, blind, pairs = batch_order(plan, recipe, seed), data.rows["words"], data.rows["blind"], data.rows[recipe.references]
-    plans = dict(words=BatchPlan([words.shapes], plan.batch_size, seed=seed), pairs=BatchPlan([blind.shapes], plan.batch_size, seed=seed))
+    order, words, blind, pairs = (
+        batch_order(plan, recipe, seed),
+        data.rows["words"],
+        data.rows["blind"],
+        data.rows[recipe.references],
+    )
+    plans = dict(
+        words=BatchPlan([words.shapes], plan.batch_size, seed=seed),
+        pairs=BatchPlan([blind.shapes], plan.batch_size, seed=seed),
+    )
+
     def make(number, part, parts):
         kind, k = order[number]
         at = plans[kind].rows(0, k)[part::parts]
-        batch = gated(None, words.rows(at), recipe, words.token_ids) if kind == "words" else gated(pairs.rows(at), blind.rows(at), recipe, blind.token_ids)
-        return batch, draw_noise(batch, plan.loss, seed, number, list(range(part, plan.batch_size, parts)), plan.batch_size, shift)
+        batch = (
+            gated(None, words.rows(at), recipe, words.token_ids)
+            if kind == "words"
+            else gated(pairs.rows(at), blind.rows(at), recipe, blind.token_ids)
+        )
+        return batch, draw_noise(
+            batch, plan.loss, seed, number, list(range(part, plan.batch_size, parts)), plan.batch_size, shift
+        )
+
     return make
 
 # %% ../nbs/10_what_mattered.ipynb #4300001d
@@ -304,12 +408,23 @@ def measure_edits(
 ) -> dict:  # of `MEASURES`, a list of one number for each scene
     "Errors inside and outside the edit, whether each is nearest to its own target, and how sharp it is beside the target."
     import cv2
+
     source, target, mask = (np.stack([getattr(q, name) for q in quadruplets]) for name in ("source", "target", "mask"))
-    def edges(clip): return np.mean([cv2.Laplacian(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), cv2.CV_32F).var() for frame in clip])
+
+    def edges(clip):
+        return np.mean([cv2.Laplacian(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), cv2.CV_32F).var() for frame in clip])
+
     told = [_told_apart(q, output) for q, output in zip(quadruplets, outputs)]
-    found = dict(error=squared_error(outputs, target, mask), distance=squared_error(source, target, mask), outside=squared_error(outputs, source, ~mask),
-                 told_apart=told, edges=[edges(a) / max(edges(b), 1.) for a, b in zip(outputs, target)])
-    return {name: [None if not np.isfinite(x) else round(float(x), 4) for x in values] for name, values in found.items()}
+    found = dict(
+        error=squared_error(outputs, target, mask),
+        distance=squared_error(source, target, mask),
+        outside=squared_error(outputs, source, ~mask),
+        told_apart=told,
+        edges=[edges(a) / max(edges(b), 1.0) for a, b in zip(outputs, target)],
+    )
+    return {
+        name: [None if not np.isfinite(x) else round(float(x), 4) for x in values] for name, values in found.items()
+    }
 
 
 _candidates = {}  # (seed, task, difficulty, size) -> (targets, own): eight renderings that all cells are held against
@@ -327,23 +442,45 @@ def _told_apart(q, output):
 
 # %% ../nbs/10_what_mattered.ipynb #4300001f
 def run_cell(
-    name: str,            # of `RECIPES`
+    name: str,  # of `RECIPES`
     seed: int,
     plan: Plan,
-    folder: str | Path,   # of the experiment
+    folder: str | Path,  # of the experiment
     data: Data,
     progress: bool = True,
 ) -> dict:  # "scores": "task / references" -> `MEASURES`; "steps", "seconds", "samples", "loss"
     "Train and test one cell; a finished one is read, a stopped one goes on."
-    if name not in RECIPES: raise InputError(f"`name` has to be one of {', '.join(RECIPES)} but is {name!r}.")
+    if name not in RECIPES:
+        raise InputError(f"`name` has to be one of {', '.join(RECIPES)} but is {name!r}.")
     recipe, home = RECIPES[name], Path(folder) / "cells" / plan.key / name.replace(" ", "-") / str(seed)
-    if (home / "result.json").is_file(): return json.loads((home / "result.json").read_text())
+    if (home / "result.json").is_file():
+        return json.loads((home / "result.json").read_text())
     pipe = fresh_model(make_foundations(plan, folder, progress), seed)
-    stage = Stage("cell", ("language_model", "guidance", "transformer"), plan.lr, optimizer="muon", schedule="cosine", warmup=.03, clip=1., lr_scales=dict(language_model=.3),
-                  steps=plan.steps, batch_size=plan.batch_size, loss=plan.loss)
+    stage = Stage(
+        "cell",
+        ("language_model", "guidance", "transformer"),
+        plan.lr,
+        optimizer="muon",
+        schedule="cosine",
+        warmup=0.03,
+        clip=1.0,
+        lr_scales=dict(language_model=0.3),
+        steps=plan.steps,
+        batch_size=plan.batch_size,
+        loss=plan.loss,
+    )
     select(pipe, stage)
-    state = fit(FlowMatching(pipe, stage.loss), batches_of(data, plan, recipe, seed, pipe.scheduler.config.shift), home, stage, seed, keep=1, progress=progress)
-    for part in (pipe.mllm, pipe.guidance, pipe.transformer): part.requires_grad_(False).eval()
+    state = fit(
+        FlowMatching(pipe, stage.loss),
+        batches_of(data, plan, recipe, seed, pipe.scheduler.config.shift),
+        home,
+        stage,
+        seed,
+        keep=1,
+        progress=progress,
+    )
+    for part in (pipe.mllm, pipe.guidance, pipe.transformer):
+        part.requires_grad_(False).eval()
     scores, pictures = {}, []
     for task, (quadruplets, rows) in data.held_out.items():
         kinds = ("blind",) if task not in WITH_REFERENCE else REFERENCES if name in EXPERIMENTS["b"] else ("authentic",)
@@ -353,14 +490,36 @@ def run_cell(
                 at = range(start, min(start + 16, len(quadruplets)))
                 full = rows[kind].rows(at) if task in WITH_REFERENCE else None
                 batch = gated(full, rows["blind"].rows(at), recipe, rows["blind"].token_ids)
-                with torch.no_grad(): context, mask = encode_context(pipe.mllm, pipe.guidance, batch.inputs, batch.vision)
-                outputs.append(denoise_batch(pipe, context, mask, batch.source, batch.reference, plan.edit_steps, [quadruplets[i].meta["seed"] for i in at]))
+                with torch.no_grad():
+                    context, mask = encode_context(pipe.mllm, pipe.guidance, batch.inputs, batch.vision)
+                outputs.append(
+                    denoise_batch(
+                        pipe,
+                        context,
+                        mask,
+                        batch.source,
+                        batch.reference,
+                        plan.edit_steps,
+                        [quadruplets[i].meta["seed"] for i in at],
+                    )
+                )
             outputs = np.concatenate(outputs)
             scores[f"{task} / {kind}"] = measure_edits(quadruplets, outputs)
-            if kind in ("blind", "authentic"): pictures.append(outputs[:4, 0].reshape(-1, plan.size, 3))
-    with replacing(home / "edits.png", True) as temporary: PIL.Image.fromarray(np.concatenate(pictures, 1)).save(temporary, "PNG")
-    result = dict(cell=name, seed=seed, steps=state["step"], seconds=round(state["seconds"], 1), samples=plan.steps * plan.batch_size, loss=state["mean_loss"], scores=scores)
-    with replacing(home / "result.json", True) as temporary: Path(temporary).write_text(json.dumps(result))
+            if kind in ("blind", "authentic"):
+                pictures.append(outputs[:4, 0].reshape(-1, plan.size, 3))
+    with replacing(home / "edits.png", True) as temporary:
+        PIL.Image.fromarray(np.concatenate(pictures, 1)).save(temporary, "PNG")
+    result = dict(
+        cell=name,
+        seed=seed,
+        steps=state["step"],
+        seconds=round(state["seconds"], 1),
+        samples=plan.steps * plan.batch_size,
+        loss=state["mean_loss"],
+        scores=scores,
+    )
+    with replacing(home / "result.json", True) as temporary:
+        Path(temporary).write_text(json.dumps(result))
     return result
 
 # %% ../nbs/10_what_mattered.ipynb #43000021
@@ -370,100 +529,176 @@ def _resampled(values, statistic, resamples=2000, seed=0):
     runs, count = values[0].shape
     draws = ((rng.integers(runs, size=runs), rng.integers(count, size=count)) for _ in range(resamples))
     drawn = [statistic(*(v[np.ix_(*at)] for v in values)) for at in draws]
-    low, high = np.nanquantile(drawn, (.025, .975))
+    low, high = np.nanquantile(drawn, (0.025, 0.975))
     return float(statistic(*values)), float(low), float(high)
 
 
-def _done(error, distance): return 1 - error.sum() / distance.sum()
-def _decibels(outside): return np.nanmean(psnr_from_error(np.maximum(outside, 1e-3)))
+def _done(error, distance):
+    return 1 - error.sum() / distance.sum()
+
+
+def _decibels(outside):
+    return np.nanmean(psnr_from_error(np.maximum(outside, 1e-3)))
+
 
 STATISTICS = {  # column -> measures, and what is made of them
     "edit done": (("error", "distance"), _done),  # 1 is all of it, 0 what copying the source gets
-    "told apart": (("told_apart",), np.mean),     # outputs nearest to their own target among eight; chance is 0.125
-    "outside": (("outside",), _decibels),         # PSNR to the source outside the edit, dB
-    "sharpness": (("edges",), np.mean)}           # edges beside the target's
+    "told apart": (("told_apart",), np.mean),  # outputs nearest to their own target among eight; chance is 0.125
+    "outside": (("outside",), _decibels),  # PSNR to the source outside the edit, dB
+    "sharpness": (("edges",), np.mean),
+}  # edges beside the target's
 
 
 @dataclass
 class Ablation:
     "The results of an experiment's cells."
+
     plan: dict
-    cells: dict                # name -> list of what `run_cell` gives, one for each seed
+    cells: dict  # name -> list of what `run_cell` gives, one for each seed
     hardware: dict = field(default_factory=dict)
-    distances: list = field(default_factory=list)  # of `SetDistance` as dicts: each synthesiser's references from the authentic ones
+    distances: list = field(
+        default_factory=list
+    )  # of `SetDistance` as dicts: each synthesiser's references from the authentic ones
 
-    def values(self, cell: str, measure: str, task: str, kind: str = "authentic") -> np.ndarray:  # (runs, scenes), NaN where a measure has nothing to stand on
+    def values(
+        self, cell: str, measure: str, task: str, kind: str = "authentic"
+    ) -> np.ndarray:  # (runs, scenes), NaN where a measure has nothing to stand on
         "A measure of a cell on one task."
-        return np.array([run["scores"][f"{task} / {kind if task in WITH_REFERENCE else 'blind'}"][measure] for run in self.cells[cell]], dtype=np.float64)
+        return np.array(
+            [
+                run["scores"][f"{task} / {kind if task in WITH_REFERENCE else 'blind'}"][measure]
+                for run in self.cells[cell]
+            ],
+            dtype=np.float64,
+        )
 
-    def score(self,
+    def score(
+        self,
         cell: str,
-        column: str,         # of `STATISTICS`
+        column: str,  # of `STATISTICS`
         tasks: tuple = ("subject", "background"),
         kind: str = "authentic",  # references of the held-out scenes
-        minus: str = "",     # another cell, for the difference on the same scenes
+        minus: str = "",  # another cell, for the difference on the same scenes
         minus_kind: str = "",  # its held-out references; the same where empty
     ) -> tuple[float, float, float]:  # value, lower and upper end of its 95% interval
         "A number of the tables."
-        if column not in STATISTICS: raise InputError(f"`column` has to be one of {', '.join(STATISTICS)} but is {column!r}.")
+        if column not in STATISTICS:
+            raise InputError(f"`column` has to be one of {', '.join(STATISTICS)} but is {column!r}.")
         names, statistic = STATISTICS[column]
-        def of(cell, kind): return [np.concatenate([self.values(cell, name, task, kind) for task in tasks], 1) for name in names]
+
+        def of(cell, kind):
+            return [np.concatenate([self.values(cell, name, task, kind) for task in tasks], 1) for name in names]
+
         one = of(cell, kind)
-        if not minus: return _resampled(one, statistic)
+        if not minus:
+            return _resampled(one, statistic)
         other = of(minus, minus_kind or kind)
-        return _resampled(one + other, lambda *v: statistic(*v[:len(one)]) - statistic(*v[len(one):]))
+        return _resampled(one + other, lambda *v: statistic(*v[: len(one)]) - statistic(*v[len(one) :]))
 
     def guidance_table(self) -> str:  # markdown
         "Experiment A: each cell on the held-out scenes, references authentic."
-        lines = ["| recipe | subject: edit done | told apart | background: edit done | told apart | without a reference: edit done | outside, dB | sharpness |", "|---|" + "--:|" * 7]
+        lines = [
+            "| recipe | subject: edit done | told apart | background: edit done | told apart | without a reference: edit done | outside, dB | sharpness |",
+            "|---|" + "--:|" * 7,
+        ]
         for cell in self.cells:
-            columns = [("edit done", ("subject",)), ("told apart", ("subject",)), ("edit done", ("background",)), ("told apart", ("background",)), ("edit done", tuple(WITHOUT)),
-                       ("outside", ("subject", "add", "remove", "change")), ("sharpness", ("subject", "background"))]
-            lines.append(f"| {cell} | " + " | ".join(_cell(self.score(cell, column, tasks), column) for column, tasks in columns) + " |")
+            columns = [
+                ("edit done", ("subject",)),
+                ("told apart", ("subject",)),
+                ("edit done", ("background",)),
+                ("told apart", ("background",)),
+                ("edit done", tuple(WITHOUT)),
+                ("outside", ("subject", "add", "remove", "change")),
+                ("sharpness", ("subject", "background")),
+            ]
+            lines.append(
+                f"| {cell} | "
+                + " | ".join(_cell(self.score(cell, column, tasks), column) for column, tasks in columns)
+                + " |"
+            )
         return "\n".join(lines) + "\n\n" + self._small_print()
 
     def difference_table(self) -> str:  # markdown
         "Experiment A: each cell minus the whole recipe, run by run and scene by scene."
-        lines = ["| minus \"both\" | subject: edit done | told apart | background: edit done | told apart | without a reference: edit done |", "|---|" + "--:|" * 5]
+        lines = [
+            '| minus "both" | subject: edit done | told apart | background: edit done | told apart | without a reference: edit done |',
+            "|---|" + "--:|" * 5,
+        ]
         for cell in list(self.cells)[1:]:
-            columns = [("edit done", ("subject",)), ("told apart", ("subject",)), ("edit done", ("background",)), ("told apart", ("background",)), ("edit done", tuple(WITHOUT))]
-            lines.append(f"| {cell} | " + " | ".join(_cell(self.score(cell, column, tasks, minus="both"), column, "+") for column, tasks in columns) + " |")
+            columns = [
+                ("edit done", ("subject",)),
+                ("told apart", ("subject",)),
+                ("edit done", ("background",)),
+                ("told apart", ("background",)),
+                ("edit done", tuple(WITHOUT)),
+            ]
+            lines.append(
+                f"| {cell} | "
+                + " | ".join(
+                    _cell(self.score(cell, column, tasks, minus="both"), column, "+") for column, tasks in columns
+                )
+                + " |"
+            )
         return "\n".join(lines)
 
-    def transfer_table(self,
-        column: str = "edit done",
-    ) -> str:  # markdown
+    def transfer_table(self, column: str = "edit done") -> str:  # markdown
         "Experiment B: trained on one kind of references, tested on each."
         trained = [cell for cell in ("both", "cut-outs", "made by the model") if cell in self.cells]
-        lines = [f"| trained on | task | tested on {' | tested on '.join(REFERENCES)} | lost on authentic ones |", "|---|---|" + "--:|" * (len(REFERENCES) + 1)]
+        lines = [
+            f"| trained on | task | tested on {' | tested on '.join(REFERENCES)} | lost on authentic ones |",
+            "|---|---|" + "--:|" * (len(REFERENCES) + 1),
+        ]
         for cell in trained:
             for task in WITH_REFERENCE:
                 own = RECIPES[cell].references
                 tested = [_cell(self.score(cell, column, (task,), kind), column) for kind in REFERENCES]
-                lost = "" if own == "authentic" else _cell(self.score(cell, column, (task,), own, minus=cell, minus_kind="authentic"), column, "+")
+                lost = (
+                    ""
+                    if own == "authentic"
+                    else _cell(self.score(cell, column, (task,), own, minus=cell, minus_kind="authentic"), column, "+")
+                )
                 lines.append(f"| {own} | {task} | " + " | ".join(tested) + f" | {lost} |")
-        return "\n".join(lines) + "\n\n\"Authentic\" references are those that the world draws: a second look at the thing or the scene. The others were made from the edited frame by the pipeline. " + self._small_print()
+        return (
+            "\n".join(lines)
+            + '\n\n"Authentic" references are those that the world draws: a second look at the thing or the scene. The others were made from the edited frame by the pipeline. '
+            + self._small_print()
+        )
 
     def _small_print(self):
         runs = [run for found in self.cells.values() for run in found]
         scenes = len(next(iter(runs[0]["scores"].values()))["error"])
-        return (f"{len(runs)} runs, {len(runs) // len(self.cells)} seeds a recipe; {runs[0]['steps']} steps of {self.plan['batch_size']} single frames of {self.plan['size']}x{self.plan['size']}, world: {self.plan.get('difficulty', 'full')}, {sum(r['seconds'] for r in runs) / 3600:.1f} hours of training in all"
-                + (f" on {self.hardware['on']}" if self.hardware else "") + f"; {scenes} held-out scenes a task; 95% intervals over runs and scenes.")
+        return (
+            f"{len(runs)} runs, {len(runs) // len(self.cells)} seeds a recipe; {runs[0]['steps']} steps of {self.plan['batch_size']} single frames of {self.plan['size']}x{self.plan['size']}, world: {self.plan.get('difficulty', 'full')}, {sum(r['seconds'] for r in runs) / 3600:.1f} hours of training in all"
+            + (f" on {self.hardware['on']}" if self.hardware else "")
+            + f"; {scenes} held-out scenes a task; 95% intervals over runs and scenes."
+        )
 
     def draw(self) -> Strip:
         "Experiment A as a figure: edit done and told apart of each recipe."
-        figure = Strip(figsize=(8.5, .42 * len(self.cells) + .9), dpi=100)
+        figure = Strip(figsize=(8.5, 0.42 * len(self.cells) + 0.9), dpi=100)
         axes = figure.subplots(1, 3, sharey=True)
-        for axis, (title, column, tasks) in zip(axes, (("edit done, with a reference", "edit done", ("subject", "background")), ("told apart, with a reference", "told apart", ("subject", "background")),
-                                                       ("edit done, without", "edit done", tuple(WITHOUT)))):
+        for axis, (title, column, tasks) in zip(
+            axes,
+            (
+                ("edit done, with a reference", "edit done", ("subject", "background")),
+                ("told apart, with a reference", "told apart", ("subject", "background")),
+                ("edit done, without", "edit done", tuple(WITHOUT)),
+            ),
+        ):
             for y, cell in enumerate(self.cells):
                 value, low, high = self.score(cell, column, tasks)
-                axis.plot([low, high], [y, y], color="0.6", lw=3, solid_capstyle="butt"); axis.plot(value, y, "o", color="tab:green")
-                each = [self.__class__(self.plan, {cell: [run]}).score(cell, column, tasks)[0] for run in self.cells[cell]]
+                axis.plot([low, high], [y, y], color="0.6", lw=3, solid_capstyle="butt")
+                axis.plot(value, y, "o", color="tab:green")
+                each = [
+                    self.__class__(self.plan, {cell: [run]}).score(cell, column, tasks)[0] for run in self.cells[cell]
+                ]
                 axis.plot(each, [y] * len(each), "|", color="k", ms=9)
-            axis.set_title(title, fontsize=9); axis.grid(axis="x", alpha=.3)
-            if column == "told apart": axis.axvline(.125, color="tab:red", ls=":", lw=1)
-        axes[0].set_yticks(range(len(self.cells)), list(self.cells), fontsize=9); axes[0].invert_yaxis()
+            axis.set_title(title, fontsize=9)
+            axis.grid(axis="x", alpha=0.3)
+            if column == "told apart":
+                axis.axvline(0.125, color="tab:red", ls=":", lw=1)
+        axes[0].set_yticks(range(len(self.cells)), list(self.cells), fontsize=9)
+        axes[0].invert_yaxis()
         figure.tight_layout()
         return figure
 
@@ -471,7 +706,8 @@ class Ablation:
         "Write the results, .json."
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, True) as temporary: Path(temporary).write_text(json.dumps(asdict(self), allow_nan=False, separators=(",", ":")) + "\n")
+        with replacing(path, True) as temporary:
+            Path(temporary).write_text(json.dumps(asdict(self), allow_nan=False, separators=(",", ":")) + "\n")
         return path
 
     @classmethod
@@ -486,53 +722,73 @@ def _cell(found, column, sign=""):
     return f"{value} ({low} to {high})"
 
 # %% ../nbs/10_what_mattered.ipynb #20f10641
-def reference_distances(
-    data: Data,
-    dims: int = 32,
-) -> list[dict]:  # one for each synthesiser, as `SetDistance`
+def reference_distances(data: Data, dims: int = 32) -> list[dict]:  # one for each synthesiser, as `SetDistance`
     "How far each synthesiser's references are from the authentic ones of the same training pairs."
     from kiwi_edit.quadruplets import PixelEmbedder
+
     vectors = {kind: PixelEmbedder().embed(data.references[kind]) for kind in REFERENCES}
-    return [asdict(set_distance(vectors[kind], vectors["authentic"], (kind, "authentic"), "PixelEmbedder", dims)) for kind in REFERENCES[1:]]
-
-
+    return [
+        asdict(set_distance(vectors[kind], vectors["authentic"], (kind, "authentic"), "PixelEmbedder", dims))
+        for kind in REFERENCES[1:]
+    ]
 
 
 def run_experiment(
-    name: str,            # "a", "b" or "all"
-    folder: str | Path,   # of the runs, which are kept and continued
+    name: str,  # "a", "b" or "all"
+    folder: str | Path,  # of the runs, which are kept and continued
     plan: Plan = Plan(),
     progress: bool = True,
 ) -> Ablation:
     "All cells of an experiment; those that both experiments have are run once."
-    if name not in (*EXPERIMENTS, "all"): raise InputError(f"`name` has to be 'a', 'b' or 'all' but is {name!r}.")
+    if name not in (*EXPERIMENTS, "all"):
+        raise InputError(f"`name` has to be 'a', 'b' or 'all' but is {name!r}.")
     data = make_data(plan, folder, progress)
     names, cells = list(RECIPES) if name == "all" else list(EXPERIMENTS[name]), {}
     jobs = [(cell, seed) for seed in range(plan.seeds) for cell in names]
-    for cell, seed in tqdm(jobs, desc="cells", disable=not progress): cells.setdefault(cell, []).append(run_cell(cell, seed, plan, folder, data, progress))
-    return Ablation(asdict(plan), {cell: cells[cell] for cell in names}, describe_hardware(choose_device("cpu")), reference_distances(data))
+    for cell, seed in tqdm(jobs, desc="cells", disable=not progress):
+        cells.setdefault(cell, []).append(run_cell(cell, seed, plan, folder, data, progress))
+    return Ablation(
+        asdict(plan),
+        {cell: cells[cell] for cell in names},
+        describe_hardware(choose_device("cpu")),
+        reference_distances(data),
+    )
 
 
 def main(
     arguments: list[str] | None = None,  # None takes those of the command line
 ) -> int:
     "`python -m kiwi_edit.ablations a` and `... b`: run an experiment and write its results."
-    parser = argparse.ArgumentParser("python -m kiwi_edit.ablations", description="What drives the result: guidance, curriculum, references (a); synthesised against authentic references (b).")
+    parser = argparse.ArgumentParser(
+        "python -m kiwi_edit.ablations",
+        description="What drives the result: guidance, curriculum, references (a); synthesised against authentic references (b).",
+    )
     parser.add_argument("experiment", choices=(*EXPERIMENTS, "all"))
-    parser.add_argument("--folder", type=Path, default=Path("outputs/ablations"), help="for the runs; a command that was stopped goes on from there")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("outputs/ablations"),
+        help="for the runs; a command that was stopped goes on from there",
+    )
     parser.add_argument("--seeds", type=int, default=Plan.seeds, help="runs of each cell")
     parser.add_argument("--steps", type=int, default=Plan.steps, help="training steps of each cell")
     parser.add_argument("--out", type=Path, help="results, .json [results-EXPERIMENT.json in the folder]")
     given = parser.parse_args(arguments)
     out = given.out or given.folder / f"results-{given.experiment}.json"
-    if out.suffix != ".json": parser.error(f"--out has to be a .json file but is {out}")
-    try: plan = Plan(steps=given.steps, seeds=given.seeds)
-    except ValueError as error: parser.error(str(error))
+    if out.suffix != ".json":
+        parser.error(f"--out has to be a .json file but is {out}")
+    try:
+        plan = Plan(steps=given.steps, seeds=given.seeds)
+    except ValueError as error:
+        parser.error(str(error))
     result = run_experiment(given.experiment, given.folder, plan)
     result.save(out)
-    tables = [result.transfer_table()] if given.experiment == "b" else [result.guidance_table(), result.difference_table()]
+    tables = (
+        [result.transfer_table()] if given.experiment == "b" else [result.guidance_table(), result.difference_table()]
+    )
     sys.stdout.write("\n\n".join(tables) + f"\n\nresults: {out}\n")
     return 0
 
 
-if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main())

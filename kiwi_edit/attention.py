@@ -26,17 +26,20 @@ __all__ = ['PARTS', 'attention_shares', 'Looks', 'WatchingProcessor', 'Recorder'
 # %% ../nbs/07_where_it_looks.ipynb #a2700007
 def attention_shares(
     query: torch.Tensor,  # (S, heads, head_dim), of the tokens that look
-    key: torch.Tensor,    # (K, heads, head_dim), of those that are looked at
+    key: torch.Tensor,  # (K, heads, head_dim), of those that are looked at
     groups: list[slice],  # of the K
     mask: torch.Tensor | None = None,  # (K,) bool, False for keys that do not exist
-    most: int = 2 ** 24,  # weights that are held at once
-) -> tuple[torch.Tensor, torch.Tensor]:  # (groups, S) share that each group gets of each token's attention, (K,) mean share that each key gets
+    most: int = 2**24,  # weights that are held at once
+) -> tuple[
+    torch.Tensor, torch.Tensor
+]:  # (groups, S) share that each group gets of each token's attention, (K,) mean share that each key gets
     "Where attention goes, averaged over the heads."
     (total, heads, width), of_groups, received = query.shape, [], 0
-    key = key.float().permute(1, 2, 0) * width ** -0.5
+    key = key.float().permute(1, 2, 0) * width**-0.5
     for rows in query.float().transpose(0, 1).split(max(1, most // (heads * key.shape[2])), dim=1):
         scores = rows @ key
-        if mask is not None: scores = scores.masked_fill(~mask, float("-inf"))
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
         weights = scores.softmax(-1).mean(0)  # (rows, K)
         of_groups.append(torch.stack([weights[:, group].sum(1) for group in groups]))
         received = received + weights.sum(0)
@@ -46,28 +49,38 @@ def attention_shares(
 @dataclass
 class Looks:
     "Where the denoiser's tokens looked during an edit, as shares of their attention. Space is counted in the denoiser's tokens."
-    timesteps: list        # 0..1000, of each step
-    reference: np.ndarray  # (steps, layers, R, f, h, w) share of a video token's self-attention that goes to each reference
-    places: np.ndarray     # (steps, layers, R, h, w) share that each place of a reference gets from the video's tokens, on average
-    features: np.ndarray   # (steps, layers, f, h, w) share of a video token's cross-attention that goes to the reference's features; the queries get the rest
-    tokens: np.ndarray     # (steps, layers, N) share that each token of the context gets, on average
-    num_features: int      # how many of the N are features of references; the queries follow
+
+    timesteps: list  # 0..1000, of each step
+    reference: (
+        np.ndarray
+    )  # (steps, layers, R, f, h, w) share of a video token's self-attention that goes to each reference
+    places: (
+        np.ndarray
+    )  # (steps, layers, R, h, w) share that each place of a reference gets from the video's tokens, on average
+    features: np.ndarray  # (steps, layers, f, h, w) share of a video token's cross-attention that goes to the reference's features; the queries get the rest
+    tokens: np.ndarray  # (steps, layers, N) share that each token of the context gets, on average
+    num_features: int  # how many of the N are features of references; the queries follow
 
     @property
     def queries(self) -> np.ndarray:  # (Q,) mean over steps and layers
         "The share that each query gets."
-        return self.tokens.mean((0, 1))[self.num_features:]
+        return self.tokens.mean((0, 1))[self.num_features :]
 
     def summary(self) -> dict:  # of shares in 0..1, means over the whole edit
         "The edit in three numbers; `even` is what the references would get if nobody preferred anything."
         r, (h, w), f = self.reference.shape[2], self.places.shape[3:], self.features.shape[2]
-        return dict(reference=float(self.reference.sum(2).mean()) if r else 0., even=r / (r + f), features=float(self.features.mean()))
+        return dict(
+            reference=float(self.reference.sum(2).mean()) if r else 0.0,
+            even=r / (r + f),
+            features=float(self.features.mean()),
+        )
 
 # %% ../nbs/07_where_it_looks.ipynb #a270000d
 class WatchingProcessor(KiwiAttnProcessor):
     "The kit's attention, with somebody looking on."
 
-    def __init__(self,
+    def __init__(
+        self,
         usual: KiwiAttnProcessor,  # whose work it does
         saw,  # called as (layer, whether it is self-attention, query, key, mask) after each call
     ):
@@ -76,40 +89,63 @@ class WatchingProcessor(KiwiAttnProcessor):
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         out = super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
-        alone, query = encoder_hidden_states is None, attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        alone, query = (
+            encoder_hidden_states is None,
+            attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1)),
+        )
         cache = None if alone else encoder_hidden_states.key_values
-        if cache: key = cache[self.layer][0]
-        else: key = attn.norm_k(attn.to_k(hidden_states if alone else encoder_hidden_states.hidden_states)).unflatten(2, (attn.heads, -1))
+        if cache:
+            key = cache[self.layer][0]
+        else:
+            key = attn.norm_k(attn.to_k(hidden_states if alone else encoder_hidden_states.hidden_states)).unflatten(
+                2, (attn.heads, -1)
+            )
         if alone:
             rope = rotary_emb if isinstance(rotary_emb, Rope) else halve(*rotary_emb)
             query, key, mask = rotate(query, rope.cos, rope.sin), rotate(key, rope.cos, rope.sin), rope.mask
-        else: mask = encoder_hidden_states.mask
-        self.saw(self.layer, alone, query[-1], key[-1], None if mask is None else mask[-1, 0, 0])  # the last of a batch follows the instruction
+        else:
+            mask = encoder_hidden_states.mask
+        self.saw(
+            self.layer, alone, query[-1], key[-1], None if mask is None else mask[-1, 0, 0]
+        )  # the last of a batch follows the instruction
         return out
 
 # %% ../nbs/07_where_it_looks.ipynb #a270000f
 class Recorder:
     "Collects what the processors see during one edit."
 
-    def __init__(self,
+    def __init__(
+        self,
         guidance,  # the pipeline's `KiwiGuidance`
         scheduler,  # the pipeline's, which knows the step
     ):
-        self.guidance, self.config, self.scheduler, self.features, self.at = guidance, guidance.config, scheduler, False, None
+        self.guidance, self.config, self.scheduler, self.features, self.at = (
+            guidance,
+            guidance.config,
+            scheduler,
+            False,
+            None,
+        )
         self.references, self.grid, self.timesteps, self.seen = 0, None, [], {}
 
-    def connected(self, module, args, context): self.features = module is self.guidance.ref_connector  # called last, where there are any
+    def connected(self, module, args, context):
+        self.features = module is self.guidance.ref_connector  # called last, where there are any
 
     def begin(self, module, args):  # before the denoiser embeds the time
         "A step begins."
         at = self.scheduler.step_index  # None until the first step of an edit is done
-        if self.timesteps and at in (None, self.at): raise InputError("`video` has to be edited once and as a whole where its attention is recorded but comes in windows, or is the second.")
+        if self.timesteps and at in (None, self.at):
+            raise InputError(
+                "`video` has to be edited once and as a whole where its attention is recorded but comes in windows, or is the second."
+            )
         self.at = at
         self.timesteps.append(float(args[0].flatten()[-1]))
 
-    def embedded(self, module, args, references): self.references = references.shape[2]
+    def embedded(self, module, args, references):
+        self.references = references.shape[2]
 
-    def patched(self, module, args, patches): self.grid = tuple(patches.shape[2:])  # frames and references, rows, columns
+    def patched(self, module, args, patches):
+        self.grid = tuple(patches.shape[2:])  # frames and references, rows, columns
 
     def saw(self, layer, alone, query, key, mask):
         "Attention has done its work."
@@ -117,12 +153,19 @@ class Recorder:
         area, first = h * w, self.config.ref_pad_first
         video = slice(r * area, None) if first else slice(0, (f - r) * area)
         begin = 0 if first else (f - r) * area
-        if alone: groups = [slice(begin + i * area, begin + (i + 1) * area) for i in range(r)]
-        else: groups = [slice(0, len(key) - self.num_queries(f - r))]
-        if not groups: shares, received = query.new_zeros(0, (f - r) * area), query.new_zeros(len(key))
-        else: shares, received = attention_shares(query[video], key, groups, mask)
-        kept = received[begin:begin + r * area].view(r, h, w) if alone else received
-        self.seen[len(self.timesteps) - 1, layer, alone] = shares.view(-1, f - r, h, w).float().cpu().numpy(), kept.float().cpu().numpy()
+        if alone:
+            groups = [slice(begin + i * area, begin + (i + 1) * area) for i in range(r)]
+        else:
+            groups = [slice(0, len(key) - self.num_queries(f - r))]
+        if not groups:
+            shares, received = query.new_zeros(0, (f - r) * area), query.new_zeros(len(key))
+        else:
+            shares, received = attention_shares(query[video], key, groups, mask)
+        kept = received[begin : begin + r * area].view(r, h, w) if alone else received
+        self.seen[len(self.timesteps) - 1, layer, alone] = (
+            shares.view(-1, f - r, h, w).float().cpu().numpy(),
+            kept.float().cpu().numpy(),
+        )
 
     def num_queries(self, frames):
         mode = "ref" if self.features else "image" if frames == 1 else "video"
@@ -130,41 +173,69 @@ class Recorder:
 
     def looks(self) -> Looks:
         "All of it."
-        if not self.timesteps: raise InputError("`recorder` has to have seen an edit but has seen none.")
-        def stack(alone, part): return np.stack([np.stack([self.seen[step, layer, alone][part] for layer in range(layers)]) for step in range(len(self.timesteps))])
+        if not self.timesteps:
+            raise InputError("`recorder` has to have seen an edit but has seen none.")
+
+        def stack(alone, part):
+            return np.stack(
+                [
+                    np.stack([self.seen[step, layer, alone][part] for layer in range(layers)])
+                    for step in range(len(self.timesteps))
+                ]
+            )
+
         layers = 1 + max(layer for _, layer, _ in self.seen)
         tokens = stack(False, 1)
         frames = self.grid[0] - self.references
-        return Looks(self.timesteps, stack(True, 0), stack(True, 1), stack(False, 0)[:, :, 0], tokens, tokens.shape[2] - self.num_queries(frames))
+        return Looks(
+            self.timesteps,
+            stack(True, 0),
+            stack(True, 1),
+            stack(False, 0)[:, :, 0],
+            tokens,
+            tokens.shape[2] - self.num_queries(frames),
+        )
 
 # %% ../nbs/07_where_it_looks.ipynb #a2700010
 @contextmanager
-def recording(
-    pipe: KiwiEditPipeline,
-) -> Iterator[Recorder]:
+def recording(pipe: KiwiEditPipeline) -> Iterator[Recorder]:
     "Watch the edit that is made in the block; the pipeline is as before when it ends."
     wan, recorder = find_wan(pipe.transformer), Recorder(pipe.guidance, pipe.scheduler)
     attentions = [attn for block in wan.blocks for attn in (block.attn1, block.attn2)]
     usual = [attn.processor for attn in attentions]
     try:
-        for attn in attentions: attn.set_processor(WatchingProcessor(attn.processor, recorder.saw))
-        with hooked((pipe.guidance.connector, recorder.connected), (pipe.guidance.ref_connector, recorder.connected),
-                    (pipe.guidance.ref_embedder, recorder.embedded), (wan.patch_embedding, recorder.patched), before=[(wan.condition_embedder, recorder.begin)]): yield recorder
+        for attn in attentions:
+            attn.set_processor(WatchingProcessor(attn.processor, recorder.saw))
+        with hooked(
+            (pipe.guidance.connector, recorder.connected),
+            (pipe.guidance.ref_connector, recorder.connected),
+            (pipe.guidance.ref_embedder, recorder.embedded),
+            (wan.patch_embedding, recorder.patched),
+            before=[(wan.condition_embedder, recorder.begin)],
+        ):
+            yield recorder
     finally:
-        for attn, processor in zip(attentions, usual): attn.set_processor(processor)
+        for attn, processor in zip(attentions, usual):
+            attn.set_processor(processor)
 
 # %% ../nbs/07_where_it_looks.ipynb #a2700011
 def watch_edit(
     pipe: KiwiEditPipeline,
     prompt: str,  # what to edit, in words
-    video,        # as the pipeline takes it
+    video,  # as the pipeline takes it
     reference=None,  # image, path, or a list of these
     seed: int = 0,
     steps: int | None = None,  # None takes the model's own
 ) -> tuple[np.ndarray, Looks]:  # (T, H, W, 3) uint8
     "An edit, and where the denoiser looked."
     with recording(pipe) as recorder:
-        out = pipe(prompt, video=video, reference=reference, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed))
+        out = pipe(
+            prompt,
+            video=video,
+            reference=reference,
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(seed),
+        )
     return as_frames(out.frames[0]), recorder.looks()
 
 # %% ../nbs/07_where_it_looks.ipynb #a2700017
@@ -174,6 +245,7 @@ def spread(
 ) -> np.ndarray:  # (T, H, W) float32
     "A map as large as the clip."
     import cv2
+
     (f, _, _), (frames, height, width) = maps.shape, shape
     step = (frames - 1) / (f - 1) if f > 1 else 1
     at = [int(np.ceil(t / step)) if f > 1 else 0 for t in range(frames)]
@@ -183,14 +255,15 @@ def spread(
 # %% ../nbs/07_where_it_looks.ipynb #a2700019
 def lay_over(
     frames: np.ndarray,  # (T, H, W, 3) uint8
-    heat: np.ndarray,    # (T, H, W)
+    heat: np.ndarray,  # (T, H, W)
     top: float | None = None,  # the value of full colour; None takes the largest
 ) -> np.ndarray:  # (T, H, W, 3) uint8
     "Frames in grey under a map in colour: dark where it is low, yellow where it is high."
     from matplotlib import colormaps
+
     grey = frames.astype(np.float32).mean(-1, keepdims=True)
     colour = colormaps["inferno"](np.clip(heat / max(heat.max() if top is None else top, 1e-9), 0, 1))[..., :3] * 255
-    return (.35 * grey + .65 * colour).astype(np.uint8)
+    return (0.35 * grey + 0.65 * colour).astype(np.uint8)
 
 # %% ../nbs/07_where_it_looks.ipynb #a270001c
 def draw_looks(
@@ -201,38 +274,70 @@ def draw_looks(
 ):
     "What was looked at, as a matplotlib figure."
     from matplotlib.figure import Figure
+
     r, columns = looks.reference.shape[2], np.linspace(0, len(source) - 1, min(5, len(source))).round().astype(int)
     rows = [("source", source), ("result", edited)]
-    for i, maps in enumerate(looks.reference.mean((0, 1))): rows.append((f"looks at reference {i + 1}" if r > 1 else "looks at\nthe reference", lay_over(edited, spread(maps, source.shape[:3]))))
-    if looks.num_features: rows.append(("looks at\nits features", lay_over(edited, spread(looks.features.mean((0, 1)), source.shape[:3]))))
+    for i, maps in enumerate(looks.reference.mean((0, 1))):
+        rows.append(
+            (
+                f"looks at reference {i + 1}" if r > 1 else "looks at\nthe reference",
+                lay_over(edited, spread(maps, source.shape[:3])),
+            )
+        )
+    if looks.num_features:
+        rows.append(("looks at\nits features", lay_over(edited, spread(looks.features.mean((0, 1)), source.shape[:3]))))
     height = max(len(rows), 2 * len(references))
     figure, split = Figure(figsize=(7.4, 1.25 * height + 2.6), dpi=80), 2.3 / (1.25 * height + 2.6)
-    grid = figure.add_gridspec(height, 6, left=.09, right=.99, top=1 - .06 * split, bottom=split, hspace=.08, wspace=.05)
+    grid = figure.add_gridspec(
+        height, 6, left=0.09, right=0.99, top=1 - 0.06 * split, bottom=split, hspace=0.08, wspace=0.05
+    )
     for i, (name, frames) in enumerate(rows):
-        for j, at in enumerate(columns): _picture(figure.add_subplot(grid[i, j]), frames[at], label="" if j else name)
+        for j, at in enumerate(columns):
+            _picture(figure.add_subplot(grid[i, j]), frames[at], label="" if j else name)
     for i, image in enumerate(references):
         heat = spread(looks.places.mean((0, 1))[i][None], (1, *image.shape[:2]))
         _picture(figure.add_subplot(grid[2 * i, 5]), image, "reference")
         _picture(figure.add_subplot(grid[2 * i + 1, 5]), lay_over(image[None], heat)[0], "what is looked at")
-    grid = figure.add_gridspec(1, 3, left=.09, right=.99, top=.76 * split, bottom=.2 * split, wspace=.35)
-    for i, (name, maps) in enumerate({"the reference's tokens": looks.reference.sum(2).mean((2, 3, 4)), "its features": looks.features.mean((2, 3, 4))}.items()):
+    grid = figure.add_gridspec(1, 3, left=0.09, right=0.99, top=0.76 * split, bottom=0.2 * split, wspace=0.35)
+    for i, (name, maps) in enumerate(
+        {
+            "the reference's tokens": looks.reference.sum(2).mean((2, 3, 4)),
+            "its features": looks.features.mean((2, 3, 4)),
+        }.items()
+    ):
         ax = _panel(figure.add_subplot(grid[0, i]), f"share for {name}", "layer", "step")
         figure.colorbar(ax.imshow(maps, cmap="inferno", vmin=0, aspect="auto"), ax=ax).ax.tick_params(labelsize=6)
-    _panel(figure.add_subplot(grid[0, 2]), "share for each query", "query").bar(range(len(looks.queries)), looks.queries, color="#3a7d44")
+    _panel(figure.add_subplot(grid[0, 2]), "share for each query", "query").bar(
+        range(len(looks.queries)), looks.queries, color="#3a7d44"
+    )
     return figure
 
+
 def _panel(ax, title, x, y=""):
-    ax.set_title(title, fontsize=8); ax.set_xlabel(x, fontsize=7); ax.set_ylabel(y, fontsize=7); ax.tick_params(labelsize=6)
-    for axis in (ax.xaxis, ax.yaxis)[:1 + bool(y)]: axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    ax.set_title(title, fontsize=8)
+    ax.set_xlabel(x, fontsize=7)
+    ax.set_ylabel(y, fontsize=7)
+    ax.tick_params(labelsize=6)
+    for axis in (ax.xaxis, ax.yaxis)[: 1 + bool(y)]:
+        axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     return ax
+
 
 def _picture(ax, image, title="", label=""):
     ax.imshow(image, interpolation="nearest")
-    ax.set_xticks([]); ax.set_yticks([]); ax.set_title(title, fontsize=7, pad=2); ax.set_ylabel(label, fontsize=7)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.set_title(title, fontsize=7, pad=2)
+    ax.set_ylabel(label, fontsize=7)
     return ax
 
 # %% ../nbs/07_where_it_looks.ipynb #a2700020
-PARTS = dict(tokens="the reference's tokens beside the clip's", features="the reference's features in the context", queries="the queries in the context")
+PARTS = dict(
+    tokens="the reference's tokens beside the clip's",
+    features="the reference's features in the context",
+    queries="the queries in the context",
+)
+
 
 def without(
     pipe: KiwiEditPipeline,
@@ -240,27 +345,41 @@ def without(
 ) -> KiwiEditPipeline:  # shares all weights
     "A pipeline whose denoiser does not see some of what guides it."
     for part in parts:
-        if part not in PARTS and not isinstance(part, int): raise InputError(f"`parts` has to be of {', '.join(PARTS)}, or numbers of queries, but holds {part!r}.")
+        if part not in PARTS and not isinstance(part, int):
+            raise InputError(f"`parts` has to be of {', '.join(PARTS)}, or numbers of queries, but holds {part!r}.")
     other = copy.copy(pipe)
-    if "tokens" in parts: other.encode_references = lambda *_: None
-    if set(parts) - {"tokens"}: other.encode_prompt = partial(_encode_without, pipe, parts)
+    if "tokens" in parts:
+        other.encode_references = lambda *_: None
+    if set(parts) - {"tokens"}:
+        other.encode_prompt = partial(_encode_without, pipe, parts)
     return other
+
 
 def _encode_without(pipe, parts, prompts, frames, references=(), device=None):
     context, mask = pipe.encode_prompt(prompts, frames, references, device)
     count = len(pipe.guidance.queries("ref" if len(references) else "image" if len(frames) == 1 else "video"))
-    number = torch.arange(context.shape[1], device=context.device) - (mask.sum(1, keepdim=True) - count)  # of the query; below 0 for features
-    if wrong := [part for part in parts if isinstance(part, int) and not 0 <= part < count]: raise InputError(f"`parts` has to have numbers of queries from 0 to {count - 1} but has {wrong[0]}.")
-    gone = torch.isin(number, torch.tensor([part for part in parts if isinstance(part, int)], device=number.device, dtype=number.dtype))
-    if "features" in parts: gone = gone | (number < 0)
-    if "queries" in parts: gone = gone | (number >= 0)
+    number = torch.arange(context.shape[1], device=context.device) - (
+        mask.sum(1, keepdim=True) - count
+    )  # of the query; below 0 for features
+    if wrong := [part for part in parts if isinstance(part, int) and not 0 <= part < count]:
+        raise InputError(f"`parts` has to have numbers of queries from 0 to {count - 1} but has {wrong[0]}.")
+    gone = torch.isin(
+        number,
+        torch.tensor([part for part in parts if isinstance(part, int)], device=number.device, dtype=number.dtype),
+    )
+    if "features" in parts:
+        gone = gone | (number < 0)
+    if "queries" in parts:
+        gone = gone | (number >= 0)
     left = mask & ~gone
-    if left.any(1).all(): return context, left
+    if left.any(1).all():
+        return context, left
     return context.masked_fill(gone[..., None], 0), mask  # attention has to look at something: zeros say nothing
 
 # %% ../nbs/07_where_it_looks.ipynb #a2700024
 def apart(
-    a: np.ndarray, b: np.ndarray,  # (T, H, W, 3) uint8
+    a: np.ndarray,
+    b: np.ndarray,  # (T, H, W, 3) uint8
 ) -> float:  # levels of 255
     "How far two clips are from each other: the mean absolute difference."
     return float(np.abs(a.astype(np.float32) - b).mean())

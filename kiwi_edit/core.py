@@ -28,15 +28,27 @@ __all__ = ['OPTIONAL', 'PRESETS', 'InputError', 'InputTypeError', 'MissingPackag
 class InputError(ValueError):
     "What the caller can mend; the message names the argument, the rule and the value."
 
+
 class InputTypeError(InputError, TypeError):
     "An argument of the wrong type."
+
 
 class MissingPackage(ImportError):
     "An optional package that is not installed; the message says how to get it."
 
+
 OPTIONAL = {  # module -> its package, and the extra of the kit that brings it
-    "gradio": ("gradio", "demo"), "openai": ("openai", "judge"), "google.genai": ("google-genai", "judge"), "datasets": ("datasets", "scale"), "ray": ("ray", "scale"),
-    "tensorboard": ("tensorboard", "train"), "scipy": ("scipy", "eval"), "wandb": ("wandb", None), "torchao": ("torchao", None)}
+    "gradio": ("gradio", "demo"),
+    "openai": ("openai", "judge"),
+    "google.genai": ("google-genai", "judge"),
+    "datasets": ("datasets", "scale"),
+    "ray": ("ray", "scale"),
+    "tensorboard": ("tensorboard", "train"),
+    "scipy": ("scipy", "eval"),
+    "wandb": ("wandb", None),
+    "torchao": ("torchao", None),
+}
+
 
 def missing_package(
     module: str,  # of `OPTIONAL`
@@ -46,13 +58,18 @@ def missing_package(
     wanted = f"'kiwi-edit[{extra}]'" if extra else package
     return MissingPackage(f"`{package}` has to be installed for this but is not: pip install {wanted}")
 
+
 def require(
     module: str,  # of `OPTIONAL`
 ) -> None:
     "Raise where an optional module is not installed."
-    try: found = importlib.util.find_spec(module)
-    except ModuleNotFoundError: found = None  # of a package around it
-    if found is None: raise missing_package(module)
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        found = None  # of a package around it
+    if found is None:
+        raise missing_package(module)
+
 
 def shortened(
     text: str,
@@ -60,7 +77,10 @@ def shortened(
 ) -> str:
     "A text on one line, without its middle where it is longer."
     text = " ".join(text.split())
-    return text if len(text) <= most else f"{text[:most * 2 // 3]} ... {text[len(text) - (most - most * 2 // 3 - 5):]}"
+    return (
+        text if len(text) <= most else f"{text[: most * 2 // 3]} ... {text[len(text) - (most - most * 2 // 3 - 5) :]}"
+    )
+
 
 def check_local(
     value,  # of an argument
@@ -121,47 +141,221 @@ class Preset:
 # %% ../nbs/library/00_core.ipynb #bdcecfcb
 _QWEN2_5_VL_3B = dict(
     text_config=dict(
-        hidden_size=2048, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2, intermediate_size=11008, vocab_size=151936,
-        max_position_embeddings=128000, rms_norm_eps=1e-6, tie_word_embeddings=True,
+        hidden_size=2048,
+        num_hidden_layers=36,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        intermediate_size=11008,
+        vocab_size=151936,
+        max_position_embeddings=128000,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
         rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]),
     ),
     vision_config=dict(
-        depth=32, hidden_size=1280, num_heads=16, intermediate_size=3420, out_hidden_size=2048, patch_size=14, spatial_merge_size=2,
-        temporal_patch_size=2, window_size=112, fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2,
+        depth=32,
+        hidden_size=1280,
+        num_heads=16,
+        intermediate_size=3420,
+        out_hidden_size=2048,
+        patch_size=14,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+        window_size=112,
+        fullatt_block_indexes=[7, 15, 23, 31],
+        tokens_per_second=2,
     ),
-    image_token_id=151655, video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653, tie_word_embeddings=True,
+    image_token_id=151655,
+    video_token_id=151656,
+    vision_start_token_id=151652,
+    vision_end_token_id=151653,
+    tie_word_embeddings=True,
 )
 _WAN_TRANSFORMER = dict(
-    patch_size=(1, 2, 2), attention_head_dim=128, text_dim=4096, freq_dim=256, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
-    eps=1e-6, rope_max_seq_len=1024,
+    patch_size=(1, 2, 2),
+    attention_head_dim=128,
+    text_dim=4096,
+    freq_dim=256,
+    cross_attn_norm=True,
+    qk_norm="rms_norm_across_heads",
+    eps=1e-6,
+    rope_max_seq_len=1024,
 )
 # how the published guidance weights were trained; a model of our own has no reason to copy the last three
 _RELEASED_GUIDANCE = dict(
-    hidden_size=2048, patch_size=(1, 2, 2), num_image_queries=256, num_video_queries=512, max_pixels_per_frame=262144, ref_pad_first=False, zero_init=True,
-    query_read_out="last_positions", round_timestep=True, round_pixels=True,
+    hidden_size=2048,
+    patch_size=(1, 2, 2),
+    num_image_queries=256,
+    num_video_queries=512,
+    max_pixels_per_frame=262144,
+    ref_pad_first=False,
+    zero_init=True,
+    query_read_out="last_positions",
+    round_timestep=True,
+    round_pixels=True,
 )
 
 # %% ../nbs/library/00_core.ipynb #44c0f321
 _WAN21_VAE = dict(
-    base_dim=96, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[], temperal_downsample=[False, True, True], is_residual=False,
-    scale_factor_temporal=4, scale_factor_spatial=8,
+    base_dim=96,
+    z_dim=16,
+    dim_mult=[1, 2, 4, 4],
+    num_res_blocks=2,
+    attn_scales=[],
+    temperal_downsample=[False, True, True],
+    is_residual=False,
+    scale_factor_temporal=4,
+    scale_factor_spatial=8,
     latents_mean=[
-        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508, 0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
-    ],
-    latents_std=[2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743, 3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160],
-)
-_WAN22_VAE = dict(
-    base_dim=160, decoder_base_dim=256, z_dim=48, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[], temperal_downsample=[False, True, True],
-    is_residual=True, in_channels=12, out_channels=12, patch_size=2, scale_factor_temporal=4, scale_factor_spatial=16,
-    latents_mean=[
-        -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825,
-        -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502, -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230,
-        -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+        -0.7571,
+        -0.7089,
+        -0.9113,
+        0.1075,
+        -0.1745,
+        0.9653,
+        -0.1517,
+        1.5508,
+        0.4134,
+        -0.0715,
+        0.5517,
+        -0.3632,
+        -0.1922,
+        -0.9497,
+        0.2503,
+        -0.2921,
     ],
     latents_std=[
-        0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978,
-        0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659, 0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093,
-        0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+        2.8184,
+        1.4541,
+        2.3275,
+        2.6558,
+        1.2196,
+        1.7708,
+        2.6052,
+        2.0743,
+        3.2687,
+        2.1526,
+        2.8652,
+        1.5579,
+        1.6382,
+        1.1253,
+        2.8251,
+        1.9160,
+    ],
+)
+_WAN22_VAE = dict(
+    base_dim=160,
+    decoder_base_dim=256,
+    z_dim=48,
+    dim_mult=[1, 2, 4, 4],
+    num_res_blocks=2,
+    attn_scales=[],
+    temperal_downsample=[False, True, True],
+    is_residual=True,
+    in_channels=12,
+    out_channels=12,
+    patch_size=2,
+    scale_factor_temporal=4,
+    scale_factor_spatial=16,
+    latents_mean=[
+        -0.2289,
+        -0.0052,
+        -0.1323,
+        -0.2339,
+        -0.2799,
+        0.0174,
+        0.1838,
+        0.1557,
+        -0.1382,
+        0.0542,
+        0.2813,
+        0.0891,
+        0.1570,
+        -0.0098,
+        0.0375,
+        -0.1825,
+        -0.2246,
+        -0.1207,
+        -0.0698,
+        0.5109,
+        0.2665,
+        -0.2108,
+        -0.2158,
+        0.2502,
+        -0.2055,
+        -0.0322,
+        0.1109,
+        0.1567,
+        -0.0729,
+        0.0899,
+        -0.2799,
+        -0.1230,
+        -0.0313,
+        -0.1649,
+        0.0117,
+        0.0723,
+        -0.2839,
+        -0.2083,
+        -0.0520,
+        0.3748,
+        0.0152,
+        0.1957,
+        0.1433,
+        -0.2944,
+        0.3573,
+        -0.0548,
+        -0.1681,
+        -0.0667,
+    ],
+    latents_std=[
+        0.4765,
+        1.0364,
+        0.4514,
+        1.1677,
+        0.5313,
+        0.4990,
+        0.4818,
+        0.5013,
+        0.8158,
+        1.0344,
+        0.5894,
+        1.0901,
+        0.6885,
+        0.6165,
+        0.8454,
+        0.4978,
+        0.5759,
+        0.3523,
+        0.7135,
+        0.6804,
+        0.5833,
+        1.4146,
+        0.8986,
+        0.5659,
+        0.7069,
+        0.5338,
+        0.4889,
+        0.4917,
+        0.4069,
+        0.4999,
+        0.6866,
+        0.4093,
+        0.5709,
+        0.6065,
+        0.6415,
+        0.4944,
+        0.5726,
+        1.2042,
+        0.5458,
+        1.6887,
+        0.3971,
+        1.0600,
+        0.3943,
+        0.5537,
+        0.5444,
+        0.4089,
+        0.7468,
+        0.7744,
     ],
 )
 
@@ -169,20 +363,34 @@ _WAN22_VAE = dict(
 _wan22_5b = Preset(
     name="wan2.2-5b",
     checkpoint="linyq/kiwi-edit-5b-instruct-reference-diffusers",
-    transformer=dict(_WAN_TRANSFORMER, num_layers=30, num_attention_heads=24, ffn_dim=14336, in_channels=48, out_channels=48),
+    transformer=dict(
+        _WAN_TRANSFORMER, num_layers=30, num_attention_heads=24, ffn_dim=14336, in_channels=48, out_channels=48
+    ),
     vae=_WAN22_VAE,
     mllm=_QWEN2_5_VL_3B,
     guidance=dict(_RELEASED_GUIDANCE, dim=3072, in_channels=48, num_ref_queries=768, max_object_token=768),
-    height=704, width=1280, num_frames=81, fps=24, max_pixels=921600, num_inference_steps=50,
+    height=704,
+    width=1280,
+    num_frames=81,
+    fps=24,
+    max_pixels=921600,
+    num_inference_steps=50,
 )
 _wan21_14b = Preset(
     name="wan2.1-14b",
     checkpoint="",
-    transformer=dict(_WAN_TRANSFORMER, num_layers=40, num_attention_heads=40, ffn_dim=13824, in_channels=16, out_channels=16),
+    transformer=dict(
+        _WAN_TRANSFORMER, num_layers=40, num_attention_heads=40, ffn_dim=13824, in_channels=16, out_channels=16
+    ),
     vae=_WAN21_VAE,
     mllm=_QWEN2_5_VL_3B,
     guidance=dict(_RELEASED_GUIDANCE, dim=5120, in_channels=16, num_ref_queries=384, max_object_token=384),
-    height=720, width=1280, num_frames=49, fps=16, max_pixels=921600, num_inference_steps=50,
+    height=720,
+    width=1280,
+    num_frames=49,
+    fps=16,
+    max_pixels=921600,
+    num_inference_steps=50,
 )
 
 # %% ../nbs/library/00_core.ipynb #58f3d305
@@ -190,35 +398,91 @@ _tiny = Preset(
     name="tiny",
     checkpoint="kiwi-edit-tiny",
     transformer=dict(
-        _WAN_TRANSFORMER, patch_size=(1, 2, 2), num_layers=6, num_attention_heads=4, attention_head_dim=64, ffn_dim=768,
-        freq_dim=64, text_dim=32, in_channels=32, out_channels=32,
+        _WAN_TRANSFORMER,
+        patch_size=(1, 2, 2),
+        num_layers=6,
+        num_attention_heads=4,
+        attention_head_dim=64,
+        ffn_dim=768,
+        freq_dim=64,
+        text_dim=32,
+        in_channels=32,
+        out_channels=32,
     ),
     vae=dict(
-        base_dim=32, decoder_base_dim=40, z_dim=32, dim_mult=[1, 2, 2], num_res_blocks=1, attn_scales=[],
-        temperal_downsample=[False, False], is_residual=True, in_channels=12, out_channels=12, patch_size=2,
-        scale_factor_temporal=1, scale_factor_spatial=8,
-        latents_mean=[0.0] * 32, latents_std=[1.0] * 32,  # training measures them
+        base_dim=32,
+        decoder_base_dim=40,
+        z_dim=32,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        attn_scales=[],
+        temperal_downsample=[False, False],
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_temporal=1,
+        scale_factor_spatial=8,
+        latents_mean=[0.0] * 32,
+        latents_std=[1.0] * 32,  # training measures them
     ),
     mllm=dict(
         text_config=dict(
-            hidden_size=192, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, intermediate_size=512,
-            vocab_size=1536, max_position_embeddings=4096, rms_norm_eps=1e-6, tie_word_embeddings=True,
-            bos_token_id=None, eos_token_id=None,
+            hidden_size=192,
+            num_hidden_layers=3,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            intermediate_size=512,
+            vocab_size=1536,
+            max_position_embeddings=4096,
+            rms_norm_eps=1e-6,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=None,
             rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 6, 6]),
         ),
         vision_config=dict(
-            depth=3, hidden_size=128, num_heads=4, intermediate_size=256, out_hidden_size=192, patch_size=14,
-            spatial_merge_size=2, temporal_patch_size=2, window_size=112, fullatt_block_indexes=[2], tokens_per_second=2,
+            depth=3,
+            hidden_size=128,
+            num_heads=4,
+            intermediate_size=256,
+            out_hidden_size=192,
+            patch_size=14,
+            spatial_merge_size=2,
+            temporal_patch_size=2,
+            window_size=112,
+            fullatt_block_indexes=[2],
+            tokens_per_second=2,
         ),
         tie_word_embeddings=True,  # the ids of its special tokens come from its own tokenizer
     ),
     guidance=dict(
-        hidden_size=192, dim=256, in_channels=32, patch_size=(1, 2, 2), num_image_queries=16, num_video_queries=16,
-        num_ref_queries=16, max_object_token=16, max_pixels_per_frame=112 * 112, min_pixels_per_frame=112 * 112,
-        max_image_pixels=112 * 112, min_image_pixels=112 * 112, ref_pad_first=False, zero_init=False,
-        query_read_out="queries", round_timestep=False, round_pixels=False, names="edit",
+        hidden_size=192,
+        dim=256,
+        in_channels=32,
+        patch_size=(1, 2, 2),
+        num_image_queries=16,
+        num_video_queries=16,
+        num_ref_queries=16,
+        max_object_token=16,
+        max_pixels_per_frame=112 * 112,
+        min_pixels_per_frame=112 * 112,
+        max_image_pixels=112 * 112,
+        min_image_pixels=112 * 112,
+        ref_pad_first=False,
+        zero_init=False,
+        query_read_out="queries",
+        round_timestep=False,
+        round_pixels=False,
+        names="edit",
     ),
-    height=96, width=96, num_frames=5, window_frames=13, fps=8, max_pixels=96 * 96, num_inference_steps=1,
+    height=96,
+    width=96,
+    num_frames=5,
+    window_frames=13,
+    fps=8,
+    max_pixels=96 * 96,
+    num_inference_steps=1,
 )
 PRESETS = {p.name: p for p in (_tiny, _wan22_5b, _wan21_14b)}
 
@@ -287,7 +551,9 @@ class Settings:
             object.__setattr__(self, "checkpoint", PRESETS[self.preset].checkpoint)
 
     def _repr_markdown_(self) -> str:
-        return "| setting | value |\n|---|---|\n" + "\n".join(f"| `{f.name}` | {getattr(self, f.name)} |" for f in fields(self))
+        return "| setting | value |\n|---|---|\n" + "\n".join(
+            f"| `{f.name}` | {getattr(self, f.name)} |" for f in fields(self)
+        )
 
 
 _DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -318,13 +584,20 @@ def _file_knobs(path: Path) -> dict:
     if unknown:
         raise InputError(f"`{path}` has to hold one section, [kiwi-edit], but has [{unknown[0]}].")
     pairs = parser["kiwi-edit"].items() if "kiwi-edit" in parser else ()
-    return {knob: _parse(knob, text, str(path), path.parent) for knob, text in pairs if text or knob not in {f.name for f in fields(Settings)}}
+    return {
+        knob: _parse(knob, text, str(path), path.parent)
+        for knob, text in pairs
+        if text or knob not in {f.name for f in fields(Settings)}
+    }
 
 
 def _environment_knobs(environ: dict) -> dict:
     prefix = "KIWI_EDIT_"
     names = [n for n in environ if n.startswith(prefix) and n != "KIWI_EDIT_SETTINGS" and environ[n]]
-    return {n[len(prefix):].lower(): _parse(n[len(prefix):].lower(), environ[n], f"the environment ({n})", Path.cwd()) for n in names}
+    return {
+        n[len(prefix) :].lower(): _parse(n[len(prefix) :].lower(), environ[n], f"the environment ({n})", Path.cwd())
+        for n in names
+    }
 
 # %% ../nbs/library/00_core.ipynb #36ad3ecd
 _PACKAGE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd().resolve().parent / "kiwi_edit"
@@ -344,7 +617,9 @@ def read_settings(
     environ = dict(os.environ) if environ is None else environ
     path = path or environ.get("KIWI_EDIT_SETTINGS")
     if path and not Path(path).is_file():
-        raise FileNotFoundError(f"`settings` has to be a file (from `KIWI_EDIT_SETTINGS`, if set there) but {str(path)!r} is none.")
+        raise FileNotFoundError(
+            f"`settings` has to be a file (from `KIWI_EDIT_SETTINGS`, if set there) but {str(path)!r} is none."
+        )
     if not path and checkout() and (checkout() / "settings.ini").is_file():
         path = checkout() / "settings.ini"
     from_file = _file_knobs(Path(path).resolve()) if path else {}
@@ -360,7 +635,7 @@ def settings() -> Settings:
 def choose_device(
     device: str | torch.device = "auto",  # "auto", or any name torch knows
 ) -> torch.device:
-    "The named device, or with \"auto\" the best one here: CUDA, then Apple's MPS, then the CPU."
+    'The named device, or with "auto" the best one here: CUDA, then Apple\'s MPS, then the CPU.'
     import torch
 
     if str(device) == "auto":
@@ -372,7 +647,9 @@ def choose_device(
         raise InputError(f"`device` has to be one of {', '.join(_DEVICES)} but is {device!r}.") from None
     here = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if (chosen.index or 0) >= here.get(chosen.type, 1):
-        raise InputError(f"`device` has to be there, but {str(device)!r} is not: this machine has {here.get(chosen.type, 1)} of that kind. \"auto\" takes what there is.")
+        raise InputError(
+            f'`device` has to be there, but {str(device)!r} is not: this machine has {here.get(chosen.type, 1)} of that kind. "auto" takes what there is.'
+        )
     return chosen
 
 # %% ../nbs/library/00_core.ipynb #4c375d20
@@ -393,7 +670,7 @@ def choose_dtype(
     dtype: str | torch.dtype = "auto",  # "auto", a name of torch's, or torch's own
     device: str | torch.device = "auto",  # where it is going to be used
 ) -> torch.dtype:
-    "The named number format, or with \"auto\" bfloat16 on GPUs that compute in it, float16 on older ones, float32 elsewhere."
+    'The named number format, or with "auto" bfloat16 on GPUs that compute in it, float16 on older ones, float32 elsewhere.'
     import torch
 
     if isinstance(dtype, torch.dtype):
@@ -433,6 +710,12 @@ def asset(
     "Path of one thing that ships with the kit."
     path = assets_dir() / name
     if not path.exists():
-        there = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else sorted(p.name for p in assets_dir().glob("*"))
-        raise FileNotFoundError(f"`asset` has to name something in `{path.parent.name}` but is {str(name)!r}; there are: {', '.join(there) or 'none'}.")
+        there = (
+            sorted(p.name for p in path.parent.iterdir())
+            if path.parent.is_dir()
+            else sorted(p.name for p in assets_dir().glob("*"))
+        )
+        raise FileNotFoundError(
+            f"`asset` has to name something in `{path.parent.name}` but is {str(name)!r}; there are: {', '.join(there) or 'none'}."
+        )
     return path

@@ -28,18 +28,22 @@ __all__ = ['SYSTEM_PROMPT', 'REFERENCE_SUFFIX', 'QUERY_TOKEN', 'IMAGE_TOKEN', 'V
            'prepare_sample', 'prepare_inputs', 'token_counts', 'vision_features', 'encode_hidden', 'encode_context']
 
 # %% ../nbs/04_encoder.ipynb #e04d1ef3
-SYSTEM_PROMPT = ("You will be given an image and instruction. Please describe the content of the image in detail "
-                 "based on instruction in your own words.")
+SYSTEM_PROMPT = (
+    "You will be given an image and instruction. Please describe the content of the image in detail "
+    "based on instruction in your own words."
+)
 REFERENCE_SUFFIX = " Use the reference input from last frame."
 QUERY_TOKEN = "<|object_ref_start|>"
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
 MODES = ("image", "video", "ref")
 
 # %% ../nbs/04_encoder.ipynb #52201e1d
-SPECIAL_TOKENS = ("<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> "
-                  "<|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> "
-                  "<|image_pad|> <|video_pad|> <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> "
-                  "<|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>").split()
+SPECIAL_TOKENS = (
+    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> "
+    "<|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> "
+    "<|image_pad|> <|video_pad|> <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> "
+    "<|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>"
+).split()
 CHAT_TEMPLATE = """{%- macro part(item) -%}
 {%- if item['type'] in ('image', 'video') -%}<|vision_start|><|{{ item['type'] }}_pad|><|vision_end|>
 {%- else -%}{{ item['text'] }}{%- endif -%}
@@ -65,15 +69,21 @@ def make_tokenizer(
     learner = Tokenizer(models.BPE())
     learner.normalizer, learner.pre_tokenizer = stock.normalizer, stock.pre_tokenizer
     frame = [SYSTEM_PROMPT, REFERENCE_SUFFIX, "system\n", "user\n"]  # in every conversation, so they should be short
-    learner.train_from_iterator([*texts, *frame * max(8, len(texts) // 8)], trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL_TOKENS), show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    learner.train_from_iterator(
+        [*texts, *frame * max(8, len(texts) // 8)],
+        trainers.BpeTrainer(
+            vocab_size=vocab_size - len(SPECIAL_TOKENS),
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     model = json.loads(learner.to_str())["model"]
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=merges)
     # `Qwen2Tokenizer` adds its own special tokens first; the remaining ones follow in Qwen's order.
-    tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
-                                  "additional_special_tokens": SPECIAL_TOKENS[1:]})
+    tokenizer.add_special_tokens(
+        {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "additional_special_tokens": SPECIAL_TOKENS[1:]}
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -83,12 +93,14 @@ def sample_frames(
     limit: int = 16,  # frames that the encoder looks at
 ) -> list[int]:
     "Indices of the frames that the encoder is shown: all of them, or `limit` spread evenly."
-    if num_frames <= limit: return list(range(num_frames))
+    if num_frames <= limit:
+        return list(range(num_frames))
     return torch.linspace(0, num_frames - 1, limit).round().long().tolist()
 
 # %% ../nbs/04_encoder.ipynb #fb9894e5
 def video_sizes(
-    width: int, height: int,  # of the clip, in pixels
+    width: int,
+    height: int,  # of the clip, in pixels
     max_pixels: int | None = 262144,  # per frame; None is the processor's own limit
     min_pixels: int = 100352,  # per frame, of the second resize
 ) -> tuple[tuple[int, int], tuple[int, int]]:  # (width, height) after the first and after the second resize
@@ -109,7 +121,8 @@ def resize_for_encoder(
     first, (w, h) = video_sizes(frames.shape[2], frames.shape[1], max_pixels, min_pixels)
     frames = np.stack([np.asarray(PIL.Image.fromarray(f).resize(first, PIL.Image.BICUBIC)) for f in frames])
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)
-    if first == (w, h): return pixels.contiguous()
+    if first == (w, h):
+        return pixels.contiguous()
     pixels = F.interpolate(pixels.float(), size=(h, w), mode="bicubic", antialias=True)
     return pixels.round().clamp(0, 255).to(torch.uint8)
 
@@ -122,11 +135,21 @@ def patchify_frames(
 ) -> tuple[torch.Tensor, tuple[int, int, int]]:  # (t*gh*gw, 3*temporal*patch*patch) float, grid (t, gh, gw)
     "Frames cut into the rows that Qwen's vision tower reads; the patches of one merged token lie side by side."
     missing = -len(pixels) % temporal_patch_size
-    if missing: pixels = torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)])
+    if missing:
+        pixels = torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)])
     n, channels, height, width = pixels.shape
     t, gh, gw = n // temporal_patch_size, height // patch_size, width // patch_size
-    rows = pixels.reshape(t, temporal_patch_size, channels, gh // merge_size, merge_size, patch_size,
-                          gw // merge_size, merge_size, patch_size)
+    rows = pixels.reshape(
+        t,
+        temporal_patch_size,
+        channels,
+        gh // merge_size,
+        merge_size,
+        patch_size,
+        gw // merge_size,
+        merge_size,
+        patch_size,
+    )
     rows = rows.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * gh * gw, -1)
     return rows, (t, gh, gw)
 
@@ -134,12 +157,15 @@ def patchify_frames(
 class KiwiProcessor(ProcessorMixin):
     "Tokenizer, image processor and video patching in one object, saved as a folder; needs no torchvision."
 
-    def __init__(self,
-                 tokenizer: Qwen2Tokenizer,  # with Qwen2.5-VL's special tokens and a chat template
-                 image_processor: Qwen2VLImageProcessorPil | None = None):  # mean, std and patch sizes
+    def __init__(
+        self,
+        tokenizer: Qwen2Tokenizer,  # with Qwen2.5-VL's special tokens and a chat template
+        image_processor: Qwen2VLImageProcessorPil | None = None,
+    ):  # mean, std and patch sizes
         self.tokenizer, self.image_processor = tokenizer, image_processor or Qwen2VLImageProcessorPil()
 
-    def __repr__(self): return f"KiwiProcessor({len(self.tokenizer)} tokens, patch {self.image_processor.patch_size})"
+    def __repr__(self):
+        return f"KiwiProcessor({len(self.tokenizer)} tokens, patch {self.image_processor.patch_size})"
 
     @property
     def query_token_id(self) -> int:
@@ -148,7 +174,9 @@ class KiwiProcessor(ProcessorMixin):
 
     def image_patches(self, image: PIL.Image.Image, min_pixels: int, max_pixels: int):
         "One image as patch rows (P, 1176) and its grid (1, gh, gw)."
-        out = self.image_processor(image, size={"shortest_edge": min_pixels, "longest_edge": max_pixels}, return_tensors="pt")
+        out = self.image_processor(
+            image, size={"shortest_edge": min_pixels, "longest_edge": max_pixels}, return_tensors="pt"
+        )
         return out["pixel_values"], tuple(out["image_grid_thw"][0].tolist())
 
     def video_patches(self, frames: np.ndarray, min_pixels: int, max_pixels: int | None):
@@ -182,7 +210,8 @@ def chat_text(
     "The conversation that the encoder reads, one placeholder for each picture and for each query."
     text = prompt + REFERENCE_SUFFIX if mode == "ref" else prompt
     content = [{"type": "image" if mode == "image" else "video"}, {"type": "text", "text": text}]
-    if mode == "ref": content.append({"type": "image"})
+    if mode == "ref":
+        content.append({"type": "image"})
     content.append({"type": "text", "text": QUERY_TOKEN * num_queries})
     messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": content}]
     return processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
@@ -203,10 +232,14 @@ def mrope_positions(
         positions[:, here:first] = torch.arange(start, start + first - here)
         start += first - here
         h, w = gh // merge_size, gw // merge_size
-        box = torch.stack(torch.meshgrid(torch.arange(t) * temporal_step, torch.arange(h), torch.arange(w), indexing="ij"))
+        box = torch.stack(
+            torch.meshgrid(torch.arange(t) * temporal_step, torch.arange(h), torch.arange(w), indexing="ij")
+        )
         here = first + t * h * w
         if not all(flags[first:here]):
-            raise InputError(f"`is_vision` has to mark {t * h * w} tokens from position {first} on for the grid {(t, gh, gw)}.")
+            raise InputError(
+                f"`is_vision` has to mark {t * h * w} tokens from position {first} on for the grid {(t, gh, gw)}."
+            )
         positions[:, first:here] = box.reshape(3, -1) + start
         start += int(box.max()) + 1
     positions[:, here:] = torch.arange(start, start + length - here)
@@ -216,36 +249,57 @@ def mrope_positions(
 @dataclass(repr=False)
 class EncoderInputs:
     "What the encoder reads for a batch of edits; rows are right padded."
+
     input_ids: torch.Tensor  # (B, L) long
     position_ids: torch.Tensor  # (3, B, L) long
     lengths: torch.Tensor  # (B,) long, tokens of each row
     modes: list[str]  # per row: "image", "video" or "ref"
     grids: list[list[tuple[int, int, int]]]  # per row: (t, gh, gw) of its pictures, in order
-    pixel_values: torch.Tensor | None  # (P, 1176) patch rows of all pictures, row after row; None where features are cached
+    pixel_values: (
+        torch.Tensor | None
+    )  # (P, 1176) patch rows of all pictures, row after row; None where features are cached
     token_ids: dict[str, int]  # ids of "query", "image", "video", "pad"
 
-    def __len__(self): return len(self.input_ids)
+    def __len__(self):
+        return len(self.input_ids)
 
-    def __repr__(self): return f"EncoderInputs({', '.join(f'{m} of {n} tokens' for m, n in zip(self.modes, self.lengths.tolist()))})"
+    def __repr__(self):
+        return f"EncoderInputs({', '.join(f'{m} of {n} tokens' for m, n in zip(self.modes, self.lengths.tolist()))})"
 
     def _repr_markdown_(self) -> str:
-        rows = [f"| {m} | {n} | {', '.join('x'.join(map(str, g)) for g in grids)} |" for m, n, grids in zip(self.modes, self.lengths.tolist(), self.grids)]
+        rows = [
+            f"| {m} | {n} | {', '.join('x'.join(map(str, g)) for g in grids)} |"
+            for m, n, grids in zip(self.modes, self.lengths.tolist(), self.grids)
+        ]
         return "| mode | tokens | pictures, in patches (time x height x width) |\n|---|---|---|\n" + "\n".join(rows)
 
     def __getitem__(self, i: int) -> EncoderInputs:
         "The i-th sample alone, without padding."
-        if not -len(self) <= i < len(self): raise IndexError(i)
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
         i, n = i % len(self), int(self.lengths[i])
         sizes = [sum(math.prod(g) for g in row) for row in self.grids]
-        pixels = None if self.pixel_values is None else self.pixel_values[sum(sizes[:i]): sum(sizes[:i + 1])]
-        return EncoderInputs(self.input_ids[i:i + 1, :n], self.position_ids[:, i:i + 1, :n], self.lengths[i:i + 1],
-                             [self.modes[i]], [self.grids[i]], pixels, self.token_ids)
+        pixels = None if self.pixel_values is None else self.pixel_values[sum(sizes[:i]) : sum(sizes[: i + 1])]
+        return EncoderInputs(
+            self.input_ids[i : i + 1, :n],
+            self.position_ids[:, i : i + 1, :n],
+            self.lengths[i : i + 1],
+            [self.modes[i]],
+            [self.grids[i]],
+            pixels,
+            self.token_ids,
+        )
 
     def to(self, device: torch.device | str) -> EncoderInputs:
         "The same inputs on another device."
         pixels = None if self.pixel_values is None else self.pixel_values.to(device)
-        return replace(self, input_ids=self.input_ids.to(device), position_ids=self.position_ids.to(device),
-                       lengths=self.lengths.to(device), pixel_values=pixels)
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            lengths=self.lengths.to(device),
+            pixel_values=pixels,
+        )
 
     def without_pixels(self) -> EncoderInputs:
         "The same inputs to be used with cached vision features."
@@ -256,15 +310,24 @@ def collate_inputs(
     inputs: list[EncoderInputs],  # of one or more samples each
 ) -> EncoderInputs:
     "One right-padded batch out of several; the features that `vision_features` gave are joined with `+`, they are lists."
-    if not inputs: raise InputError("`inputs` has to hold at least one sample but is empty.")
+    if not inputs:
+        raise InputError("`inputs` has to hold at least one sample but is empty.")
     longest = max(x.input_ids.shape[1] for x in inputs)
     pad = inputs[0].token_ids["pad"]
     ids = torch.cat([F.pad(x.input_ids, (0, longest - x.input_ids.shape[1]), value=pad) for x in inputs])
     positions = torch.cat([F.pad(x.position_ids, (0, longest - x.position_ids.shape[2])) for x in inputs], dim=1)
     pixels = None
-    if all(x.pixel_values is not None for x in inputs): pixels = torch.cat([x.pixel_values for x in inputs])
-    return EncoderInputs(ids, positions, torch.cat([x.lengths for x in inputs]), sum((x.modes for x in inputs), []),
-                         sum((x.grids for x in inputs), []), pixels, inputs[0].token_ids)
+    if all(x.pixel_values is not None for x in inputs):
+        pixels = torch.cat([x.pixel_values for x in inputs])
+    return EncoderInputs(
+        ids,
+        positions,
+        torch.cat([x.lengths for x in inputs]),
+        sum((x.modes for x in inputs), []),
+        sum((x.grids for x in inputs), []),
+        pixels,
+        inputs[0].token_ids,
+    )
 
 # %% ../nbs/04_encoder.ipynb #31de9cfc
 def check_prompt(
@@ -274,7 +337,8 @@ def check_prompt(
     if not isinstance(prompt, str):
         raise InputTypeError(f"`prompt` has to be a string but is a {type(prompt).__name__}.")
     found = [t for t in SPECIAL_TOKENS if t in prompt]
-    if found: raise InputError(f"`prompt` has to be plain text but holds the special token {found[0]!r}.")
+    if found:
+        raise InputError(f"`prompt` has to be plain text but holds the special token {found[0]!r}.")
 
 # %% ../nbs/04_encoder.ipynb #2748cab7
 def prepare_sample(
@@ -297,19 +361,22 @@ def prepare_sample(
     else:
         pictures.append(processor.video_patches(source, c.min_pixels_per_frame, c.max_pixels_per_frame))
     if mode == "ref":
-        pictures.append(processor.image_patches(references[0].convert("RGB"), c.min_image_pixels, 28 * 28 * c.max_object_token))
+        pictures.append(
+            processor.image_patches(references[0].convert("RGB"), c.min_image_pixels, 28 * 28 * c.max_object_token)
+        )
     text = chat_text(processor, mode, prompt, getattr(c, f"num_{mode}_queries"))
     grids = [grid for _, grid in pictures]
     for i, grid in enumerate(grids):  # one placeholder becomes as many as the picture has merged tokens
         token = IMAGE_TOKEN if mode == "image" or i == 1 else VIDEO_TOKEN
-        text = text.replace(token, "\0" * (math.prod(grid) // p.merge_size ** 2), 1).replace("\0", token)
+        text = text.replace(token, "\0" * (math.prod(grid) // p.merge_size**2), 1).replace("\0", token)
     ids = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     names = {"query": QUERY_TOKEN, "image": IMAGE_TOKEN, "video": VIDEO_TOKEN, "pad": processor.tokenizer.pad_token}
     token_ids = {k: processor.tokenizer.convert_tokens_to_ids(v) for k, v in names.items()}
     is_vision = (ids[0] == token_ids["image"]) | (ids[0] == token_ids["video"])
     positions = mrope_positions(is_vision, grids, p.merge_size, c.temporal_step)
     pixels = torch.cat([rows for rows, _ in pictures])
-    if c.round_pixels: pixels = pixels.bfloat16().float()
+    if c.round_pixels:
+        pixels = pixels.bfloat16().float()
     return EncoderInputs(ids, positions[:, None], torch.tensor([ids.shape[1]]), [mode], [grids], pixels, token_ids)
 
 # %% ../nbs/04_encoder.ipynb #a92200a1
@@ -323,14 +390,16 @@ def prepare_inputs(
     "Ids, positions and pixels of a batch of edits."
     references = references or [[] for _ in prompts]
     if not len(prompts) == len(sources) == len(references):
-        raise InputError(f"`prompts`, `sources` and `references` have to be of one length but have {len(prompts)}, "
-                         f"{len(sources)} and {len(references)} items.")
-    return collate_inputs([prepare_sample(processor, guidance_config, *sample) for sample in zip(prompts, sources, references)])
+        raise InputError(
+            f"`prompts`, `sources` and `references` have to be of one length but have {len(prompts)}, "
+            f"{len(sources)} and {len(references)} items."
+        )
+    return collate_inputs(
+        [prepare_sample(processor, guidance_config, *sample) for sample in zip(prompts, sources, references)]
+    )
 
 # %% ../nbs/04_encoder.ipynb #20w00001
-def token_counts(
-    inputs: EncoderInputs,
-) -> list[dict[str, int]]:  # for each row: "words", "image", "video", "query"
+def token_counts(inputs: EncoderInputs) -> list[dict[str, int]]:  # for each row: "words", "image", "video", "query"
     "What the rows are made of; `image` is a reference, or a source of one frame."
     rows = []
     for ids, length in zip(inputs.input_ids, inputs.lengths.tolist()):
@@ -345,12 +414,14 @@ def vision_features(
 ) -> list[torch.Tensor]:  # per sample (tokens, hidden): its pictures in the order of the text
     "Merged features of all pictures of a batch, a list with one tensor for each sample, to be cached or passed on."
     if inputs.pixel_values is None:
-        raise InputError("`inputs.pixel_values` has to hold the pictures but is None; pass cached features as `vision`.")
+        raise InputError(
+            "`inputs.pixel_values` has to hold the pictures but is None; pass cached features as `vision`."
+        )
     fire_hooks(mllm)
     visual = mllm.model.visual
     grid = torch.tensor([g for row in inputs.grids for g in row], device=inputs.input_ids.device)
     features = visual(inputs.pixel_values.to(visual.dtype), grid_thw=grid).pooler_output
-    merge = visual.spatial_merge_size ** 2
+    merge = visual.spatial_merge_size**2
     return list(features.split([sum(math.prod(g) for g in row) // merge for row in inputs.grids]))
 
 # %% ../nbs/04_encoder.ipynb #fd8e3a98
@@ -371,10 +442,14 @@ def encode_hidden(
     is_query = ids == tokens["query"]
     for name, mask, values in (("vision", is_vision, features), ("queries", is_query, queries)):
         if int(mask.sum()) != len(values):
-            raise InputError(f"`{name}` has to hold one row for each placeholder, {int(mask.sum())}, but holds {len(values)}.")
+            raise InputError(
+                f"`{name}` has to hold one row for each placeholder, {int(mask.sum())}, but holds {len(values)}."
+            )
     embeds = embeds.masked_scatter(is_vision[..., None], features).masked_scatter(is_query[..., None], queries)
     # Attention is causal and the padding is on the right: no real token sees it, so no mask is needed.
-    return mllm.model.language_model(inputs_embeds=embeds, position_ids=inputs.position_ids, use_cache=False).last_hidden_state
+    return mllm.model.language_model(
+        inputs_embeds=embeds, position_ids=inputs.position_ids, use_cache=False
+    ).last_hidden_state
 
 # %% ../nbs/04_encoder.ipynb #9a447143
 def encode_context(
@@ -393,7 +468,7 @@ def encode_context(
         read = F.pad(read[:, :-2], (2, 0))
     chosen = is_ref | read
     mask = chosen.sum(1, keepdim=True) > torch.arange(int(chosen.sum(1).max()), device=device)
-    order = (~chosen).int().argsort(dim=1, stable=True)[:, :mask.shape[1]]
+    order = (~chosen).int().argsort(dim=1, stable=True)[:, : mask.shape[1]]
     hidden = hidden.gather(1, order[..., None].expand(-1, -1, hidden.shape[-1]))
     context = guidance.connector(hidden)
     if "ref" in inputs.modes:

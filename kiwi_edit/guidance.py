@@ -60,7 +60,7 @@ def to_velocity(
     clean = named.float()
     if names == "edit" and source_latents is not None:
         clean = clean + source_latents
-    return (latents - clean) / sigma.float().clamp(min=.05).view(-1, 1, 1, 1, 1)
+    return (latents - clean) / sigma.float().clamp(min=0.05).view(-1, 1, 1, 1, 1)
 
 # %% ../nbs/05_guidance.ipynb #9da93aac
 class KiwiGuidance(ModelMixin, ConfigMixin):
@@ -110,6 +110,7 @@ class KiwiGuidance(ModelMixin, ConfigMixin):
 # %% ../nbs/05_guidance.ipynb #d7775306
 class Rope(NamedTuple):
     "What a block receives in place of its `rotary_emb`."
+
     cos: torch.Tensor  # (1, S, 1, head_dim/2)
     sin: torch.Tensor  # (1, S, 1, head_dim/2)
     mask: torch.Tensor | None = None  # (B, 1, 1, S) bool, False for tokens of references that a sample lacks
@@ -118,6 +119,7 @@ class Rope(NamedTuple):
 @dataclass
 class EditCache:
     "What stays the same over the steps of one edit; `denoise` fills it at the first step and reads it at the others."
+
     source: torch.Tensor | None = None  # (B, dim, f, h', w') embedded source
     reference: torch.Tensor | None = None  # (B, dim, R, h', w') embedded references
     rope: Rope | None = None
@@ -130,6 +132,7 @@ class EditCache:
 @dataclass
 class Context:
     "What a block receives in place of its `encoder_hidden_states`."
+
     hidden_states: torch.Tensor  # (B, N, dim)
     mask: torch.Tensor | None = None  # (B, 1, 1, N) bool, None where nothing is padded
     key_values: dict | None = None  # an edit's cache, None in training
@@ -137,7 +140,8 @@ class Context:
 # %% ../nbs/05_guidance.ipynb #639b76c1
 def rotate(
     x: torch.Tensor,  # (B, S, heads, head_dim)
-    cos: torch.Tensor, sin: torch.Tensor,  # (1, S, 1, head_dim/2)
+    cos: torch.Tensor,
+    sin: torch.Tensor,  # (1, S, 1, head_dim/2)
 ) -> torch.Tensor:
     "Rotary position embedding on neighbouring pairs."
     x1, x2 = x.unflatten(-1, (-1, 2)).unbind(-1)
@@ -164,30 +168,42 @@ def position_likeness(
 
 # %% ../nbs/05_guidance.ipynb #ed0c21bf
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,  # (B, S, heads, head_dim)
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,  # (B, S, heads, head_dim)
     mask: torch.Tensor | None = None,  # (B, 1, 1, S) bool, False for keys that do not exist
     backend=None,  # of diffusers' attention dispatcher
     parallel=None,  # diffusers' `ParallelConfig` where tokens are shared out over devices
 ) -> torch.Tensor:  # (B, S, heads, head_dim)
     "Attention by diffusers' dispatcher; short sequences in bfloat16 with gradients on a CPU are written out, three times as fast there."
-    written_out = parallel is None and query.device.type == "cpu" and query.dtype == torch.bfloat16 and torch.is_grad_enabled()
-    if not written_out or query.shape[1] * key.shape[1] > 2 ** 20:
-        return dispatch_attention_fn(query, key, value, attn_mask=mask, dropout_p=0.0, is_causal=False, backend=backend, parallel_config=parallel)
+    written_out = (
+        parallel is None and query.device.type == "cpu" and query.dtype == torch.bfloat16 and torch.is_grad_enabled()
+    )
+    if not written_out or query.shape[1] * key.shape[1] > 2**20:
+        return dispatch_attention_fn(
+            query, key, value, attn_mask=mask, dropout_p=0.0, is_causal=False, backend=backend, parallel_config=parallel
+        )
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-    if mask is not None: scores = scores.masked_fill(~mask, float("-inf"))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
     return (scores.softmax(-1).type_as(value) @ value).transpose(1, 2)
 
 # %% ../nbs/05_guidance.ipynb #018f3506
 class KiwiAttnProcessor:
     "Wan attention with masks for what a batch lacks, and cross-attention keys and values computed once; stock inputs give stock results."
+
     _attention_backend = None
     _parallel_config = None
 
-    def __init__(self, layer: int): self.layer = layer
+    def __init__(self, layer: int):
+        self.layer = layer
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
-        cache, parallel = None, self._parallel_config if encoder_hidden_states is None else None  # the context is whole on every device
+        cache, parallel = (
+            None,
+            self._parallel_config if encoder_hidden_states is None else None,
+        )  # the context is whole on every device
         if isinstance(encoder_hidden_states, Context):
             attention_mask, cache = encoder_hidden_states.mask, encoder_hidden_states.key_values
             encoder_hidden_states = encoder_hidden_states.hidden_states
@@ -198,10 +214,12 @@ class KiwiAttnProcessor:
             memory = hidden_states if encoder_hidden_states is None else encoder_hidden_states
             key = attn.norm_k(attn.to_k(memory)).unflatten(2, (attn.heads, -1))
             value = attn.to_v(memory).unflatten(2, (attn.heads, -1))
-            if cache is not None: cache[self.layer] = (key, value)
+            if cache is not None:
+                cache[self.layer] = (key, value)
         if rotary_emb is not None:
             rope = rotary_emb if isinstance(rotary_emb, Rope) else halve(*rotary_emb)
-            if rope.mask is not None: attention_mask = rope.mask
+            if rope.mask is not None:
+                attention_mask = rope.mask
             query, key = rotate(query, rope.cos, rope.sin), rotate(key, rope.cos, rope.sin)
         out = attend(query, key, value, attention_mask, self._attention_backend, parallel).flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](out))
@@ -210,10 +228,14 @@ class KiwiAttnProcessor:
 def find_wan(transformer: nn.Module) -> WanTransformer3DModel:
     "The Wan transformer itself, also inside DDP or PEFT wrappers; its attention processors are put in place."
     wan = next((m for m in transformer.modules() if isinstance(m, WanTransformer3DModel)), None)
-    if wan is None: raise InputTypeError(f"`transformer` has to hold a WanTransformer3DModel but is a {type(transformer).__name__}.")
+    if wan is None:
+        raise InputTypeError(
+            f"`transformer` has to hold a WanTransformer3DModel but is a {type(transformer).__name__}."
+        )
     for i, block in enumerate(wan.blocks):
         for attn in (block.attn1, block.attn2):
-            if not isinstance(attn.processor, KiwiAttnProcessor): attn.set_processor(KiwiAttnProcessor(i))
+            if not isinstance(attn.processor, KiwiAttnProcessor):
+                attn.set_processor(KiwiAttnProcessor(i))
     return wan
 
 # %% ../nbs/05_guidance.ipynb #81647f3a
@@ -223,10 +245,14 @@ def hooked(
     before=(),  # (module, hook on what it is given)
 ):
     "Forward hooks for the length of one call."
-    handles = [module.register_forward_hook(hook) for module, hook in pairs] + [module.register_forward_pre_hook(hook) for module, hook in before]
-    try: yield
+    handles = [module.register_forward_hook(hook) for module, hook in pairs] + [
+        module.register_forward_pre_hook(hook) for module, hook in before
+    ]
+    try:
+        yield
     finally:
-        for handle in handles: handle.remove()
+        for handle in handles:
+            handle.remove()
 
 # %% ../nbs/05_guidance.ipynb #0df1f2c2
 def rounded_sigma(
@@ -245,17 +271,23 @@ def check_shapes(guidance, latents, context, context_mask, source_latents, refer
     c, (batch, channels, frames, height, width) = guidance.config, latents.shape
     _, ph, pw = c.patch_size
     if channels != c.in_channels or height % ph or width % pw:
-        raise InputError(f"`latents` has to have {c.in_channels} channels and sides that are multiples of {(ph, pw)} but is {tuple(latents.shape)}.")
+        raise InputError(
+            f"`latents` has to have {c.in_channels} channels and sides that are multiples of {(ph, pw)} but is {tuple(latents.shape)}."
+        )
     if context.ndim != 3 or len(context) != batch or context.shape[2] != c.dim:
         raise InputError(f"`context` has to be ({batch}, N, {c.dim}) but is {tuple(context.shape)}.")
     if context_mask is not None and context_mask.shape != context.shape[:2]:
         raise InputError(f"`context_mask` has to be {tuple(context.shape[:2])} but is {tuple(context_mask.shape)}.")
     if source_latents is not None and source_latents.shape != latents.shape:
-        raise InputError(f"`source_latents` has to be {tuple(latents.shape)} like `latents` but is {tuple(source_latents.shape)}.")
+        raise InputError(
+            f"`source_latents` has to be {tuple(latents.shape)} like `latents` but is {tuple(source_latents.shape)}."
+        )
     if reference_latents is not None:
         shape = reference_latents.shape
         if len(shape) != 5 or shape[:2] != latents.shape[:2] or shape[3:] != latents.shape[3:]:
-            raise InputError(f"`reference_latents` has to be ({batch}, {channels}, R, {height}, {width}) but is {tuple(shape)}.")
+            raise InputError(
+                f"`reference_latents` has to be ({batch}, {channels}, R, {height}, {width}) but is {tuple(shape)}."
+            )
         if reference_mask is not None and reference_mask.shape != (batch, shape[2]):
             raise InputError(f"`reference_mask` has to be {(batch, shape[2])} but is {tuple(reference_mask.shape)}.")
 
@@ -283,24 +315,34 @@ def denoise(
             order = reference_mask.int().argsort(dim=1, stable=True)
             reference_mask = reference_mask.gather(1, order)
             reference_latents = reference_latents.gather(2, order[:, None, :, None, None].expand_as(reference_latents))
-        if reference_mask.all(): reference_mask = None
-    if context_mask is not None and context_mask.all(): context_mask = None
-    if cache is not None and cache.source is not None: source = cache.source
-    else: source = None if source_latents is None else guidance.source_embedder(source_latents)
-    if cache is not None and cache.reference is not None: reference = cache.reference
-    else: reference = guidance.ref_embedder(reference_latents) if extra else None
-    if cache is not None: cache.source, cache.reference = source, reference
+        if reference_mask.all():
+            reference_mask = None
+    if context_mask is not None and context_mask.all():
+        context_mask = None
+    if cache is not None and cache.source is not None:
+        source = cache.source
+    else:
+        source = None if source_latents is None else guidance.source_embedder(source_latents)
+    if cache is not None and cache.reference is not None:
+        reference = cache.reference
+    else:
+        reference = guidance.ref_embedder(reference_latents) if extra else None
+    if cache is not None:
+        cache.source, cache.reference = source, reference
 
     def conditions(module, args, embedded):
         "Add the source to the video's patches and put the references' patches beside them."
         video = embedded[:, :, extra:] if first else embedded[:, :, : embedded.shape[2] - extra]
-        if source is not None: video = video + source * sigma.to(source.dtype).view(-1, 1, 1, 1, 1)
-        if not extra: return video
+        if source is not None:
+            video = video + source * sigma.to(source.dtype).view(-1, 1, 1, 1, 1)
+        if not extra:
+            return video
         return torch.cat([reference, video] if first else [video, reference], dim=2)
 
     def positions(module, args, tables):
         "Prepare the tables once, and add the mask of missing references."
-        if cache is not None and cache.rope is not None: return cache.rope
+        if cache is not None and cache.rope is not None:
+            return cache.rope
         mask = None
         if extra and reference_mask is not None:
             tokens = tables[0].shape[1] // (frames + extra)  # of one frame
@@ -308,7 +350,8 @@ def denoise(
             mask = torch.cat([reference_mask, video] if first else [video, reference_mask], dim=1)
             mask = mask.repeat_interleave(tokens, dim=1)[:, None, None]
         rope = halve(*tables, mask)
-        if cache is not None: cache.rope = rope
+        if cache is not None:
+            cache.rope = rope
         return rope
 
     def of_video(module, args):
@@ -328,29 +371,48 @@ def denoise(
         latents = torch.cat([blank, latents] if first else [latents, blank], dim=2)
     text = latents.new_zeros(batch, 1, wan.config.text_dim)  # the stock text embedder runs on one blank token
     timestep = timestep.to(latents.device).expand(batch)
-    if guidance.config.round_timestep: timestep = timestep.to(torch.bfloat16).float()
+    if guidance.config.round_timestep:
+        timestep = timestep.to(torch.bfloat16).float()
     step_cache = nullcontext()
     if cache is not None and wan.is_cache_enabled:  # one of diffusers', which skips blocks
-        if not cache.steps and cache.name in ("edit", "window 0"): wan._reset_stateful_cache()  # also of an edit that was cut off
-        step_cache = wan.cache_context(cache.name, step_index=cache.steps, num_inference_steps=cache.num_steps, timestep=float(timestep[0]), sigma=float(sigma[0]))
+        if not cache.steps and cache.name in ("edit", "window 0"):
+            wan._reset_stateful_cache()  # also of an edit that was cut off
+        step_cache = wan.cache_context(
+            cache.name,
+            step_index=cache.steps,
+            num_inference_steps=cache.num_steps,
+            timestep=float(timestep[0]),
+            sigma=float(sigma[0]),
+        )
     head = dict(before=[(wan.norm_out, of_video)]) if extra else {}
-    with step_cache, hooked((wan.patch_embedding, conditions), (wan.rope, positions), (wan.condition_embedder.text_embedder, lambda *_: blocks_see),
-                            *([(wan.proj_out, of_all)] if extra else []), **head):
+    with (
+        step_cache,
+        hooked(
+            (wan.patch_embedding, conditions),
+            (wan.rope, positions),
+            (wan.condition_embedder.text_embedder, lambda *_: blocks_see),
+            *([(wan.proj_out, of_all)] if extra else []),
+            **head,
+        ),
+    ):
         named = transformer(hidden_states=latents, timestep=timestep, encoder_hidden_states=text, return_dict=False)[0]
-    if cache is not None: cache.steps += 1
+    if cache is not None:
+        cache.steps += 1
     named = named[:, :, extra:] if first else named[:, :, :frames]
     return to_velocity(named, guidance.config.names, noisy, sigma, source_latents)
 
 # %% ../nbs/05_guidance.ipynb #02b10003
 class Window(NamedTuple):
     "A part of a clip's latents."
+
     frames: slice
     rows: slice
     columns: slice
     weight: torch.Tensor  # (f, h, w) how much it counts where windows overlap, in 0..1
 
     @property
-    def place(self): return ..., self.frames, self.rows, self.columns
+    def place(self):
+        return ..., self.frames, self.rows, self.columns
 
 
 def latent_windows(
@@ -363,11 +425,22 @@ def latent_windows(
     size = [min(side, length) for side, length in zip(size, shape)]
     spans = []
     for length, side, shared, unit in zip(shape, size, overlap, (1, multiple, multiple)):
-        if side < length and not 0 <= shared < side: raise InputError(f"`overlap` has to be from 0 to below the window's {side} but is {shared}.")
+        if side < length and not 0 <= shared < side:
+            raise InputError(f"`overlap` has to be from 0 to below the window's {side} but is {shared}.")
         count = 1 if side == length else math.ceil((length - shared) / (side - shared))
         starts = [round(i * (length - side) / max(count - 1, 1) / unit) * unit for i in range(count)]
-        spans.append([(slice(start, start + side), ramp(side, shared if count > 1 else 0, not i, i == count - 1)) for i, start in enumerate(starts)])
-    return [Window(f, y, x, torch.minimum(torch.minimum(wf[:, None, None], wy[:, None]), wx)) for f, wf in spans[0] for y, wy in spans[1] for x, wx in spans[2]]
+        spans.append(
+            [
+                (slice(start, start + side), ramp(side, shared if count > 1 else 0, not i, i == count - 1))
+                for i, start in enumerate(starts)
+            ]
+        )
+    return [
+        Window(f, y, x, torch.minimum(torch.minimum(wf[:, None, None], wy[:, None]), wx))
+        for f, wf in spans[0]
+        for y, wy in spans[1]
+        for x, wx in spans[2]
+    ]
 
 # %% ../nbs/05_guidance.ipynb #02b10006
 def denoise_windows(
@@ -381,12 +454,16 @@ def denoise_windows(
     velocity = total = None
     for window, cache in zip(windows, caches):
         weight = window.weight.to(latents.device)
-        part = call(latents[window.place], None if source_latents is None else source_latents[window.place], cache).float()
-        if velocity is None: velocity, total = part.new_zeros(len(part), *latents.shape[1:]), part.new_zeros(latents.shape[2:])
+        part = call(
+            latents[window.place], None if source_latents is None else source_latents[window.place], cache
+        ).float()
+        if velocity is None:
+            velocity, total = part.new_zeros(len(part), *latents.shape[1:]), part.new_zeros(latents.shape[2:])
         velocity[window.place] += part * weight
         total[window.place] += weight
         cache.source = None  # windows share all the rest, and this would grow with the clip
-        for other in caches: other.reference, other.rope = cache.reference, cache.rope
+        for other in caches:
+            other.reference, other.rope = cache.reference, cache.rope
     return velocity / total
 
 

@@ -24,11 +24,15 @@ __all__ = ['latent_statistics', 'fast_layers', 'fire_hooks', 'tile_starts', 'ram
            'regroup', 'stream_latents', 'stream_frames']
 
 # %% ../nbs/03_latents.ipynb #5884e9db
-def latent_statistics(vae: AutoencoderKLWan, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:  # each (1, z, 1, 1, 1)
+def latent_statistics(
+    vae: AutoencoderKLWan, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:  # each (1, z, 1, 1, 1)
     "Per-channel mean and standard deviation that make latents about standard normal."
     shape = (1, vae.config.z_dim, 1, 1, 1)
-    return tuple(torch.tensor(v, dtype=torch.float32, device=device).view(shape)
-                 for v in (vae.config.latents_mean, vae.config.latents_std))
+    return tuple(
+        torch.tensor(v, dtype=torch.float32, device=device).view(shape)
+        for v in (vae.config.latents_mean, vae.config.latents_std)
+    )
 
 # %% ../nbs/03_latents.ipynb #02a00011
 def _forward_flat(self, x, cache_x=None):
@@ -42,107 +46,147 @@ def _forward_flat(self, x, cache_x=None):
         taps = time_taps - past
         stacked, weight = x[:, :, :taps].flatten(1, 2), self.weight[:, :, past:]
     else:
-        if past: x = F.pad(x, (0, 0, 0, 0, past, 0))
+        if past:
+            x = F.pad(x, (0, 0, 0, 0, past, 0))
         taps, weight = time_taps, self.weight
         stacked = x.unfold(2, time_taps, stride).permute(0, 2, 1, 5, 3, 4).flatten(2, 3).flatten(0, 1)
     y = F.conv2d(stacked, weight.flatten(1, 2), self.bias, self.stride[1:], (top, left))
     return y.unflatten(0, (len(x), frames)).transpose(1, 2)
 
+
 def _forward_where_it_helps(self, x, cache_x=None):
     lone = x.shape[2] == 1 and cache_x is None and self.stride[0] == 1
     return _forward_flat(self, x, cache_x) if lone or x.device.type == "cpu" else type(self).forward(self, x, cache_x)
 
+
 def _forward_summed(self, x):
     "A norm over channels whose squares are summed plane by plane, as memory holds them."
-    if x.device.type != "cpu" or x.dtype != torch.float32 or not self.channel_first: return type(self).forward(self, x)
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not self.channel_first:
+        return type(self).forward(self, x)
     length = x.square().sum(1, keepdim=True).clamp_min(1e-24).sqrt()  # at least 1e-12, as PyTorch's `normalize` has it
     return x * (self.scale / length) * self.gamma + self.bias
+
 
 _FORWARDS = {WanCausalConv3d: _forward_where_it_helps, WanRMS_norm: _forward_summed}
 _fast_lock = threading.Lock()
 
+
 @contextmanager
-def fast_layers(
-    vae: AutoencoderKLWan,
-):
+def fast_layers(vae: AutoencoderKLWan):
     "Within it, the autoencoder's 3D convolutions run as 2D ones and its norms sum in the order of memory, where that is faster: the same numbers, up to rounding. Several threads may be within it at once."
     counted = vars(vae.decoder)  # copies of an autoencoder that share its layers share the count
+
     def count(change):
         with _fast_lock:
             users = counted["_fast_users"] = counted.get("_fast_users", 0) + change
             if users == 1 and change == 1:
                 for module in vae.modules():
                     for kind, forward in _FORWARDS.items():
-                        if isinstance(module, kind) and "forward" not in vars(module): module.forward = types.MethodType(forward, module)  # one that is there is a hook's
+                        if isinstance(module, kind) and "forward" not in vars(module):
+                            module.forward = types.MethodType(forward, module)  # one that is there is a hook's
             if not users:
                 for module in vae.modules():
-                    if getattr(vars(module).get("forward"), "__func__", None) in _FORWARDS.values(): del module.forward
+                    if getattr(vars(module).get("forward"), "__func__", None) in _FORWARDS.values():
+                        del module.forward
                 del counted["_fast_users"]
+
     count(1)
-    try: yield vae
-    finally: count(-1)
+    try:
+        yield vae
+    finally:
+        count(-1)
 
 # %% ../nbs/03_latents.ipynb #7e11ab01
 def fire_hooks(module: torch.nn.Module):
     "Bring an offloaded model to its device when a part of it is called and not the model itself."
-    if hasattr(module, "_hf_hook") and hasattr(module._hf_hook, "pre_forward"): module._hf_hook.pre_forward(module)
+    if hasattr(module, "_hf_hook") and hasattr(module._hf_hook, "pre_forward"):
+        module._hf_hook.pre_forward(module)
+
 
 class _Unclamped(TorchFunctionMode):
     "Within it, the autoencoder's decoder leaves its last clamp to whoever joins the tiles."
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return args[0] if function is torch.clamp else function(*args, **(kwargs or {}))
 
+
 def tile_starts(
     length: int,  # of a side
-    tile: int,    # length of a tile
+    tile: int,  # length of a tile
     stride: int,  # from one tile to the next
 ) -> list[int]:
     "Where tiles begin: at multiples of the stride, as long as the one before does not reach the border."
     return [start for start in range(0, length, stride) if start == 0 or start - stride + tile < length]
 
+
 def ramp(
-    length: int,   # of a tile
+    length: int,  # of a tile
     overlap: int,  # that it shares with each neighbour
-    first: bool,   # it lies at the near border of the picture
-    last: bool,    # it lies at the far border
+    first: bool,  # it lies at the near border of the picture
+    last: bool,  # it lies at the far border
 ) -> torch.Tensor:  # (length,) in 0..1
     "Weights along a tile: rising over an overlap, but not at a border of the picture."
     weights, rise = torch.ones(length), (torch.arange(overlap) + 1) / overlap
-    if not first: weights[:overlap] = rise[:length]
-    if overlap and not last: weights[-overlap:] = torch.minimum(weights[-overlap:], rise.flip(0)[-length:])
+    if not first:
+        weights[:overlap] = rise[:length]
+    if overlap and not last:
+        weights[-overlap:] = torch.minimum(weights[-overlap:], rise.flip(0)[-length:])
     return weights
+
 
 def in_tiles(
     vae: AutoencoderKLWan,
     x: torch.Tensor,  # (B, 3, T, H, W) pixels in -1..1, or (B, z, f, h, w) latents as the autoencoder has them
-    way: str,         # "encode" or "decode"
+    way: str,  # "encode" or "decode"
     run: Callable | None = None,  # called as run(part of x, number of the tile); None calls the autoencoder
-) -> torch.Tensor:    # latents (B, z, f, h, w), or pixels (B, 3, T, H, W) in -1..1
+) -> torch.Tensor:  # latents (B, z, f, h, w), or pixels (B, 3, T, H, W) in -1..1
     "A pass of the autoencoder, in overlapping tiles where `vae.enable_tiling(...)` was called and the picture is larger than one."
     factor = vae.config.scale_factor_spatial
-    run = run or ((lambda part, _: vae.encode(part).latent_dist.mode()) if way == "encode" else (lambda part, _: vae.decode(part).sample))
-    scale, unit = (1 / factor, 1) if way == "encode" else (factor, factor)  # of the result; `unit`: pixels in a unit of `x`
+    run = run or (
+        (lambda part, _: vae.encode(part).latent_dist.mode())
+        if way == "encode"
+        else (lambda part, _: vae.decode(part).sample)
+    )
+    scale, unit = (
+        (1 / factor, 1) if way == "encode" else (factor, factor)
+    )  # of the result; `unit`: pixels in a unit of `x`
     tile = [size // unit for size in (vae.tile_sample_min_height, vae.tile_sample_min_width)]
     stride = [size // unit for size in (vae.tile_sample_stride_height, vae.tile_sample_stride_width)]
-    if not vae.use_tiling or all(side <= size for side, size in zip(x.shape[-2:], tile)): return run(x, 0)
+    if not vae.use_tiling or all(side <= size for side, size in zip(x.shape[-2:], tile)):
+        return run(x, 0)
     if any(size % factor for size in tile + stride) and way == "encode" or any(s > t for s, t in zip(stride, tile)):
-        raise InputError(f"tiles of the autoencoder have to have sides and strides in multiples of {factor} pixels, strides no longer than sides, but are {tile} and {stride}.")
+        raise InputError(
+            f"tiles of the autoencoder have to have sides and strides in multiples of {factor} pixels, strides no longer than sides, but are {tile} and {stride}."
+        )
     rows, columns = (tile_starts(side, *sizes) for side, sizes in zip(x.shape[-2:], zip(tile, stride)))
     overlap, total, weights = [round((t - s) * scale) for t, s in zip(tile, stride)], None, None
     for i, top in enumerate(rows):  # no part is larger than a tile, so diffusers cuts none further
         for j, left in enumerate(columns):
-            with _Unclamped() if way == "decode" else nullcontext(): part = run(x[..., top:top + tile[0], left:left + tile[1]], i * len(columns) + j)
+            with _Unclamped() if way == "decode" else nullcontext():
+                part = run(x[..., top : top + tile[0], left : left + tile[1]], i * len(columns) + j)
             y, x0 = round(top * scale), round(left * scale)
-            ramps = [ramp(length, over, start == starts[0], start == starts[-1]) for length, over, start, starts in zip(part.shape[-2:], overlap, (top, left), (rows, columns))]
+            ramps = [
+                ramp(length, over, start == starts[0], start == starts[-1])
+                for length, over, start, starts in zip(part.shape[-2:], overlap, (top, left), (rows, columns))
+            ]
             weight = torch.minimum(ramps[0][:, None], ramps[1][None]).to(part)
-            if total is None: total, weights = (part.new_zeros(*shape, *(round(side * scale) for side in x.shape[-2:])) for shape in (part.shape[:-2], ()))
-            total[..., y:y + part.shape[-2], x0:x0 + part.shape[-1]] += part * weight
-            weights[y:y + part.shape[-2], x0:x0 + part.shape[-1]] += weight
+            if total is None:
+                total, weights = (
+                    part.new_zeros(*shape, *(round(side * scale) for side in x.shape[-2:]))
+                    for shape in (part.shape[:-2], ())
+                )
+            total[..., y : y + part.shape[-2], x0 : x0 + part.shape[-1]] += part * weight
+            weights[y : y + part.shape[-2], x0 : x0 + part.shape[-1]] += weight
     return total / weights if way == "encode" else (total / weights).clamp(-1, 1)
 
 # %% ../nbs/03_latents.ipynb #1803d172
-def _to_pixels(vae, frames, device): return frames.to(device or vae.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-def _to_frames(pixels): return ((pixels.float() + 1) * 127.5).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()
+def _to_pixels(vae, frames, device):
+    return frames.to(device or vae.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+def _to_frames(pixels):
+    return ((pixels.float() + 1) * 127.5).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()
+
 
 def encode_frames(
     vae: AutoencoderKLWan,
@@ -151,14 +195,19 @@ def encode_frames(
 ) -> torch.Tensor:  # (B, z, f, h, w) float32
     "Normalised latents of frames: the mode of the posterior, no dice."
     frames = torch.as_tensor(np.ascontiguousarray(frames) if isinstance(frames, np.ndarray) else frames)
-    if frames.ndim == 4: frames = frames[None]
+    if frames.ndim == 4:
+        frames = frames[None]
     if frames.ndim != 5 or frames.shape[-1] != 3 or frames.dtype != torch.uint8:
         raise InputError(f"`frames` has to be (B, T, H, W, 3) uint8 but is {tuple(frames.shape)} {frames.dtype}.")
-    if frames.shape[1] % 4 != 1:  # diffusers encodes one frame, then whole groups of four, also where time is not compressed
+    if (
+        frames.shape[1] % 4 != 1
+    ):  # diffusers encodes one frame, then whole groups of four, also where time is not compressed
         raise InputError(f"`frames` has to hold 4k+1 frames but holds {frames.shape[1]}.")
     pixels = _to_pixels(vae, frames, device)
     mean, std = latent_statistics(vae, pixels.device)
-    with fast_layers(vae): return (in_tiles(vae, pixels.to(vae.dtype), "encode").float() - mean) / std
+    with fast_layers(vae):
+        return (in_tiles(vae, pixels.to(vae.dtype), "encode").float() - mean) / std
+
 
 def decode_latents(
     vae: AutoencoderKLWan,
@@ -166,46 +215,60 @@ def decode_latents(
 ) -> np.ndarray:  # (B, T, H, W, 3) uint8
     "Frames of normalised latents."
     mean, std = latent_statistics(vae, latents.device)
-    with fast_layers(vae): return _to_frames(in_tiles(vae, (latents.float() * std + mean).to(vae.dtype), "decode"))
+    with fast_layers(vae):
+        return _to_frames(in_tiles(vae, (latents.float() * std + mean).to(vae.dtype), "decode"))
 
 # %% ../nbs/03_latents.ipynb #02a00017
 def _streamed(vae, way):
     "A function of one piece of a stream after the other, in tiles where they are enabled."
     pasts = {}  # tile -> what its convolutions remember
+
     def run(x, tile):
         first = tile not in pasts
         past = pasts.setdefault(tile, [None] * vae._cached_conv_counts["encoder" if way == "encode" else "decoder"])
         if way == "encode":
-            if vae.config.patch_size is not None: x = patchify(x, vae.config.patch_size)
+            if vae.config.patch_size is not None:
+                x = patchify(x, vae.config.patch_size)
             return vae.quant_conv(vae.encoder(x, feat_cache=past, feat_idx=[0])).chunk(2, 1)[0]
-        y = vae.decoder(vae.post_quant_conv(x), feat_cache=past, feat_idx=[0], **(dict(first_chunk=True) if first else {}))
+        y = vae.decoder(
+            vae.post_quant_conv(x), feat_cache=past, feat_idx=[0], **(dict(first_chunk=True) if first else {})
+        )
         return y if vae.config.patch_size is None else unpatchify(y, vae.config.patch_size)
+
     def step(x):
         fire_hooks(vae)
-        with fast_layers(vae), torch.no_grad(): return in_tiles(vae, x.to(vae.dtype), way, run)
+        with fast_layers(vae), torch.no_grad():
+            return in_tiles(vae, x.to(vae.dtype), way, run)
+
     return step
+
 
 def regroup(
     chunks: Iterable[np.ndarray],  # (n, H, W, 3) uint8 each, of any lengths
-    group: int = 4,                # frames to a latent frame after the first
-    drop_rest: bool = False,       # leave out what does not fill a group, instead of raising
-) -> Iterator[np.ndarray]:         # (1, H, W, 3), then (group, H, W, 3) each
+    group: int = 4,  # frames to a latent frame after the first
+    drop_rest: bool = False,  # leave out what does not fill a group, instead of raising
+) -> Iterator[np.ndarray]:  # (1, H, W, 3), then (group, H, W, 3) each
     "The same frames as the autoencoder takes them: one, then groups."
     kept, wanted = [], 1
     for chunk in chunks:
         while len(chunk):
             room = wanted - sum(map(len, kept))
-            kept.append(chunk[:room]); chunk = chunk[room:]
+            kept.append(chunk[:room])
+            chunk = chunk[room:]
             if sum(map(len, kept)) == wanted:
                 yield kept[0] if len(kept) == 1 else np.concatenate(kept)
                 kept, wanted = [], group
-    if kept and not drop_rest: raise InputError(f"`chunks` has to hold {group}k+1 frames for this autoencoder but {sum(map(len, kept))} are left over.")
+    if kept and not drop_rest:
+        raise InputError(
+            f"`chunks` has to hold {group}k+1 frames for this autoencoder but {sum(map(len, kept))} are left over."
+        )
+
 
 def stream_latents(
     vae: AutoencoderKLWan,
     chunks: Iterable[np.ndarray],  # (n, H, W, 3) uint8 each, one frame and whole groups together
     device: torch.device | str | None = None,  # where to compute; None is where the autoencoder lies
-    drop_rest: bool = False,       # leave out frames that do not fill a group, instead of raising
+    drop_rest: bool = False,  # leave out frames that do not fill a group, instead of raising
 ) -> Iterator[torch.Tensor]:  # (1, z, 1, h, w) float32, one latent frame after the other
     "What `encode_frames` gives, piece by piece: memory does not grow with the clip."
     step = _streamed(vae, "encode")
@@ -214,12 +277,16 @@ def stream_latents(
         mean, std = latent_statistics(vae, pixels.device)
         yield (step(pixels).float() - mean) / std
 
+
 def stream_frames(
     vae: AutoencoderKLWan,
     latents: torch.Tensor | Iterable[torch.Tensor],  # (1, z, f, h, w) normalised, or pieces of it
-) -> Iterator[np.ndarray]:  # (1, H, W, 3) uint8, then a group (4, H, W, 3) each; single frames where time is not compressed
+) -> Iterator[
+    np.ndarray
+]:  # (1, H, W, 3) uint8, then a group (4, H, W, 3) each; single frames where time is not compressed
     "What `decode_latents` gives, piece by piece: memory does not grow with the clip."
     step = _streamed(vae, "decode")
     for piece in [latents] if isinstance(latents, torch.Tensor) else latents:
         mean, std = latent_statistics(vae, piece.device)
-        for frame in piece.split(1, dim=2): yield _to_frames(step(frame.float() * std + mean).clamp(-1, 1))[0]
+        for frame in piece.split(1, dim=2):
+            yield _to_frames(step(frame.float() * std + mean).clamp(-1, 1))[0]

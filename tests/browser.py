@@ -4,6 +4,7 @@
 
 It wants playwright and a Chromium (CHROMIUM names one that is not in its usual place).
 """
+
 import argparse
 import functools
 import os
@@ -13,7 +14,16 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+]
 
 
 def chromium():
@@ -25,9 +35,17 @@ def chromium():
 @functools.cache
 def why_no_browser():
     "Why no page can be opened here, or None."
-    if chromium() is None: return "no Chromium"
-    try: done = subprocess.run([chromium(), "--headless", *ARGUMENTS, "--dump-dom", "about:blank"], capture_output=True, text=True, timeout=60)
-    except subprocess.TimeoutExpired: return "Chromium does not start in a minute"
+    if chromium() is None:
+        return "no Chromium"
+    try:
+        done = subprocess.run(
+            [chromium(), "--headless", *ARGUMENTS, "--dump-dom", "about:blank"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    except subprocess.TimeoutExpired:
+        return "Chromium does not start in a minute"
     return None if "<html>" in done.stdout else f"Chromium does not start: {done.stderr.strip()[-300:]}"
 
 
@@ -39,7 +57,9 @@ class Page:
         self.page = self.browser.new_page(viewport=dict(width=width, height=height))
         self.page.set_default_timeout(60_000)
         self.foreign, self.faults = [], []
-        self.page.on("request", lambda r: None if r.url.startswith((url, "data:", "blob:")) else self.foreign.append(r.url))
+        self.page.on(
+            "request", lambda r: None if r.url.startswith((url, "data:", "blob:")) else self.foreign.append(r.url)
+        )
         self.page.on("pageerror", lambda e: self.faults.append(str(e)))
         self.page.on("console", lambda m: self.faults.append(m.text) if m.type == "error" else None)
         self.page.goto(url)
@@ -50,22 +70,33 @@ class Page:
         self.page.wait_for_function("document.querySelector('#instruction textarea').value.length > 0")
         self.page.wait_for_selector("#clip video", timeout=60_000)
 
-    def upload(self, field, *paths): self.page.locator(f"#{field} input[type=file]").first.set_input_files([str(p) for p in paths])
+    def upload(self, field, *paths):
+        self.page.locator(f"#{field} input[type=file]").first.set_input_files([str(p) for p in paths])
 
-    def open_tab(self, name): self.page.get_by_role("tab", name=name, exact=True).click()
+    def open_tab(self, name):
+        self.page.get_by_role("tab", name=name, exact=True).click()
 
-    def instruct(self, text): self.page.locator("#instruction textarea").fill(text)
+    def instruct(self, text):
+        self.page.locator("#instruction textarea").fill(text)
 
-    def instruction(self): return self.page.locator("#instruction textarea").input_value()
+    def instruction(self):
+        return self.page.locator("#instruction textarea").input_value()
 
-    def set_steps(self, steps): self.page.locator("#steps input[type=number]").fill(str(steps))
+    def set_steps(self, steps):
+        self.page.locator("#steps input[type=number]").fill(str(steps))
 
-    def click(self, name): self.page.locator(f"button#{name}").click()
+    def click(self, name):
+        self.page.locator(f"button#{name}").click()
 
-    def edit(self): self.click("edit")
+    def edit(self):
+        self.click("edit")
 
     def wait_for_text(self, field, text, seconds=180):
-        self.page.wait_for_function("([f, t]) => document.querySelector('#' + f)?.innerText.includes(t)", arg=[field, text], timeout=seconds * 1000)
+        self.page.wait_for_function(
+            "([f, t]) => document.querySelector('#' + f)?.innerText.includes(t)",
+            arg=[field, text],
+            timeout=seconds * 1000,
+        )
         return self.page.locator(f"#{field}").inner_text()
 
     def wait_for_result(self, kind="video", seconds=180):
@@ -80,7 +111,9 @@ class Page:
         "Names of the files that can be taken home."
         self.page.wait_for_selector("#wipe img")
         self.page.wait_for_selector("#heat img")
-        self.page.wait_for_function("document.querySelector('#downloads').textContent.replace(/\\s/g, '').includes('edit.py')")
+        self.page.wait_for_function(
+            "document.querySelector('#downloads').textContent.replace(/\\s/g, '').includes('edit.py')"
+        )
         return "".join(self.page.locator("#downloads").text_content().split())
 
     def plays(self):
@@ -89,18 +122,22 @@ class Page:
         return self.page.evaluate("""async () => { const v = document.querySelector('#result video'); v.muted = true; await v.play(); const at = v.currentTime;
             for (let i = 0; i < 100; i++) { await new Promise(r => setTimeout(r, 50)); if (v.currentTime != at) return true } return false }""")
 
-    def wait_for_error(self, text): return self.page.locator(".toast-body", has_text=text).first.inner_text(timeout=60_000)
+    def wait_for_error(self, text):
+        return self.page.locator(".toast-body", has_text=text).first.inner_text(timeout=60_000)
 
-    def overflow(self): return self.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+    def overflow(self):
+        return self.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
 
     def shot(self, path):
         "A picture of the page in 256 colours."
         from PIL import Image
+
         self.page.wait_for_timeout(1500)
         self.page.screenshot(path=str(path), full_page=True)
         Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
 
-    def close(self): self.browser.close()
+    def close(self):
+        self.browser.close()
 
 
 def pictures(page, out, example):
@@ -123,7 +160,9 @@ def pictures(page, out, example):
     page.shot(beside("data"))
     page.open_tab("Judge")
     page.click("take")
-    page.page.wait_for_function("document.querySelector('#judge-instruction textarea, #judge-instruction input').value.length > 0")
+    page.page.wait_for_function(
+        "document.querySelector('#judge-instruction textarea, #judge-instruction input').value.length > 0"
+    )
     page.click("judge")
     page.wait_for_text("judgement", "of 5")
     page.shot(beside("judge"))
@@ -146,7 +185,12 @@ def main():
         with sync_playwright() as playwright:
             page = Page(playwright, served.local_url)
             options.out.parent.mkdir(parents=True, exist_ok=True)
-            print(pictures(page, options.out, options.example), f"foreign requests: {page.foreign}", f"faults: {page.faults}", sep="\n")
+            print(
+                pictures(page, options.out, options.example),
+                f"foreign requests: {page.foreign}",
+                f"faults: {page.faults}",
+                sep="\n",
+            )
             page.close()
             small = Page(playwright, served.local_url, 390, 844)
             small.shot(options.out.with_name(f"{options.out.stem}-small.png"))

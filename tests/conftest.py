@@ -1,4 +1,5 @@
 "Differences to the official implementation, as the golden tests find them, in one table at the end of a run; and tests shared out to two processes."
+
 import logging
 import os
 import sys
@@ -8,38 +9,48 @@ from pathlib import Path
 import pytest
 
 FOUND = {}  # (case, quantity) -> largest relative difference
-TAKEN = os.environ.get("KIT_TESTS_TAKEN")  # folder in which processes that share the tests mark the files that they take; the second one begins at the end
+TAKEN = os.environ.get(
+    "KIT_TESTS_TAKEN"
+)  # folder in which processes that share the tests mark the files that they take; the second one begins at the end
 
 
 @cache
 def _mine(path):
-    try: (Path(TAKEN) / path.stem).mkdir()
-    except FileExistsError: return False
+    try:
+        (Path(TAKEN) / path.stem).mkdir()
+    except FileExistsError:
+        return False
     return True
 
 
 def pytest_collection_modifyitems(items):
-    if TAKEN and os.environ.get("KIT_TESTS_SECOND"): items.sort(key=lambda item: item.path, reverse=True)  # stable, so within a file the order stays
+    if TAKEN and os.environ.get("KIT_TESTS_SECOND"):
+        items.sort(key=lambda item: item.path, reverse=True)  # stable, so within a file the order stays
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item):
-    if TAKEN and not _mine(item.path): return True  # the other process runs it
+    if TAKEN and not _mine(item.path):
+        return True  # the other process runs it
 
 
-def pytest_sessionfinish(session, exitstatus): session.config.verdict = int(exitstatus)
+def pytest_sessionfinish(session, exitstatus):
+    session.config.verdict = int(exitstatus)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config):
     "Where tests are shared out, a process ends with the verdict of its tests, and not with what threads of libraries do while an interpreter goes down."
     if TAKEN and hasattr(config, "verdict"):
-        config.get_terminal_writer().flush(); sys.stdout.flush(); sys.stderr.flush()
+        config.get_terminal_writer().flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(config.verdict)
 
 
 @pytest.fixture(scope="session")
-def found(): return FOUND
+def found():
+    return FOUND
 
 
 @pytest.fixture
@@ -68,7 +79,8 @@ def own_settings(tmp_path, monkeypatch):
 
 
 def pytest_terminal_summary(terminalreporter):
-    if not FOUND: return
+    if not FOUND:
+        return
     quantities = list(dict.fromkeys(quantity for _, quantity in FOUND))
     terminalreporter.section("largest difference to the official implementation, relative to its largest value")
     width = max(len(case) for case, _ in FOUND)

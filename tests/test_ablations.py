@@ -1,4 +1,5 @@
 "The experiments' cells: what a recipe shuts stays shut, the order is the only difference of curricula, and the tables say what the numbers say."
+
 import json
 
 import numpy as np
@@ -7,8 +8,27 @@ import torch
 
 from kiwi_edit import ablations
 from kiwi_edit.train import foundations
-from kiwi_edit.ablations import (RECIPES, REFERENCES, TRAIN_SEED, WITH_REFERENCE, Ablation, Data, Plan, Recipe, Scenes, batch_order, batches_of, fresh_model, gated, halved, main,
-                                 make_references, measure_edits, run_cell, scenes)
+from kiwi_edit.ablations import (
+    RECIPES,
+    REFERENCES,
+    TRAIN_SEED,
+    WITH_REFERENCE,
+    Ablation,
+    Data,
+    Plan,
+    Recipe,
+    Scenes,
+    batch_order,
+    batches_of,
+    fresh_model,
+    gated,
+    halved,
+    main,
+    make_references,
+    measure_edits,
+    run_cell,
+    scenes,
+)
 from kiwi_edit.train.cache import OnlineRows, RowSettings
 from kiwi_edit.core import asset
 from kiwi_edit.train.curriculum import STAGES
@@ -31,19 +51,31 @@ def few_words():
 
 
 @pytest.fixture(scope="module")
-def pairs(): return [halved(q, 16) for q in scenes(WITH_REFERENCE, 6, TRAIN_SEED["references"])]
+def pairs():
+    return [halved(q, 16) for q in scenes(WITH_REFERENCE, 6, TRAIN_SEED["references"])]
 
 
 @pytest.fixture(scope="module")
 def data(pairs):
     pipe = fresh_model(FOUNDATIONS, 0)
-    def rows(quadruplets, references=None): return OnlineRows(pipe, Scenes(quadruplets, references), RowSettings(batch=4), progress=False)
+
+    def rows(quadruplets, references=None):
+        return OnlineRows(pipe, Scenes(quadruplets, references), RowSettings(batch=4), progress=False)
+
     full, blind = rows(pairs, [q.reference for q in pairs]), rows(pairs)
-    words = rows([halved(q, 16) for q in scenes(dict(add=1.), 6, TRAIN_SEED["words"])])
-    held = {task: ([halved(q, 16) for q in scenes({task: 1.}, 2, EVAL_SEED, "eval")]) for task in ("subject", "add")}
-    return Data(dict(words=words, blind=blind) | dict.fromkeys(REFERENCES, full),
-                {"subject": (held["subject"], dict(blind=rows(held["subject"])) | dict.fromkeys(REFERENCES, rows(held["subject"], [q.reference for q in held["subject"]]))),
-                 "add": (held["add"], dict(blind=rows(held["add"])))})
+    words = rows([halved(q, 16) for q in scenes(dict(add=1.0), 6, TRAIN_SEED["words"])])
+    held = {task: ([halved(q, 16) for q in scenes({task: 1.0}, 2, EVAL_SEED, "eval")]) for task in ("subject", "add")}
+    return Data(
+        dict(words=words, blind=blind) | dict.fromkeys(REFERENCES, full),
+        {
+            "subject": (
+                held["subject"],
+                dict(blind=rows(held["subject"]))
+                | dict.fromkeys(REFERENCES, rows(held["subject"], [q.reference for q in held["subject"]])),
+            ),
+            "add": (held["add"], dict(blind=rows(held["add"]))),
+        },
+    )
 
 
 @pytest.mark.parametrize("seed", (0, 1))
@@ -53,23 +85,53 @@ def test_curricula_differ_in_nothing_but_the_order(seed):
     assert sorted(both) == sorted(shuffled) and both != shuffled
     assert {kind for kind, _ in both[:15]} == {"words"} and {kind for kind, _ in shuffled[:15]} == {"words", "pairs"}
     assert sum(kind == "pairs" for kind, _ in both) == 30
-    for kind in ("words", "pairs"): assert [k for name, k in both if name == kind] == list(range(sum(name == kind for name, _ in both)))
+    for kind in ("words", "pairs"):
+        assert [k for name, k in both if name == kind] == list(range(sum(name == kind for name, _ in both)))
 
 
 def test_a_shut_way_lets_nothing_through(data):
     "With the queries shut the context, and with the latents shut the denoiser's tokens, are the same whatever the reference is."
     pipe = fresh_model(FOUNDATIONS, 0)
     torch.nn.init.normal_(pipe.transformer.proj_out.weight)  # which begins with a copy of the source, whatever it sees
-    full, blind, ids = data.rows["authentic"].rows([0, 1]), data.rows["blind"].rows([0, 1]), data.rows["blind"].token_ids
+    full, blind, ids = (
+        data.rows["authentic"].rows([0, 1]),
+        data.rows["blind"].rows([0, 1]),
+        data.rows["blind"].token_ids,
+    )
     other = [row | dict(reference=row["reference"].flip(-1) + 1, vision=row["vision"] + 1) for row in full]
+
     def seen(recipe, rows):
         from kiwi_edit.encoder import encode_context
+
         batch = gated(rows, blind, recipe, ids)
         context, mask = encode_context(pipe.mllm, pipe.guidance, batch.inputs, batch.vision)
-        with torch.no_grad(): return context, denoise(pipe.transformer, pipe.guidance, batch.target, torch.full((2,), 500.), torch.full((2,), .5), context, mask, batch.source, batch.reference)
-    changed = {name: [not torch.equal(a, b) for a, b in zip(seen(RECIPES[name], full), seen(RECIPES[name], other))] for name in ("both", "queries only", "latents only", "neither")}
-    assert changed == {"both": [True, True], "queries only": [True, True], "latents only": [False, True], "neither": [False, False]}
-    assert gated(full, blind, RECIPES["latents only"], ids).inputs.modes == ["image"] * 2 and gated(full, blind, RECIPES["queries only"], ids).inputs.modes == ["ref"] * 2
+        with torch.no_grad():
+            return context, denoise(
+                pipe.transformer,
+                pipe.guidance,
+                batch.target,
+                torch.full((2,), 500.0),
+                torch.full((2,), 0.5),
+                context,
+                mask,
+                batch.source,
+                batch.reference,
+            )
+
+    changed = {
+        name: [not torch.equal(a, b) for a, b in zip(seen(RECIPES[name], full), seen(RECIPES[name], other))]
+        for name in ("both", "queries only", "latents only", "neither")
+    }
+    assert changed == {
+        "both": [True, True],
+        "queries only": [True, True],
+        "latents only": [False, True],
+        "neither": [False, False],
+    }
+    assert (
+        gated(full, blind, RECIPES["latents only"], ids).inputs.modes == ["image"] * 2
+        and gated(full, blind, RECIPES["queries only"], ids).inputs.modes == ["ref"] * 2
+    )
 
 
 def test_all_recipes_learn_from_the_same_samples_and_noise(data):
@@ -87,33 +149,51 @@ def test_seeds_differ_and_foundations_do_not():
     first = lambda pipe: next(p for p in pipe.transformer.parameters() if p.ndim > 1)
     assert torch.equal(first(a), first(again)) and not torch.equal(first(a), first(b))
     assert all(torch.equal(p, q) for p, q in zip(a.mllm.parameters(), b.mllm.parameters()))
-    assert not a.transformer.proj_out.weight.any() and all(torch.equal(p, q) for p, q in zip(a.transformer.parameters(), foundations.start_model("tiny", 0).transformer.parameters()))
+    assert not a.transformer.proj_out.weight.any() and all(
+        torch.equal(p, q)
+        for p, q in zip(a.transformer.parameters(), foundations.start_model("tiny", 0).transformer.parameters())
+    )
 
 
 def test_scenes_are_those_of_no_stage_and_of_no_evaluation():
-    used = [range(stage.first_seed + 100_000 * i, stage.first_seed + 100_000 * i + bucket.samples) for stage in STAGES.values() for i, bucket in enumerate(stage.buckets)]
+    used = [
+        range(stage.first_seed + 100_000 * i, stage.first_seed + 100_000 * i + bucket.samples)
+        for stage in STAGES.values()
+        for i, bucket in enumerate(stage.buckets)
+    ]
     plan = Plan(pairs=40_000)  # as many as there may be
     own = [range(first, first + plan.pairs) for first in TRAIN_SEED.values()]
     for one in own:
         assert one.stop <= EVAL_SEED
-        for other in used + [r for r in own if r is not one]: assert one.stop <= other.start or other.stop <= one.start, (one, other)
+        for other in used + [r for r in own if r is not one]:
+            assert one.stop <= other.start or other.stop <= one.start, (one, other)
 
 
 def test_a_plan_is_checked_and_names_its_difficulty():
-    with pytest.raises(ValueError, match="`pairs` has to be at most 40000"): Plan(pairs=40_001)
-    with pytest.raises(ValueError, match="`difficulty` has to be one of full, easy but is 'hard'"): Plan(difficulty="hard")
+    with pytest.raises(ValueError, match="`pairs` has to be at most 40000"):
+        Plan(pairs=40_001)
+    with pytest.raises(ValueError, match="`difficulty` has to be one of full, easy but is 'hard'"):
+        Plan(difficulty="hard")
     assert Plan(difficulty="full").key != Plan().key and Plan(edit_steps=3).loss.few == 3
     for difficulty in ("full", "easy"):
-        q, = scenes(dict(subject=1.), 1, EVAL_SEED, "eval", difficulty)
+        (q,) = scenes(dict(subject=1.0), 1, EVAL_SEED, "eval", difficulty)
         small = halved(q, 48)
-        assert small.meta["difficulty"] == difficulty and measure_edits([small], small.target[None])["told_apart"] == [1.]
-        assert f"world: {difficulty}" in Ablation(dict(batch_size=2, size=32, difficulty=difficulty), dict(both=runs(.3, .5)))._small_print()
+        assert small.meta["difficulty"] == difficulty and measure_edits([small], small.target[None])["told_apart"] == [
+            1.0
+        ]
+        assert (
+            f"world: {difficulty}"
+            in Ablation(dict(batch_size=2, size=32, difficulty=difficulty), dict(both=runs(0.3, 0.5)))._small_print()
+        )
 
 
 def test_a_cell_is_run_once_and_goes_on_after_a_stop(data, tmp_path, monkeypatch):
     plan = Plan(size=16, steps=3, batch_size=2, scenes=2, edit_steps=1)
     monkeypatch.setattr("kiwi_edit.ablations.make_foundations", lambda *args: FOUNDATIONS)
-    def stop(*args): raise KeyboardInterrupt
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("kiwi_edit.ablations.measure_edits", stop)  # trained, not tested
         run_cell("both", 1, plan, tmp_path, data, progress=False)
@@ -121,58 +201,102 @@ def test_a_cell_is_run_once_and_goes_on_after_a_stop(data, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr("kiwi_edit.ablations.batches_of", lambda *args: stop)  # no batch is asked for again
         result = run_cell("both", 1, plan, tmp_path, data, progress=False)
-    assert result["steps"] == 3 and set(result["scores"]) == {"subject / authentic", "subject / cut-out", "subject / kiwi-edit", "add / blind"}
+    assert result["steps"] == 3 and set(result["scores"]) == {
+        "subject / authentic",
+        "subject / cut-out",
+        "subject / kiwi-edit",
+        "add / blind",
+    }
     assert run_cell("both", 1, plan, tmp_path, None) == result
-    with pytest.raises(ValueError, match="`name` has to be one of both"): run_cell("all", 1, plan, tmp_path, data)
+    with pytest.raises(ValueError, match="`name` has to be one of both"):
+        run_cell("all", 1, plan, tmp_path, data)
 
 
 def test_references_are_made_once_and_a_failure_leaves_its_scene_out(tmp_path):
     whole = scenes(WITH_REFERENCE, 3, TRAIN_SEED["references"])
+
     class Moody(CutoutSynthesizer):
         name, asked = "moody", 0
+
         def synthesize(self, records):
             Moody.asked += len(records)
             return [BackendError("refused") if i == 1 else made for i, made in enumerate(super().synthesize(records))]
+
     made = make_references(whole, tmp_path, {"moody": Moody()}, progress=False)
     assert [bool(found) for found in made] == [True, False, True] and Moody.asked == 3
     again = make_references(whole, tmp_path, {"moody": Moody()}, progress=False)
-    assert Moody.asked == 3 and np.array_equal(again[0]["moody"], made[0]["moody"]) and again[0]["authentic"] is whole[0].reference
+    assert (
+        Moody.asked == 3
+        and np.array_equal(again[0]["moody"], made[0]["moody"])
+        and again[0]["authentic"] is whole[0].reference
+    )
 
 
 def test_measures_of_targets_and_sources(pairs):
-    held = [halved(q, 32) for q in scenes(dict(subject=1.), 4, EVAL_SEED, "eval")]
+    held = [halved(q, 32) for q in scenes(dict(subject=1.0), 4, EVAL_SEED, "eval")]
     perfect = measure_edits(held, np.stack([q.target for q in held]))
     lazy = measure_edits(held, np.stack([q.source for q in held]))
-    assert perfect["error"] == [0] * 4 and all(perfect["told_apart"]) and np.allclose(perfect["edges"], 1, atol=.2)
+    assert perfect["error"] == [0] * 4 and all(perfect["told_apart"]) and np.allclose(perfect["edges"], 1, atol=0.2)
     assert lazy["error"] == lazy["distance"] and lazy["outside"] == [0] * 4
 
 
 def runs(error, told, seeds=3, scenes=40):
     rng = np.random.default_rng(0)
-    def scores(k): return dict(error=list(100 * error + rng.normal(0, 3, scenes)), distance=[100.] * scenes, outside=[10.] * scenes, edges=[1.] * scenes, told_apart=[bool(i < told * scenes) for i in range(scenes)])
-    kinds = {f"{task} / {kind}": scores(0) for task in WITH_REFERENCE for kind in REFERENCES} | {f"{task} / blind": scores(0) for task in ("add", "remove", "change", "style")}
+
+    def scores(k):
+        return dict(
+            error=list(100 * error + rng.normal(0, 3, scenes)),
+            distance=[100.0] * scenes,
+            outside=[10.0] * scenes,
+            edges=[1.0] * scenes,
+            told_apart=[bool(i < told * scenes) for i in range(scenes)],
+        )
+
+    kinds = {f"{task} / {kind}": scores(0) for task in WITH_REFERENCE for kind in REFERENCES} | {
+        f"{task} / blind": scores(0) for task in ("add", "remove", "change", "style")
+    }
     return [dict(scores=kinds, steps=10, seconds=3.6) for _ in range(seeds)]
 
 
 def test_tables_say_what_the_numbers_say(tmp_path):
-    found = Ablation(dict(batch_size=2, size=32), {"both": runs(.3, .5), "neither": runs(.5, .1), "cut-outs": runs(.4, .4)})
-    assert found.score("both", "edit done")[0] == pytest.approx(.7, abs=.02) and found.score("both", "told apart")[0] == .5
+    found = Ablation(
+        dict(batch_size=2, size=32), {"both": runs(0.3, 0.5), "neither": runs(0.5, 0.1), "cut-outs": runs(0.4, 0.4)}
+    )
+    assert (
+        found.score("both", "edit done")[0] == pytest.approx(0.7, abs=0.02)
+        and found.score("both", "told apart")[0] == 0.5
+    )
     value, low, high = found.score("neither", "edit done", minus="both")
-    assert low < value < high < 0 and value == pytest.approx(-.2, abs=.02)
-    assert "| neither | 0.5" in found.guidance_table() and "−0.2" in found.difference_table() and "| cut-out | subject |" in found.transfer_table()
+    assert low < value < high < 0 and value == pytest.approx(-0.2, abs=0.02)
+    assert (
+        "| neither | 0.5" in found.guidance_table()
+        and "−0.2" in found.difference_table()
+        and "| cut-out | subject |" in found.transfer_table()
+    )
     assert Ablation.load(found.save(tmp_path / "a.json")) == found
     assert found.draw()._repr_png_()[:4] == b"\x89PNG"
-    with pytest.raises(ValueError, match="`column`"): found.score("both", "beauty")
+    with pytest.raises(ValueError, match="`column`"):
+        found.score("both", "beauty")
 
 
 def test_the_committed_results_are_whole():
     found = Ablation.load(asset("benchmarks/ablations.json"))
     assert set(found.cells) == set(RECIPES) and all(len(each) >= 3 for each in found.cells.values())
-    assert {run["steps"] for each in found.cells.values() for run in each} == {found.plan["steps"]} and found.hardware["on"]
+    assert {run["steps"] for each in found.cells.values() for run in each} == {found.plan["steps"]} and found.hardware[
+        "on"
+    ]
     assert asset("benchmarks/ablations.json").stat().st_size < 700_000
 
 
-@pytest.mark.parametrize("arguments, said", [(["c"], "invalid choice"), (["a", "--seeds", "0"], "`seeds` has to be at least 1"), (["a", "--out", "x.txt"], "--out has to be a .json file")])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["c"], "invalid choice"),
+        (["a", "--seeds", "0"], "`seeds` has to be at least 1"),
+        (["a", "--out", "x.txt"], "--out has to be a .json file"),
+    ],
+)
 def test_the_command_says_what_is_wrong_before_it_works(arguments, said, capsys):
-    with pytest.raises(SystemExit): main(arguments)
+    with pytest.raises(SystemExit):
+        main(arguments)
     assert said in capsys.readouterr().err

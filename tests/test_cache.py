@@ -1,4 +1,5 @@
 """Rows of the frozen parts, from files and online; what makes a cache out of date; which rows make up a batch."""
+
 import json
 import signal
 import subprocess
@@ -15,8 +16,23 @@ import torch
 from PIL import Image
 
 import kiwi_edit.train.cache
-from kiwi_edit.train.cache import (Batch, Batches, BatchPlan, LatentCache, OnlineRows, RowSettings, build_cache, collate_rows, draw_shrink, encode_samples,
-                             fingerprint, frozen_digests, placeholder_ids, sample_shape, survey_cache)
+from kiwi_edit.train.cache import (
+    Batch,
+    Batches,
+    BatchPlan,
+    LatentCache,
+    OnlineRows,
+    RowSettings,
+    build_cache,
+    collate_rows,
+    draw_shrink,
+    encode_samples,
+    fingerprint,
+    frozen_digests,
+    placeholder_ids,
+    sample_shape,
+    survey_cache,
+)
 from kiwi_edit.data.dataset import BadRow, Sample, WorldDataset
 from kiwi_edit.encoder import encode_context, make_tokenizer
 from kiwi_edit.guidance import denoise
@@ -30,7 +46,9 @@ def model(tmp_path_factory):
     "Folder of a model with random weights."
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")
-    KiwiEditPipeline.from_preset("tiny", make_tokenizer(["Replace the red circle with the object in the reference."] * 4)).save_pretrained(folder)
+    KiwiEditPipeline.from_preset(
+        "tiny", make_tokenizer(["Replace the red circle with the object in the reference."] * 4)
+    ).save_pretrained(folder)
     return folder
 
 
@@ -38,55 +56,85 @@ def model(tmp_path_factory):
 def raised(p, place=...):
     "Within it, weights are larger by one."
     kept = p.detach().clone()
-    with torch.no_grad(): p[place] += 1
-    try: yield
+    with torch.no_grad():
+        p[place] += 1
+    try:
+        yield
     finally:
-        with torch.no_grad(): p.copy_(kept)
+        with torch.no_grad():
+            p.copy_(kept)
 
 
 @pytest.fixture(scope="module")
-def pipe(model): return KiwiEditPipeline.from_pretrained(model)
+def pipe(model):
+    return KiwiEditPipeline.from_pretrained(model)
 
 
 @dataclass
 class Rows:
     "World samples that can be changed, be bad and be counted."
+
     samples: list
     num_frames: int = 1
 
-    def __post_init__(self): self.bad, self.read = {}, []
-    def __len__(self): return len(self.samples)
-    def key(self, i): return f"{self.samples[i].id} {self.samples[i].instruction} {self.samples[i].source.sum()} {self.samples[i].target.sum()}"
-    def shape(self, i): return sample_shape(self.samples[i])
+    def __post_init__(self):
+        self.bad, self.read = {}, []
+
+    def __len__(self):
+        return len(self.samples)
+
+    def key(self, i):
+        return f"{self.samples[i].id} {self.samples[i].instruction} {self.samples[i].source.sum()} {self.samples[i].target.sum()}"
+
+    def shape(self, i):
+        return sample_shape(self.samples[i])
 
     def __getitem__(self, i):
         self.read.append(i)
-        if i in self.bad: raise BadRow(i, f"table row {i}", self.bad[i])
+        if i in self.bad:
+            raise BadRow(i, f"table row {i}", self.bad[i])
         return self.samples[i]
 
 
 def world(count=6, tasks=("add",), num_frames=1, **size):
-    data = WorldDataset(dict.fromkeys(tasks, 1.), num_frames, samples=count, **(SMALL | size))
+    data = WorldDataset(dict.fromkeys(tasks, 1.0), num_frames, samples=count, **(SMALL | size))
     return Rows([data[i] for i in range(count)], num_frames)
 
 
-def equal(a, b): return a.keys() == b.keys() and all(torch.equal(v, b[k]) if torch.is_tensor(v) else v == b[k] for k, v in a.items())
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) if torch.is_tensor(v) else v == b[k] for k, v in a.items())
 
 
 def assert_same(a: Batch, b: Batch):
     assert (a.ids, a.tasks, a.places, a.inputs.modes) == (b.ids, b.tasks, b.places, b.inputs.modes)
-    for name in ("input_ids", "position_ids", "lengths"): assert torch.equal(getattr(a.inputs, name), getattr(b.inputs, name))
-    assert torch.equal(a.source, b.source) and torch.equal(a.target, b.target) and all(map(torch.equal, a.vision, b.vision))
-    assert (a.reference is None) == (b.reference is None) and (a.reference is None or torch.equal(a.reference, b.reference))
+    for name in ("input_ids", "position_ids", "lengths"):
+        assert torch.equal(getattr(a.inputs, name), getattr(b.inputs, name))
+    assert (
+        torch.equal(a.source, b.source)
+        and torch.equal(a.target, b.target)
+        and all(map(torch.equal, a.vision, b.vision))
+    )
+    assert (a.reference is None) == (b.reference is None) and (
+        a.reference is None or torch.equal(a.reference, b.reference)
+    )
 
 
 # rows
 
 
-@pytest.mark.parametrize("settings", [RowSettings(), RowSettings("bfloat16", (.7, 1.), batch=3), RowSettings("float32", batch=2)])
+@pytest.mark.parametrize(
+    "settings", [RowSettings(), RowSettings("bfloat16", (0.7, 1.0), batch=3), RowSettings("float32", batch=2)]
+)
 def test_cached_and_online_steps_are_equal_to_the_bit(pipe, tmp_path, settings):
     sources = [world(5, ("subject", "background")), world(3, num_frames=5), world(4, width=64)]
-    cached = Batches([build_cache(pipe, data, tmp_path / str(i), settings, shard_size=2, progress=False) for i, data in enumerate(sources)], 2, seed=1)
+    cached = Batches(
+        [
+            build_cache(pipe, data, tmp_path / str(i), settings, shard_size=2, progress=False)
+            for i, data in enumerate(sources)
+        ],
+        2,
+        seed=1,
+    )
     online = Batches([OnlineRows(pipe, data, settings) for data in sources], 2, seed=1)
     modes = set()
     for step in range(6):
@@ -94,13 +142,29 @@ def test_cached_and_online_steps_are_equal_to_the_bit(pipe, tmp_path, settings):
         assert_same(a, b)
         modes |= set(a.inputs.modes)
         assert a.target.dtype == torch.float32 and len(a) == 2
-        if step > 2: continue
+        if step > 2:
+            continue
         velocities = []
         for batch in (a, b):
-            noise, sigma = torch.randn(batch.target.shape, generator=torch.Generator().manual_seed(step)), torch.full((2,), .7)
+            noise, sigma = (
+                torch.randn(batch.target.shape, generator=torch.Generator().manual_seed(step)),
+                torch.full((2,), 0.7),
+            )
             with torch.no_grad():
                 context, mask = encode_context(pipe.mllm, pipe.guidance, batch.inputs, batch.vision)
-                velocities.append(denoise(pipe.transformer, pipe.guidance, torch.lerp(batch.target, noise, .7), 1000 * sigma, sigma, context, mask, batch.source, batch.reference))
+                velocities.append(
+                    denoise(
+                        pipe.transformer,
+                        pipe.guidance,
+                        torch.lerp(batch.target, noise, 0.7),
+                        1000 * sigma,
+                        sigma,
+                        context,
+                        mask,
+                        batch.source,
+                        batch.reference,
+                    )
+                )
         assert torch.equal(*velocities)
     assert modes == {"image", "video", "ref"}
 
@@ -112,41 +176,52 @@ def test_cached_context_is_that_of_the_pixels(pipe):
         cached, mask = encode_context(pipe.mllm, pipe.guidance, batch.inputs, batch.vision)
         for i, s in enumerate(data.samples):
             direct, _ = pipe.encode_prompt([s.instruction], s.source, [Image.fromarray(s.reference)])
-            assert torch.allclose(cached[i][mask[i]], direct[0], atol=2e-2 * direct.abs().max())  # features are kept in half precision
+            assert torch.allclose(
+                cached[i][mask[i]], direct[0], atol=2e-2 * direct.abs().max()
+            )  # features are kept in half precision
 
 
 def test_neighbours_and_autocast_change_nothing(pipe):
     samples, settings = world(5, num_frames=5).samples, RowSettings("float32", batch=4)
     alone = encode_samples(pipe, samples[:1], settings)[0]
     assert equal(alone, encode_samples(pipe, samples[::-1], settings)[4])
-    with torch.autocast("cpu", torch.bfloat16): assert equal(alone, encode_samples(pipe, samples[:3], settings)[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert equal(alone, encode_samples(pipe, samples[:3], settings)[0])
 
 
 def test_rows_are_made_while_another_thread_decodes(pipe, monkeypatch, one_thread):
     samples, inside = world(5, num_frames=5).samples, []
     alone, encode = encode_samples(pipe, samples[:1])[0], kiwi_edit.train.cache.encode_frames
+
     def watched(*arguments):
         inside.append(1)
-        try: return len(inside), encode(*arguments)
-        finally: inside.pop()
+        try:
+            return len(inside), encode(*arguments)
+        finally:
+            inside.pop()
+
     def checked(*arguments):
         others, latents = watched(*arguments)
         assert others == 1  # one thread at a time
         return latents
+
     monkeypatch.setattr(kiwi_edit.train.cache, "encode_frames", checked)
     with ThreadPoolExecutor(3) as pool:
         rows = [pool.submit(lambda: [encode_samples(pipe, samples[:1])[0] for _ in range(4)]) for _ in range(2)]
+
         def decode():
-            with torch.no_grad(): return [decode_latents(pipe.vae, torch.zeros(1, 32, 3, 4, 4)) for _ in range(8)]
+            with torch.no_grad():
+                return [decode_latents(pipe.vae, torch.zeros(1, 32, 3, 4, 4)) for _ in range(8)]
+
         frames = pool.submit(decode).result()
         assert all(equal(alone, row) for future in rows for row in future.result())
     assert all(np.array_equal(frames[0], more) for more in frames)
 
 
 def test_a_shrink_belongs_to_a_row_and_a_seed(pipe, tmp_path):
-    official = RowSettings(shrink=(.7, 1.))
+    official = RowSettings(shrink=(0.7, 1.0))
     drawn = np.array([draw_shrink(official, f"row {i}") for i in range(500)])
-    assert .7 <= drawn.min() < .72 and .98 < drawn.max() <= 1 and abs(drawn.mean() - .85) < .02
+    assert 0.7 <= drawn.min() < 0.72 and 0.98 < drawn.max() <= 1 and abs(drawn.mean() - 0.85) < 0.02
     assert draw_shrink(replace(official, seed=1), "row 0") != drawn[0] and draw_shrink(RowSettings(), "row 0") is None
     data = world(3, ("subject",))
     plain, shrunk = (build_cache(pipe, data, tmp_path, s, progress=False) for s in (RowSettings(), official))
@@ -166,25 +241,46 @@ def test_what_cannot_be_kept_is_named(pipe):
     mean = list(pipe.vae.config.latents_mean)
     pipe.vae.register_to_config(latents_mean=[1e6] + mean[1:])
     try:
-        with pytest.raises(ValueError, match="`dtype`.*float16.*world train seed 1000"): encode_samples(pipe, [sample])
+        with pytest.raises(ValueError, match="`dtype`.*float16.*world train seed 1000"):
+            encode_samples(pipe, [sample])
         assert encode_samples(pipe, [sample], RowSettings("bfloat16"))[0]["target"].isfinite().all()
-    finally: pipe.vae.register_to_config(latents_mean=mean)
-    with pytest.raises(ValueError, match="multiples of 16 .*world train seed 1000 is 20x32"): encode_samples(pipe, [replace(sample, source=sample.source[:, :, :20], target=sample.target[:, :, :20])])
-    for wrong, name in ((dict(dtype="int8"), "dtype"), (dict(shrink=(1., .7)), "shrink"), (dict(batch=0), "batch"), (dict(seed=-1), "seed")):
-        with pytest.raises(ValueError, match=f"`{name}`"): RowSettings(**wrong)
+    finally:
+        pipe.vae.register_to_config(latents_mean=mean)
+    with pytest.raises(ValueError, match="multiples of 16 .*world train seed 1000 is 20x32"):
+        encode_samples(pipe, [replace(sample, source=sample.source[:, :, :20], target=sample.target[:, :, :20])])
+    for wrong, name in (
+        (dict(dtype="int8"), "dtype"),
+        (dict(shrink=(1.0, 0.7)), "shrink"),
+        (dict(batch=0), "batch"),
+        (dict(seed=-1), "seed"),
+    ):
+        with pytest.raises(ValueError, match=f"`{name}`"):
+            RowSettings(**wrong)
     rows = encode_samples(pipe, [sample, world(1, width=64).samples[0]])
-    with pytest.raises(ValueError, match="`rows` have to have one shape"): collate_rows(rows, placeholder_ids(pipe.processor))
-    with pytest.raises(ValueError, match="`rows`.*none"): collate_rows([], placeholder_ids(pipe.processor))
+    with pytest.raises(ValueError, match="`rows` have to have one shape"):
+        collate_rows(rows, placeholder_ids(pipe.processor))
+    with pytest.raises(ValueError, match="`rows`.*none"):
+        collate_rows([], placeholder_ids(pipe.processor))
 
 
 def test_a_batch_pads_the_words_and_goes_to_a_device(pipe):
     token_ids = placeholder_ids(pipe.processor)
-    short, long = (replace(s, instruction=text) for s, text in zip(world(2).samples, ("Add a ring.", "Add a small yellow ring to the top left of the picture, please.")))
+    short, long = (
+        replace(s, instruction=text)
+        for s, text in zip(
+            world(2).samples, ("Add a ring.", "Add a small yellow ring to the top left of the picture, please.")
+        )
+    )
     batch = collate_rows(encode_samples(pipe, [short, long]), token_ids, places=[3, 1]).to("cpu")
     n, m = batch.inputs.lengths.tolist()
     assert n < m == batch.inputs.input_ids.shape[1] and (batch.inputs.input_ids[0, n:] == token_ids["pad"]).all()
     assert pipe.processor.tokenizer.decode(batch.inputs.input_ids[0, :n]).count("Add a ring.") == 1
-    assert batch.places == [3, 1] and batch.ids == ["world train seed 1000", "world train seed 1001"] and batch.tasks == ["add", "add"] and batch.reference is None
+    assert (
+        batch.places == [3, 1]
+        and batch.ids == ["world train seed 1000", "world train seed 1001"]
+        and batch.tasks == ["add", "add"]
+        and batch.reference is None
+    )
 
 
 # fingerprints
@@ -195,23 +291,48 @@ def test_fingerprint_covers_what_rows_depend_on_and_nothing_else(pipe, model, mo
     assert now == fingerprint(KiwiEditPipeline.from_pretrained(model)) != images  # saving and loading changes nothing
 
     def with_more(p, place=...):
-        with raised(p, place): return fingerprint(pipe), fingerprint(pipe, single_frame=True)
+        with raised(p, place):
+            return fingerprint(pipe), fingerprint(pipe, single_frame=True)
 
     vae, qwen = pipe.vae, pipe.mllm.model
-    for p in (vae.decoder.conv_in.bias, vae.post_quant_conv.bias, pipe.transformer.proj_out.bias, qwen.language_model.norm.weight, pipe.guidance.image_queries, pipe.guidance.connector[0].bias):
+    for p in (
+        vae.decoder.conv_in.bias,
+        vae.post_quant_conv.bias,
+        pipe.transformer.proj_out.bias,
+        qwen.language_model.norm.weight,
+        pipe.guidance.image_queries,
+        pipe.guidance.connector[0].bias,
+    ):
         assert with_more(p) == (now, images)
     past = vae.encoder.conv_in.weight, (0, 0, 0)
     assert with_more(*past)[0] != now and with_more(*past)[1] == images
-    for p in (vae.encoder.conv_in.bias, vae.quant_conv.bias, qwen.visual.patch_embed.proj.weight): assert not set(with_more(p)) & {now, images}
-    assert len({fingerprint(pipe, s) for s in (RowSettings(), RowSettings("bfloat16"), RowSettings(shrink=(.7, 1)), RowSettings(shrink=(.7, 1), seed=1), RowSettings(batch=2))}) == 5
+    for p in (vae.encoder.conv_in.bias, vae.quant_conv.bias, qwen.visual.patch_embed.proj.weight):
+        assert not set(with_more(p)) & {now, images}
+    assert (
+        len(
+            {
+                fingerprint(pipe, s)
+                for s in (
+                    RowSettings(),
+                    RowSettings("bfloat16"),
+                    RowSettings(shrink=(0.7, 1)),
+                    RowSettings(shrink=(0.7, 1), seed=1),
+                    RowSettings(batch=2),
+                )
+            }
+        )
+        == 5
+    )
 
-    def parts(): return {name for name, value in frozen_digests(pipe).items() if value != before[name]}
+    def parts():
+        return {name for name, value in frozen_digests(pipe).items() if value != before[name]}
+
     before = frozen_digests(pipe)
     with monkeypatch.context() as m:
         m.setattr(pipe.processor.tokenizer, "chat_template", pipe.processor.tokenizer.chat_template + " ")
         assert parts() == {"processor"}
     mean = list(vae.config.latents_mean)
-    vae.register_to_config(latents_mean=[.5] + mean[1:])
+    vae.register_to_config(latents_mean=[0.5] + mean[1:])
     assert parts() == {"autoencoder"}
     vae.register_to_config(latents_mean=mean)
     queries = pipe.guidance.config.num_ref_queries
@@ -234,12 +355,25 @@ def test_only_what_changed_is_computed(pipe, tmp_path):
     assert data.read == [] and {path: path.stat().st_mtime_ns for path in again.folder.glob("rows-*")} == times
     data.samples[3] = replace(data.samples[3], instruction="Add a blue ring to the left.")
     state = survey_cache(pipe, data, tmp_path, progress=False)
-    assert state.missing == [3] and not state.stale and "5 of 6 rows reused, 1 to compute" in repr(state) and data.read == []
+    assert (
+        state.missing == [3]
+        and not state.stale
+        and "5 of 6 rows reused, 1 to compute" in repr(state)
+        and data.read == []
+    )
     changed = build_cache(pipe, data, tmp_path, progress=False)
-    assert data.read == [3] and not torch.equal(changed.row(3)["input_ids"], first.row(3)["input_ids"]) and equal(changed.row(4), first.row(4))
+    assert (
+        data.read == [3]
+        and not torch.equal(changed.row(3)["input_ids"], first.row(3)["input_ids"])
+        and equal(changed.row(4), first.row(4))
+    )
     data.read.clear()
     other = build_cache(pipe, data, tmp_path, RowSettings("bfloat16"), progress=False)
-    assert sorted(data.read) == list(range(6)) and other.folder != first.folder and other.row(0)["target"].dtype == torch.bfloat16
+    assert (
+        sorted(data.read) == list(range(6))
+        and other.folder != first.folder
+        and other.row(0)["target"].dtype == torch.bfloat16
+    )
     assert len(LatentCache(tmp_path)) == 6 and LatentCache(tmp_path).folder == other.folder  # the newest
     assert LatentCache(tmp_path, pipe, RowSettings()).folder == first.folder
     state = survey_cache(pipe, data, tmp_path, progress=False)
@@ -253,12 +387,18 @@ def test_only_what_changed_is_computed(pipe, tmp_path):
 
 def test_another_model_is_refused_by_the_part_that_differs(pipe, tmp_path):
     clips, images = world(2, num_frames=5), world(2)
-    for name, data in (("clips", clips), ("images", images)): build_cache(pipe, data, tmp_path / name, progress=False)
+    for name, data in (("clips", clips), ("images", images)):
+        build_cache(pipe, data, tmp_path / name, progress=False)
     with raised(pipe.vae.encoder.conv_in.weight, (0, 0, 0)):  # acts on the past only
-        assert len(LatentCache(tmp_path / "images", pipe)) == 2 and survey_cache(pipe, images, tmp_path / "images", progress=False).missing == []
+        assert (
+            len(LatentCache(tmp_path / "images", pipe)) == 2
+            and survey_cache(pipe, images, tmp_path / "images", progress=False).missing == []
+        )
         assert survey_cache(pipe, clips, tmp_path / "clips", progress=False).missing == [0, 1]
-        with pytest.raises(ValueError, match="`folder`.*this model.*another autoencoder"): LatentCache(tmp_path / "clips", pipe)
-        with pytest.raises(ValueError, match="another settings"): LatentCache(tmp_path / "images", pipe, RowSettings("float32"))
+        with pytest.raises(ValueError, match="`folder`.*this model.*another autoencoder"):
+            LatentCache(tmp_path / "clips", pipe)
+        with pytest.raises(ValueError, match="another settings"):
+            LatentCache(tmp_path / "images", pipe, RowSettings("float32"))
         assert len(LatentCache(tmp_path / "clips")) == 2
     assert len(LatentCache(tmp_path / "clips", pipe)) == 2
 
@@ -275,14 +415,18 @@ BUILD = textwrap.dedent("""
 
 
 def test_a_killed_build_goes_on_where_it_was(pipe, model, tmp_path):
-    data = WorldDataset(dict(add=1.), 1, 32, 32, samples=40)
-    build = subprocess.Popen([sys.executable, "-W", "ignore", "-c", BUILD, str(model), str(tmp_path)], stderr=subprocess.DEVNULL)
+    data = WorldDataset(dict(add=1.0), 1, 32, 32, samples=40)
+    build = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", BUILD, str(model), str(tmp_path)], stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
-    while build.poll() is None and len(list(tmp_path.glob("*/rows-*"))) < 4 and time.monotonic() < deadline: time.sleep(.01)
+    while build.poll() is None and len(list(tmp_path.glob("*/rows-*"))) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
     build.send_signal(signal.SIGKILL)
     assert build.wait(10) == -signal.SIGKILL
     shards = {path.name: path.read_bytes() for path in tmp_path.glob("*/rows-*")}
-    with pytest.raises(FileNotFoundError, match="`folder` has to hold a finished cache"): LatentCache(tmp_path)
+    with pytest.raises(FileNotFoundError, match="`folder` has to hold a finished cache"):
+        LatentCache(tmp_path)
     state = survey_cache(pipe, data, tmp_path, progress=False)
     assert 4 <= len(shards) < 13 and state.missing == list(range(3 * len(shards), 40)) and not state.broken
     cache = build_cache(pipe, data, tmp_path, shard_size=3, progress=False)
@@ -291,7 +435,14 @@ def test_a_killed_build_goes_on_where_it_was(pipe, model, tmp_path):
     assert len(cache) == 40 and all(equal(cache.row(i), whole[i]) for i in range(40))
 
 
-@pytest.mark.parametrize("damage", [lambda path, bytes: path.write_bytes(bytes[:-10]), lambda path, bytes: path.write_bytes(b"\0" * len(bytes)), lambda path, bytes: path.unlink()])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path, bytes: path.write_bytes(bytes[:-10]),
+        lambda path, bytes: path.write_bytes(b"\0" * len(bytes)),
+        lambda path, bytes: path.unlink(),
+    ],
+)
 def test_a_damaged_shard_is_named_by_readers_and_mended_by_builders(pipe, tmp_path, damage, caplog):
     data = world(4)
     cache = build_cache(pipe, data, tmp_path, shard_size=2, progress=False)
@@ -299,7 +450,8 @@ def test_a_damaged_shard_is_named_by_readers_and_mended_by_builders(pipe, tmp_pa
     content = shard.read_bytes()
     damage(shard, content)
     opened = LatentCache(tmp_path, pipe)
-    with pytest.raises(ValueError, match=f"`folder` has to hold whole shards but .*{shard.name}.*`build_cache`"): opened.row(1)
+    with pytest.raises(ValueError, match=f"`folder` has to hold whole shards but .*{shard.name}.*`build_cache`"):
+        opened.row(1)
     assert equal(opened.row(2), rows[2])
     missing = not shard.exists()
     data.read.clear()
@@ -313,44 +465,72 @@ def test_bad_rows_are_skipped_counted_and_named(pipe, tmp_path, caplog):
     data.samples[4] = data.samples[1]
     data.bad = {1: "no such file", 4: "no such file"}
     cache = build_cache(pipe, data, tmp_path, RowSettings(batch=2), progress=False)
-    assert len(cache) == 3 and [row["id"] for row in cache.rows(range(3))] == [f"world train seed {1000 + i}" for i in (0, 2, 3)]
-    assert [error.index for error in cache.bad] == [1, 4] and str(cache.bad[0]) == "table row 1: no such file" and caplog.text.count("table row 1: no such file") == 1
+    assert len(cache) == 3 and [row["id"] for row in cache.rows(range(3))] == [
+        f"world train seed {1000 + i}" for i in (0, 2, 3)
+    ]
+    assert (
+        [error.index for error in cache.bad] == [1, 4]
+        and str(cache.bad[0]) == "table row 1: no such file"
+        and caplog.text.count("table row 1: no such file") == 1
+    )
     assert [str(error) for error in LatentCache(tmp_path).bad] == [str(error) for error in cache.bad]
     data.bad.clear()
     assert len(build_cache(pipe, data, tmp_path, RowSettings(batch=2), progress=False)) == 5  # somebody has mended them
     data.bad = dict.fromkeys(range(5), "gone")
-    with pytest.raises(ValueError, match="`dataset`.*all 5 are bad.*table row 0: gone"): build_cache(pipe, data, tmp_path, progress=False)
+    with pytest.raises(ValueError, match="`dataset`.*all 5 are bad.*table row 0: gone"):
+        build_cache(pipe, data, tmp_path, progress=False)
     data.samples = []
-    for make in (lambda: build_cache(pipe, data, tmp_path), lambda: survey_cache(pipe, data, tmp_path), lambda: OnlineRows(pipe, data)):
-        with pytest.raises(ValueError, match="`dataset`.*at least one.*empty"): make()
+    for make in (
+        lambda: build_cache(pipe, data, tmp_path),
+        lambda: survey_cache(pipe, data, tmp_path),
+        lambda: OnlineRows(pipe, data),
+    ):
+        with pytest.raises(ValueError, match="`dataset`.*at least one.*empty"):
+            make()
 
 
 def test_a_row_without_a_key_is_bad(pipe, tmp_path, caplog):
     data, good = world(3), Rows.key
+
     class Keyless(Rows):
         def key(self, i):
-            if i == 1: raise BadRow(1, "table row 1", "no such file")
+            if i == 1:
+                raise BadRow(1, "table row 1", "no such file")
             return good(self, i)
+
     cache = build_cache(pipe, Keyless(data.samples), tmp_path, progress=False)
-    assert len(cache) == 2 and [error.index for error in cache.bad] == [1] and caplog.text.count("Skipped table row 1: no such file") == 1
+    assert (
+        len(cache) == 2
+        and [error.index for error in cache.bad] == [1]
+        and caplog.text.count("Skipped table row 1: no such file") == 1
+    )
 
 
 def test_many_builders_share_the_rows(pipe, tmp_path):
     data = world(16)
-    for part in range(3): assert build_cache(pipe, data, tmp_path / "parts", part=part, parts=3, progress=False) is None
+    for part in range(3):
+        assert build_cache(pipe, data, tmp_path / "parts", part=part, parts=3, progress=False) is None
     assert sorted(data.read) == list(range(16)) and len(list(tmp_path.glob("parts/*/rows-*"))) == 3
-    with pytest.raises(FileNotFoundError, match="finished"): LatentCache(tmp_path / "parts")
+    with pytest.raises(FileNotFoundError, match="finished"):
+        LatentCache(tmp_path / "parts")
     shared, alone = (build_cache(pipe, data, tmp_path / name, progress=False) for name in ("parts", "alone"))
     assert len(data.read) == 32 and all(map(equal, shared.rows(range(16)), alone.rows(range(16))))
-    with pytest.raises(ValueError, match="`part`"): build_cache(pipe, data, tmp_path / "parts", part=3, parts=3)
-    with pytest.raises(ValueError, match="`shard_size`"): build_cache(pipe, data, tmp_path / "parts", shard_size=0)
+    with pytest.raises(ValueError, match="`part`"):
+        build_cache(pipe, data, tmp_path / "parts", part=3, parts=3)
+    with pytest.raises(ValueError, match="`shard_size`"):
+        build_cache(pipe, data, tmp_path / "parts", shard_size=0)
 
 
 def test_worker_processes_change_nothing(pipe, tmp_path):
     data = world(5)
     data.bad = {2: "broken"}
-    a, b = (build_cache(pipe, data, tmp_path / str(workers), workers=workers, shard_size=2, progress=False) for workers in (0, 2))
-    assert [p.name for p in sorted(a.folder.iterdir())] == [p.name for p in sorted(b.folder.iterdir())] and all(map(equal, a.rows(range(4)), b.rows(range(4))))
+    a, b = (
+        build_cache(pipe, data, tmp_path / str(workers), workers=workers, shard_size=2, progress=False)
+        for workers in (0, 2)
+    )
+    assert [p.name for p in sorted(a.folder.iterdir())] == [p.name for p in sorted(b.folder.iterdir())] and all(
+        map(equal, a.rows(range(4)), b.rows(range(4)))
+    )
 
 
 def test_a_cache_reads_what_is_asked_for(pipe, tmp_path):
@@ -360,9 +540,11 @@ def test_a_cache_reads_what_is_asked_for(pipe, tmp_path):
     assert lazy.shapes == [(1, 32, 32, False)] * 6 and lazy._open.cache_info().currsize == 0
     row = lazy.rows([4])[0]
     assert lazy._open.cache_info().currsize == 1 and equal(row, preloaded.row(4))
-    for path in built.folder.glob("rows-*"): path.unlink()
+    for path in built.folder.glob("rows-*"):
+        path.unlink()
     assert len(preloaded.rows(range(6))) == 6
-    with pytest.raises(ValueError, match="whole shards"): lazy.row(0)
+    with pytest.raises(ValueError, match="whole shards"):
+        lazy.row(0)
     assert json.loads((built.folder / "made_with.json").read_text())["settings"]["dtype"] == "float16"
 
 
@@ -372,7 +554,8 @@ def test_a_cache_reads_what_is_asked_for(pipe, tmp_path):
 SQUARE, WIDE, CLIP = (1, 64, 64, False), (1, 48, 80, False), (5, 64, 64, True)
 
 
-def stream(plan, source, batches): return [i for n in range(batches) for i in plan.rows(source, n)]
+def stream(plan, source, batches):
+    return [i for n in range(batches) for i in plan.rows(source, n)]
 
 
 @pytest.mark.parametrize("sizes, batch", [((7,), 3), ((7, 4, 1), 3), ((16, 5), 4), ((2, 2, 2), 5)])
@@ -388,9 +571,12 @@ def test_every_row_comes_once_before_any_comes_again(sizes, batch):
         orders[shapes[rows[0]]] += rows
     for shape, order in orders.items():
         size = shapes.count(shape)
-        walks = [order[k:k + size] for k in range(0, len(order), size)]
-        assert len(walks) == epochs and all(sorted(walk) == [i for i, s in enumerate(shapes) if s == shape] for walk in walks)
-        if size > 3: assert len(set(map(tuple, walks))) > epochs / 2  # reshuffled
+        walks = [order[k : k + size] for k in range(0, len(order), size)]
+        assert len(walks) == epochs and all(
+            sorted(walk) == [i for i, s in enumerate(shapes) if s == shape] for walk in walks
+        )
+        if size > 3:
+            assert len(set(map(tuple, walks))) > epochs / 2  # reshuffled
 
 
 def test_no_bucket_waits_for_long():
@@ -403,7 +589,9 @@ def test_round_robin_takes_turns_and_exhausted_sources_start_again():
     plan = BatchPlan([[SQUARE] * 8, [CLIP] * 3, [WIDE] * 2], [4, 1, 2], seed=5)
     turns = [plan(step) for step in range(18)]
     assert [source for source, _ in turns] == [0, 1, 2] * 6 and [len(rows) for _, rows in turns[:3]] == [4, 1, 2]
-    assert sorted(turns[0][1] + turns[3][1]) == list(range(8)) and sorted(sum((turns[k][1] for k in (1, 4, 7)), [])) == [0, 1, 2]
+    assert sorted(turns[0][1] + turns[3][1]) == list(range(8)) and sorted(
+        sum((turns[k][1] for k in (1, 4, 7)), [])
+    ) == [0, 1, 2]
     assert sorted(turns[2][1]) == sorted(turns[17][1]) == [0, 1]
 
 
@@ -412,13 +600,15 @@ def test_weights_are_shares_and_no_batch_is_passed_over():
     turns = [plan.turn(step) for step in range(6000)]
     for source, share in enumerate((2 / 3, 1 / 3, 0)):
         numbers = [n for s, n in turns if s == source]
-        assert numbers == list(range(len(numbers))) and len(numbers) / 6000 == pytest.approx(share, abs=.03)
+        assert numbers == list(range(len(numbers))) and len(numbers) / 6000 == pytest.approx(share, abs=0.03)
     firsts = [source for source, _ in turns[:64]]
     assert firsts != sorted(firsts)
 
 
 def test_a_plan_is_a_function_of_seed_and_step():
-    def make(seed=2): return BatchPlan([[SQUARE] * 30 + [WIDE] * 9, [CLIP] * 11], [4, 2], "weighted", [.5, .5], seed)
+    def make(seed=2):
+        return BatchPlan([[SQUARE] * 30 + [WIDE] * 9, [CLIP] * 11], [4, 2], "weighted", [0.5, 0.5], seed)
+
     walked, steps = make(), list(range(0, 3000, 7))
     forward = [walked(step) for step in steps]
     assert forward == [make()(step) for step in steps[:5]] + [walked(step) for step in reversed(steps)][::-1][5:]
@@ -427,16 +617,23 @@ def test_a_plan_is_a_function_of_seed_and_step():
 
 
 def test_parts_make_up_the_whole_batch(pipe, tmp_path):
-    caches = [build_cache(pipe, data, tmp_path / str(i), progress=False) for i, data in enumerate((world(6), world(5, ("subject",))))]
+    caches = [
+        build_cache(pipe, data, tmp_path / str(i), progress=False)
+        for i, data in enumerate((world(6), world(5, ("subject",))))
+    ]
     batches = Batches(caches, 4, seed=2)
     for step in range(4):
         whole, parts = batches(step), [Batches(caches, 4, seed=2)(step, part, 2) for part in range(2)]
         assert whole.places == [0, 1, 2, 3] and [part.places for part in parts] == [[0, 2], [1, 3]]
         for part in parts:
-            assert part.ids == [whole.ids[i] for i in part.places] and torch.equal(part.target, whole.target[part.places])
+            assert part.ids == [whole.ids[i] for i in part.places] and torch.equal(
+                part.target, whole.target[part.places]
+            )
             assert torch.equal(part.inputs[0].input_ids, whole.inputs[part.places[0]].input_ids)
-    with pytest.raises(ValueError, match="`parts` has to divide the batch of 4 rows"): batches(0, 0, 3)
-    with pytest.raises(ValueError, match="`part`"): batches(0, 2, 2)
+    with pytest.raises(ValueError, match="`parts` has to divide the batch of 4 rows"):
+        batches(0, 0, 3)
+    with pytest.raises(ValueError, match="`part`"):
+        batches(0, 2, 2)
 
 
 def test_bad_rows_met_online_leave_the_batch_and_never_stop_it(pipe, caplog):
@@ -446,26 +643,47 @@ def test_bad_rows_met_online_leave_the_batch_and_never_stop_it(pipe, caplog):
     (_, first), (_, second) = batches.plan(0), batches.plan(1)
     data.bad = {first[0]: "broken"}
     batch = batches(0)
-    assert batch.places == [1] and batch.ids == [data.samples[first[1]].id] and f"table row {first[0]}: broken" in caplog.text and [e.index for e in rows.bad] == [first[0]]
+    assert (
+        batch.places == [1]
+        and batch.ids == [data.samples[first[1]].id]
+        and f"table row {first[0]}: broken" in caplog.text
+        and [e.index for e in rows.bad] == [first[0]]
+    )
     data.bad = dict.fromkeys(first, "broken")
     batch = batches(0)
     assert batch.ids == [data.samples[i].id for i in second] and "the source's next batch" in caplog.text
     batches(0)
     assert caplog.text.count("Skipped") == 2  # each is named once
     data.bad = dict.fromkeys(range(4), "broken")
-    with pytest.raises(ValueError, match="at least one good row.*table row"): batches(0)
+    with pytest.raises(ValueError, match="at least one good row.*table row"):
+        batches(0)
 
 
 def test_rows_that_the_headers_show_to_be_bad_are_no_part_of_the_plan(pipe):
     class Headers(Rows):
         def shape(self, i):
-            if i == 0: raise BadRow(0, "table row 0", "3 frames against 5")
+            if i == 0:
+                raise BadRow(0, "table row 0", "3 frames against 5")
             return super().shape(i)
+
     rows = OnlineRows(pipe, Headers(world(3).samples))
-    assert len(rows) == len(rows.shapes) == 2 and [e.index for e in rows.bad] == [0] and rows.rows([0])[0]["id"] == "world train seed 1001"
+    assert (
+        len(rows) == len(rows.shapes) == 2
+        and [e.index for e in rows.bad] == [0]
+        and rows.rows([0])[0]["id"] == "world train seed 1001"
+    )
 
 
 def test_plans_that_cannot_be_are_refused():
-    for arguments, name in ((dict(shapes=[]), "shapes"), (dict(shapes=[[SQUARE], []]), "shapes"), (dict(batch_size=0), "batch_size"), (dict(batch_size=[1, 2]), "batch_size"), (dict(mix="random"), "mix"),
-                            (dict(weights=[1.]), "weights"), (dict(mix="weighted", weights=[0.]), "weights"), (dict(mix="weighted", weights=[1., 2.]), "weights")):
-        with pytest.raises(ValueError, match=f"`{name}`"): BatchPlan(**(dict(shapes=[[SQUARE]], batch_size=1) | arguments))
+    for arguments, name in (
+        (dict(shapes=[]), "shapes"),
+        (dict(shapes=[[SQUARE], []]), "shapes"),
+        (dict(batch_size=0), "batch_size"),
+        (dict(batch_size=[1, 2]), "batch_size"),
+        (dict(mix="random"), "mix"),
+        (dict(weights=[1.0]), "weights"),
+        (dict(mix="weighted", weights=[0.0]), "weights"),
+        (dict(mix="weighted", weights=[1.0, 2.0]), "weights"),
+    ):
+        with pytest.raises(ValueError, match=f"`{name}`"):
+            BatchPlan(**(dict(shapes=[[SQUARE]], batch_size=1) | arguments))

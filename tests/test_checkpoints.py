@@ -1,4 +1,5 @@
 """Released layouts in and out: round trips, what is refused and how, files that are damaged, and nothing that unpickles."""
+
 import json
 import os
 import shutil
@@ -12,22 +13,40 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from kiwi_edit.weights import checkpoints
-from kiwi_edit.weights.checkpoints import convert, load_any, load_official, load_trainer_checkpoint, load_transformer, native_wan_name, open_weights, stored_dtype
+from kiwi_edit.weights.checkpoints import (
+    convert,
+    load_any,
+    load_official,
+    load_trainer_checkpoint,
+    load_transformer,
+    native_wan_name,
+    open_weights,
+    stored_dtype,
+)
 from kiwi_edit.core import asset
 from kiwi_edit.pipeline import KiwiEditPipeline, decode_latents, in_tiles, latent_statistics
 from kiwi_edit.world import EVAL_SEED, World
 
 GOLDEN = Path(os.environ.get("KIWI_EDIT_GOLDEN", Path(__file__).parent / "golden"))
 RELEASED, MLLM = GOLDEN / "wan22/diffusers", GOLDEN / "wan22/base/Qwen2.5-VL-tiny"
-FACTS = {family: json.loads((GOLDEN / family / "cases/cases.json").read_text(encoding="utf-8")) for family in ("wan22", "wan21")}
+FACTS = {
+    family: json.loads((GOLDEN / family / "cases/cases.json").read_text(encoding="utf-8"))
+    for family in ("wan22", "wan21")
+}
 
 
 def bases(family="wan22", **changes):
     "What a trainer checkpoint of the golden set needs beside itself."
     base, model = GOLDEN / family / "base", FACTS[family]["model"]
-    known = dict(vae=base / "Wan_VAE.safetensors", mllm=MLLM, transformer_config=dict(num_attention_heads=model["heads"]), max_object_token=model["max_object_token"],
-                 vae_config=json.loads((base / "latents_mean_std.json").read_text()))
-    if family == "wan21": known["transformer"] = base / "Wan_DiT.safetensors"
+    known = dict(
+        vae=base / "Wan_VAE.safetensors",
+        mllm=MLLM,
+        transformer_config=dict(num_attention_heads=model["heads"]),
+        max_object_token=model["max_object_token"],
+        vae_config=json.loads((base / "latents_mean_std.json").read_text()),
+    )
+    if family == "wan21":
+        known["transformer"] = base / "Wan_DiT.safetensors"
     return known | changes
 
 
@@ -36,20 +55,38 @@ def edit(pipe, family="wan22", name="video", steps=2):
     case, facts = load_file(GOLDEN / family / f"cases/{name}.safetensors"), FACTS[family]["cases"][name]
     references = [Image.fromarray(case[key].numpy()) for key in sorted(case) if key.startswith("ref_image")]
     pipe.set_progress_bar_config(disable=True)
-    return pipe(facts["prompt"], case["src_frames"].numpy(), references or None, num_inference_steps=steps, generator=torch.Generator().manual_seed(0), output_type="np").frames[0]
+    return pipe(
+        facts["prompt"],
+        case["src_frames"].numpy(),
+        references or None,
+        num_inference_steps=steps,
+        generator=torch.Generator().manual_seed(0),
+        output_type="np",
+    ).frames[0]
 
 
 @cache
-def original(): return edit(load_official(RELEASED), name="ref")
+def original():
+    return edit(load_official(RELEASED), name="ref")
 
 
-def weights_of(folder): return {str(file.relative_to(folder)): load_file(file) for file in sorted(Path(folder).rglob("*.safetensors"))}
+def weights_of(folder):
+    return {str(file.relative_to(folder)): load_file(file) for file in sorted(Path(folder).rglob("*.safetensors"))}
 
 
 # round trips
 
 
-@pytest.mark.parametrize("route", [("kit", "official"), ("trainer", "official"), ("kit", "trainer", "kit"), ("trainer", "kit", "trainer", "official")], ids="-".join)
+@pytest.mark.parametrize(
+    "route",
+    [
+        ("kit", "official"),
+        ("trainer", "official"),
+        ("kit", "trainer", "kit"),
+        ("trainer", "kit", "trainer", "official"),
+    ],
+    ids="-".join,
+)
 def test_the_golden_model_goes_through_every_layout(tmp_path, route):
     source = RELEASED
     for number, to in enumerate(route):
@@ -57,38 +94,76 @@ def test_the_golden_model_goes_through_every_layout(tmp_path, route):
         assert np.array_equal(edit(load_any(source), name="ref"), original())
     assert not list(tmp_path.glob(".*"))  # nothing half-written is left
     if route[-1] == "official":
-        assert {str(p.relative_to(source)) for p in source.rglob("*") if p.is_file() and p.suffix == ".json"} >= {"model_index.json", "mllm_encoder/config.json", "processor/qwen_config.json", "ref_embedder/config.json"}
+        assert {str(p.relative_to(source)) for p in source.rglob("*") if p.is_file() and p.suffix == ".json"} >= {
+            "model_index.json",
+            "mllm_encoder/config.json",
+            "processor/qwen_config.json",
+            "ref_embedder/config.json",
+        }
         ours, theirs = weights_of(source), weights_of(RELEASED)
         for folder in ("transformer", "vae", "source_embedder", "ref_embedder"):
             name = f"{folder}/diffusion_pytorch_model.safetensors"
-            assert ours[name].keys() == theirs[name].keys() and all(torch.equal(ours[name][key], value) for key, value in theirs[name].items())
-        flat = lambda weights: {key: value for name, tensors in weights.items() if name.startswith("mllm_encoder") for key, value in tensors.items()}
-        assert flat(ours).keys() == flat(theirs).keys() and all(torch.equal(flat(ours)[key], value) for key, value in flat(theirs).items())
-        for name in ("model_index.json", "mllm_encoder/config.json", "ref_embedder/config.json", "source_embedder/config.json", "vae/config.json"):
+            assert ours[name].keys() == theirs[name].keys() and all(
+                torch.equal(ours[name][key], value) for key, value in theirs[name].items()
+            )
+        flat = lambda weights: {
+            key: value
+            for name, tensors in weights.items()
+            if name.startswith("mllm_encoder")
+            for key, value in tensors.items()
+        }
+        assert flat(ours).keys() == flat(theirs).keys() and all(
+            torch.equal(flat(ours)[key], value) for key, value in flat(theirs).items()
+        )
+        for name in (
+            "model_index.json",
+            "mllm_encoder/config.json",
+            "ref_embedder/config.json",
+            "source_embedder/config.json",
+            "vae/config.json",
+        ):
             here, there = (json.loads((root / name).read_text()) for root in (source, RELEASED))
-            assert {key: here.get(key) for key in there if not key.startswith("_")} == {key: value for key, value in there.items() if not key.startswith("_")}, name
+            assert {key: here.get(key) for key in there if not key.startswith("_")} == {
+                key: value for key, value in there.items() if not key.startswith("_")
+            }, name
 
 
 def test_tiny_goes_to_the_trainer_and_back(tmp_path):
     sample = World(split="eval").sample(EVAL_SEED, "subject")
+
     def run(pipe):
         pipe.set_progress_bar_config(disable=True)
-        return pipe(sample.instruction, sample.source, Image.fromarray(sample.reference), num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").frames[0]
+        return pipe(
+            sample.instruction,
+            sample.source,
+            Image.fromarray(sample.reference),
+            num_inference_steps=2,
+            generator=torch.Generator().manual_seed(0),
+            output_type="np",
+        ).frames[0]
+
     there = convert("kiwi-edit-tiny", tmp_path / "trainer", "trainer")
     back = convert(there, tmp_path / "kit", "kit")
     before = run(KiwiEditPipeline.from_pretrained("kiwi-edit-tiny"))
-    assert np.array_equal(run(load_any(there)), before) and np.array_equal(run(KiwiEditPipeline.from_pretrained(back)), before)
+    assert np.array_equal(run(load_any(there)), before) and np.array_equal(
+        run(KiwiEditPipeline.from_pretrained(back)), before
+    )
     assert stored_dtype(back) == stored_dtype("kiwi-edit-tiny") == torch.float16
     shipped, returned = weights_of(asset("kiwi-edit-tiny")), weights_of(back)
-    assert shipped.keys() == returned.keys() and all(torch.equal(returned[name][key], value) for name, tensors in shipped.items() for key, value in tensors.items())
-    with pytest.raises(ValueError, match="its autoencoder is one of the two native ones"): convert("kiwi-edit-tiny", tmp_path / "official", "official")
+    assert shipped.keys() == returned.keys() and all(
+        torch.equal(returned[name][key], value) for name, tensors in shipped.items() for key, value in tensors.items()
+    )
+    with pytest.raises(ValueError, match="its autoencoder is one of the two native ones"):
+        convert("kiwi-edit-tiny", tmp_path / "official", "official")
     assert not (tmp_path / "official").exists() and not list(tmp_path.glob(".*"))
 
 
 def test_lora_merged_and_beside_the_weights_edit_alike(tmp_path):
     step = GOLDEN / "wan21/trainer/step-1.safetensors"
     merged, apart = (load_trainer_checkpoint(step, merge=merge, **bases("wan21")) for merge in (True, False))
-    assert not any("lora_" in name for name, _ in merged.transformer.named_parameters()) and any("lora_" in name for name, _ in apart.mllm.named_parameters())
+    assert not any("lora_" in name for name, _ in merged.transformer.named_parameters()) and any(
+        "lora_" in name for name, _ in apart.mllm.named_parameters()
+    )
     one, two = edit(merged, "wan21").astype(int), edit(apart, "wan21").astype(int)
     assert np.abs(one - two).max() <= 1
     kit = convert(step, tmp_path / "kit", "kit", **bases("wan21"))
@@ -100,13 +175,20 @@ def test_every_spelling_of_a_trainers_names_is_read(tmp_path, family):
     step, plain = GOLDEN / family / "trainer/step-1.safetensors", None
     variants = json.loads((GOLDEN / family / "trainer/key_variants.json").read_text(encoding="utf-8"))
     tensors = load_file(step)
-    for spelling in (variants if isinstance(variants, list) else [value for value in variants.values() if isinstance(value, (dict, list))]):
+    for spelling in (
+        variants
+        if isinstance(variants, list)
+        else [value for value in variants.values() if isinstance(value, (dict, list))]
+    ):
         names = dict(zip(tensors, spelling)) if isinstance(spelling, list) else spelling
-        if set(names) != set(tensors): continue
+        if set(names) != set(tensors):
+            continue
         save_file({names[key]: value for key, value in tensors.items()}, tmp_path / "step-1.safetensors")
         pipe = load_trainer_checkpoint(tmp_path / "step-1.safetensors", **bases(family))
         state = {part: getattr(pipe, part).state_dict() for part in ("transformer", "mllm", "guidance")}
-        plain = plain or {part: getattr(load_trainer_checkpoint(step, **bases(family)), part).state_dict() for part in state}
+        plain = plain or {
+            part: getattr(load_trainer_checkpoint(step, **bases(family)), part).state_dict() for part in state
+        }
         assert all(torch.equal(state[part][key], value) for part in plain for key, value in plain[part].items())
     respelled = {key.replace("connetor", "connector"): value for key, value in tensors.items()}
     save_file(respelled, tmp_path / "step-2.safetensors")
@@ -129,13 +211,21 @@ def test_shards_and_number_formats(tmp_path):
     again = convert(small, tmp_path / "again", "official", torch.float32, max_shard_size="100KB")
     exact, rounded = load_official(RELEASED).transformer.state_dict(), load_any(again).transformer.state_dict()
     kept = [key for key, value in exact.items() if torch.equal(rounded[key], value)]  # what diffusers keeps in float32
-    assert all(any(part in key for part in ("time_embedder", "scale_shift_table", "norm")) for key in kept) and len(kept) < len(exact) / 2
+    assert (
+        all(any(part in key for part in ("time_embedder", "scale_shift_table", "norm")) for key in kept)
+        and len(kept) < len(exact) / 2
+    )
     assert all(torch.equal(rounded[key], value.bfloat16().float()) for key, value in exact.items() if key not in kept)
 
 
 def test_both_schedules_have_their_layout():
-    assert load_official(RELEASED).config.schedule == "diffusers" and load_trainer_checkpoint(GOLDEN / "wan22/trainer/step-1.safetensors", **bases()).config.schedule == "native"
-    native, other = (KiwiEditPipeline.from_pretrained(RELEASED, schedule=schedule) for schedule in ("native", "diffusers"))
+    assert (
+        load_official(RELEASED).config.schedule == "diffusers"
+        and load_trainer_checkpoint(GOLDEN / "wan22/trainer/step-1.safetensors", **bases()).config.schedule == "native"
+    )
+    native, other = (
+        KiwiEditPipeline.from_pretrained(RELEASED, schedule=schedule) for schedule in ("native", "diffusers")
+    )
     assert not np.array_equal(edit(native), edit(other))
 
 
@@ -147,7 +237,10 @@ def test_a_repository_without_reference_embedder_takes_instructions_alone(tmp_pa
     (tmp_path / "plain/model_index.json").write_text(json.dumps(index))
     pipe = KiwiEditPipeline.from_pretrained(tmp_path / "plain")
     assert np.array_equal(edit(pipe), edit(load_official(RELEASED)))
-    with pytest.raises(ValueError, match="`reference` has to be None for this model, which was trained on instructions alone"): edit(pipe, name="ref")
+    with pytest.raises(
+        ValueError, match="`reference` has to be None for this model, which was trained on instructions alone"
+    ):
+        edit(pipe, name="ref")
     again = convert(tmp_path / "plain", tmp_path / "kit", "kit")
     assert not load_any(again).guidance.config.takes_reference
 
@@ -158,47 +251,61 @@ def test_a_repository_without_reference_embedder_takes_instructions_alone(tmp_pa
 def test_a_destination_that_is_taken_stays(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="`overwrite` replaces it"): convert(RELEASED, tmp_path / "mine", "kit")
+    with pytest.raises(FileExistsError, match="`overwrite` replaces it"):
+        convert(RELEASED, tmp_path / "mine", "kit")
     assert (tmp_path / "mine/notes.txt").read_text() == "mine"
     convert(RELEASED, tmp_path / "mine", "kit", overwrite=True)
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(FileExistsError, match="`destination` has to be a folder"): convert(RELEASED, tmp_path / "file", "kit", overwrite=True)
+    with pytest.raises(FileExistsError, match="`destination` has to be a folder"):
+        convert(RELEASED, tmp_path / "file", "kit", overwrite=True)
     assert (tmp_path / "file").read_text() == "mine"
     assert not (tmp_path / "mine/notes.txt").exists()
-    with pytest.raises(ValueError, match="`to` has to be one of kit, official, trainer but is 'onnx'"): convert(RELEASED, tmp_path / "x", "onnx")
+    with pytest.raises(ValueError, match="`to` has to be one of kit, official, trainer but is 'onnx'"):
+        convert(RELEASED, tmp_path / "x", "onnx")
 
 
 def test_an_error_while_writing_leaves_nothing_and_keeps_the_old(tmp_path, monkeypatch):
     convert(RELEASED, tmp_path / "model", "kit")
     before = weights_of(tmp_path / "model")
+
     def fail(pipe, folder, size):
-        folder.mkdir(); (folder / "half").write_text("half")
+        folder.mkdir()
+        (folder / "half").write_text("half")
         raise OSError("disk full")
+
     monkeypatch.setitem(checkpoints.WRITERS, "trainer", fail)
-    with pytest.raises(OSError, match="disk full"): convert(RELEASED, tmp_path / "model", "trainer", overwrite=True)
+    with pytest.raises(OSError, match="disk full"):
+        convert(RELEASED, tmp_path / "model", "trainer", overwrite=True)
     assert weights_of(tmp_path / "model").keys() == before.keys() and [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 class Harmful:
-    def __reduce__(self): return os.mkdir, (os.environ["HARM"],)
+    def __reduce__(self):
+        return os.mkdir, (os.environ["HARM"],)
 
 
 def test_nothing_unpickles(tmp_path, monkeypatch):
     monkeypatch.setenv("HARM", str(tmp_path / "harm"))
     torch.save({"weight": Harmful()}, tmp_path / "Wan_VAE.pth")
-    with pytest.raises(ValueError, match="not loaded because that may run code"): open_weights(tmp_path / "Wan_VAE.pth")
+    with pytest.raises(ValueError, match="not loaded because that may run code"):
+        open_weights(tmp_path / "Wan_VAE.pth")
     with pytest.raises(ValueError, match="not loaded because that may run code"):
         load_trainer_checkpoint(GOLDEN / "wan22/trainer/step-1.safetensors", **bases(vae=tmp_path / "Wan_VAE.pth"))
     assert not (tmp_path / "harm").exists()
-    torch.save(load_file(GOLDEN / "wan22/base/Wan_VAE.safetensors"), tmp_path / "good_VAE.pth")  # the same weights as tensors are fine
+    torch.save(
+        load_file(GOLDEN / "wan22/base/Wan_VAE.safetensors"), tmp_path / "good_VAE.pth"
+    )  # the same weights as tensors are fine
     pipe = load_trainer_checkpoint(GOLDEN / "wan22/trainer/step-1.safetensors", **bases(vae=tmp_path / "good_VAE.pth"))
-    assert np.array_equal(edit(pipe), edit(load_trainer_checkpoint(GOLDEN / "wan22/trainer/step-1.safetensors", **bases())))
+    assert np.array_equal(
+        edit(pipe), edit(load_trainer_checkpoint(GOLDEN / "wan22/trainer/step-1.safetensors", **bases()))
+    )
 
 
 def test_no_code_of_a_repository_runs(tmp_path, monkeypatch):
     shutil.copytree(RELEASED, tmp_path / "repo")
     for place in (".", "mllm_encoder", "vae", "ref_embedder"):
-        for name in ("pipeline_kiwi_edit", "mllm_encoder", "wan_video_vae", "conditional_embedder"): (tmp_path / "repo" / place / f"{name}.py").write_text(f"import os; os.mkdir({str(tmp_path / 'harm')!r})")
+        for name in ("pipeline_kiwi_edit", "mllm_encoder", "wan_video_vae", "conditional_embedder"):
+            (tmp_path / "repo" / place / f"{name}.py").write_text(f"import os; os.mkdir({str(tmp_path / 'harm')!r})")
     KiwiEditPipeline.from_pretrained(tmp_path / "repo")
     assert not (tmp_path / "harm").exists()
 
@@ -212,34 +319,70 @@ def rewrite(file, change):
     save_file(tensors, file)
 
 
-def first_matrix(tensors): return next(key for key, value in tensors.items() if value.ndim >= 2)
+def first_matrix(tensors):
+    return next(key for key, value in tensors.items() if value.ndim >= 2)
 
 
-def wrong_shape(tensors): tensors[key] = tensors[key := first_matrix(tensors)][:-1].clone()
-def extra_key(tensors): tensors["surprise.weight"] = torch.zeros(3)
-def not_a_number(tensors): tensors[key].view(-1)[0] = float("nan") if (key := first_matrix(tensors)) else 0
-def integers(tensors): tensors[key] = (tensors[key := first_matrix(tensors)] * 0).int()
-def missing_key(tensors): tensors.pop(first_matrix(tensors))
-def cut(file): file.write_bytes(file.read_bytes()[:2000])
-def rubbish(file): file.write_bytes(b"\0" * 64)
+def wrong_shape(tensors):
+    tensors[key] = tensors[key := first_matrix(tensors)][:-1].clone()
+
+
+def extra_key(tensors):
+    tensors["surprise.weight"] = torch.zeros(3)
+
+
+def not_a_number(tensors):
+    tensors[key].view(-1)[0] = float("nan") if (key := first_matrix(tensors)) else 0
+
+
+def integers(tensors):
+    tensors[key] = (tensors[key := first_matrix(tensors)] * 0).int()
+
+
+def missing_key(tensors):
+    tensors.pop(first_matrix(tensors))
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:2000])
+
+
+def rubbish(file):
+    file.write_bytes(b"\0" * 64)
 
 
 DAMAGE = {
-    "truncated": (cut, "cannot be read|not a whole|damaged|incomplete|invalid|truncated|too large|not covered"), "rubbish": (rubbish, "cannot be read|invalid|header|whole"),
-    "wrong shape": (wrong_shape, r"has to|shape"), "extra key": (extra_key, "surprise.weight"), "NaN": (not_a_number, "finite|NaN"), "integers": (integers, "float|I32|int"), "missing key": (missing_key, "missing"),
+    "truncated": (cut, "cannot be read|not a whole|damaged|incomplete|invalid|truncated|too large|not covered"),
+    "rubbish": (rubbish, "cannot be read|invalid|header|whole"),
+    "wrong shape": (wrong_shape, r"has to|shape"),
+    "extra key": (extra_key, "surprise.weight"),
+    "NaN": (not_a_number, "finite|NaN"),
+    "integers": (integers, "float|I32|int"),
+    "missing key": (missing_key, "missing"),
 }
-PLACES = {"transformer": "transformer/diffusion_pytorch_model.safetensors", "vae": "vae/diffusion_pytorch_model.safetensors", "qwen": "mllm_encoder/model-00001-of-00002.safetensors",
-          "queries": "mllm_encoder/diffusion_pytorch_model.safetensors", "embedder": "ref_embedder/diffusion_pytorch_model.safetensors"}
+PLACES = {
+    "transformer": "transformer/diffusion_pytorch_model.safetensors",
+    "vae": "vae/diffusion_pytorch_model.safetensors",
+    "qwen": "mllm_encoder/model-00001-of-00002.safetensors",
+    "queries": "mllm_encoder/diffusion_pytorch_model.safetensors",
+    "embedder": "ref_embedder/diffusion_pytorch_model.safetensors",
+}
 
 
 def harm(file, damage):
-    if damage in (cut, rubbish): damage(file)
-    else: rewrite(file, damage)
+    if damage in (cut, rubbish):
+        damage(file)
+    else:
+        rewrite(file, damage)
 
 
 def one_clear_error(caught):
     text = str(caught.value)
-    assert isinstance(caught.value, (ValueError, FileNotFoundError, OSError)) and text.count("\n") == 0 and 20 < len(text) < 2500, text
+    assert (
+        isinstance(caught.value, (ValueError, FileNotFoundError, OSError))
+        and text.count("\n") == 0
+        and 20 < len(text) < 2500
+    ), text
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -251,7 +394,8 @@ def test_a_damaged_release_is_named(tmp_path, place, kind):
     if damage not in (cut, rubbish) and not any(value.ndim >= 2 for value in load_file(file).values()):
         pytest.skip("this part has no matrix")
     harm(file, damage)
-    with pytest.raises(Exception, match=words) as caught: KiwiEditPipeline.from_pretrained(tmp_path / "repo")
+    with pytest.raises(Exception, match=words) as caught:
+        KiwiEditPipeline.from_pretrained(tmp_path / "repo")
     one_clear_error(caught)
 
 
@@ -261,41 +405,72 @@ def test_a_damaged_trainer_checkpoint_is_named(tmp_path, kind):
     shutil.copy(GOLDEN / "wan22/trainer/step-1.safetensors", file)
     damage, words = DAMAGE[kind]
     harm(file, damage)
-    with pytest.raises(Exception, match=words) as caught: load_trainer_checkpoint(file, **bases())
+    with pytest.raises(Exception, match=words) as caught:
+        load_trainer_checkpoint(file, **bases())
     one_clear_error(caught)
 
 
 def test_a_model_of_the_kit_without_one_tensor_is_named(tmp_path):
     shutil.copytree(asset("kiwi-edit-tiny"), tmp_path / "tiny")
-    rewrite(tmp_path / "tiny/guidance/diffusion_pytorch_model.safetensors", lambda tensors: tensors.pop("connector.0.bias"))
-    with pytest.raises(ValueError, match=r"1 are missing \(connector\.0\.bias\)") as caught: KiwiEditPipeline.from_pretrained(tmp_path / "tiny")
+    rewrite(
+        tmp_path / "tiny/guidance/diffusion_pytorch_model.safetensors", lambda tensors: tensors.pop("connector.0.bias")
+    )
+    with pytest.raises(ValueError, match=r"1 are missing \(connector\.0\.bias\)") as caught:
+        KiwiEditPipeline.from_pretrained(tmp_path / "tiny")
     one_clear_error(caught)
 
 
-@pytest.mark.parametrize("name", ["model_index.json", "transformer/config.json", "vae/config.json", "mllm_encoder/config.json", "processor/qwen_config.json", "mllm_encoder/model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model_index.json",
+        "transformer/config.json",
+        "vae/config.json",
+        "mllm_encoder/config.json",
+        "processor/qwen_config.json",
+        "mllm_encoder/model.safetensors.index.json",
+    ],
+)
 def test_wrong_json_is_named(tmp_path, name):
     for number, text in enumerate(("{not json", "[1, 2]", "{}")):
         shutil.copytree(RELEASED, tmp_path / str(number))
         (tmp_path / str(number) / name).write_text(text)
-        with pytest.raises(Exception) as caught: KiwiEditPipeline.from_pretrained(tmp_path / str(number))
+        with pytest.raises(Exception) as caught:
+            KiwiEditPipeline.from_pretrained(tmp_path / str(number))
         one_clear_error(caught)
 
 
 def test_missing_files_are_named(tmp_path):
-    for number, name in enumerate(("mllm_encoder/model-00002-of-00002.safetensors", "vae/diffusion_pytorch_model.safetensors", "processor/tokenizer.json", "scheduler/scheduler_config.json")):
+    for number, name in enumerate(
+        (
+            "mllm_encoder/model-00002-of-00002.safetensors",
+            "vae/diffusion_pytorch_model.safetensors",
+            "processor/tokenizer.json",
+            "scheduler/scheduler_config.json",
+        )
+    ):
         shutil.copytree(RELEASED, tmp_path / str(number))
-        for file in [tmp_path / str(number) / name, *((tmp_path / str(number) / "processor").glob("vocab.json") if "tokenizer" in name else ())]: file.unlink()
-        with pytest.raises(Exception) as caught: KiwiEditPipeline.from_pretrained(tmp_path / str(number))
+        for file in [
+            tmp_path / str(number) / name,
+            *((tmp_path / str(number) / "processor").glob("vocab.json") if "tokenizer" in name else ()),
+        ]:
+            file.unlink()
+        with pytest.raises(Exception) as caught:
+            KiwiEditPipeline.from_pretrained(tmp_path / str(number))
         one_clear_error(caught)
 
 
 def test_bases_that_are_missing_are_named(tmp_path):
     step = GOLDEN / "wan22/trainer/step-1.safetensors"
     for part in ("vae", "mllm"):
-        with pytest.raises(ValueError, match=f"`{part}` has to name the base model"): load_trainer_checkpoint(step, **bases(**{part: None}))
-        with pytest.raises(FileNotFoundError, match=f"`{part}` has to be a"): load_trainer_checkpoint(step, **bases(**{part: tmp_path / "nowhere"}))
-    with pytest.raises(ValueError, match="`transformer` has to name the base model"): load_trainer_checkpoint(GOLDEN / "wan21/trainer/step-1.safetensors", **bases("wan21", transformer=None))
-    with pytest.raises(FileNotFoundError): load_trainer_checkpoint(tmp_path / "step-9.safetensors", **bases())
+        with pytest.raises(ValueError, match=f"`{part}` has to name the base model"):
+            load_trainer_checkpoint(step, **bases(**{part: None}))
+        with pytest.raises(FileNotFoundError, match=f"`{part}` has to be a"):
+            load_trainer_checkpoint(step, **bases(**{part: tmp_path / "nowhere"}))
+    with pytest.raises(ValueError, match="`transformer` has to name the base model"):
+        load_trainer_checkpoint(GOLDEN / "wan21/trainer/step-1.safetensors", **bases("wan21", transformer=None))
+    with pytest.raises(FileNotFoundError):
+        load_trainer_checkpoint(tmp_path / "step-9.safetensors", **bases())
 
 
 # ways to need less memory, all of them diffusers' own
@@ -310,8 +485,13 @@ def test_layers_in_eight_bits_edit_roughly_alike():
 
 def test_group_offload_changes_a_level_at_most():
     pipe = load_official(RELEASED)
-    for part in (pipe.transformer, pipe.vae): part.enable_group_offload(onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level")
-    assert np.abs(edit(pipe, name="ref").astype(int) - original()).max() <= 1  # layers with a hook run as they are, which rounds otherwise
+    for part in (pipe.transformer, pipe.vae):
+        part.enable_group_offload(
+            onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
+        )
+    assert (
+        np.abs(edit(pipe, name="ref").astype(int) - original()).max() <= 1
+    )  # layers with a hook run as they are, which rounds otherwise
 
 
 @torch.no_grad()
@@ -320,25 +500,44 @@ def test_slices_of_a_batch_with_tiles_and_without():
     latents = torch.randn(2, vae.config.z_dim, 2, 2, 4, generator=torch.Generator().manual_seed(0))
     whole, found, (mean, std) = decode_latents(vae, latents), [], latent_statistics(vae, "cpu")
     for tiling in (False, True):
-        if tiling: vae.enable_tiling(tile_sample_min_height=32, tile_sample_min_width=32, tile_sample_stride_height=16, tile_sample_stride_width=16)
+        if tiling:
+            vae.enable_tiling(
+                tile_sample_min_height=32,
+                tile_sample_min_width=32,
+                tile_sample_stride_height=16,
+                tile_sample_stride_width=16,
+            )
         found.append(decode_latents(vae, latents))
         vae.enable_slicing()
         assert np.abs(decode_latents(vae, latents).astype(int) - found[-1]).max() <= 1
         vae.disable_slicing()
     assert np.array_equal(found[0], whole) and (found[1] != whole).any()
-    vae.enable_tiling(tile_sample_min_height=16, tile_sample_min_width=32, tile_sample_stride_height=16, tile_sample_stride_width=32)  # side by side
-    parts = [vae.decode(latents_of[..., y:y + 1, x:x + 2]).sample for latents_of in [latents * std + mean] for y in (0, 1) for x in (0, 2)]
+    vae.enable_tiling(
+        tile_sample_min_height=16, tile_sample_min_width=32, tile_sample_stride_height=16, tile_sample_stride_width=32
+    )  # side by side
+    parts = [
+        vae.decode(latents_of[..., y : y + 1, x : x + 2]).sample
+        for latents_of in [latents * std + mean]
+        for y in (0, 1)
+        for x in (0, 2)
+    ]
     beside = torch.cat([torch.cat(parts[:2], -1), torch.cat(parts[2:], -1)], -2)
     torch.testing.assert_close(in_tiles(vae, latents * std + mean, "decode"), beside, atol=1e-5, rtol=1e-4)
-    vae.enable_tiling(tile_sample_min_height=32, tile_sample_min_width=32, tile_sample_stride_height=48, tile_sample_stride_width=16)
-    with pytest.raises(ValueError, match="strides no longer than sides"): decode_latents(vae, latents)
+    vae.enable_tiling(
+        tile_sample_min_height=32, tile_sample_min_width=32, tile_sample_stride_height=48, tile_sample_stride_width=16
+    )
+    with pytest.raises(ValueError, match="strides no longer than sides"):
+        decode_latents(vae, latents)
 
 
 def test_quantised_loading_goes_through_diffusers(tmp_path):
     quantization = pytest.importorskip("torchao.quantization")
     from diffusers import PipelineQuantizationConfig, TorchAoConfig
+
     convert(RELEASED, tmp_path / "kit", "kit")
-    eight = PipelineQuantizationConfig(quant_mapping={"transformer": TorchAoConfig(quantization.Int8WeightOnlyConfig())})
+    eight = PipelineQuantizationConfig(
+        quant_mapping={"transformer": TorchAoConfig(quantization.Int8WeightOnlyConfig())}
+    )
     pipe = KiwiEditPipeline.from_pretrained(tmp_path / "kit", quantization_config=eight)
     assert type(pipe.transformer.blocks[0].attn1.to_q.weight).__name__ == "Int8Tensor"
     assert 0 < np.abs(edit(pipe, name="ref").astype(float) - original()).mean() < 8
@@ -352,42 +551,87 @@ def two_formats(tmp_path_factory):
     "The tiny model with plain files and files of half the size, told apart by a bias; in the encoder's folder these are shards."
     folder = tmp_path_factory.mktemp("variant") / "model"
     KiwiEditPipeline.from_pretrained("kiwi-edit-tiny").save_pretrained(folder)
-    for part, name, wanted in (("transformer", "diffusion_pytorch_model", "proj_out.bias"), ("vae", "diffusion_pytorch_model", "post_quant_conv.bias"), ("mllm", "model", None)):
-        half = {key: (value + 1 if key == wanted else value).half() for key, value in load_file(folder / part / f"{name}.safetensors").items()}
-        if part != "mllm": save_file(half, folder / part / f"{name}.fp16.safetensors")
+    for part, name, wanted in (
+        ("transformer", "diffusion_pytorch_model", "proj_out.bias"),
+        ("vae", "diffusion_pytorch_model", "post_quant_conv.bias"),
+        ("mllm", "model", None),
+    ):
+        half = {
+            key: (value + 1 if key == wanted else value).half()
+            for key, value in load_file(folder / part / f"{name}.safetensors").items()
+        }
+        if part != "mllm":
+            save_file(half, folder / part / f"{name}.fp16.safetensors")
         else:
             keys, files = sorted(half), [f"{name}.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
-            for i, file in enumerate(files): save_file({key: half[key] for key in keys[i::2]}, folder / part / file)
-            (folder / part / f"{name}.safetensors.index.fp16.json").write_text(json.dumps(dict(metadata={}, weight_map={key: files[i % 2] for i, key in enumerate(keys)})))
+            for i, file in enumerate(files):
+                save_file({key: half[key] for key in keys[i::2]}, folder / part / file)
+            (folder / part / f"{name}.safetensors.index.fp16.json").write_text(
+                json.dumps(dict(metadata={}, weight_map={key: files[i % 2] for i, key in enumerate(keys)}))
+            )
     return folder
 
 
 def test_of_several_variants_one_is_read(two_formats):
-    plain, half = KiwiEditPipeline.from_pretrained(two_formats), KiwiEditPipeline.from_pretrained(two_formats, variant="fp16")
+    plain, half = (
+        KiwiEditPipeline.from_pretrained(two_formats),
+        KiwiEditPipeline.from_pretrained(two_formats, variant="fp16"),
+    )
     for part, name in (("transformer", "proj_out.bias"), ("vae", "post_quant_conv.bias")):
-        assert torch.allclose(getattr(half, part).state_dict()[name], getattr(plain, part).state_dict()[name] + 1, atol=2e-3), part
-    assert half.dtype == plain.dtype == torch.float32 and torch.equal(half.guidance.image_queries, plain.guidance.image_queries)  # which has no other files
-    assert KiwiEditPipeline.from_pretrained(two_formats, variant="fp16", torch_dtype="auto").transformer.dtype == torch.float16
-    with pytest.raises(FileNotFoundError, match="`variant` has to be one that files of the model have but is 'bf16'"): KiwiEditPipeline.from_pretrained(two_formats, variant="bf16")
+        assert torch.allclose(
+            getattr(half, part).state_dict()[name], getattr(plain, part).state_dict()[name] + 1, atol=2e-3
+        ), part
+    assert half.dtype == plain.dtype == torch.float32 and torch.equal(
+        half.guidance.image_queries, plain.guidance.image_queries
+    )  # which has no other files
+    assert (
+        KiwiEditPipeline.from_pretrained(two_formats, variant="fp16", torch_dtype="auto").transformer.dtype
+        == torch.float16
+    )
+    with pytest.raises(FileNotFoundError, match="`variant` has to be one that files of the model have but is 'bf16'"):
+        KiwiEditPipeline.from_pretrained(two_formats, variant="bf16")
     (two_formats / "mllm/model.fp16-00002-of-00002.safetensors").rename(two_formats / "away")
-    with pytest.raises(FileNotFoundError, match="model.fp16-00002-of-00002.safetensors"): KiwiEditPipeline.from_pretrained(two_formats, variant="fp16")
+    with pytest.raises(FileNotFoundError, match="model.fp16-00002-of-00002.safetensors"):
+        KiwiEditPipeline.from_pretrained(two_formats, variant="fp16")
     (two_formats / "away").rename(two_formats / "mllm/model.fp16-00002-of-00002.safetensors")
 
 
 def test_number_formats_are_named_as_in_diffusers():
     load = lambda torch_dtype: KiwiEditPipeline.from_pretrained("kiwi-edit-tiny", torch_dtype=torch_dtype)
     stored = stored_dtype("kiwi-edit-tiny")
-    for given, wanted in (("auto", stored), ("bfloat16", torch.bfloat16), ("torch.float16", torch.float16), (None, torch.float32)): assert load(given).transformer.dtype == wanted, given
+    for given, wanted in (
+        ("auto", stored),
+        ("bfloat16", torch.bfloat16),
+        ("torch.float16", torch.float16),
+        (None, torch.float32),
+    ):
+        assert load(given).transformer.dtype == wanted, given
     mixed = load(dict(transformer=torch.bfloat16, vae="auto", default="float32"))
-    assert (mixed.transformer.dtype, mixed.vae.dtype, mixed.mllm.dtype, mixed.guidance.dtype) == (torch.bfloat16, stored, torch.float32, torch.float32)
+    assert (mixed.transformer.dtype, mixed.vae.dtype, mixed.mllm.dtype, mixed.guidance.dtype) == (
+        torch.bfloat16,
+        stored,
+        torch.float32,
+        torch.float32,
+    )
     for wrong in ("bf17", torch.int8, 16, dict(unet=torch.float16), dict(vae="x"), "nn"):
-        with pytest.raises(ValueError, match="`torch_dtype` has to be"): load(wrong)
+        with pytest.raises(ValueError, match="`torch_dtype` has to be"):
+            load(wrong)
 
 
-@pytest.mark.parametrize("options", [dict(foo=1), dict(subfolder="nowhere"), dict(custom_pipeline="x"), dict(trust_remote_code=True), dict(schedul="native")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(foo=1),
+        dict(subfolder="nowhere"),
+        dict(custom_pipeline="x"),
+        dict(trust_remote_code=True),
+        dict(schedul="native"),
+    ],
+)
 def test_unknown_arguments_are_refused_by_name(options):
     for source in ("kiwi-edit-tiny", RELEASED):
-        with pytest.raises(TypeError, match=f"`{next(iter(options))}` has to be left out"): KiwiEditPipeline.from_pretrained(source, **options)
+        with pytest.raises(TypeError, match=f"`{next(iter(options))}` has to be left out"):
+            KiwiEditPipeline.from_pretrained(source, **options)
 
 
 def test_parts_that_are_loaded_already_are_taken():
@@ -399,8 +643,12 @@ def test_a_denoiser_in_other_programs_files(tmp_path):
     tiny = KiwiEditPipeline.from_pretrained("kiwi-edit-tiny").transformer
     config = {name: value for name, value in tiny.config.items() if not name.startswith("_")}
     for prefix in ("model.diffusion_model.", "diffusion_model.", ""):
-        save_file({prefix + native_wan_name(key): value.contiguous() for key, value in tiny.state_dict().items()}, tmp_path / "wan.safetensors")
+        save_file(
+            {prefix + native_wan_name(key): value.contiguous() for key, value in tiny.state_dict().items()},
+            tmp_path / "wan.safetensors",
+        )
         found = load_transformer(tmp_path / "wan.safetensors", config)
         assert all(torch.equal(a, b) for a, b in zip(found.state_dict().values(), tiny.state_dict().values()))
     (tmp_path / "wan-Q4.gguf").write_bytes(b"GGUF" + bytes(60))
-    with pytest.raises(ValueError, match="GGUF, whose weights are quantised"): load_transformer(tmp_path / "wan-Q4.gguf", config)
+    with pytest.raises(ValueError, match="GGUF, whose weights are quantised"):
+        load_transformer(tmp_path / "wan-Q4.gguf", config)

@@ -1,4 +1,5 @@
 """`kiwi-edit`: what it makes of files, good ones and bad ones, and how it fails."""
+
 import contextlib
 import io
 import json
@@ -39,7 +40,9 @@ def random_model(tmp_path_factory):
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model") / "random-tiny"
-    KiwiEditPipeline.from_preset(preset("tiny"), make_tokenizer(["make it snow"], vocab_size=512)).save_pretrained(folder)
+    KiwiEditPipeline.from_preset(preset("tiny"), make_tokenizer(["make it snow"], vocab_size=512)).save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -105,7 +108,11 @@ def _audio(wave):
 
 def one_error(err):
     "The one line of an error; anything else on standard error fails."
-    lines = [line for line in re.split(r"[\r\n]+", err) if line.strip() and not line.startswith("loading ") and "steps," not in line]
+    lines = [
+        line
+        for line in re.split(r"[\r\n]+", err)
+        if line.strip() and not line.startswith("loading ") and "steps," not in line
+    ]
     assert len(lines) == 1 and lines[0].startswith("error: "), err
     return lines[0]
 
@@ -126,7 +133,11 @@ def refused(result, *words, code=1):
 def test_edit_writes_result_strip_and_comparison(edit, clip, tmp_path):
     status, out, err = edit(clip, "--out", tmp_path / "new.mp4", "--compare")
     assert status == 0
-    assert str(tmp_path / "new.mp4") in out and str(tmp_path / "new-strip.png") in out and str(tmp_path / "new-compare.mp4") in out
+    assert (
+        str(tmp_path / "new.mp4") in out
+        and str(tmp_path / "new-strip.png") in out
+        and str(tmp_path / "new-compare.mp4") in out
+    )
     assert video_info(tmp_path / "new.mp4").frames == 5 and video_info(tmp_path / "new.mp4").fps == 10
     assert read_video(tmp_path / "new.mp4").frames.shape == (5, 32, 40, 3)
     assert read_video(tmp_path / "new-compare.mp4").frames.shape == (5, 32, 84, 3)
@@ -160,8 +171,14 @@ def test_references_and_options_reach_the_model(edit, clip, tmp_path):
     for i, color in enumerate(("red", "blue")):
         Image.new("RGB", (20, 30), color).save(tmp_path / f"{color}.png")
     results = {}
-    for name, options in dict(plain=(), red=("-r", tmp_path / "red.png"), both=("-r", tmp_path / "red.png", "-r", tmp_path / "blue.png"),
-                              weak=("--strength", 0.5, "--steps", 4), guided=("--guidance-scale", 3), small=("--size", "16x16")).items():
+    for name, options in dict(
+        plain=(),
+        red=("-r", tmp_path / "red.png"),
+        both=("-r", tmp_path / "red.png", "-r", tmp_path / "blue.png"),
+        weak=("--strength", 0.5, "--steps", 4),
+        guided=("--guidance-scale", 3),
+        small=("--size", "16x16"),
+    ).items():
         status, out, err = edit(clip, "--out", tmp_path / f"{name}.mp4", *options)
         assert status == 0, err
         results[name] = read_video(tmp_path / f"{name}.mp4").frames
@@ -187,7 +204,19 @@ def test_an_image_gives_an_image(edit, tmp_path, suffix, result):
 
 
 def test_evaluate_writes_a_report(kiwi, random_model, tmp_path):
-    command = "evaluate", "--model", random_model, "--samples", 1, "--steps", 1, "--tasks", "style, background", "--out", tmp_path / "report.json"
+    command = (
+        "evaluate",
+        "--model",
+        random_model,
+        "--samples",
+        1,
+        "--steps",
+        1,
+        "--tasks",
+        "style, background",
+        "--out",
+        tmp_path / "report.json",
+    )
     status, out, err = kiwi(*command)
     assert status == 0, err
     assert "| style | 1 |" in out and "| background | 1 |" in out
@@ -199,7 +228,10 @@ def test_evaluate_writes_a_report(kiwi, random_model, tmp_path):
 def bench(clip):
     "RefVIE-Bench of two rows, the second of which lacks its source."
     Image.fromarray(picture()[0]).save(clip.parent / "ref.png")
-    rows = [f"- {{src_video: {name}, instruction: make it snow, ref_img: ref.png, edit_type: background}}\n" for name in ("clip.mp4", "lost.mp4")]
+    rows = [
+        f"- {{src_video: {name}, instruction: make it snow, ref_img: ref.png, edit_type: background}}\n"
+        for name in ("clip.mp4", "lost.mp4")
+    ]
     (clip.parent / "bench.yaml").write_text("".join(rows))
     return "--bench", "refvie", "--data", clip.parent / "bench.yaml"
 
@@ -207,24 +239,50 @@ def bench(clip):
 def test_evaluate_makes_and_scores_the_rows_of_a_published_bench(kiwi, random_model, bench, tmp_path):
     command = "evaluate", *bench, "--model", random_model, "--steps", 1, "--out", tmp_path / "run"
     status, out, err = kiwi(*command, "--parts", "1/2")
-    assert status == 0 and "1 of 1 videos there" in out and "part 1 of 2" in out and not (tmp_path / "run" / "report.json").exists(), err
+    assert (
+        status == 0
+        and "1 of 1 videos there" in out
+        and "part 1 of 2" in out
+        and not (tmp_path / "run" / "report.json").exists()
+    ), err
     status, out, err = kiwi(*command)
-    assert status == 1 and "1 of 2 videos there, 1 of them before, 1 failed" in out and "1 scored, 0 failed, 1 missing" in out, err
+    assert (
+        status == 1
+        and "1 of 2 videos there, 1 of them before, 1 failed" in out
+        and "1 scored, 0 failed, 1 missing" in out
+    ), err
     assert "row 1 failed: `source` has to be" in err and "lost.mp4" in err
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert report["about"]["steps"] == 1 and report["about"]["seed"] == 0 and len(report["about"]["checkpoint"]) == 16 and report["about"]["versions"]["torch"]
-    refused(kiwi("evaluate", *bench, "--model", random_model, "--steps", 2, "--out", tmp_path / "run"), "--out has to be new or of the same making")
-    status, out, err = kiwi("evaluate", *bench, "--videos", tmp_path / "run" / "videos", "--limit", 1, "--out", tmp_path / "again")
-    assert status == 0 and "1 rows 1 scored, 0 failed, 0 missing" in out and (tmp_path / "again" / "report.html").is_file() and "steps 1" in out, err
+    assert (
+        report["about"]["steps"] == 1
+        and report["about"]["seed"] == 0
+        and len(report["about"]["checkpoint"]) == 16
+        and report["about"]["versions"]["torch"]
+    )
+    refused(
+        kiwi("evaluate", *bench, "--model", random_model, "--steps", 2, "--out", tmp_path / "run"),
+        "--out has to be new or of the same making",
+    )
+    status, out, err = kiwi(
+        "evaluate", *bench, "--videos", tmp_path / "run" / "videos", "--limit", 1, "--out", tmp_path / "again"
+    )
+    assert (
+        status == 0
+        and "1 rows 1 scored, 0 failed, 0 missing" in out
+        and (tmp_path / "again" / "report.html").is_file()
+        and "steps 1" in out
+    ), err
 
 
 def test_evaluate_scores_videos_of_the_kits_bench(kiwi, tmp_path):
     from kiwi_edit.eval.published import world_rows
 
-    row, = world_rows(("add",), 1)
+    (row,) = world_rows(("add",), 1)
     (tmp_path / "add").mkdir()
     write_video(tmp_path / row.output, row.target, 15)
-    status, out, err = kiwi("evaluate", "--tasks", "add", "--samples", 1, "--videos", tmp_path, "--out", tmp_path / "scores")
+    status, out, err = kiwi(
+        "evaluate", "--tasks", "add", "--samples", 1, "--videos", tmp_path, "--out", tmp_path / "scores"
+    )
     assert status == 0 and "Judge: metrics (no model), which is no model" in out and "| edit_done |" in out, err
 
 
@@ -234,47 +292,97 @@ def test_parameters_reach_a_judge_of_ones_own(kiwi, tmp_path):
     heard = []
 
     class Endpoint(BaseHTTPRequestHandler):
-        def log_message(self, *args): pass
+        def log_message(self, *args):
+            pass
 
         def do_POST(self):
             heard.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
-            names = [line.split(":")[0] for line in str(heard[-1]["messages"][0]["content"]).split("\n") if line.endswith(": n")]
-            choice = dict(index=0, finish_reason="stop", message=dict(role="assistant", content="\n".join(f"{name}: 4" for name in names)))
+            names = [
+                line.split(":")[0]
+                for line in str(heard[-1]["messages"][0]["content"]).split("\n")
+                if line.endswith(": n")
+            ]
+            choice = dict(
+                index=0,
+                finish_reason="stop",
+                message=dict(role="assistant", content="\n".join(f"{name}: 4" for name in names)),
+            )
             data = json.dumps(dict(id="1", object="chat.completion", created=1, model="m", choices=[choice])).encode()
             self.send_response(200)
             self.send_header("content-type", "application/json")
             self.send_header("content-length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
+
     server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    row, = world_rows(("add",), 1)
+    (row,) = world_rows(("add",), 1)
     (tmp_path / "clips/add").mkdir(parents=True)
     write_video(tmp_path / "clips" / row.output, row.target, 15)
-    command = "evaluate", "--tasks", "add", "--samples", 1, "--videos", tmp_path / "clips", "--judge", f"openai:m@http://127.0.0.1:{server.server_port}/v1", "--out", tmp_path / "out"
-    given = "--parameter", "max_completion_tokens=4096", "--parameter", "temperature=null", "--parameter", 'chat_template_kwargs={"enable_thinking": false}', "--parameter", "reasoning_effort=low"
+    command = (
+        "evaluate",
+        "--tasks",
+        "add",
+        "--samples",
+        1,
+        "--videos",
+        tmp_path / "clips",
+        "--judge",
+        f"openai:m@http://127.0.0.1:{server.server_port}/v1",
+        "--out",
+        tmp_path / "out",
+    )
+    given = (
+        "--parameter",
+        "max_completion_tokens=4096",
+        "--parameter",
+        "temperature=null",
+        "--parameter",
+        'chat_template_kwargs={"enable_thinking": false}',
+        "--parameter",
+        "reasoning_effort=low",
+    )
     status, out, err = kiwi(*command, *given)
     server.shutdown()
     server.server_close()
     assert not status and heard and not {"temperature", "max_tokens"} & set(heard[0])
-    assert (heard[0]["max_completion_tokens"], heard[0]["chat_template_kwargs"], heard[0]["reasoning_effort"]) == (4096, {"enable_thinking": False}, "low")
-    for wrong in ("temperature", "=1"): refused(kiwi(*command, "--parameter", wrong), "--parameter has to be NAME=VALUE", wrong)
-    refused(kiwi("evaluate", "--videos", tmp_path, "--judge", "metrics", "--parameter", "temperature=1"), "--parameter has to be left out")
+    assert (heard[0]["max_completion_tokens"], heard[0]["chat_template_kwargs"], heard[0]["reasoning_effort"]) == (
+        4096,
+        {"enable_thinking": False},
+        "low",
+    )
+    for wrong in ("temperature", "=1"):
+        refused(kiwi(*command, "--parameter", wrong), "--parameter has to be NAME=VALUE", wrong)
+    refused(
+        kiwi("evaluate", "--videos", tmp_path, "--judge", "metrics", "--parameter", "temperature=1"),
+        "--parameter has to be left out",
+    )
     refused(kiwi("evaluate", "--parameter", "temperature=1"), "--parameter has to be left out")
-    refused(kiwi("synthesize", "world:1", "--out", tmp_path / "pairs", "--parameter", "temperature=1"), "--parameter has to be left out")
+    refused(
+        kiwi("synthesize", "world:1", "--out", tmp_path / "pairs", "--parameter", "temperature=1"),
+        "--parameter has to be left out",
+    )
 
 
 def test_evaluate_says_what_is_wrong_first(kiwi, bench, tmp_path, monkeypatch):
-    for name in ("OPENAI_API_KEY", "GEMINI_API_KEY", "GOOGLE_API_KEY"): monkeypatch.delenv(name, raising=False)
+    for name in ("OPENAI_API_KEY", "GEMINI_API_KEY", "GOOGLE_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
     refused(kiwi("evaluate", "--bench", "vbench"), "--bench has to be kit, refvie, openve or imgedit", "'vbench'")
     refused(kiwi("evaluate", "--bench", "openve"), "--data has to be the file of openve")
-    refused(kiwi("evaluate", "--bench", "openve", "--data", tmp_path / "lost.csv"), "--data has to be the file of a bench", "lost.csv")
+    refused(
+        kiwi("evaluate", "--bench", "openve", "--data", tmp_path / "lost.csv"),
+        "--data has to be the file of a bench",
+        "lost.csv",
+    )
     refused(kiwi("evaluate", "--bench", "openve", *bench[2:]), "--data has to", "'original_video'")
     refused(kiwi("evaluate", *bench, "--limit", 0), "--limit has to be at least 1 but is 0")
     refused(kiwi("evaluate", *bench, "--parts", "3/2"), "--parts has to be I/N")
     refused(kiwi("evaluate", *bench, "--tasks", "add"), "--tasks has to be left out of the bench refvie")
     refused(kiwi("evaluate", "--limit", 3), "--limit has to be left out of the bench kit")
-    refused(kiwi("evaluate", *bench, "--videos", tmp_path, "--model", "x"), "--model has to be left out where finished videos are scored")
+    refused(
+        kiwi("evaluate", *bench, "--videos", tmp_path, "--model", "x"),
+        "--model has to be left out where finished videos are scored",
+    )
     refused(kiwi("evaluate", *bench, "--videos", tmp_path / "lost"), "--videos has to be a folder of results")
     refused(kiwi("evaluate", *bench, "--out", "report.json"), "--out has to be a folder where rows are scored")
     refused(kiwi("evaluate", *bench, "--judge", "gpt"), "--judge has to be metrics, gemini", "'gpt'")
@@ -286,7 +394,10 @@ def test_evaluate_says_what_is_wrong_first(kiwi, bench, tmp_path, monkeypatch):
 def test_version_help_and_no_command(kiwi):
     assert re.fullmatch(r"kiwi-edit \d+\.\d+\S*\n", kiwi("--version")[1])
     status, out, _ = kiwi("edit", "--help")
-    assert status == 0 and all(flag in out for flag in "--instruction --reference --model --out --compare --overwrite --seed --steps --frames --size --device".split())
+    assert status == 0 and all(
+        flag in out
+        for flag in "--instruction --reference --model --out --compare --overwrite --seed --steps --frames --size --device".split()
+    )
     assert kiwi()[0] == 2
 
 
@@ -300,17 +411,46 @@ def test_help_is_fast():
 # unusual sources
 
 
-def odd(path): return write_video(path, picture(33, 47), 10)
-def narrow(path): return encode(path, picture(8, 64))
-def very_narrow(path): return encode(path, picture(8, 2400))
-def uhd(path): return encode(path, np.repeat(np.repeat(picture(60, 34, 1), 64, axis=1), 64, axis=2)[:, :2160], options={"preset": "ultrafast"})
-def gray(path): return encode(path, picture(), pix_fmt="gray")
-def ten_bit(path): return encode(path, picture(), pix_fmt="yuv420p10le")
-def one_frame(path): return encode(path, picture(count=1))
-def three_frames(path): return encode(path, picture(count=3))
+def odd(path):
+    return write_video(path, picture(33, 47), 10)
 
 
-@pytest.mark.parametrize("make, frames", [(odd, 5), (narrow, 5), (very_narrow, 5), (uhd, 1), (gray, 5), (ten_bit, 5), (one_frame, 1), (three_frames, 1)])
+def narrow(path):
+    return encode(path, picture(8, 64))
+
+
+def very_narrow(path):
+    return encode(path, picture(8, 2400))
+
+
+def uhd(path):
+    return encode(
+        path,
+        np.repeat(np.repeat(picture(60, 34, 1), 64, axis=1), 64, axis=2)[:, :2160],
+        options={"preset": "ultrafast"},
+    )
+
+
+def gray(path):
+    return encode(path, picture(), pix_fmt="gray")
+
+
+def ten_bit(path):
+    return encode(path, picture(), pix_fmt="yuv420p10le")
+
+
+def one_frame(path):
+    return encode(path, picture(count=1))
+
+
+def three_frames(path):
+    return encode(path, picture(count=3))
+
+
+@pytest.mark.parametrize(
+    "make, frames",
+    [(odd, 5), (narrow, 5), (very_narrow, 5), (uhd, 1), (gray, 5), (ten_bit, 5), (one_frame, 1), (three_frames, 1)],
+)
 def test_unusual_videos_work(edit, tmp_path, make, frames):
     source = make(tmp_path / "odd.mp4")
     status, out, err = edit(source, "--out", tmp_path / "new.mp4")
@@ -328,7 +468,11 @@ def rotated(path):
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "I;16", "1"])
 def test_images_of_any_mode_work_as_source_and_reference(edit, tmp_path, mode):
     array = picture(40, 24)[0]
-    image = Image.fromarray(array[..., 0].astype(np.uint16) * 200) if mode == "I;16" else Image.fromarray(array).convert(mode)
+    image = (
+        Image.fromarray(array[..., 0].astype(np.uint16) * 200)
+        if mode == "I;16"
+        else Image.fromarray(array).convert(mode)
+    )
     image.save(tmp_path / "odd.png")
     status, _, err = edit(tmp_path / "odd.png", "-r", tmp_path / "odd.png", "--out", tmp_path / "new.png")
     assert status == 0, err
@@ -341,7 +485,11 @@ def test_rotated_photos_stand_upright(edit, tmp_path):
     assert Image.open(tmp_path / "new.png").size == (20, 60)
 
 
-@pytest.mark.parametrize("instruction", ["把背景换成雪山", "Сделай зиму", "أضف الثلج", "❄️🦊", "costs $5 or $x^{", "line\nbreak", "x" * 3000], ids=range(7))
+@pytest.mark.parametrize(
+    "instruction",
+    ["把背景换成雪山", "Сделай зиму", "أضف الثلج", "❄️🦊", "costs $5 or $x^{", "line\nbreak", "x" * 3000],
+    ids=range(7),
+)
 def test_any_language_is_read(edit, clip, tmp_path, instruction):
     status, _, err = edit(clip, "--out", tmp_path / "new.mp4", instruction=instruction)
     assert status == 0, err
@@ -351,14 +499,25 @@ def test_any_language_is_read(edit, clip, tmp_path, instruction):
 # bad input
 
 
-def text(path): path.write_text("this is no video\n" * 50)
-def empty(path): path.write_bytes(b"")
-def header_cut(path): path.write_bytes(encode(path, picture(64, 64, 20), options={}).read_bytes()[:-400])  # the index is at the end
+def text(path):
+    path.write_text("this is no video\n" * 50)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def header_cut(path):
+    path.write_bytes(encode(path, picture(64, 64, 20), options={}).read_bytes()[:-400])  # the index is at the end
+
+
 def sound_only(path):
     with av.open(str(path), "w") as file:
         sound = file.add_stream("aac", rate=48000, layout="stereo")
         file.mux(sound.encode(_audio(np.zeros(48000, np.float32))))
         file.mux(sound.encode(None))
+
+
 def no_frames(path):
     with av.open(str(path), "w") as file:
         stream = file.add_stream("libx264", rate=10)
@@ -366,11 +525,18 @@ def no_frames(path):
         file.mux(stream.encode(None))
 
 
-@pytest.mark.parametrize("make", [text, empty, header_cut, sound_only, no_frames, lambda path: None, lambda path: path.mkdir()],
-                         ids=["text", "empty", "cut", "sound", "no frames", "missing", "empty folder"])
+@pytest.mark.parametrize(
+    "make",
+    [text, empty, header_cut, sound_only, no_frames, lambda path: None, lambda path: path.mkdir()],
+    ids=["text", "empty", "cut", "sound", "no frames", "missing", "empty folder"],
+)
 def test_files_that_are_no_video_are_refused(kiwi, tmp_path, make):
     make(tmp_path / "bad.mp4")
-    refused(kiwi("edit", tmp_path / "bad.mp4", "-i", "make it snow", "--model", "never-looked-up"), "VIDEO has to", "bad.mp4")
+    refused(
+        kiwi("edit", tmp_path / "bad.mp4", "-i", "make it snow", "--model", "never-looked-up"),
+        "VIDEO has to",
+        "bad.mp4",
+    )
     assert not list((tmp_path / "outputs").glob("*"))
 
 
@@ -386,33 +552,38 @@ def test_what_is_left_of_a_cut_video_is_edited(edit, tmp_path):
         one_error(err)
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["-i", ""], ["--instruction has to say what to edit", "''"]),
-    (["-i", " \n "], ["--instruction has to say what to edit"]),
-    (["-i", "x", "-r", "nowhere.png"], ["--reference has to", "nowhere.png"]),
-    (["-i", "x", "-r", "{clip}"], ["--reference has to be an image", "clip.mp4"]),
-    (["-i", "x", "--frames", "6"], ["--frames has to be 4k+1", "6", "5 and 9"]),
-    (["-i", "x", "--frames", "0"], ["--frames has to be 4k+1", "0"]),
-    (["-i", "x", "--steps", "0"], ["--steps has to be from 1", "0"]),
-    (["-i", "x", "--size", "big"], ["--size has to be WIDTHxHEIGHT", "'big'"]),
-    (["-i", "x", "--size", "0x64"], ["--size has to have sides from 1", "0x64"]),
-    (["-i", "x", "--strength", "0"], ["--strength has to lie above 0", "0.0"]),
-    (["-i", "x", "--strength", "nan"], ["--strength has to lie above 0", "nan"]),
-    (["-i", "x", "--guidance-scale", "0.5"], ["--guidance-scale has to be", "0.5"]),
-    (["-i", "x", "--seed", "-1"], ["--seed has to be from 0", "-1"]),
-    (["-i", "x", "--out", "{clip}"], ["--out has to be another file", "clip.mp4"]),
-    (["-i", "x", "--out", "{clip}", "--overwrite"], ["--out has to be another file", "clip.mp4"]),
-    (["-i", "x", "--out", "{folder}"], ["--out has to end in"]),
-    (["-i", "x", "--out", "{folder}/new.avi"], ["--out has to end in", "new.avi"]),
-    (["-i", "x", "--out", "{folder}/new.png"], ["--out has to end in .mp4", "5 frames"]),
-    (["-i", "x", "--out", "{folder}/no/new.mp4"], ["--out has to be in an existing folder"]),
-    (["-i", "x", "--out", "{clip}/new.mp4"], ["--out has to be in an existing folder"]),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["-i", ""], ["--instruction has to say what to edit", "''"]),
+        (["-i", " \n "], ["--instruction has to say what to edit"]),
+        (["-i", "x", "-r", "nowhere.png"], ["--reference has to", "nowhere.png"]),
+        (["-i", "x", "-r", "{clip}"], ["--reference has to be an image", "clip.mp4"]),
+        (["-i", "x", "--frames", "6"], ["--frames has to be 4k+1", "6", "5 and 9"]),
+        (["-i", "x", "--frames", "0"], ["--frames has to be 4k+1", "0"]),
+        (["-i", "x", "--steps", "0"], ["--steps has to be from 1", "0"]),
+        (["-i", "x", "--size", "big"], ["--size has to be WIDTHxHEIGHT", "'big'"]),
+        (["-i", "x", "--size", "0x64"], ["--size has to have sides from 1", "0x64"]),
+        (["-i", "x", "--strength", "0"], ["--strength has to lie above 0", "0.0"]),
+        (["-i", "x", "--strength", "nan"], ["--strength has to lie above 0", "nan"]),
+        (["-i", "x", "--guidance-scale", "0.5"], ["--guidance-scale has to be", "0.5"]),
+        (["-i", "x", "--seed", "-1"], ["--seed has to be from 0", "-1"]),
+        (["-i", "x", "--out", "{clip}"], ["--out has to be another file", "clip.mp4"]),
+        (["-i", "x", "--out", "{clip}", "--overwrite"], ["--out has to be another file", "clip.mp4"]),
+        (["-i", "x", "--out", "{folder}"], ["--out has to end in"]),
+        (["-i", "x", "--out", "{folder}/new.avi"], ["--out has to end in", "new.avi"]),
+        (["-i", "x", "--out", "{folder}/new.png"], ["--out has to end in .mp4", "5 frames"]),
+        (["-i", "x", "--out", "{folder}/no/new.mp4"], ["--out has to be in an existing folder"]),
+        (["-i", "x", "--out", "{clip}/new.mp4"], ["--out has to be in an existing folder"]),
+    ],
+)
 def test_wrong_arguments_are_refused_before_a_model_is_looked_up(kiwi, clip, tmp_path, arguments, words):
     arguments = [a.format(clip=clip, folder=tmp_path) for a in arguments]
     before = clip.read_bytes()
     refused(kiwi("edit", clip, *arguments, "--model", "never-looked-up"), *words)
-    assert clip.read_bytes() == before and not list(tmp_path.glob("new*")) and not list((tmp_path / "outputs").glob("*"))
+    assert (
+        clip.read_bytes() == before and not list(tmp_path.glob("new*")) and not list((tmp_path / "outputs").glob("*"))
+    )
 
 
 def test_wrong_arguments_are_refused_before_weights_are_read(kiwi, clip, tmp_path, random_model, monkeypatch):
@@ -470,7 +641,11 @@ def test_a_console_that_lacks_letters(monkeypatch, encoding):
 def test_nothing_is_overwritten(kiwi, clip, tmp_path):
     for name in ("new.mp4", "new-strip.png", "new-compare.mp4"):
         (tmp_path / name).write_text("mine")
-        refused(kiwi("edit", clip, "-i", "x", "--compare", "--out", tmp_path / "new.mp4", "--model", "never-looked-up"), "--out has to be a new file unless --overwrite is set", name)
+        refused(
+            kiwi("edit", clip, "-i", "x", "--compare", "--out", tmp_path / "new.mp4", "--model", "never-looked-up"),
+            "--out has to be a new file unless --overwrite is set",
+            name,
+        )
         assert (tmp_path / name).read_text() == "mine"
         (tmp_path / name).unlink()
 
@@ -482,7 +657,11 @@ def test_nothing_is_overwritten(kiwi, clip, tmp_path):
 def mounted(folder, options):
     "A small file system of its own; skips where it cannot be had."
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True) if shutil.which("mount") else None
+    done = (
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True)
+        if shutil.which("mount")
+        else None
+    )
     if done is None or done.returncode:
         pytest.skip("no file system can be mounted here")
     try:
@@ -495,7 +674,11 @@ def test_read_only_folder(kiwi, clip, tmp_path):
     arguments = "edit", clip, "-i", "x", "--model", "never-looked-up", "--out"
     if os.geteuid():
         (tmp_path / "locked").mkdir(mode=0o500)
-        refused(kiwi(*arguments, tmp_path / "locked" / "new.mp4"), "--out has to be in a folder that can be written", "locked")
+        refused(
+            kiwi(*arguments, tmp_path / "locked" / "new.mp4"),
+            "--out has to be in a folder that can be written",
+            "locked",
+        )
         return
     with mounted(tmp_path / "locked", "size=1m,ro") as folder:
         refused(kiwi(*arguments, folder / "new.mp4"), "--out has to be in a folder that can be written", "locked")
@@ -504,13 +687,33 @@ def test_read_only_folder(kiwi, clip, tmp_path):
 def test_full_disk(edit, clip, tmp_path):
     with mounted(tmp_path / "small", "size=24k") as folder:
         (folder / "new.mp4").write_text("mine")
-        refused(edit(clip, "--out", folder / "new.mp4", "--overwrite"), "--out has to be on a disk that takes the whole file", "No space left")
+        refused(
+            edit(clip, "--out", folder / "new.mp4", "--overwrite"),
+            "--out has to be on a disk that takes the whole file",
+            "No space left",
+        )
         assert [p.name for p in folder.iterdir()] == ["new.mp4"] and (folder / "new.mp4").read_text() == "mine"
 
 
 def test_file_size_limit(clip, tmp_path, random_model):
-    done = subprocess.run([*COMMAND, "edit", str(clip), "-i", "x", "--steps", "1", "--model", str(random_model), "--out", str(tmp_path / "new.mp4")], capture_output=True, text=True,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)))
+    done = subprocess.run(
+        [
+            *COMMAND,
+            "edit",
+            str(clip),
+            "-i",
+            "x",
+            "--steps",
+            "1",
+            "--model",
+            str(random_model),
+            "--out",
+            str(tmp_path / "new.mp4"),
+        ],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)),
+    )
     refused((done.returncode, done.stdout, done.stderr), "--out has to be on a disk that takes the whole file", "new")
     assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
 
@@ -521,7 +724,20 @@ def test_file_size_limit(clip, tmp_path, random_model):
 @pytest.mark.parametrize("moment", ["loading", "editing"])
 def test_interrupt_leaves_nothing(clip, tmp_path, random_model, moment):
     (tmp_path / "new.mp4").write_text("mine")
-    command = [*COMMAND, "edit", str(clip), "-i", "x", "--steps", "1000", "--model", str(random_model), "--out", str(tmp_path / "new.mp4"), "--overwrite"]
+    command = [
+        *COMMAND,
+        "edit",
+        str(clip),
+        "-i",
+        "x",
+        "--steps",
+        "1000",
+        "--model",
+        str(random_model),
+        "--out",
+        str(tmp_path / "new.mp4"),
+        "--overwrite",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         seen = b""
         while moment.encode() not in seen:
@@ -530,7 +746,10 @@ def test_interrupt_leaves_nothing(clip, tmp_path, random_model, moment):
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and out == b""
     assert one_error((seen + err).decode()) == "error: interrupted; no partial file is left"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.mp4", "new.mp4"] and (tmp_path / "new.mp4").read_text() == "mine"
+    assert (
+        sorted(p.name for p in tmp_path.iterdir()) == ["clip.mp4", "new.mp4"]
+        and (tmp_path / "new.mp4").read_text() == "mine"
+    )
 
 
 def test_a_lost_signal_stops_at_the_next_step():
@@ -565,9 +784,16 @@ def small(monkeypatch):
     "Two stages that take seconds: one of the world, one of files."
     from kiwi_edit.train import curriculum
 
-    buckets = curriculum.Bucket({"add": 1.0}, 1, 32, 32, 0.5, 2, 4), curriculum.Bucket({"subject": 1.0}, 5, 32, 32, 0.5, 2, 4)
+    buckets = (
+        curriculum.Bucket({"add": 1.0}, 1, 32, 32, 0.5, 2, 4),
+        curriculum.Bucket({"subject": 1.0}, 5, 32, 32, 0.5, 2, 4),
+    )
     lora = dict(language_model=curriculum.Lora(2, ("q_proj",)))
-    for stage in (learning("small", buckets=buckets), learning("files", mix=("image", "ref"), num_frames=5, max_pixels=1024, lora=lora), learning("later", mix=("ref",), num_frames=5, max_pixels=1024, steps=None)):
+    for stage in (
+        learning("small", buckets=buckets),
+        learning("files", mix=("image", "ref"), num_frames=5, max_pixels=1024, lora=lora),
+        learning("later", mix=("ref",), num_frames=5, max_pixels=1024, steps=None),
+    ):
         monkeypatch.setitem(curriculum.STAGES, stage.name, stage)
 
 
@@ -577,8 +803,12 @@ def tables(tmp_path_factory):
     from kiwi_edit.data.dataset import WorldDataset, read_metadata, save_dataset, write_metadata
 
     folder = tmp_path_factory.mktemp("data")
-    image = save_dataset(WorldDataset({"add": 1.0}, 1, 32, 32, samples=3), folder / "pictures", format="csv", progress=False)
-    ref = save_dataset(WorldDataset({"subject": 1.0}, 5, 32, 32, samples=3), folder / "references", format="csv", progress=False)
+    image = save_dataset(
+        WorldDataset({"add": 1.0}, 1, 32, 32, samples=3), folder / "pictures", format="csv", progress=False
+    )
+    ref = save_dataset(
+        WorldDataset({"subject": 1.0}, 5, 32, 32, samples=3), folder / "references", format="csv", progress=False
+    )
     rows = read_metadata(ref)
     write_metadata(ref, rows + [dict(rows[0], src_video="clips/lost.mp4")], overwrite=True)
     for name, changes in dict(lost=dict(src_video="no.mp4"), short={}, plain=dict(ref_image="")).items():
@@ -603,7 +833,22 @@ def test_train_runs_stages_one_after_the_other_from_what_cache_has_made(kiwi, sm
     made = {path: path.stat().st_mtime_ns for path in caches.rglob("*.safetensors")}
     assert len(made) == 4
     flags = [flag for text in data for flag in ("--data", text)]
-    command = ["train", "--stage", "small", "--stage", "files", *flags, "--cache", caches, "--out", run, "--track", "none", "--keep", 1]
+    command = [
+        "train",
+        "--stage",
+        "small",
+        "--stage",
+        "files",
+        *flags,
+        "--cache",
+        caches,
+        "--out",
+        run,
+        "--track",
+        "none",
+        "--keep",
+        1,
+    ]
     status, out, err = kiwi(*command, "--start", random_model, "--seed", 3)
     assert status == 0 and out == f"model: {run / 'model'}\n" and "stage small" in err and "stage files" in err
     assert {path: path.stat().st_mtime_ns for path in caches.rglob("*.safetensors")} == made
@@ -614,11 +859,25 @@ def test_train_runs_stages_one_after_the_other_from_what_cache_has_made(kiwi, sm
     before = (run / "model" / "stages.json").stat().st_mtime_ns
     assert kiwi(*command, "--resume")[0] == 0 and (run / "model" / "stages.json").stat().st_mtime_ns == before
     status, out, err = kiwi("train", *command[3:], "--resume", "--steps", 3)
-    assert status == 1 and err.startswith("stage files\nerror: --out has to hold a model without stage 'files', whose LoRA layers are merged")
+    assert status == 1 and err.startswith(
+        "stage files\nerror: --out has to hold a model without stage 'files', whose LoRA layers are merged"
+    )
 
 
 def test_cache_of_a_table_is_reused_split_and_pruned(kiwi, tables, random_model, tmp_path):
-    command = "cache", tables["ref"], "--model", random_model, "--out", tmp_path / "caches", "--num-frames", 1, "--dtype", "float32", "--max-pixels"
+    command = (
+        "cache",
+        tables["ref"],
+        "--model",
+        random_model,
+        "--out",
+        tmp_path / "caches",
+        "--num-frames",
+        1,
+        "--dtype",
+        "float32",
+        "--max-pixels",
+    )
     status, out, err = kiwi(*command, 1024, "--parts", "1/2")
     assert status == 0 and "image: part 1 of 2 is done" in out and not list(tmp_path.rglob("index.json"))
     assert kiwi(*command, 1024, "--parts", "2/2")[0] == 0
@@ -638,14 +897,27 @@ def test_dry_run_says_what_is_needed_and_loads_nothing(kiwi, small, monkeypatch,
         monkeypatch.setattr(pipeline.KiwiEditPipeline, name, lambda *a, **k: pytest.fail("it was loaded"))
     from kiwi_edit.train import curriculum
 
-    monkeypatch.setitem(curriculum.STAGES, "wide", learning("wide", buckets=(curriculum.Bucket({"subject": 1.0}, 5, 96, 96, 1.0, 24, 4),)))
-    status, out, err = kiwi("train", "--stage", "wide", "--dry-run", "--steps", 1800, "--seconds-per-step", 2, "--options")
+    monkeypatch.setitem(
+        curriculum.STAGES,
+        "wide",
+        learning("wide", buckets=(curriculum.Bucket({"subject": 1.0}, 5, 96, 96, 1.0, 24, 4),)),
+    )
+    status, out, err = kiwi(
+        "train", "--stage", "wide", "--dry-run", "--steps", 1800, "--seconds-per-step", 2, "--options"
+    )
     assert status == 0 and "1,800 steps, 2 s each, 1.0 hours" in out and "matrix products" not in out
     table = dict(re.findall(r"^\| ([^|]+?) +\| (.+) \|$", out, re.M))
     assert re.fullmatch(r"[\d,]+ +\| [1-9]\d*,\d{3}", table["transformer"].strip()) and table["vae"].startswith("0 ")
-    choices = {name: [float(x) for x in row.split("|")] for name, row in table.items() if name in ("as above", "online", "checkpointing of both networks", "optimizer in the host's memory")}
+    choices = {
+        name: [float(x) for x in row.split("|")]
+        for name, row in table.items()
+        if name in ("as above", "online", "checkpointing of both networks", "optimizer in the host's memory")
+    }
     assert len(choices) == 4 and all(abs(sum(row[:4]) - row[4]) < 0.03 for row in choices.values())
-    assert choices["checkpointing of both networks"][3] < choices["as above"][3] and choices["optimizer in the host's memory"][2] == 0 < choices["as above"][2]
+    assert (
+        choices["checkpointing of both networks"][3] < choices["as above"][3]
+        and choices["optimizer in the host's memory"][2] == 0 < choices["as above"][2]
+    )
     assert choices["online"][0] > choices["as above"][0]
     status, out, err = kiwi("train", "--stage", "encoder", "--dry-run")
     assert "TFLOP/s" in out and " minutes on two CPU cores" in out
@@ -655,44 +927,94 @@ def test_dry_run_says_what_is_needed_and_loads_nothing(kiwi, small, monkeypatch,
 REF = "--data", "ref={ref}"
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--stage", "fly"], ["--stage has to be a stage of tiny", "'fly'", "encoder"]),
-    (["--preset", "huge"], ["--preset has to be one of tiny", "'huge'"]),
-    (["--preset", "wan2.2-5b"], ["--stage has to be given for wan2.2-5b", "stage3-mix"]),
-    (["--preset", "wan2.1-14b", "--stage", "stage2-600"], ["--steps has to be given for stage 'stage2-600' of wan2.1-14b"]),
-    (["--steps", "0"], ["--steps has to be above 0", "0"]),
-    (["--minutes", "nan"], ["--minutes has to be above 0", "nan"]),
-    (["--keep", "0"], ["--keep has to be above 0"]),
-    (["--seed", "-1"], ["--seed has to be 0 or more", "-1"]),
-    (["--track", "paper"], ["--track has to be", "'paper'"]),
-    (["--score", "0"], ["--score has to be above 0", "0"]),
-    (["--preset", "wan2.2-5b", "--stage", "stage3-ref", "--score", "2"], ["--score has to be left out for wan2.2-5b"]),
-    (["--device", "tpu"], ["--device has to be", "'tpu'"]),
-    (["--options"], ["--options has to come with --dry-run"]),
-    (["--seconds-per-step", "3"], ["--seconds-per-step has to come with --dry-run"]),
-    (["--stage", "later", "--steps", "1", "--data", "ref"], ["--data has to be MODE=METADATA", "'ref'"]),
-    (["--stage", "later", "--steps", "1", "--data", "sound={ref}"], ["--data has to be MODE=METADATA", "image, video, ref"]),
-    (["--stage", "later", "--steps", "1", *REF, *REF], ["--data has to name one file", "two for ref"]),
-    (["--stage", "encoder", *REF], ["--data has to be left out", "ref"]),
-    (["--stage", "later", "--steps", "1"], ["--data has to name a metadata file for ref but names none"]),
-    (["--stage", "files", *REF], ["--data has to name a metadata file for image, ref but names ref"]),
-    (["--stage", "later", "--steps", "1", "--data", "ref={folder}/gone.csv"], ["--data has to be an existing file", "gone.csv"]),
-    (["--stage", "later", "--steps", "1", "--data", "ref={folder}/short.csv"], ["--data has to have the columns", "lacks tgt_video"]),
-    (["--stage", "later", "--steps", "1", "--data", "ref={folder}/none.csv"], ["--data has to hold at least one row"]),
-    (["--stage", "later", "--steps", "1", "--data", "ref={folder}/lost.csv"], ["--data of ref has to have a good row", "lost.csv row 0"]),
-    (["--stage", "later", "--steps", "1", "--data", "ref={folder}/plain.csv"], ["--data of ref has to have a reference", "plain.csv row 0 has none"]),
-    (["--stage", "files", *REF, "--data", "image={ref}"], ["--data of image has to have no references", "row 0 has one"]),
-    (["--stage", "later", *REF], ["--steps has to be given for stage 'later'"]),
-    (["--stage", "encoder", "--out", "{ref}"], ["--out has to be a folder", "metadata.csv"]),
-    (["--stage", "encoder", "--start", "nowhere"], ["--start has to be a model", "'nowhere'"]),
-    (["--stage", "encoder", "--start", "gone.safetensors", "--base", "vae=x", "--base", "mllm=y"], ["--start has to be a file", "'gone.safetensors'"]),
-    (["--stage", "encoder", "--start", "{folder}/w.safetensors", "--base", "vae=x"], ["--base has to name vae and mllm", "lacks mllm"]),
-    (["--stage", "encoder", "--start", "{folder}/w.safetensors", "--base", "vae={folder}/gone.pth", "--base", "mllm=y"], ["--vae has to be a file"]),
-    (["--stage", "encoder", "--base", "vae=x"], ["--base has to be left out", "vae"]),
-    (["--stage", "encoder", "--base", "clip=x"], ["--base has to be PART=SOURCE", "'clip=x'"]),
-    (["--stage", "encoder", "--start", "{folder}"], ["--start has to be a model folder"]),
-])
-def test_wrong_training_is_refused_before_weights_are_read(kiwi, small, tables, monkeypatch, tmp_path, arguments, words):
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--stage", "fly"], ["--stage has to be a stage of tiny", "'fly'", "encoder"]),
+        (["--preset", "huge"], ["--preset has to be one of tiny", "'huge'"]),
+        (["--preset", "wan2.2-5b"], ["--stage has to be given for wan2.2-5b", "stage3-mix"]),
+        (
+            ["--preset", "wan2.1-14b", "--stage", "stage2-600"],
+            ["--steps has to be given for stage 'stage2-600' of wan2.1-14b"],
+        ),
+        (["--steps", "0"], ["--steps has to be above 0", "0"]),
+        (["--minutes", "nan"], ["--minutes has to be above 0", "nan"]),
+        (["--keep", "0"], ["--keep has to be above 0"]),
+        (["--seed", "-1"], ["--seed has to be 0 or more", "-1"]),
+        (["--track", "paper"], ["--track has to be", "'paper'"]),
+        (["--score", "0"], ["--score has to be above 0", "0"]),
+        (
+            ["--preset", "wan2.2-5b", "--stage", "stage3-ref", "--score", "2"],
+            ["--score has to be left out for wan2.2-5b"],
+        ),
+        (["--device", "tpu"], ["--device has to be", "'tpu'"]),
+        (["--options"], ["--options has to come with --dry-run"]),
+        (["--seconds-per-step", "3"], ["--seconds-per-step has to come with --dry-run"]),
+        (["--stage", "later", "--steps", "1", "--data", "ref"], ["--data has to be MODE=METADATA", "'ref'"]),
+        (
+            ["--stage", "later", "--steps", "1", "--data", "sound={ref}"],
+            ["--data has to be MODE=METADATA", "image, video, ref"],
+        ),
+        (["--stage", "later", "--steps", "1", *REF, *REF], ["--data has to name one file", "two for ref"]),
+        (["--stage", "encoder", *REF], ["--data has to be left out", "ref"]),
+        (["--stage", "later", "--steps", "1"], ["--data has to name a metadata file for ref but names none"]),
+        (["--stage", "files", *REF], ["--data has to name a metadata file for image, ref but names ref"]),
+        (
+            ["--stage", "later", "--steps", "1", "--data", "ref={folder}/gone.csv"],
+            ["--data has to be an existing file", "gone.csv"],
+        ),
+        (
+            ["--stage", "later", "--steps", "1", "--data", "ref={folder}/short.csv"],
+            ["--data has to have the columns", "lacks tgt_video"],
+        ),
+        (
+            ["--stage", "later", "--steps", "1", "--data", "ref={folder}/none.csv"],
+            ["--data has to hold at least one row"],
+        ),
+        (
+            ["--stage", "later", "--steps", "1", "--data", "ref={folder}/lost.csv"],
+            ["--data of ref has to have a good row", "lost.csv row 0"],
+        ),
+        (
+            ["--stage", "later", "--steps", "1", "--data", "ref={folder}/plain.csv"],
+            ["--data of ref has to have a reference", "plain.csv row 0 has none"],
+        ),
+        (
+            ["--stage", "files", *REF, "--data", "image={ref}"],
+            ["--data of image has to have no references", "row 0 has one"],
+        ),
+        (["--stage", "later", *REF], ["--steps has to be given for stage 'later'"]),
+        (["--stage", "encoder", "--out", "{ref}"], ["--out has to be a folder", "metadata.csv"]),
+        (["--stage", "encoder", "--start", "nowhere"], ["--start has to be a model", "'nowhere'"]),
+        (
+            ["--stage", "encoder", "--start", "gone.safetensors", "--base", "vae=x", "--base", "mllm=y"],
+            ["--start has to be a file", "'gone.safetensors'"],
+        ),
+        (
+            ["--stage", "encoder", "--start", "{folder}/w.safetensors", "--base", "vae=x"],
+            ["--base has to name vae and mllm", "lacks mllm"],
+        ),
+        (
+            [
+                "--stage",
+                "encoder",
+                "--start",
+                "{folder}/w.safetensors",
+                "--base",
+                "vae={folder}/gone.pth",
+                "--base",
+                "mllm=y",
+            ],
+            ["--vae has to be a file"],
+        ),
+        (["--stage", "encoder", "--base", "vae=x"], ["--base has to be left out", "vae"]),
+        (["--stage", "encoder", "--base", "clip=x"], ["--base has to be PART=SOURCE", "'clip=x'"]),
+        (["--stage", "encoder", "--start", "{folder}"], ["--start has to be a model folder"]),
+    ],
+)
+def test_wrong_training_is_refused_before_weights_are_read(
+    kiwi, small, tables, monkeypatch, tmp_path, arguments, words
+):
     from kiwi_edit import pipeline
 
     monkeypatch.chdir(tmp_path)
@@ -706,25 +1028,44 @@ def test_places_and_processes_that_do_not_fit_are_refused(kiwi, small, tables, r
     (tmp_path / "run").mkdir()
     shutil.copytree(random_model, tmp_path / "run" / "model")
     train = "train", "--stage", "small", "--out", tmp_path / "run"
-    refused(kiwi(*train, "--start", random_model), "--start has to be left out where --out holds a model", "random-tiny")
+    refused(
+        kiwi(*train, "--start", random_model), "--start has to be left out where --out holds a model", "random-tiny"
+    )
     official = "train", "--preset", "wan2.2-5b", "--stage", "stage3-ref", "--data", f"ref={tables['ref']}", "--out"
     refused(kiwi(*official, tmp_path / "new"), "--start has to be given for wan2.2-5b")
-    refused(kiwi(*official, tmp_path / "new", "--start", random_model), "--start has to be a model of the sizes of wan2.2-5b, with num_layers 30", "has 6")
+    refused(
+        kiwi(*official, tmp_path / "new", "--start", random_model),
+        "--start has to be a model of the sizes of wan2.2-5b, with num_layers 30",
+        "has 6",
+    )
     refused(kiwi(*official, tmp_path / "run"), "--out has to be a model of the sizes of wan2.2-5b")
     monkeypatch.setenv("WORLD_SIZE", "3")
     refused(kiwi(*train), "--stage 'small' has batches of 2 samples", "3 processes")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    refused(kiwi("train", "--stage", "encoder", "--out", tmp_path / "run"), "--stage has to be one that AdamW trains", "'encoder'")
+    refused(
+        kiwi("train", "--stage", "encoder", "--out", tmp_path / "run"),
+        "--stage has to be one that AdamW trains",
+        "'encoder'",
+    )
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["model"] and not (tmp_path / "new").exists()
 
 
 def test_too_little_memory_is_said_first(kiwi, small, random_model, monkeypatch, tmp_path):
     command = "train", "--stage", "small", "--start", random_model, "--out", tmp_path / "run"
-    for free, words in ((2e7, "activations 0 GB"), (1.15e8, "activations 0.")):  # weights, gradients and moments take 109 MB, activations 13
+    for free, words in (
+        (2e7, "activations 0 GB"),
+        (1.15e8, "activations 0."),
+    ):  # weights, gradients and moments take 109 MB, activations 13
         monkeypatch.setattr(cli, "free_memory", lambda device: int(free))
-        line = one_error("\n".join(part for part in re.split(r"[\r\n]+", kiwi(*command)[2]) if not part.startswith("dry run")))
-        assert line.startswith("error: free memory has to be at least") and "for stage 'small' of tiny" in line and words in line
+        line = one_error(
+            "\n".join(part for part in re.split(r"[\r\n]+", kiwi(*command)[2]) if not part.startswith("dry run"))
+        )
+        assert (
+            line.startswith("error: free memory has to be at least")
+            and "for stage 'small' of tiny" in line
+            and words in line
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -736,7 +1077,9 @@ def test_free_memory_is_shared_by_the_processes_of_a_machine(monkeypatch):
     assert 1e8 < alone and abs(4 * cli.free_memory(torch.device("cpu")) / alone - 1) < 0.2
 
 
-def test_a_stage_without_what_it_builds_on_warns_and_a_loss_that_is_no_number_is_one_line(kiwi, small, monkeypatch, tmp_path):
+def test_a_stage_without_what_it_builds_on_warns_and_a_loss_that_is_no_number_is_one_line(
+    kiwi, small, monkeypatch, tmp_path
+):
     from kiwi_edit.train import engine as training
 
     def explode(*arguments, **options):
@@ -744,40 +1087,57 @@ def test_a_stage_without_what_it_builds_on_warns_and_a_loss_that_is_no_number_is
 
     monkeypatch.setattr(training, "train", explode)
     status, out, err = kiwi("train", "--stage", "pictures", "--out", tmp_path)
-    assert status == 1 and err.splitlines() == ["warning: stage pictures starts from a random model, without encoder, which it builds on", "stage pictures", "error: the loss is nan at step 3; its samples: a, b. The last checkpoint is kept."]
-    def fill(*arguments, **options): raise MemoryError("CUDA out of memory.")
+    assert status == 1 and err.splitlines() == [
+        "warning: stage pictures starts from a random model, without encoder, which it builds on",
+        "stage pictures",
+        "error: the loss is nan at step 3; its samples: a, b. The last checkpoint is kept.",
+    ]
+
+    def fill(*arguments, **options):
+        raise MemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(training, "train", fill)
-    assert kiwi("train", "--stage", "pictures", "--out", tmp_path)[2].splitlines()[-1] == "error: `train` has to ask for no more than fits into memory, which is full: CUDA out of memory."
+    assert (
+        kiwi("train", "--stage", "pictures", "--out", tmp_path)[2].splitlines()[-1]
+        == "error: `train` has to ask for no more than fits into memory, which is full: CUDA out of memory."
+    )
     monkeypatch.setattr(training, "train", explode)
     monkeypatch.setenv("RANK", "1")
     status, out, err = kiwi("train", "--stage", "pictures", "--out", tmp_path)
     assert status == 1 and err.startswith("error in process 1: the loss is nan") and len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("arguments, words", [
-    ([], ["DATA has to be one metadata file"]),
-    (["{ref}", "{ref}"], ["DATA has to be one metadata file", "2"]),
-    (["gone.csv"], ["DATA has to be an existing file", "gone.csv"]),
-    (["{folder}/short.csv"], ["DATA has to have the columns", "tgt_video"]),
-    (["{ref}", "--num-frames", "6"], ["--num-frames has to be 4k+1", "6"]),
-    (["{ref}", "--max-pixels", "9"], ["--max-pixels has to be at least", "9"]),
-    (["{ref}", "--dtype", "int8"], ["--dtype has to be", "'int8'"]),
-    (["{ref}", "--parts", "3/2"], ["--parts has to be I/N", "'3/2'"]),
-    (["{ref}", "--parts", "1/2", "--prune"], ["--prune has to be left to a run over all rows"]),
-    (["{ref}", "--workers", "-1"], ["--workers has to be 0 or more"]),
-    (["{ref}", "--model", "nowhere"], ["--model has to be a model", "'nowhere'"]),
-    (["{ref}", "--preset", "wan2.1-14b"], ["--model has to be given for wan2.1-14b"]),
-    (["{ref}", "--preset", "wan2.2-5b", "--model", "{model}"], ["--model has to be a model of the sizes of wan2.2-5b"]),
-    (["{ref}", "--stage", "small"], ["DATA has to be left out for stage 'small'"]),
-    (["{ref}", "--stage", "files"], ["DATA has to be MODE=METADATA"]),
-    (["video={ref}", "--stage", "files"], ["DATA has to be of image, ref for stage 'files' but is video"]),
-    (["image={ref}", "--stage", "files"], ["DATA of image has to have no references"]),
-    (["--stage", "files"], ["DATA has to be of image, ref for stage 'files' but is missing"]),
-    (["--stage", "encoder"], ["--stage has to be one that denoises", "'encoder'"]),
-    (["ref={ref}", "--stage", "later", "--max-pixels", "900"], ["--max-pixels has to be left to --stage"]),
-])
-def test_wrong_caches_are_refused_before_weights_are_read(kiwi, small, tables, random_model, monkeypatch, tmp_path, arguments, words):
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], ["DATA has to be one metadata file"]),
+        (["{ref}", "{ref}"], ["DATA has to be one metadata file", "2"]),
+        (["gone.csv"], ["DATA has to be an existing file", "gone.csv"]),
+        (["{folder}/short.csv"], ["DATA has to have the columns", "tgt_video"]),
+        (["{ref}", "--num-frames", "6"], ["--num-frames has to be 4k+1", "6"]),
+        (["{ref}", "--max-pixels", "9"], ["--max-pixels has to be at least", "9"]),
+        (["{ref}", "--dtype", "int8"], ["--dtype has to be", "'int8'"]),
+        (["{ref}", "--parts", "3/2"], ["--parts has to be I/N", "'3/2'"]),
+        (["{ref}", "--parts", "1/2", "--prune"], ["--prune has to be left to a run over all rows"]),
+        (["{ref}", "--workers", "-1"], ["--workers has to be 0 or more"]),
+        (["{ref}", "--model", "nowhere"], ["--model has to be a model", "'nowhere'"]),
+        (["{ref}", "--preset", "wan2.1-14b"], ["--model has to be given for wan2.1-14b"]),
+        (
+            ["{ref}", "--preset", "wan2.2-5b", "--model", "{model}"],
+            ["--model has to be a model of the sizes of wan2.2-5b"],
+        ),
+        (["{ref}", "--stage", "small"], ["DATA has to be left out for stage 'small'"]),
+        (["{ref}", "--stage", "files"], ["DATA has to be MODE=METADATA"]),
+        (["video={ref}", "--stage", "files"], ["DATA has to be of image, ref for stage 'files' but is video"]),
+        (["image={ref}", "--stage", "files"], ["DATA of image has to have no references"]),
+        (["--stage", "files"], ["DATA has to be of image, ref for stage 'files' but is missing"]),
+        (["--stage", "encoder"], ["--stage has to be one that denoises", "'encoder'"]),
+        (["ref={ref}", "--stage", "later", "--max-pixels", "900"], ["--max-pixels has to be left to --stage"]),
+    ],
+)
+def test_wrong_caches_are_refused_before_weights_are_read(
+    kiwi, small, tables, random_model, monkeypatch, tmp_path, arguments, words
+):
     from kiwi_edit import pipeline
 
     monkeypatch.setattr(pipeline.KiwiEditPipeline, "from_pretrained", lambda *a, **k: pytest.fail("weights were read"))
@@ -787,7 +1147,16 @@ def test_wrong_caches_are_refused_before_weights_are_read(kiwi, small, tables, r
 
 
 def test_an_interrupted_cache_says_how_to_go_on(tmp_path, random_model):
-    command = [*COMMAND, "cache", "--stage", "pictures", "--model", str(random_model), "--out", str(tmp_path / "caches")]
+    command = [
+        *COMMAND,
+        "cache",
+        "--stage",
+        "pictures",
+        "--model",
+        str(random_model),
+        "--out",
+        str(tmp_path / "caches"),
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         seen = b""
         while b"rows:" not in seen:
@@ -803,7 +1172,9 @@ def test_trackers(monkeypatch):
 
     there = {"tensorboard"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in there or None)
-    assert cli.find_tracker(None) == cli.find_tracker("tensorboard") == ("tensorboard",) and cli.find_tracker("none") == ()
+    assert (
+        cli.find_tracker(None) == cli.find_tracker("tensorboard") == ("tensorboard",) and cli.find_tracker("none") == ()
+    )
     with pytest.raises(ImportError, match="`wandb` has to be installed"):
         cli.find_tracker("wandb")
     there.clear()
@@ -821,11 +1192,21 @@ def test_accelerate_reads_its_files(name):
 
     config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
     text = (CONFIGS / f"{name}.yaml").read_text()
-    kinds = {"cpu-2": ("MULTI_GPU", 2), "gpu-1": ("NO", 1), "ddp": ("MULTI_GPU", 8), "fsdp2": ("FSDP", 8), "zero2": ("DEEPSPEED", 8), "zero3": ("DEEPSPEED", 8)}
+    kinds = {
+        "cpu-2": ("MULTI_GPU", 2),
+        "gpu-1": ("NO", 1),
+        "ddp": ("MULTI_GPU", 8),
+        "fsdp2": ("FSDP", 8),
+        "zero2": ("DEEPSPEED", 8),
+        "zero3": ("DEEPSPEED", 8),
+    }
     assert (config.distributed_type.value, config.num_processes) == kinds[name] and config.num_machines == 1
     assert config.use_cpu == (name == "cpu-2") and ("Untested" in text) == (name != "cpu-2")
     header = " ".join(line.lstrip("# ").rstrip("\\ ") for line in text.splitlines() if line.startswith("#"))
-    shown = re.search(rf"accelerate launch --config_file assets/accelerate/{name}\.yaml -m kiwi_edit\.cli train (.*?)(?: [A-Z-][a-z]+ |$)", header)[1]
+    shown = re.search(
+        rf"accelerate launch --config_file assets/accelerate/{name}\.yaml -m kiwi_edit\.cli train (.*?)(?: [A-Z-][a-z]+ |$)",
+        header,
+    )[1]
     flags = dict(re.findall(r"(--preset|--stage) (\S+)", shown))
     assert cli.choose_stages(flags.get("--preset", "tiny"), [flags["--stage"]])
 
@@ -837,14 +1218,28 @@ def test_sharding_wraps_layers_that_exist(random_model):
     from kiwi_edit.pipeline import KiwiEditPipeline
     from kiwi_edit.train.engine import FlowMatching
 
-    config = {key.removeprefix("fsdp_"): value for key, value in load_config_from_file(str(CONFIGS / "fsdp2.yaml")).fsdp_config.items()}
+    config = {
+        key.removeprefix("fsdp_"): value
+        for key, value in load_config_from_file(str(CONFIGS / "fsdp2.yaml")).fsdp_config.items()
+    }
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=config["version"], reshard_after_forward=config["reshard_after_forward"], state_dict_type=config["state_dict_type"],
-        auto_wrap_policy=config["auto_wrap_policy"], transformer_cls_names_to_wrap=config["transformer_layer_cls_to_wrap"].split(","))
+        fsdp_version=config["version"],
+        reshard_after_forward=config["reshard_after_forward"],
+        state_dict_type=config["state_dict_type"],
+        auto_wrap_policy=config["auto_wrap_policy"],
+        transformer_cls_names_to_wrap=config["transformer_layer_cls_to_wrap"].split(","),
+    )
     model = FlowMatching(KiwiEditPipeline.from_pretrained(random_model))
     plugin.set_auto_wrap_policy(model)
-    wrapped = [name for name, module in model.named_modules() if plugin.auto_wrap_policy(module=module, recurse=False, nonwrapped_numel=1)]
-    assert {name.rpartition(".")[0] for name in wrapped} == {"transformer.blocks", "mllm.model.language_model.layers"} and len(wrapped) == len(model.transformer.blocks) + len(model.mllm.model.language_model.layers)
+    wrapped = [
+        name
+        for name, module in model.named_modules()
+        if plugin.auto_wrap_policy(module=module, recurse=False, nonwrapped_numel=1)
+    ]
+    assert {name.rpartition(".")[0] for name in wrapped} == {
+        "transformer.blocks",
+        "mllm.model.language_model.layers",
+    } and len(wrapped) == len(model.transformer.blocks) + len(model.mllm.model.language_model.layers)
 
 
 def test_deepspeed_files_are_the_official_recipe():
@@ -855,13 +1250,41 @@ def test_deepspeed_files_are_the_official_recipe():
     for name, preset, stage in (("zero2", "wan2.2-5b", "stage3-mix"), ("zero3", "wan2.1-14b", "stage2-720")):
         config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
         asked = find_stage(preset, stage).deepspeed
-        assert asked.items() <= config.deepspeed_config.items() and "gradient_accumulation_steps" not in config.deepspeed_config
+        assert (
+            asked.items() <= config.deepspeed_config.items()
+            and "gradient_accumulation_steps" not in config.deepspeed_config
+        )
 
 
 def test_two_processes_train_one_model_and_speak_once(tmp_path, random_model):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "cpu-2.yaml"), "-m", "kiwi_edit.apps.cli"]
-    command = [*launch, "train", "--device", "cpu", "--stage", "encoder", "--steps", "1", "--start", str(random_model), "--out", str(tmp_path / "run"), "--track", "none"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)))
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(CONFIGS / "cpu-2.yaml"),
+        "-m",
+        "kiwi_edit.apps.cli",
+    ]
+    command = [
+        *launch,
+        "train",
+        "--device",
+        "cpu",
+        "--stage",
+        "encoder",
+        "--steps",
+        "1",
+        "--start",
+        str(random_model),
+        "--out",
+        str(tmp_path / "run"),
+        "--track",
+        "none",
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"model: {tmp_path / 'run' / 'model'}\n" and done.stderr.count("stage encoder") == 1
     assert len(lines(tmp_path / "run" / "encoder" / "log.jsonl")) == 1
@@ -882,13 +1305,27 @@ def test_samples_are_what_the_code_makes(tmp_path):
     assert sum(p.stat().st_size for p in folder.iterdir()) < 200_000
 
 
-@pytest.mark.skipif(not (assets_dir() / "kiwi-edit-tiny" / "model_index.json").is_file(), reason="the trained model is not there")
+@pytest.mark.skipif(
+    not (assets_dir() / "kiwi-edit-tiny" / "model_index.json").is_file(), reason="the trained model is not there"
+)
 def test_the_bundled_model_edits_the_sample(kiwi, tmp_path):
     samples = assets_dir() / "samples"
-    status, out, err = kiwi("edit", samples / "clip.mp4", "-i", (samples / "instruction.txt").read_text(), "-r", samples / "reference.png", "--out", tmp_path / "new.mp4")
+    status, out, err = kiwi(
+        "edit",
+        samples / "clip.mp4",
+        "-i",
+        (samples / "instruction.txt").read_text(),
+        "-r",
+        samples / "reference.png",
+        "--out",
+        tmp_path / "new.mp4",
+    )
     assert status == 0, err
     seconds = float(re.search(r"in ([\d.]+) s\)", out)[1])
-    before, after = read_video(samples / "clip.mp4").frames.astype(float), read_video(tmp_path / "new.mp4").frames.astype(float)
+    before, after = (
+        read_video(samples / "clip.mp4").frames.astype(float),
+        read_video(tmp_path / "new.mp4").frames.astype(float),
+    )
     assert seconds < 60 and np.abs(after - before).mean() > 10, "an edit changes the clip"
     grain = np.abs(np.diff(after[:, ::4, ::4], axis=2)).mean()
     assert grain < 40, "and no noise"
@@ -897,11 +1334,18 @@ def test_the_bundled_model_edits_the_sample(kiwi, tmp_path):
 # what libraries raise
 
 
-@pytest.mark.parametrize("arguments, module, extra", [
-    (["demo"], "gradio", "demo"), (["evaluate", "--videos", ".", "--judge", "openai:m@http://localhost:1/v1"], "openai", "judge"), (["evaluate", "--videos", ".", "--judge", "gemini:m"], "google.genai", "judge"),
-    (["synthesize", "somebody/pairs", "--out", "out"], "datasets", "scale")])
+@pytest.mark.parametrize(
+    "arguments, module, extra",
+    [
+        (["demo"], "gradio", "demo"),
+        (["evaluate", "--videos", ".", "--judge", "openai:m@http://localhost:1/v1"], "openai", "judge"),
+        (["evaluate", "--videos", ".", "--judge", "gemini:m"], "google.genai", "judge"),
+        (["synthesize", "somebody/pairs", "--out", "out"], "datasets", "scale"),
+    ],
+)
 def test_a_missing_package_is_one_line_that_names_the_extra(kiwi, monkeypatch, tmp_path, arguments, module, extra):
     import importlib.util
+
     real = importlib.util.find_spec
     monkeypatch.setenv("GEMINI_API_KEY", "x")
     monkeypatch.chdir(tmp_path)
@@ -912,8 +1356,10 @@ def test_a_missing_package_is_one_line_that_names_the_extra(kiwi, monkeypatch, t
 def test_weights_that_the_disk_does_not_take_are_one_line(kiwi, random_model, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    try: found = kiwi("convert", random_model, tmp_path / "copy")
-    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        found = kiwi("convert", random_model, tmp_path / "copy")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     status, out, err = found
     refused((status, out, err.removeprefix("reading and writing the weights\n")), "too large")
     assert not list(tmp_path.iterdir())
@@ -921,4 +1367,8 @@ def test_weights_that_the_disk_does_not_take_are_one_line(kiwi, random_model, tm
 
 def test_addresses_are_refused(kiwi, clip):
     refused(kiwi("edit", "https://example.com/a.mp4", "-i", "make it snow"), "VIDEO has to be a file", "is the address")
-    refused(kiwi("edit", clip, "-i", "make it snow", "-r", "https://example.com/a.png"), "--reference has to be a file", "is the address")
+    refused(
+        kiwi("edit", clip, "-i", "make it snow", "-r", "https://example.com/a.png"),
+        "--reference has to be a file",
+        "is the address",
+    )

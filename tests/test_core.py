@@ -7,7 +7,20 @@ import pytest
 import torch
 
 from kiwi_edit import core
-from kiwi_edit.core import PRESETS, Settings, asset, assets_dir, choose_device, choose_dtype, count_weights, multiplies_bfloat16, preset, read_settings, set_seed, settings
+from kiwi_edit.core import (
+    PRESETS,
+    Settings,
+    asset,
+    assets_dir,
+    choose_device,
+    choose_dtype,
+    count_weights,
+    multiplies_bfloat16,
+    preset,
+    read_settings,
+    set_seed,
+    settings,
+)
 
 
 def ini(tmp_path, text):
@@ -24,7 +37,14 @@ def test_parts_of_a_preset_agree(name):
     p = preset(name)
     t, v, g = p.transformer, p.vae, p.guidance
     assert p.name == name
-    assert t["in_channels"] == t["out_channels"] == v["z_dim"] == g["in_channels"] == len(v["latents_mean"]) == len(v["latents_std"])
+    assert (
+        t["in_channels"]
+        == t["out_channels"]
+        == v["z_dim"]
+        == g["in_channels"]
+        == len(v["latents_mean"])
+        == len(v["latents_std"])
+    )
     assert g["dim"] == t["num_attention_heads"] * t["attention_head_dim"]
     assert g["hidden_size"] == p.mllm["text_config"]["hidden_size"] == p.mllm["vision_config"]["out_hidden_size"]
     assert tuple(g["patch_size"]) == tuple(t["patch_size"])
@@ -43,7 +63,11 @@ def test_parts_of_a_preset_agree(name):
 
 def test_sizes_of_the_published_models():
     sizes = count_weights(preset("wan2.2-5b"))
-    assert round(sizes["transformer"] / 1e9, 2) == 5.00 and round(sizes["vae"] / 1e6) == 705 and round(sizes["mllm"] / 1e9, 2) == 3.75
+    assert (
+        round(sizes["transformer"] / 1e9, 2) == 5.00
+        and round(sizes["vae"] / 1e6) == 705
+        and round(sizes["mllm"] / 1e9, 2) == 3.75
+    )
     sizes = count_weights(preset("wan2.1-14b"))
     assert round(sizes["transformer"] / 1e9, 2) == 14.29 and round(sizes["vae"] / 1e6) == 127
     assert [PRESETS[n].size_multiple for n in ("tiny", "wan2.2-5b", "wan2.1-14b")] == [16, 32, 16]
@@ -52,9 +76,19 @@ def test_sizes_of_the_published_models():
 def test_released_guidance_keeps_the_released_habits_and_tiny_does_not():
     for name in ("wan2.2-5b", "wan2.1-14b"):
         g = preset(name).guidance
-        assert (g["query_read_out"], g["round_timestep"], g["round_pixels"], g["zero_init"]) == ("last_positions", True, True, True)
+        assert (g["query_read_out"], g["round_timestep"], g["round_pixels"], g["zero_init"]) == (
+            "last_positions",
+            True,
+            True,
+            True,
+        )
     g = preset("tiny").guidance
-    assert (g["query_read_out"], g["round_timestep"], g["round_pixels"], g["zero_init"]) == ("queries", False, False, False)
+    assert (g["query_read_out"], g["round_timestep"], g["round_pixels"], g["zero_init"]) == (
+        "queries",
+        False,
+        False,
+        False,
+    )
 
 
 def test_a_preset_is_a_copy():
@@ -104,9 +138,19 @@ def test_not_searched_for_from_the_working_directory(tmp_path, monkeypatch):
 
 
 def test_file_then_environment(tmp_path, monkeypatch):
-    path = ini(tmp_path, "[kiwi-edit]\npreset = wan2.1-14b\nseed = 7\ndemo_port = 8000\ndata_dir = ~/clips\noutput_dir = out\ncheckpoint =\n")
+    path = ini(
+        tmp_path,
+        "[kiwi-edit]\npreset = wan2.1-14b\nseed = 7\ndemo_port = 8000\ndata_dir = ~/clips\noutput_dir = out\ncheckpoint =\n",
+    )
     monkeypatch.chdir(tmp_path.parent)
-    s = read_settings(environ={"KIWI_EDIT_SETTINGS": str(path), "KIWI_EDIT_SEED": "8", "KIWI_EDIT_CACHE_DIR": "cache", "KIWI_EDIT_DEVICE": ""})
+    s = read_settings(
+        environ={
+            "KIWI_EDIT_SETTINGS": str(path),
+            "KIWI_EDIT_SEED": "8",
+            "KIWI_EDIT_CACHE_DIR": "cache",
+            "KIWI_EDIT_DEVICE": "",
+        }
+    )
     assert (s.preset, s.seed, s.demo_port, s.device, s.checkpoint) == ("wan2.1-14b", 8, 8000, "auto", "")
     assert s.data_dir == Path.home() / "clips"
     assert s.output_dir == tmp_path.resolve() / "out"  # beside the file
@@ -173,7 +217,9 @@ def test_settings_are_read_once(monkeypatch):
 
 def test_devices():
     assert choose_device("cpu") == choose_device(torch.device("cpu")) == torch.device("cpu")
-    assert choose_device().type == ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    assert choose_device().type == (
+        "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    )
     with pytest.raises(ValueError, match="`device` has to be one of auto, cpu, cuda, mps but is 'toaster'"):
         choose_device("toaster")
     with pytest.raises(ValueError, match="'cuda:99' is not: this machine has"):
@@ -219,7 +265,10 @@ def test_assets(tmp_path, monkeypatch):
     monkeypatch.setattr(core, "_PACKAGE", package)
     assert core.checkout() is None
     assert asset("samples/clip.mp4") == package / "assets" / "samples" / "clip.mp4"
-    with pytest.raises(FileNotFoundError, match=r"`asset` has to name something in `samples` but is 'samples/clop.mp4'; there are: clip.mp4"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"`asset` has to name something in `samples` but is 'samples/clop.mp4'; there are: clip.mp4",
+    ):
         asset("samples/clop.mp4")
     with pytest.raises(FileNotFoundError, match="there are: samples"):
         asset("sample/clip.mp4")
@@ -227,11 +276,18 @@ def test_assets(tmp_path, monkeypatch):
 
 def test_import_is_light():
     code = "import sys, kiwi_edit.core; kiwi_edit.core.settings(); print([m for m in ('torch', 'numpy', 'diffusers', 'transformers') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 def test_bfloat16_is_multiplied_where_there_are_circuits_for_it(monkeypatch):
-    for known, answer in (({}, False), (dict(avx2=True), False), (dict(avx512_bf16=True), True), (dict(amx_bf16=True, avx512_bf16=False), True)):
+    for known, answer in (
+        ({}, False),
+        (dict(avx2=True), False),
+        (dict(avx512_bf16=True), True),
+        (dict(amx_bf16=True, avx512_bf16=False), True),
+    ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known, raising=False)
         assert multiplies_bfloat16("cpu") is answer
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)

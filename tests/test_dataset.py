@@ -1,4 +1,5 @@
 "Metadata and world to samples: golden sizes, lengths and pixels, what can be wrong with a table or a row, order, keys, and files that appear whole."
+
 import csv
 import io
 import json
@@ -30,7 +31,12 @@ PIXELS = load_file(GOLDEN / "resize.safetensors")
 def gradient(count, height=32, width=48, shift=0):
     "Smooth frames whose brightness tells their index."
     y, x = np.mgrid[:height, :width]
-    return np.stack([np.stack([x * 255 // width, y * 255 // height, np.full_like(x, (10 + shift + 12 * t) % 256)], -1) for t in range(count)]).astype(np.uint8)
+    return np.stack(
+        [
+            np.stack([x * 255 // width, y * 255 // height, np.full_like(x, (10 + shift + 12 * t) % 256)], -1)
+            for t in range(count)
+        ]
+    ).astype(np.uint8)
 
 
 def png(pixels):
@@ -68,7 +74,9 @@ def test_sizes_are_the_official_ones(tmp_path):
         still(tmp_path, f"{size[0]}x{size[1]}.png", *size)
     for row in TABLE["training_operator"]:
         name = f"{row['width']}x{row['height']}.png"
-        ds = MetadataDataset(table(tmp_path, [dict(src_video=name, tgt_video=name)]), max_pixels=row["max_pixels"], enlarge_narrow=False)
+        ds = MetadataDataset(
+            table(tmp_path, [dict(src_video=name, tgt_video=name)]), max_pixels=row["max_pixels"], enlarge_narrow=False
+        )
         assert ds[0].source.shape == ds[0].target.shape == (1, row["out_height"], row["out_width"], 3)
 
 
@@ -78,9 +86,17 @@ def test_lengths_are_the_official_ones(tmp_path):
         write_video(tmp_path / f"{n}.mp4", np.zeros((n, 32, 32, 3), np.uint8))
     seen = 0
     for row in TABLE["frame_count"]["training"]:
-        if row["file_frames"] not in counts: continue
+        if row["file_frames"] not in counts:
+            continue
         name, seen = f"{row['file_frames']}.mp4", seen + 1
-        assert len(MetadataDataset(table(tmp_path, [dict(src_video=name, tgt_video=name)]), num_frames=row["num_frames"])[0].source) == row["used"]
+        assert (
+            len(
+                MetadataDataset(table(tmp_path, [dict(src_video=name, tgt_video=name)]), num_frames=row["num_frames"])[
+                    0
+                ].source
+            )
+            == row["used"]
+        )
     assert seen >= 3 * (len(counts) - 1)
 
 
@@ -96,7 +112,9 @@ def test_pixels_are_the_official_ones(tmp_path):
 
 @pytest.mark.parametrize("shrink, width, height", [(0.85, 64, 64), (0.71, 96, 32)])
 def test_shrunk_reference_is_the_official_one(shrink, width, height):
-    assert np.array_equal(shrink_reference(PIXELS["input_wide"], width, height, shrink), PIXELS[f"ref_shrink_{shrink}_{width}x{height}"])
+    assert np.array_equal(
+        shrink_reference(PIXELS["input_wide"], width, height, shrink), PIXELS[f"ref_shrink_{shrink}_{width}x{height}"]
+    )
 
 
 def test_shrunk_reference():
@@ -111,7 +129,12 @@ def test_frames_are_the_first_of_the_file(pair):
     sample = MetadataDataset(table(pair, [ROW]), num_frames=5, max_pixels=32 * 64)[0]
     assert sample.source.shape == (5, 32, 32, 3)
     assert np.array_equal(sample.source, read_video(pair / "a.mp4", num_frames=5, size=(32, 32)).frames)
-    assert sample.mode == "ref" and sample.reference.shape == (70, 50, 3) and sample.id == "meta.csv row 0" and sample.task == ""
+    assert (
+        sample.mode == "ref"
+        and sample.reference.shape == (70, 50, 3)
+        and sample.id == "meta.csv row 0"
+        and sample.task == ""
+    )
 
 
 # narrow sources
@@ -121,7 +144,10 @@ def test_a_narrow_source_is_enlarged_or_bad(tmp_path):
     still(tmp_path, "thin.png", 20, 100)
     still(tmp_path, "long.png", 4000, 64)
     path = table(tmp_path, [dict(src_video=n, tgt_video=n) for n in ("thin.png", "long.png")])
-    ours, official = MetadataDataset(path, max_pixels=10_000), MetadataDataset(path, max_pixels=10_000, enlarge_narrow=False)
+    ours, official = (
+        MetadataDataset(path, max_pixels=10_000),
+        MetadataDataset(path, max_pixels=10_000, enlarge_narrow=False),
+    )
     assert [ours[i].source.shape[1:3] for i in (0, 1)] == [(96, 32), (32, 288)]
     for i in (0, 1):
         with pytest.raises(BadRow, match="at least 32 pixels on each side"):
@@ -133,7 +159,10 @@ def test_a_narrow_source_is_enlarged_or_bad(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".csv", ".json", ".jsonl", ".parquet"])
 def test_tables_come_back(tmp_path, suffix):
-    rows = [dict(src_video="a.mp4", tgt_video="b.mp4", prompt='Say "hi",\nplease — 雪'), dict(src_video="c", tgt_video="d", prompt="x", ref_image="r.png")]
+    rows = [
+        dict(src_video="a.mp4", tgt_video="b.mp4", prompt='Say "hi",\nplease — 雪'),
+        dict(src_video="c", tgt_video="d", prompt="x", ref_image="r.png"),
+    ]
     path = write_metadata(tmp_path / f"m{suffix}", rows)
     back = read_metadata(path)
     assert [{k: v for k, v in row.items() if v} for row in back] == rows
@@ -146,18 +175,36 @@ def test_tables_come_back(tmp_path, suffix):
 def test_shards_in_natural_order_and_references_only_when_wanted(pair):
     (pair / "shards").mkdir()
     for n, name in ((10, "chunk_10"), (9, "chunk_9")):
-        write_metadata(pair / f"shards/{name}.parquet", [dict(iid=str(n), src_video="../a.mp4", tgt_video="../b.mp4", prompt=f"{n}-{i}", ref_image_bytes=png(gradient(1, 20 + n, 9 + i)[0]) if i else None) for i in range(70)])
+        write_metadata(
+            pair / f"shards/{name}.parquet",
+            [
+                dict(
+                    iid=str(n),
+                    src_video="../a.mp4",
+                    tgt_video="../b.mp4",
+                    prompt=f"{n}-{i}",
+                    ref_image_bytes=png(gradient(1, 20 + n, 9 + i)[0]) if i else None,
+                )
+                for i in range(70)
+            ],
+        )
     rows = read_metadata(pair / "shards")
     assert [row["prompt"] for row in rows] == [f"{n}-{i}" for n in (9, 10) for i in range(70)]
     assert all(isinstance(row["ref_image_bytes"], ParquetCell) for row in rows)
     assert rows[0]["ref_image_bytes"].read() is None and {row["ref_image_bytes"].group for row in rows} == {0, 1}
     ds = MetadataDataset(pair / "shards", num_frames=1)
-    assert ds[0].mode == "image" and ds[70 + 69].reference.shape == (30, 78, 3) and ds[65].reference.shape == (29, 74, 3)
+    assert (
+        ds[0].mode == "image" and ds[70 + 69].reference.shape == (30, 78, 3) and ds[65].reference.shape == (29, 74, 3)
+    )
     assert ds[139].id == "chunk_10.parquet row 69"
 
 
 def test_an_embedded_reference_and_a_file_are_one(pair):
-    embedded = table(pair, [{k: v for k, v in ROW.items() if k != "ref_image"} | dict(ref_image_bytes=(pair / "r.png").read_bytes())], "m.parquet")
+    embedded = table(
+        pair,
+        [{k: v for k, v in ROW.items() if k != "ref_image"} | dict(ref_image_bytes=(pair / "r.png").read_bytes())],
+        "m.parquet",
+    )
     a, b = MetadataDataset(table(pair, [ROW])), MetadataDataset(embedded)
     assert np.array_equal(a[0].reference, b[0].reference) and a.key(0) == b.key(0)
 
@@ -176,7 +223,11 @@ def test_a_shard_that_changes_under_the_reader_is_said(pair):
 
 
 def test_a_byte_order_mark_is_no_part_of_the_table(tmp_path):
-    for name, text in (("a.csv", "src_video,tgt_video,prompt\na,b,c\n"), ("a.jsonl", json.dumps(ROW)), ("a.json", json.dumps([ROW]))):
+    for name, text in (
+        ("a.csv", "src_video,tgt_video,prompt\na,b,c\n"),
+        ("a.jsonl", json.dumps(ROW)),
+        ("a.json", json.dumps([ROW])),
+    ):
         (tmp_path / name).write_text(text, encoding="utf-8-sig")
         assert set(COLUMNS) <= set(read_metadata(tmp_path / name)[0])
 
@@ -185,10 +236,18 @@ def test_a_byte_order_mark_is_no_part_of_the_table(tmp_path):
     "name, data, message",
     [
         ("a.csv", b"src_video,target,prompt\na,b,c\n", "a.csv' lacks tgt_video; it has src_video, target, prompt"),
-        ("a.csv", b"src_video;tgt_video;prompt\na;b;c\n", "lacks src_video, tgt_video, prompt; it has src_video;tgt_video;prompt"),
+        (
+            "a.csv",
+            b"src_video;tgt_video;prompt\na;b;c\n",
+            "lacks src_video, tgt_video, prompt; it has src_video;tgt_video;prompt",
+        ),
         ("a.csv", b"", "at least one row"),
         ("a.csv", b"src_video,tgt_video,prompt\n", "at least one row"),
-        ("a.csv", "src_video,tgt_video,prompt\na,b,caf\xe9\n".encode("latin-1"), "readable UTF-8 .csv but .*a.csv' is not"),
+        (
+            "a.csv",
+            "src_video,tgt_video,prompt\na,b,caf\xe9\n".encode("latin-1"),
+            "readable UTF-8 .csv but .*a.csv' is not",
+        ),
         ("a.csv", "src_video,tgt_video,prompt\na,b,c\n".encode("utf-16"), "readable UTF-8 .csv but .*a.csv' is not"),
         ("a.json", b"", "readable UTF-8 .json"),
         ("a.json", b"[]", "at least one row"),
@@ -253,7 +312,11 @@ def test_paths_start_from_the_table_or_the_root(pair, tmp_path_factory, monkeypa
     inside, outside = table(pair, [ROW]), table(elsewhere, [ROW])
     absolute = table(elsewhere, [{k: str(pair / v) if k != "prompt" else v for k, v in ROW.items()}], "absolute.csv")
     expected = MetadataDataset(inside)[0].source
-    for ds in (MetadataDataset(outside, root=pair), MetadataDataset("absolute.csv"), MetadataDataset(absolute, root=elsewhere)):
+    for ds in (
+        MetadataDataset(outside, root=pair),
+        MetadataDataset("absolute.csv"),
+        MetadataDataset(absolute, root=elsewhere),
+    ):
         assert np.array_equal(ds[0].source, expected)
     with pytest.raises(BadRow, match="`src_video` has to be an existing file"):
         MetadataDataset(outside)[0]
@@ -264,7 +327,10 @@ def test_paths_start_from_the_table_or_the_root(pair, tmp_path_factory, monkeypa
 
 def bad(folder, row, name="meta.jsonl", **options):
     "The reason why a row is bad."
-    ds = MetadataDataset(write_metadata(folder / name, [ROW, ROW | row], overwrite=True), **(dict(num_frames=5, max_pixels=4096) | options))
+    ds = MetadataDataset(
+        write_metadata(folder / name, [ROW, ROW | row], overwrite=True),
+        **(dict(num_frames=5, max_pixels=4096) | options),
+    )
     assert len(ds[0].source) >= 5
     with pytest.raises(BadRow) as caught:
         ds[1]
@@ -343,14 +409,19 @@ def test_images_are_clips_of_one_frame(pair):
     assert one[0].mode == "image" and MetadataDataset(pair / "v.csv")[0].mode == "video"
 
 
-CELL = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # of an image or a video in a table that `datasets` writes
+CELL = pa.struct(
+    [("bytes", pa.binary()), ("path", pa.string())]
+)  # of an image or a video in a table that `datasets` writes
 
 
 def parquet(folder, kinds=None, **columns):
     "A table of the published columns, some of which hold files."
     count = len(next(iter(columns.values())))
     columns = dict(src_video=["a.mp4"] * count, tgt_video=["b.mp4"] * count, prompt=["Make it red."] * count) | columns
-    arrays = {name: pa.array(values, type=(kinds or {}).get(name, CELL if any(isinstance(v, dict) for v in values) else None)) for name, values in columns.items()}
+    arrays = {
+        name: pa.array(values, type=(kinds or {}).get(name, CELL if any(isinstance(v, dict) for v in values) else None))
+        for name, values in columns.items()
+    }
     pq.write_table(pa.table(arrays), folder / "hf.parquet", row_group_size=2)
     return MetadataDataset(folder / "hf.parquet")
 
@@ -358,51 +429,90 @@ def parquet(folder, kinds=None, **columns):
 @pytest.mark.parametrize("column", ["ref_image", "ref_image_bytes"])
 def test_images_as_datasets_writes_them(pair, column, monkeypatch):
     data = (pair / "r.png").read_bytes()
-    cells = [dict(bytes=data, path=None), dict(bytes=data, path="gone/x.jpg"), dict(bytes=None, path="r.png"), dict(bytes=None, path=str(pair / "r.png")), None, dict(bytes=None, path=None)]
+    cells = [
+        dict(bytes=data, path=None),
+        dict(bytes=data, path="gone/x.jpg"),
+        dict(bytes=None, path="r.png"),
+        dict(bytes=None, path=str(pair / "r.png")),
+        None,
+        dict(bytes=None, path=None),
+    ]
     ds = parquet(pair, **{column: cells})
     wanted = MetadataDataset(table(pair, [ROW, ROW | dict(ref_image=None)]))
     for i in range(6):
         sample, same = ds[i], wanted[i > 3]
-        assert (sample.reference is None) == (same.reference is None) == (i > 3) and np.array_equal(sample.source, same.source)
+        assert (sample.reference is None) == (same.reference is None) == (i > 3) and np.array_equal(
+            sample.source, same.source
+        )
         assert i > 3 or np.array_equal(sample.reference, same.reference)
         assert ds.key(i) == wanted.key(i > 3)
     monkeypatch.chdir(pair)
     (pair / "tables").mkdir()
-    moved = parquet(pair / "tables", src_video=[dict(bytes=None, path="a.mp4")], tgt_video=[dict(bytes=None, path="b.mp4")], **{column: [dict(bytes=None, path="r.png")]})
+    moved = parquet(
+        pair / "tables",
+        src_video=[dict(bytes=None, path="a.mp4")],
+        tgt_video=[dict(bytes=None, path="b.mp4")],
+        **{column: [dict(bytes=None, path="r.png")]},
+    )
     assert np.array_equal(moved[0].reference, wanted[0].reference)  # `datasets` lets paths start where it was started
 
 
 def test_videos_as_datasets_writes_them(pair, monkeypatch):
     monkeypatch.setattr(module, "settings", lambda: SimpleNamespace(cache_dir=pair / "cache"))
-    cells = {name: [dict(bytes=(pair / file).read_bytes(), path=path) for path in (None, "x.mp4")] + [dict(bytes=None, path=file)] for name, file in (("src_video", "a.mp4"), ("tgt_video", "b.mp4"))}
+    cells = {
+        name: [dict(bytes=(pair / file).read_bytes(), path=path) for path in (None, "x.mp4")]
+        + [dict(bytes=None, path=file)]
+        for name, file in (("src_video", "a.mp4"), ("tgt_video", "b.mp4"))
+    }
     ds, wanted = parquet(pair, **cells), MetadataDataset(table(pair, [dict(ROW, ref_image=None)]))
     for i in (2, 0, 1):
-        assert np.array_equal(ds[i].source, wanted[0].source) and np.array_equal(ds[i].target, wanted[0].target) and ds.key(i) == wanted.key(0)
-    pictures = parquet(pair, src_video=[dict(bytes=png(gradient(1)[0]), path=None)], tgt_video=[dict(bytes=png(gradient(1, shift=60)[0]), path=None)])
+        assert (
+            np.array_equal(ds[i].source, wanted[0].source)
+            and np.array_equal(ds[i].target, wanted[0].target)
+            and ds.key(i) == wanted.key(0)
+        )
+    pictures = parquet(
+        pair,
+        src_video=[dict(bytes=png(gradient(1)[0]), path=None)],
+        tgt_video=[dict(bytes=png(gradient(1, shift=60)[0]), path=None)],
+    )
     assert pictures[0].source.shape == (1, 32, 32, 3) and pictures[0].mode == "image"
 
 
 def test_columns_of_files_are_read_side_by_side(pair):
     "Each keeps its own place in the file, so that going on is no starting again."
     opened = []
-    ds = parquet(pair, ref_image=[dict(bytes=png(gradient(1, 8, 8, shift=i)[0]), path=None) for i in range(6)], src_video=[dict(bytes=None, path="a.mp4")] * 6)
+    ds = parquet(
+        pair,
+        ref_image=[dict(bytes=png(gradient(1, 8, 8, shift=i)[0]), path=None) for i in range(6)],
+        src_video=[dict(bytes=None, path="a.mp4")] * 6,
+    )
+
     class Counted(module._Stream):
         def __init__(self, *args):
             opened.append(args[1:])
             super().__init__(*args)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_Stream", Counted)
         module._streams.clear()
         shifts = [int(ds[i].reference[0, 0, 2]) for i in range(6)]
-    assert shifts == [10 + i for i in range(6)] and sorted(opened) == sorted((g, c) for g in range(3) for c in ("ref_image", "src_video"))
+    assert shifts == [10 + i for i in range(6)] and sorted(opened) == sorted(
+        (g, c) for g in range(3) for c in ("ref_image", "src_video")
+    )
 
 
 def test_bytes_and_lists_of_images(pair):
     data = (pair / "r.png").read_bytes()
     assert parquet(pair, ref_image=[data])[0].reference is not None  # as pandas writes them
-    ds = parquet(pair, dict(ref_image=pa.list_(CELL)), ref_image=[[dict(bytes=data, path=None)], [], [dict(bytes=data, path=None)] * 2])
+    ds = parquet(
+        pair,
+        dict(ref_image=pa.list_(CELL)),
+        ref_image=[[dict(bytes=data, path=None)], [], [dict(bytes=data, path=None)] * 2],
+    )
     assert ds[0].reference is not None and ds[1].reference is None
-    with pytest.raises(BadRow, match="`ref_image` has to be text but is") as caught: ds[2]
+    with pytest.raises(BadRow, match="`ref_image` has to be text but is") as caught:
+        ds[2]
     assert len(str(caught.value)) <= 300
 
 
@@ -411,14 +521,17 @@ def test_no_message_quotes_a_whole_file(pair, monkeypatch):
     noise = np.random.default_rng(0).bytes(20000)
     for column in ("ref_image", "ref_image_bytes", "src_video"):
         ds = parquet(pair, **{column: [dict(bytes=noise, path="x" * 900 + ".png")]})
-        with pytest.raises(BadRow) as caught: ds[0]
+        with pytest.raises(BadRow) as caught:
+            ds[0]
         assert len(str(caught.value)) <= 300 and str(caught.value).startswith("hf.parquet row 0: ")
     for row in (dict(prompt=["x"] * 5000), dict(prompt={"a": "x" * 5000}), dict(src_video="x" * 200 + "/" + "y" * 200)):
         (pair / "meta.jsonl").write_text(json.dumps(ROW | row) + "\n")
-        with pytest.raises(BadRow) as caught: MetadataDataset(pair / "meta.jsonl")[0]
+        with pytest.raises(BadRow) as caught:
+            MetadataDataset(pair / "meta.jsonl")[0]
         assert len(str(caught.value)) <= 300
     (pair / "meta.csv").write_text(",".join(f"column{i}" for i in range(500)) + "\n")
-    with pytest.raises(ValueError) as caught: MetadataDataset(pair / "meta.csv")
+    with pytest.raises(ValueError) as caught:
+        MetadataDataset(pair / "meta.csv")
     assert len(str(caught.value)) <= 300 + len(str(pair))
 
 
@@ -430,8 +543,15 @@ def test_bad_references(pair):
     assert "the reference has to be" in bad(pair, dict(ref_image="a.mp4"))
     buffer = io.BytesIO()
     Image.new("RGB", (24, 24), "red").save(buffer, "AVIF")
-    for data in (b"", b"no image", whole[:200], buffer.getvalue()[:-40] + bytes(40)):  # the last is a RuntimeError of Pillow
-        assert f"the reference has to be a complete image but its {len(data)} bytes" in bad(pair, dict(ref_image_bytes=data), name="meta.parquet")
+    for data in (
+        b"",
+        b"no image",
+        whole[:200],
+        buffer.getvalue()[:-40] + bytes(40),
+    ):  # the last is a RuntimeError of Pillow
+        assert f"the reference has to be a complete image but its {len(data)} bytes" in bad(
+            pair, dict(ref_image_bytes=data), name="meta.parquet"
+        )
     assert "has to be bytes but is a dict" in bad(pair, dict(ref_image_bytes=dict(bytes="x")))
 
 
@@ -458,7 +578,11 @@ def test_bad_rows_are_skipped_counted_and_named(mixed, caplog):
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert [s.instruction for s in good] == ["Number 7.", "Number 0.", "Number 9."]
-    assert good.kept == [7, 0, 9] and [(b.index, b.name) for b in good.skipped] == [(2, "meta.csv row 2"), (6, "meta.csv row 6"), (5, "meta.csv row 5")]
+    assert good.kept == [7, 0, 9] and [(b.index, b.name) for b in good.skipped] == [
+        (2, "meta.csv row 2"),
+        (6, "meta.csv row 6"),
+        (5, "meta.csv row 5"),
+    ]
     messages = [r.getMessage() for r in caplog.records if r.name == "kiwi_edit.data.dataset"]
     assert len(messages) == 3 and messages[1] == "Skipped meta.csv row 6: `prompt` has to be given but is missing."
 
@@ -469,7 +593,10 @@ def test_the_order_is_the_same_with_worker_processes(mixed):
     samples = [list(walk) for walk in walks]
     for walk, found in zip(walks[1:], samples[1:]):
         assert [s.id for s in found] == [s.id for s in samples[0]]
-        assert all(np.array_equal(a.source, b.source) and np.array_equal(a.reference, b.reference) for a, b in zip(found, samples[0]))
+        assert all(
+            np.array_equal(a.source, b.source) and np.array_equal(a.reference, b.reference)
+            for a, b in zip(found, samples[0])
+        )
         assert walk.kept == walks[0].kept and [str(b) for b in walk.skipped] == [str(b) for b in walks[0].skipped]
     assert len(samples[0]) == 7
 
@@ -507,9 +634,18 @@ def test_the_key_changes_with_content_and_settings_only(pair, tmp_path_factory):
     shutil.copytree(pair, moved)
     (moved / "a.mp4").rename(moved / "other.mp4")
     assert MetadataDataset(table(moved, [ROW | dict(src_video="other.mp4")], "other.jsonl")).key(0) == key
-    settings = [dict(num_frames=5), dict(max_pixels=4096), dict(factor=16), dict(crop_reference=True), dict(enlarge_narrow=False)]
+    settings = [
+        dict(num_frames=5),
+        dict(max_pixels=4096),
+        dict(factor=16),
+        dict(crop_reference=True),
+        dict(enlarge_narrow=False),
+    ]
     others = [MetadataDataset(pair / "meta.csv", **s).key(0) for s in settings]
-    others += [MetadataDataset(table(pair, [ROW | row], "x.csv")).key(0) for row in (dict(prompt="Make it blue."), dict(ref_image=""), dict(task="change"), dict(tgt_video="a.mp4"))]
+    others += [
+        MetadataDataset(table(pair, [ROW | row], "x.csv")).key(0)
+        for row in (dict(prompt="Make it blue."), dict(ref_image=""), dict(task="change"), dict(tgt_video="a.mp4"))
+    ]
     others += [MetadataDataset(table(pair, [ROW | dict(src_video="b.mp4", tgt_video="a.mp4")], "x.csv")).key(0)]
     assert len({key, *others}) == len(others) + 1
     assert MetadataDataset(pair / "meta.csv", crop_reference=True).key(1) == ds.key(1)  # no reference, nothing to crop
@@ -524,7 +660,8 @@ def test_the_key_changes_with_content_and_settings_only(pair, tmp_path_factory):
 def test_the_key_of_a_folder_of_frames(pair):
     for name in ("one", "two"):
         (pair / name).mkdir()
-        for t, frame in enumerate(gradient(5)): Image.fromarray(frame).save(pair / name / f"{t}.png")
+        for t, frame in enumerate(gradient(5)):
+            Image.fromarray(frame).save(pair / name / f"{t}.png")
     ds = MetadataDataset(table(pair, [dict(src_video=n, tgt_video=n) for n in ("one", "two")]))
     assert len(ds[0].source) == 5 and ds.key(0) == ds.key(1)
     (pair / "two" / "4.png").unlink()
@@ -537,7 +674,11 @@ def test_the_key_of_a_bad_row_names_it(pair):
 
 
 def test_a_reference_in_a_shard_that_changes_changes_the_key(pair):
-    def shard(value): return write_metadata(pair / "m.parquet", [ROW | dict(ref_image_bytes=png(gradient(1, 20, 20, value)[0]))], overwrite=True)
+    def shard(value):
+        return write_metadata(
+            pair / "m.parquet", [ROW | dict(ref_image_bytes=png(gradient(1, 20, 20, value)[0]))], overwrite=True
+        )
+
     before = MetadataDataset(shard(0)).key(0)
     assert MetadataDataset(shard(1)).key(0) != before and MetadataDataset(shard(0)).key(0) == before
 
@@ -556,7 +697,11 @@ def test_world_samples_are_drawn_one_task_an_index():
         expected = World(48, 80, 5).sample(1000 + i, ds.tasks[i])
         sample = ds[i]
         assert np.array_equal(sample.source, expected.source) and np.array_equal(sample.target, expected.target)
-        assert (sample.instruction, sample.task, sample.id) == (expected.instruction, ds.tasks[i], f"world train seed {1000 + i}")
+        assert (sample.instruction, sample.task, sample.id) == (
+            expected.instruction,
+            ds.tasks[i],
+            f"world train seed {1000 + i}",
+        )
     assert (len(ds), ds.num_frames) == (300, 5) and ds[-1].id == ds[299].id
     with pytest.raises(IndexError):
         ds[300]
@@ -570,9 +715,17 @@ def test_world_modes():
 
 
 def test_world_keys_change_with_the_settings(monkeypatch):
-    keys = [WorldDataset(tasks, n, h, w, samples=5, first_seed=seed).key(2) for tasks, n, h, w, seed in (
-        (dict(add=1), 1, 96, 96, 1000), (dict(remove=1), 1, 96, 96, 1000), (dict(add=1), 5, 96, 96, 1000), (dict(add=1), 1, 80, 96, 1000),
-        (dict(add=1), 1, 96, 80, 1000), (dict(add=1), 1, 96, 96, 1001))]
+    keys = [
+        WorldDataset(tasks, n, h, w, samples=5, first_seed=seed).key(2)
+        for tasks, n, h, w, seed in (
+            (dict(add=1), 1, 96, 96, 1000),
+            (dict(remove=1), 1, 96, 96, 1000),
+            (dict(add=1), 5, 96, 96, 1000),
+            (dict(add=1), 1, 80, 96, 1000),
+            (dict(add=1), 1, 96, 80, 1000),
+            (dict(add=1), 1, 96, 96, 1001),
+        )
+    ]
     keys.append(WorldDataset(dict(add=1), samples=5, difficulty="easy").key(2))
     assert len(set(keys)) == len(keys)
     ds = WorldDataset(dict(add=1), samples=9)
@@ -648,7 +801,10 @@ def test_saving_leaves_bad_rows_out_and_other_tables_alone(mixed, tmp_path_facto
     assert [row["iid"] for row in read_metadata(saved)][2] == "000003"
     with pytest.raises(FileExistsError, match="`folder` has to be without a dataset"):
         save_dataset(mixed, folder, progress=False)
-    for options, message in ((dict(number=11), "`number` has to be from 1 to"), (dict(format="xls"), "has to end in .csv")):
+    for options, message in (
+        (dict(number=11), "`number` has to be from 1 to"),
+        (dict(format="xls"), "has to end in .csv"),
+    ):
         with pytest.raises(ValueError, match=message):
             save_dataset(mixed, folder / "x", progress=False, **options)
 
@@ -665,6 +821,8 @@ def test_a_killed_save_leaves_no_table(tmp_path, monkeypatch):
 
 def test_csv_as_pandas_and_others_write_it(pair):
     with open(pair / "p.csv", "w", newline="") as file:
-        csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator="\r\n").writerows([["", "prompt", "tgt_video", "src_video"], ["0", "two\nlines", "b.mp4", "a.mp4"]])
+        csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator="\r\n").writerows(
+            [["", "prompt", "tgt_video", "src_video"], ["0", "two\nlines", "b.mp4", "a.mp4"]]
+        )
     sample = MetadataDataset(pair / "p.csv")[0]
     assert sample.instruction == "two\nlines" and sample.mode == "video"

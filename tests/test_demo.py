@@ -1,4 +1,5 @@
 """The page: through its own client, by raw requests as strangers send them, and in a browser where there is one."""
+
 import json
 import os
 import select
@@ -61,18 +62,27 @@ def files(tmp_path_factory):
 
 def arguments(video=None, image=None, instruction="make it snow", references=(), steps=1, seed=0, **more):
     handle = gradio_client.handle_file
-    return dict(video=handle(str(video)) if video else None, image=handle(str(image)) if image else None, instruction=instruction,
-                references=[{"image": handle(str(r)), "caption": None} for r in references], steps=steps, seed=seed, **more)
+    return dict(
+        video=handle(str(video)) if video else None,
+        image=handle(str(image)) if image else None,
+        instruction=instruction,
+        references=[{"image": handle(str(r)), "caption": None} for r in references],
+        steps=steps,
+        seed=seed,
+        **more,
+    )
 
 
 @pytest.fixture(scope="module")
 def predict(client):
     "Press the button from a program: result, its kind, film strip, note."
+
     def run(**given):
         clip, still, strip, note = client.predict(**arguments(**given), api_name="/edit")
         kind = [part["visible"] for part in (clip, still)]
         result = (clip if given.get("video") else still)["value"]
         return result["video"] if isinstance(result, dict) else result, kind, strip, note
+
     return run
 
 
@@ -90,12 +100,28 @@ def refused(predict, *words, **given):
 
 def test_every_endpoint_has_a_name_and_documented_arguments(client):
     found = client.view_api(return_format="dict")["named_endpoints"]
-    assert set(found) == {"/edit", "/cancel", "/frame", "/look", "/take_away", "/versus", "/pairs", "/open_set", "/funnel", "/judge"}
+    assert set(found) == {
+        "/edit",
+        "/cancel",
+        "/frame",
+        "/look",
+        "/take_away",
+        "/versus",
+        "/pairs",
+        "/open_set",
+        "/funnel",
+        "/judge",
+    }
     for name, endpoint in found.items():
         assert len(endpoint["description"]) > 20, name
         for argument in endpoint["parameters"]:
             assert argument["label"] and not argument["label"].startswith("parameter_"), (name, argument)
-            if name not in ("/funnel",): assert argument["parameter_name"] in endpoint["description"] or name in ("/look", "/take_away", "/versus"), (name, argument["parameter_name"])
+            if name not in ("/funnel",):
+                assert argument["parameter_name"] in endpoint["description"] or name in (
+                    "/look",
+                    "/take_away",
+                    "/versus",
+                ), (name, argument["parameter_name"])
 
 
 def test_a_clip_is_edited_and_the_reference_counts(predict, files):
@@ -120,7 +146,10 @@ def test_all_examples_can_be_edited(predict):
     examples = demo.sample_examples()
     assert len(examples) >= 4 and sum(bool(references) for *_, references in examples) >= 2
     clip, image, instruction, references = examples[0]
-    assert image is None and video_info(predict(video=clip, instruction=instruction, references=references or ())[0]).frames == 5
+    assert (
+        image is None
+        and video_info(predict(video=clip, instruction=instruction, references=references or ())[0]).frames == 5
+    )
     assert all(Path(row[0]).is_file() and all(Path(r).is_file() for r in row[3] or []) for row in examples)
 
 
@@ -136,9 +165,13 @@ def test_errors_are_one_line_with_the_names_of_the_fields(predict, files, tmp_pa
     (tmp_path / "text.png").write_text("this is no image\n" * 20)
     refused(predict, "A reference has to be an image", video=clip, references=[tmp_path / "text.png"])
     refused(predict, "A picture has to be an image", image=tmp_path / "text.png")
-    with zipfile.ZipFile(tmp_path / "archive.mp4", "w") as archive: archive.writestr("a.txt", "a" * 1000)
+    with zipfile.ZipFile(tmp_path / "archive.mp4", "w") as archive:
+        archive.writestr("a.txt", "a" * 1000)
     refused(predict, "The clip has to be a video", video=tmp_path / "archive.mp4")
-    assert predict(video=clip, instruction="<script>alert(1)</script> <img src=x onerror=alert(2)>")[1] == [True, False], "and the page still works"
+    assert predict(video=clip, instruction="<script>alert(1)</script> <img src=x onerror=alert(2)>")[1] == [
+        True,
+        False,
+    ], "and the page still works"
 
 
 def test_the_files_of_a_phone(predict, tmp_path):
@@ -149,7 +182,11 @@ def test_the_files_of_a_phone(predict, tmp_path):
     assert Image.open(predict(image=cases / "exif_neg.jpg")[0]).size == (96, 128)
     two_minutes = write_video(tmp_path / "long.mp4", np.zeros((6, 2160, 3840, 3), np.uint8), 0.05)
     assert video_info(predict(video=two_minutes)[0]).width == 3840
-    refused(predict, "The clip has to be at most 120 s long but is 140 s", video=write_video(tmp_path / "longer.mp4", np.zeros((7, 32, 32, 3), np.uint8), 0.05))
+    refused(
+        predict,
+        "The clip has to be at most 120 s long but is 140 s",
+        video=write_video(tmp_path / "longer.mp4", np.zeros((7, 32, 32, 3), np.uint8), 0.05),
+    )
 
 
 def test_frames_of_odd_sizes_are_compared(tmp_path):
@@ -164,7 +201,9 @@ def test_frames_appear_and_the_time_that_is_left(client, files):
     seen = list(client.submit(**arguments(video=files / "clip.mp4", steps=8), api_name="/edit"))
     notes, pictures = [step[3] for step in seen], [step[2] for step in seen]
     assert any("step 3 of 8, about" in str(note) for note in notes), notes
-    previews = [p for p in pictures if isinstance(p, str) and Image.open(p).size == (5 * 96, 80)] or [p for p in pictures if isinstance(p, str)]
+    previews = [p for p in pictures if isinstance(p, str) and Image.open(p).size == (5 * 96, 80)] or [
+        p for p in pictures if isinstance(p, str)
+    ]
     assert len(set(previews)) >= 2, "at least one preview before the film strip"
 
 
@@ -173,20 +212,36 @@ def test_an_edit_can_be_cancelled_and_others_wait_for_their_turn(server, client,
     running = client.submit(**arguments(video=files / "clip.mp4", steps=100), api_name="/edit")
     other = gradio_client.Client(server.local_url, verbose=False)
     deadline = time.time() + 60
-    while not any("step 2 of" in str(step) for step in running.outputs()): assert time.time() < deadline; time.sleep(.05)
+    while not any("step 2 of" in str(step) for step in running.outputs()):
+        assert time.time() < deadline
+        time.sleep(0.05)
     waiting = other.submit(**arguments(video=files / "clip.mp4"), api_name="/edit")
-    while waiting.status().code.name not in ("IN_QUEUE",): assert time.time() < deadline; time.sleep(.05)
+    while waiting.status().code.name not in ("IN_QUEUE",):
+        assert time.time() < deadline
+        time.sleep(0.05)
     number = next(i for i, f in server.fns.items() if f.api_name == "edit")
-    def join(k): return httpx.post(f"{server.local_api_url}queue/join", json=dict(data=[None, None, "x", [], 1, 0, "", None, None], fn_index=number, session_hash=f"stranger{k}"), timeout=60).status_code
+
+    def join(k):
+        return httpx.post(
+            f"{server.local_api_url}queue/join",
+            json=dict(data=[None, None, "x", [], 1, 0, "", None, None], fn_index=number, session_hash=f"stranger{k}"),
+            timeout=60,
+        ).status_code
+
     codes = [join(k) for k in range(20)]
     assert codes.count(200) == 15 and set(codes) == {200, 503}, codes  # with the one that waits they are 16
     began = time.time()
-    httpx.post(f"{server.local_api_url}run/cancel", json=dict(data=[], session_hash=client.session_hash)).raise_for_status()  # as the browser does, past the queue
-    with pytest.raises(Exception, match="The edit was cancelled"): running.result(timeout=60)
+    httpx.post(
+        f"{server.local_api_url}run/cancel", json=dict(data=[], session_hash=client.session_hash)
+    ).raise_for_status()  # as the browser does, past the queue
+    with pytest.raises(Exception, match="The edit was cancelled"):
+        running.result(timeout=60)
     assert time.time() - began < 30
     assert "edited at" in waiting.result(timeout=120)[3]
     other.close()
-    while len(server._queue): assert time.time() < began + 120; time.sleep(.1)
+    while len(server._queue):
+        assert time.time() < began + 120
+        time.sleep(0.1)
     assert "edited at" in predict(video=files / "clip.mp4")[3]
 
 
@@ -197,10 +252,21 @@ def test_what_is_taken_home(client, predict, files, tmp_path, monkeypatch, rando
     assert np.array_equal(np.asarray(Image.open(after).convert("RGB")), read_video(result).frames[4])
     assert Image.open(before).size == Image.open(heat).size == (40, 32) and "levels of 255" in text
     monkeypatch.chdir(files)
-    call = demo.call_as_python(str(random_model), str(files / "clip.mp4"), "make it snow", [str(files / "red.png")], str(tmp_path / "again.mp4"), seed=3, steps=2, size=None)
+    call = demo.call_as_python(
+        str(random_model),
+        str(files / "clip.mp4"),
+        "make it snow",
+        [str(files / "red.png")],
+        str(tmp_path / "again.mp4"),
+        seed=3,
+        steps=2,
+        size=None,
+    )
     exec(compile(call, "edit.py", "exec"), {})
     assert np.array_equal(read_video(tmp_path / "again.mp4").frames, read_video(result).frames)
-    made = demo.make_downloads(demo.Edit(str(files / "clip.mp4"), str(tmp_path / "again.mp4"), [], "make it snow", 5, call))
+    made = demo.make_downloads(
+        demo.Edit(str(files / "clip.mp4"), str(tmp_path / "again.mp4"), [], "make it snow", 5, call)
+    )
     assert [Path(f).name for f in made] == ["again.mp4", "again.gif", "frames.zip", "edit.py"]
     with zipfile.ZipFile(made[2]) as archive, archive.open("frame-0004.png") as frame:
         assert np.array_equal(np.asarray(Image.open(frame)), read_video(result).frames[4])
@@ -224,42 +290,67 @@ def test_guidance(client, files):
 
 def test_data(client):
     kept, bars, sheets, *least = client.predict(number=4, first_seed=0, api_name="/pairs")
-    assert sheets.count("<figure") == 4 and "data:image/jpeg" in sheets and least == [.5, .3, 4, 3]
+    assert sheets.count("<figure") == 4 and "data:image/jpeg" in sheets and least == [0.5, 0.3, 4, 3]
     result = demo.world_set(4)
     for chosen in (least, [0, 0, 0, 0], [1, 1, 10, 10]):
         left = result.funnel(dict(zip(demo.THRESHOLDS, chosen)))
         line, moved = client.predict(*chosen, api_name="/funnel")
-        assert line.startswith(f"**{left['deduplicate']} of 4**") and all(f"{stage}: {n} of 4 left" in moved for stage, n in left.items())
-    assert result.funnel({"score.edit": .5})["score"] < 4 == result.funnel()["score"], "a spoilt pair falls below the threshold"
-    with pytest.raises(Exception, match="not in the list of choices"): client.predict("../../etc", api_name="/open_set")
+        assert line.startswith(f"**{left['deduplicate']} of 4**") and all(
+            f"{stage}: {n} of 4 left" in moved for stage, n in left.items()
+        )
+    assert result.funnel({"score.edit": 0.5})["score"] < 4 == result.funnel()["score"], (
+        "a spoilt pair falls below the threshold"
+    )
+    with pytest.raises(Exception, match="not in the list of choices"):
+        client.predict("../../etc", api_name="/open_set")
 
 
 def test_data_sets_of_the_data_folder(tmp_path, monkeypatch):
     from kiwi_edit.data.synthesis import WorldPairs, synthesize
+
     monkeypatch.setenv("KIWI_EDIT_DATA_DIR", str(tmp_path))
     settings.cache_clear()
     synthesize(WorldPairs(2, 40), tmp_path / "few", progress=False)
     assert list(demo.data_sets()) == ["few"]
     result = demo.read_set("few")
     assert demo.set_html(result).count("<figure") == 2 and demo.funnel_html(result).count("of 2") >= 2
-    with pytest.raises(ValueError, match="`folder` has to be of few but is '../few'"): demo.read_set("../few")
+    with pytest.raises(ValueError, match="`folder` has to be of few but is '../few'"):
+        demo.read_set("../few")
 
 
 def test_judge(client, files, predict):
     result = predict(video=files / "clip.mp4")[0]
     handle = lambda path: gradio_client.handle_file(str(path))
-    text = client.predict(source=handle(files / "clip.mp4"), edited=handle(result), reference=handle(files / "red.png"), instruction="make it snow", kind="a background from the reference", api_name="/judge")
-    assert "of 5, by metrics (no model)" in text and "Matting Quality" in text and "share of the pixels that the edit touches" in text and "No model has looked" in text
-    with pytest.raises(Exception, match="take the last edit"): client.predict(source=None, edited=None, reference=None, api_name="/judge")
+    text = client.predict(
+        source=handle(files / "clip.mp4"),
+        edited=handle(result),
+        reference=handle(files / "red.png"),
+        instruction="make it snow",
+        kind="a background from the reference",
+        api_name="/judge",
+    )
+    assert (
+        "of 5, by metrics (no model)" in text
+        and "Matting Quality" in text
+        and "share of the pixels that the edit touches" in text
+        and "No model has looked" in text
+    )
+    with pytest.raises(Exception, match="take the last edit"):
+        client.predict(source=None, edited=None, reference=None, api_name="/judge")
     (files / "no.mp4").write_text("no video at all")
-    with pytest.raises(Exception, match="The clip has to be a video"): client.predict(source=handle(files / "no.mp4"), edited=handle(result), reference=None, api_name="/judge")
+    with pytest.raises(Exception, match="The clip has to be a video"):
+        client.predict(source=handle(files / "no.mp4"), edited=handle(result), reference=None, api_name="/judge")
 
 
 def test_a_configured_judge_is_asked(monkeypatch, files):
     "A local server that speaks the protocol."
     pytest.importorskip("openai")
     from test_backends import Server, openai_reply
-    judge = Server(openai_reply, ["Fine.\nInstruction Compliance: 4\nVisual Quality & Stability: 5\nConsistency & Detail Fidelity: 3"])
+
+    judge = Server(
+        openai_reply,
+        ["Fine.\nInstruction Compliance: 4\nVisual Quality & Stability: 5\nConsistency & Detail Fidelity: 3"],
+    )
     name = f"openai:tiny@http://127.0.0.1:{judge.server_port}/v1"
     monkeypatch.setenv("KIWI_EDIT_JUDGE", name)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-local")
@@ -279,14 +370,32 @@ def test_no_file_outside_is_served_or_read(server, files):
     url = server.local_api_url
     secret = files / "secret.txt"
     secret.write_text("hidden words")
-    for path in ("/etc/passwd", str(secret), "../../../../etc/passwd", "..%2f..%2f..%2f..%2fetc%2fpasswd", str(demo.UPLOADS / ".." / ".." / "etc" / "passwd"), os.path.join(os.getcwd(), "settings.ini"), server.visitors.root.name):
+    for path in (
+        "/etc/passwd",
+        str(secret),
+        "../../../../etc/passwd",
+        "..%2f..%2f..%2f..%2fetc%2fpasswd",
+        str(demo.UPLOADS / ".." / ".." / "etc" / "passwd"),
+        os.path.join(os.getcwd(), "settings.ini"),
+        server.visitors.root.name,
+    ):
         answer = httpx.get(f"{url}file={path}")
-        assert answer.status_code in (403, 404) and "hidden words" not in answer.text and "root:" not in answer.text, path
+        assert answer.status_code in (403, 404) and "hidden words" not in answer.text and "root:" not in answer.text, (
+            path
+        )
     number = next(i for i, f in server.fns.items() if f.api_name == "edit")
+
     def ask(value):
-        httpx.post(f"{url}queue/join", json=dict(data=[value, None, "x", [], 1, 0, False, "", None, None], fn_index=number, session_hash="../../stranger"), timeout=60).raise_for_status()
+        httpx.post(
+            f"{url}queue/join",
+            json=dict(
+                data=[value, None, "x", [], 1, 0, False, "", None, None], fn_index=number, session_hash="../../stranger"
+            ),
+            timeout=60,
+        ).raise_for_status()
         with httpx.stream("GET", f"{url}queue/data", params=dict(session_hash="../../stranger"), timeout=60) as stream:
             return next(json.loads(line[6:]) for line in stream.iter_lines() if "process_completed" in line)
+
     clip = dict(meta={"_type": "gradio.FileData"})
     for path in (str(files / "clip.mp4"), "/etc/passwd", "http://127.0.0.1:1/clip.mp4"):
         answer = ask(clip | dict(path=path))
@@ -295,7 +404,8 @@ def test_no_file_outside_is_served_or_read(server, files):
     assert server.visitors.place("../../stranger").parent == Path(server.visitors.root.name)
 
 
-def folder_size(folder): return sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file())
+def folder_size(folder):
+    return sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file())
 
 
 def test_uploads_that_are_too_large_or_never_end(server):
@@ -306,39 +416,50 @@ def test_uploads_that_are_too_large_or_never_end(server):
     sent, host = 0, ("127.0.0.1", server.server_port)
     with socket.create_connection(host, timeout=20) as connection:
         head = "POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\nTransfer-Encoding: chunked\r\n\r\n"
-        part = b"--b\r\nContent-Disposition: form-data; name=\"files\"; filename=\"endless.mp4\"\r\nContent-Type: video/mp4\r\n\r\n"
+        part = b'--b\r\nContent-Disposition: form-data; name="files"; filename="endless.mp4"\r\nContent-Type: video/mp4\r\n\r\n'
         connection.sendall(head.encode() + b"%x\r\n%s\r\n" % (len(part), part))
         chunk = b"x" * 65536
-        while sent < 50_000_000 and not select.select([connection], [], [], 0)[0]: connection.sendall(b"%x\r\n%s\r\n" % (len(chunk), chunk)); sent += len(chunk)
+        while sent < 50_000_000 and not select.select([connection], [], [], 0)[0]:
+            connection.sendall(b"%x\r\n%s\r\n" % (len(chunk), chunk))
+            sent += len(chunk)
         answer = connection.recv(1000)
     assert b" 413 " in answer.split(b"\r\n")[0] and sent < 50_000_000, "the answer comes while more is sent"
     assert folder_size(demo.UPLOADS) - before < 1000
 
 
 def test_more_than_the_page_takes_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "LONGEST", .5)
+    monkeypatch.setattr(demo, "LONGEST", 0.5)
     monkeypatch.setattr(demo, "LARGEST", 1000)
     clip = write_video(tmp_path / "clip.mp4", picture(count=9), 10)
-    with pytest.raises(ValueError, match="at most 0.5 s long"): demo.check_source(clip)
+    with pytest.raises(ValueError, match="at most 0.5 s long"):
+        demo.check_source(clip)
     Image.new("RGB", (40, 30)).save(tmp_path / "large.png")
-    with pytest.raises(ValueError, match="million pixels but has 40x30"): demo.check_references([tmp_path / "large.png"])
-    with pytest.raises(ValueError, match="at most 8 but are 9"): demo.check_references([tmp_path / "large.png"] * 9)
+    with pytest.raises(ValueError, match="million pixels but has 40x30"):
+        demo.check_references([tmp_path / "large.png"])
+    with pytest.raises(ValueError, match="at most 8 but are 9"):
+        demo.check_references([tmp_path / "large.png"] * 9)
 
 
 def test_what_a_killed_process_has_left_is_cleared(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    for pid in (ended.pid, os.getpid()): (tmp_path / f"kiwi-edit-page-{pid}-x" / "somebody").mkdir(parents=True)
+    for pid in (ended.pid, os.getpid()):
+        (tmp_path / f"kiwi-edit-page-{pid}-x" / "somebody").mkdir(parents=True)
     (tmp_path / "kiwi-edit-page-of-a-book").mkdir()
     demo.sweep(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"kiwi-edit-page-{os.getpid()}-x", "kiwi-edit-page-of-a-book"]
 
 
 def test_a_worker_that_fails_leaves_a_message_and_the_page_goes_on(server, client, predict, files, monkeypatch):
-    def full(*args, **kwargs): raise MemoryError("no memory")
+    def full(*args, **kwargs):
+        raise MemoryError("no memory")
+
     monkeypatch.setattr(demo, "edit_file", full)
     refused(predict, "which is full", video=files / "clip.mp4")
-    def broken(*args, **kwargs): raise RuntimeError("secret detail")
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("secret detail")
+
     monkeypatch.setattr(demo, "edit_file", broken)
     refused(predict, "There is a fault in the kit (RuntimeError)", video=files / "clip.mp4")
     monkeypatch.undo()
@@ -352,23 +473,35 @@ def test_who_leaves_takes_his_files_along(server, files):
     assert list(folder.glob("*/edited.mp4"))
     visitor.close()
     deadline = time.time() + 40
-    while folder.exists(): assert time.time() < deadline; time.sleep(.1)
+    while folder.exists():
+        assert time.time() < deadline
+        time.sleep(0.1)
 
 
 def test_old_uploads_go(server):
     old, new = demo.UPLOADS / "x" / "old.mp4", demo.UPLOADS / "x" / "new.mp4"
     old.parent.mkdir(parents=True, exist_ok=True)
-    for file in (old, new): file.write_bytes(b"x")
-    for path in [old, *server.visitors.kept]: os.utime(path, (0, 0))
+    for file in (old, new):
+        file.write_bytes(b"x")
+    for path in [old, *server.visitors.kept]:
+        os.utime(path, (0, 0))
     server.visitors.tidy()
-    assert not old.exists() and new.exists() and server.visitors.kept and all(Path(path).exists() for path in server.visitors.kept)
+    assert (
+        not old.exists()
+        and new.exists()
+        and server.visitors.kept
+        and all(Path(path).exists() for path in server.visitors.kept)
+    )
 
 
 def test_who_leaves_stops_the_edit(tmp_path):
     stop, ended = threading.Event(), threading.Event()
+
     def job(tell):
-        while not stop.wait(.01): tell(1)
+        while not stop.wait(0.01):
+            tell(1)
         ended.set()
+
     steps = demo.running(job, stop)
     assert next(steps) == ("told", 1)
     steps.close()
@@ -384,8 +517,11 @@ def test_the_model_is_loaded_once_and_only_when_needed(monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "find_model", lambda model: Path(model))
     load = demo.LazyPipeline(None, "some-model", any_model=True)
     assert not loaded and load() == load() == "pipe of some-model" and loaded == ["some-model"]
-    assert load(model="another") == load() == "pipe of another" and loaded == ["some-model", "another"], "the other one took its place"
-    with pytest.raises(ValueError, match="`model` has to be of the page's list, some-model, but is 'another'"): demo.LazyPipeline(None, "some-model")(model="another")
+    assert load(model="another") == load() == "pipe of another" and loaded == ["some-model", "another"], (
+        "the other one took its place"
+    )
+    with pytest.raises(ValueError, match="`model` has to be of the page's list, some-model, but is 'another'"):
+        demo.LazyPipeline(None, "some-model")(model="another")
 
 
 def test_unknown_models_and_taken_ports_are_refused_at_once(server):
@@ -403,8 +539,10 @@ def test_it_talks_to_nobody(server):
     assert server.analytics_enabled is False and server.share is False and server.config["run_history"] is False
     assert "http" not in str(demo.LOOK["theme"]._stylesheets), "no fonts from elsewhere"
     shared = [f for f in server.fns.values() if f.concurrency_id == "device"]
-    assert {f.api_name for f in shared} == {"edit", "look", "take_away", "versus", "pairs", "judge"} and all(f.concurrency_limit == 1 for f in shared)
-    assert server.max_file_size == 2 * 10 ** 6 or server.max_file_size == 2 * 2 ** 20
+    assert {f.api_name for f in shared} == {"edit", "look", "take_away", "versus", "pairs", "judge"} and all(
+        f.concurrency_limit == 1 for f in shared
+    )
+    assert server.max_file_size == 2 * 10**6 or server.max_file_size == 2 * 2**20
 
 
 def test_the_note_promises_what_the_model_takes():
@@ -415,16 +553,25 @@ def test_the_note_promises_what_the_model_takes():
 
 def test_the_memory_is_said_before_anything_is_loaded(random_model):  # noqa: F811
     from kiwi_edit.core import count_weights, preset
+
     own = sum(count_weights(preset("tiny")).values())
-    assert abs(demo.weights_in(random_model) / own - 1) < .15
-    assert "weights take" in demo.memory_note(str(random_model)) and "known once it is fetched" in demo.memory_note("some/body")
+    assert abs(demo.weights_in(random_model) / own - 1) < 0.15
+    assert "weights take" in demo.memory_note(str(random_model)) and "known once it is fetched" in demo.memory_note(
+        "some/body"
+    )
 
 
-@pytest.mark.skipif(not (assets_dir() / "kiwi-edit-tiny" / "model_index.json").is_file(), reason="the trained model is not there")
+@pytest.mark.skipif(
+    not (assets_dir() / "kiwi-edit-tiny" / "model_index.json").is_file(), reason="the trained model is not there"
+)
 def test_the_page_starts_from_what_the_model_says():
     page = demo.make_demo(model="kiwi-edit-tiny")
     text = "\n".join(str(block.value) for block in page.blocks.values() if isinstance(block, gr.Markdown))
-    assert "**kiwi-edit-tiny** edits the first" in text and "procedural world" in text and "GB with all that it works with" in text
+    assert (
+        "**kiwi-edit-tiny** edits the first" in text
+        and "procedural world" in text
+        and "GB with all that it works with" in text
+    )
     steps = next(block for block in page.blocks.values() if getattr(block, "elem_id", None) == "steps")
     assert steps.value == demo.LazyPipeline(model="kiwi-edit-tiny").limits().steps == 1
     page.visitors.root.cleanup()
@@ -459,7 +606,9 @@ def test_an_example_is_edited_and_plays(page):
     assert all(name in page.wait_for_comparison() for name in ("edited.mp4", "edited.gif", "frames.zip", "edit.py"))
     assert page.plays()
     page.page.locator("#suggestions button").nth(1).click()
-    page.page.wait_for_function("document.querySelector('#instruction textarea').value.startsWith('Swap the background')")
+    page.page.wait_for_function(
+        "document.querySelector('#instruction textarea').value.startsWith('Swap the background')"
+    )
     assert page.foreign == [] and page.faults == []
 
 
@@ -496,7 +645,9 @@ def test_the_other_tabs_in_a_browser(page):
     page.page.wait_for_selector("#funnel [aria-label*='load: 2 of 2']")
     page.open_tab("Judge")
     page.click("take")
-    page.page.wait_for_function("(document.querySelector('#judge-instruction textarea, #judge-instruction input')?.value ?? '').length > 0")
+    page.page.wait_for_function(
+        "(document.querySelector('#judge-instruction textarea, #judge-instruction input')?.value ?? '').length > 0"
+    )
     page.click("judge")
     page.wait_for_text("judgement", "of 5, by metrics")
     assert page.foreign == [] and page.faults == []
@@ -515,25 +666,53 @@ def test_small_screens_and_names_for_all_fields(page):
     page.page.locator("#instruction textarea").focus()
     for _ in range(40):
         page.page.keyboard.press("Tab")
-        if page.page.evaluate("document.activeElement.id") == "edit": break
+        if page.page.evaluate("document.activeElement.id") == "edit":
+            break
     assert page.page.evaluate("document.activeElement.id") == "edit", "the button is reached by keyboard"
 
 
 def test_the_cell_of_the_notebook_in_jupyterlab(browser, tmp_path):
     "The page comes up below its cell, and edits there."
-    cell = next(c for c in json.loads((ROOT / "nbs/50_demo.ipynb").read_text(encoding="utf-8"))["cells"] if "make_demo().launch(" in "".join(c["source"]))
-    notebook = dict(cells=[cell | dict(source="from kiwi_edit.apps.demo import LOOK, make_demo\n" + "".join(cell["source"]))], nbformat=4, nbformat_minor=5,
-                    metadata=dict(kernelspec=dict(name="python3", display_name="Python 3", language="python")))
+    cell = next(
+        c
+        for c in json.loads((ROOT / "nbs/50_demo.ipynb").read_text(encoding="utf-8"))["cells"]
+        if "make_demo().launch(" in "".join(c["source"])
+    )
+    notebook = dict(
+        cells=[cell | dict(source="from kiwi_edit.apps.demo import LOOK, make_demo\n" + "".join(cell["source"]))],
+        nbformat=4,
+        nbformat_minor=5,
+        metadata=dict(kernelspec=dict(name="python3", display_name="Python 3", language="python")),
+    )
     (tmp_path / "demo.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
-    with socket.socket() as free: free.bind(("127.0.0.1", 0)); port = free.getsockname()[1]
-    folders = {f"JUPYTER_{name}_DIR": str(tmp_path / name) for name in ("CONFIG", "DATA", "RUNTIME")} | dict(JUPYTERLAB_SETTINGS_DIR=str(tmp_path / "settings"), JUPYTERLAB_WORKSPACES_DIR=str(tmp_path / "spaces"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folders = {f"JUPYTER_{name}_DIR": str(tmp_path / name) for name in ("CONFIG", "DATA", "RUNTIME")} | dict(
+        JUPYTERLAB_SETTINGS_DIR=str(tmp_path / "settings"), JUPYTERLAB_WORKSPACES_DIR=str(tmp_path / "spaces")
+    )
     with open(tmp_path / "log", "wb") as log:
-        lab = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--IdentityProvider.token=", f"--ServerApp.root_dir={tmp_path}"],
-                               stdout=log, stderr=log, env=os.environ | folders | dict(KIWI_EDIT_DEVICE="cpu"))
+        lab = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "jupyterlab",
+                "--no-browser",
+                "--allow-root",
+                f"--port={port}",
+                "--IdentityProvider.token=",
+                f"--ServerApp.root_dir={tmp_path}",
+            ],
+            stdout=log,
+            stderr=log,
+            env=os.environ | folders | dict(KIWI_EDIT_DEVICE="cpu"),
+        )
     opened = browser.chromium.launch(executable_path=chromium(), args=ARGUMENTS)
     try:
         deadline = time.monotonic() + 180
-        while b"is running at" not in (tmp_path / "log").read_bytes(): assert lab.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text(); time.sleep(.2)
+        while b"is running at" not in (tmp_path / "log").read_bytes():
+            assert lab.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.2)
         page = opened.new_page(viewport=dict(width=1400, height=1300))
         page.set_default_timeout(300_000)
         page.goto(f"http://127.0.0.1:{port}/lab/tree/demo.ipynb")
@@ -548,16 +727,21 @@ def test_the_cell_of_the_notebook_in_jupyterlab(browser, tmp_path):
         assert "5 frames of 384x384" in inside.locator("#note").inner_text()
     finally:
         opened.close()
-        lab.send_signal(signal.SIGINT); lab.send_signal(signal.SIGINT)  # the second one answers "shut down?"
-        try: lab.wait(20)
-        except subprocess.TimeoutExpired: lab.kill()
+        lab.send_signal(signal.SIGINT)
+        lab.send_signal(signal.SIGINT)  # the second one answers "shut down?"
+        try:
+            lab.wait(20)
+        except subprocess.TimeoutExpired:
+            lab.kill()
 
 
 def test_close_leaves_nothing(random_model, files):  # noqa: F811
     served = demo.launch("127.0.0.1", 0, random_model, block=False, say=lambda line: None)
     visitor, root = gradio_client.Client(served.local_url, verbose=False), Path(served.visitors.root.name)
     visitor.predict(**arguments(image=files / "blue.png"), api_name="/edit")
-    kept = {f for block in served.blocks.values() for f in getattr(block, "keep_in_cache", ())}  # examples, which go with the process
+    kept = {
+        f for block in served.blocks.values() for f in getattr(block, "keep_in_cache", ())
+    }  # examples, which go with the process
     own = {f for some in served.temp_file_sets for f in some} - kept
     visitor.close()
     assert own and any(Path(f).exists() for f in own)

@@ -1,4 +1,5 @@
 "Words and pictures into ids, positions and pixels; queries and connectors out as a context."
+
 import json
 import os
 from dataclasses import replace
@@ -11,13 +12,32 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from kiwi_edit.core import preset
-from kiwi_edit.encoder import (IMAGE_TOKEN, QUERY_TOKEN, SPECIAL_TOKENS, VIDEO_TOKEN, KiwiProcessor, chat_text, collate_inputs, encode_context,
-                               make_tokenizer, mrope_positions, patchify_frames, prepare_inputs, resize_for_encoder, sample_frames, video_sizes,
-                               vision_features)
+from kiwi_edit.encoder import (
+    IMAGE_TOKEN,
+    QUERY_TOKEN,
+    SPECIAL_TOKENS,
+    VIDEO_TOKEN,
+    KiwiProcessor,
+    chat_text,
+    collate_inputs,
+    encode_context,
+    make_tokenizer,
+    mrope_positions,
+    patchify_frames,
+    prepare_inputs,
+    resize_for_encoder,
+    sample_frames,
+    video_sizes,
+    vision_features,
+)
 from kiwi_edit.pipeline import KiwiEditPipeline
 
 GOLDEN = Path(os.environ.get("KIWI_EDIT_GOLDEN", Path(__file__).parent / "golden")) / "wan22"
-TEXTS = ["Replace the red fox with the object in the reference.", "Make it look like a painting.", "Remove the blue boat."]
+TEXTS = [
+    "Replace the red fox with the object in the reference.",
+    "Make it look like a painting.",
+    "Remove the blue boat.",
+]
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +55,7 @@ def batch(pipe):
 
 # tokenizer and processor
 
+
 def test_tokenizer_keeps_any_text_and_the_special_tokens():
     tokenizer = make_tokenizer(TEXTS, 500)
     assert len(tokenizer) <= 500
@@ -49,11 +70,15 @@ def test_tokenizer_keeps_any_text_and_the_special_tokens():
 def test_tokenizer_learns_its_texts():
     few, many = make_tokenizer(TEXTS, 278), make_tokenizer(TEXTS, 600)
     assert len(many(TEXTS[0])["input_ids"]) < len(few(TEXTS[0])["input_ids"]) / 2
-    with pytest.raises(ValueError, match="`vocab_size` has to be at least 278 .* but is 100"): make_tokenizer(TEXTS, 100)
+    with pytest.raises(ValueError, match="`vocab_size` has to be at least 278 .* but is 100"):
+        make_tokenizer(TEXTS, 100)
 
 
 def test_own_chat_layout_is_that_of_released_tokenizers():
-    ours, theirs = KiwiProcessor(make_tokenizer(TEXTS, 400)), KiwiProcessor.from_pretrained(GOLDEN / "diffusers/processor")
+    ours, theirs = (
+        KiwiProcessor(make_tokenizer(TEXTS, 400)),
+        KiwiProcessor.from_pretrained(GOLDEN / "diffusers/processor"),
+    )
     for mode in ("image", "video", "ref"):
         assert chat_text(ours, mode, "Remove the cat.", 3) == chat_text(theirs, mode, "Remove the cat.", 3)
 
@@ -63,15 +88,22 @@ def test_processor_round_trip(pipe, tmp_path):
     again = KiwiProcessor.from_pretrained(tmp_path / "processor")
     clip = np.random.default_rng(1).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
     a, b = (prepare_inputs(p, pipe.guidance.config, ["Ändere das Wetter"], [clip]) for p in (pipe.processor, again))
-    assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.pixel_values, b.pixel_values) and a.token_ids == b.token_ids
-    with pytest.raises(FileNotFoundError, match="`folder` has to be"): KiwiProcessor.from_pretrained(tmp_path / "nothing")
+    assert (
+        torch.equal(a.input_ids, b.input_ids)
+        and torch.equal(a.pixel_values, b.pixel_values)
+        and a.token_ids == b.token_ids
+    )
+    with pytest.raises(FileNotFoundError, match="`folder` has to be"):
+        KiwiProcessor.from_pretrained(tmp_path / "nothing")
 
 
 # sizes, pixels, positions
 
+
 def test_tables_of_frames_and_sizes():
     tables = json.loads((GOLDEN / "cases/resize.json").read_text(encoding="utf-8"))
-    for n, expected in tables["mllm_frame_sampling"].items(): assert sample_frames(int(n)) == expected
+    for n, expected in tables["mllm_frame_sampling"].items():
+        assert sample_frames(int(n)) == expected
     for row in tables["mllm_video_grid"]:
         first, second = video_sizes(row["width"], row["height"], row["max_pixels"])
         assert [list(first), list(second)] == [row["first_resize_wh"], row["second_resize_wh"]]
@@ -79,7 +111,11 @@ def test_tables_of_frames_and_sizes():
     for row in tables["mllm_image_grid"]:
         limit = 28 * 28 * (row["max_object_token"] or 16384)
         _, grid = processor.image_patches(Image.new("RGB", (row["width"], row["height"])), 56 * 56, limit)
-        assert list(grid) == row["image_grid_thw"][0] if isinstance(row["image_grid_thw"][0], list) else list(grid) == row["image_grid_thw"]
+        assert (
+            list(grid) == row["image_grid_thw"][0]
+            if isinstance(row["image_grid_thw"][0], list)
+            else list(grid) == row["image_grid_thw"]
+        )
 
 
 def test_pixels_of_a_video_frame():
@@ -94,7 +130,9 @@ def test_patches_hold_every_pixel_once_and_neighbours_together():
     rows, grid = patchify_frames(pixels)
     assert grid == (2, 2, 4) and rows.shape == (16, 3 * 2 * 14 * 14)
     assert torch.equal(rows[0].view(3, 2, 14, 14)[:, 1], pixels[1, :, :14, :14])
-    assert torch.equal(rows[2].view(3, 2, 14, 14)[:, 0], pixels[0, :, 14:, :14])  # the third patch of the first merged token
+    assert torch.equal(
+        rows[2].view(3, 2, 14, 14)[:, 0], pixels[0, :, 14:, :14]
+    )  # the third patch of the first merged token
     last = rows[8:].view(8, 3, 2, 14, 14)
     assert torch.equal(last[:, :, 0], last[:, :, 1])  # the missing fourth frame repeats the third
 
@@ -106,10 +144,12 @@ def test_positions():
     assert positions[0, 2:14].tolist() == [2] * 4 + [4] * 4 + [6] * 4
     assert positions[2, 2:6].tolist() == [2, 3, 2, 3]
     assert positions[:, 14:].tolist() == [[7, 8, 9]] * 3  # beyond the largest, which is time here
-    with pytest.raises(ValueError, match="has to mark 16 tokens"): mrope_positions(flags, [(4, 4, 4)])
+    with pytest.raises(ValueError, match="has to mark 16 tokens"):
+        mrope_positions(flags, [(4, 4, 4)])
 
 
 # batches
+
 
 @torch.no_grad()
 def test_a_batch_gives_what_each_sample_gives_alone(pipe):
@@ -135,7 +175,9 @@ def test_cached_features_change_nothing(pipe, read_out):
     assert torch.equal(encode_context(pipe.mllm, pipe.guidance, bare, features)[0], expected)
     order = [2, 0, 1]  # stored one by one, batched again in another order
     again = collate_inputs([bare[i] for i in order])
-    assert torch.allclose(encode_context(pipe.mllm, pipe.guidance, again, [features[i] for i in order])[0], expected[order], atol=1e-5)
+    assert torch.allclose(
+        encode_context(pipe.mllm, pipe.guidance, again, [features[i] for i in order])[0], expected[order], atol=1e-5
+    )
     half = encode_context(pipe.mllm, pipe.guidance, bare, [f.half() for f in features])[0]
     assert half.dtype == torch.float32 and torch.allclose(half, expected, atol=1e-2)
     pipe.guidance.register_to_config(query_read_out="queries")
@@ -144,9 +186,11 @@ def test_cached_features_change_nothing(pipe, read_out):
 def test_collate_is_undone_by_indexing(pipe):
     inputs = batch(pipe)
     again = collate_inputs([inputs[i] for i in range(3)])
-    for field in ("input_ids", "position_ids", "lengths", "pixel_values"): assert torch.equal(getattr(inputs, field), getattr(again, field))
+    for field in ("input_ids", "position_ids", "lengths", "pixel_values"):
+        assert torch.equal(getattr(inputs, field), getattr(again, field))
     assert again.grids == inputs.grids and len(again) == 3
-    with pytest.raises(ValueError, match="empty"): collate_inputs([])
+    with pytest.raises(ValueError, match="empty"):
+        collate_inputs([])
 
 
 def test_gradients_reach_queries_and_connectors_under_autocast(pipe):
@@ -162,18 +206,25 @@ def test_gradients_reach_queries_and_connectors_under_autocast(pipe):
 
 # bad input
 
+
 def test_wrong_inputs(pipe):
     clip, config = np.zeros((5, 64, 64, 3), np.uint8), pipe.guidance.config
     prepare = lambda prompt, source: prepare_inputs(pipe.processor, config, [prompt], [source])
-    with pytest.raises(ValueError, match="special token '<|image_pad|>'".replace("|", r"\|")): prepare("a " + IMAGE_TOKEN, clip)
-    with pytest.raises(TypeError, match="`prompt` has to be a string but is a int"): prepare(3, clip)
-    with pytest.raises(ValueError, match="`source` has to be"): prepare("a", clip[0])
-    with pytest.raises(ValueError, match="`source` has to be"): prepare("a", clip.astype(np.float32))
-    with pytest.raises(ValueError, match="of one length but have 2, 1 and 2"): prepare_inputs(pipe.processor, config, ["a", "b"], [clip])
+    with pytest.raises(ValueError, match="special token '<|image_pad|>'".replace("|", r"\|")):
+        prepare("a " + IMAGE_TOKEN, clip)
+    with pytest.raises(TypeError, match="`prompt` has to be a string but is a int"):
+        prepare(3, clip)
+    with pytest.raises(ValueError, match="`source` has to be"):
+        prepare("a", clip[0])
+    with pytest.raises(ValueError, match="`source` has to be"):
+        prepare("a", clip.astype(np.float32))
+    with pytest.raises(ValueError, match="of one length but have 2, 1 and 2"):
+        prepare_inputs(pipe.processor, config, ["a", "b"], [clip])
     inputs = prepare("a", clip)
     with pytest.raises(ValueError, match="`vision` has to hold one row for each placeholder, 48, but holds 47"):
         encode_context(pipe.mllm, pipe.guidance, inputs, [torch.zeros(47, 192)])
-    with pytest.raises(ValueError, match="cached features"): vision_features(pipe.mllm, inputs.without_pixels())
+    with pytest.raises(ValueError, match="cached features"):
+        vision_features(pipe.mllm, inputs.without_pixels())
     short = replace(inputs, input_ids=inputs.input_ids.masked_fill(inputs.input_ids == inputs.token_ids["query"], 5))
     with pytest.raises(ValueError, match="`queries` has to hold one row for each placeholder, 0, but holds 16"):
         encode_context(pipe.mllm, pipe.guidance, short)

@@ -1,4 +1,5 @@
 """Lists of edits: what is refused, what is kept, and what a run that was stopped in the middle leaves behind."""
+
 import json
 import multiprocessing
 import os
@@ -23,8 +24,12 @@ from kiwi_edit.video import read_video, video_info
 COMMAND = [sys.executable, "-m", "kiwi_edit.apps.cli"]
 MODEL = "kiwi-edit-tiny"
 SNOW = "Make everything look snowy."
-pytestmark = [pytest.mark.usefixtures("own_settings"),
-              pytest.mark.skipif(not (assets_dir() / MODEL / "model_index.json").is_file(), reason="the trained model is not there")]
+pytestmark = [
+    pytest.mark.usefixtures("own_settings"),
+    pytest.mark.skipif(
+        not (assets_dir() / MODEL / "model_index.json").is_file(), reason="the trained model is not there"
+    ),
+]
 
 
 @pytest.fixture
@@ -61,34 +66,40 @@ def left_behind(out):
 # what is refused
 
 
-@pytest.mark.parametrize("row, words", [
-    ('{"video": "clip.mp4"', "`line` has to be a JSON object in UTF-8"),
-    ("[" * 100_000, "`line` has to be a JSON object in UTF-8"),
-    ('"clip.mp4"', "`line` has to be a JSON object but is"),
-    (dict(instruction=SNOW), "`video` has to be given"),
-    (dict(video="clip.mp4"), "`instruction` has to be given"),
-    (dict(video="clip.mp4", instruction=" "), "`instruction` has to say what to edit"),
-    (dict(video="clip.mp4", instruction=7), "`instruction` has to be a string"),
-    (dict(video=["clip.mp4"], instruction=SNOW), "`video` has to be a path"),
-    (dict(video="clip\0.mp4", instruction=SNOW), "`video` has to be an existing file"),
-    (dict(video="edits.jsonl", instruction=SNOW), "`video` has to"),
-    (dict(video="clip.mp4", prompt=SNOW, instruction=SNOW), "`instruction` has to be given once"),
-    (dict(video="clip.mp4", instruction=SNOW, sede=1), "`line` has to have names out of"),
-    (dict(video="clip.mp4", instruction=SNOW, reference="lost.png"), "`reference` has to be an existing file"),
-    (dict(video="clip.mp4", instruction=SNOW, reference=[1]), "`reference` has to be a path or a list of paths"),
-    (dict(video="clip.mp4", instruction=SNOW, out="sub/a.mp4"), "`out` has to be the name of a file"),
-    (dict(video="clip.mp4", instruction=SNOW, out="..\\a.mp4"), "`out` has to be the name of a file"),
-    (dict(video="clip.mp4", instruction=SNOW, out="a.avi"), "`out` has to end in"),
-    (dict(video="clip.mp4", instruction=SNOW, out="a" * 252 + ".mp4"), "File name too long"),
-    (dict(video="clip.mp4", instruction=SNOW, out="GOOD.mp4"), "`out` has to be a name of its own but 'GOOD.mp4' is what row 1 writes"),
-    (dict(video="clip.mp4", instruction=SNOW, out="good.mov"), "'good-strip.png' is what row 1 writes"),
-    (dict(video="clip.mp4", instruction=SNOW, seed=True), "`seed` has to be a whole number but is True"),
-    (dict(video="clip.mp4", instruction=SNOW, seed=-1), "`seed` has to be from 0"),
-    (dict(video="clip.mp4", instruction=SNOW, strength=10 ** 400), "`strength` has to be a number"),
-    ('{"video": "clip.mp4", "instruction": "x", "strength": NaN}', "`strength` has to lie above 0"),
-    (dict(video="clip.mp4", instruction=SNOW, size=[64]), '`size` has to be "WIDTHxHEIGHT" or [width, height]'),
-    (dict(video="clip.mp4", instruction=SNOW, compare="yes"), "`compare` has to be true or false"),
-])
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ('{"video": "clip.mp4"', "`line` has to be a JSON object in UTF-8"),
+        ("[" * 100_000, "`line` has to be a JSON object in UTF-8"),
+        ('"clip.mp4"', "`line` has to be a JSON object but is"),
+        (dict(instruction=SNOW), "`video` has to be given"),
+        (dict(video="clip.mp4"), "`instruction` has to be given"),
+        (dict(video="clip.mp4", instruction=" "), "`instruction` has to say what to edit"),
+        (dict(video="clip.mp4", instruction=7), "`instruction` has to be a string"),
+        (dict(video=["clip.mp4"], instruction=SNOW), "`video` has to be a path"),
+        (dict(video="clip\0.mp4", instruction=SNOW), "`video` has to be an existing file"),
+        (dict(video="edits.jsonl", instruction=SNOW), "`video` has to"),
+        (dict(video="clip.mp4", prompt=SNOW, instruction=SNOW), "`instruction` has to be given once"),
+        (dict(video="clip.mp4", instruction=SNOW, sede=1), "`line` has to have names out of"),
+        (dict(video="clip.mp4", instruction=SNOW, reference="lost.png"), "`reference` has to be an existing file"),
+        (dict(video="clip.mp4", instruction=SNOW, reference=[1]), "`reference` has to be a path or a list of paths"),
+        (dict(video="clip.mp4", instruction=SNOW, out="sub/a.mp4"), "`out` has to be the name of a file"),
+        (dict(video="clip.mp4", instruction=SNOW, out="..\\a.mp4"), "`out` has to be the name of a file"),
+        (dict(video="clip.mp4", instruction=SNOW, out="a.avi"), "`out` has to end in"),
+        (dict(video="clip.mp4", instruction=SNOW, out="a" * 252 + ".mp4"), "File name too long"),
+        (
+            dict(video="clip.mp4", instruction=SNOW, out="GOOD.mp4"),
+            "`out` has to be a name of its own but 'GOOD.mp4' is what row 1 writes",
+        ),
+        (dict(video="clip.mp4", instruction=SNOW, out="good.mov"), "'good-strip.png' is what row 1 writes"),
+        (dict(video="clip.mp4", instruction=SNOW, seed=True), "`seed` has to be a whole number but is True"),
+        (dict(video="clip.mp4", instruction=SNOW, seed=-1), "`seed` has to be from 0"),
+        (dict(video="clip.mp4", instruction=SNOW, strength=10**400), "`strength` has to be a number"),
+        ('{"video": "clip.mp4", "instruction": "x", "strength": NaN}', "`strength` has to lie above 0"),
+        (dict(video="clip.mp4", instruction=SNOW, size=[64]), '`size` has to be "WIDTHxHEIGHT" or [width, height]'),
+        (dict(video="clip.mp4", instruction=SNOW, compare="yes"), "`compare` has to be true or false"),
+    ],
+)
 def test_a_bad_row_is_named_and_nothing_is_made(folder, row, words):
     edits = read_edits(write(folder, dict(video="clip.mp4", instruction=SNOW, out="good.mp4"), "", row), folder / "out")
     assert [r.number for r in edits.rows] == [1] and len(edits.bad) == 1
@@ -99,13 +110,21 @@ def test_a_bad_row_is_named_and_nothing_is_made(folder, row, words):
 
 
 def test_rows_do_not_write_what_others_read(folder):
-    path = write(folder, dict(video="clip.mp4", instruction=SNOW, out="clip.mp4"), dict(video="clip.mp4", instruction=SNOW, out="new.mp4"))
+    path = write(
+        folder,
+        dict(video="clip.mp4", instruction=SNOW, out="clip.mp4"),
+        dict(video="clip.mp4", instruction=SNOW, out="new.mp4"),
+    )
     assert [b.number for b in read_edits(path, folder).bad] == [1] and not read_edits(path, folder / "out").bad
 
 
 def test_what_is_wrong_with_the_whole_list_is_said_once(folder, monkeypatch):
     path = write(folder, *rows(3))
-    for wrong, words in (dict(strength=0.0), "`strength` has to lie"), (dict(reference="lost.png"), "`reference` has to be an existing file"), (dict(out=folder / "clip.mp4"), "`out` has to be a folder"):
+    for wrong, words in (
+        (dict(strength=0.0), "`strength` has to lie"),
+        (dict(reference="lost.png"), "`reference` has to be an existing file"),
+        (dict(out=folder / "clip.mp4"), "`out` has to be a folder"),
+    ):
         with pytest.raises((ValueError, OSError), match=re.escape(words)):
             read_edits(path, **dict(out=folder / "out") | wrong)
     with pytest.raises(ValueError, match="at least one edit"):
@@ -138,7 +157,9 @@ def test_results_that_no_list_has_written_are_left_alone(tmp_path, text):
 def test_names_of_results_fit(tmp_path):
     for stem in ("a" * 240, "é" * 120, "視" * 84, os.fsdecode(b"\xe9" * 240)):
         names = [files.file_name(stem + more, "-edited.mp4") for more in ("", "b")]
-        assert len(set(names)) == 2 and all(name.startswith(stem[:50]) and name.endswith("-edited.mp4") for name in names)
+        assert len(set(names)) == 2 and all(
+            name.startswith(stem[:50]) and name.endswith("-edited.mp4") for name in names
+        )
         for name in names:
             (tmp_path / f"{Path(name).stem}-compare.mp4").touch()  # the longest that is written beside it
     assert files.file_name("clip", "-edited.mp4") == "clip-edited.mp4"
@@ -163,13 +184,25 @@ def test_only_what_is_missing_is_done(folder):
     assert first.counts == dict(done=3, failed=0, bad=0) and left_behind(out) == set()
     times = {name: (out / name).stat().st_mtime_ns for name in visible(out)}
     (out / "cut.mp4").unlink()
-    path = write(folder, *rows(2, steps=1), dict(video="clip.mp4", instruction=SNOW, out="cut.mp4", steps=1), *rows(1, steps=1, out="more.mp4", seed=9))
+    path = write(
+        folder,
+        *rows(2, steps=1),
+        dict(video="clip.mp4", instruction=SNOW, out="cut.mp4", steps=1),
+        *rows(1, steps=1, out="more.mp4", seed=9),
+    )
     again = run_edits(read_edits(path, out), MODEL)
     assert (again.before, again.counts["done"]) == (2, 4)
-    assert [(r["row"], r["out"]) for r in records(out)] == [(1, "0001-clip.mp4"), (2, "0002-clip.mp4"), (3, "cut.mp4"), (4, "more.mp4")]
+    assert [(r["row"], r["out"]) for r in records(out)] == [
+        (1, "0001-clip.mp4"),
+        (2, "0002-clip.mp4"),
+        (3, "cut.mp4"),
+        (4, "more.mp4"),
+    ]
     assert all((out / name).stat().st_mtime_ns == times[name] for name in ("0001-clip.mp4", "0002-clip.mp4"))
 
-    (folder / "clip.mp4").write_bytes((assets_dir() / "samples" / "clip.mp4").read_bytes() + b"\0" * 8)  # another clip of that name
+    (folder / "clip.mp4").write_bytes(
+        (assets_dir() / "samples" / "clip.mp4").read_bytes() + b"\0" * 8
+    )  # another clip of that name
     with pytest.raises(files.BadEdits, match="was made from other files or by another model"):
         run_edits(read_edits(path, out), MODEL)
     assert all((out / name).stat().st_mtime_ns == times[name] for name in ("0001-clip.mp4", "0002-clip.mp4"))
@@ -199,7 +232,9 @@ def test_a_result_without_a_line_is_made_again(folder, monkeypatch):
 
 def test_a_fault_fails_its_row_and_keeps_its_traceback(folder, monkeypatch):
     real = files.run_edit
-    monkeypatch.setattr(files, "run_edit", lambda pipe, plan, progress: 1 / 0 if plan.seed == 0 else real(pipe, plan, progress))
+    monkeypatch.setattr(
+        files, "run_edit", lambda pipe, plan, progress: 1 / 0 if plan.seed == 0 else real(pipe, plan, progress)
+    )
     run = run_edits(read_edits(write(folder, *rows(2, steps=1)), folder / "out"), MODEL)
     assert run.counts == dict(done=1, failed=1, bad=0)
     failed = records(folder / "out")[0]
@@ -212,7 +247,13 @@ def test_a_fault_fails_its_row_and_keeps_its_traceback(folder, monkeypatch):
 def start(path, out, until, stop):
     "Run the command on a list in a group of processes of its own, and send it a signal when it has got somewhere."
     command = [*COMMAND, "edit", str(path), "--out", str(out), "--workers", "2", "--skip-bad"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, env=os.environ | dict(OMP_NUM_THREADS="1")) as process:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        env=os.environ | dict(OMP_NUM_THREADS="1"),
+    ) as process:
         seen = b""
         while not re.search(until, seen):
             seen += os.read(process.stderr.fileno(), 4096) or pytest.fail(seen.decode())
@@ -222,8 +263,23 @@ def start(path, out, until, stop):
 
 
 def test_a_list_that_is_stopped_twice_ends_with_the_same_results(folder, capfd, one_thread):
-    path, out = write(folder, *rows(6), dict(video="clip.mp4", instruction="Erase the flamingo from the clip.", reference="reference.png", compare=True), '{"video": '), folder / "out"
-    status, said, err = start(path, out, rb"[1-6]/7 rows", lambda pid: os.killpg(pid, signal.SIGINT))  # Ctrl-C reaches all of them
+    path, out = (
+        write(
+            folder,
+            *rows(6),
+            dict(
+                video="clip.mp4",
+                instruction="Erase the flamingo from the clip.",
+                reference="reference.png",
+                compare=True,
+            ),
+            '{"video": ',
+        ),
+        folder / "out",
+    )
+    status, said, err = start(
+        path, out, rb"[1-6]/7 rows", lambda pid: os.killpg(pid, signal.SIGINT)
+    )  # Ctrl-C reaches all of them
     assert status == 130 and said == "" and "Traceback" not in err and "leaked" not in err
     done = int(re.search(r"error: interrupted; (\d) of 7 rows are done; the same command goes on from here\n$", err)[1])
     assert 1 <= done < 7 and len(records(out)) == done and left_behind(out) == {".unfinished.json"}
@@ -235,17 +291,30 @@ def test_a_list_that_is_stopped_twice_ends_with_the_same_results(folder, capfd, 
     with pytest.raises(SystemExit) as stop:
         cli.main(["edit", str(path), "--out", str(out), "--skip-bad"])
     said, err = capfd.readouterr()
-    assert stop.value.code == 1 and "row 8 bad: `line` has to be a JSON object" in err and re.search(r"7 of 8 rows done, \d of them before, 1 bad", said)
-    assert [(r["row"], r["status"]) for r in records(out)] == [(k, "done") for k in range(1, 8)] + [(8, "bad")] and left_behind(out) == set()
+    assert (
+        stop.value.code == 1
+        and "row 8 bad: `line` has to be a JSON object" in err
+        and re.search(r"7 of 8 rows done, \d of them before, 1 bad", said)
+    )
+    assert [(r["row"], r["status"]) for r in records(out)] == [(k, "done") for k in range(1, 8)] + [
+        (8, "bad")
+    ] and left_behind(out) == set()
 
     alone = run_edits(read_edits(path, folder / "alone"), MODEL, skip_bad=True)
-    assert alone.counts == dict(done=7, failed=0, bad=1) and visible(out) == visible(folder / "alone") and "0007-clip-compare.mp4" in visible(out)
+    assert (
+        alone.counts == dict(done=7, failed=0, bad=1)
+        and visible(out) == visible(folder / "alone")
+        and "0007-clip-compare.mp4" in visible(out)
+    )
     for name in visible(out) - {"results.jsonl"}:
         files = out / name, folder / "alone" / name
-        if name.endswith("-compare.mp4"):  # encoders differ from process to process at widths that are no multiple of 16
+        if name.endswith(
+            "-compare.mp4"
+        ):  # encoders differ from process to process at widths that are no multiple of 16
             both = [read_video(file).frames.astype(int) for file in files]
-            assert both[0].shape == both[1].shape and np.abs(both[0] - both[1]).mean() < .5, name
-        else: assert files[0].read_bytes() == files[1].read_bytes(), name
+            assert both[0].shape == both[1].shape and np.abs(both[0] - both[1]).mean() < 0.5, name
+        else:
+            assert files[0].read_bytes() == files[1].read_bytes(), name
     assert [r["fingerprint"] for r in records(out)] == [r["fingerprint"] for r in records(folder / "alone")]
 
 
@@ -254,7 +323,15 @@ def serve_and_die(*arguments):
     real = files.run_edit
 
     def run_edit(pipe, plan, progress):
-        return real(pipe, plan, lambda done, total, what: os.kill(os.getpid(), signal.SIGKILL) if plan.seed == 1 and what == "decoding" else progress(done, total, what))
+        return real(
+            pipe,
+            plan,
+            lambda done, total, what: (
+                os.kill(os.getpid(), signal.SIGKILL)
+                if plan.seed == 1 and what == "decoding"
+                else progress(done, total, what)
+            ),
+        )
 
     files.run_edit = run_edit
     files._serve(*arguments)
@@ -263,14 +340,21 @@ def serve_and_die(*arguments):
 def test_a_process_that_is_killed_fails_one_row_and_is_replaced(folder, monkeypatch):
     shutil.copy(folder / "clip.mp4", folder / "passing.mp4")
     monkeypatch.setattr(files, "_serve", serve_and_die)
-    edits = read_edits(write(folder, *rows(3), dict(video="lost.mp4", instruction=SNOW), dict(video="passing.mp4", instruction=SNOW)), folder / "out")
+    edits = read_edits(
+        write(folder, *rows(3), dict(video="lost.mp4", instruction=SNOW), dict(video="passing.mp4", instruction=SNOW)),
+        folder / "out",
+    )
     assert [b.number for b in edits.bad] == [4]
     (folder / "passing.mp4").unlink()  # while others are at work
 
     run = run_edits(edits, MODEL, workers=2, skip_bad=True)
     assert run.lost == 1 and run.counts == dict(done=2, failed=2, bad=1) and not multiprocessing.active_children()
     lost = [r for r in records(folder / "out") if r.get("lost")]
-    assert [r["row"] for r in lost] == [2] and "ended by signal 9" in lost[0]["error"] and left_behind(folder / "out") == {".unfinished.json"}
+    assert (
+        [r["row"] for r in lost] == [2]
+        and "ended by signal 9" in lost[0]["error"]
+        and left_behind(folder / "out") == {".unfinished.json"}
+    )
     shutil.copy(folder / "clip.mp4", folder / "passing.mp4")
     again = run_edits(read_edits(edits.path, folder / "out"), MODEL, skip_bad=True)
     assert again.counts == dict(done=4, failed=0, bad=1) and again.before == 2 and left_behind(folder / "out") == set()
@@ -280,17 +364,39 @@ def test_a_process_that_is_killed_fails_one_row_and_is_replaced(folder, monkeypa
 
 
 @pytest.fixture(scope="module")
-def pipe(): return files.load_model(MODEL, "cpu")
+def pipe():
+    return files.load_model(MODEL, "cpu")
 
 
 def test_a_long_clip_flows_from_file_to_file(tmp_path, pipe, monkeypatch):
     source = encode(tmp_path / "source.mp4", gradient(30), fps=10, sound=3.0)
-    monkeypatch.setattr(files, "resize_frames", lambda frames, *args, resize=files.resize_frames, **kwargs: longest.append(len(frames)) or resize(frames, *args, **kwargs))
+    monkeypatch.setattr(
+        files,
+        "resize_frames",
+        lambda frames, *args, resize=files.resize_frames, **kwargs: (
+            longest.append(len(frames)) or resize(frames, *args, **kwargs)
+        ),
+    )
     longest, seen = [], []
-    done = files.edit_file(pipe, source, SNOW, out=tmp_path / "out.mp4", whole=True, compare=True, steps=1, progress=lambda *told: seen.append(told))
+    done = files.edit_file(
+        pipe,
+        source,
+        SNOW,
+        out=tmp_path / "out.mp4",
+        whole=True,
+        compare=True,
+        steps=1,
+        progress=lambda *told: seen.append(told),
+    )
     info, both = video_info(done.path), video_info(done.comparison)
     before = video_info(source)
-    assert (info.frames, info.fps, info.has_audio, info.width, info.height) == (29, 10, True, before.width, before.height)
+    assert (info.frames, info.fps, info.has_audio, info.width, info.height) == (
+        29,
+        10,
+        True,
+        before.width,
+        before.height,
+    )
     assert (both.frames, both.fps, both.has_audio) == (29, 10, True) and done.frames == 29 and "4k+1" in done.note
     assert max(longest) <= 16  # never the whole clip at its own size
     assert (29, 29, "writing") in seen and (29, 29, "comparing") in seen and done.strip.is_file()
@@ -303,32 +409,52 @@ def test_a_long_clip_that_fails_on_the_way_leaves_nothing(tmp_path, pipe, monkey
     source = encode(tmp_path / "source.mp4", gradient(13), fps=10)
     real = pipe.vae.decoder.forward
     calls = []
+
     def breaks(*args, **kwargs):
         calls.append(1)
-        if len(calls) > 2: raise RuntimeError("on purpose")
+        if len(calls) > 2:
+            raise RuntimeError("on purpose")
         return real(*args, **kwargs)
+
     monkeypatch.setattr(pipe.vae.decoder, "forward", breaks)
-    with pytest.raises(RuntimeError, match="on purpose"): files.edit_file(pipe, source, SNOW, out=tmp_path / "out.mp4", whole=True, steps=1)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        files.edit_file(pipe, source, SNOW, out=tmp_path / "out.mp4", whole=True, steps=1)
     assert [p.name for p in tmp_path.iterdir()] == ["source.mp4"]
 
 
 def test_frames_and_whole_are_asked_for_one_at_a_time(folder):
-    with pytest.raises(ValueError, match="`frames` has to be left out where `whole` is set but is 5"): files.plan_edit(folder / "clip.mp4", SNOW, out=folder / "out.mp4", frames=5, whole=True)
+    with pytest.raises(ValueError, match="`frames` has to be left out where `whole` is set but is 5"):
+        files.plan_edit(folder / "clip.mp4", SNOW, out=folder / "out.mp4", frames=5, whole=True)
 
 
 # whose fault an error is
+
 
 def test_the_class_of_an_error_says_whose_fault_it_is():
     from safetensors import SafetensorError
     from kiwi_edit.core import InputError, InputTypeError, missing_package
     from kiwi_edit.data.dataset import BadRow
     from kiwi_edit.video import VideoError
+
     message = "`seed` has to be at least 0 but is -1."
-    for error in (InputError(message), InputTypeError(message), VideoError(message)): assert files.one_line(error, dict(seed="--seed")) == "--seed" + message[6:]
-    for error in (ValueError(message), TypeError(message), KeyError(message), RuntimeError(message), ImportError(message)): assert files.one_line(error) is None
+    for error in (InputError(message), InputTypeError(message), VideoError(message)):
+        assert files.one_line(error, dict(seed="--seed")) == "--seed" + message[6:]
+    for error in (
+        ValueError(message),
+        TypeError(message),
+        KeyError(message),
+        RuntimeError(message),
+        ImportError(message),
+    ):
+        assert files.one_line(error) is None
     assert files.one_line(BadRow(1, "a.csv row 1", "no file")) == "a.csv row 1: no file"
-    assert "No space left" in files.one_line(SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"))
-    assert files.one_line(OSError(28, "No space left on device", "x.mp4")) == "No space left on device: x.mp4" and files.one_line(OSError("a library's own words")) == "a library's own words"
+    assert "No space left" in files.one_line(
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    )
+    assert (
+        files.one_line(OSError(28, "No space left on device", "x.mp4")) == "No space left on device: x.mp4"
+        and files.one_line(OSError("a library's own words")) == "a library's own words"
+    )
     assert "pip install 'kiwi-edit[judge]'" in files.one_line(missing_package("openai"))
     for module, extra in (("openai", "judge"), ("gradio", "demo"), ("datasets", "scale")):
         assert f"kiwi-edit[{extra}]" in files.one_line(ModuleNotFoundError(f"No module named {module!r}", name=module))

@@ -1,6 +1,7 @@
 """The kit against numbers of the official implementation: every case, every quantity that it stores, every layout that holds the model.
 
 The folder comes from KIWI_EDIT_GOLDEN, all sizes from its cases.json, so that any set of the same structure can be walked."""
+
 import json
 import os
 from functools import cache
@@ -19,16 +20,31 @@ from kiwi_edit.pipeline import decode_latents, encode_frames, fit_reference, flo
 from kiwi_edit.train.engine import training_table
 
 GOLDEN = Path(os.environ.get("KIWI_EDIT_GOLDEN", Path(__file__).parent / "golden"))
-FAMILIES = {folder.name: json.loads((folder / "cases/cases.json").read_text(encoding="utf-8")) for folder in sorted(GOLDEN.iterdir()) if (folder / "cases/cases.json").is_file()}
+FAMILIES = {
+    folder.name: json.loads((folder / "cases/cases.json").read_text(encoding="utf-8"))
+    for folder in sorted(GOLDEN.iterdir())
+    if (folder / "cases/cases.json").is_file()
+}
 MLLM = next(GOLDEN.glob("*/base/Qwen*"), None)
 CASES = [(family, name) for family, facts in FAMILIES.items() for name in facts["cases"]]
 TRAINED = [(family, name) for family, name in CASES if "train" in FAMILIES[family]["cases"][name]]
-LAYOUTS = {family: [layout for layout, there in (("official", "diffusers/model_index.json"), ("trainer", "trainer/step-1.safetensors"), ("adapters", "trainer/step-1.safetensors"))
-                    if (GOLDEN / family / there).is_file()] for family in FAMILIES}
+LAYOUTS = {
+    family: [
+        layout
+        for layout, there in (
+            ("official", "diffusers/model_index.json"),
+            ("trainer", "trainer/step-1.safetensors"),
+            ("adapters", "trainer/step-1.safetensors"),
+        )
+        if (GOLDEN / family / there).is_file()
+    ]
+    for family in FAMILIES
+}
 WAYS = [(family, name, layout) for family, name in CASES for layout in LAYOUTS[family]]
 
 
-def named(values): return [" ".join(value) for value in values]
+def named(values):
+    return [" ".join(value) for value in values]
 
 
 @cache
@@ -36,18 +52,27 @@ def load(family, layout, first=False):
     "A model with its timesteps not rounded, as the numbers were made."
     home, facts = GOLDEN / family, FAMILIES[family]
     changes = dict(round_timestep=False, ref_pad_first=first)
-    if layout == "official": pipe = load_official(home / "diffusers", **changes)
+    if layout == "official":
+        pipe = load_official(home / "diffusers", **changes)
     else:
         base = home / "base/Wan_DiT.safetensors"
         pipe = load_trainer_checkpoint(
-            home / "trainer/step-1.safetensors", base if base.is_file() else None, home / "base/Wan_VAE.safetensors", MLLM, merge=layout == "trainer",
-            transformer_config=dict(num_attention_heads=facts["model"]["heads"]), vae_config=json.loads((home / "base/latents_mean_std.json").read_text()),
-            max_object_token=facts["model"]["max_object_token"], **changes)
+            home / "trainer/step-1.safetensors",
+            base if base.is_file() else None,
+            home / "base/Wan_VAE.safetensors",
+            MLLM,
+            merge=layout == "trainer",
+            transformer_config=dict(num_attention_heads=facts["model"]["heads"]),
+            vae_config=json.loads((home / "base/latents_mean_std.json").read_text()),
+            max_object_token=facts["model"]["max_object_token"],
+            **changes,
+        )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def tensors_of(family, name): return load_file(GOLDEN / family / f"cases/{name}.safetensors")
+def tensors_of(family, name):
+    return load_file(GOLDEN / family / f"cases/{name}.safetensors")
 
 
 def case(family, name, layout=None):
@@ -62,7 +87,9 @@ def reference_latents(tensors):
 
 
 def inputs_of(facts, tensors, references, pipe):
-    return prepare_inputs(pipe.processor, pipe.guidance.config, [facts["prompt"]], [tensors["src_frames"].numpy()], [references])
+    return prepare_inputs(
+        pipe.processor, pipe.guidance.config, [facts["prompt"]], [tensors["src_frames"].numpy()], [references]
+    )
 
 
 def difference(ours, theirs):
@@ -74,8 +101,9 @@ def difference(ours, theirs):
 def close(found):
     def check(where, quantity, ours, theirs, tolerance):
         value = difference(ours, theirs)
-        found[where, quantity] = max(value, found.get((where, quantity), 0.))
+        found[where, quantity] = max(value, found.get((where, quantity), 0.0))
         assert value < tolerance, f"{where}, {quantity}: {value:.1e}"
+
     return check
 
 
@@ -87,18 +115,30 @@ def test_sizes(family):
     model = FAMILIES[family]["model"]
     for layout in LAYOUTS[family]:
         pipe = load(family, layout)
-        assert pipe.transformer.config.num_layers == model["layers"] and pipe.transformer.config.num_attention_heads == model["heads"]
+        assert (
+            pipe.transformer.config.num_layers == model["layers"]
+            and pipe.transformer.config.num_attention_heads == model["heads"]
+        )
         assert pipe.vae.config.scale_factor_spatial == model["vae"]["spatial_factor"]
         assert (pipe.vae.config.decoder_base_dim or pipe.vae.config.base_dim) == model["vae"]["dec_dim"]
         assert pipe.processor.query_token_id == model["placeholder_id"]
-        for mode in ("image", "video", "ref"): assert pipe.guidance.queries(mode).shape[0] == model[f"num_{mode}_queries"] or not pipe.guidance.config.takes_reference
+        for mode in ("image", "video", "ref"):
+            assert (
+                pipe.guidance.queries(mode).shape[0] == model[f"num_{mode}_queries"]
+                or not pipe.guidance.config.takes_reference
+            )
 
 
 @pytest.mark.parametrize("family", [family for family, layouts in LAYOUTS.items() if "official" in layouts])
 def test_released_weights_keep_their_quirks(family):
     pipe = load_official(GOLDEN / family / "diffusers")
     config = pipe.guidance.config
-    assert (config.query_read_out, config.round_timestep, config.round_pixels, pipe.config.schedule) == ("last_positions", True, True, "diffusers")
+    assert (config.query_read_out, config.round_timestep, config.round_pixels, pipe.config.schedule) == (
+        "last_positions",
+        True,
+        True,
+        "diffusers",
+    )
     assert load(family, "trainer").config.schedule == "native"
 
 
@@ -110,11 +150,14 @@ def test_encoder_inputs(family, name, close):
     facts, tensors, references, pipe = case(family, name)
     inputs = inputs_of(facts, tensors, references, pipe)
     assert inputs.modes == [facts["mode"]]
-    assert torch.equal(inputs.input_ids[0].int(), tensors["input_ids"]) and torch.equal(inputs.position_ids[:, 0].int(), tensors["position_ids"])
+    assert torch.equal(inputs.input_ids[0].int(), tensors["input_ids"]) and torch.equal(
+        inputs.position_ids[:, 0].int(), tensors["position_ids"]
+    )
     assert [list(g) for g in inputs.grids[0]] == facts.get("video_grid_thw", []) + facts.get("image_grid_thw", [])
     parts = list(inputs.pixel_values.split([int(np.prod(g)) for g in inputs.grids[0]]))
     for key in ("pixel_values_videos", "pixel_values"):
-        if f"{key}_sample" not in tensors: continue
+        if f"{key}_sample" not in tensors:
+            continue
         pixels = parts.pop(0)
         assert list(pixels.shape) == facts[f"{key}_shape"]
         sample = pixels.flatten()[:: FAMILIES[family]["pixel_sample_stride"]]
@@ -127,7 +170,7 @@ def test_encoder_inputs(family, name, close):
 def test_context(family, name, layout, close):
     facts, tensors, references, pipe = case(family, name, layout)
     inputs, tail, where = inputs_of(facts, tensors, references, pipe), tensors["mllm_hidden_tail"], f"{family} {name}"
-    close(where, "hidden states", encode_hidden(pipe.mllm, pipe.guidance, inputs)[0, -len(tail):], tail, 1e-5)
+    close(where, "hidden states", encode_hidden(pipe.mllm, pipe.guidance, inputs)[0, -len(tail) :], tail, 1e-5)
     context, mask = encode_context(pipe.mllm, pipe.guidance, inputs)
     close(where, "context", context, tensors["context"], 1e-5)
     assert mask.all()
@@ -135,13 +178,18 @@ def test_context(family, name, layout, close):
 
 @torch.no_grad()
 def test_read_out_of_the_queries_is_another_context():
-    family, name = next(((family, name) for family, name in CASES if name == "image" and "official" in LAYOUTS[family]), (None, None))
-    if not family: pytest.skip("this set has no released layout")
+    family, name = next(
+        ((family, name) for family, name in CASES if name == "image" and "official" in LAYOUTS[family]), (None, None)
+    )
+    if not family:
+        pytest.skip("this set has no released layout")
     facts, tensors, references, pipe = case(family, name)
     right = load_official(GOLDEN / family / "diffusers", query_read_out="queries")
     context, _ = encode_context(right.mllm, right.guidance, inputs_of(facts, tensors, references, pipe))
     assert difference(context, tensors["context"]) > 0.02
-    assert difference(context[:, 2:], tensors["context"][:, :-2]) < 1e-5  # the released read-out starts two queries late
+    assert (
+        difference(context[:, 2:], tensors["context"][:, :-2]) < 1e-5
+    )  # the released read-out starts two queries late
 
 
 # the autoencoder
@@ -151,11 +199,25 @@ def test_read_out_of_the_queries_is_another_context():
 @pytest.mark.parametrize("family, name, layout", WAYS, ids=named(WAYS))
 def test_latents_of_source_and_references(family, name, layout, close):
     facts, tensors, references, pipe = case(family, name, layout)
-    close(f"{family} {name}", "source latents", encode_frames(pipe.vae, tensors["src_frames"]), tensors["src_latents"], 1e-5)
-    if not references: return
+    close(
+        f"{family} {name}",
+        "source latents",
+        encode_frames(pipe.vae, tensors["src_frames"]),
+        tensors["src_latents"],
+        1e-5,
+    )
+    if not references:
+        return
     size = facts["width"], facts["height"]
-    if "ref_padded" in tensors: assert np.array_equal(fit_reference(references[0], *size), tensors["ref_padded"].numpy())
-    close(f"{family} {name}", "reference latents", pipe.encode_references(references, size[1], size[0]), reference_latents(tensors), 1e-5)
+    if "ref_padded" in tensors:
+        assert np.array_equal(fit_reference(references[0], *size), tensors["ref_padded"].numpy())
+    close(
+        f"{family} {name}",
+        "reference latents",
+        pipe.encode_references(references, size[1], size[0]),
+        reference_latents(tensors),
+        1e-5,
+    )
 
 
 @torch.no_grad()
@@ -166,26 +228,51 @@ def test_autoencoder(family, close):
         vae = load(family, layout).vae
         close(f"{family} vae", "encoded", encode_frames(vae, tensors["frames"]), tensors["encoded"], 1e-5)
         mean, std = latent_statistics(vae, "cpu")
-        close(f"{family} vae", "decoded", in_tiles(vae, tensors["decode_input"] * std + mean, "decode")[..., ::3, ::3], tensors["decoded_sample"], 1e-4)
-        noise = torch.randn(tensors["decode_input"].shape, generator=torch.Generator().manual_seed(facts["decode_input_seed"]))
+        close(
+            f"{family} vae",
+            "decoded",
+            in_tiles(vae, tensors["decode_input"] * std + mean, "decode")[..., ::3, ::3],
+            tensors["decoded_sample"],
+            1e-4,
+        )
+        noise = torch.randn(
+            tensors["decode_input"].shape, generator=torch.Generator().manual_seed(facts["decode_input_seed"])
+        )
         assert torch.equal(noise, tensors["decode_input"])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_autoencoder_in_tiles(family, close):
-    video, tensors, facts, vae = tensors_of(family, "video"), tensors_of(family, "vae"), FAMILIES[family]["vae"], load(family, LAYOUTS[family][0]).vae
+    video, tensors, facts, vae = (
+        tensors_of(family, "video"),
+        tensors_of(family, "vae"),
+        FAMILIES[family]["vae"],
+        load(family, LAYOUTS[family][0]).vae,
+    )
     factor = vae.config.scale_factor_spatial
     height, width, down, right = (factor * size for size in (*facts["tile_size"], *facts["tile_stride"]))
     mean, std = latent_statistics(vae, "cpu")
-    vae.enable_tiling(tile_sample_min_height=height, tile_sample_min_width=width, tile_sample_stride_height=down, tile_sample_stride_width=right)
+    vae.enable_tiling(
+        tile_sample_min_height=height,
+        tile_sample_min_width=width,
+        tile_sample_stride_height=down,
+        tile_sample_stride_width=right,
+    )
     try:
         encoded = encode_frames(vae, video["src_frames"])
         decoded = in_tiles(vae, video["src_latents"] * std + mean, "decode")
         theirs = vae.decode(video["src_latents"] * std + mean).sample  # diffusers' own, which clamps each tile
-    finally: vae.disable_tiling()
+    finally:
+        vae.disable_tiling()
     close(f"{family} vae", "encoded in tiles", encoded, tensors["tiled_encoded_of_case_video"], 1e-5)
-    close(f"{family} vae", "decoded in tiles", decoded[..., ::3, ::3], tensors["tiled_decoded_of_case_video_src_latents_sample"], 1e-4)
+    close(
+        f"{family} vae",
+        "decoded in tiles",
+        decoded[..., ::3, ::3],
+        tensors["tiled_decoded_of_case_video_src_latents_sample"],
+        1e-4,
+    )
     assert difference(theirs[..., ::3, ::3], tensors["tiled_decoded_of_case_video_src_latents_sample"]) > 1e-2
 
 
@@ -193,13 +280,27 @@ def test_autoencoder_in_tiles(family, close):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family, name, layout", [way for way in WAYS if way[:2] in TRAINED], ids=named(way for way in WAYS if way[:2] in TRAINED))
+@pytest.mark.parametrize(
+    "family, name, layout",
+    [way for way in WAYS if way[:2] in TRAINED],
+    ids=named(way for way in WAYS if way[:2] in TRAINED),
+)
 def test_one_call_of_the_denoiser(family, name, layout, close):
     facts, tensors, _, pipe = case(family, name, layout)
     kept = EditCache()
     step = torch.tensor([facts["dit_timestep"]]), torch.tensor([facts["dit_sigma"]])
     for _ in range(2):  # the second call reads what the first left in the cache
-        out = denoise(pipe.transformer, pipe.guidance, tensors["dit_latents"], *step, tensors["context"], None, tensors["src_latents"], reference_latents(tensors), cache=kept)
+        out = denoise(
+            pipe.transformer,
+            pipe.guidance,
+            tensors["dit_latents"],
+            *step,
+            tensors["context"],
+            None,
+            tensors["src_latents"],
+            reference_latents(tensors),
+            cache=kept,
+        )
         close(f"{family} {name}", "denoiser", out, tensors["dit_out"], 1e-5)
 
 
@@ -208,19 +309,33 @@ def test_whole_edits(family, name, layout, close):
     facts, tensors, references, pipe = case(family, name, layout)
     for schedule, prefix in (("native", ""), ("diffusers", "diffusers_")):
         for steps in (2, 4):
-            if f"{prefix}latents_n{steps}" not in tensors: continue
-            latents = pipe(facts["prompt"], tensors["src_frames"].numpy(), references or None, latents=tensors["noise"], output_type="latent",
-                           num_inference_steps=steps, sigmas=flow_sigmas(steps, schedule)).frames
+            if f"{prefix}latents_n{steps}" not in tensors:
+                continue
+            latents = pipe(
+                facts["prompt"],
+                tensors["src_frames"].numpy(),
+                references or None,
+                latents=tensors["noise"],
+                output_type="latent",
+                num_inference_steps=steps,
+                sigmas=flow_sigmas(steps, schedule),
+            ).frames
             close(f"{family} {name}", f"{schedule} latents", latents, tensors[f"{prefix}latents_n{steps}"], 2e-5)
-            if f"{prefix}frames_n{steps}" not in tensors: continue
-            off = np.abs(decode_latents(pipe.vae, latents)[0].astype(int) - tensors[f"{prefix}frames_n{steps}"].numpy().astype(int))
+            if f"{prefix}frames_n{steps}" not in tensors:
+                continue
+            off = np.abs(
+                decode_latents(pipe.vae, latents)[0].astype(int)
+                - tensors[f"{prefix}frames_n{steps}"].numpy().astype(int)
+            )
             assert off.max() <= 1 and (off > 0).mean() < 1e-3
 
 
 @pytest.mark.parametrize("family, name", CASES, ids=named(CASES))
 def test_noise_of_a_seed(family, name):
     facts, tensors, _, _ = case(family, name)
-    assert torch.equal(torch.randn(tensors["noise"].shape, generator=torch.Generator().manual_seed(facts["seed"])), tensors["noise"])
+    assert torch.equal(
+        torch.randn(tensors["noise"].shape, generator=torch.Generator().manual_seed(facts["seed"])), tensors["noise"]
+    )
 
 
 # tables
@@ -230,14 +345,22 @@ SCHEDULES = [family for family in FAMILIES if (GOLDEN / family / "cases/schedule
 
 @pytest.mark.parametrize("family", SCHEDULES)
 def test_schedule(family):
-    known, scheduler = json.loads((GOLDEN / family / "cases/schedule.json").read_text(encoding="utf-8")), load(family, LAYOUTS[family][0]).scheduler
+    known, scheduler = (
+        json.loads((GOLDEN / family / "cases/schedule.json").read_text(encoding="utf-8")),
+        load(family, LAYOUTS[family][0]).scheduler,
+    )
     for table, schedule in (("native", "native"), ("diffusers_format", "diffusers")):
         for steps, theirs in known[table].items():
             scheduler.set_timesteps(sigmas=flow_sigmas(int(steps), schedule))
-            assert np.allclose(scheduler.sigmas[:-1], theirs["sigmas"], rtol=1e-5, atol=0) and scheduler.sigmas[-1] == theirs["final_sigma"]
+            assert (
+                np.allclose(scheduler.sigmas[:-1], theirs["sigmas"], rtol=1e-5, atol=0)
+                and scheduler.sigmas[-1] == theirs["final_sigma"]
+            )
             assert np.allclose(scheduler.timesteps, theirs["timesteps"], rtol=1e-5, atol=0)
             looked_up = rounded_sigma(scheduler.timesteps, scheduler.timesteps, scheduler.sigmas)
-            assert np.allclose(looked_up, [theirs["sigmas"][i] for i in theirs["table_index_of_bf16_timestep"]], rtol=1e-5, atol=0)
+            assert np.allclose(
+                looked_up, [theirs["sigmas"][i] for i in theirs["table_index_of_bf16_timestep"]], rtol=1e-5, atol=0
+            )
 
 
 @pytest.mark.parametrize("family", SCHEDULES)
@@ -247,7 +370,8 @@ def test_training_table(family):
     for row in theirs["rows"]:
         for values, key in ((sigmas, "sigma"), (timesteps, "timestep"), (weights, "weight")):
             assert float(values[row["index"]]) == pytest.approx(row[key], rel=1e-5, abs=1e-6)
-    for key, value in (("weight_min", weights.min()), ("weight_max", weights.max()), ("weight_sum", weights.sum())): assert float(value) == pytest.approx(theirs[key], rel=1e-5, abs=1e-6)
+    for key, value in (("weight_min", weights.min()), ("weight_max", weights.max()), ("weight_sum", weights.sum())):
+        assert float(value) == pytest.approx(theirs[key], rel=1e-5, abs=1e-6)
 
 
 # training
@@ -255,29 +379,58 @@ def test_training_table(family):
 
 def group_of(name):
     "The trainer's group of one of its tensors."
-    if "lora_" in name: return "mllm_lora" if name.startswith("mllm.") else "dit_lora"
-    return next(group for group in ("mllm.image_queries", "mllm.video_queries", "mllm.ref_queries", "mllm.connetor", "mllm.ref_connector", "ref_vae_condition", "vae_condition", "dit")
-                if name.startswith(f"{group}."))
+    if "lora_" in name:
+        return "mllm_lora" if name.startswith("mllm.") else "dit_lora"
+    return next(
+        group
+        for group in (
+            "mllm.image_queries",
+            "mllm.video_queries",
+            "mllm.ref_queries",
+            "mllm.connetor",
+            "mllm.ref_connector",
+            "ref_vae_condition",
+            "vae_condition",
+            "dit",
+        )
+        if name.startswith(f"{group}.")
+    )
 
 
 @pytest.mark.parametrize("family, name", TRAINED, ids=named(TRAINED))
 def test_loss_and_gradients(family, name, close):
     facts, tensors, references, pipe = case(family, name, "adapters")
     train, where = facts["train"], f"{family} {name}"
-    for part in (pipe.transformer, pipe.guidance, pipe.mllm): part.zero_grad(); part.requires_grad_(True)
+    for part in (pipe.transformer, pipe.guidance, pipe.mllm):
+        part.zero_grad()
+        part.requires_grad_(True)
     context, mask = encode_context(pipe.mllm, pipe.guidance, inputs_of(facts, tensors, references, pipe))
     step = torch.tensor([train["timestep"]]), torch.tensor([train["sigma"]])
-    velocity = denoise(pipe.transformer, pipe.guidance, tensors["train_noisy_latents"], *step, context, mask, tensors["src_latents"], tensors.get("train_ref_latents"))
+    velocity = denoise(
+        pipe.transformer,
+        pipe.guidance,
+        tensors["train_noisy_latents"],
+        *step,
+        context,
+        mask,
+        tensors["src_latents"],
+        tensors.get("train_ref_latents"),
+    )
     close(where, "training velocity", velocity.detach(), tensors["train_pred"], 1e-5)
     mse = (velocity - (tensors["train_noise"] - tensors["train_input_latents"])).square().mean()
-    assert mse.item() == pytest.approx(train["mse"], rel=1e-5) and mse.item() * train["weight"] == pytest.approx(train["loss"], rel=1e-5)
+    assert mse.item() == pytest.approx(train["mse"], rel=1e-5) and mse.item() * train["weight"] == pytest.approx(
+        train["loss"], rel=1e-5
+    )
     (mse * train["weight"]).backward()
+
     def gradient(key):
         part, place = trainer_name(key)
         return getattr(pipe, part).get_parameter(place).grad
+
     stored = [key.removeprefix("grad.") for key in tensors if key.startswith("grad.")]
     assert stored
-    for key in stored: close(where, "gradients", gradient(key), tensors[f"grad.{key}"], 1e-4)
+    for key in stored:
+        close(where, "gradients", gradient(key), tensors[f"grad.{key}"], 1e-4)
     groups = {}
     for key in open_weights(GOLDEN / family / "trainer/step-1.safetensors"):
         plain = key.removeprefix("pipe.")
@@ -285,5 +438,5 @@ def test_loss_and_gradients(family, name, close):
     for group, theirs in train["grad_norm"].items():
         given = [g for g in groups[group] if g is not None]
         assert (len(groups[group]), len(given)) == (theirs["tensors"], theirs["tensors_with_grad"]), group
-        norm = float(torch.stack([g.double().square().sum() for g in given]).sum().sqrt()) if given else 0.
+        norm = float(torch.stack([g.double().square().sum() for g in given]).sum().sqrt()) if given else 0.0
         assert norm == pytest.approx(theirs["norm"], rel=1e-4), group

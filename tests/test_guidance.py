@@ -1,4 +1,5 @@
 "One denoiser call: what is added, what is appended, what is masked, what is computed once."
+
 import copy
 
 import pytest
@@ -6,36 +7,75 @@ import torch
 from diffusers import WanTransformer3DModel
 
 import kiwi_edit.guidance
-from kiwi_edit.guidance import (NAMES, EditCache, KiwiGuidance, attend, denoise, denoise_windows, latent_windows, rounded_sigma, to_velocity,
-                                window_caches)
+from kiwi_edit.guidance import (
+    NAMES,
+    EditCache,
+    KiwiGuidance,
+    attend,
+    denoise,
+    denoise_windows,
+    latent_windows,
+    rounded_sigma,
+    to_velocity,
+    window_caches,
+)
 
-SIZES = dict(patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8, freq_dim=16, ffn_dim=32,
-             num_layers=2)
+SIZES = dict(
+    patch_size=(1, 2, 2),
+    num_attention_heads=2,
+    attention_head_dim=12,
+    in_channels=4,
+    out_channels=4,
+    text_dim=8,
+    freq_dim=16,
+    ffn_dim=32,
+    num_layers=2,
+)
 
 
 def models(zero_init=False, **config):
     torch.manual_seed(0)
     transformer = WanTransformer3DModel(**SIZES).eval()
-    guidance = KiwiGuidance(hidden_size=16, dim=24, in_channels=4, patch_size=(1, 2, 2), num_image_queries=2, num_video_queries=3,
-                            num_ref_queries=4, zero_init=zero_init, **config).eval()
+    guidance = KiwiGuidance(
+        hidden_size=16,
+        dim=24,
+        in_channels=4,
+        patch_size=(1, 2, 2),
+        num_image_queries=2,
+        num_video_queries=3,
+        num_ref_queries=4,
+        zero_init=zero_init,
+        **config,
+    ).eval()
     return transformer, guidance
 
 
 def arguments(batch=3, frames=2, references=2, tokens=5):
     generator = torch.Generator().manual_seed(1)
     normal = lambda *shape: torch.randn(*shape, generator=generator)
-    return dict(latents=normal(batch, 4, frames, 4, 6), timestep=torch.linspace(900, 100, batch), sigma=torch.linspace(0.9, 0.1, batch),
-                context=normal(batch, tokens, 24), source_latents=normal(batch, 4, frames, 4, 6),
-                reference_latents=normal(batch, 4, references, 4, 6))
+    return dict(
+        latents=normal(batch, 4, frames, 4, 6),
+        timestep=torch.linspace(900, 100, batch),
+        sigma=torch.linspace(0.9, 0.1, batch),
+        context=normal(batch, tokens, 24),
+        source_latents=normal(batch, 4, frames, 4, 6),
+        reference_latents=normal(batch, 4, references, 4, 6),
+    )
 
 
 def test_zero_initialised_embedders_add_nothing():
     transformer, guidance = models(zero_init=True)
     with torch.no_grad():
         args = arguments() | {"reference_latents": None}
-        assert torch.equal(denoise(transformer, guidance, **args), denoise(transformer, guidance, **args | {"source_latents": None}))
+        assert torch.equal(
+            denoise(transformer, guidance, **args), denoise(transformer, guidance, **args | {"source_latents": None})
+        )
         _, guidance = models()
-        assert not torch.allclose(denoise(transformer, guidance, **args), denoise(transformer, guidance, **args | {"source_latents": None}), atol=1e-3)
+        assert not torch.allclose(
+            denoise(transformer, guidance, **args),
+            denoise(transformer, guidance, **args | {"source_latents": None}),
+            atol=1e-3,
+        )
 
 
 def test_source_is_scaled_by_sigma():
@@ -46,7 +86,9 @@ def test_source_is_scaled_by_sigma():
         assert torch.allclose(silent, denoise(transformer, guidance, **args | {"source_latents": None}), atol=1e-6)
         guidance.source_embedder.bias.zero_()
         doubled = args | {"sigma": args["sigma"] / 2, "source_latents": args["source_latents"] * 2}
-        assert torch.allclose(denoise(transformer, guidance, **args), denoise(transformer, guidance, **doubled), atol=1e-5)
+        assert torch.allclose(
+            denoise(transformer, guidance, **args), denoise(transformer, guidance, **doubled), atol=1e-5
+        )
 
 
 @torch.no_grad()
@@ -58,10 +100,12 @@ def test_a_batch_gives_what_each_sample_gives_alone(first):
     reference_mask = torch.tensor([[1, 1], [1, 0], [0, 0]], dtype=torch.bool)
     together = denoise(transformer, guidance, **args, context_mask=context_mask, reference_mask=reference_mask)
     for i in range(3):
-        one = {k: v[i:i + 1] for k, v in args.items()}
+        one = {k: v[i : i + 1] for k, v in args.items()}
         one["context"] = one["context"][:, context_mask[i]]
-        one["reference_latents"] = one["reference_latents"][:, :, reference_mask[i]] if reference_mask[i].any() else None
-        assert torch.allclose(together[i:i + 1], denoise(transformer, guidance, **one), atol=2e-6), i
+        one["reference_latents"] = (
+            one["reference_latents"][:, :, reference_mask[i]] if reference_mask[i].any() else None
+        )
+        assert torch.allclose(together[i : i + 1], denoise(transformer, guidance, **one), atol=2e-6), i
 
 
 @torch.no_grad()
@@ -77,10 +121,15 @@ def test_reference_position_matters():
 def test_cache_gives_the_same_and_computes_once(first):
     transformer, guidance = models(ref_pad_first=first)
     args = arguments()
-    masks = dict(context_mask=torch.tensor([[True] * 5, [True] * 4 + [False], [True] * 5]),
-                 reference_mask=torch.tensor([[True, True], [True, False], [True, True]]))
+    masks = dict(
+        context_mask=torch.tensor([[True] * 5, [True] * 4 + [False], [True] * 5]),
+        reference_mask=torch.tensor([[True, True], [True, False], [True, True]]),
+    )
     calls = {"key": 0, "self": 0, "source": 0, "reference": 0}
-    def count(name): return lambda *_: calls.update({name: calls[name] + 1})
+
+    def count(name):
+        return lambda *_: calls.update({name: calls[name] + 1})
+
     transformer.blocks[0].attn2.to_k.register_forward_hook(count("key"))
     transformer.blocks[0].attn1.to_k.register_forward_hook(count("self"))
     guidance.source_embedder.register_forward_hook(count("source"))
@@ -96,6 +145,7 @@ def test_cache_gives_the_same_and_computes_once(first):
 
 
 # what the network names
+
 
 @pytest.mark.parametrize("first", (False, True))
 @pytest.mark.parametrize("names", NAMES)
@@ -113,17 +163,17 @@ def test_a_perfect_network_gives_one_velocity_whatever_it_names(names, first):
 
 def test_an_edit_without_a_source_is_the_clean_clip_and_low_noise_does_not_blow_up():
     clean, noise = torch.randn(2, 4, 1, 2, 2), torch.randn(2, 4, 1, 2, 2)
-    sigma = torch.tensor([.5, .001])
+    sigma = torch.tensor([0.5, 0.001])
     noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1))
     velocity = to_velocity(clean, "edit", noisy, sigma)
     assert torch.allclose(velocity[0], (noise - clean)[0], atol=1e-5)
-    assert torch.allclose(velocity[1], (noise - clean)[1] * .001 / .05, atol=1e-5)
+    assert torch.allclose(velocity[1], (noise - clean)[1] * 0.001 / 0.05, atol=1e-5)
 
 
 def test_half_precision_of_the_network_does_not_reach_the_velocity_of_a_sample():
     clean = torch.randn(1, 4, 1, 2, 2).bfloat16()
-    noisy, sigma = torch.randn(1, 4, 1, 2, 2), torch.tensor([.1])
-    assert torch.allclose(to_velocity(clean, "sample", noisy, sigma), (noisy - clean.float()) / .1)
+    noisy, sigma = torch.randn(1, 4, 1, 2, 2), torch.tensor([0.1])
+    assert torch.allclose(to_velocity(clean, "sample", noisy, sigma), (noisy - clean.float()) / 0.1)
 
 
 def test_an_unknown_name_is_refused():
@@ -136,12 +186,18 @@ def test_the_stock_forward_runs_and_is_left_as_it_was():
     calls = []
     transformer.register_forward_hook(lambda *_: calls.append(1))
     args = arguments()
-    stock = dict(hidden_states=args["latents"], timestep=args["timestep"], encoder_hidden_states=torch.randn(3, 7, 8), return_dict=False)
+    stock = dict(
+        hidden_states=args["latents"],
+        timestep=args["timestep"],
+        encoder_hidden_states=torch.randn(3, 7, 8),
+        return_dict=False,
+    )
     with torch.no_grad():
         before = transformer(**stock)[0]
         denoise(transformer, guidance, **args)
         after = transformer(**stock)[0]
-        with pytest.raises(RuntimeError): denoise(transformer, guidance, **args | {"timestep": torch.zeros(2)})
+        with pytest.raises(RuntimeError):
+            denoise(transformer, guidance, **args | {"timestep": torch.zeros(2)})
         assert torch.equal(transformer(**stock)[0], after)
     assert len(calls) == 4 and torch.allclose(before, after, atol=1e-6)
     names = [transformer.patch_embedding, transformer.rope, transformer.condition_embedder.text_embedder]
@@ -150,30 +206,41 @@ def test_the_stock_forward_runs_and_is_left_as_it_was():
 
 def test_wrapped_transformers_work():
     transformer, guidance = models()
+
     class Wrapper(torch.nn.Module):
         def __init__(self, module):
             super().__init__()
             self.module = module
-        def forward(self, *args, **kwargs): return self.module(*args, **kwargs)
+
+        def forward(self, *args, **kwargs):
+            return self.module(*args, **kwargs)
+
     args = arguments()
-    with torch.no_grad(): assert torch.equal(denoise(Wrapper(transformer), guidance, **args), denoise(transformer, guidance, **args))
-    with pytest.raises(TypeError, match="has to hold a WanTransformer3DModel but is a Linear"): denoise(torch.nn.Linear(2, 2), guidance, **args)
+    with torch.no_grad():
+        assert torch.equal(denoise(Wrapper(transformer), guidance, **args), denoise(transformer, guidance, **args))
+    with pytest.raises(TypeError, match="has to hold a WanTransformer3DModel but is a Linear"):
+        denoise(torch.nn.Linear(2, 2), guidance, **args)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
     transformer, guidance = models()
     args = arguments()
-    masks = dict(context_mask=torch.tensor([[True] * 5, [True] * 3 + [False] * 2, [True] * 5]), reference_mask=torch.tensor([[True, False]] * 3))
+    masks = dict(
+        context_mask=torch.tensor([[True] * 5, [True] * 3 + [False] * 2, [True] * 5]),
+        reference_mask=torch.tensor([[True, False]] * 3),
+    )
     gradients = []
     for checkpointing in (False, True):
         a, b = copy.deepcopy(transformer).train(), copy.deepcopy(guidance)
-        if checkpointing: a.enable_gradient_checkpointing()
+        if checkpointing:
+            a.enable_gradient_checkpointing()
         first = denoise(a, b, **args, **masks)
         second = denoise(a, b, **args)  # without masks: the first call's must still be known when it is computed again
         (first.square().mean() + second.square().mean()).backward()
         gradients.append({n: p.grad for m in (a, b) for n, p in m.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys() and "source_embedder.weight" in gradients[0]
-    for name, gradient in gradients[0].items(): assert torch.allclose(gradient, gradients[1][name], atol=1e-6), name
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], atol=1e-6), name
 
 
 def test_every_weight_but_the_text_embedder_learns_under_autocast():
@@ -193,7 +260,8 @@ def test_written_out_attention_is_attention():
     mask[1, ..., 5:] = False
     for m in (None, mask):
         written = attend(q, k, v, m)
-        with torch.no_grad(): stock = attend(q, k, v, m)
+        with torch.no_grad():
+            stock = attend(q, k, v, m)
         exact = attend(q.float(), k.float(), v.float(), m)
         assert written.shape == stock.shape == (2, 6, 3, 8)
         assert (written - exact).abs().max() < 0.02 and (stock - exact).abs().max() < 0.02
@@ -205,7 +273,8 @@ def test_rounding_of_the_timestep():
     transformer, right = models()
     _, rounding = models(round_timestep=True)
     args = arguments() | {"timestep": torch.tensor([833.3333, 832.0, 500.0])}
-    with torch.no_grad(): a, b = denoise(transformer, right, **args), denoise(transformer, rounding, **args)
+    with torch.no_grad():
+        a, b = denoise(transformer, right, **args), denoise(transformer, rounding, **args)
     assert not torch.equal(a[0], b[0]) and torch.equal(a[1:], b[1:])  # 832 and 500 are bfloat16 numbers, 833.3 is not
 
 
@@ -214,7 +283,8 @@ def test_round_trip(tmp_path):
     guidance.save_pretrained(tmp_path)
     again = KiwiGuidance.from_pretrained(tmp_path)
     assert again.config.ref_pad_first and again.config.patch_size == [1, 2, 2] or again.config.patch_size == (1, 2, 2)
-    for name, value in guidance.state_dict().items(): assert torch.equal(value, again.state_dict()[name])
+    for name, value in guidance.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
 
 
 def test_wrong_shapes():
@@ -229,58 +299,117 @@ def test_wrong_shapes():
         ({"reference_latents": torch.zeros(3, 4, 1, 2, 2)}, "`reference_latents` has to be"),
         ({"reference_mask": torch.ones(3, 1, dtype=torch.bool)}, "`reference_mask` has to be"),
     ):
-        with pytest.raises(ValueError, match=message): denoise(transformer, guidance, **args | change)
-    with pytest.raises(ValueError, match='`query_read_out` has to be "queries"'): models(query_read_out="first")
+        with pytest.raises(ValueError, match=message):
+            denoise(transformer, guidance, **args | change)
+    with pytest.raises(ValueError, match='`query_read_out` has to be "queries"'):
+        models(query_read_out="first")
 
 
 # windows
 
-@pytest.mark.parametrize("shape, size, overlap, multiple", [((11, 8, 20), (5, 8, 8), (1, 0, 2), 1), ((41, 16, 16), (2, 8, 8), (1, 2, 2), 2), ((3, 30, 52), (21, 30, 52), (5, 7, 13), 2), ((7, 10, 6), (3, 4, 4), (0, 0, 0), 2)])
+
+@pytest.mark.parametrize(
+    "shape, size, overlap, multiple",
+    [
+        ((11, 8, 20), (5, 8, 8), (1, 0, 2), 1),
+        ((41, 16, 16), (2, 8, 8), (1, 2, 2), 2),
+        ((3, 30, 52), (21, 30, 52), (5, 7, 13), 2),
+        ((7, 10, 6), (3, 4, 4), (0, 0, 0), 2),
+    ],
+)
 def test_windows_cover_everything_and_are_of_one_size(shape, size, overlap, multiple):
     windows, total = latent_windows(shape, size, overlap, multiple), torch.zeros(shape)
     for window in windows:
         total[window.place] += window.weight
-        assert all(part.start % multiple == 0 for part in (window.rows, window.columns)) and window.weight.min() > 0 and window.weight.max() <= 1
+        assert (
+            all(part.start % multiple == 0 for part in (window.rows, window.columns))
+            and window.weight.min() > 0
+            and window.weight.max() <= 1
+        )
     assert total.min() > 0 and {tuple(window.weight.shape) for window in windows} == {tuple(map(min, shape, size))}
-    for axis, shared in zip(("frames", "rows", "columns"), overlap):  # neighbours share at least what was asked for, less what rounding to a patch takes
+    for axis, shared in zip(
+        ("frames", "rows", "columns"), overlap
+    ):  # neighbours share at least what was asked for, less what rounding to a patch takes
         parts = sorted({(getattr(w, axis).start, getattr(w, axis).stop) for w in windows})
-        assert all(before[1] - after[0] >= shared - (multiple - 1 if axis != "frames" else 0) for before, after in zip(parts, parts[1:]))
+        assert all(
+            before[1] - after[0] >= shared - (multiple - 1 if axis != "frames" else 0)
+            for before, after in zip(parts, parts[1:])
+        )
 
 
 def test_one_window_is_the_whole_clip():
     (window,) = latent_windows((5, 8, 8), (5, 8, 8), (1, 1, 1))
     assert window.weight.eq(1).all() and torch.zeros(1, 2, 5, 8, 8)[window.place].shape == (1, 2, 5, 8, 8)
-    with pytest.raises(ValueError, match="`overlap` has to be from 0 to below the window's 2 but is 2"): latent_windows((5, 8, 8), (2, 8, 8), (2, 0, 0))
+    with pytest.raises(ValueError, match="`overlap` has to be from 0 to below the window's 2 but is 2"):
+        latent_windows((5, 8, 8), (2, 8, 8), (2, 0, 0))
 
 
 def test_windows_blend_what_each_says():
     "A call that says the number of its window: where two overlap, the mean by weight."
     windows = latent_windows((4, 2, 2), (2, 2, 2), (1, 0, 0))
     numbers = iter(range(3))
-    velocity = denoise_windows(windows, lambda noisy, source, cache: torch.full_like(noisy, next(numbers)), torch.zeros(1, 3, 4, 2, 2), None, window_caches(windows))
-    assert velocity[0, 0, :, 0, 0].tolist() == [0, .5, 1.5, 2]
+    velocity = denoise_windows(
+        windows,
+        lambda noisy, source, cache: torch.full_like(noisy, next(numbers)),
+        torch.zeros(1, 3, 4, 2, 2),
+        None,
+        window_caches(windows),
+    )
+    assert velocity[0, 0, :, 0, 0].tolist() == [0, 0.5, 1.5, 2]
 
 
 def test_windows_share_what_does_not_differ():
     windows = latent_windows((4, 2, 2), (2, 2, 2), (1, 0, 0))
     caches = window_caches(windows, num_steps=7)
-    assert len({id(cache.key_values) for cache in caches}) == 1 and {cache.num_steps for cache in caches} == {7} and len({cache.name for cache in caches}) == 3
+    assert (
+        len({id(cache.key_values) for cache in caches}) == 1
+        and {cache.num_steps for cache in caches} == {7}
+        and len({cache.name for cache in caches}) == 3
+    )
+
     def call(noisy, source, cache):
         seen.append((cache.reference, cache.source))
         cache.reference, cache.source = "reference", "source"
         return noisy
-    for seen in ([], []): denoise_windows(windows, call, torch.zeros(1, 3, 4, 2, 2), None, caches)
+
+    for seen in ([], []):
+        denoise_windows(windows, call, torch.zeros(1, 3, 4, 2, 2), None, caches)
     assert seen == [("reference", None)] * 3  # the embedded source would be another in each
 
 
 @torch.no_grad()
 def test_the_head_leaves_references_out(monkeypatch):
     torch.manual_seed(0)
-    wan = WanTransformer3DModel(patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=24, in_channels=16, out_channels=16, text_dim=8, freq_dim=16, ffn_dim=64, num_layers=2).eval()
+    wan = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=24,
+        in_channels=16,
+        out_channels=16,
+        text_dim=8,
+        freq_dim=16,
+        ffn_dim=64,
+        num_layers=2,
+    ).eval()
     for first in (False, True):
-        guidance = KiwiGuidance(hidden_size=32, dim=48, in_channels=16, zero_init=False, num_image_queries=4, num_video_queries=6, num_ref_queries=8, ref_pad_first=first)
-        given = dict(latents=torch.randn(1, 16, 3, 4, 4), timestep=torch.tensor([900.]), sigma=torch.tensor([.9]), context=torch.randn(1, 5, 48),
-                     source_latents=torch.randn(1, 16, 3, 4, 4), reference_latents=torch.randn(1, 16, 2, 4, 4))
+        guidance = KiwiGuidance(
+            hidden_size=32,
+            dim=48,
+            in_channels=16,
+            zero_init=False,
+            num_image_queries=4,
+            num_video_queries=6,
+            num_ref_queries=8,
+            ref_pad_first=first,
+        )
+        given = dict(
+            latents=torch.randn(1, 16, 3, 4, 4),
+            timestep=torch.tensor([900.0]),
+            sigma=torch.tensor([0.9]),
+            context=torch.randn(1, 5, 48),
+            source_latents=torch.randn(1, 16, 3, 4, 4),
+            reference_latents=torch.randn(1, 16, 2, 4, 4),
+        )
         seen = []
         hook = wan.proj_out.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
         velocity = denoise(wan, guidance, **given)
@@ -288,6 +417,10 @@ def test_the_head_leaves_references_out(monkeypatch):
         assert seen == [3 * 4]
         plain = kiwi_edit.guidance.hooked
         with monkeypatch.context() as patch:  # the head over all tokens
-            patch.setattr(kiwi_edit.guidance, "hooked", lambda *pairs, before=(): plain(*[pair for pair in pairs if pair[0] is not wan.proj_out]))
+            patch.setattr(
+                kiwi_edit.guidance,
+                "hooked",
+                lambda *pairs, before=(): plain(*[pair for pair in pairs if pair[0] is not wan.proj_out]),
+            )
             torch.testing.assert_close(denoise(wan, guidance, **given), velocity, atol=1e-6, rtol=1e-6)
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in wan.modules())

@@ -1,4 +1,5 @@
 "Clips to latents and back: convolutions in two dimensions, streams, windows; each against the plain way."
+
 import copy
 import threading
 
@@ -10,26 +11,55 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm
 
 from kiwi_edit.core import assets_dir
-from kiwi_edit.latents import decode_latents, encode_frames, fast_layers, in_tiles, regroup, stream_frames, stream_latents
+from kiwi_edit.latents import (
+    decode_latents,
+    encode_frames,
+    fast_layers,
+    in_tiles,
+    regroup,
+    stream_frames,
+    stream_latents,
+)
 
 
-def frames(count, height=48, width=64, seed=0): return np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), np.uint8)
+def frames(count, height=48, width=64, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), np.uint8)
 
 
 @pytest.fixture(scope="module")
-def vae(): return AutoencoderKLWan.from_pretrained(assets_dir() / "kiwi-edit-tiny", subfolder="vae", torch_dtype=torch.float32).eval().requires_grad_(False)
+def vae():
+    return (
+        AutoencoderKLWan.from_pretrained(assets_dir() / "kiwi-edit-tiny", subfolder="vae", torch_dtype=torch.float32)
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 def small(**changes):
     "An autoencoder of the same class with other options."
     torch.manual_seed(0)
-    config = dict(base_dim=8, z_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1, temperal_downsample=[False, True, True], latents_mean=[0.] * 4, latents_std=[1.] * 4)
+    config = dict(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
     return AutoencoderKLWan(**config | changes).eval().requires_grad_(False)
 
 
-residual = dict(is_residual=True, in_channels=12, out_channels=12, patch_size=2, dim_mult=[1, 2, 2, 2], decoder_base_dim=8)
-kinds = {"tiny": None, "wan2.1": {}, "wan2.2": residual,
-         "each frame its own": residual | dict(temperal_downsample=[False] * 3, scale_factor_temporal=1)}
+residual = dict(
+    is_residual=True, in_channels=12, out_channels=12, patch_size=2, dim_mult=[1, 2, 2, 2], decoder_base_dim=8
+)
+kinds = {
+    "tiny": None,
+    "wan2.1": {},
+    "wan2.2": residual,
+    "each frame its own": residual | dict(temperal_downsample=[False] * 3, scale_factor_temporal=1),
+}
+
 
 @pytest.mark.parametrize("kind", kinds)
 @pytest.mark.parametrize("count", [1, 5, 13])
@@ -53,7 +83,8 @@ def test_a_lone_convolution(stride, past):
     one.decoder = conv
     x, before = torch.randn(2, 3, 6, 7, 9), torch.randn(2, 3, past, 7, 9) if past else None
     plain = conv(x, before)
-    with fast_layers(one): torch.testing.assert_close(conv(x, before), plain, atol=1e-5, rtol=1e-5)
+    with fast_layers(one):
+        torch.testing.assert_close(conv(x, before), plain, atol=1e-5, rtol=1e-5)
 
 
 def test_a_lone_norm_also_of_nothing_and_in_half_precision():
@@ -62,39 +93,53 @@ def test_a_lone_norm_also_of_nothing_and_in_half_precision():
     one.decoder = norm
     x = torch.randn(2, 5, 3, 4, 6)
     x[:, :, 1, 2, 3] = 0
+
     def results(x):
         x = x.clone().requires_grad_()
-        y = norm(x); y.square().sum().backward()
+        y = norm(x)
+        y.square().sum().backward()
         return y.detach(), x.grad
+
     plain, half = results(x), norm(x.bfloat16())
     with fast_layers(one):
-        for fast, stock in zip(results(x), plain): torch.testing.assert_close(fast, stock, atol=1e-5, rtol=1e-5)
+        for fast, stock in zip(results(x), plain):
+            torch.testing.assert_close(fast, stock, atol=1e-5, rtol=1e-5)
         assert torch.equal(norm(x.bfloat16()), half)
 
 
 def test_gradients_are_the_same():
     one = small().requires_grad_(True)
     x = torch.from_numpy(frames(5, 16, 16)).permute(3, 0, 1, 2)[None] / 127.5 - 1
+
     def gradients():
         one.zero_grad()
         one.encode(x).latent_dist.mode().square().sum().backward()
         return [p.grad.clone() for p in one.parameters() if p.grad is not None]
+
     plain = gradients()
-    with fast_layers(one): flat = gradients()
-    for a, b in zip(plain, flat, strict=True): torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+    with fast_layers(one):
+        flat = gradients()
+    for a, b in zip(plain, flat, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
 
 
 def test_the_switch_counts_its_users_and_survives_errors(vae):
     inside, go_on = threading.Event(), threading.Event()
+
     def work():
         with fast_layers(vae):
-            inside.set(); go_on.wait(10)
+            inside.set()
+            go_on.wait(10)
+
     other = threading.Thread(target=work)
-    other.start(); inside.wait(10)
+    other.start()
+    inside.wait(10)
     with pytest.raises(RuntimeError, match="on purpose"):
-        with fast_layers(copy.copy(vae)): raise RuntimeError("on purpose")
+        with fast_layers(copy.copy(vae)):
+            raise RuntimeError("on purpose")
     assert any("forward" in vars(m) for m in vae.modules())  # the other thread is still within
-    go_on.set(); other.join()
+    go_on.set()
+    other.join()
     assert not any("forward" in vars(m) for m in vae.modules())
 
 
@@ -103,13 +148,19 @@ def test_hooks_of_casting_and_offloading_stay(way):
     "They live where the switch puts its own forwards."
     one, clip, cpu = small(), frames(5, 32, 48), torch.device("cpu")
     plain, exact = encode_frames(one, clip), way != "casting"
-    if way == "casting": one.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
-    elif way == "offload": accelerate.cpu_offload(one, cpu)
-    else: one.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    if way == "casting":
+        one.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    elif way == "offload":
+        accelerate.cpu_offload(one, cpu)
+    else:
+        one.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
     hooked = {name for name, module in one.named_modules() if "forward" in vars(module)}
     assert any(isinstance(one.get_submodule(name), WanCausalConv3d) for name in hooked)
     with torch.no_grad():
-        for _ in range(2): torch.testing.assert_close(encode_frames(one, clip, cpu), plain, atol=1e-4 if exact else .1, rtol=1e-3 if exact else .1)
+        for _ in range(2):
+            torch.testing.assert_close(
+                encode_frames(one, clip, cpu), plain, atol=1e-4 if exact else 0.1, rtol=1e-3 if exact else 0.1
+            )
         assert decode_latents(one, plain).shape == (1, *clip.shape)
     assert {name for name, module in one.named_modules() if "forward" in vars(module)} == hooked
 
@@ -118,9 +169,16 @@ def test_hooks_of_casting_and_offloading_stay(way):
 def test_streams_give_what_whole_clips_give(vae, kind):
     one, clip = vae if kind == "tiny" else small(**kinds[kind]), frames(13, 32, 48)
     latents = encode_frames(one, clip)
-    for sizes in (1, 5, 13): torch.testing.assert_close(torch.cat(list(stream_latents(one, (clip[i:i + sizes] for i in range(0, 13, sizes)))), 2), latents, atol=1e-5, rtol=1e-5)
+    for sizes in (1, 5, 13):
+        torch.testing.assert_close(
+            torch.cat(list(stream_latents(one, (clip[i : i + sizes] for i in range(0, 13, sizes)))), 2),
+            latents,
+            atol=1e-5,
+            rtol=1e-5,
+        )
     whole = decode_latents(one, latents)[0].astype(int)
-    for given in (latents, latents.split(1, 2), latents.split(3, 2)): assert np.abs(np.concatenate(list(stream_frames(one, given))) - whole).max() <= 1
+    for given in (latents, latents.split(1, 2), latents.split(3, 2)):
+        assert np.abs(np.concatenate(list(stream_frames(one, given))) - whole).max() <= 1
     group = one.config.scale_factor_temporal
     assert latents.shape[2] == 1 + 12 // group
     assert [len(x) for x in stream_frames(one, latents)] == [1] + [group] * (12 // group)
@@ -140,42 +198,74 @@ def test_streams_of_two_clips_at_once(vae):
     out, streams = [], [stream_latents(vae, [clip]) for clip in clips]
     decoded = stream_frames(vae, latents[0])
     for pair in zip(*streams):
-        out.append(pair); next(decoded); encode_frames(vae, clips[0][:1])
-    for i in range(2): torch.testing.assert_close(torch.cat([pair[i] for pair in out], 2), latents[i], atol=1e-5, rtol=1e-5)
+        out.append(pair)
+        next(decoded)
+        encode_frames(vae, clips[0][:1])
+    for i in range(2):
+        torch.testing.assert_close(torch.cat([pair[i] for pair in out], 2), latents[i], atol=1e-5, rtol=1e-5)
 
 
 def test_a_stream_in_tiles(vae):
     clip = frames(9, 64, 96)
-    vae.enable_tiling(tile_sample_min_height=48, tile_sample_min_width=48, tile_sample_stride_height=32, tile_sample_stride_width=32)
+    vae.enable_tiling(
+        tile_sample_min_height=48, tile_sample_min_width=48, tile_sample_stride_height=32, tile_sample_stride_width=32
+    )
     try:
         latents = encode_frames(vae, clip)
         torch.testing.assert_close(torch.cat(list(stream_latents(vae, [clip])), 2), latents, atol=1e-5, rtol=1e-5)
-        assert np.abs(np.concatenate(list(stream_frames(vae, latents))) - decode_latents(vae, latents)[0].astype(int)).max() <= 1
-    finally: vae.disable_tiling()
+        assert (
+            np.abs(
+                np.concatenate(list(stream_frames(vae, latents))) - decode_latents(vae, latents)[0].astype(int)
+            ).max()
+            <= 1
+        )
+    finally:
+        vae.disable_tiling()
     assert not torch.allclose(encode_frames(vae, clip), latents, atol=1e-3)
 
 
 def test_tiles_of_two_clips_at_once(vae):
     "While one clip is within a tile another begins: both have tiles."
     clip, found = frames(5, 64, 96), []
-    vae.enable_tiling(tile_sample_min_height=48, tile_sample_min_width=48, tile_sample_stride_height=32, tile_sample_stride_width=32)
+    vae.enable_tiling(
+        tile_sample_min_height=48, tile_sample_min_width=48, tile_sample_stride_height=32, tile_sample_stride_width=32
+    )
     try:
         alone = torch.cat(list(stream_latents(vae, [clip])), 2)
+
         def run(part, number):
-            if not found: found.append(torch.cat(list(stream_latents(vae, [clip])), 2))
+            if not found:
+                found.append(torch.cat(list(stream_latents(vae, [clip])), 2))
             return vae.encode(part).latent_dist.mode()
+
         x = torch.from_numpy(clip).permute(3, 0, 1, 2)[None] / 127.5 - 1
         assert torch.allclose(in_tiles(vae, x, "encode", run), in_tiles(vae, x, "encode"), atol=1e-5)
-    finally: vae.disable_tiling()
+    finally:
+        vae.disable_tiling()
     torch.testing.assert_close(found[0], alone)
 
 
 def test_memory_of_a_stream_does_not_grow_with_the_clip(vae):
     def allocated(run):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile: run()
-        return max(np.cumsum([e.nbytes() for e in sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())]))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            run()
+        return max(
+            np.cumsum(
+                [
+                    e.nbytes()
+                    for e in sorted(
+                        (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"),
+                        key=lambda e: e.start_ns(),
+                    )
+                ]
+            )
+        )
+
     clip = frames(41)
-    few, many = (allocated(lambda: [None for _ in stream_latents(vae, (clip[i:min(i + 4, n)] for i in range(0, n, 4)))]) for n in (13, 41))
+    few, many = (
+        allocated(lambda: [None for _ in stream_latents(vae, (clip[i : min(i + 4, n)] for i in range(0, n, 4)))])
+        for n in (13, 41)
+    )
     assert many < 1.05 * few
     latents = torch.randn(1, vae.config.z_dim, 11, 6, 8)
     few, many = (allocated(lambda: [None for _ in stream_frames(vae, latents[:, :, :n])]) for n in (4, 11))
@@ -185,14 +275,18 @@ def test_memory_of_a_stream_does_not_grow_with_the_clip(vae):
 def test_groups_and_what_is_left_over():
     clip = frames(11)
     assert [len(x) for x in regroup([clip[:2], clip[2:10], clip[10:]], drop_rest=True)] == [1, 4, 4]
-    with pytest.raises(ValueError, match=r"`chunks` has to hold 4k\+1 frames for this autoencoder but 2 are left over"): list(regroup([clip]))
+    with pytest.raises(ValueError, match=r"`chunks` has to hold 4k\+1 frames for this autoencoder but 2 are left over"):
+        list(regroup([clip]))
     assert np.array_equal(np.concatenate(list(regroup([clip[:3], clip[3:9]]))), clip[:9])
 
 
 def test_the_stream_brings_an_offloaded_autoencoder_to_its_device():
     class Hook:
         calls = 0
-        def pre_forward(self, module): self.calls += 1
+
+        def pre_forward(self, module):
+            self.calls += 1
+
     vae = small()
     vae._hf_hook = hook = Hook()
     list(stream_latents(vae, [frames(5)]))

@@ -1,4 +1,5 @@
 """The loss: what is drawn, what is dropped, what counts how much, and every number of the official training step."""
+
 import json
 import os
 from dataclasses import replace
@@ -18,15 +19,27 @@ from kiwi_edit.data.dataset import shrink_reference
 from kiwi_edit.encoder import prepare_inputs, vision_features
 from kiwi_edit.guidance import denoise, rounded_sigma
 from kiwi_edit.pipeline import KiwiEditPipeline, encode_frames, fit_reference, flow_sigmas, latent_statistics
-from kiwi_edit.train.engine import (Batch, Dice, FlowMatching, draw_noise, draw_noise_levels, drop_instructions, edit_weights, flow_matching_loss, metric_factor,
-                                pixel_metric, split_losses, training_table)
+from kiwi_edit.train.engine import (
+    Batch,
+    Dice,
+    FlowMatching,
+    draw_noise,
+    draw_noise_levels,
+    drop_instructions,
+    edit_weights,
+    flow_matching_loss,
+    metric_factor,
+    pixel_metric,
+    split_losses,
+    training_table,
+)
 from kiwi_edit.world import World
 
 GOLDEN = Path(os.environ.get("KIWI_EDIT_GOLDEN", Path(__file__).parent / "golden")) / "wan22"
 CASES = json.loads((GOLDEN / "cases/cases.json").read_text(encoding="utf-8"))["cases"]
 NATIVE = [name for name, case in CASES.items() if "train" in case]
 TABLE = json.loads((GOLDEN / "cases/schedule.json").read_text(encoding="utf-8"))["training"]
-OFFICIAL = Loss(sampling="table", weighting="gaussian", balance=1.)
+OFFICIAL = Loss(sampling="table", weighting="gaussian", balance=1.0)
 
 
 def error(ours, theirs):
@@ -36,10 +49,15 @@ def error(ours, theirs):
 
 # noise levels
 
+
 class Picks:
     "A generator that picks what it is told."
-    def __init__(self, values): self.values = np.array(values)
-    def integers(self, high, size): return self.values
+
+    def __init__(self, values):
+        self.values = np.array(values)
+
+    def integers(self, high, size):
+        return self.values
 
 
 def test_table():
@@ -54,7 +72,9 @@ def test_table():
 @pytest.mark.parametrize("rounded", (False, True))
 def test_table_draws(rounded):
     rows = TABLE["rows"]
-    sigma, weight = draw_noise_levels(OFFICIAL, len(rows), Picks([row["index"] for row in rows]), round_timestep=rounded)
+    sigma, weight = draw_noise_levels(
+        OFFICIAL, len(rows), Picks([row["index"] for row in rows]), round_timestep=rounded
+    )
     theirs = [row["bf16"] if rounded else row for row in rows]
     assert np.allclose(sigma, [row["sigma"] for row in theirs], rtol=1e-5, atol=0)
     assert np.allclose(weight, [row["weight"] for row in theirs], rtol=1e-5, atol=0)
@@ -67,37 +87,46 @@ def test_table_draws(rounded):
 
 
 def test_rounding_acts_on_every_sampling():
-    sigmas = training_table(3.)[0]
+    sigmas = training_table(3.0)[0]
     for sampling in ("table", "uniform", "logit_normal"):
-        drawn = [draw_noise_levels(Loss(sampling=sampling), 4000, np.random.default_rng(0), 3., rounded)[0] for rounded in (False, True)]
-        assert torch.isin(drawn[1], sigmas).all() and (drawn[0] - drawn[1]).abs().max() < .003
+        drawn = [
+            draw_noise_levels(Loss(sampling=sampling), 4000, np.random.default_rng(0), 3.0, rounded)[0]
+            for rounded in (False, True)
+        ]
+        assert torch.isin(drawn[1], sigmas).all() and (drawn[0] - drawn[1]).abs().max() < 0.003
         assert not torch.equal(*drawn) and len(drawn[1].unique()) < 400
 
 
 def test_samplings():
     rng, unshift = np.random.default_rng(0), lambda sigma: sigma / (5 - 4 * sigma)
     size = 20_000
-    u = {name: unshift(draw_noise_levels(Loss(sampling=name), size, rng)[0].double()).sort().values for name in ("table", "uniform", "logit_normal")}
-    even = (torch.arange(size) + .5) / size
-    assert (u["table"] - even).abs().max() < .02
-    assert (u["uniform"] - even).abs().max() < .6 / size  # one in each part of the range
-    assert (u["logit_normal"] - torch.sigmoid(torch.special.ndtri(even.double()))).abs().max() < .02
+    u = {
+        name: unshift(draw_noise_levels(Loss(sampling=name), size, rng)[0].double()).sort().values
+        for name in ("table", "uniform", "logit_normal")
+    }
+    even = (torch.arange(size) + 0.5) / size
+    assert (u["table"] - even).abs().max() < 0.02
+    assert (u["uniform"] - even).abs().max() < 0.6 / size  # one in each part of the range
+    assert (u["logit_normal"] - torch.sigmoid(torch.special.ndtri(even.double()))).abs().max() < 0.02
     batch = unshift(draw_noise_levels(Loss(sampling="uniform"), 16, rng)[0].double())
     assert sorted((batch * 16).int().tolist()) == list(range(16)) and (batch * 16).int().tolist() != list(range(16))
-    with pytest.raises(ValueError, match="`options.sampling` has to be .* but is 'cosine'"): draw_noise_levels(_loss(sampling="cosine"), 1, rng)
-    with pytest.raises(ValueError, match="`options.weighting` has to be .* but is 'snr'"): draw_noise_levels(_loss(weighting="snr"), 1, rng)
+    with pytest.raises(ValueError, match="`options.sampling` has to be .* but is 'cosine'"):
+        draw_noise_levels(_loss(sampling="cosine"), 1, rng)
+    with pytest.raises(ValueError, match="`options.weighting` has to be .* but is 'snr'"):
+        draw_noise_levels(_loss(weighting="snr"), 1, rng)
 
 
 def _loss(**wrong):
     "Options with a value that they would refuse themselves."
     options = Loss()
-    for name, value in wrong.items(): object.__setattr__(options, name, value)
+    for name, value in wrong.items():
+        object.__setattr__(options, name, value)
     return options
 
 
 def test_bell_between_the_entries_of_the_table():
     sigma, weight = draw_noise_levels(Loss(sampling="uniform", weighting="gaussian"), 5000, np.random.default_rng(0))
-    sigmas, _, weights = (np.append(x.numpy(), 0.)[::-1] for x in training_table())  # the bell is as low at 0 as at 1
+    sigmas, _, weights = (np.append(x.numpy(), 0.0)[::-1] for x in training_table())  # the bell is as low at 0 as at 1
     assert np.allclose(weight, np.interp(sigma, sigmas, weights), atol=1e-4)
     assert abs(weight.mean() - 1) < 2e-3 and (weight >= 0).all()
     assert (draw_noise_levels(Loss(), 5, np.random.default_rng(0))[1] == 1).all()
@@ -105,56 +134,76 @@ def test_bell_between_the_entries_of_the_table():
 
 # the dice
 
-def blank_batch(size, shape=(4, 2, 3, 3)): return Batch(None, [], None, torch.zeros(size, *shape), None, torch.ones(size, 1, *shape[1:]), [""] * size)
+
+def blank_batch(size, shape=(4, 2, 3, 3)):
+    return Batch(None, [], None, torch.zeros(size, *shape), None, torch.ones(size, 1, *shape[1:]), [""] * size)
 
 
 def test_dice_do_not_depend_on_the_split():
-    options = Loss(dropout=.5)
+    options = Loss(dropout=0.5)
     whole = draw_noise(blank_batch(8), options, 3, 11, range(8), 8)
     for part in ([0, 1, 2, 3], [4, 5, 6, 7], [6, 2], [5]):
         dice = draw_noise(blank_batch(len(part)), options, 3, 11, part, 8)
-        for name in ("noise", "sigma", "weight", "drop"): assert torch.equal(getattr(dice, name), getattr(whole, name)[part]), name
+        for name in ("noise", "sigma", "weight", "drop"):
+            assert torch.equal(getattr(dice, name), getattr(whole, name)[part]), name
     for seed, step in ((3, 12), (4, 11), (11, 3)):
         other = draw_noise(blank_batch(8), options, seed, step, range(8), 8)
         assert (other.noise != whole.noise).all() and not torch.equal(other.sigma, whole.sigma)
-    assert torch.equal(draw_noise(blank_batch(8), Loss(), 3, 11, range(8), 8).noise, whole.noise)  # dropout does not move the noise
-    with pytest.raises(ValueError, match="`indices` has to hold 2 places below 8 but is"): draw_noise(blank_batch(2), options, 0, 0, [7, 8], 8)
+    assert torch.equal(
+        draw_noise(blank_batch(8), Loss(), 3, 11, range(8), 8).noise, whole.noise
+    )  # dropout does not move the noise
+    with pytest.raises(ValueError, match="`indices` has to hold 2 places below 8 but is"):
+        draw_noise(blank_batch(2), options, 0, 0, [7, 8], 8)
 
 
 def test_dice_are_fair():
-    dice = [draw_noise(blank_batch(32), Loss(dropout=.25), 0, step, range(32), 32) for step in range(40)]
+    dice = [draw_noise(blank_batch(32), Loss(dropout=0.25), 0, step, range(32), 32) for step in range(40)]
     noise, drop = torch.cat([d.noise for d in dice]).flatten(1), torch.cat([d.drop for d in dice])
-    assert abs(noise.mean()) < .01 and abs(noise.std() - 1) < .01
+    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
     similar = torch.corrcoef(noise[:300]).fill_diagonal_(0)
-    assert similar.abs().max() < .6  # 72 values each
-    assert abs(drop.float().mean() - .25) < .04
+    assert similar.abs().max() < 0.6  # 72 values each
+    assert abs(drop.float().mean() - 0.25) < 0.04
     assert not draw_noise(blank_batch(32), Loss(), 0, 0, range(32), 32).drop.any()
 
 
 # the official training step
 
+
 def with_lora(pipe):
     "The trainer's adapters beside the language model that they were merged into, instead of in it."
-    tensors = {k.removeprefix("pipe.").removeprefix("mllm.model."): v for file in (GOLDEN / "trainer").glob("*.safetensors")
-               for k, v in load_file(file).items() if ".lora_" in k}
+    tensors = {
+        k.removeprefix("pipe.").removeprefix("mllm.model."): v
+        for file in (GOLDEN / "trainer").glob("*.safetensors")
+        for k, v in load_file(file).items()
+        if ".lora_" in k
+    }
     with torch.no_grad():
         for name in {k.split(".lora_")[0] for k in tensors}:
             low, high = (tensors[f"{name}.lora_{x}.default.weight"] for x in "AB")
             pipe.mllm.get_parameter(f"{name}.weight").sub_(high @ low)
     rank = next(v.shape[0] for k, v in tensors.items() if "lora_A" in k)
     pipe.mllm.requires_grad_(False)
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=r".*language_model.*\.(q|k|v|o)_proj"), pipe.mllm)
+    inject_adapter_in_model(
+        LoraConfig(r=rank, lora_alpha=rank, target_modules=r".*language_model.*\.(q|k|v|o)_proj"), pipe.mllm
+    )
     missing, unexpected = pipe.mllm.load_state_dict(tensors, strict=False)
     assert not unexpected and not any("lora_" in k for k in missing)
     return pipe
 
 
 @pytest.fixture(scope="module")
-def merged(): return {first: load_official(GOLDEN / "diffusers", round_timestep=False, ref_pad_first=first) for first in (False, True)}
+def merged():
+    return {
+        first: load_official(GOLDEN / "diffusers", round_timestep=False, ref_pad_first=first) for first in (False, True)
+    }
 
 
 @pytest.fixture(scope="module")
-def adapted(): return {first: with_lora(load_official(GOLDEN / "diffusers", round_timestep=False, ref_pad_first=first)) for first in (False, True)}
+def adapted():
+    return {
+        first: with_lora(load_official(GOLDEN / "diffusers", round_timestep=False, ref_pad_first=first))
+        for first in (False, True)
+    }
 
 
 def training_step(name, pipe):
@@ -163,12 +212,22 @@ def training_step(name, pipe):
     frames = tensors["src_frames"].numpy()
     references = [tensors[k].numpy() for k in sorted(tensors) if k.startswith("ref_image")]
     with torch.no_grad():
-        inputs = prepare_inputs(pipe.processor, pipe.guidance.config, [case["prompt"]], [frames], [[Image.fromarray(r) for r in references]])
+        inputs = prepare_inputs(
+            pipe.processor, pipe.guidance.config, [case["prompt"]], [frames], [[Image.fromarray(r) for r in references]]
+        )
         reference = None
         if references:
             shown = shrink_reference(references[0], case["width"], case["height"], case["train_ref_shrink"])
             reference = encode_frames(pipe.vae, shown[None].copy())
-        batch = Batch(inputs.without_pixels(), vision_features(pipe.mllm, inputs), encode_frames(pipe.vae, frames), encode_frames(pipe.vae, 255 - frames), reference, torch.ones(1, 1, 1, 1, 1), [""])
+        batch = Batch(
+            inputs.without_pixels(),
+            vision_features(pipe.mllm, inputs),
+            encode_frames(pipe.vae, frames),
+            encode_frames(pipe.vae, 255 - frames),
+            reference,
+            torch.ones(1, 1, 1, 1, 1),
+            [""],
+        )
     noise = torch.randn(batch.target.shape, generator=torch.Generator().manual_seed(case["train_noise_seed"]))
     sigma, weight = draw_noise_levels(OFFICIAL, 1, Picks([case["train"]["timestep_index"]]))
     return case["train"], tensors, batch, Dice(noise, sigma, weight, torch.tensor([False]))
@@ -186,10 +245,14 @@ OURS = {  # group of the trainer -> parameters here
     "dit": lambda pipe: list(pipe.transformer.parameters()),
 }
 NAMES = {  # parameter of the trainer -> parameter here; the adapters' names only lose their prefix
-    "dit.head.modulation": "transformer.scale_shift_table", "mllm.connetor.2.bias": "guidance.connector.2.bias",
-    "mllm.ref_connector.2.bias": "guidance.ref_connector.2.bias", "vae_condition.patch_embedding.bias": "guidance.source_embedder.bias",
-    "ref_vae_condition.patch_embedding.bias": "guidance.ref_embedder.bias", "mllm.image_queries.q": "guidance.image_queries",
-    "mllm.video_queries.q": "guidance.video_queries", "mllm.ref_queries.q": "guidance.ref_queries",
+    "dit.head.modulation": "transformer.scale_shift_table",
+    "mllm.connetor.2.bias": "guidance.connector.2.bias",
+    "mllm.ref_connector.2.bias": "guidance.ref_connector.2.bias",
+    "vae_condition.patch_embedding.bias": "guidance.source_embedder.bias",
+    "ref_vae_condition.patch_embedding.bias": "guidance.ref_embedder.bias",
+    "mllm.image_queries.q": "guidance.image_queries",
+    "mllm.video_queries.q": "guidance.video_queries",
+    "mllm.ref_queries.q": "guidance.ref_queries",
 }
 
 
@@ -200,15 +263,22 @@ def test_official_step(name, adapted):
     # what goes in
     assert error(batch.target, tensors["train_input_latents"]) < 1e-5
     assert error(batch.source, tensors["src_latents"]) < 1e-5
-    if batch.reference is not None: assert error(batch.reference, tensors["train_ref_latents"]) < 1e-5
+    if batch.reference is not None:
+        assert error(batch.reference, tensors["train_ref_latents"]) < 1e-5
     assert torch.equal(dice.noise, tensors["train_noise"])
     assert abs(dice.sigma.item() / facts["sigma"] - 1) < 1e-5 and abs(dice.weight.item() / facts["weight"] - 1) < 1e-5
     # what comes out
     model, seen = FlowMatching(pipe, OFFICIAL), {}
-    hooks = [pipe.transformer.register_forward_hook(lambda module, args, kwargs, out: seen.update(noisy=kwargs["hidden_states"], velocity=out[0]), with_kwargs=True)]
+    hooks = [
+        pipe.transformer.register_forward_hook(
+            lambda module, args, kwargs, out: seen.update(noisy=kwargs["hidden_states"], velocity=out[0]),
+            with_kwargs=True,
+        )
+    ]
     model.zero_grad()
     loss, numbers = model((batch, dice))
-    for hook in hooks: hook.remove()
+    for hook in hooks:
+        hook.remove()
     frames = batch.target.shape[2]
     own = slice(-frames, None) if CASES[name]["ref_pad_first"] else slice(0, frames)
     assert error(seen["noisy"][:, :, own].detach(), tensors["train_noisy_latents"]) < 1e-5
@@ -225,7 +295,7 @@ def test_official_step(name, adapted):
         parameters = OURS[group](pipe)
         gradients = [p.grad for p in parameters if p.grad is not None]
         assert (len(parameters), len(gradients)) == (theirs["tensors"], theirs["tensors_with_grad"]), group
-        norm = float(torch.stack([g.double().square().sum() for g in gradients]).sum().sqrt()) if gradients else 0.
+        norm = float(torch.stack([g.double().square().sum() for g in gradients]).sum().sqrt()) if gradients else 0.0
         assert abs(norm - theirs["norm"]) <= 1e-4 * theirs["norm"], group
 
 
@@ -245,7 +315,9 @@ def test_the_model_sees_the_rounded_timestep(merged):
     sigma, weight = draw_noise_levels(OFFICIAL, 1, Picks([facts["timestep_index"]]), round_timestep=True)
     assert sigma != dice.sigma
     rounded, seen = replace(dice, sigma=sigma, weight=weight), []
-    hook = rounding.transformer.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["timestep"].item()), with_kwargs=True)
+    hook = rounding.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["timestep"].item()), with_kwargs=True
+    )
     loss = flow_matching_loss(rounding, batch, rounded)[0]
     hook.remove()
     assert seen == [torch.tensor(facts["timestep"]).bfloat16().item()]
@@ -254,10 +326,12 @@ def test_the_model_sees_the_rounded_timestep(merged):
 
 # one sample among others
 
+
 @pytest.fixture(scope="module")
 def tiny():
     pipe = KiwiEditPipeline.from_pretrained("kiwi-edit-tiny")
-    for part in (pipe.vae, pipe.mllm, pipe.guidance, pipe.transformer): part.requires_grad_(False)
+    for part in (pipe.vae, pipe.mllm, pipe.guidance, pipe.transformer):
+        part.requires_grad_(False)
     return pipe
 
 
@@ -267,19 +341,39 @@ def batch(tiny):
     samples = [world.sample(1_630_000 + i, task) for i, task in enumerate(("subject", "background", "subject"))]
     references = [Image.fromarray(s.reference) for s in samples]
     with torch.no_grad():
-        inputs = prepare_inputs(tiny.processor, tiny.guidance.config, [s.instruction for s in samples], [s.source for s in samples], [[r] for r in references])
-        latents = [encode_frames(tiny.vae, np.stack(clips)) for clips in ([s.source for s in samples], [s.target for s in samples],
-                                                                         [fit_reference(r, 96, 96)[None] for r in references])]
+        inputs = prepare_inputs(
+            tiny.processor,
+            tiny.guidance.config,
+            [s.instruction for s in samples],
+            [s.source for s in samples],
+            [[r] for r in references],
+        )
+        latents = [
+            encode_frames(tiny.vae, np.stack(clips))
+            for clips in (
+                [s.source for s in samples],
+                [s.target for s in samples],
+                [fit_reference(r, 96, 96)[None] for r in references],
+            )
+        ]
         kept = torch.stack([kept_share(s.source, s.target, *latents[0].shape[2:]) for s in samples]).unsqueeze(1)
-        return Batch(inputs.without_pixels(), vision_features(tiny.mllm, inputs), *latents, kept, [s.task for s in samples])
+        return Batch(
+            inputs.without_pixels(), vision_features(tiny.mllm, inputs), *latents, kept, [s.task for s in samples]
+        )
 
 
-def part_of(batch, i): return Batch(batch.inputs[i], batch.vision[i:i + 1], *(x[i:i + 1] for x in (batch.source, batch.target, batch.reference, batch.kept)), batch.tasks[i:i + 1])
+def part_of(batch, i):
+    return Batch(
+        batch.inputs[i],
+        batch.vision[i : i + 1],
+        *(x[i : i + 1] for x in (batch.source, batch.target, batch.reference, batch.kept)),
+        batch.tasks[i : i + 1],
+    )
 
 
 @torch.no_grad()
 def test_a_sample_has_the_same_loss_alone_and_among_others(tiny, batch):
-    loss = lambda x, places: flow_matching_loss(tiny, x, draw_noise(x, Loss(), 0, 5, places, 3), balance=4.)
+    loss = lambda x, places: flow_matching_loss(tiny, x, draw_noise(x, Loss(), 0, 5, places, 3), balance=4.0)
     together, alone = loss(batch, range(3)), [loss(part_of(batch, i), [i]) for i in range(3)]
     for whole, parts in zip(together, zip(*alone)):
         assert whole.shape == (3,) and whole.dtype == torch.float32
@@ -288,10 +382,15 @@ def test_a_sample_has_the_same_loss_alone_and_among_others(tiny, batch):
 
 @torch.no_grad()
 def test_sums_are_float32_in_a_bfloat16_run(tiny, batch):
-    dice, gram = draw_noise(batch, Loss(), 0, 0, range(3), 3), torch.diag(torch.rand(32, generator=torch.Generator().manual_seed(0)).double())
-    exact, near = (FlowMatching(tiny, Loss(pixel_metric=.5), gram, autocast=on)((batch, dice))[0] for on in (False, True))
+    dice, gram = (
+        draw_noise(batch, Loss(), 0, 0, range(3), 3),
+        torch.diag(torch.rand(32, generator=torch.Generator().manual_seed(0)).double()),
+    )
+    exact, near = (
+        FlowMatching(tiny, Loss(pixel_metric=0.5), gram, autocast=on)((batch, dice))[0] for on in (False, True)
+    )
     assert near.dtype == torch.float32
-    assert torch.allclose(near, exact, rtol=.1) and not torch.equal(near, exact)
+    assert torch.allclose(near, exact, rtol=0.1) and not torch.equal(near, exact)
     assert not torch.equal(near, near.bfloat16().float())
 
 
@@ -299,56 +398,75 @@ def test_sums_are_float32_in_a_bfloat16_run(tiny, batch):
 def test_a_stage_without_the_source(tiny, batch):
     dice = draw_noise(batch, Loss(), 0, 0, range(3), 3)
     with_source, without = (FlowMatching(tiny, Loss(), source=given)((batch, dice))[0] for given in (True, False))
-    assert (without / with_source - 1).abs().min() > .01
+    assert (without / with_source - 1).abs().min() > 0.01
     hook = tiny.guidance.source_embedder.register_forward_hook(lambda module, args, out: out * 0)
     tiny.guidance.register_to_config(names="sample")  # or what the model names would be added to the source
-    assert torch.allclose(without, FlowMatching(tiny, Loss())((batch, dice))[0], rtol=1e-5)  # and the balance still knows what is touched
+    assert torch.allclose(
+        without, FlowMatching(tiny, Loss())((batch, dice))[0], rtol=1e-5
+    )  # and the balance still knows what is touched
     tiny.guidance.register_to_config(names="edit")
     hook.remove()
 
 
 # what the edit touches
 
+
 def test_balance():
     kept = torch.ones(3, 1, 1, 4, 4)
-    kept[0, 0, 0, 0, :3] = 0.  # 3 of 16 places are touched
-    kept[2] = 0.
-    plain, balanced = edit_weights(kept, 1.), edit_weights(kept, 4.)
+    kept[0, 0, 0, 0, :3] = 0.0  # 3 of 16 places are touched
+    kept[2] = 0.0
+    plain, balanced = edit_weights(kept, 1.0), edit_weights(kept, 4.0)
     assert torch.equal(plain, torch.ones(3, 1, 1, 4, 4))
     first = balanced[0, 0, 0]
-    assert torch.allclose(first[0, :3].sum(), first.sum() / 2) and torch.allclose(first.mean(), torch.tensor(1.))
+    assert torch.allclose(first[0, :3].sum(), first.sum() / 2) and torch.allclose(first.mean(), torch.tensor(1.0))
     assert torch.allclose(balanced[1:], plain[1:])
-    half = edit_weights(torch.full((1, 1, 1, 2, 2), .5), 4.)
+    half = edit_weights(torch.full((1, 1, 1, 2, 2), 0.5), 4.0)
     assert torch.equal(half, torch.ones(1, 1, 1, 2, 2))
-    capped = edit_weights(kept, 2.)[0, 0, 0]
-    assert torch.allclose(capped[0, 0] / capped[3, 3], torch.tensor(2 / (.5 / (13 / 16))))
+    capped = edit_weights(kept, 2.0)[0, 0, 0]
+    assert torch.allclose(capped[0, 0] / capped[3, 3], torch.tensor(2 / (0.5 / (13 / 16))))
 
 
 @torch.no_grad()
 def test_balance_changes_the_loss_and_not_the_plain_error(tiny, batch):
     dice = draw_noise(batch, Loss(), 0, 0, range(3), 3)
-    (plain, squared), (balanced, same) = (flow_matching_loss(tiny, batch, dice, balance) for balance in (1., 4.))
+    (plain, squared), (balanced, same) = (flow_matching_loss(tiny, batch, dice, balance) for balance in (1.0, 4.0))
     assert torch.equal(plain, squared) and torch.equal(squared, same)
-    assert (balanced / plain - 1).abs().max() > .05
+    assert (balanced / plain - 1).abs().max() > 0.05
 
 
 # without the instruction
 
-HARD = ["Make it snow.", "Ersetze die Tür durch ein Fenster – schön!", "two spaces  ", "a line\n", "tab\t", "quote'", "换成红色的船", " ", "x"]
+HARD = [
+    "Make it snow.",
+    "Ersetze die Tür durch ein Fenster – schön!",
+    "two spaces  ",
+    "a line\n",
+    "tab\t",
+    "quote'",
+    "换成红色的船",
+    " ",
+    "x",
+]
 
 
 @pytest.mark.parametrize("mode", ("image", "video", "ref"))
 def test_dropped_instructions_are_the_pipelines_other_branch(mode, tiny, merged):
-    frames, reference = np.full((1 if mode == "image" else 5, 64, 64, 3), 90, np.uint8), [Image.new("RGB", (40, 30))] if mode == "ref" else []
+    frames, reference = (
+        np.full((1 if mode == "image" else 5, 64, 64, 3), 90, np.uint8),
+        [Image.new("RGB", (40, 30))] if mode == "ref" else [],
+    )
     for pipe in (tiny, merged[False]):
-        prepare = lambda prompts: prepare_inputs(pipe.processor, pipe.guidance.config, prompts, [frames] * len(prompts), [reference] * len(prompts))
+        prepare = lambda prompts: prepare_inputs(
+            pipe.processor, pipe.guidance.config, prompts, [frames] * len(prompts), [reference] * len(prompts)
+        )
         inputs, empty = prepare(HARD).without_pixels(), prepare([""])
         drop = torch.arange(len(HARD)) % 2 == 0
         dropped = drop_instructions(inputs, drop, pipe.processor)
         assert drop_instructions(inputs, torch.zeros(len(HARD), dtype=torch.bool), pipe.processor) is inputs
         for i in range(len(HARD)):
             expected = empty if drop[i] else inputs[i]
-            for name in ("input_ids", "position_ids", "lengths"): assert torch.equal(getattr(dropped[i], name), getattr(expected, name)), (HARD[i], name)
+            for name in ("input_ids", "position_ids", "lengths"):
+                assert torch.equal(getattr(dropped[i], name), getattr(expected, name)), (HARD[i], name)
         assert dropped.modes == inputs.modes
         everything = drop_instructions(inputs, torch.ones(len(HARD), dtype=torch.bool), pipe.processor)
         assert torch.equal(everything.input_ids, empty.input_ids.expand(len(HARD), -1))  # and no padding is left
@@ -364,10 +482,14 @@ def test_dropping_changes_the_loss_of_that_sample_alone(tiny, batch):
 
 # errors as the eye meets them
 
+
 @pytest.fixture(scope="module")
 def gram(tiny):
     world = World(num_frames=1, split="eval")
-    with torch.no_grad(): clips = encode_frames(tiny.vae, np.stack([world.sample(1_640_000 + i, ("add", "style")[i % 2]).target for i in range(40)]))
+    with torch.no_grad():
+        clips = encode_frames(
+            tiny.vae, np.stack([world.sample(1_640_000 + i, ("add", "style")[i % 2]).target for i in range(40)])
+        )
     return pixel_metric(tiny.vae, clips, progress=False)
 
 
@@ -377,12 +499,16 @@ def test_pixel_metric_predicts_pixel_errors(tiny, gram):
     values, directions = torch.linalg.eigh(gram)
     assert values.min() > -1e-12
     world, (mean, std) = World(num_frames=1, split="eval"), latent_statistics(tiny.vae, "cpu")
-    clips = encode_frames(tiny.vae, np.stack([world.sample(1_650_000 + i, ("remove", "change")[i % 2]).target for i in range(8)]))
+    clips = encode_frames(
+        tiny.vae, np.stack([world.sample(1_650_000 + i, ("remove", "change")[i % 2]).target for i in range(8)])
+    )
     decode = lambda x: tiny.vae.decode(x * std + mean).sample
     base, signs = decode(clips), torch.randn(clips[:, :1].shape, generator=torch.Generator().manual_seed(1)).sign()
-    errors = [.2 * signs * d.float().view(1, -1, 1, 1, 1) for d in directions.T[5::6]] + [.2 * torch.randn(clips.shape, generator=torch.Generator().manual_seed(2))]
+    errors = [0.2 * signs * d.float().view(1, -1, 1, 1, 1) for d in directions.T[5::6]] + [
+        0.2 * torch.randn(clips.shape, generator=torch.Generator().manual_seed(2))
+    ]
     real = torch.stack([(decode(clips + e) - base).square().mean() for e in errors])
-    factor = metric_factor(gram, 1.)
+    factor = metric_factor(gram, 1.0)
     measured = torch.stack([torch.einsum("ij,bifhw->bjfhw", factor, e).square().mean() for e in errors])
     plain = torch.stack([e.square().mean() for e in errors])
     off = lambda guess: (guess / guess.mean() / (real / real.mean())).log().abs()
@@ -396,29 +522,47 @@ def test_pixel_metric_predicts_pixel_errors(tiny, gram):
 def test_pixel_metric_in_the_loss(tiny, batch, gram):
     dice = draw_noise(batch, Loss(), 0, 0, range(3), 3)
     plain, _ = flow_matching_loss(tiny, batch, dice)
-    assert torch.allclose(flow_matching_loss(tiny, batch, dice, factor=metric_factor(gram, 0.))[0], plain, rtol=1e-5)
-    for share in (.5, 1.):
+    assert torch.allclose(flow_matching_loss(tiny, batch, dice, factor=metric_factor(gram, 0.0))[0], plain, rtol=1e-5)
+    for share in (0.5, 1.0):
         matrix = (1 - share) * torch.eye(len(gram)) + share * (gram / gram.diagonal().mean()).float()
         factor = metric_factor(gram, share)
         assert torch.allclose(factor @ factor.T, matrix, atol=1e-5)
         errors = torch.randn(32, 100, generator=torch.Generator().manual_seed(0))
         assert torch.allclose((factor.T @ errors).square().sum(0), (errors * (matrix @ errors)).sum(0), rtol=1e-4)
-        loss, numbers = FlowMatching(tiny, Loss(balance=1., pixel_metric=share), gram)((batch, dice))
-        assert abs(numbers["loss/ref"] / plain.mean().item() - 1) < 1e-5 and (loss / plain - 1).abs().max() > .02
+        loss, numbers = FlowMatching(tiny, Loss(balance=1.0, pixel_metric=share), gram)((batch, dice))
+        assert abs(numbers["loss/ref"] / plain.mean().item() - 1) < 1e-5 and (loss / plain - 1).abs().max() > 0.02
     flat = torch.randn(48, 4, generator=torch.Generator().manual_seed(0)).double()
-    assert metric_factor(flat @ flat.T, 1.).isfinite().all()  # a decoder that ignores 44 of 48 directions
-    with pytest.raises(ValueError, match="`share` has to lie in 0..1 but is 2"): metric_factor(gram, 2)
-    with pytest.raises(ValueError, match="`gram` has to be given for a `pixel_metric` of 0.5 but is None"): FlowMatching(tiny, Loss(pixel_metric=.5))
+    assert metric_factor(flat @ flat.T, 1.0).isfinite().all()  # a decoder that ignores 44 of 48 directions
+    with pytest.raises(ValueError, match="`share` has to lie in 0..1 but is 2"):
+        metric_factor(gram, 2)
+    with pytest.raises(ValueError, match="`gram` has to be given for a `pixel_metric` of 0.5 but is None"):
+        FlowMatching(tiny, Loss(pixel_metric=0.5))
 
 
 # numbers to watch
 
+
 def test_split_losses():
-    numbers = split_losses(torch.tensor([1., 2., 3., 6.]), torch.tensor([0., .3, .26, 1.]), ["image", "ref", "ref", "video"], ["add", "subject", "", "add"])
-    assert numbers == {"loss/image": 1., "loss/add": 3.5, "loss/0-0.25": 1., "loss/ref": 2.5, "loss/subject": 2., "loss/0.25-0.5": 2.5, "loss/video": 6., "loss/0.75-1": 6.}
+    numbers = split_losses(
+        torch.tensor([1.0, 2.0, 3.0, 6.0]),
+        torch.tensor([0.0, 0.3, 0.26, 1.0]),
+        ["image", "ref", "ref", "video"],
+        ["add", "subject", "", "add"],
+    )
+    assert numbers == {
+        "loss/image": 1.0,
+        "loss/add": 3.5,
+        "loss/0-0.25": 1.0,
+        "loss/ref": 2.5,
+        "loss/subject": 2.0,
+        "loss/0.25-0.5": 2.5,
+        "loss/video": 6.0,
+        "loss/0.75-1": 6.0,
+    }
 
 
 # fewer steps
+
 
 def test_noise_levels_of_few_steps_are_those_of_an_edit_with_so_many(tiny):
     for few in (1, 2, 4):

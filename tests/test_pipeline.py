@@ -1,4 +1,5 @@
 "The whole edit on a small random model: arguments, sizes, determinism, saving and loading."
+
 import copy
 import io
 import json
@@ -12,7 +13,15 @@ from safetensors.torch import save_file
 from kiwi_edit import pipeline as module
 from kiwi_edit.core import InputError, preset
 from kiwi_edit.encoder import make_tokenizer
-from kiwi_edit.pipeline import Footage, KiwiEditPipeline, decode_latents, encode_frames, fit_reference, flow_sigmas, picture_of
+from kiwi_edit.pipeline import (
+    Footage,
+    KiwiEditPipeline,
+    decode_latents,
+    encode_frames,
+    fit_reference,
+    flow_sigmas,
+    picture_of,
+)
 from kiwi_edit.video import as_frames, read_video, write_video
 
 PROMPT = "Replace the red fox with the object in the reference."
@@ -30,21 +39,32 @@ def clip(frames=5, height=64, width=64, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
 
 
-def picture(width=40, height=60, seed=1): return Image.fromarray(clip(1, height, width, seed)[0])
+def picture(width=40, height=60, seed=1):
+    return Image.fromarray(clip(1, height, width, seed)[0])
 
 
 def edit(pipe, prompt=PROMPT, video=None, reference=None, seed=0, **kwargs):
-    kwargs = {"num_inference_steps": 2, "output_type": "latent", "generator": torch.Generator().manual_seed(seed)} | kwargs
+    kwargs = {
+        "num_inference_steps": 2,
+        "output_type": "latent",
+        "generator": torch.Generator().manual_seed(seed),
+    } | kwargs
     return pipe(prompt, clip() if video is None else video, reference, **kwargs).frames
 
 
 # results
 
+
 def test_forms_of_the_result(pipe):
     latents = edit(pipe)
     assert latents.shape == (1, pipe.vae.config.z_dim, 5, 8, 8)
     frames = edit(pipe, output_type="np")
-    assert frames.shape == (1, 5, 64, 64, 3) and frames.dtype == np.float32 and 0 <= frames.min() and 0.5 < frames.max() <= 1
+    assert (
+        frames.shape == (1, 5, 64, 64, 3)
+        and frames.dtype == np.float32
+        and 0 <= frames.min()
+        and 0.5 < frames.max() <= 1
+    )
     exact = decode_latents(pipe.vae, latents)
     assert np.array_equal(as_frames(frames[0]), exact[0])
     images = pipe(PROMPT, clip(), num_inference_steps=2, generator=torch.Generator().manual_seed(0)).frames[0]
@@ -58,7 +78,13 @@ def test_forms_of_the_result(pipe):
 def test_everything_given_changes_the_result(pipe):
     base = edit(pipe)
     assert torch.equal(base, edit(pipe))
-    for change in (dict(seed=1), dict(prompt="Remove the fox."), dict(video=clip(seed=5)), dict(reference=picture()), dict(num_inference_steps=3)):
+    for change in (
+        dict(seed=1),
+        dict(prompt="Remove the fox."),
+        dict(video=clip(seed=5)),
+        dict(reference=picture()),
+        dict(num_inference_steps=3),
+    ):
         assert (edit(pipe, **change) - base).abs().max() > 1e-3, change
     one = edit(pipe, reference=picture())
     assert (edit(pipe, reference=[picture(), picture(seed=2)]) - one).abs().max() > 1e-3
@@ -75,13 +101,18 @@ def test_an_untrained_model_that_names_the_edit_returns_its_source(pipe):
     for steps in (1, 4):
         latents = edit(copies, reference=picture(), num_inference_steps=steps)
         assert torch.allclose(latents, source, atol=1e-3)
-    assert not torch.allclose(edit(pipe, reference=picture()), source, atol=.1)
+    assert not torch.allclose(edit(pipe, reference=picture()), source, atol=0.1)
 
 
 def test_loop_is_eulers_method(pipe):
     levels = []
     noise = torch.randn(1, pipe.vae.config.z_dim, 5, 8, 8, generator=torch.Generator().manual_seed(3))
-    out = edit(pipe, latents=noise, num_inference_steps=4, callback_on_step_end=lambda p, i, t, kwargs: levels.append((i, float(t), kwargs["latents"])))
+    out = edit(
+        pipe,
+        latents=noise,
+        num_inference_steps=4,
+        callback_on_step_end=lambda p, i, t, kwargs: levels.append((i, float(t), kwargs["latents"])),
+    )
     shift = pipe.scheduler.config.shift
     shifted = [shift * s / (1 + (shift - 1) * s) for s in flow_sigmas(4)]
     assert [i for i, _, _ in levels] == [0, 1, 2, 3]
@@ -94,9 +125,15 @@ def test_callback_may_change_the_latents(pipe):
     out = edit(pipe, callback_on_step_end=lambda p, i, t, kwargs: {"latents": torch.zeros_like(kwargs["latents"])})
     assert not out.any()
     seen = []
-    edit(pipe, reference=picture(), callback_on_step_end=lambda p, i, t, kwargs: seen.append(kwargs) or {},
-         callback_on_step_end_tensor_inputs=["source_latents", "reference_latents"])
-    assert seen[0]["source_latents"].shape == (1, pipe.vae.config.z_dim, 5, 8, 8) and seen[0]["reference_latents"].shape == (1, pipe.vae.config.z_dim, 1, 8, 8)
+    edit(
+        pipe,
+        reference=picture(),
+        callback_on_step_end=lambda p, i, t, kwargs: seen.append(kwargs) or {},
+        callback_on_step_end_tensor_inputs=["source_latents", "reference_latents"],
+    )
+    assert seen[0]["source_latents"].shape == (1, pipe.vae.config.z_dim, 5, 8, 8) and seen[0][
+        "reference_latents"
+    ].shape == (1, pipe.vae.config.z_dim, 1, 8, 8)
 
 
 def test_guidance_scale(pipe):
@@ -105,7 +142,9 @@ def test_guidance_scale(pipe):
     same = edit(pipe, guidance_scale=4.0, negative_prompt=PROMPT)  # the same words on both sides cancel out
     assert torch.allclose(same, plain, atol=1e-3)
     assert (edit(pipe, guidance_scale=4.0) - plain).abs().max() > 1e-3
-    longer = edit(pipe, guidance_scale=2.0, negative_prompt="a much longer sentence than the instruction is", reference=picture())
+    longer = edit(
+        pipe, guidance_scale=2.0, negative_prompt="a much longer sentence than the instruction is", reference=picture()
+    )
     assert torch.isfinite(longer).all()
 
 
@@ -116,7 +155,12 @@ def test_strength(pipe):
     pipe.set_progress_bar_config(disable=True)
     source = encode_frames(pipe.vae, clip())
     steps = []
-    near = edit(pipe, num_inference_steps=10, strength=0.2, callback_on_step_end=lambda p, i, t, kwargs: steps.append(float(t)) or {})
+    near = edit(
+        pipe,
+        num_inference_steps=10,
+        strength=0.2,
+        callback_on_step_end=lambda p, i, t, kwargs: steps.append(float(t)) or {},
+    )
     far = edit(pipe, num_inference_steps=10)
     assert len(steps) == 2 and (near - source).square().mean() < (far - source).square().mean() / 2
     edit(pipe, num_inference_steps=10, strength=0.01)  # at least one step
@@ -124,20 +168,32 @@ def test_strength(pipe):
 
 def test_what_does_not_change_is_computed_once(pipe):
     counts = dict(source=0, reference=0, keys=0, encoder=0, vision=0)
-    hooks = [part.register_forward_hook(lambda *_, name=name: counts.update({name: counts[name] + 1})) for name, part in (
-        ("source", pipe.guidance.source_embedder), ("reference", pipe.guidance.ref_embedder), ("keys", pipe.transformer.blocks[0].attn2.to_k),
-        ("encoder", pipe.mllm.model.language_model), ("vision", pipe.mllm.model.visual))]
+    hooks = [
+        part.register_forward_hook(lambda *_, name=name: counts.update({name: counts[name] + 1}))
+        for name, part in (
+            ("source", pipe.guidance.source_embedder),
+            ("reference", pipe.guidance.ref_embedder),
+            ("keys", pipe.transformer.blocks[0].attn2.to_k),
+            ("encoder", pipe.mllm.model.language_model),
+            ("vision", pipe.mllm.model.visual),
+        )
+    ]
     pipe.memory.clear()
     edit(pipe, reference=picture(), num_inference_steps=4, guidance_scale=2.0)
     assert counts == dict(source=1, reference=1, keys=1, encoder=1, vision=2)  # the clip and the picture
     edit(pipe, reference=picture(), num_inference_steps=4, guidance_scale=2.0)
-    for hook in hooks: hook.remove()
+    for hook in hooks:
+        hook.remove()
     assert counts == dict(source=2, reference=2, keys=2, encoder=2, vision=2)
 
 
 def test_an_edit_of_the_same_clip_remembers_its_encodings(pipe, monkeypatch):
     encoded = []
-    monkeypatch.setattr(module, "encode_frames", lambda vae, frames, *args: encoded.append(len(frames)) or encode_frames(vae, frames, *args))
+    monkeypatch.setattr(
+        module,
+        "encode_frames",
+        lambda vae, frames, *args: encoded.append(len(frames)) or encode_frames(vae, frames, *args),
+    )
     pipe.memory.clear()
     first = edit(pipe, reference=picture())
     assert len(encoded) == 2 and torch.equal(edit(pipe, reference=picture()), first) and len(encoded) == 2
@@ -150,23 +206,31 @@ def test_an_edit_of_the_same_clip_remembers_its_encodings(pipe, monkeypatch):
 def test_memory_notices_what_changes_its_encodings(pipe):
     pipe.memory.clear()
     plain = edit(pipe)
-    with torch.no_grad(): pipe.vae.quant_conv.bias += 1
+    with torch.no_grad():
+        pipe.vae.quant_conv.bias += 1
     assert not torch.equal(edit(pipe), plain)
-    with torch.no_grad(): pipe.vae.quant_conv.bias -= 1
-    pipe.vae.enable_tiling(tile_sample_min_height=48, tile_sample_min_width=48, tile_sample_stride_height=32, tile_sample_stride_width=32)
-    try: assert not torch.equal(edit(pipe), plain)
-    finally: pipe.vae.disable_tiling()
+    with torch.no_grad():
+        pipe.vae.quant_conv.bias -= 1
+    pipe.vae.enable_tiling(
+        tile_sample_min_height=48, tile_sample_min_width=48, tile_sample_stride_height=32, tile_sample_stride_width=32
+    )
+    try:
+        assert not torch.equal(edit(pipe), plain)
+    finally:
+        pipe.vae.disable_tiling()
     pipe.memory.max_bytes, before = 0, pipe.memory.max_bytes
     try:
         assert torch.allclose(edit(pipe), plain, atol=1e-4) and not pipe.memory.kept
-    finally: pipe.memory.max_bytes = before
+    finally:
+        pipe.memory.max_bytes = before
 
 
 def test_memory_keeps_no_gradients(pipe):
     pipe.memory.clear()
     latents = pipe.encode_source(Footage(5, 64, 64, clip()))
     assert latents.requires_grad and not pipe.memory.kept
-    with torch.no_grad(): assert torch.allclose(pipe.encode_source(Footage(5, 64, 64, clip())), latents) and len(pipe.memory.kept) == 1
+    with torch.no_grad():
+        assert torch.allclose(pipe.encode_source(Footage(5, 64, 64, clip())), latents) and len(pipe.memory.kept) == 1
     assert pipe.encode_source(Footage(5, 64, 64, clip())).requires_grad
 
 
@@ -182,20 +246,37 @@ def test_what_is_remembered_comes_to_the_device_that_is_asked_for(pipe):
 def test_windows_of_a_long_clip(pipe):
     "Twenty-one frames by a model whose windows take thirteen; as memory has it, a window is all there is."
     frames, seen = clip(21), []
-    hook = pipe.transformer.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["hidden_states"].shape[2:]), with_kwargs=True)
-    try: out = pipe(PROMPT, frames, picture(), num_frames=21, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
-    finally: hook.remove()
-    assert as_frames(out.frames[0]).shape == frames.shape and seen == [(14, 8, 8)] * 4  # two windows of thirteen latent frames and a reference, twice
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["hidden_states"].shape[2:]), with_kwargs=True
+    )
+    try:
+        out = pipe(
+            PROMPT, frames, picture(), num_frames=21, num_inference_steps=2, generator=torch.Generator().manual_seed(0)
+        )
+    finally:
+        hook.remove()
+    assert (
+        as_frames(out.frames[0]).shape == frames.shape and seen == [(14, 8, 8)] * 4
+    )  # two windows of thirteen latent frames and a reference, twice
     assert pipe.windows(13, 64, 64) is None and len(pipe.windows(17, 64, 64)) == 2
     short = pipe(PROMPT, frames, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).frames[0]
     assert len(short) == 5
-    stream = pipe(PROMPT, frames, picture(), num_frames=21, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="stream").frames[0]
+    stream = pipe(
+        PROMPT,
+        frames,
+        picture(),
+        num_frames=21,
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(0),
+        output_type="stream",
+    ).frames[0]
     assert np.array_equal(np.concatenate(list(stream)), as_frames(out.frames[0]))
-    with pytest.raises(ValueError, match="`window_overlap` has to be from 0 to below 1 but is 1"): pipe(PROMPT, frames, num_frames=21, window_overlap=1)
+    with pytest.raises(ValueError, match="`window_overlap` has to be from 0 to below 1 but is 1"):
+        pipe(PROMPT, frames, num_frames=21, window_overlap=1)
 
 
 @pytest.mark.parametrize("max_frames", [1, 5])
-@pytest.mark.parametrize("overlap", [0., .9, .99])
+@pytest.mark.parametrize("overlap", [0.0, 0.9, 0.99])
 def test_windows_of_any_overlap(pipe, max_frames, overlap):
     other = copy.copy(pipe)
     other.register_to_config(max_frames=max_frames, window_frames=None)
@@ -206,10 +287,14 @@ def test_windows_of_any_overlap(pipe, max_frames, overlap):
 
 def test_windows_of_a_large_picture(pipe):
     seen = []
-    hook = pipe.transformer.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["hidden_states"].shape[2:]), with_kwargs=True)
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["hidden_states"].shape[2:]), with_kwargs=True
+    )
     large = np.kron(clip(5), np.ones((1, 2, 2, 1), np.uint8))
-    try: out = pipe(PROMPT, large, picture(), height=128, width=128, num_inference_steps=1, guidance_scale=2.).frames[0]
-    finally: hook.remove()
+    try:
+        out = pipe(PROMPT, large, picture(), height=128, width=128, num_inference_steps=1, guidance_scale=2.0).frames[0]
+    finally:
+        hook.remove()
     assert as_frames(out).shape == (5, 128, 128, 3) and set(seen) == {(6, 12, 12)} and len(seen) == 4
 
 
@@ -217,34 +302,65 @@ def test_footage_in_a_file_is_edited_as_in_memory(pipe, tmp_path):
     frames = clip(11)
     write_video(tmp_path / "clip.mp4", frames, 8, crf=0)
     there = read_video(tmp_path / "clip.mp4").frames[:9]
-    def run(video): return as_frames(pipe(PROMPT, video, num_frames=9, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).frames[0])
+
+    def run(video):
+        return as_frames(
+            pipe(PROMPT, video, num_frames=9, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).frames[
+                0
+            ]
+        )
+
     assert np.abs(run(Footage(9, 64, 64, path=tmp_path / "clip.mp4")).astype(int) - run(there)).max() <= 1
-    for change, message in ((dict(num_frames=5), "`num_frames` has to be None or the footage's 9 but is 5"), (dict(height=32, width=64), "`height` .* 64 but is 32"), (dict(height=64, width=32), "`width` .* 64 but is 32")):
-        with pytest.raises(ValueError, match=message): edit(pipe, video=Footage(9, 64, 64, path=tmp_path / "clip.mp4"), **change)
+    for change, message in (
+        (dict(num_frames=5), "`num_frames` has to be None or the footage's 9 but is 5"),
+        (dict(height=32, width=64), "`height` .* 64 but is 32"),
+        (dict(height=64, width=32), "`width` .* 64 but is 32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            edit(pipe, video=Footage(9, 64, 64, path=tmp_path / "clip.mp4"), **change)
 
 
 # sizes
 
-@pytest.mark.parametrize("shape, expected", [
-    ((1, 64, 64), (1, 64, 64)), ((3, 64, 64), (1, 64, 64)), ((6, 64, 64), (5, 64, 64)), ((5, 40, 90), None), ((5, 64, 8), None), ((2, 720, 1280), None)])
+
+@pytest.mark.parametrize(
+    "shape, expected",
+    [
+        ((1, 64, 64), (1, 64, 64)),
+        ((3, 64, 64), (1, 64, 64)),
+        ((6, 64, 64), (5, 64, 64)),
+        ((5, 40, 90), None),
+        ((5, 64, 8), None),
+        ((2, 720, 1280), None),
+    ],
+)
 def test_any_size_becomes_one_that_the_model_takes(pipe, shape, expected):
     frames = pipe.prepare_video(clip(*shape))
     assert (len(frames) - 1) % 4 == 0 and frames.shape[1] % 16 == 0 and frames.shape[2] % 16 == 0
     assert frames.shape[1] * frames.shape[2] <= pipe.config.max_pixels
-    if expected: assert frames.shape[:3] == expected
+    if expected:
+        assert frames.shape[:3] == expected
     assert edit(pipe, video=clip(*shape), output_type="np", num_inference_steps=1).shape == (1, *frames.shape)
 
 
 def test_forms_of_the_source(pipe, tmp_path):
     frames = clip()
     images = [Image.fromarray(f) for f in frames]
-    assert np.array_equal(pipe.prepare_video(images), frames) and np.array_equal(pipe.prepare_video(frames, num_frames=1), frames[:1])
+    assert np.array_equal(pipe.prepare_video(images), frames) and np.array_equal(
+        pipe.prepare_video(frames, num_frames=1), frames[:1]
+    )
     assert pipe.prepare_video(images[0]).shape == (1, 64, 64, 3)
     images[0].save(tmp_path / "one.png")
     assert np.array_equal(pipe.prepare_video(tmp_path / "one.png"), frames[:1])
     assert pipe.prepare_video(frames, height=32, width=48).shape == (5, 32, 48, 3)
     picture().convert("RGBA").save(tmp_path / "ref.png")
-    assert edit(pipe, video=images[0], reference=str(tmp_path / "ref.png"), num_inference_steps=1).shape == (1, pipe.vae.config.z_dim, 1, 8, 8)
+    assert edit(pipe, video=images[0], reference=str(tmp_path / "ref.png"), num_inference_steps=1).shape == (
+        1,
+        pipe.vae.config.z_dim,
+        1,
+        8,
+        8,
+    )
 
 
 def test_forms_of_references_and_clips(pipe, tmp_path):
@@ -255,17 +371,42 @@ def test_forms_of_references_and_clips(pipe, tmp_path):
     pixels, data = torch.from_numpy(np.array(image)), (tmp_path / "r.png").read_bytes()
     first = pixels.permute(2, 0, 1)
     base = edit(pipe, reference=image, num_inference_steps=1)
-    for one in (tmp_path / "r.png", data, bytearray(data), io.BytesIO(data), open(tmp_path / "r.png", "rb"), pixels, first, first[None], pixels.float() / 255, (first / 255).double(), np.asarray(image), [data]):
+    for one in (
+        tmp_path / "r.png",
+        data,
+        bytearray(data),
+        io.BytesIO(data),
+        open(tmp_path / "r.png", "rb"),
+        pixels,
+        first,
+        first[None],
+        pixels.float() / 255,
+        (first / 255).double(),
+        np.asarray(image),
+        [data],
+    ):
         assert torch.equal(edit(pipe, reference=one, num_inference_steps=1), base)
     assert np.array_equal(picture_of((first / 255).bfloat16()).size, image.size)
     tensor = torch.from_numpy(frames)
     names = [tmp_path / f"{i}.png" for i in range(5)]
-    for frame, name in zip(frames, names): Image.fromarray(frame).save(name)
-    for video in (tensor, tensor.permute(0, 3, 1, 2), tensor[None], tensor.permute(0, 3, 1, 2)[None] / 255, list(tensor), [str(n) for n in names], [n.read_bytes() for n in names], [open(n, "rb") for n in names], frames[None]):
+    for frame, name in zip(frames, names):
+        Image.fromarray(frame).save(name)
+    for video in (
+        tensor,
+        tensor.permute(0, 3, 1, 2),
+        tensor[None],
+        tensor.permute(0, 3, 1, 2)[None] / 255,
+        list(tensor),
+        [str(n) for n in names],
+        [n.read_bytes() for n in names],
+        [open(n, "rb") for n in names],
+        frames[None],
+    ):
         assert np.array_equal(pipe.prepare_video(video), frames)
     assert np.abs(pipe.prepare_video((tensor / 255).bfloat16()).astype(int) - frames).max() <= 1
     film = (tmp_path / "v.mp4").read_bytes()
-    for video in (film, io.BytesIO(film), open(tmp_path / "v.mp4", "rb")): assert np.array_equal(pipe.prepare_video(video), pipe.prepare_video(tmp_path / "v.mp4"))
+    for video in (film, io.BytesIO(film), open(tmp_path / "v.mp4", "rb")):
+        assert np.array_equal(pipe.prepare_video(video), pipe.prepare_video(tmp_path / "v.mp4"))
     assert np.array_equal(pipe.prepare_video(names[0].read_bytes()), frames[:1])
 
 
@@ -291,42 +432,74 @@ def test_callbacks_of_diffusers(pipe):
             return super().callback_fn(pipeline, step_index, timestep, callback_kwargs)
 
     batches, sizes = [], []
-    hook = pipe.transformer.register_forward_pre_hook(lambda module, args, kwargs: sizes.append(len(kwargs["hidden_states"])), with_kwargs=True)
-    options = dict(num_inference_steps=4, guidance_scale=2., negative_prompt="blurred")
-    try: cut = edit(pipe, callback_on_step_end=Batches(cutoff_step_index=1, cutoff_step_ratio=None), **options)
-    finally: hook.remove()
-    assert sizes == [2, 2, 1, 1] and batches == [(2, 4, 2.), (2, 4, 2.), (1, 4, 0.), (1, 4, 0.)]
-    assert torch.isfinite(cut).all() and not torch.equal(cut, edit(pipe, **options)) and not torch.equal(cut, edit(pipe, num_inference_steps=4))
-    many = edit(pipe, callback_on_step_end=MultiPipelineCallbacks([SDCFGCutoffCallback(cutoff_step_index=1, cutoff_step_ratio=None)]), **options)
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    options = dict(num_inference_steps=4, guidance_scale=2.0, negative_prompt="blurred")
+    try:
+        cut = edit(pipe, callback_on_step_end=Batches(cutoff_step_index=1, cutoff_step_ratio=None), **options)
+    finally:
+        hook.remove()
+    assert sizes == [2, 2, 1, 1] and batches == [(2, 4, 2.0), (2, 4, 2.0), (1, 4, 0.0), (1, 4, 0.0)]
+    assert (
+        torch.isfinite(cut).all()
+        and not torch.equal(cut, edit(pipe, **options))
+        and not torch.equal(cut, edit(pipe, num_inference_steps=4))
+    )
+    many = edit(
+        pipe,
+        callback_on_step_end=MultiPipelineCallbacks([SDCFGCutoffCallback(cutoff_step_index=1, cutoff_step_ratio=None)]),
+        **options,
+    )
     assert torch.allclose(many, cut)
 
 
 def test_the_default_output_is_what_diffusers_writes(pipe, tmp_path, monkeypatch):
     from diffusers.utils import export_utils
+
     monkeypatch.setattr(export_utils, "is_imageio_available", lambda: False)  # its other writer needs no FFmpeg
     frames = pipe(PROMPT, clip(), num_inference_steps=2, generator=torch.Generator().manual_seed(0)).frames[0]
     for form in (frames, np.stack(frames).astype(np.float32) / 255):
         export_utils.export_to_video(form, str(tmp_path / "out.mp4"), fps=8)
         back = read_video(tmp_path / "out.mp4").frames.astype(float)
-        assert np.abs(back - as_frames(frames)).mean() < np.abs(back - (255. - as_frames(frames))).mean()
+        assert np.abs(back - as_frames(frames)).mean() < np.abs(back - (255.0 - as_frames(frames))).mean()
 
 
 # LoRA files of others
 
 LORA_NAMES = {  # a layer, as others call it -> which it is: the first block's query, feed-forward or output
-    "transformer.blocks.0.attn1.to_q": 0, "blocks.0.attn1.to_q": 0, "blocks.0.self_attn.q": 0, "pipe.dit.blocks.0.self_attn.q": 0, "diffusion_model.blocks.0.self_attn.q": 0,
-    "model.diffusion_model.blocks.0.self_attn.q": 0, "diffusion_model.blocks.0.ffn.0": 1, "diffusion_model.blocks.0.cross_attn.o": 2, "lora_unet_blocks_0_self_attn_q": 0}
+    "transformer.blocks.0.attn1.to_q": 0,
+    "blocks.0.attn1.to_q": 0,
+    "blocks.0.self_attn.q": 0,
+    "pipe.dit.blocks.0.self_attn.q": 0,
+    "diffusion_model.blocks.0.self_attn.q": 0,
+    "model.diffusion_model.blocks.0.self_attn.q": 0,
+    "diffusion_model.blocks.0.ffn.0": 1,
+    "diffusion_model.blocks.0.cross_attn.o": 2,
+    "lora_unet_blocks_0_self_attn_q": 0,
+}
 
 
 @pytest.mark.parametrize("name", LORA_NAMES)
-@pytest.mark.parametrize("style, alpha", [("lora_A.weight lora_B.weight", None), ("lora_A.weight lora_B.weight", 8.), ("lora_A.default.weight lora_B.default.weight", None), ("lora_down.weight lora_up.weight", 1.)])
+@pytest.mark.parametrize(
+    "style, alpha",
+    [
+        ("lora_A.weight lora_B.weight", None),
+        ("lora_A.weight lora_B.weight", 8.0),
+        ("lora_A.default.weight lora_B.default.weight", None),
+        ("lora_down.weight lora_up.weight", 1.0),
+    ],
+)
 def test_lora_files_of_others(pipe, name, style, alpha, tmp_path):
-    if name.startswith("lora_unet") and "down" not in style: pytest.skip("nobody writes this")
+    if name.startswith("lora_unet") and "down" not in style:
+        pytest.skip("nobody writes this")
     block = pipe.transformer.blocks[0]
     layer = [block.attn1.to_q, block.ffn.net[0].proj, block.attn2.to_out[0]][LORA_NAMES[name]]
     before, places = layer.weight.detach().clone(), torch.Generator().manual_seed(0)
     A, B = torch.randn(4, layer.in_features, generator=places), torch.randn(layer.out_features, 4, generator=places)
-    weights = dict(zip((f"{name}.{ending}" for ending in style.split()), (A, B))) | ({} if alpha is None else {f"{name}.alpha": torch.tensor(alpha)})
+    weights = dict(zip((f"{name}.{ending}" for ending in style.split()), (A, B))) | (
+        {} if alpha is None else {f"{name}.alpha": torch.tensor(alpha)}
+    )
     save_file(weights, tmp_path / "lora.safetensors")
     try:
         pipe.load_lora_weights(tmp_path / "lora.safetensors")
@@ -336,36 +509,72 @@ def test_lora_files_of_others(pipe, name, style, alpha, tmp_path):
         assert torch.allclose(place - before, (1 if alpha is None else alpha / 4) * B @ A, atol=1e-4)
     finally:
         pipe.unload_lora_weights()
-        with torch.no_grad(): [block.attn1.to_q, block.ffn.net[0].proj, block.attn2.to_out[0]][LORA_NAMES[name]].weight.copy_(before)
+        with torch.no_grad():
+            [block.attn1.to_q, block.ffn.net[0].proj, block.attn2.to_out[0]][LORA_NAMES[name]].weight.copy_(before)
 
 
-@pytest.mark.parametrize("names, why", [
-    ([], "holds no LoRA matrices"), (["x"], "no place there"), (["transformer.blocks.0.attn1.to_q.lora_A.weight"], "without one of its two"),
-    (["transformer.blocks.99.attn1.to_q.lora_A.weight", "transformer.blocks.99.attn1.to_q.lora_B.weight"], "no place there"),
-    (["diffusion_model.blocks.0.self_attn.q.lora_A.weight", "diffusion_model.blocks.0.self_attn.q.lora_B.weight", "diffusion_model.foo.lora_A.weight"], "none of it"),
-    (["base_model.model.blocks.0.attn1.to_q.lora_A.weight", "base_model.model.blocks.0.attn1.to_q.lora_B.weight"], "no place there"),
-    (["text_encoder.layers.0.q.lora_A.weight", "text_encoder.layers.0.q.lora_B.weight"], "no place there"), (["diffusion_model.blocks.0.self_attn.q.dora_scale"], "plain LoRA")])
+@pytest.mark.parametrize(
+    "names, why",
+    [
+        ([], "holds no LoRA matrices"),
+        (["x"], "no place there"),
+        (["transformer.blocks.0.attn1.to_q.lora_A.weight"], "without one of its two"),
+        (
+            ["transformer.blocks.99.attn1.to_q.lora_A.weight", "transformer.blocks.99.attn1.to_q.lora_B.weight"],
+            "no place there",
+        ),
+        (
+            [
+                "diffusion_model.blocks.0.self_attn.q.lora_A.weight",
+                "diffusion_model.blocks.0.self_attn.q.lora_B.weight",
+                "diffusion_model.foo.lora_A.weight",
+            ],
+            "none of it",
+        ),
+        (
+            [
+                "base_model.model.blocks.0.attn1.to_q.lora_A.weight",
+                "base_model.model.blocks.0.attn1.to_q.lora_B.weight",
+            ],
+            "no place there",
+        ),
+        (["text_encoder.layers.0.q.lora_A.weight", "text_encoder.layers.0.q.lora_B.weight"], "no place there"),
+        (["diffusion_model.blocks.0.self_attn.q.dora_scale"], "plain LoRA"),
+    ],
+)
 def test_a_lora_that_does_not_belong_is_refused(pipe, names, why):
     width = pipe.transformer.blocks[0].attn1.to_q.in_features
-    with pytest.raises(InputError, match=why): pipe.load_lora_weights({name: torch.zeros(2, width) if "lora_A" in name else torch.zeros(width, 2) for name in names})
+    with pytest.raises(InputError, match=why):
+        pipe.load_lora_weights(
+            {name: torch.zeros(2, width) if "lora_A" in name else torch.zeros(width, 2) for name in names}
+        )
     assert not hasattr(pipe.transformer.blocks[0].attn1.to_q, "lora_A")
 
 
 def test_a_lora_that_is_not_there_is_said(pipe, tmp_path):
-    with pytest.raises(FileNotFoundError, match="'x.safetensors' is none"): pipe.load_lora_weights("x.safetensors")
-    with pytest.raises(InputError, match="`wait_name` has to be left out"): pipe.load_lora_weights({}, wait_name="x")
+    with pytest.raises(FileNotFoundError, match="'x.safetensors' is none"):
+        pipe.load_lora_weights("x.safetensors")
+    with pytest.raises(InputError, match="`wait_name` has to be left out"):
+        pipe.load_lora_weights({}, wait_name="x")
     (tmp_path / "x.safetensors").write_bytes(b"no weights")
-    with pytest.raises(OSError, match="cannot"): pipe.load_lora_weights(tmp_path / "x.safetensors")
+    with pytest.raises(OSError, match="cannot"):
+        pipe.load_lora_weights(tmp_path / "x.safetensors")
 
 
 def test_trimming_is_logged(pipe, caplog):
-    with caplog.at_level("INFO", logger="kiwi_edit.pipeline"): pipe.prepare_video(clip(8))
+    with caplog.at_level("INFO", logger="kiwi_edit.pipeline"):
+        pipe.prepare_video(clip(8))
     assert "frames 1 to 5 of 8 at 64x64" in caplog.text
 
 
 def test_reference_is_fitted_on_white():
     out = fit_reference(Image.new("RGB", (40, 20), (10, 20, 30)), 64, 64)
-    assert out.shape == (64, 64, 3) and (out[:16] == 255).all() and (out[48:] == 255).all() and (out[16:48] == (10, 20, 30)).all()
+    assert (
+        out.shape == (64, 64, 3)
+        and (out[:16] == 255).all()
+        and (out[48:] == 255).all()
+        and (out[16:48] == (10, 20, 30)).all()
+    )
     assert fit_reference(Image.new("RGB", (5000, 1)), 64, 32).shape == (32, 64, 3)
 
 
@@ -376,20 +585,34 @@ def test_frames_to_latents_and_back(pipe):
     assert decode_latents(pipe.vae, latents).shape == (1, 5, 64, 64, 3)
     two = encode_frames(pipe.vae, np.stack([frames, clip(seed=2)]))
     assert torch.allclose(two[:1], latents, atol=1e-4)
-    with pytest.raises(ValueError, match=r"`frames` has to hold 4k\+1 frames but holds 4"): encode_frames(pipe.vae, clip(4))
-    with pytest.raises(ValueError, match="`frames` has to be"): encode_frames(pipe.vae, clip().astype(np.float32))
+    with pytest.raises(ValueError, match=r"`frames` has to hold 4k\+1 frames but holds 4"):
+        encode_frames(pipe.vae, clip(4))
+    with pytest.raises(ValueError, match="`frames` has to be"):
+        encode_frames(pipe.vae, clip().astype(np.float32))
 
 
 # saving and loading
 
+
 def test_round_trip(pipe, tmp_path):
     expected = edit(pipe, reference=picture())
     pipe.save_pretrained(tmp_path / "model")
-    assert {p.name for p in (tmp_path / "model").iterdir() if p.is_dir()} == {"transformer", "vae", "scheduler", "mllm", "processor", "guidance"}
+    assert {p.name for p in (tmp_path / "model").iterdir() if p.is_dir()} == {
+        "transformer",
+        "vae",
+        "scheduler",
+        "mllm",
+        "processor",
+        "guidance",
+    }
     assert not list((tmp_path / "model").rglob("*.bin")) and not list((tmp_path / "model").rglob("*.py"))
     again = KiwiEditPipeline.from_pretrained(tmp_path / "model")
     again.set_progress_bar_config(disable=True)
-    assert again.config.max_frames == 5 and again.config.default_steps == preset("tiny").num_inference_steps and not again.vae.training
+    assert (
+        again.config.max_frames == 5
+        and again.config.default_steps == preset("tiny").num_inference_steps
+        and not again.vae.training
+    )
     assert torch.allclose(edit(again, reference=picture()), expected, atol=1e-5)
 
 
@@ -397,7 +620,9 @@ def test_half_precision_on_disk(pipe, tmp_path):
     expected = edit(pipe)
     copy.deepcopy(pipe).to(torch.float16).save_pretrained(tmp_path)
     size = sum(f.stat().st_size for f in tmp_path.rglob("*.safetensors"))
-    assert size < 2.2 * sum(p.numel() for part in (pipe.transformer, pipe.vae, pipe.mllm, pipe.guidance) for p in part.parameters())
+    assert size < 2.2 * sum(
+        p.numel() for part in (pipe.transformer, pipe.vae, pipe.mllm, pipe.guidance) for p in part.parameters()
+    )
     again = KiwiEditPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
     assert again.transformer.dtype == again.mllm.dtype == again.guidance.dtype == torch.float32
@@ -411,17 +636,24 @@ def test_bundled_names_and_foreign_layouts(pipe, tmp_path, monkeypatch):
     pipe.save_pretrained(tmp_path / "some-model")
     monkeypatch.setattr(module, "assets_dir", lambda: tmp_path)
     assert module.bundled_models() == ["some-model"] and module.find_checkpoint("some-model") == tmp_path / "some-model"
-    with pytest.raises(FileNotFoundError, match="ships with the kit.* is 'kiwi'; known are: some-model, .*diffusers") as error:
+    with pytest.raises(
+        FileNotFoundError, match="ships with the kit.* is 'kiwi'; known are: some-model, .*diffusers"
+    ) as error:
         KiwiEditPipeline.from_pretrained("kiwi")
     assert "\n" not in str(error.value)
     (tmp_path / "empty/mllm_encoder").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match="model_index.json"): KiwiEditPipeline.from_pretrained(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match="model_index.json"):
+        KiwiEditPipeline.from_pretrained(tmp_path / "empty")
     (tmp_path / "empty/model_index.json").write_text(json.dumps({"mllm_encoder": ["a", "b"]}))
     monkeypatch.setitem(module.LAYOUTS, "mllm_encoder", f"{__name__}:reader")
-    assert KiwiEditPipeline.from_pretrained(tmp_path / "empty", torch_dtype=torch.bfloat16) == (tmp_path / "empty", torch.bfloat16)
+    assert KiwiEditPipeline.from_pretrained(tmp_path / "empty", torch_dtype=torch.bfloat16) == (
+        tmp_path / "empty",
+        torch.bfloat16,
+    )
 
 
-def reader(folder, torch_dtype): return folder, torch_dtype
+def reader(folder, torch_dtype):
+    return folder, torch_dtype
 
 
 def test_hub_ids_that_cannot_be_fetched_are_one_line():
@@ -433,47 +665,72 @@ def test_hub_ids_that_cannot_be_fetched_are_one_line():
 def test_preset_and_tokenizer_have_to_fit():
     small = preset("tiny")
     small.mllm["text_config"]["vocab_size"] = 300
-    with pytest.raises(ValueError, match="at most the 300 tokens of the preset"): KiwiEditPipeline.from_preset(small, make_tokenizer([PROMPT] * 3, 400))
+    with pytest.raises(ValueError, match="at most the 300 tokens of the preset"):
+        KiwiEditPipeline.from_preset(small, make_tokenizer([PROMPT] * 3, 400))
 
 
 # bad input
 
-@pytest.mark.parametrize("change, message", [
-    (dict(prompt="  "), "`prompt` has to say what to edit but is '  '"),
-    (dict(prompt=None), None),
-    (dict(height=60, width=64), "`height` has to be a multiple of 16 but is 60"),
-    (dict(height=64), "`height` and `width` have to be given together"),
-    (dict(num_frames=4), r"`num_frames` has to be 4k\+1 .* but is 4; the nearest are 1 and 5"),
-    (dict(num_inference_steps=0), "`num_inference_steps` has to be at least 1 but is 0"),
-    (dict(sigmas=[1.0, 0.0]), "`sigmas` has to hold noise levels"),
-    (dict(guidance_scale=0.5), "`guidance_scale` has to be at least 1"),
-    (dict(strength=0), "`strength` has to lie above 0 and up to 1 but is 0"),
-    (dict(output_type="gif"), "`output_type` has to be .* but is 'gif'"),
-    (dict(generator=0), "`generator` has to be a torch.Generator but is 0"),
-    (dict(reference=""), "`reference` has to be an image.* but is ''"), (dict(reference=[None]), "`reference` has to be an image.* but is None"), (dict(reference=b"no picture"), "`reference` has to be an image"),
-    (dict(reference=io.BytesIO(b"no picture")), "`reference` has to be an image"), (dict(reference=3), "`reference` has to be an image.* but is 3"),
-    (dict(reference="https://example.com/a.png"), "`reference` has to be a file .* address 'https://example.com/a.png'"), (dict(video="https://example.com/a.mp4"), "`video` has to be a file .* address"),
-    (dict(video=["https://example.com/a.png"]), "`video` has to be a file .* address"), (dict(video=[None]), "`video` has to be an image"), (dict(foo=1), "foo"),
-    (dict(callback_on_step_end_tensor_inputs=["noise"]), "`callback_on_step_end_tensor_inputs` has to be of"),
-    (dict(latents=torch.zeros(1, 32, 5, 4, 4)), r"`latents` has to be \(1, 32, 5, 8, 8\) for this clip but is \(1, 32, 5, 4, 4\)"),
-])
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(prompt="  "), "`prompt` has to say what to edit but is '  '"),
+        (dict(prompt=None), None),
+        (dict(height=60, width=64), "`height` has to be a multiple of 16 but is 60"),
+        (dict(height=64), "`height` and `width` have to be given together"),
+        (dict(num_frames=4), r"`num_frames` has to be 4k\+1 .* but is 4; the nearest are 1 and 5"),
+        (dict(num_inference_steps=0), "`num_inference_steps` has to be at least 1 but is 0"),
+        (dict(sigmas=[1.0, 0.0]), "`sigmas` has to hold noise levels"),
+        (dict(guidance_scale=0.5), "`guidance_scale` has to be at least 1"),
+        (dict(strength=0), "`strength` has to lie above 0 and up to 1 but is 0"),
+        (dict(output_type="gif"), "`output_type` has to be .* but is 'gif'"),
+        (dict(generator=0), "`generator` has to be a torch.Generator but is 0"),
+        (dict(reference=""), "`reference` has to be an image.* but is ''"),
+        (dict(reference=[None]), "`reference` has to be an image.* but is None"),
+        (dict(reference=b"no picture"), "`reference` has to be an image"),
+        (dict(reference=io.BytesIO(b"no picture")), "`reference` has to be an image"),
+        (dict(reference=3), "`reference` has to be an image.* but is 3"),
+        (
+            dict(reference="https://example.com/a.png"),
+            "`reference` has to be a file .* address 'https://example.com/a.png'",
+        ),
+        (dict(video="https://example.com/a.mp4"), "`video` has to be a file .* address"),
+        (dict(video=["https://example.com/a.png"]), "`video` has to be a file .* address"),
+        (dict(video=[None]), "`video` has to be an image"),
+        (dict(foo=1), "foo"),
+        (dict(callback_on_step_end_tensor_inputs=["noise"]), "`callback_on_step_end_tensor_inputs` has to be of"),
+        (
+            dict(latents=torch.zeros(1, 32, 5, 4, 4)),
+            r"`latents` has to be \(1, 32, 5, 8, 8\) for this clip but is \(1, 32, 5, 4, 4\)",
+        ),
+    ],
+)
 def test_wrong_arguments(pipe, change, message):
-    with pytest.raises((ValueError, TypeError), match=message): edit(pipe, **change)
+    with pytest.raises((ValueError, TypeError), match=message):
+        edit(pipe, **change)
 
 
 def test_missing_source_and_instructions_in_other_scripts(pipe):
-    with pytest.raises(ValueError, match="`video` has to be a clip or an image but is None"): pipe(PROMPT)
+    with pytest.raises(ValueError, match="`video` has to be a clip or an image but is None"):
+        pipe(PROMPT)
     assert torch.isfinite(edit(pipe, "把红色的狐狸换成一只猫 🐈", num_inference_steps=1)).all()
 
 
 def test_a_lora_of_two_ranks_is_refused_and_leaves_nothing(pipe):
     layer = pipe.transformer.blocks[0].attn1.to_q
-    weights = {"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.zeros(2, layer.in_features),
-               "transformer.blocks.0.attn1.to_q.lora_B.weight": torch.zeros(layer.out_features, 3)}
-    with pytest.raises(InputError, match="two ranks"): pipe.load_lora_weights(weights)
+    weights = {
+        "transformer.blocks.0.attn1.to_q.lora_A.weight": torch.zeros(2, layer.in_features),
+        "transformer.blocks.0.attn1.to_q.lora_B.weight": torch.zeros(layer.out_features, 3),
+    }
+    with pytest.raises(InputError, match="two ranks"):
+        pipe.load_lora_weights(weights)
     assert pipe.transformer.blocks[0].attn1.to_q is layer
 
 
-@pytest.mark.parametrize("options", [dict(torch_dtype="float8_e4m3fn"), dict(folder="x"), dict(kwargs=1), dict(overrides={})])
+@pytest.mark.parametrize(
+    "options", [dict(torch_dtype="float8_e4m3fn"), dict(folder="x"), dict(kwargs=1), dict(overrides={})]
+)
 def test_what_would_fail_deep_inside_is_refused_at_the_door(options):
-    with pytest.raises((InputError, TypeError), match=f"`{next(iter(options))}`"): KiwiEditPipeline.from_pretrained("kiwi-edit-tiny", **options)
+    with pytest.raises((InputError, TypeError), match=f"`{next(iter(options))}`"):
+        KiwiEditPipeline.from_pretrained("kiwi-edit-tiny", **options)

@@ -1,4 +1,5 @@
 "Loading, parsing, stages and duplicates of the quadruplet pipeline."
+
 import io
 import random
 from dataclasses import replace
@@ -12,67 +13,117 @@ from kiwi_edit.world import World
 
 WORLD = World()
 
+
 def pair(seed, task=None, **changes):
     made = WORLD.sample(seed, task)
-    return Pair(**dict(dict(id=f"{seed:04d}", source=made.source, edited=made.target, instruction=made.instruction), **changes))
+    return Pair(
+        **dict(dict(id=f"{seed:04d}", source=made.source, edited=made.target, instruction=made.instruction), **changes)
+    )
+
 
 def bytes_of(image, format="PNG", **options):
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
 
+
 def run(pairs):
     records = [load_record(p) for p in pairs]
-    for stage in embedded_stages(): records = stage(records)
+    for stage in embedded_stages():
+        records = stage(records)
     return records
 
-@pytest.mark.parametrize("text, task, subject", [
-    ("Replace the orange sweater with a cozy blue winter jacket.", "change", "cozy blue winter jacket"),
-    ("Replace the plant with broad green leaves with a lush tropical palm plant.", "change", "lush tropical palm plant"),
-    ("Add a classic brown fedora hat to the boy's head.", "add", "classic brown fedora hat"),
-    ("Remove the small bird.", "remove", "small bird")])
+
+@pytest.mark.parametrize(
+    "text, task, subject",
+    [
+        ("Replace the orange sweater with a cozy blue winter jacket.", "change", "cozy blue winter jacket"),
+        (
+            "Replace the plant with broad green leaves with a lush tropical palm plant.",
+            "change",
+            "lush tropical palm plant",
+        ),
+        ("Add a classic brown fedora hat to the boy's head.", "add", "classic brown fedora hat"),
+        ("Remove the small bird.", "remove", "small bird"),
+    ],
+)
 def test_parse(text, task, subject):
     found = parse_instruction(text)
     assert (found.task, found.subject) == (task, subject)
+
 
 def test_world_tasks_are_parsed():
     for seed in range(200):
         made = WORLD.sample(seed)
         assert parse_instruction(made.instruction).task == made.task, made.instruction
 
+
 def test_load_failures(tmp_path):
     good = pair(0)
     bad = tmp_path / "bad.mp4"
     bad.write_bytes(b"no video" * 99)
-    cases = {"lengths differ": dict(edited=good.edited[:3]), "sizes differ": dict(edited=good.edited[:, :32]), "unreadable edited": dict(edited=str(bad)),
-             "unreadable source": dict(source=str(tmp_path / "none.mp4")), "unreadable reference": dict(reference=b"rubbish"), "unknown task": dict(task="dance")}
+    cases = {
+        "lengths differ": dict(edited=good.edited[:3]),
+        "sizes differ": dict(edited=good.edited[:, :32]),
+        "unreadable edited": dict(edited=str(bad)),
+        "unreadable source": dict(source=str(tmp_path / "none.mp4")),
+        "unreadable reference": dict(reference=b"rubbish"),
+        "unknown task": dict(task="dance"),
+    }
     for reason, changes in cases.items():
-        record = load_record(pair(0, None, **changes)) if "task" not in changes else load_record(replace(pair(0), **changes))
+        record = (
+            load_record(pair(0, None, **changes)) if "task" not in changes else load_record(replace(pair(0), **changes))
+        )
         assert not record.alive and record.verdicts[0].reason.startswith(reason), record.verdicts
 
-@pytest.mark.parametrize("changes, words", [
-    (dict(reference=bytes_of(Image.new("1", (20000, 20000)))), "unreadable reference: Image size"), # DecompressionBombError
-    (dict(reference=bytes_of(Image.new("RGB", (24, 24), "red"), "AVIF")[:-9]), "unreadable reference: Failed to decode"), # SyntaxError
-    (dict(reference=bytes_of(Image.new("RGB", (24, 24), "red"), "AVIF")[:-40] + bytes(40)), "unreadable reference: Failed to decode"), # RuntimeError
-    (dict(instruction="Add a hat \ud83d."), "unreadable instruction")])
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (
+            dict(reference=bytes_of(Image.new("1", (20000, 20000)))),
+            "unreadable reference: Image size",
+        ),  # DecompressionBombError
+        (
+            dict(reference=bytes_of(Image.new("RGB", (24, 24), "red"), "AVIF")[:-9]),
+            "unreadable reference: Failed to decode",
+        ),  # SyntaxError
+        (
+            dict(reference=bytes_of(Image.new("RGB", (24, 24), "red"), "AVIF")[:-40] + bytes(40)),
+            "unreadable reference: Failed to decode",
+        ),  # RuntimeError
+        (dict(instruction="Add a hat \ud83d."), "unreadable instruction"),
+    ],
+)
 def test_what_only_one_row_has_is_a_verdict_of_that_row(changes, words):
     assert load_record(pair(0, **changes)).verdicts[0].reason.startswith(words)
+
 
 def test_a_clip_without_a_name_is_not_the_folder_one_is_in(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.fromarray(WORLD.sample(0).source[0]).save("holiday.png")
     assert load_record(pair(0, source="")).verdicts[0].reason == "unreadable source: no file is named"
 
+
 def test_a_reference_is_the_same_as_bytes_and_as_a_file(tmp_path):
     clear = np.zeros((20, 30, 4), np.uint8)
     turned = Image.Exif()
     turned[0x0112] = 6
-    for name, data in dict(clear=bytes_of(Image.fromarray(clear)), turned=bytes_of(Image.new("RGB", (30, 20), "red"), exif=turned)).items():
+    for name, data in dict(
+        clear=bytes_of(Image.fromarray(clear)), turned=bytes_of(Image.new("RGB", (30, 20), "red"), exif=turned)
+    ).items():
         (tmp_path / f"{name}.png").write_bytes(data)
         a, b = (load_record(pair(0, reference=r)).authentic_reference for r in (data, str(tmp_path / f"{name}.png")))
-        assert np.array_equal(a, b) and (name != "clear" or a.min() == 255) and (name != "turned" or a.shape == (30, 20, 3))
+        assert (
+            np.array_equal(a, b)
+            and (name != "clear" or a.min() == 255)
+            and (name != "turned" or a.shape == (30, 20, 3))
+        )
 
-def test_no_pictures_have_no_vectors(): assert PixelEmbedder().embed([]).shape == (0, PixelEmbedder().embed([WORLD.sample(0).source[0]]).shape[1])
+
+def test_no_pictures_have_no_vectors():
+    assert PixelEmbedder().embed([]).shape == (0, PixelEmbedder().embed([WORLD.sample(0).source[0]]).shape[1])
+
 
 def test_defects_are_caught():
     for seed in range(4):
@@ -82,14 +133,18 @@ def test_defects_are_caught():
         for edited, reason in ((good.source, "no edit done"), (dark, "broken frames")):
             assert run([pair(seed, "add", edited=edited)])[0].verdicts[-1].reason == reason
 
+
 def test_no_reference_for_removals_and_styles():
-    for record in run([pair(1, "remove"), pair(2, "style")]): assert not record.alive and record.reference is None
+    for record in run([pair(1, "remove"), pair(2, "style")]):
+        assert not record.alive and record.reference is None
+
 
 def test_grounding_agrees_with_the_world():
     seeds = range(12)
     truth = [WORLD.sample(s, "add").mask for s in seeds]
     found = [r.changed for r in run([pair(s, "add") for s in seeds])]
-    assert np.mean([(f & m).sum() / (f | m).sum() for f, m in zip(found, truth) if f is not None]) > .9
+    assert np.mean([(f & m).sum() / (f | m).sum() for f, m in zip(found, truth) if f is not None]) > 0.9
+
 
 def test_duplicates_do_not_depend_on_order():
     pairs = [pair(s, "add") for s in range(6)] + [pair(s, "add", id=f"z{s}") for s in range(3)]
@@ -101,12 +156,17 @@ def test_duplicates_do_not_depend_on_order():
         kept.append({r.pair.id for r in records if r.alive})
     assert kept[0] == kept[1] and kept[0] and not any(k.startswith("z") for k in kept[0])
 
+
 def test_backend_error_drops_one_record():
     class Refuses:
         name = "refuses"
-        def score(self, records): return [BackendError("refused: no")] + [dict(edit=1.)] * (len(records) - 1)
+
+        def score(self, records):
+            return [BackendError("refused: no")] + [dict(edit=1.0)] * (len(records) - 1)
+
     records = ScoreStage(Refuses())([load_record(pair(0)), load_record(pair(1))])
     assert [r.alive for r in records] == [False, True] and records[0].verdicts[-1].reason == "refused: no"
+
 
 def test_inpaint_fills_a_flat_hole():
     image, hole = np.full((60, 80, 3), 120, np.uint8), np.zeros((60, 80), bool)

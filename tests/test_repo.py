@@ -1,4 +1,5 @@
 """What holds the repository together: notebooks, modules, README, kit and wheel say the same."""
+
 import ast
 import importlib.util
 import json
@@ -14,14 +15,33 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-MODULES = sorted(p for p in (ROOT / "kiwi_edit").glob("*.py") if not p.name.startswith("_"))
-TEXT = {".py", ".md", ".ini", ".toml", ".txt", ".json", ".jsonl", ".ipynb", ".yaml", ".yml", ".csv", ".html", ".css", ".js", ""}
-UNWATCHED = {".git", ".venv", "outputs", "data", "runs", "build", "dist", "__pycache__", ".pytest_cache", ".ipynb_checkpoints", ".gradio"}
+TEXT = {
+    ".py",
+    ".md",
+    ".ini",
+    ".toml",
+    ".txt",
+    ".json",
+    ".jsonl",
+    ".ipynb",
+    ".yaml",
+    ".yml",
+    ".csv",
+    ".html",
+    ".css",
+    ".js",
+    "",
+}
+UNWATCHED = {".git", ".venv", "build", "dist", "__pycache__", ".ipynb_checkpoints", ".gradio"}
+UNWATCHED |= {".pytest_cache", ".ruff_cache"}
+LOCAL = {ROOT / "outputs", ROOT / "data", ROOT / "runs"}  # what git ignores at the top
 
 spec = importlib.util.spec_from_file_location("kit_notebooks", ROOT / ".ci" / "notebooks.py")
 kit_notebooks = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(kit_notebooks)
+
+NOTEBOOKS = kit_notebooks.notebooks(ROOT)
+MODULES = sorted(p for p in (ROOT / "kiwi_edit").rglob("*.py") if not p.name.startswith("_"))
 
 
 def load(path):
@@ -44,7 +64,9 @@ def by_name(paths):
 
 
 def test_readme_equals_the_index():
-    assert (ROOT / "README.md").read_text(encoding="utf-8") == kit_notebooks.readme(ROOT / "nbs" / "index.ipynb"), "`./kit export` writes it"
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == kit_notebooks.readme(ROOT / "nbs" / "index.ipynb"), (
+        "`./kit export` writes it"
+    )
 
 
 def test_every_number_of_the_readme_is_measured():
@@ -53,9 +75,12 @@ def test_every_number_of_the_readme_is_measured():
 
 
 def test_the_map_matches_the_notebooks():
-    rows = re.findall(r"^\| \[(\w+)\]\(nbs/(\w+)\.ipynb\) \| (?:`kiwi_edit\.(\w+)`|none) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
-    assert [name for name, _, _ in rows] == [file for _, file, _ in rows] == [p.stem for p in NOTEBOOKS if p.stem != "index"]
-    assert {file: module or None for _, file, module in rows} == {p.stem: kit_notebooks.module_name(p) for p in NOTEBOOKS if p.stem != "index"}
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[(\w+)\]\((nbs/[\w/]+)\.ipynb\) \| (?:`kiwi_edit\.([\w.]+)`|none) \|", text, re.M)
+    wanted = [p for p in NOTEBOOKS if p.stem != "index"]
+    assert [name for name, _, _ in rows] == [p.stem for p in wanted]
+    assert [file for _, file, _ in rows] == [p.relative_to(ROOT).with_suffix("").as_posix() for p in wanted]
+    assert [module or None for _, _, module in rows] == [kit_notebooks.module_name(p) for p in wanted]
 
 
 def test_links_of_the_readme_lead_somewhere():
@@ -66,40 +91,69 @@ def test_links_of_the_readme_lead_somewhere():
 
 
 def test_links_are_turned_towards_the_root():
-    assert kit_notebooks.relink('![a](../assets/a.png) [b](01_video.ipynb#x) <img src="../assets/c.png"> [d](https://e.org/../f)') == (
-        '![a](assets/a.png) [b](nbs/01_video.ipynb#x) <img src="assets/c.png"> [d](https://e.org/../f)'
-    )
+    assert kit_notebooks.relink(
+        '![a](../assets/a.png) [b](library/01_video.ipynb#x) <img src="../assets/c.png"> [d](https://e.org/../f)'
+    ) == ('![a](assets/a.png) [b](nbs/library/01_video.ipynb#x) <img src="assets/c.png"> [d](https://e.org/../f)')
 
 
 # badges
 
+
 def test_badges_open_every_notebook_and_install_the_kit_once(tmp_path):
     from IPython.core.inputtransformer2 import TransformerManager
+
     shutil.copytree(ROOT / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns("llms.txt"))
-    for _ in range(2): kit_notebooks.badges(tmp_path, "somebody/a-copy", "next")
+    for _ in range(2):
+        kit_notebooks.badges(tmp_path, "somebody/a-copy", "next")
     kit_notebooks.badges(tmp_path, "kiwi/kiwi-edit")
     for path in NOTEBOOKS:
-        before, after = load(path), load(tmp_path / "nbs" / path.name)
-        assert source(after["cells"][0]).startswith(source(before["cells"][0]).rstrip()) and after["cells"][2:] == before["cells"][1:]
+        before, after = load(path), load(tmp_path / path.relative_to(ROOT))
+        place = path.relative_to(ROOT).as_posix()
+        assert (
+            source(after["cells"][0]).startswith(source(before["cells"][0]).rstrip())
+            and after["cells"][2:] == before["cells"][1:]
+        )
         links = re.findall(r"\]\((https://(?:colab|kaggle)[^)]*(?:ipynb))\)", source(after["cells"][0]))
-        assert links == [f"https://colab.research.google.com/github/kiwi/kiwi-edit/blob/main/nbs/{path.name}", f"https://kaggle.com/kernels/welcome?src=https://github.com/kiwi/kiwi-edit/blob/main/nbs/{path.name}"]
+        assert links == [
+            f"https://colab.research.google.com/github/kiwi/kiwi-edit/blob/main/{place}",
+            f"https://kaggle.com/kernels/welcome?src=https://github.com/kiwi/kiwi-edit/blob/main/{place}",
+        ]
         install = TransformerManager().transform_cell(source(after["cells"][1]))
         ran = []
-        exec(install, dict(get_ipython=lambda: type("Shell", (), dict(run_line_magic=lambda self, *magic: ran.append(magic)))()))
+        exec(
+            install,
+            dict(get_ipython=lambda: type("Shell", (), dict(run_line_magic=lambda self, *magic: ran.append(magic)))()),
+        )
         assert not ran and "run_line_magic('pip', 'install -q git+https://github.com/kiwi/kiwi-edit@main')" in install
-    assert "Open in Colab" in (tmp_path / "README.md").read_text(encoding="utf-8") and "install0" not in (tmp_path / "README.md").read_text(encoding="utf-8")
-    with pytest.raises(ValueError, match="`repository` has to be OWNER/REPOSITORY but is 'kiwi'"): kit_notebooks.badges(tmp_path, "kiwi")
+    assert "Open in Colab" in (tmp_path / "README.md").read_text(encoding="utf-8") and "install0" not in (
+        tmp_path / "README.md"
+    ).read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="`repository` has to be OWNER/REPOSITORY but is 'kiwi'"):
+        kit_notebooks.badges(tmp_path, "kiwi")
 
 
 # web pages
 
+
 def test_pages_link_to_each_other_and_to_definitions_and_fetch_nothing(tmp_path):
     def notebook(name, *cells):
-        made = [dict(cell_type=kind, id=id, metadata={}, source=text) | (dict(outputs=[], execution_count=None) if kind == "code" else {}) for kind, id, text in cells]
-        (tmp_path / "nbs" / name).write_text(json.dumps(dict(cells=made, metadata={}, nbformat=4, nbformat_minor=5)), encoding="utf-8")
+        made = [
+            dict(cell_type=kind, id=id, metadata={}, source=text)
+            | (dict(outputs=[], execution_count=None) if kind == "code" else {})
+            for kind, id, text in cells
+        ]
+        (tmp_path / "nbs" / name).write_text(
+            json.dumps(dict(cells=made, metadata={}, nbformat=4, nbformat_minor=5)), encoding="utf-8"
+        )
+
     (tmp_path / "nbs").mkdir()
     notebook("index.ipynb", ("markdown", "a0", "# kit\n\nsee [b](01_b.ipynb#x) and `double`, or `nothing`"))
-    notebook("00_a.ipynb", ("code", "a1", "#| default_exp a"), ("code", "a2", '#| export\ndef double(x):\n    "Twice <x>."\n    return 2 * x'), ("code", "a3", "#| hide\nsecret = 1"))
+    notebook(
+        "00_a.ipynb",
+        ("code", "a1", "#| default_exp a"),
+        ("code", "a2", '#| export\ndef double(x):\n    "Twice <x>."\n    return 2 * x'),
+        ("code", "a3", "#| hide\nsecret = 1"),
+    )
     notebook("01_b.ipynb", ("markdown", "b1", "back to [a](00_a.ipynb), `double(2)` and [`double`](00_a.ipynb)"))
     kit_notebooks.site(tmp_path, tmp_path / "out")
     pages = {p.name: p.read_text(encoding="utf-8") for p in (tmp_path / "out").iterdir()}
@@ -109,7 +163,10 @@ def test_pages_link_to_each_other_and_to_definitions_and_fetch_nothing(tmp_path)
             target = pages[link or name]
             assert not anchor or link != "00_a.html" or f'id="{anchor}"' in target, (name, link, anchor)
         assert not re.search(r'<(?:script|link|img)[^>]*(?:src|href)="(?:https?:)?//', page)
-    assert '<a href="00_a.html#a2"><code>double</code></a>' in pages["index.html"] and "<code>nothing</code>" in pages["index.html"]
+    assert (
+        '<a href="00_a.html#a2"><code>double</code></a>' in pages["index.html"]
+        and "<code>nothing</code>" in pages["index.html"]
+    )
     assert "secret" not in pages["00_a.html"] and "Twice &lt;x&gt;." in pages["api.html"]
 
 
@@ -125,7 +182,9 @@ def test_notebook_is_small_clean_and_shows_its_outputs(path):
     outputs = [o for c in code_cells(notebook) for o in c["outputs"]]
     assert outputs, "it has to be saved with its outputs"
     assert not [o for o in outputs if o["output_type"] == "error"]
-    assert not [o for o in outputs if "application/vnd.jupyter.widget-view+json" in o.get("data", {})], "GitHub cannot show saved widgets"
+    assert not [o for o in outputs if "application/vnd.jupyter.widget-view+json" in o.get("data", {})], (
+        "GitHub cannot show saved widgets"
+    )
     assert not [c for c in code_cells(notebook) if c["execution_count"] is not None or c["metadata"].keys() - {"nbdev"}]
 
 
@@ -134,10 +193,18 @@ def test_cells_that_end_in_a_value_show_it(path):
     blank = []
     for cell in code_cells(load(path)):
         text = source(cell)
-        if cell["outputs"] or re.search(r"^#\|\s*(hide|export|eval:?\s*false|notest|slow|gpu)", text, re.M) or text.rstrip().endswith(";"):
+        if (
+            cell["outputs"]
+            or re.search(r"^#\|\s*(hide|export|eval:?\s*false|notest|slow|gpu)", text, re.M)
+            or text.rstrip().endswith(";")
+        ):
             continue
         body = ast.parse(re.sub(r"^[%!].*$", "", text, flags=re.M)).body
-        if body and isinstance(body[-1], ast.Expr) and isinstance(body[-1].value, (ast.Name, ast.Attribute, ast.Subscript)):
+        if (
+            body
+            and isinstance(body[-1], ast.Expr)
+            and isinstance(body[-1].value, (ast.Name, ast.Attribute, ast.Subscript))
+        ):
             blank.append(text)
     assert not blank, "run it again: these cells end in a value and show none"
 
@@ -151,32 +218,49 @@ def test_notebook_opens_with_title_and_summary(path):
 # modules
 
 
-def numbers():
-    return {kit_notebooks.module_name(p): int(p.name[:2]) for p in NOTEBOOKS if p.name[:2].isdigit() and kit_notebooks.module_name(p)}
+def ranks():
+    "The ground comes first, then the lessons in order, then the library."
+    order = [kit_notebooks.module_name(p) for p in NOTEBOOKS]
+    ground = [m for m, p in zip(order, NOTEBOOKS) if m and "." not in m and p.parent.name == "library"]
+    return {m: i for i, m in enumerate(dict.fromkeys([*ground, *filter(None, order)]))}
 
 
-def imported_rooms(tree):
+def imported(tree, package):
+    "Modules of the kit that a module imports, wherever it does so."
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.level == 1 or (node.module or "").split(".")[0] == "kiwi_edit"):
-            inner = (node.module or "") if node.level else (node.module or "").partition(".")[2]
-            yield from [inner.split(".")[0]] if inner else [a.name for a in node.names]
+        if isinstance(node, ast.ImportFrom):
+            inner = (node.module or "").split(".")
+            if node.level:
+                inner = package[: len(package) - node.level + 1] + list(filter(None, inner))
+            elif inner[0] == "kiwi_edit":
+                inner = inner[1:]
+            else:
+                continue
+            names = [".".join([*inner, a.name]) for a in node.names]
+            whole = ".".join(inner)
+            yield from [whole] if whole and whole in ranks() else names
         elif isinstance(node, ast.Import):
-            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("kiwi_edit."))
+            yield from (a.name.partition(".")[2] for a in node.names if a.name.startswith("kiwi_edit."))
 
 
-@pytest.mark.parametrize("path", **by_name(MODULES))
-def test_module_imports_only_lower_rooms(path):
-    number = numbers()
-    rooms = set(imported_rooms(ast.parse(path.read_text(encoding="utf-8"))))
-    assert path.stem in number, "every module comes out of a notebook"
-    assert not {room for room in rooms if room in number and number[room] >= number[path.stem]}
-    assert rooms <= number.keys() | {"__version__"}
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(ROOT / "kiwi_edit").as_posix())
+def test_module_imports_only_what_stands_above_it(path):
+    rank, name = ranks(), path.relative_to(ROOT / "kiwi_edit").with_suffix("").as_posix().replace("/", ".")
+    assert name in rank, "every module comes out of a notebook"
+    found = set(imported(ast.parse(path.read_text(encoding="utf-8")), name.split(".")[:-1]))
+    assert found <= rank.keys() | {"__version__"}
+    if name == "ablations":  # moves into its notebook
+        return
+    assert not {m for m in found if m in rank and rank[m] >= rank[name]}
+    assert "." in name or not {m for m in found if "." in m}, "a lesson imports ground and lessons only"
 
 
 @pytest.mark.parametrize("path", **by_name(MODULES))
 def test_module_has_no_print_and_no_torchvision(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "print"]
+    calls = [
+        n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "print"
+    ]
     assert not calls
     names = [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
     names += [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
@@ -188,8 +272,10 @@ def test_module_has_no_print_and_no_torchvision(path):
 
 def watched_files():
     for folder, folders, files in os.walk(ROOT):
-        folders[:] = [f for f in folders if f not in UNWATCHED and not f.endswith(".egg-info")]
-        yield from (Path(folder) / f for f in files if Path(f).suffix in TEXT)
+        folders[:] = [
+            f for f in folders if f not in UNWATCHED and Path(folder, f) not in LOCAL and not f.endswith(".egg-info")
+        ]
+        yield from (Path(folder) / f for f in files if Path(f).suffix in TEXT and f not in UNWATCHED)
 
 
 def test_no_paths_of_somebodys_machine():
@@ -199,7 +285,12 @@ def test_no_paths_of_somebodys_machine():
     for path in watched_files():
         if path.suffix == ".ipynb":
             cells = load(path)["cells"]
-            shown = [o.get("data", {}).get(kind, "") for c in cells for o in c.get("outputs", []) for kind in ("text/plain", "text/html", "text/markdown")]
+            shown = [
+                o.get("data", {}).get(kind, "")
+                for c in cells
+                for o in c.get("outputs", [])
+                for kind in ("text/plain", "text/html", "text/markdown")
+            ]
             shown += [o.get("text", "") for c in cells for o in c.get("outputs", [])]
             text = "\n".join([source(c) for c in cells] + ["".join(s) for s in shown])
         else:
@@ -223,13 +314,20 @@ def test_bounds_and_constraints():
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
-    lines = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith("#")
+    ]
     pins = {canonicalize_name(Requirement(line).name): line for line in lines}
     assert pins["torch"] == "torch==2.13.0"
     assert "torchvision" not in pins
     assert not [line for line in lines if "+" in line or "://" in line or "==" not in line]
     extras = project()["project"]["optional-dependencies"]
-    wanted = [Requirement(r) for r in project()["project"]["dependencies"] + extras["notebooks"] + extras["demo"] + extras["dev"]]
+    wanted = [
+        Requirement(r)
+        for r in project()["project"]["dependencies"] + extras["notebooks"] + extras["demo"] + extras["dev"]
+    ]
     assert not [r.name for r in wanted if canonicalize_name(r.name) not in pins]
     assert not [str(r) for r in wanted if {s.operator for s in r.specifier} != {">="}]
 
@@ -240,15 +338,34 @@ def test_wheel_carries_the_assets(tmp_path):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(tree)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(tree),
+    ]
     subprocess.run(command, check=True, capture_output=True, text=True)
     wheel = next(tmp_path.glob("*.whl"))
     names = set(zipfile.ZipFile(wheel).namelist())
-    assets = {f"kiwi_edit/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "assets").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
-    modules = {f"kiwi_edit/{p.name}" for p in (ROOT / "kiwi_edit").glob("*.py")}
+    assets = {
+        f"kiwi_edit/{p.relative_to(ROOT).as_posix()}"
+        for p in (ROOT / "assets").rglob("*")
+        if p.is_file() and "__pycache__" not in p.parts
+    }
+    modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "kiwi_edit").rglob("*.py")}
     metadata = {n for n in names if ".dist-info/" in n}
     assert names - metadata == assets | modules
-    assert {"kiwi_edit/assets/kiwi-edit-tiny/model_index.json", "kiwi_edit/assets/samples/clip.mp4", "kiwi_edit/assets/samples/reference.png"} <= names
+    assert {
+        "kiwi_edit/assets/kiwi-edit-tiny/model_index.json",
+        "kiwi_edit/assets/samples/clip.mp4",
+        "kiwi_edit/assets/samples/reference.png",
+    } <= names
     assert wheel.stat().st_size < 100_000_000
 
 
@@ -266,7 +383,9 @@ def kit_in(folder, python=None):
         (tools / "python3").chmod(0o755)
     for name in ("kit", "constraints.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
-    return lambda *arguments: subprocess.run(["sh", str(folder / "kit"), *arguments], env={"PATH": str(tools)}, capture_output=True, text=True, timeout=60)
+    return lambda *arguments: subprocess.run(
+        ["sh", str(folder / "kit"), *arguments], env={"PATH": str(tools)}, capture_output=True, text=True, timeout=60
+    )
 
 
 needs_sh = pytest.mark.skipif(os.name == "nt", reason="the kit is a POSIX shell script")
@@ -341,6 +460,25 @@ def test_what_a_caller_can_mend_is_said_by_a_class():
     "A message that begins with the name of an argument is for people; its class has to say so."
     for path in sorted((ROOT / "kiwi_edit").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not (isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("ValueError", "TypeError", "ImportError") and node.args): continue
+            if not (
+                isinstance(node, ast.Call)
+                and getattr(node.func, "id", "") in ("ValueError", "TypeError", "ImportError")
+                and node.args
+            ):
+                continue
             text = node.args[0].values[0] if isinstance(node.args[0], ast.JoinedStr) else node.args[0]
-            assert not (isinstance(text, ast.Constant) and str(text.value).startswith("`")), f"{path.name}, line {node.lineno}"
+            assert not (isinstance(text, ast.Constant) and str(text.value).startswith("`")), (
+                f"{path.name}, line {node.lineno}"
+            )
+
+
+def test_the_package_keeps_to_its_limits():
+    found = subprocess.run([sys.executable, ROOT / ".ci" / "size.py"], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+def test_notebooks_and_tests_are_formatted():
+    found = subprocess.run(
+        [sys.executable, "-m", "ruff", "format", "--check", "."], cwd=ROOT, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stdout + found.stderr

@@ -1,4 +1,5 @@
 "Video in and out: golden sizes and pixels, both decoders, what can be wrong with a file, and files that appear whole or not at all."
+
 import gc, io, json, os, signal, struct, subprocess, sys, threading, time, weakref
 from dataclasses import replace
 from fractions import Fraction
@@ -23,7 +24,9 @@ READERS = ["pyav"] + (["decord"] if _decord() else [])
 def gradient(count=12, height=48, width=64):
     "Smooth frames whose brightness tells their index and whose corners differ."
     y, x = np.mgrid[:height, :width]
-    return np.stack([np.stack([x * 255 // width, y * 255 // height, np.full_like(x, 10 + 20 * t % 240)], -1) for t in range(count)]).astype(np.uint8)
+    return np.stack(
+        [np.stack([x * 255 // width, y * 255 // height, np.full_like(x, 10 + 20 * t % 240)], -1) for t in range(count)]
+    ).astype(np.uint8)
 
 
 def encode(path, frames, fps=10, codec="libx264", pixels="yuv420p", fmt=None, sound=0.0, **options):
@@ -39,7 +42,7 @@ def encode(path, frames, fps=10, codec="libx264", pixels="yuv420p", fmt=None, so
         out.mux(stream.encode(None))
         if tone:
             samples = (np.sin(np.arange(int(48000 * sound)) / 48000 * 2 * np.pi * 440) * 0.5).astype(np.float32)
-            samples[:len(samples) // 2] = 0
+            samples[: len(samples) // 2] = 0
             frame = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
             frame.sample_rate, frame.pts, frame.time_base = 48000, 0, Fraction(1, 48000)
             out.mux(tone.encode(frame))
@@ -53,7 +56,7 @@ def turn(path, degrees):
     at = data.index(b"tkhd") + 4
     matrix = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[degrees]
     a, b, c, d = (v << 16 for v in matrix)
-    data[at + 40:at + 76] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    data[at + 40 : at + 76] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
     return path
 
@@ -63,42 +66,59 @@ def loudness(path):
     with av.open(str(path)) as container:
         resampler = av.AudioResampler(format="fltp", layout="mono", rate=48000)
         samples = np.concatenate([b.to_ndarray()[0] for f in container.decode(audio=0) for b in resampler.resample(f)])
-    return np.array([np.sqrt((part ** 2).mean()) for part in np.array_split(samples, max(1, len(samples) // 4800))])
+    return np.array([np.sqrt((part**2).mean()) for part in np.array_split(samples, max(1, len(samples) // 4800))])
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory): return tmp_path_factory.mktemp("clips")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("clips")
+
 
 @pytest.fixture(scope="module")
-def plain(folder): return encode(folder / "plain.mp4", gradient(), crf=10)
+def plain(folder):
+    return encode(folder / "plain.mp4", gradient(), crf=10)
+
 
 @pytest.fixture(scope="module")
 def texture(folder):
     "24 frames of 320x240 with detail that moves."
     rng = np.random.default_rng(5)
-    wide = np.asarray(Image.fromarray(rng.integers(0, 255, (30, 60, 3), dtype=np.uint8)).resize((480, 240), Image.BICUBIC))
-    return encode(folder / "texture.mp4", np.stack([wide[:, 5 * t:5 * t + 320] for t in range(24)]), crf=12)
+    wide = np.asarray(
+        Image.fromarray(rng.integers(0, 255, (30, 60, 3), dtype=np.uint8)).resize((480, 240), Image.BICUBIC)
+    )
+    return encode(folder / "texture.mp4", np.stack([wide[:, 5 * t : 5 * t + 320] for t in range(24)]), crf=12)
 
 
 # the official rules
 
+
 @pytest.mark.parametrize("table", ["training_operator", "inference_video_data"])
 def test_golden_sizes(table):
     for row in TABLE[table]:
-        assert fit_size(row["width"], row["height"], row["max_pixels"], 32) == (row["out_width"], row["out_height"]), row
+        assert fit_size(row["width"], row["height"], row["max_pixels"], 32) == (row["out_width"], row["out_height"]), (
+            row
+        )
+
 
 @pytest.mark.parametrize("table,limit", [("training", "num_frames"), ("inference_video_data", "max_frame")])
 def test_golden_frame_counts(table, limit):
-    for row in TABLE["frame_count"][table]: assert usable_frames(row["file_frames"], row[limit]) == row["used"], row
+    for row in TABLE["frame_count"][table]:
+        assert usable_frames(row["file_frames"], row[limit]) == row["used"], row
+
 
 def test_golden_sampling():
-    for count, chosen in TABLE["mllm_frame_sampling"].items(): assert sample_indices(int(count)) == chosen
+    for count, chosen in TABLE["mllm_frame_sampling"].items():
+        assert sample_indices(int(count)) == chosen
 
-@pytest.mark.parametrize("mode,name", [("training", "training_operator_max4096"), ("inference", "inference_video_data_max4096")])
+
+@pytest.mark.parametrize(
+    "mode,name", [("training", "training_operator_max4096"), ("inference", "inference_video_data_max4096")]
+)
 def test_golden_pixels(mode, name):
     source = PIXELS["input"]
     out = resize_frames(source, *fit_size(source.shape[1], source.shape[0], 4096), mode=mode)[0]
-    assert np.abs(out.astype(int) - PIXELS[name]).max() <= 1 # one level where Pillow's version differs
+    assert np.abs(out.astype(int) - PIXELS[name]).max() <= 1  # one level where Pillow's version differs
+
 
 @pytest.mark.parametrize("width,height", [(8, 480), (480, 8), (31, 31), (1, 1), (8, 10000), (10000, 8)])
 def test_narrow_sources_keep_one_multiple(width, height):
@@ -107,40 +127,70 @@ def test_narrow_sources_keep_one_multiple(width, height):
     for mode in ("training", "inference", "stretch"):
         assert resize_frames(np.zeros((1, height, width, 3), np.uint8), w, h, mode).shape == (1, h, w, 3)
 
+
 def test_size_errors():
-    with pytest.raises(ValueError, match="`width` has to be at least 1 but is 0"): fit_size(0, 10, 4096)
-    with pytest.raises(ValueError, match="`max_pixels` .* 1024 but is 100"): fit_size(64, 64, 100)
-    with pytest.raises(ValueError, match="`mode` has to be one of .* 'cover'"): resize_frames(gradient(1), 8, 8, "cover")
+    with pytest.raises(ValueError, match="`width` has to be at least 1 but is 0"):
+        fit_size(0, 10, 4096)
+    with pytest.raises(ValueError, match="`max_pixels` .* 1024 but is 100"):
+        fit_size(64, 64, 100)
+    with pytest.raises(ValueError, match="`mode` has to be one of .* 'cover'"):
+        resize_frames(gradient(1), 8, 8, "cover")
+
 
 @pytest.mark.parametrize("bad", [0, -3, 4, 6, 80])
 def test_frame_count_errors(bad):
-    with pytest.raises(ValueError, match=rf"4k\+1 .* is {bad}; the nearest are"): check_frame_count(bad)
+    with pytest.raises(ValueError, match=rf"4k\+1 .* is {bad}; the nearest are"):
+        check_frame_count(bad)
     assert check_frame_count(81) == 81
+
 
 def test_trim_and_paste_back():
     assert len(trim_to_4k1(list(range(8)))) == 5 and len(trim_to_4k1(Clip(gradient(12)))) == 9
     source = gradient(2, 40, 90)
     same = paste_back(source, resize_frames(source, 80, 80, "inference"))
-    assert np.abs(same.astype(int) - source).mean() < 1 # down the centre up and back: nearly nothing is lost
+    assert np.abs(same.astype(int) - source).mean() < 1  # down the centre up and back: nearly nothing is lost
     edited = paste_back(source, np.zeros((2, 16, 16, 3), np.uint8))
-    assert (edited[:, :, 25:65] == 0).all() and (edited[:, :, :25] == source[:, :, :25]).all() and (edited[:, :, 65:] == source[:, :, 65:]).all()
+    assert (
+        (edited[:, :, 25:65] == 0).all()
+        and (edited[:, :, :25] == source[:, :, :25]).all()
+        and (edited[:, :, 65:] == source[:, :, 65:]).all()
+    )
 
 
 # frames
 
+
 def test_as_frames_forms():
     frames = gradient(3)
-    for form in (frames, frames / 255.0, (frames / 255).astype(np.float32), [Image.fromarray(f) for f in frames], list(frames), Clip(frames)):
+    for form in (
+        frames,
+        frames / 255.0,
+        (frames / 255).astype(np.float32),
+        [Image.fromarray(f) for f in frames],
+        list(frames),
+        Clip(frames),
+    ):
         assert np.array_equal(as_frames(form), frames)
     assert as_frames(frames[0]).shape == (1, 48, 64, 3) and as_frames(frames[..., 0]).shape == (3, 48, 64, 3)
     assert as_frames(frames[..., :1]).shape == (3, 48, 64, 3)
 
-@pytest.mark.parametrize("bad,words", [
-    ([], "at least one frame"), (np.zeros((0, 4, 4, 3), np.uint8), "no empty axis"), (np.zeros((2, 4, 4, 4), np.uint8), r"\(2, 4, 4, 4\)"),
-    (np.full((1, 4, 4, 3), 7.0), r"span \[7, 7\]"), (np.full((1, 4, 4, 3), np.nan), "nan"), (np.zeros((1, 4, 4, 3), np.int64), "int64"),
-    ([np.zeros((4, 4, 3), np.uint8), np.zeros((4, 5, 3), np.uint8)], "share one shape")])
+
+@pytest.mark.parametrize(
+    "bad,words",
+    [
+        ([], "at least one frame"),
+        (np.zeros((0, 4, 4, 3), np.uint8), "no empty axis"),
+        (np.zeros((2, 4, 4, 4), np.uint8), r"\(2, 4, 4, 4\)"),
+        (np.full((1, 4, 4, 3), 7.0), r"span \[7, 7\]"),
+        (np.full((1, 4, 4, 3), np.nan), "nan"),
+        (np.zeros((1, 4, 4, 3), np.int64), "int64"),
+        ([np.zeros((4, 4, 3), np.uint8), np.zeros((4, 5, 3), np.uint8)], "share one shape"),
+    ],
+)
 def test_as_frames_errors(bad, words):
-    with pytest.raises(VideoError, match=words): as_frames(bad)
+    with pytest.raises(VideoError, match=words):
+        as_frames(bad)
+
 
 def test_clip_slices_know_their_seconds():
     clip = Clip(gradient(12), fps=4, start=10.0)
@@ -149,8 +199,11 @@ def test_clip_slices_know_their_seconds():
     assert (part.start, part.end, part.fps) == (11.0, 12.0, 4) and np.array_equal(part.frames, clip.frames[4:8])
     assert clip[::3].fps == pytest.approx(4 / 3) and clip[::3].end == 13.0
     assert np.array_equal(np.asarray(clip[-1]), clip.frames[-1])
-    with pytest.raises(IndexError): clip[5:5]
-    with pytest.raises(VideoError, match="`fps`"): Clip(gradient(1), fps=0)
+    with pytest.raises(IndexError):
+        clip[5:5]
+    with pytest.raises(VideoError, match="`fps`"):
+        Clip(gradient(1), fps=0)
+
 
 @pytest.mark.parametrize("shape", [(5, 64, 64), (1, 8, 300), (40, 180, 320)])
 def test_clip_shows_itself(shape):
@@ -164,38 +217,50 @@ def test_clip_shows_itself(shape):
 
 # images
 
+
 def test_read_image_modes(tmp_path):
     rng = np.random.default_rng(0)
     rgb = Image.fromarray(rng.integers(0, 255, (6, 10, 3), dtype=np.uint8))
     clear = rgb.convert("RGBA")
     clear.putalpha(0)
     clear.save(tmp_path / "clear.png")
-    assert (np.asarray(read_image(tmp_path / "clear.png")) == 255).all() # transparency shows white
+    assert (np.asarray(read_image(tmp_path / "clear.png")) == 255).all()  # transparency shows white
     rgb.quantize(8).save(tmp_path / "palette.png")
     rgb.quantize(8).save(tmp_path / "seethrough.png", transparency=bytes([0] * 8))
-    assert read_image(tmp_path / "palette.png").mode == "RGB" and (np.asarray(read_image(tmp_path / "seethrough.png")) == 255).all()
+    assert (
+        read_image(tmp_path / "palette.png").mode == "RGB"
+        and (np.asarray(read_image(tmp_path / "seethrough.png")) == 255).all()
+    )
     gray = rng.integers(0, 255, (6, 10), dtype=np.uint8)
     Image.fromarray(gray).save(tmp_path / "gray.png")
     Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "gray16.png")
-    for name in ("gray.png", "gray16.png"): assert np.array_equal(np.asarray(read_image(tmp_path / name)), np.repeat(gray[..., None], 3, -1))
+    for name in ("gray.png", "gray16.png"):
+        assert np.array_equal(np.asarray(read_image(tmp_path / name)), np.repeat(gray[..., None], 3, -1))
     rgb.convert("CMYK").save(tmp_path / "cmyk.jpg")
     Image.fromarray(gray > 100).save(tmp_path / "bits.png")
-    for name in ("cmyk.jpg", "bits.png"): assert read_image(tmp_path / name).mode == "RGB"
+    for name in ("cmyk.jpg", "bits.png"):
+        assert read_image(tmp_path / name).mode == "RGB"
+
 
 @pytest.mark.parametrize("level", [100, 255, 256, 2000])
 def test_sixteen_bits_that_are_dark_stay_dark(tmp_path, level):
     Image.fromarray(np.full((4, 4), level, np.uint16)).save(tmp_path / "dark.png")
     assert (np.asarray(read_image(tmp_path / "dark.png")) == round(level / 257)).all()
 
+
 @pytest.mark.parametrize("width", [4, 10])
 def test_read_image_arrays(width):
     rgba = np.random.default_rng(0).integers(0, 256, (6, width, 4), dtype=np.uint8)
     expected = np.asarray(flatten_image(Image.fromarray(rgba)))
-    for form in (rgba, rgba / 255, (rgba / 255).astype(np.float32), np.asfortranarray(rgba)): assert np.array_equal(np.asarray(read_image(form)), expected)
+    for form in (rgba, rgba / 255, (rgba / 255).astype(np.float32), np.asfortranarray(rgba)):
+        assert np.array_equal(np.asarray(read_image(form)), expected)
     gray = np.repeat(rgba[..., :1], 3, -1)
-    for form in (rgba[..., 0], rgba[..., :1], gray, gray / 255): assert np.array_equal(np.asarray(read_image(form)), gray)
+    for form in (rgba[..., 0], rgba[..., :1], gray, gray / 255):
+        assert np.array_equal(np.asarray(read_image(form)), gray)
     for form in (rgba, rgba[None], [rgba, rgba]):
-        with pytest.raises(VideoError, match="without transparency, which `read_image` lays on white, but are .*4\\)"): as_frames(form)
+        with pytest.raises(VideoError, match="without transparency, which `read_image` lays on white, but are .*4\\)"):
+            as_frames(form)
+
 
 @pytest.mark.parametrize("tag,turns", [(3, 2), (6, 3), (8, 1)])
 def test_exif_rotation(tmp_path, tag, turns):
@@ -205,24 +270,33 @@ def test_exif_rotation(tmp_path, tag, turns):
     Image.fromarray(frame).save(tmp_path / "phone.png", exif=exif)
     assert np.array_equal(np.asarray(read_image(tmp_path / "phone.png")), np.rot90(frame, turns))
     clip, info = read_video(tmp_path / "phone.png"), video_info(tmp_path / "phone.png")
-    assert np.array_equal(clip.frames[0], np.rot90(frame, turns)) and (info.width, info.height) == (clip.width, clip.height)
+    assert np.array_equal(clip.frames[0], np.rot90(frame, turns)) and (info.width, info.height) == (
+        clip.width,
+        clip.height,
+    )
+
 
 def test_read_image_errors(tmp_path):
     (tmp_path / "text.png").write_text("text")
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:3000])
-    with pytest.raises(FileNotFoundError, match="does not exist"): read_image(tmp_path / "none.png")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        read_image(tmp_path / "none.png")
     for bad, words in (("text.png", "is none"), ("cut.png", "complete image"), ("", "is a folder")):
-        with pytest.raises(VideoError, match=words) as error: read_image(tmp_path / bad)
+        with pytest.raises(VideoError, match=words) as error:
+            read_image(tmp_path / bad)
         assert "\n" not in str(error.value)
+
 
 def test_huge_image_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     Image.fromarray(gradient(1)[0]).save(tmp_path / "bomb.png")
-    with pytest.raises(VideoError, match="`path`"): read_image(tmp_path / "bomb.png")
+    with pytest.raises(VideoError, match="`path`"):
+        read_image(tmp_path / "bomb.png")
 
 
 # reading
+
 
 @pytest.mark.parametrize("decoder", READERS)
 def test_read_all_and_some(plain, decoder):
@@ -230,13 +304,19 @@ def test_read_all_and_some(plain, decoder):
     assert clip.frames.shape == (12, 48, 64, 3) and clip.fps == 10 and clip.path == plain
     assert np.abs(clip.frames.astype(int) - gradient()).mean() < 4
     part = read_video(plain, num_frames=3, start=2, stride=4, decoder=decoder)
-    assert np.array_equal(part.frames, clip.frames[[2, 6, 10]]) and part.fps == pytest.approx(2.5) and part.start == pytest.approx(0.2)
+    assert (
+        np.array_equal(part.frames, clip.frames[[2, 6, 10]])
+        and part.fps == pytest.approx(2.5)
+        and part.start == pytest.approx(0.2)
+    )
     assert np.array_equal(read_video(plain, indices=[0, 11], decoder=decoder).frames, clip.frames[[0, 11]])
     assert np.array_equal(read_video(plain, size=(32, 32), decoder=decoder).frames, resize_frames(clip.frames, 32, 32))
+
 
 @pytest.mark.skipif(len(READERS) < 2, reason="decord is not installed")
 def test_decoders_agree(plain):
     assert np.array_equal(read_video(plain, decoder="decord").frames, read_video(plain, decoder="pyav").frames)
+
 
 @pytest.mark.parametrize("decoder", READERS)
 @pytest.mark.parametrize("degrees,turns", [(90, 3), (180, 2), (270, 1)])
@@ -250,15 +330,25 @@ def test_rotation_metadata(folder, plain, decoder, degrees, turns):
     assert np.array_equal(clip.frames, expected)
     assert info.rotation == turns * 90 and info.decoder == ("decord" if "decord" in READERS else "pyav")
 
-def shown(clip): return [int(f[..., 2].mean().round()) for f in clip.frames]
 
-@pytest.mark.parametrize("name,options", [
-    ("bframes.mp4", dict(bf=3, g=8)), ("opengop.mp4", {"x264-params": "open-gop=1:keyint=8:bframes=3:scenecut=0"}),
-    ("bframes.mkv", dict(bf=3, g=8)), ("bframes.avi", dict(bf=3, g=8)), ("stream.ts", dict(bf=2, g=8))])
+def shown(clip):
+    return [int(f[..., 2].mean().round()) for f in clip.frames]
+
+
+@pytest.mark.parametrize(
+    "name,options",
+    [
+        ("bframes.mp4", dict(bf=3, g=8)),
+        ("opengop.mp4", {"x264-params": "open-gop=1:keyint=8:bframes=3:scenecut=0"}),
+        ("bframes.mkv", dict(bf=3, g=8)),
+        ("bframes.avi", dict(bf=3, g=8)),
+        ("stream.ts", dict(bf=2, g=8)),
+    ],
+)
 def test_any_index_is_the_right_frame(folder, name, options):
     frames = gradient(60)
     frames[..., 2] = (np.arange(60) * 4)[:, None, None]
-    frames[..., :2] = 128 # a gray level a frame, and nothing else: an index that is off by one shows
+    frames[..., :2] = 128  # a gray level a frame, and nothing else: an index that is off by one shows
     path = encode(folder / name, frames, crf=4, **options)
     everything = read_video(path, decoder="pyav")
     assert len(everything) == 60 and np.abs(np.diff(shown(everything)) - 4).max() <= 2
@@ -266,26 +356,45 @@ def test_any_index_is_the_right_frame(folder, name, options):
         assert np.array_equal(read_video(path, indices=chosen).frames, everything.frames[chosen]), (name, chosen)
     assert video_info(path).fps == pytest.approx(10)
 
+
 def test_seeking_decodes_little(folder, monkeypatch):
     path = encode(folder / "keys.mp4", gradient(100), g=10, bf=0)
     decoded = []
     original = video._decode
+
     def counted(*args):
-        for frame in original(*args): decoded.append(1); yield frame
+        for frame in original(*args):
+            decoded.append(1)
+            yield frame
+
     monkeypatch.setattr(video, "_decode", counted)
     assert np.array_equal(read_video(path, indices=[5, 95], decoder="pyav").frames.shape, (2, 48, 64, 3))
     assert len(decoded) < 30
 
-@pytest.mark.parametrize("codec,pixels,suffix", [("libx264", "yuv420p10le", "mp4"), ("libx265", "yuv420p10le", "mp4"), ("libvpx-vp9", "yuv420p", "webm"),
-                                                ("ffv1", "bgr0", "mkv"), ("mjpeg", "yuvj420p", "avi"), ("libx264", "gray", "mp4"), ("libx264", "yuv444p", "mp4")])
+
+@pytest.mark.parametrize(
+    "codec,pixels,suffix",
+    [
+        ("libx264", "yuv420p10le", "mp4"),
+        ("libx265", "yuv420p10le", "mp4"),
+        ("libvpx-vp9", "yuv420p", "webm"),
+        ("ffv1", "bgr0", "mkv"),
+        ("mjpeg", "yuvj420p", "avi"),
+        ("libx264", "gray", "mp4"),
+        ("libx264", "yuv444p", "mp4"),
+    ],
+)
 def test_formats(folder, codec, pixels, suffix):
-    if codec not in av.codecs_available: pytest.skip(f"{codec} is not in this build of FFmpeg")
+    if codec not in av.codecs_available:
+        pytest.skip(f"{codec} is not in this build of FFmpeg")
     path = encode(folder / f"{codec}-{pixels}.{suffix}", gradient(), codec=codec, pixels=pixels)
     info, clip = video_info(path), read_video(path)
     assert clip.frames.shape == (12, 48, 64, 3) and info.frames == 12 and clip.fps == pytest.approx(10, rel=0.02)
-    if "10le" in pixels: assert info.decoder == "pyav"
+    if "10le" in pixels:
+        assert info.decoder == "pyav"
     expected = gradient() if pixels != "gray" else np.repeat((gradient() @ [0.299, 0.587, 0.114])[..., None], 3, -1)
     assert np.abs(clip.frames.astype(int) - expected).mean() < 8
+
 
 @pytest.mark.parametrize("height,width", [(48, 8), (8, 8), (97, 161), (2160, 3840)])
 def test_sizes(folder, height, width):
@@ -293,72 +402,98 @@ def test_sizes(folder, height, width):
     assert read_video(path).frames.shape == (2, height, width, 3)
     assert read_video(path, num_frames=1, size=(32, 16)).frames.shape == (1, 16, 32, 3)
 
+
 def test_one_frame(folder):
     clip = read_video(encode(folder / "one.mp4", gradient(1)), num_frames=5)
     assert len(clip) == 1 and clip.end > clip.start
+
 
 def test_truncated(folder):
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 255, (20, 48, 64, 3), dtype=np.uint8)
     whole = write_video(folder / "whole.mp4", frames, 10)
     data = whole.read_bytes()
-    (folder / "cut.mp4").write_bytes(data[:len(data) * 2 // 3])
+    (folder / "cut.mp4").write_bytes(data[: len(data) * 2 // 3])
     clip = read_video(folder / "cut.mp4")
     assert 5 <= len(clip) < 20 and np.array_equal(clip.frames[:5], read_video(whole).frames[:5])
-    assert video_info(folder / "cut.mp4").frames < 20 # what is there, not what the header promises
-    with pytest.raises(ValueError, match="`indices` have to ascend"): read_video(folder / "cut.mp4", indices=[0, 19])
-    late = encode(folder / "late.mp4", frames) # the index comes last and is lost
+    assert video_info(folder / "cut.mp4").frames < 20  # what is there, not what the header promises
+    with pytest.raises(ValueError, match="`indices` have to ascend"):
+        read_video(folder / "cut.mp4", indices=[0, 19])
+    late = encode(folder / "late.mp4", frames)  # the index comes last and is lost
     late.write_bytes(late.read_bytes()[:3000])
-    with pytest.raises(VideoError, match="late.mp4"): read_video(late)
+    with pytest.raises(VideoError, match="late.mp4"):
+        read_video(late)
+
 
 def test_damaged_middle(folder):
-    path = encode(folder / "damaged.mp4", np.random.default_rng(0).integers(0, 255, (40, 48, 64, 3), dtype=np.uint8), g=5)
+    path = encode(
+        folder / "damaged.mp4", np.random.default_rng(0).integers(0, 255, (40, 48, 64, 3), dtype=np.uint8), g=5
+    )
     data = bytearray(path.read_bytes())
-    data[len(data) // 3:len(data) // 3 + 4000] = np.random.default_rng(1).bytes(4000)
+    data[len(data) // 3 : len(data) // 3 + 4000] = np.random.default_rng(1).bytes(4000)
     path.write_bytes(data)
     clip = read_video(path)
     assert 20 <= len(clip) <= 40
+
 
 def test_gif_and_folder(tmp_path):
     frames = gradient(12)
     images = [Image.fromarray(f) for f in frames]
     images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:], duration=100)
     clip = read_video(tmp_path / "a.gif", num_frames=5, start=2)
-    assert clip.frames.shape == (5, 48, 64, 3) and clip.fps == 10 and np.abs(clip.frames.astype(int) - frames[2:7]).mean() < 12
+    assert (
+        clip.frames.shape == (5, 48, 64, 3)
+        and clip.fps == 10
+        and np.abs(clip.frames.astype(int) - frames[2:7]).mean() < 12
+    )
     (tmp_path / "shots").mkdir()
-    for i, image in enumerate(images): image.save(tmp_path / f"shots/shot{i}.png")
+    for i, image in enumerate(images):
+        image.save(tmp_path / f"shots/shot{i}.png")
     (tmp_path / "shots/notes.txt").write_text("not an image")
-    assert np.array_equal(read_video(tmp_path / "shots").frames, frames) # 2 comes before 10
+    assert np.array_equal(read_video(tmp_path / "shots").frames, frames)  # 2 comes before 10
     Image.fromarray(frames[0, :, :32]).save(tmp_path / "shots/shot99.png")
-    with pytest.raises(VideoError, match="one size .* 64x48 and, at frame 12, 32x48"): read_video(tmp_path / "shots")
+    with pytest.raises(VideoError, match="one size .* 64x48 and, at frame 12, 32x48"):
+        read_video(tmp_path / "shots")
     assert read_video(tmp_path / "shots", size=(32, 48)).frames.shape == (13, 48, 32, 3)
+
 
 @pytest.mark.parametrize("kind", [kind for kind in ("gif", "png", "webp", "avif") if kind.upper() in IMAGE_FORMATS])
 def test_rate_of_animations(tmp_path, kind):
     images = [Image.fromarray(f) for f in gradient(6)]
     images[0].save(tmp_path / f"a.{kind}", save_all=True, append_images=images[1:], duration=40)
     info, clip = video_info(tmp_path / f"a.{kind}"), read_video(tmp_path / f"a.{kind}")
-    assert info.frames == 6 and info.fps == clip.fps == pytest.approx(25) and np.abs(clip.frames.astype(int) - gradient(6)).mean() < 12
+    assert (
+        info.frames == 6
+        and info.fps == clip.fps == pytest.approx(25)
+        and np.abs(clip.frames.astype(int) - gradient(6)).mean() < 12
+    )
+
 
 def test_names_that_look_like_addresses(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("take:3").mkdir()
     for name in ("take2:final.mp4", "take:3/a.mp4"):
         write_video(name, gradient(5), 10)
-        assert len(read_video(name)) == video_info(name).frames == 5 and [len(read_video(name, decoder=decoder)) for decoder in READERS] == [5] * len(READERS)
+        assert len(read_video(name)) == video_info(name).frames == 5 and [
+            len(read_video(name, decoder=decoder)) for decoder in READERS
+        ] == [5] * len(READERS)
+
 
 def test_bad_files(tmp_path, capfd):
     (tmp_path / "text.mp4").write_text("this is text\n" * 50)
-    (tmp_path / "text.txt").write_text("this is text\n" * 50) # FFmpeg would draw it
+    (tmp_path / "text.txt").write_text("this is text\n" * 50)  # FFmpeg would draw it
     (tmp_path / "list.mp4").write_text("#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n")
     (tmp_path / "empty.mp4").write_bytes(b"")
     (tmp_path / "nothing").mkdir()
     for name in ("text.mp4", "text.txt", "list.mp4", "empty.mp4", "nothing"):
         for call in (read_video, video_info):
-            with pytest.raises(VideoError, match=name.replace(".", r"\.")) as error: call(tmp_path / name)
+            with pytest.raises(VideoError, match=name.replace(".", r"\.")) as error:
+                call(tmp_path / name)
             assert "\n" not in str(error.value) and "`path`" in str(error.value)
-    with pytest.raises(FileNotFoundError, match="does not exist"): read_video(tmp_path / "none.mp4")
-    assert capfd.readouterr().err == "" # neither decoder chatters
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        read_video(tmp_path / "none.mp4")
+    assert capfd.readouterr().err == ""  # neither decoder chatters
+
 
 def test_sound_without_pictures(tmp_path):
     path = encode(tmp_path / "a.mp4", gradient(2), sound=0.5)
@@ -368,59 +503,108 @@ def test_sound_without_pictures(tmp_path):
             if packet.dts is not None:
                 packet.stream = stream
                 out.mux(packet)
-    with pytest.raises(VideoError, match="no video stream"): read_video(tmp_path / "sound.mp4")
+    with pytest.raises(VideoError, match="no video stream"):
+        read_video(tmp_path / "sound.mp4")
 
-@pytest.mark.parametrize("options,words", [
-    (dict(num_frames=0), "`num_frames` has to be at least 1 but is 0"), (dict(start=-1), "`start`"), (dict(stride=0), "`stride`"),
-    (dict(start=12), "`start` has to be below the 12 frames .* but is 12"), (dict(indices=[]), "`indices` have to hold"),
-    (dict(indices=[3, 2]), r"`indices` have to ascend .* \[3, 2\]"), (dict(indices=[12]), "at most 11"), (dict(decoder="cv2"), "`decoder`"),
-    (dict(size=(8, 8), mode="tile"), "`mode`"), (dict(size=(0, 8)), "`width` and `height`"), (dict(fast=True), "`size` has to be given"),
-    (dict(size=(8, 8), fast=True, decoder="decord"), "`decoder` has to be 'auto' or 'pyav'")])
+
+@pytest.mark.parametrize(
+    "options,words",
+    [
+        (dict(num_frames=0), "`num_frames` has to be at least 1 but is 0"),
+        (dict(start=-1), "`start`"),
+        (dict(stride=0), "`stride`"),
+        (dict(start=12), "`start` has to be below the 12 frames .* but is 12"),
+        (dict(indices=[]), "`indices` have to hold"),
+        (dict(indices=[3, 2]), r"`indices` have to ascend .* \[3, 2\]"),
+        (dict(indices=[12]), "at most 11"),
+        (dict(decoder="cv2"), "`decoder`"),
+        (dict(size=(8, 8), mode="tile"), "`mode`"),
+        (dict(size=(0, 8)), "`width` and `height`"),
+        (dict(fast=True), "`size` has to be given"),
+        (dict(size=(8, 8), fast=True, decoder="decord"), "`decoder` has to be 'auto' or 'pyav'"),
+    ],
+)
 def test_argument_errors(plain, options, words):
-    with pytest.raises(ValueError, match=words): read_video(plain, **options)
+    with pytest.raises(ValueError, match=words):
+        read_video(plain, **options)
+
 
 def test_memory_is_bounded(plain, monkeypatch):
     monkeypatch.setattr(video, "MAX_CLIP_BYTES", 64 * 48 * 3 * 6)
-    with pytest.raises(VideoError, match="12 frames of 64x48"): read_video(plain)
+    with pytest.raises(VideoError, match="12 frames of 64x48"):
+        read_video(plain)
     assert len(read_video(plain, num_frames=6)) == 6 and len(read_video(plain, size=(16, 16))) == 12
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory as Linux counts it")
 def test_long_video_peak_memory(folder):
-    path = encode(folder / "long.mp4", np.repeat(gradient(2, 1080, 1920), 60, 0), fps=30, preset="ultrafast", tune="zerolatency")
-    code = ("import resource, sys; from kiwi_edit.video import *; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-            "clip = read_video(sys.argv[1], indices=sample_indices(120, 8), size=(64, 32)); assert len(clip) == 8\n"
-            "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)")
+    path = encode(
+        folder / "long.mp4", np.repeat(gradient(2, 1080, 1920), 60, 0), fps=30, preset="ultrafast", tune="zerolatency"
+    )
+    code = (
+        "import resource, sys; from kiwi_edit.video import *; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "clip = read_video(sys.argv[1], indices=sample_indices(120, 8), size=(64, 32)); assert len(clip) == 8\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
+    )
     root = str(Path(video.__file__).parents[1])
-    out = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": root})
-    assert int(out.stdout) < 250 # all 120 frames would take 746 MB
+    out = subprocess.run(
+        [sys.executable, "-c", code, str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": root},
+    )
+    assert int(out.stdout) < 250  # all 120 frames would take 746 MB
 
 
 # what a player shows
 
 CASES = Path(__file__).parent / "cases"
-COLOURS = dict(red=(255, 0, 0), lime=(0, 255, 0), blue=(0, 0, 255), yellow=(255, 255, 0), white=(255, 255, 255), gray=(128, 128, 128))
+COLOURS = dict(
+    red=(255, 0, 0),
+    lime=(0, 255, 0),
+    blue=(0, 0, 255),
+    yellow=(255, 255, 0),
+    white=(255, 255, 255),
+    gray=(128, 128, 128),
+)
 
-def colour(pixel): return min(COLOURS, key=lambda name: np.abs(np.subtract(COLOURS[name], pixel)).sum())
 
-def corners(frame): return " ".join(colour(frame[y, x]) for y, x in ((8, 8), (8, -8), (-8, 8), (-8, -8)))
+def colour(pixel):
+    return min(COLOURS, key=lambda name: np.abs(np.subtract(COLOURS[name], pixel)).sum())
+
+
+def corners(frame):
+    return " ".join(colour(frame[y, x]) for y, x in ((8, 8), (8, -8), (-8, 8), (-8, -8)))
+
 
 def four_corners(count=6, width=128, height=96):
     frame = np.full((height, width, 3), 128, np.uint8)
-    for rows, columns, name in ((slice(24), slice(32), "red"), (slice(24), slice(-32, None), "lime"), (slice(-24, None), slice(32), "blue"), (slice(-24, None), slice(-32, None), "yellow")):
+    for rows, columns, name in (
+        (slice(24), slice(32), "red"),
+        (slice(24), slice(-32, None), "lime"),
+        (slice(-24, None), slice(32), "blue"),
+        (slice(-24, None), slice(-32, None), "yellow"),
+    ):
         frame[rows, columns] = COLOURS[name]
     return np.repeat(frame[None], count, axis=0)
+
 
 def frames_of(path):
     "All frames, after a look whether every way of reading gives them."
     frames, info = read_video(path).frames, video_info(path)
     assert frames.shape[:3] == (info.frames, info.height, info.width)
-    for decoder in READERS: assert np.array_equal(read_video(path, decoder=decoder).frames, frames), decoder
+    for decoder in READERS:
+        assert np.array_equal(read_video(path, decoder=decoder).frames, frames), decoder
     assert np.array_equal(np.concatenate([part.frames for part in stream_video(path, chunk=5)]), frames)
     some = sorted({len(frames) // 2, len(frames) - 1})
     assert np.array_equal(read_video(path, indices=some).frames, frames[some])
-    exact, fast = (read_video(path, size=(32, 24), mode="stretch", fast=fast).frames.astype(int) for fast in (False, True))
+    exact, fast = (
+        read_video(path, size=(32, 24), mode="stretch", fast=fast).frames.astype(int) for fast in (False, True)
+    )
     assert np.array_equal(exact, resize_frames(frames, 32, 24, "stretch")) and np.abs(fast - exact).mean() < 6
     return frames
+
 
 def first_sound(path):
     "(second of the first sound, its pitch in Hz)."
@@ -429,22 +613,38 @@ def first_sound(path):
         samples = np.concatenate([b.to_ndarray()[0] for f in container.decode(audio=0) for b in resampler.resample(f)])
     return np.argmax(np.abs(samples) > 0.1) / 48000, np.abs(np.fft.rfft(samples)).argmax() * 48000 / len(samples)
 
-@pytest.mark.parametrize("matrix", [(1, 0, 0, 1), (-1, 0, 0, 1), (1, 0, 0, -1), (-1, 0, 0, -1), (0, 1, -1, 0), (0, -1, 1, 0), (0, 1, 1, 0), (0, -1, -1, 0)])
+
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        (1, 0, 0, 1),
+        (-1, 0, 0, 1),
+        (1, 0, 0, -1),
+        (-1, 0, 0, -1),
+        (0, 1, -1, 0),
+        (0, -1, 1, 0),
+        (0, 1, 1, 0),
+        (0, -1, -1, 0),
+    ],
+)
 def test_all_display_matrices(folder, plain, matrix):
     data, shown = bytearray(plain.read_bytes()), read_video(plain).frames[3]
     a, b, c, d = matrix
     at = data.index(b"tkhd") + 4
-    data[at + 40:at + 76] = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+    data[at + 40 : at + 76] = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
     path = folder / "matrix.mp4"
     path.write_bytes(data)
     y, x = np.mgrid[:48, :64]
-    columns, rows = a * x + c * y, b * x + d * y # where the matrix says that each pixel goes
+    columns, rows = a * x + c * y, b * x + d * y  # where the matrix says that each pixel goes
     columns, rows = columns - columns.min(), rows - rows.min()
     expected = np.empty((rows.max() + 1, columns.max() + 1, 3), np.uint8)
     expected[rows, columns] = shown
     assert np.array_equal(frames_of(path)[3], expected)
 
-def test_a_mirrored_clip(): assert corners(frames_of(CASES / "hflip.mp4")[3]) == "lime red yellow blue"
+
+def test_a_mirrored_clip():
+    assert corners(frames_of(CASES / "hflip.mp4")[3]) == "lime red yellow blue"
+
 
 def test_square_pixels_come_out(folder):
     frames = frames_of(CASES / "sar43.mp4")
@@ -452,16 +652,25 @@ def test_square_pixels_come_out(folder):
     for ratio, size in ((Fraction(3, 4), (128, 128)), (Fraction(16, 9), (96, 228)), (Fraction(1440, 1439), (96, 128))):
         with av.open(str(folder / "ratio.mkv"), "w") as out:
             stream = out.add_stream("libx264", rate=10)
-            stream.width, stream.height, stream.pix_fmt, stream.codec_context.sample_aspect_ratio = 128, 96, "yuv420p", ratio
-            for frame in four_corners(3): out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            stream.width, stream.height, stream.pix_fmt, stream.codec_context.sample_aspect_ratio = (
+                128,
+                96,
+                "yuv420p",
+                ratio,
+            )
+            for frame in four_corners(3):
+                out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             out.mux(stream.encode(None))
         frames = frames_of(folder / "ratio.mkv")
         assert frames.shape[1:3] == size and corners(frames[1]) == "red lime blue yellow", ratio
 
+
 @pytest.mark.parametrize("name,rate", [("f23976.mkv", Fraction(24000, 1001)), ("f60.mkv", Fraction(60))])
 def test_rates_are_the_containers(tmp_path, name, rate):
     frames_of(CASES / name)
-    with av.open(str(write_video(tmp_path / "out.mp4", read_video(CASES / name)))) as container: assert container.streams.video[0].average_rate == rate
+    with av.open(str(write_video(tmp_path / "out.mp4", read_video(CASES / name)))) as container:
+        assert container.streams.video[0].average_rate == rate
+
 
 @pytest.mark.parametrize("rate", ["30000/1001", "60000/1001", "15/2", "25", "240"])
 def test_rates_in_milliseconds_are_exact(folder, rate):
@@ -469,29 +678,49 @@ def test_rates_in_milliseconds_are_exact(folder, rate):
         with av.open(str(folder / f"rate.{suffix}"), "w") as out:
             stream = out.add_stream("libx264", rate=Fraction(rate))
             stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-            for frame in gradient(48): out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            for frame in gradient(48):
+                out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             out.mux(stream.encode(None))
         info = video_info(folder / f"rate.{suffix}")
         assert Fraction(info.fps).limit_denominator(1001) == Fraction(rate) and info.frames == 48, suffix
+
 
 def test_picture_and_sound_stay_together(tmp_path):
     clip = read_video(CASES / "vfr.mp4")
     assert (clip.fps, len(frames_of(CASES / "vfr.mp4")), video_info(CASES / "vfr.mp4").duration) == (30, 90, 3)
     back = read_video(out := clip.save(tmp_path / "out.mp4"))
     white = [(frame.min(axis=-1) > 200).sum() > 20 for frame in back.frames]
-    assert np.argmax(white) / back.fps == pytest.approx(1.5, abs=1 / 30) and first_sound(out)[0] == pytest.approx(1.49, abs=0.03)
+    assert np.argmax(white) / back.fps == pytest.approx(1.5, abs=1 / 30) and first_sound(out)[0] == pytest.approx(
+        1.49, abs=0.03
+    )
     late = read_video(CASES / "vfr.mp4", start=60, num_frames=20)
-    assert (late.start, late.end) == (pytest.approx(2), pytest.approx(2 + 20 / 30)) and np.array_equal(late.frames, clip.frames[60:80])
+    assert (late.start, late.end) == (pytest.approx(2), pytest.approx(2 + 20 / 30)) and np.array_equal(
+        late.frames, clip.frames[60:80]
+    )
+
 
 @pytest.mark.parametrize("suffix", ["mkv", "ts", "nut"])
-@pytest.mark.parametrize("gaps", [[1 / 30] * 30 + [0.25] * 8, [0.25] * 6 + [1 / 30] * 40, [(1 + (i % 7 == 3)) / 30 for i in range(60)], [0.5, 2, 0.5, 0.04, 0.04, 1]])
+@pytest.mark.parametrize(
+    "gaps",
+    [
+        [1 / 30] * 30 + [0.25] * 8,
+        [0.25] * 6 + [1 / 30] * 40,
+        [(1 + (i % 7 == 3)) / 30 for i in range(60)],
+        [0.5, 2, 0.5, 0.04, 0.04, 1],
+    ],
+)
 def test_pictures_come_when_their_stamps_say(folder, suffix, gaps):
     times = np.cumsum([0, *gaps[:-1]])
     shades = np.linspace(20, 230, len(times)).round().astype(np.uint8)
     path = folder / f"stamps.{suffix}"
     with av.open(str(path), "w") as out:
         stream = out.add_stream("libx264", rate=30, options=dict(crf="1", g="12"))
-        stream.width, stream.height, stream.pix_fmt, stream.codec_context.time_base = 64, 48, "yuv420p", Fraction(1, 1000)
+        stream.width, stream.height, stream.pix_fmt, stream.codec_context.time_base = (
+            64,
+            48,
+            "yuv420p",
+            Fraction(1, 1000),
+        )
         for time, shade in zip(times, shades):
             picture = av.VideoFrame.from_ndarray(np.full((48, 64, 3), shade, np.uint8), format="rgb24")
             picture.pts, picture.time_base = round(time * 1000), Fraction(1, 1000)
@@ -499,9 +728,12 @@ def test_pictures_come_when_their_stamps_say(folder, suffix, gaps):
         out.mux(stream.encode(None))
     frames, fps = frames_of(path), video_info(path).fps
     for i, frame in enumerate(frames):
-        near = shades[[np.searchsorted(times, i / fps + d, "right") - 1 for d in (-0.51 / fps, 0.51 / fps) if i / fps + d >= 0]]
+        near = shades[
+            [np.searchsorted(times, i / fps + d, "right") - 1 for d in (-0.51 / fps, 0.51 / fps) if i / fps + d >= 0]
+        ]
         assert near.min() - 3 <= frame.mean() <= near.max() + 3, i
     assert fps <= 60 and len(frames) / fps >= times[-1]
+
 
 @pytest.mark.parametrize("kind", [kind for kind in ("gif", "png", "webp", "avif") if kind.upper() in IMAGE_FORMATS])
 def test_delays_of_animations(tmp_path, kind):
@@ -510,56 +742,82 @@ def test_delays_of_animations(tmp_path, kind):
     clip = read_video(tmp_path / f"a.{kind}")
     assert (clip.fps, clip.end) == (10, pytest.approx(0.8))
     assert clip.frames.mean(axis=(1, 2, 3)) == pytest.approx([20] + [120] * 5 + [220] * 2, abs=6)
-    assert np.array_equal(np.concatenate([part.frames for part in stream_video(tmp_path / f"a.{kind}", chunk=3)]), clip.frames)
+    assert np.array_equal(
+        np.concatenate([part.frames for part in stream_video(tmp_path / f"a.{kind}", chunk=3)]), clip.frames
+    )
+
 
 @pytest.mark.parametrize("delays,seconds", [([100, 100, 3000], 3.2), ([100, 1900, 100], 2.1)])
 def test_a_picture_that_is_held_keeps_its_time(tmp_path, delays, seconds):
     images = [Image.fromarray(np.full((16, 16, 3), shade, np.uint8)) for shade in (20, 120, 220)]
     images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:], duration=delays)
     clip = read_video(tmp_path / "a.gif")
-    assert clip.end == pytest.approx(seconds, abs=.11) and video_info(tmp_path / "a.gif").duration == pytest.approx(seconds, abs=.11)
+    assert clip.end == pytest.approx(seconds, abs=0.11) and video_info(tmp_path / "a.gif").duration == pytest.approx(
+        seconds, abs=0.11
+    )
     shown = [int((np.abs(clip.frames.mean(axis=(1, 2, 3)) - shade) < 8).sum()) / clip.fps for shade in (20, 120, 220)]
-    assert shown == pytest.approx([delay / 1000 for delay in delays], abs=.11)
+    assert shown == pytest.approx([delay / 1000 for delay in delays], abs=0.11)
+
 
 def test_a_tag_of_transparency_on_another_codec_is_passed_over(folder):
     path = folder / "tagged.mkv"
     with av.open(str(path), "w") as out:
         stream = out.add_stream("libx264", rate=10)
         stream.width, stream.height, stream.metadata["alpha_mode"] = 64, 48, "1"
-        for _ in range(3): out.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((48, 64, 3), 90, np.uint8))))
+        for _ in range(3):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((48, 64, 3), 90, np.uint8))))
         out.mux(stream.encode())
     assert read_video(path).frames.shape == (3, 48, 64, 3)
+
 
 @pytest.mark.parametrize("brand", [b"heic", b"mif2", b"miaf", b"hevm"])
 def test_photos_in_the_container_of_films_are_refused(tmp_path, brand):
     data = bytearray((CASES / "grid.heic").read_bytes())
     data[8:12] = brand
     (tmp_path / "a.heic").write_bytes(data)
-    with pytest.raises(VideoError, match="HEIF"): read_video(tmp_path / "a.heic")
+    with pytest.raises(VideoError, match="HEIF"):
+        read_video(tmp_path / "a.heic")
+
 
 def test_light_beyond_white_is_toned_down(folder):
     frame = frames_of(CASES / "hlg.mov")[3]
     assert frame[48, 64].tolist() == pytest.approx([128] * 3, abs=15) and frame.min(axis=-1).max() >= 235
     assert frame[8, 8, 0] >= 220 and frame[8, 8, 1:].max() <= 40
     ramp = np.repeat(np.linspace(0, 255, 128).astype(np.uint8)[None, :, None], 3, -1).repeat(96, 0)[None].repeat(3, 0)
-    for transfer, white in ((18, 0.75), (16, 0.58), (14, 1)): # HLG, PQ, BT.2020 as bright as paper: what a white sheet is coded as
+    for transfer, white in (
+        (18, 0.75),
+        (16, 0.58),
+        (14, 1),
+    ):  # HLG, PQ, BT.2020 as bright as paper: what a white sheet is coded as
         path = folder / "ramp.mkv"
         with av.open(str(path), "w") as out:
             stream = out.add_stream("ffv1", rate=10)
             stream.width, stream.height, stream.pix_fmt = 128, 96, "yuv420p10le"
             for frame in ramp:
-                picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p10le", dst_colorspace="BT2020")
-                stream.codec_context.colorspace, stream.codec_context.color_primaries, stream.codec_context.color_trc = 9, 9, transfer
+                picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
+                    format="yuv420p10le", dst_colorspace="BT2020"
+                )
+                (
+                    stream.codec_context.colorspace,
+                    stream.codec_context.color_primaries,
+                    stream.codec_context.color_trc,
+                ) = 9, 9, transfer
                 out.mux(stream.encode(picture))
             out.mux(stream.encode(None))
         line = frames_of(path)[1, 48].astype(int)
-        assert (np.diff(line[:, 0]) >= -1).all() and np.ptp(line, axis=-1).max() <= 6 # gray stays gray, brighter stays brighter
+        assert (np.diff(line[:, 0]) >= -1).all() and np.ptp(
+            line, axis=-1
+        ).max() <= 6  # gray stays gray, brighter stays brighter
         assert 235 <= line[round(white * 127), 0] and line[round(white * 127), 0] < 250 or transfer == 14
         assert line[-1, 0] >= 250
 
+
 def test_high_definition_without_tags_is_bt709(folder):
     frame = frames_of(CASES / "hd_untagged709.mp4")[3]
-    assert frame[40, 40].tolist() == pytest.approx((253, 0, 0), abs=4) and frame[40, -40].tolist() == pytest.approx((0, 253, 0), abs=4)
+    assert frame[40, 40].tolist() == pytest.approx((253, 0, 0), abs=4) and frame[40, -40].tolist() == pytest.approx(
+        (0, 253, 0), abs=4
+    )
+
 
 def test_colours_that_nobody_converts_are_refused(folder):
     path = folder / "ycgco.mp4"
@@ -571,38 +829,61 @@ def test_colours_that_nobody_converts_are_refused(folder):
             picture.colorspace = 8
             out.mux(stream.encode(picture))
         out.mux(stream.encode(None))
-    with pytest.raises(VideoError, match="matrix 8"): read_video(path)
+    with pytest.raises(VideoError, match="matrix 8"):
+        read_video(path)
 
-@pytest.mark.parametrize("codec,pixels,suffix", [("libvpx-vp9", "yuva420p", "webm"), ("libvpx", "yuva420p", "webm"), ("prores_ks", "yuva444p10le", "mov"),
-                                                ("png", "rgba", "mov"), ("qtrle", "argb", "mov"), ("ffv1", "bgra", "mkv")])
+
+@pytest.mark.parametrize(
+    "codec,pixels,suffix",
+    [
+        ("libvpx-vp9", "yuva420p", "webm"),
+        ("libvpx", "yuva420p", "webm"),
+        ("prores_ks", "yuva444p10le", "mov"),
+        ("png", "rgba", "mov"),
+        ("qtrle", "argb", "mov"),
+        ("ffv1", "bgra", "mkv"),
+    ],
+)
 def test_transparent_clips_lie_on_white(folder, codec, pixels, suffix):
-    if codec not in av.codecs_available: pytest.skip(f"{codec} is not in this build of FFmpeg")
+    if codec not in av.codecs_available:
+        pytest.skip(f"{codec} is not in this build of FFmpeg")
     clear = np.concatenate([four_corners(), np.full((6, 96, 128, 1), 255, np.uint8)], axis=-1)
     clear[:, :48, 64:, 3], clear[:, 48:, 64:, 3] = 0, 128
     path = folder / f"clear.{suffix}"
     with av.open(str(path), "w") as out:
         stream = out.add_stream(codec, rate=10, options={"auto-alt-ref": "0"} if "vpx" in codec else {})
         stream.width, stream.height, stream.pix_fmt = 128, 96, pixels
-        if suffix == "webm": stream.metadata["alpha_mode"] = "1"
-        for frame in clear: out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgba")))
+        if suffix == "webm":
+            stream.metadata["alpha_mode"] = "1"
+        for frame in clear:
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgba")))
         out.mux(stream.encode(None))
     frames = frames_of(path)
-    assert (frames[:, 4:40, 72:] > 250).all() and frames[3, 60, 80].tolist() == pytest.approx([191] * 3, abs=8) and colour(frames[3, 8, 8]) == "red"
+    assert (
+        (frames[:, 4:40, 72:] > 250).all()
+        and frames[3, 60, 80].tolist() == pytest.approx([191] * 3, abs=8)
+        and colour(frames[3, 8, 8]) == "red"
+    )
+
 
 @pytest.mark.parametrize("name", ["alpha_vp9.webm", "alpha_prores.mov"])
 def test_a_transparent_half_is_white(name):
     frames = frames_of(CASES / name)
     assert (frames[:, :, 68:] > 250).all() and (frames[:, 40:56, :60] < 250).any()
 
+
 @pytest.mark.parametrize("first", ["top", "bottom"])
 def test_half_pictures_become_whole_ones(folder, first):
     path = folder / f"{first}.mp4"
     with av.open(str(path), "w") as out:
-        stream = out.add_stream("libx264", rate=25, options={"crf": "4", "x264-params": "tff=1" if first == "top" else "bff=1"})
+        stream = out.add_stream(
+            "libx264", rate=25, options={"crf": "4", "x264-params": "tff=1" if first == "top" else "bff=1"}
+        )
         stream.width, stream.height, stream.pix_fmt = 128, 96, "yuv420p"
         for t in range(10):
             frame = np.full((96, 128, 3), 30, np.uint8)
-            for half in (0, 1): frame[half if first == "top" else 1 - half::2, 8 * t + 4 * half:8 * t + 4 * half + 16] = 220
+            for half in (0, 1):
+                frame[half if first == "top" else 1 - half :: 2, 8 * t + 4 * half : 8 * t + 4 * half + 16] = 220
             out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         out.mux(stream.encode(None))
     for clip, starts in ((frames_of(path), (40, 44)), (frames_of(CASES / "interlaced.mp4"), (44, 48))):
@@ -610,110 +891,175 @@ def test_half_pictures_become_whole_ones(folder, first):
         start = np.flatnonzero(bright[0])[0]
         assert start in starts and all(np.flatnonzero(row).tolist() == list(range(start, start + 16)) for row in bright)
 
+
 def test_the_default_track_is_kept(tmp_path):
     frames_of(CASES / "two_audio.mkv")
     assert first_sound(read_video(CASES / "two_audio.mkv").save(tmp_path / "out.mp4"))[1] == pytest.approx(3000, abs=20)
 
+
 def test_another_size_in_the_middle_is_fitted_to_the_first(folder):
     frames = frames_of(CASES / "reschange.ts")
-    assert frames.shape == (12, 96, 128, 3) and corners(frames[1]) == "red red red red" and corners(frames[10]) == "blue blue blue blue"
+    assert (
+        frames.shape == (12, 96, 128, 3)
+        and corners(frames[1]) == "red red red red"
+        and corners(frames[10]) == "blue blue blue blue"
+    )
+
 
 def test_photos_in_a_film_container_are_refused():
     for call in (video_info, read_video, read_image):
-        with pytest.raises(VideoError, match="has to be .*image.*grid.heic"): call(CASES / "grid.heic")
+        with pytest.raises(VideoError, match="has to be .*image.*grid.heic"):
+            call(CASES / "grid.heic")
+
 
 @pytest.mark.parametrize("name", ["exif_neg.jpg", "exif_ascii_in_rational.jpg", "bad_exif_struct.jpg"])
 def test_of_exif_only_the_orientation_counts(name):
     image, info = read_image(CASES / name), video_info(CASES / name)
     assert image.size == (info.width, info.height) == (96, 128) and corners(np.asarray(image)).startswith("blue")
     assert np.array_equal(read_video(CASES / name).frames[0], np.asarray(image))
-    assert flatten_image(image) is image # it is turned once
+    assert flatten_image(image) is image  # it is turned once
+
 
 def test_any_exif_can_be_read(tmp_path):
     data, rng = (CASES / "exif_neg.jpg").read_bytes(), np.random.default_rng(0)
     start = data.index(b"Exif") + 6
-    end = start - 8 + int.from_bytes(data[start - 8:start - 6], "big")
+    end = start - 8 + int.from_bytes(data[start - 8 : start - 6], "big")
     for _ in range(60):
         damaged = bytearray(data)
-        for at in rng.integers(start, end, 3): damaged[at] = rng.integers(256)
+        for at in rng.integers(start, end, 3):
+            damaged[at] = rng.integers(256)
         (tmp_path / "a.jpg").write_bytes(damaged)
-        assert sorted(read_image(tmp_path / "a.jpg").size) == [96, 128] == sorted([video_info(tmp_path / "a.jpg").width, video_info(tmp_path / "a.jpg").height])
+        assert (
+            sorted(read_image(tmp_path / "a.jpg").size)
+            == [96, 128]
+            == sorted([video_info(tmp_path / "a.jpg").width, video_info(tmp_path / "a.jpg").height])
+        )
+
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "tif", "webp"])
 @pytest.mark.parametrize("tag", range(1, 9))
 def test_all_orientations(tmp_path, tag, kind):
     from PIL import ImageOps
+
     exif = Image.Exif()
     exif[0x0112] = tag
     path = tmp_path / f"a.{kind}"
     Image.fromarray(gradient(1)[0]).save(path, exif=exif)
-    with Image.open(path) as image: expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    with Image.open(path) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     assert np.array_equal(expected, np.asarray(read_image(path)))
     assert (video_info(path).height, video_info(path).width) == expected.shape[:2]
 
+
 def test_profiles_of_pictures(tmp_path):
     frame = np.asarray(read_image(CASES / "icc_adobe.jpg"))
-    for at, rgb in (((8, 8), (200, 60, 40)), ((8, -8), (40, 180, 60)), ((-8, 8), (50, 60, 190)), ((-8, -8), (220, 200, 60))): assert frame[at].tolist() == pytest.approx(rgb, abs=4)
+    for at, rgb in (
+        ((8, 8), (200, 60, 40)),
+        ((8, -8), (40, 180, 60)),
+        ((-8, 8), (50, 60, 190)),
+        ((-8, -8), (220, 200, 60)),
+    ):
+        assert frame[at].tolist() == pytest.approx(rgb, abs=4)
     with Image.open(CASES / "icc_adobe.jpg") as image:
         profile, clear = image.info["icc_profile"], image.convert("RGBA")
         expected = frame[8, 8].tolist()
-        clear.putalpha(Image.fromarray(np.repeat(np.arange(image.height)[:, None] < image.height // 2, image.width, 1).astype(np.uint8) * 255))
+        clear.putalpha(
+            Image.fromarray(
+                np.repeat(np.arange(image.height)[:, None] < image.height // 2, image.width, 1).astype(np.uint8) * 255
+            )
+        )
         clear.save(tmp_path / "clear.png", icc_profile=profile)
-        image.convert("L").save(tmp_path / "gray.png", icc_profile=profile) # of another kind of colours: it says nothing
+        image.convert("L").save(
+            tmp_path / "gray.png", icc_profile=profile
+        )  # of another kind of colours: it says nothing
         image.convert("RGB").save(tmp_path / "broken.png", icc_profile=profile[:200])
         plain = np.asarray(image.convert("RGB"))
     on_white = np.asarray(read_image(tmp_path / "clear.png"))
     assert on_white[8, 8].tolist() == pytest.approx(expected, abs=2) and (on_white[-8:] == 255).all()
-    tags = ((b"wtpt", b"XYZ " + bytes(4) + struct.pack(">3i", 63190, 65536, 54061)), (b"kTRC", b"curv" + bytes(4) + struct.pack(">IHxx", 1, 256)))
+    tags = (
+        (b"wtpt", b"XYZ " + bytes(4) + struct.pack(">3i", 63190, 65536, 54061)),
+        (b"kTRC", b"curv" + bytes(4) + struct.pack(">IHxx", 1, 256)),
+    )
     table = b"".join(name + struct.pack(">II", 156 + 20 * i, len(tag)) for i, (name, tag) in enumerate(tags))
-    head = struct.pack(">IxxxxI12s", 192, 0x02100000, b"mntrGRAYXYZ ") + bytes(12) + b"acsp" + bytes(28) + struct.pack(">3i", 63190, 65536, 54061)
+    head = (
+        struct.pack(">IxxxxI12s", 192, 0x02100000, b"mntrGRAYXYZ ")
+        + bytes(12)
+        + b"acsp"
+        + bytes(28)
+        + struct.pack(">3i", 63190, 65536, 54061)
+    )
     linear = head.ljust(128, b"\0") + struct.pack(">I", 2) + table + b"".join(tag for _, tag in tags)
     for mode in ("L", "LA", "I;16"):
-        Image.new("L" if mode == "L" else mode, (8, 8), {"L": 128, "LA": (128, 255), "I;16": 128 * 257}[mode]).save(tmp_path / "linear.png", icc_profile=linear)
+        Image.new("L" if mode == "L" else mode, (8, 8), {"L": 128, "LA": (128, 255), "I;16": 128 * 257}[mode]).save(
+            tmp_path / "linear.png", icc_profile=linear
+        )
         assert read_image(tmp_path / "linear.png").getpixel((3, 3)) == pytest.approx((188, 188, 188), abs=2), mode
-    assert read_image(tmp_path / "gray.png").mode == "RGB" and np.array_equal(np.asarray(read_image(tmp_path / "broken.png")), plain)
+    assert read_image(tmp_path / "gray.png").mode == "RGB" and np.array_equal(
+        np.asarray(read_image(tmp_path / "broken.png")), plain
+    )
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names are bytes there")
 def test_names_that_are_no_unicode(tmp_path):
     folder = tmp_path / os.fsdecode(b"\xe9t\xe9")
     folder.mkdir()
     path = write_video(folder / os.fsdecode(b"caf\xe9.mp4"), gradient(5), 10)
-    assert video_info(path).frames == 5 and [len(read_video(path, decoder=decoder)) for decoder in READERS] == [5] * len(READERS)
+    assert video_info(path).frames == 5 and [len(read_video(path, decoder=decoder)) for decoder in READERS] == [
+        5
+    ] * len(READERS)
     assert len(read_video(path)) == sum(map(len, stream_video(path))) == 5
     assert len(read_video(write_video(folder / os.fsdecode(b"\xe8.gif"), gradient(3), 10))) == 3
 
 
 # writing
 
+
 @pytest.mark.parametrize("height,width", [(48, 64), (47, 63), (1, 1), (8, 8)])
 def test_write_for_browsers(tmp_path, height, width):
     frames = gradient(6, height, width)
     path = write_video(tmp_path / "out.mp4", frames, 12)
     data = path.read_bytes()
-    assert data.index(b"moov") < data.index(b"mdat") # faststart
+    assert data.index(b"moov") < data.index(b"mdat")  # faststart
     with av.open(str(path)) as container:
         context = container.streams.video[0].codec_context
         assert (context.name, context.pix_fmt, container.streams.video[0].average_rate) == ("h264", "yuv420p", 12)
     back = read_video(path)
-    assert back.frames.shape == (6, height + height % 2, width + width % 2, 3) # an odd side gets its last line once more
-    assert np.abs(back.frames[:, :height, :width].astype(int) - frames).mean() < (6 if width > 8 else 12) # colours of 2x2 pixels are one
+    assert back.frames.shape == (
+        6,
+        height + height % 2,
+        width + width % 2,
+        3,
+    )  # an odd side gets its last line once more
+    assert np.abs(back.frames[:, :height, :width].astype(int) - frames).mean() < (
+        6 if width > 8 else 12
+    )  # colours of 2x2 pixels are one
     assert [p.name for p in tmp_path.iterdir()] == ["out.mp4"]
+
 
 @pytest.mark.parametrize("fps", [0.5, 23.976, 29.97, 120])
 def test_rates_survive(tmp_path, fps):
     assert video_info(write_video(tmp_path / "a.mp4", gradient(10), fps)).fps == pytest.approx(fps, rel=1e-4)
 
+
 @pytest.mark.parametrize("suffix", ["mp4", "gif"])
 def test_very_slow_clips(tmp_path, suffix):
     assert video_info(write_video(tmp_path / f"a.{suffix}", gradient(3), 0.01)).fps == pytest.approx(0.01)
-    assert video_info(write_video(tmp_path / f"b.{suffix}", iter([Clip(gradient(3), fps=1e-6)]))).fps == pytest.approx(0.01)
+    assert video_info(write_video(tmp_path / f"b.{suffix}", iter([Clip(gradient(3), fps=1e-6)]))).fps == pytest.approx(
+        0.01
+    )
+
 
 def test_write_gif(tmp_path):
     clip = read_video(write_video(tmp_path / "a.gif", Clip(gradient(8), fps=8)))
-    assert len(clip) == 8 and clip.fps == pytest.approx(8, rel=0.01) and np.abs(clip.frames.astype(int) - gradient(8)).mean() < 12
+    assert (
+        len(clip) == 8
+        and clip.fps == pytest.approx(8, rel=0.01)
+        and np.abs(clip.frames.astype(int) - gradient(8)).mean() < 12
+    )
+
 
 def test_sound_of_the_span(tmp_path):
-    source = encode(tmp_path / "source.mp4", gradient(40), fps=10, sound=4.0) # silent for 2 s, then a tone
+    source = encode(tmp_path / "source.mp4", gradient(40), fps=10, sound=4.0)  # silent for 2 s, then a tone
     assert video_info(source).has_audio
     quiet, loud = read_video(source, num_frames=10, start=5), read_video(source, num_frames=10, start=25)
     for clip, level in ((quiet, 0), (loud, 0.35)):
@@ -722,35 +1068,53 @@ def test_sound_of_the_span(tmp_path):
         parts = loudness(path)
         assert len(parts) in (10, 11) and parts[1:9] == pytest.approx(np.full(8, level), abs=0.03)
     edge = loudness(read_video(source, num_frames=20, start=10).save(tmp_path / "edge.mp4"))
-    assert edge[8] < 0.03 < 0.3 < edge[11] # the tone starts in the middle, where it should
+    assert edge[8] < 0.03 < 0.3 < edge[11]  # the tone starts in the middle, where it should
     assert not video_info(loud.save(tmp_path / "mute.mp4", audio=False)).has_audio
     assert not video_info(write_video(tmp_path / "b.mp4", gradient(4), 10, audio_from=tmp_path / "mute.mp4")).has_audio
-    assert loudness(write_video(tmp_path / "c.mp4", gradient(5), 10, audio_from=source))[:4].max() < 0.03 # a path: from the beginning
-    with pytest.raises(FileNotFoundError, match="`audio_from`"): write_video(tmp_path / "d.mp4", gradient(2), 10, audio_from=tmp_path / "none.mp4")
+    assert (
+        loudness(write_video(tmp_path / "c.mp4", gradient(5), 10, audio_from=source))[:4].max() < 0.03
+    )  # a path: from the beginning
+    with pytest.raises(FileNotFoundError, match="`audio_from`"):
+        write_video(tmp_path / "d.mp4", gradient(2), 10, audio_from=tmp_path / "none.mp4")
+
 
 def test_nothing_is_overwritten(tmp_path):
     path = tmp_path / "a.mp4"
     path.write_text("precious")
-    with pytest.raises(FileExistsError, match="overwrite"): write_video(path, gradient(2))
+    with pytest.raises(FileExistsError, match="overwrite"):
+        write_video(path, gradient(2))
     assert path.read_text() == "precious"
     assert video_info(write_video(path, gradient(2), overwrite=True)).frames == 2
     assert path.stat().st_mode & 0o777 == 0o666 & ~(lambda mask: (os.umask(mask), mask)[1])(os.umask(0))
 
-@pytest.mark.parametrize("path,error,words", [
-    ("a.webm", ValueError, "has to end in .mp4"), ("nowhere/a.mp4", FileNotFoundError, "existing folder"), ("", ValueError, "has to end in")])
+
+@pytest.mark.parametrize(
+    "path,error,words",
+    [
+        ("a.webm", ValueError, "has to end in .mp4"),
+        ("nowhere/a.mp4", FileNotFoundError, "existing folder"),
+        ("", ValueError, "has to end in"),
+    ],
+)
 def test_bad_destinations(tmp_path, path, error, words):
-    with pytest.raises(error, match=words): write_video(tmp_path / path, gradient(2))
+    with pytest.raises(error, match=words):
+        write_video(tmp_path / path, gradient(2))
     assert not list(tmp_path.iterdir())
+
 
 def test_read_only_folder(tmp_path):
     place = tmp_path
-    if os.access(place, os.W_OK): place.chmod(0o500)
-    if os.access(place, os.W_OK): # root may write anywhere but there
-        if not Path("/proc/self").is_dir(): pytest.skip("no folder that this user cannot write to")
+    if os.access(place, os.W_OK):
+        place.chmod(0o500)
+    if os.access(place, os.W_OK):  # root may write anywhere but there
+        if not Path("/proc/self").is_dir():
+            pytest.skip("no folder that this user cannot write to")
         place = Path("/proc")
-    with pytest.raises(PermissionError, match="can be written") as error: write_video(place / "a.mp4", gradient(2))
+    with pytest.raises(PermissionError, match="can be written") as error:
+        write_video(place / "a.mp4", gradient(2))
     assert "\n" not in str(error.value)
     tmp_path.chmod(0o700)
+
 
 @pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="needs a limit of file size")
 def test_full_disk(tmp_path):
@@ -765,40 +1129,67 @@ for name in ("a.mp4", "a.gif", "strip.png"):
     except VideoError as error: print(error)
 """
     root = str(Path(video.__file__).parents[1])
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": root})
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": root},
+    )
     assert [line.endswith("could not be written: File too large.") for line in out.stdout.splitlines()] == [True] * 3
     assert not list(tmp_path.iterdir())
 
+
 def test_interrupt_leaves_nothing(tmp_path, monkeypatch):
     done = []
+
     def interrupted(frames):
         done.append(1)
-        if len(done) > 3: raise KeyboardInterrupt
+        if len(done) > 3:
+            raise KeyboardInterrupt
         return frames
+
     monkeypatch.setattr(video, "_even", interrupted)
     (tmp_path / "a.mp4").write_text("the old one")
-    with pytest.raises(KeyboardInterrupt): write_video(tmp_path / "a.mp4", gradient(8), overwrite=True)
+    with pytest.raises(KeyboardInterrupt):
+        write_video(tmp_path / "a.mp4", gradient(8), overwrite=True)
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.mp4", "the old one")]
 
-@pytest.mark.parametrize("options,words", [(dict(fps=0), "`fps`"), (dict(fps=1e-4), "`fps` has to be from 0.01 to 1000 but is 0.0001"), (dict(fps=float("nan")), "`fps`"), (dict(fps=8, crf=70), "`crf`")])
+
+@pytest.mark.parametrize(
+    "options,words",
+    [
+        (dict(fps=0), "`fps`"),
+        (dict(fps=1e-4), "`fps` has to be from 0.01 to 1000 but is 0.0001"),
+        (dict(fps=float("nan")), "`fps`"),
+        (dict(fps=8, crf=70), "`crf`"),
+    ],
+)
 def test_write_arguments(tmp_path, options, words):
-    with pytest.raises(ValueError, match=words): write_video(tmp_path / "a.mp4", gradient(2), **options)
+    with pytest.raises(ValueError, match=words):
+        write_video(tmp_path / "a.mp4", gradient(2), **options)
 
 
 # the same, faster
+
 
 def one_at_a_time(path, size, mode):
     "Decode a frame, resize it by Pillow, go on: what everything faster has to equal."
     with av.open(str(path)) as container:
         return np.stack([np.asarray(RESIZES[mode](f.to_image(), *size)) for f in container.decode(video=0)])
 
+
 @pytest.mark.parametrize("mode", RESIZES)
 @pytest.mark.parametrize("size", [(32, 16), (80, 48), (100, 131)])
 def test_threads_change_no_pixel(texture, mode, size):
     expected = one_at_a_time(texture, size, mode)
     assert np.array_equal(read_video(texture, size=size, mode=mode).frames, expected)
-    assert np.array_equal(np.concatenate([c.frames for c in stream_video(texture, size=size, mode=mode, chunk=7)]), expected)
+    assert np.array_equal(
+        np.concatenate([c.frames for c in stream_video(texture, size=size, mode=mode, chunk=7)]), expected
+    )
     assert np.array_equal(resize_frames(read_video(texture).frames, *size, mode), expected)
+
 
 def test_number_of_threads_changes_no_pixel(texture, monkeypatch):
     some = {}
@@ -807,50 +1198,91 @@ def test_number_of_threads_changes_no_pixel(texture, monkeypatch):
         some[cores] = read_video(texture, size=(48, 48), decoder="pyav").frames
     assert all(np.array_equal(frames, some[0]) for frames in some.values())
 
-@pytest.mark.parametrize("options", [dict(bf=3, g=12), dict(bf=0), {"x264-params": "b-pyramid=none:bframes=5:open-gop=1:keyint=9"}])
+
+@pytest.mark.parametrize(
+    "options", [dict(bf=3, g=12), dict(bf=0), {"x264-params": "b-pyramid=none:bframes=5:open-gop=1:keyint=9"}]
+)
 def test_pictures_that_are_skipped_are_not_missed(folder, options, monkeypatch):
     noise = np.random.default_rng(3).integers(0, 255, (8, 6, 8, 3), dtype=np.uint8)
     frames = np.stack([np.asarray(Image.fromarray(noise[t % 8]).resize((128, 96), Image.BICUBIC)) for t in range(40)])
     path = encode(folder / f"skip{len(options)}{options.get('bf')}.mp4", frames, **options)
     everything, decoded, original = read_video(path, decoder="pyav").frames, [], video._decode
+
     def counted(*args):
-        for frame in original(*args): decoded.append(1); yield frame
+        for frame in original(*args):
+            decoded.append(1)
+            yield frame
+
     monkeypatch.setattr(video, "_decode", counted)
     for chosen in (range(0, 40, 2), range(3, 40, 5), [1, 2, 3, 20, 22, 39]):
         assert np.array_equal(read_video(path, indices=chosen, decoder="pyav").frames, everything[list(chosen)])
-    if options.get("bf") == 3: assert 50 < len(decoded) < 100 # of the 117 up to the last one wanted
+    if options.get("bf") == 3:
+        assert 50 < len(decoded) < 100  # of the 117 up to the last one wanted
+
 
 @pytest.mark.parametrize("mode", RESIZES)
 def test_fast_is_near(texture, folder, mode):
     for size in ((80, 48), (48, 80), (131, 100)):
         exact, fast = (read_video(texture, size=size, mode=mode, fast=f).frames.astype(float) for f in (False, True))
-        assert fast.shape == exact.shape and 10 * np.log10(255 ** 2 / ((exact - fast) ** 2).mean()) > 40 # one pixel aside it is below 20
+        assert (
+            fast.shape == exact.shape and 10 * np.log10(255**2 / ((exact - fast) ** 2).mean()) > 40
+        )  # one pixel aside it is below 20
     for degrees in (90, 180, 270):
         path = folder / f"texture{degrees}.mp4"
         path.write_bytes(texture.read_bytes())
-        exact, fast = (read_video(turn(path, degrees) if not f else path, size=(64, 96), mode=mode, fast=f).frames.astype(float) for f in (False, True))
-        assert 10 * np.log10(255 ** 2 / ((exact - fast) ** 2).mean()) > 40, degrees
+        exact, fast = (
+            read_video(turn(path, degrees) if not f else path, size=(64, 96), mode=mode, fast=f).frames.astype(float)
+            for f in (False, True)
+        )
+        assert 10 * np.log10(255**2 / ((exact - fast) ** 2).mean()) > 40, degrees
+
 
 def test_fast_speaks_every_format(folder):
     for name, pixels in (("gray", "gray"), ("rgb", "yuv444p"), ("full", "yuvj420p")):
         path = encode(folder / f"fast-{name}.mp4", gradient(), pixels=pixels)
-        assert np.abs(read_video(path, size=(40, 30), fast=True).frames.astype(int) - read_video(path, size=(40, 30)).frames).mean() < 2
-    Image.fromarray(gradient(1)[0]).save(folder / "still.png") # images are resized by Pillow anyway
-    assert np.array_equal(read_video(folder / "still.png", size=(16, 16), fast=True).frames, resize_frames(gradient(1), 16, 16))
+        assert (
+            np.abs(
+                read_video(path, size=(40, 30), fast=True).frames.astype(int) - read_video(path, size=(40, 30)).frames
+            ).mean()
+            < 2
+        )
+    Image.fromarray(gradient(1)[0]).save(folder / "still.png")  # images are resized by Pillow anyway
+    assert np.array_equal(
+        read_video(folder / "still.png", size=(16, 16), fast=True).frames, resize_frames(gradient(1), 16, 16)
+    )
+
 
 def test_matplotlib_waits_for_a_figure(tmp_path):
-    code = ("import sys\nfrom kiwi_edit.video import *\nprint('matplotlib' in sys.modules, 'decord' in sys.modules)\n"
-            "figure = film_strip(Image.new('RGB', (8, 8)))\nfrom matplotlib.figure import Figure\nprint(isinstance(figure, Figure) and isinstance(figure, Strip))")
+    code = (
+        "import sys\nfrom kiwi_edit.video import *\nprint('matplotlib' in sys.modules, 'decord' in sys.modules)\n"
+        "figure = film_strip(Image.new('RGB', (8, 8)))\nfrom matplotlib.figure import Figure\nprint(isinstance(figure, Figure) and isinstance(figure, Strip))"
+    )
     root = str(Path(video.__file__).parents[1])
     code = code.replace("from kiwi_edit.video import *", "from kiwi_edit.video import *\nfrom PIL import Image")
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": root})
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": root},
+    )
     assert out.stdout.split() == ["False", "False", "True"]
 
 
 # streams
 
-@pytest.mark.parametrize("options", [{}, dict(num_frames=5), dict(start=3, stride=4), dict(num_frames=7, start=1, stride=2, size=(24, 40), mode="inference"),
-                                     dict(size=(32, 32), fast=True)])
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(num_frames=5),
+        dict(start=3, stride=4),
+        dict(num_frames=7, start=1, stride=2, size=(24, 40), mode="inference"),
+        dict(size=(32, 32), fast=True),
+    ],
+)
 @pytest.mark.parametrize("chunk,ahead", [(1, 1), (4, 2), (100, 3)])
 def test_stream_is_the_clip_in_pieces(texture, options, chunk, ahead):
     whole, parts = read_video(texture, **options), list(stream_video(texture, **options, chunk=chunk, ahead=ahead))
@@ -858,64 +1290,94 @@ def test_stream_is_the_clip_in_pieces(texture, options, chunk, ahead):
     assert {len(part) for part in parts[:-1]} <= {chunk} and len(parts) == -(-len(whole) // chunk)
     assert all(part.fps == pytest.approx(whole.fps) and part.path == texture for part in parts)
     assert parts[0].start == pytest.approx(whole.start, abs=1e-6) and parts[-1].end == pytest.approx(whole.end)
-    for one, other in zip(parts, parts[1:]): assert other.start - one.start == pytest.approx(len(one) / whole.fps, abs=1e-6)
+    for one, other in zip(parts, parts[1:]):
+        assert other.start - one.start == pytest.approx(len(one) / whole.fps, abs=1e-6)
+
 
 def test_stream_of_images(tmp_path):
     images = [Image.fromarray(f) for f in gradient(12)]
     images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:], duration=100)
     (tmp_path / "shots").mkdir()
-    for i, image in enumerate(images): image.save(tmp_path / f"shots/shot{i}.png")
+    for i, image in enumerate(images):
+        image.save(tmp_path / f"shots/shot{i}.png")
     for path in (tmp_path / "a.gif", tmp_path / "shots", tmp_path / "shots/shot3.png"):
         for options in ({}, dict(size=(32, 24))):
-            assert np.array_equal(np.concatenate([c.frames for c in stream_video(path, chunk=5, **options)]), read_video(path, **options).frames)
+            assert np.array_equal(
+                np.concatenate([c.frames for c in stream_video(path, chunk=5, **options)]),
+                read_video(path, **options).frames,
+            )
 
-def threads(): return [t.name for t in threading.enumerate() if t.name.startswith(("stream_video", "video"))]
+
+def threads():
+    return [t.name for t in threading.enumerate() if t.name.startswith(("stream_video", "video"))]
+
 
 def opened(path):
     "How often this process has a file open."
     return sum(os.path.realpath(f"/proc/self/fd/{fd}") == str(path) for fd in os.listdir("/proc/self/fd"))
 
+
 def test_stream_is_bounded_and_ends(texture, monkeypatch):
     made, original = [], video._gather
-    def counted(*args): made.append(1); return original(*args)
+
+    def counted(*args):
+        made.append(1)
+        return original(*args)
+
     monkeypatch.setattr(video, "_gather", counted)
     stream = stream_video(texture, chunk=2, ahead=3)
-    assert not threads() and not made # nothing before it is asked for
+    assert not threads() and not made  # nothing before it is asked for
     assert len(next(stream)) == 2
     for _ in range(50):
-        if len(made) < 4: time.sleep(0.02)
+        if len(made) < 4:
+            time.sleep(0.02)
     time.sleep(0.1)
-    assert len(made) == 4 and len(threads()) >= 1 # the one that is read and three ahead, not all twelve
-    if sys.platform == "linux": assert opened(texture) == 1
+    assert len(made) == 4 and len(threads()) >= 1  # the one that is read and three ahead, not all twelve
+    if sys.platform == "linux":
+        assert opened(texture) == 1
     stream.close()
     assert not threads()
-    if sys.platform == "linux": assert opened(texture) == 0
-    for part in stream_video(texture, chunk=2): break # a loop that is left does the same
+    if sys.platform == "linux":
+        assert opened(texture) == 0
+    for part in stream_video(texture, chunk=2):
+        break  # a loop that is left does the same
     del part
     gc.collect()
     assert not threads()
     assert sum(map(len, stream_video(texture, chunk=2))) == 24 and not threads()
 
+
 def test_stream_errors(tmp_path, texture, monkeypatch, caplog):
-    for options, words in ((dict(chunk=0), "`chunk` has to be at least 1 but is 0"), (dict(ahead=0), "`ahead`"), (dict(start=99), "`start` .* 24 frames .* is 99"),
-                           (dict(fast=True), "`size`"), (dict(size=(8, 8), mode="tile"), "`mode`")):
-        with pytest.raises(ValueError, match=words): stream_video(texture, **options) # at once, not at the first clip
-    with pytest.raises(FileNotFoundError): stream_video(tmp_path / "none.mp4")
+    for options, words in (
+        (dict(chunk=0), "`chunk` has to be at least 1 but is 0"),
+        (dict(ahead=0), "`ahead`"),
+        (dict(start=99), "`start` .* 24 frames .* is 99"),
+        (dict(fast=True), "`size`"),
+        (dict(size=(8, 8), mode="tile"), "`mode`"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            stream_video(texture, **options)  # at once, not at the first clip
+    with pytest.raises(FileNotFoundError):
+        stream_video(tmp_path / "none.mp4")
     (tmp_path / "shots").mkdir()
-    for i, frame in enumerate(gradient(8)): Image.fromarray(frame[:, :32] if i == 6 else frame).save(tmp_path / f"shots/{i}.png")
+    for i, frame in enumerate(gradient(8)):
+        Image.fromarray(frame[:, :32] if i == 6 else frame).save(tmp_path / f"shots/{i}.png")
     stream = stream_video(tmp_path / "shots", chunk=3)
     assert len(next(stream)) == len(next(stream)) == 3
-    with pytest.raises(VideoError, match="one size .* 64x48 and, at frame 6, 32x48"): next(stream)
+    with pytest.raises(VideoError, match="one size .* 64x48 and, at frame 6, 32x48"):
+        next(stream)
     (tmp_path / "shots/4.png").write_bytes((tmp_path / "shots/4.png").read_bytes()[:60])
     stream = stream_video(tmp_path / "shots", size=(16, 16), chunk=2)
     assert len(next(stream)) == len(next(stream)) == 2
-    with pytest.raises(VideoError, match="4.png"): next(stream)
+    with pytest.raises(VideoError, match="4.png"):
+        next(stream)
     assert not threads()
+
 
 def test_stream_of_a_damaged_file(folder, caplog):
     frames = np.random.default_rng(0).integers(0, 255, (20, 48, 64, 3), dtype=np.uint8)
     data = write_video(folder / "to-cut.mp4", frames, 10).read_bytes()
-    (folder / "stream-cut.mp4").write_bytes(data[:len(data) * 2 // 3])
+    (folder / "stream-cut.mp4").write_bytes(data[: len(data) * 2 // 3])
     whole = read_video(folder / "stream-cut.mp4")
     warned = [r.getMessage() for r in caplog.records]
     caplog.clear()
@@ -923,32 +1385,53 @@ def test_stream_of_a_damaged_file(folder, caplog):
     assert np.array_equal(np.concatenate([p.frames for p in parts]), whole.frames) and len(whole) < 20
     assert [r.getMessage() for r in caplog.records] == warned and len(warned) == 1 and "is damaged" in warned[0]
 
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory as Linux counts it")
 def test_stream_needs_little_memory(folder):
-    path = encode(folder / "hd.mp4", np.repeat(gradient(2, 720, 1280), 60, 0), fps=30, preset="ultrafast", tune="zerolatency")
-    code = ("import resource, sys; from kiwi_edit.video import *; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-            "count = sum(len(clip) for clip in stream_video(sys.argv[1], chunk=4)) # not resized\n"
-            "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024, count)")
+    path = encode(
+        folder / "hd.mp4", np.repeat(gradient(2, 720, 1280), 60, 0), fps=30, preset="ultrafast", tune="zerolatency"
+    )
+    code = (
+        "import resource, sys; from kiwi_edit.video import *; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "count = sum(len(clip) for clip in stream_video(sys.argv[1], chunk=4)) # not resized\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024, count)"
+    )
     root = str(Path(video.__file__).parents[1])
-    out = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": root})
+    out = subprocess.run(
+        [sys.executable, "-c", code, str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": root},
+    )
     peak, count = map(int, out.stdout.split())
-    assert count == 120 and peak < 200 # as an array the frames alone take 316 MB
+    assert count == 120 and peak < 200  # as an array the frames alone take 316 MB
 
 
 # writing in pieces
 
+
 def test_pieces_are_the_whole(tmp_path):
     frames = gradient(30)
     whole = write_video(tmp_path / "whole.mp4", frames, 12).read_bytes()
-    pieces = {"arrays": (frames[i:i + 7] for i in range(0, 30, 7)), "clips": (Clip(frames[i:i + 4], 12) for i in range(0, 30, 4)),
-              "pictures": iter(to_pil(frames)), "floats": map(lambda f: f / 255.0, frames)}
-    for name, made in pieces.items(): assert write_video(tmp_path / f"{name}.mp4", made, 12).read_bytes() == whole, name
-    assert write_video(tmp_path / "rate.mp4", (Clip(frames[i:i + 4], 12) for i in range(0, 30, 4))).read_bytes() == whole # the first clip's rate
+    pieces = {
+        "arrays": (frames[i : i + 7] for i in range(0, 30, 7)),
+        "clips": (Clip(frames[i : i + 4], 12) for i in range(0, 30, 4)),
+        "pictures": iter(to_pil(frames)),
+        "floats": map(lambda f: f / 255.0, frames),
+    }
+    for name, made in pieces.items():
+        assert write_video(tmp_path / f"{name}.mp4", made, 12).read_bytes() == whole, name
+    assert (
+        write_video(tmp_path / "rate.mp4", (Clip(frames[i : i + 4], 12) for i in range(0, 30, 4))).read_bytes() == whole
+    )  # the first clip's rate
     gif = write_video(tmp_path / "whole.gif", frames, 12).read_bytes()
-    assert write_video(tmp_path / "pieces.gif", (frames[i:i + 7] for i in range(0, 30, 7)), 12).read_bytes() == gif
+    assert write_video(tmp_path / "pieces.gif", (frames[i : i + 7] for i in range(0, 30, 7)), 12).read_bytes() == gif
+
 
 def test_pieces_are_forgotten(tmp_path):
     alive, most = [], []
+
     def pieces():
         for i in range(8):
             made = gradient(3) + np.uint8(i)
@@ -956,29 +1439,43 @@ def test_pieces_are_forgotten(tmp_path):
             most.append(sum(ref() is not None for ref in alive))
             yield made
             del made
+
     assert video_info(write_video(tmp_path / "a.mp4", pieces(), 10)).frames == 24
-    assert max(most) <= 3 # the first is held until its size is known, one is encoded, one is new
+    assert max(most) <= 3  # the first is held until its size is known, one is encoded, one is new
+
 
 @pytest.mark.parametrize("suffix", ["mp4", "gif"])
 def test_broken_pieces_leave_nothing(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
     path.write_text("the old one")
+
     def broken(error):
         yield gradient(5)
-        if error: raise error
+        if error:
+            raise error
         yield gradient(5, 32, 32)
-    for error, kind, words in ((RuntimeError("no more"), RuntimeError, "no more"), (KeyboardInterrupt("stop"), KeyboardInterrupt, "stop"),
-                               (None, VideoError, "one size but are 64x48, then 32x32"), (FileNotFoundError("a.png is gone"), VideoError, "FileNotFoundError: a.png is gone")):
-        with pytest.raises(kind, match=words): write_video(path, broken(error), 10, overwrite=True)
+
+    for error, kind, words in (
+        (RuntimeError("no more"), RuntimeError, "no more"),
+        (KeyboardInterrupt("stop"), KeyboardInterrupt, "stop"),
+        (None, VideoError, "one size but are 64x48, then 32x32"),
+        (FileNotFoundError("a.png is gone"), VideoError, "FileNotFoundError: a.png is gone"),
+    ):
+        with pytest.raises(kind, match=words):
+            write_video(path, broken(error), 10, overwrite=True)
         assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(path.name, "the old one")]
-    with pytest.raises(VideoError, match="at least one frame but is empty"): write_video(path, iter([]), 10, overwrite=True)
-    with pytest.raises(VideoError, match="at least one frame but is empty"): write_video(path, iter([]), overwrite=True)
+    with pytest.raises(VideoError, match="at least one frame but is empty"):
+        write_video(path, iter([]), 10, overwrite=True)
+    with pytest.raises(VideoError, match="at least one frame but is empty"):
+        write_video(path, iter([]), overwrite=True)
     untouched = iter([gradient(1)])
-    with pytest.raises(FileExistsError): write_video(path, untouched)
+    with pytest.raises(FileExistsError):
+        write_video(path, untouched)
     assert len(next(untouched)) == 1 and path.read_text() == "the old one"
 
+
 def test_sound_of_pieces(tmp_path):
-    source = encode(tmp_path / "source.mp4", gradient(40), fps=10, sound=4.0) # silent for 2 s, then a tone
+    source = encode(tmp_path / "source.mp4", gradient(40), fps=10, sound=4.0)  # silent for 2 s, then a tone
     inverted = (replace(part, frames=255 - part.frames) for part in stream_video(source, chunk=6))
     out = write_video(tmp_path / "out.mp4", inverted, audio_from=source)
     info, parts = video_info(out), loudness(out)
@@ -988,25 +1485,33 @@ def test_sound_of_pieces(tmp_path):
     late = (part for part in stream_video(source, start=15, num_frames=10, chunk=3))
     edge = loudness(write_video(tmp_path / "edge.mp4", late, audio_from=read_video(source, start=15, num_frames=1)))
     assert len(edge) in (10, 11) and edge[3] < 0.03 < 0.3 < edge[6]
-    with av.open(str(out)) as container: # sound and pictures lie side by side, or a player of a long file has to jump
+    with av.open(str(out)) as container:  # sound and pictures lie side by side, or a player of a long file has to jump
         kinds = [packet.stream.type for packet in container.demux() if packet.size]
-    assert kinds.index("audio") < len(kinds) / 2 and kinds[-len(kinds) // 4:].count("audio") < len(kinds) // 4
+    assert kinds.index("audio") < len(kinds) / 2 and kinds[-len(kinds) // 4 :].count("audio") < len(kinds) // 4
 
 
 # looking
 
+
 def test_film_strip(tmp_path):
-    rows = {"source": gradient(21), "edited": Clip(255 - gradient(5)), "reference": Image.fromarray(gradient(1, 20, 60)[0])}
+    rows = {
+        "source": gradient(21),
+        "edited": Clip(255 - gradient(5)),
+        "reference": Image.fromarray(gradient(1, 20, 60)[0]),
+    }
     figure = film_strip(rows, max_columns=4, title="three rows")
     assert len(figure.axes) == 4 + 4 + 1 and [t.get_text() for t in figure.texts][:3] == list(rows)
     assert figure._repr_png_()[:4] == b"\x89PNG"
     path = save_film_strip(tmp_path / "strip.png", rows, max_columns=3)
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB")).astype(int)
-    assert (pixels.max(axis=-1) - pixels.min(axis=-1)).max() > 100 # colour arrived
+    assert (pixels.max(axis=-1) - pixels.min(axis=-1)).max() > 100  # colour arrived
     save_film_strip(path, gradient(1))
-    with pytest.raises(FileExistsError): save_film_strip(path, gradient(1), overwrite=False)
-    with pytest.raises(ValueError, match="`rows`"): film_strip({})
+    with pytest.raises(FileExistsError):
+        save_film_strip(path, gradient(1), overwrite=False)
+    with pytest.raises(ValueError, match="`rows`"):
+        film_strip({})
+
 
 def test_compare():
     left, right = gradient(6), gradient(4, 96, 128)
@@ -1014,4 +1519,5 @@ def test_compare():
     assert both.shape == (4, 48, 64 + 4 + 64, 3)
     assert np.array_equal(both[:, :, :64], left[:4]) and (both[:, :, 64:68] == 255).all()
     assert compare(left, left, left, gap=0).shape == (6, 48, 192, 3)
-    with pytest.raises(ValueError, match="at least 2"): compare(left)
+    with pytest.raises(ValueError, match="at least 2"):
+        compare(left)

@@ -1,4 +1,5 @@
 """The world: exact, seeded, said in true words, and keeping its evaluation part back."""
+
 import itertools
 import math
 from collections import Counter
@@ -8,9 +9,32 @@ import numpy as np
 import pytest
 
 import kiwi_edit.world
-from kiwi_edit.world import (COLORS, DIFFICULTIES, EVAL_SEED, NAMED, PATHS, PLACES, SIZES, SPLITS, STYLE_WORDS, STYLES,
-                             TASKS, WORDINGS, Difficulty, Scene, Thing, World, caption, ids_of, named_objects,
-                             plate_reference, read_table, render, thing_reference, with_article)
+from kiwi_edit.world import (
+    COLORS,
+    DIFFICULTIES,
+    EVAL_SEED,
+    NAMED,
+    PATHS,
+    PLACES,
+    SIZES,
+    SPLITS,
+    STYLE_WORDS,
+    STYLES,
+    TASKS,
+    WORDINGS,
+    Difficulty,
+    Scene,
+    Thing,
+    World,
+    caption,
+    ids_of,
+    named_objects,
+    plate_reference,
+    read_table,
+    render,
+    thing_reference,
+    with_article,
+)
 
 MOVING = World()
 WORLDS = {split: World(split=split) for split in SPLITS}
@@ -43,11 +67,12 @@ def coverage_of(thing, num_frames=1, height=96, width=96):
 
 
 def center_of(cover):
-    y, x = np.mgrid[0:cover.shape[0], 0:cover.shape[1]]
+    y, x = np.mgrid[0 : cover.shape[0], 0 : cover.shape[1]]
     return np.array([(x * cover).sum(), (y * cover).sum()]) / cover.sum()
 
 
 # samples
+
 
 @pytest.mark.parametrize("task", TASKS)
 def test_sample_has_the_promised_shapes(task):
@@ -85,12 +110,12 @@ def test_nothing_changes_outside_the_mask_and_something_inside(task, size, split
         apart = np.abs(q.source.astype(int) - q.target).max(-1)
         assert apart[~q.mask].max(initial=0) <= 2, (seed, q.instruction)
         changed.append(apart.max() > 20)
-    assert np.mean(changed) >= .9  # white can be painted white, and a thing can be removed behind another
+    assert np.mean(changed) >= 0.9  # white can be painted white, and a thing can be removed behind another
 
 
 @pytest.mark.parametrize("task", ("subject", "add", "remove", "change"))
 def test_the_mask_is_no_larger_than_things_and_their_shadows(task):
-    assert max(MOVING.sample(seed, task).mask.mean() for seed in range(20)) < .6
+    assert max(MOVING.sample(seed, task).mask.mean() for seed in range(20)) < 0.6
 
 
 @pytest.mark.parametrize("task", ("subject", "background"))
@@ -119,10 +144,11 @@ def test_the_world_is_the_one_that_was_published(task):
     q = WORLDS["eval"].sample(EVAL_SEED + TASKS.index(task), task)
     found = q.target[-1].reshape(2, 48, 2, 48, 3).mean((1, 3, 4)).ravel()
     assert q.instruction == instruction
-    assert np.allclose(found, quarters, atol=.25), found.round(1).tolist()
+    assert np.allclose(found, quarters, atol=0.25), found.round(1).tolist()
 
 
 # what evaluation keeps for itself
+
 
 def test_splits_share_no_seed():
     with pytest.raises(ValueError, match=f"`seed` has to be below {EVAL_SEED} .* but is {EVAL_SEED}"):
@@ -175,6 +201,7 @@ def test_evaluation_shows_places_and_things_that_training_lacks():
 
 # words
 
+
 @pytest.mark.parametrize("task", TASKS[:6])
 def test_no_two_things_of_a_scene_have_one_name(task, monkeypatch):
     few = [OBJECTS.index(row) for name in ("fox", "owl", "cat", "horse") for row in OBJECTS if row["name"] == name]
@@ -224,7 +251,7 @@ def test_what_is_added_by_name_is_the_one_picture_of_that_name(split):
         assert new.name in NAMED and new.index == named_objects()[new.name]
         what = with_article(new.name) + paths[new.path]
         assert done.instruction in sentences("add", split, a=what, place=places[new.center])
-        moving += new.path != (0., 0.)
+        moving += new.path != (0.0, 0.0)
     assert 6 < moving < 26
 
 
@@ -261,7 +288,7 @@ def test_style_words_say_the_style():
 def test_a_removed_thing_is_gone_and_the_rest_is_as_it_was():
     for seed in range(20):
         scene, done = edited(MOVING, seed, "remove")
-        assert done.scene.things == scene.things[:done.before] + scene.things[done.before + 1:]
+        assert done.scene.things == scene.things[: done.before] + scene.things[done.before + 1 :]
 
 
 def test_named_objects_have_one_picture_each():
@@ -271,10 +298,19 @@ def test_named_objects_have_one_picture_each():
     assert all(OBJECTS[i]["name"] == name and OBJECTS[i]["split"] == "train" for name, i in named_objects().items())
 
 
-@pytest.mark.parametrize("name, words", (
-    ("fox", "a fox"), ("owl", "an owl"), ("Easter egg", "an Easter egg"), ("scissors", "scissors"),
-    ("hedge scissors", "hedge scissors"), ("unicorn", "a unicorn"), ("umbrella", "an umbrella"),
-    ("European bison", "a European bison")))
+@pytest.mark.parametrize(
+    "name, words",
+    (
+        ("fox", "a fox"),
+        ("owl", "an owl"),
+        ("Easter egg", "an Easter egg"),
+        ("scissors", "scissors"),
+        ("hedge scissors", "hedge scissors"),
+        ("unicorn", "a unicorn"),
+        ("umbrella", "an umbrella"),
+        ("European bison", "a European bison"),
+    ),
+)
 def test_articles(name, words):
     assert with_article(name) == words
 
@@ -299,31 +335,32 @@ def test_captions_of_a_sample_are_of_its_source_and_its_target():
 
 # drawing
 
+
 @pytest.mark.parametrize("height, width", ((96, 96), (64, 120)))
 @pytest.mark.parametrize("name", ("fox", "umbrella", "banana", "castle"))
-@pytest.mark.parametrize("center, size", (((.5, .5), .6), ((.35, .6), .4)))
+@pytest.mark.parametrize("center, size", (((0.5, 0.5), 0.6), ((0.35, 0.6), 0.4)))
 def test_a_thing_is_where_and_as_large_as_it_says(name, center, size, height, width):
     cover = coverage_of(Thing(named_objects()[name], size=size, center=center), height=height, width=width)[0]
-    rows, columns = np.flatnonzero((cover > .5).any(1)), np.flatnonzero((cover > .5).any(0))
+    rows, columns = np.flatnonzero((cover > 0.5).any(1)), np.flatnonzero((cover > 0.5).any(0))
     assert abs(max(np.ptp(rows), np.ptp(columns)) + 1 - size * min(height, width)) < 2.5
-    assert abs((rows[0] + rows[-1]) / 2 - (center[1] * height - .5)) < 1.5
-    assert abs((columns[0] + columns[-1]) / 2 - (center[0] * width - .5)) < 1.5
+    assert abs((rows[0] + rows[-1]) / 2 - (center[1] * height - 0.5)) < 1.5
+    assert abs((columns[0] + columns[-1]) / 2 - (center[0] * width - 0.5)) < 1.5
 
 
-@pytest.mark.parametrize("path", ((.2, 0.), (0., -.2), (.03, .01)))
+@pytest.mark.parametrize("path", ((0.2, 0.0), (0.0, -0.2), (0.03, 0.01)))
 def test_a_thing_moves_along_its_path_by_parts_of_a_pixel(path):
     cover = coverage_of(Thing(named_objects()["fox"], path=path), 5)
     steps = np.diff([center_of(c) for c in cover], axis=0)
-    assert np.allclose(steps, np.array(path) * 96 / 4, atol=.08)
+    assert np.allclose(steps, np.array(path) * 96 / 4, atol=0.08)
 
 
 def test_a_turn_is_spread_over_the_clip_and_goes_clockwise():
-    turning = coverage_of(Thing(named_objects()["carrot"], angle=.2, turn=.6), 3)
-    for t, angle in enumerate((.2, .5, .8)):
+    turning = coverage_of(Thing(named_objects()["carrot"], angle=0.2, turn=0.6), 3)
+    for t, angle in enumerate((0.2, 0.5, 0.8)):
         assert np.array_equal(turning[t], coverage_of(Thing(named_objects()["carrot"], angle=angle))[0])
-    upright = coverage_of(Thing(named_objects()["castle"], center=(.5, .5)))[0]
-    quarter = coverage_of(Thing(named_objects()["castle"], center=(.5, .5), angle=math.pi / 2))[0]
-    assert np.abs(np.rot90(upright, -1) - quarter).mean() < .01
+    upright = coverage_of(Thing(named_objects()["castle"], center=(0.5, 0.5)))[0]
+    quarter = coverage_of(Thing(named_objects()["castle"], center=(0.5, 0.5), angle=math.pi / 2))[0]
+    assert np.abs(np.rot90(upright, -1) - quarter).mean() < 0.01
 
 
 def test_a_mirrored_thing_is_the_mirror_image():
@@ -336,19 +373,19 @@ def test_a_mirrored_thing_is_the_mirror_image():
 def test_another_color_is_that_color_and_keeps_light_and_shade(color):
     thing = Thing(named_objects()["camera"])
     frames = [render(scene_of(t), 1, 96, 96)[0][0].astype(float) for t in (thing, replace(thing, color=color))]
-    inside = coverage_of(thing)[0] > .99
+    inside = coverage_of(thing)[0] > 0.99
     before, after = (frame[inside] for frame in frames)
     wanted, *tints = (np.array(value) / np.mean(value) for value in (COLORS[color], before.mean(0), after.mean(0)))
     far_before, far_after = (np.linalg.norm(tint - wanted) for tint in tints)
-    assert far_after < max(.5 * far_before, .1)
-    assert np.corrcoef(before @ [.299, .587, .114], after @ [.299, .587, .114])[0, 1] > .9
+    assert far_after < max(0.5 * far_before, 0.1)
+    assert np.corrcoef(before @ [0.299, 0.587, 0.114], after @ [0.299, 0.587, 0.114])[0, 1] > 0.9
     assert np.array_equal(*(frame[coverage_of(thing)[0] == 0] for frame in frames))
 
 
 def test_the_last_thing_is_in_front_and_coverage_does_not_mind():
     fox, owl = (Thing(named_objects()[name]) for name in ("fox", "owl"))
     both, alone = render(scene_of(fox, owl), 1, 96, 96, only=0), render(scene_of(fox), 1, 96, 96, only=0)
-    inside = coverage_of(owl)[0] > .999
+    inside = coverage_of(owl)[0] > 0.999
     owl_alone = render(scene_of(owl), 1, 96, 96)[0]
     assert np.abs(both[0][0][inside].astype(int) - owl_alone[0][inside]).max() <= 1
     assert np.array_equal(both[1], alone[1])
@@ -364,15 +401,17 @@ def test_coverage_of_one_thing_holds_its_shadow_and_of_all_does_not():
 
 def test_the_camera_pans_and_zooms_over_the_plate():
     ramp = np.broadcast_to(np.arange(122, dtype=np.float32)[None, :, None], (122, 122, 3))
-    still, panned, zoomed = (render(Scene(ramp, "a ramp", (), **settings), 3, 96, 96)[0].astype(float)
-                             for settings in ({}, dict(pan=(.1, 0.)), dict(zoom=1.25)))
+    still, panned, zoomed = (
+        render(Scene(ramp, "a ramp", (), **settings), 3, 96, 96)[0].astype(float)
+        for settings in ({}, dict(pan=(0.1, 0.0)), dict(zoom=1.25))
+    )
     assert np.ptp(still, 0).max() == 0 and abs(still[0, 48, 48, 0] - 61) <= 1
-    assert np.allclose((panned - still)[:, 5:-5, 5:-5].mean((1, 2, 3)), [0, 4.8, 9.6], atol=.6)
+    assert np.allclose((panned - still)[:, 5:-5, 5:-5].mean((1, 2, 3)), [0, 4.8, 9.6], atol=0.6)
     assert np.allclose(np.ptp(zoomed[..., 0], 2).mean(1), [95, 95 / 1.125, 95 / 1.25], atol=1.5)
 
 
 def test_light_falls_from_a_side():
-    lit = render(scene_of(light=(.3, 0.)), 1, 96, 96)[0][0, :, :, 0].astype(float)
+    lit = render(scene_of(light=(0.3, 0.0)), 1, 96, 96)[0][0, :, :, 0].astype(float)
     assert (np.diff(lit, axis=1) <= 0).all() and lit[:, 0].mean() > 1.2 * lit[:, -1].mean()
     assert np.ptp(lit, 0).max() == 0
 
@@ -398,10 +437,11 @@ def test_the_camera_stays_on_the_plate_at_the_most_motion(size):
 
 # references
 
+
 def shown(reference):
     "Pixels of a reference that are not its paper, which a corner has."
     tint = reference / reference.mean(-1, keepdims=True)
-    return np.abs(tint - tint[0, 0]).max(-1) > .12
+    return np.abs(tint - tint[0, 0]).max(-1) > 0.12
 
 
 def test_a_reference_shows_the_thing_in_other_size_place_and_canvas():
@@ -409,17 +449,17 @@ def test_a_reference_shows_the_thing_in_other_size_place_and_canvas():
     views = [thing_reference(thing, np.random.default_rng(i)) for i in range(12)]
     assert {min(view.shape[:2]) for view in views} == {120} and len({view.shape for view in views}) > 8
     areas = [shown(view).sum() for view in views]
-    in_target = (coverage_of(thing)[0] > .5).sum()
+    in_target = (coverage_of(thing)[0] > 0.5).sum()
     assert max(areas) > 1.5 * min(areas) and min(areas) > in_target
     assert len({tuple(view[0, 0]) for view in views}) > 4  # paper and light
     centers = np.array([center_of(shown(view)) / view.shape[1::-1] for view in views])
-    assert (np.ptp(centers, 0) > .04).all() and (np.abs(centers - .5) < .15).all()
+    assert (np.ptp(centers, 0) > 0.04).all() and (np.abs(centers - 0.5) < 0.15).all()
 
 
-@pytest.mark.parametrize("change, least, most", ((0., 0, 0), (.3, .5, 40), (1., 8, 255)))
+@pytest.mark.parametrize("change, least, most", ((0.0, 0, 0), (0.3, 0.5, 40), (1.0, 8, 255)))
 def test_reference_change_says_how_far_references_differ(change, least, most):
     thing = Thing(named_objects()["fox"])
-    upright = thing_reference(thing, np.random.default_rng(0), change=0.)
+    upright = thing_reference(thing, np.random.default_rng(0), change=0.0)
     apart = []
     for i in range(8):
         view = thing_reference(thing, np.random.default_rng(i), change=change)
@@ -431,7 +471,7 @@ def test_reference_change_says_how_far_references_differ(change, least, most):
 
 def test_a_place_is_shown_whole_and_tilted_with_the_full_change():
     plate = MOVING._plate(np.random.default_rng(2))[0]
-    straight = [plate_reference(plate, np.random.default_rng(i), short=plate.shape[0], change=0.) for i in range(3)]
+    straight = [plate_reference(plate, np.random.default_rng(i), short=plate.shape[0], change=0.0) for i in range(3)]
     assert all(np.abs(view - plate).max() <= 1 for view in straight)
     views = [plate_reference(plate, np.random.default_rng(i), short=plate.shape[0]) for i in range(12)]
     tilted = [view for view in views if view.shape != plate.shape or np.abs(view - plate).mean() > 5]
@@ -441,17 +481,19 @@ def test_a_place_is_shown_whole_and_tilted_with_the_full_change():
 @pytest.mark.parametrize("task", ("subject", "background"))
 def test_no_reference_is_a_piece_of_its_target(task):
     import cv2
+
     for seed in range(12):
         q = MOVING.sample(seed, task)
-        middle = q.reference[q.reference.shape[0] // 2 - 20:, q.reference.shape[1] // 2 - 20:][:40, :40]
+        middle = q.reference[q.reference.shape[0] // 2 - 20 :, q.reference.shape[1] // 2 - 20 :][:40, :40]
         for frame in q.target:
             assert cv2.matchTemplate(frame, middle, cv2.TM_SQDIFF).min() / middle.size > 30, seed
 
 
 # settings
 
+
 def test_difficulty_is_a_setting_with_effect():
-    calm = World(difficulty=Difficulty(max_objects=1, motion=0.))
+    calm = World(difficulty=Difficulty(max_objects=1, motion=0.0))
     apart = World(difficulty=Difficulty(occlusion=False))
     numbers, gaps = Counter(), []
     for seed in range(30):
@@ -459,16 +501,16 @@ def test_difficulty_is_a_setting_with_effect():
         numbers[len(MOVING._scene(rng()).things)] += 1
         assert len(calm._scene(rng()).things) == 1
         near = [math.dist(a.center, b.center) for a, b in itertools.combinations(apart._scene(rng()).things, 2)]
-        assert min(near, default=1) > .5
+        assert min(near, default=1) > 0.5
         gaps += [math.dist(a.center, b.center) for a, b in itertools.combinations(MOVING._scene(rng()).things, 2)]
-    assert set(numbers) == {1, 2, 3} and .3 < min(gaps) < .4
+    assert set(numbers) == {1, 2, 3} and 0.3 < min(gaps) < 0.4
     for seed in range(5):
         assert np.ptp(calm.sample(seed, "style").source, 0).max() == 0
     assert any(np.ptp(MOVING.sample(seed, "style").source, 0).max() > 20 for seed in range(5))
 
 
 def test_reference_change_of_a_world_reaches_its_references():
-    plain = World(difficulty=Difficulty(reference_change=0.))
+    plain = World(difficulty=Difficulty(reference_change=0.0))
     for seed in range(4):
         assert plain.sample(seed, "subject").reference.shape == (120, 120, 3)
         assert (plain.sample(seed, "subject").reference[0] == 255).all()
@@ -481,14 +523,15 @@ def test_a_sample_says_how_hard_its_world_is(difficulty, name):
     assert world.difficulty == DIFFICULTIES.get(name, difficulty)
 
 
-@pytest.mark.parametrize("bad", (
-    dict(split="test"), dict(difficulty="hard"), dict(height=8), dict(width=15), dict(num_frames=0)))
+@pytest.mark.parametrize(
+    "bad", (dict(split="test"), dict(difficulty="hard"), dict(height=8), dict(width=15), dict(num_frames=0))
+)
 def test_bad_settings_are_named(bad):
     with pytest.raises(ValueError, match=f"`{next(iter(bad))}`.* but (is|are) .*{next(iter(bad.values()))}"):
         World(**bad)
 
 
-@pytest.mark.parametrize("bad", (dict(motion=1.5), dict(motion=-.1), dict(max_objects=0)))
+@pytest.mark.parametrize("bad", (dict(motion=1.5), dict(motion=-0.1), dict(max_objects=0)))
 def test_a_world_that_cannot_be_drawn_is_named(bad):
     with pytest.raises(ValueError, match=f"`{next(iter(bad))}` has to be .* but is {next(iter(bad.values()))}"):
         Difficulty(**bad)

@@ -28,8 +28,17 @@ from typing import NamedTuple
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import (ContextParallelConfig, FasterCacheConfig, FirstBlockCacheConfig, MagCacheConfig, PyramidAttentionBroadcastConfig, SeaCacheConfig,
-                       TaylorSeerCacheConfig, UniPCMultistepScheduler, WanTransformer3DModel)
+from diffusers import (
+    ContextParallelConfig,
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    SeaCacheConfig,
+    TaylorSeerCacheConfig,
+    UniPCMultistepScheduler,
+    WanTransformer3DModel,
+)
 from diffusers.hooks.context_parallel import apply_context_parallel, remove_context_parallel
 from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
 from diffusers.models._modeling_parallel import ContextParallelOutput, ParallelConfig
@@ -44,7 +53,18 @@ from ..core import InputError, MissingPackage, Preset, asset, choose_device, mul
 from ..guidance import KiwiAttnProcessor, attend, find_wan
 from ..pipeline import EditMemory, KiwiEditPipeline
 from ..train.engine import allocated_by, cast_weights, measure_flops
-from ..video import Clip, Strip, as_frames, av, read_image, read_video, replacing, resize_frames, video_info, write_video
+from kiwi_edit.video import (
+    Clip,
+    Strip,
+    as_frames,
+    av,
+    read_image,
+    read_video,
+    replacing,
+    resize_frames,
+    video_info,
+    write_video,
+)
 from ..world import EVAL_SEED, World
 
 # %% auto #0
@@ -58,8 +78,14 @@ __all__ = ['logger', 'PARTS', 'SAVINGS', 'APPROXIMATIONS', 'BENCH_MODELS', 'TRIE
 logger = logging.getLogger(__name__)
 
 # %% ../../nbs/library/50_speed.ipynb #04220c6e
-PARTS = {"read_video": "reading", "encode_prompt": "words and pictures", "encode_source": "source to latents", "encode_references": "reference to latents",
-         "denoise": "denoising", "decode_latents": "latents to frames"}  # functions of the pipeline and what they do
+PARTS = {
+    "read_video": "reading",
+    "encode_prompt": "words and pictures",
+    "encode_source": "source to latents",
+    "encode_references": "reference to latents",
+    "denoise": "denoising",
+    "decode_latents": "latents to frames",
+}  # functions of the pipeline and what they do
 
 
 @contextmanager
@@ -75,14 +101,21 @@ def patched(
         yield
     finally:
         for owner, name, value in reversed(before):
-            if value is not missing: setattr(owner, name, value)
-            elif name in vars(owner): delattr(owner, name)
+            if value is not missing:
+                setattr(owner, name, value)
+            elif name in vars(owner):
+                delattr(owner, name)
 
 
 def operations() -> FlopCounterMode:  # a context; `get_total_flops()` tells afterwards
     "Counts additions and multiplications of products, convolutions and attention while they happen."
-    def attention(query, key, value, *args, **kwargs): return sdpa_flop_count(query, key, value)  # of their shapes
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention})  # PyTorch's counter does not know this one
+
+    def attention(query, key, value, *args, **kwargs):
+        return sdpa_flop_count(query, key, value)  # of their shapes
+
+    return FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    )  # PyTorch's counter does not know this one
 
 
 def profile_edit(
@@ -90,23 +123,37 @@ def profile_edit(
     edit: Callable,  # runs one edit with the pipeline
 ) -> tuple[dict[str, float], list]:  # seconds of the parts of an edit, and the profiler's averages by operation
     "One edit under PyTorch's profiler."
+
     def named(part, function):
         def run(*args, **kwargs):
-            with record_function(f"part: {part}"): return function(*args, **kwargs)
+            with record_function(f"part: {part}"):
+                return function(*args, **kwargs)
+
         return run
+
     owners = {name: pipe if hasattr(type(pipe), name) else pipeline for name in PARTS}
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (pipe._execution_device.type == "cuda")
-    with patched(*((owner, name, named(PARTS[name], getattr(owner, name))) for name, owner in owners.items())), profile(activities=activities) as profiled:
-        start = time.perf_counter(); edit(); total = time.perf_counter() - start
+    with (
+        patched(*((owner, name, named(PARTS[name], getattr(owner, name))) for name, owner in owners.items())),
+        profile(activities=activities) as profiled,
+    ):
+        start = time.perf_counter()
+        edit()
+        total = time.perf_counter() - start
     averages = profiled.key_averages()
-    parts = {event.key.removeprefix("part: "): event.cpu_time_total / 1e6 for event in averages if event.key.startswith("part: ")}
-    parts = {part: parts.get(part, 0.) for part in PARTS.values()}
-    return parts | {"the rest": max(0., total - sum(parts.values()))}, averages
+    parts = {
+        event.key.removeprefix("part: "): event.cpu_time_total / 1e6
+        for event in averages
+        if event.key.startswith("part: ")
+    }
+    parts = {part: parts.get(part, 0.0) for part in PARTS.values()}
+    return parts | {"the rest": max(0.0, total - sum(parts.values()))}, averages
 
 # %% ../../nbs/library/50_speed.ipynb #04300d0c
 @dataclass(frozen=True)
 class Saving:
     "Something that an edit is spared, and the way back to an edit without it, which comes to the same result."
+
     name: str
     what: str
     without: Callable  # of a pipeline: a context manager within which it is computed after all
@@ -115,38 +162,62 @@ class Saving:
 # %% ../../nbs/library/50_speed.ipynb #040ad16d
 def _forgetting(*names):
     "A way back: what the cache of an edit is given under these names is lost."
+
     def without(pipe):
         class Forgetful(pipeline.EditCache):
-            def __setattr__(self, name, value): super().__setattr__(name, value if name not in names else _Nothing() if name == "key_values" else None)
+            def __setattr__(self, name, value):
+                super().__setattr__(name, value if name not in names else _Nothing() if name == "key_values" else None)
+
         return patched((pipeline, "EditCache", Forgetful), (guidance, "EditCache", Forgetful))
+
     return without
 
 
 class _Nothing(dict):
-    def __setitem__(self, key, value): pass
+    def __setitem__(self, key, value):
+        pass
 
 
 @contextmanager
 def _positions_each_step(pipe):
     "Rotary tables made at each step in double precision on the CPU, and applied in double precision."
     wan = find_wan(pipe.transformer)
+
     def tables(hidden_states):
         sides, rope, angles = [n // p for n, p in zip(hidden_states.shape[2:], wan.rope.patch_size)], wan.rope, []
         for axis, (side, dim) in enumerate(zip(sides, (rope.t_dim, rope.h_dim, rope.w_dim))):
-            turns = torch.outer(torch.arange(side, dtype=torch.float64), 10000. ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim))
+            turns = torch.outer(
+                torch.arange(side, dtype=torch.float64),
+                10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim),
+            )
             angles.append(turns.view(*(side if i == axis else 1 for i in range(3)), -1).expand(*sides, -1))
         angles = torch.cat(angles, -1).reshape(1, math.prod(sides), 1, -1).repeat_interleave(2, -1)
         return angles.cos().to(hidden_states.device), angles.sin().to(hidden_states.device)
+
     def rotate(x, cos, sin):
-        return torch.view_as_real(torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous()) * torch.complex(cos.double(), sin.double())).flatten(-2).type_as(x)
-    with _forgetting("rope")(pipe), patched((wan.rope, "forward", tables), (guidance, "rotate", rotate)): yield
+        return (
+            torch.view_as_real(
+                torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
+                * torch.complex(cos.double(), sin.double())
+            )
+            .flatten(-2)
+            .type_as(x)
+        )
+
+    with _forgetting("rope")(pipe), patched((wan.rope, "forward", tables), (guidance, "rotate", rotate)):
+        yield
 
 # %% ../../nbs/library/50_speed.ipynb #043ae6bc
 def _head_on_all(pipe):
     "The head turns the tokens of references into a velocity too."
     wan, hooked = find_wan(pipe.transformer), guidance.hooked
+
     def on_all(*pairs, before=()):
-        return hooked(*(pair for pair in pairs if pair[0] is not wan.proj_out), before=[pair for pair in before if pair[0] is not wan.norm_out])
+        return hooked(
+            *(pair for pair in pairs if pair[0] is not wan.proj_out),
+            before=[pair for pair in before if pair[0] is not wan.norm_out],
+        )
+
     return patched((guidance, "hooked", on_all))
 
 
@@ -154,10 +225,12 @@ def _language_model_that_keeps(pipe):
     "The language model keeps keys, values and the states of all layers."
     language = pipe.mllm.model.language_model
     forward = language.forward
+
     def keeping(**kwargs):
         out = forward(**kwargs | dict(use_cache=True, output_hidden_states=True))
         out.last_hidden_state = out.hidden_states[-1]
         return out
+
     return patched((language, "forward", keeping))
 
 # %% ../../nbs/library/50_speed.ipynb #045f8d91
@@ -166,33 +239,68 @@ def _frame_by_frame(path, num_frames=None, start=0, stride=1, indices=None, size
     wanted, frames = range(start, video_info(path).frames, stride)[:num_frames] if indices is None else indices, []
     with av.open(os.path.abspath(path)) as container:
         for i, frame in enumerate(container.decode(video=0)):
-            if i > wanted[-1]: break
+            if i > wanted[-1]:
+                break
             picture = frame.to_ndarray(format="rgb24")[None]
-            if i in wanted: frames.append(resize_frames(picture, *size, mode=mode)[0] if size else picture[0])
+            if i in wanted:
+                frames.append(resize_frames(picture, *size, mode=mode)[0] if size else picture[0])
     return Clip(np.stack(frames), video_info(path).fps, Path(path))
 
 
 def _all_at_once(pipe):
     "Long clips through the autoencoder in one piece."
+
     def to_latents(vae, chunks, device=None, drop_rest=False):
         frames = np.concatenate(list(chunks))
-        if drop_rest: frames = frames[:(len(frames) - 1) // vae.config.scale_factor_temporal * vae.config.scale_factor_temporal + 1]
+        if drop_rest:
+            frames = frames[
+                : (len(frames) - 1) // vae.config.scale_factor_temporal * vae.config.scale_factor_temporal + 1
+            ]
         yield latents.encode_frames(vae, frames, device)
-    def to_frames(vae, pieces): yield latents.decode_latents(vae, pieces if isinstance(pieces, torch.Tensor) else torch.cat(list(pieces), dim=2))[0]
+
+    def to_frames(vae, pieces):
+        yield latents.decode_latents(
+            vae, pieces if isinstance(pieces, torch.Tensor) else torch.cat(list(pieces), dim=2)
+        )[0]
+
     return patched((pipeline, "stream_latents", to_latents), (pipeline, "stream_frames", to_frames))
 
 
-SAVINGS = {saving.name: saving for saving in (
-    Saving("embeddings", "source and references are embedded once for all steps", _forgetting("source", "reference")),
-    Saving("positions", "rotary tables are made once, and applied in single precision", _positions_each_step),
-    Saving("keys and values", "those of cross-attention are projected once for all steps", _forgetting("key_values")),
-    Saving("head", "the denoiser's head sees the tokens of the clip and not those of references", _head_on_all),
-    Saving("language model", "it keeps neither keys and values nor the states of all of its layers", _language_model_that_keeps),
-    Saving("autoencoder", "on a CPU its 3D convolutions run as 2D ones, and its norms sum in the order of memory", lambda pipe: patched((latents, "fast_layers", nullcontext))),
-    Saving("reading", "frames are decoded by threads and resized by others", lambda pipe: patched((pipeline, "read_video", _frame_by_frame))),
-    Saving("memory", "what the encoders made of a clip and of pictures is remembered", lambda pipe: patched((pipe, "memory", EditMemory(0))), "the next edit"),
-    Saving("streams", "long clips go through the autoencoder in pieces", _all_at_once, "memory"),
-)}
+SAVINGS = {
+    saving.name: saving
+    for saving in (
+        Saving(
+            "embeddings", "source and references are embedded once for all steps", _forgetting("source", "reference")
+        ),
+        Saving("positions", "rotary tables are made once, and applied in single precision", _positions_each_step),
+        Saving(
+            "keys and values", "those of cross-attention are projected once for all steps", _forgetting("key_values")
+        ),
+        Saving("head", "the denoiser's head sees the tokens of the clip and not those of references", _head_on_all),
+        Saving(
+            "language model",
+            "it keeps neither keys and values nor the states of all of its layers",
+            _language_model_that_keeps,
+        ),
+        Saving(
+            "autoencoder",
+            "on a CPU its 3D convolutions run as 2D ones, and its norms sum in the order of memory",
+            lambda pipe: patched((latents, "fast_layers", nullcontext)),
+        ),
+        Saving(
+            "reading",
+            "frames are decoded by threads and resized by others",
+            lambda pipe: patched((pipeline, "read_video", _frame_by_frame)),
+        ),
+        Saving(
+            "memory",
+            "what the encoders made of a clip and of pictures is remembered",
+            lambda pipe: patched((pipe, "memory", EditMemory(0))),
+            "the next edit",
+        ),
+        Saving("streams", "long clips go through the autoencoder in pieces", _all_at_once, "memory"),
+    )
+}
 
 
 @contextmanager
@@ -204,13 +312,15 @@ def recomputed(
     if unknown := [name for name in names if name not in SAVINGS]:
         raise InputError(f"`names` have to be among {', '.join(SAVINGS)} but hold {unknown[0]!r}.")
     with ExitStack() as stack:
-        for name in names or SAVINGS: stack.enter_context(SAVINGS[name].without(pipe))
+        for name in names or SAVINGS:
+            stack.enter_context(SAVINGS[name].without(pipe))
         yield pipe
 
 # %% ../../nbs/library/50_speed.ipynb #04c7bb14
 @dataclass(frozen=True)
 class Approximation:
     "A way to nearly the same edit in less time or memory."
+
     name: str
     what: str
     take: str  # where it pays
@@ -225,15 +335,13 @@ class Approximation:
 APPROXIMATIONS: dict[str, Approximation] = {}
 
 
-def approximation(
-    name: str,
-    what: str,
-    take: str,
-):
+def approximation(name: str, what: str, take: str):
     "Add an entry whose options are the keyword arguments of the decorated function."
+
     def add(start):
         APPROXIMATIONS[name] = Approximation(name, what, take, start)
         return start
+
     return add
 
 
@@ -245,41 +353,53 @@ def approximately(
     "Let the edits of a pipeline be approximate in the chosen ways."
     chosen = {chosen: options} if isinstance(chosen, str) else chosen
     for name, given in chosen.items():
-        if name not in APPROXIMATIONS: raise InputError(f"`chosen` has to be among {', '.join(APPROXIMATIONS)} but is {name!r}.")
+        if name not in APPROXIMATIONS:
+            raise InputError(f"`chosen` has to be among {', '.join(APPROXIMATIONS)} but is {name!r}.")
         if unknown := [option for option in given if option not in APPROXIMATIONS[name].options]:
-            raise InputError(f"`options` of {name!r} have to be among {', '.join(APPROXIMATIONS[name].options) or 'none'} but hold {unknown[0]!r}.")
+            raise InputError(
+                f"`options` of {name!r} have to be among {', '.join(APPROXIMATIONS[name].options) or 'none'} but hold {unknown[0]!r}."
+            )
     with ExitStack() as undo:
-        for name, given in chosen.items(): APPROXIMATIONS[name].start(pipe, undo, **given)
+        for name, given in chosen.items():
+            APPROXIMATIONS[name].start(pipe, undo, **given)
         return undo.pop_all()
 
 # %% ../../nbs/library/50_speed.ipynb #04587ee2
 class _Watch(ModelHook):
     "Knows the timestep of the call, for caches that ask for it, and checks calls before they are made."
+
     _is_stateful = True
 
     def __init__(self, check=None):
         super().__init__()
-        self.states, self.timestep, self.check = StateManager(BaseState), 0., check
+        self.states, self.timestep, self.check = StateManager(BaseState), 0.0, check
 
     def pre_forward(self, module, *args, **kwargs):
-        if self.check: self.check(self.states.context)
+        if self.check:
+            self.check(self.states.context)
         self.timestep = self.states.context.timestep
         return args, kwargs
 
-    def reset_state(self, module): self.states.reset()
+    def reset_state(self, module):
+        self.states.reset()
 
 
 def _bare(wan):
     "Take away what diffusers leaves behind where its hooks were."
     for module in wan.modules():
-        if (registry := vars(module).get("_diffusers_hook")) is not None and not registry.hooks: del module._diffusers_hook
-        if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward: del module.forward
+        if (registry := vars(module).get("_diffusers_hook")) is not None and not registry.hooks:
+            del module._diffusers_hook
+        if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
+            del module.forward
 
 
 def _cache(pipe, undo, make, check=None):
     "Enable the cache that `make` gives for a function that tells the timestep."
     wan = find_wan(pipe.transformer)
-    if wan.is_cache_enabled: raise InputError(f"`chosen` has to hold one step cache at most but a {type(wan._cache_config).__name__} is enabled already.")
+    if wan.is_cache_enabled:
+        raise InputError(
+            f"`chosen` has to hold one step cache at most but a {type(wan._cache_config).__name__} is enabled already."
+        )
     watch = _Watch(check)
     undo.callback(_bare, wan)
     HookRegistry.check_if_exists_or_initialize(wan).register_hook(watch, "kiwi_edit_watch")
@@ -289,34 +409,77 @@ def _cache(pipe, undo, make, check=None):
 
 
 def _one_window(context):
-    if context.name != "edit": raise InputError("`chosen` has to be another cache for a clip that is denoised in windows: this one cannot tell them from each other.")
+    if context.name != "edit":
+        raise InputError(
+            "`chosen` has to be another cache for a clip that is denoised in windows: this one cannot tell them from each other."
+        )
 
 
-@approximation("first-block cache", "the first block says whether a step is like the last; if so, the others are skipped", "the default among the step caches; long schedules")
-def _first_block(pipe, undo, threshold: float = .1):
+@approximation(
+    "first-block cache",
+    "the first block says whether a step is like the last; if so, the others are skipped",
+    "the default among the step caches; long schedules",
+)
+def _first_block(pipe, undo, threshold: float = 0.1):
     _cache(pipe, undo, lambda now: FirstBlockCacheConfig(threshold))
 
 
-@approximation("spectral cache", "as long as the filtered latents of two steps differ little, what the blocks would add is extrapolated (SeaCache)", "long schedules; decides before any block has run")
-def _spectral(pipe, undo, threshold: float = .25, most: int = 2):
+@approximation(
+    "spectral cache",
+    "as long as the filtered latents of two steps differ little, what the blocks would add is extrapolated (SeaCache)",
+    "long schedules; decides before any block has run",
+)
+def _spectral(pipe, undo, threshold: float = 0.25, most: int = 2):
     _cache(pipe, undo, lambda now: SeaCacheConfig(threshold, max_consecutive_cached=most))
 
 
-@approximation("taylor series", "every so many steps is computed, the others continue the line through the last two (TaylorSeer, the lite form)", "a fixed share of the time, whatever the clip")
+@approximation(
+    "taylor series",
+    "every so many steps is computed, the others continue the line through the last two (TaylorSeer, the lite form)",
+    "a fixed share of the time, whatever the clip",
+)
 def _taylor(pipe, undo, every: int = 2, first: int = 2, order: int = 1):
-    _cache(pipe, undo, lambda now: TaylorSeerCacheConfig(every, first, max_order=order, taylor_factors_dtype=torch.float32, use_lite_mode=True))
+    _cache(
+        pipe,
+        undo,
+        lambda now: TaylorSeerCacheConfig(
+            every, first, max_order=order, taylor_factors_dtype=torch.float32, use_lite_mode=True
+        ),
+    )
 
 
-@approximation("attention broadcast", "results of attention are used again at every other step (Pyramid Attention Broadcast)", "attention that outweighs the rest: many tokens")
+@approximation(
+    "attention broadcast",
+    "results of attention are used again at every other step (Pyramid Attention Broadcast)",
+    "attention that outweighs the rest: many tokens",
+)
 def _broadcast(pipe, undo, every: int = 2, timesteps: tuple[float, float] = (100, 900)):
-    ranges = {f"{kind}_attention_block_skip_range": every for kind in ("spatial", "cross")} | {f"{kind}_attention_timestep_skip_range": timesteps for kind in ("spatial", "cross")}
-    _cache(pipe, undo, lambda now: PyramidAttentionBroadcastConfig(**ranges, current_timestep_callback=now), _one_window)
+    ranges = {f"{kind}_attention_block_skip_range": every for kind in ("spatial", "cross")} | {
+        f"{kind}_attention_timestep_skip_range": timesteps for kind in ("spatial", "cross")
+    }
+    _cache(
+        pipe, undo, lambda now: PyramidAttentionBroadcastConfig(**ranges, current_timestep_callback=now), _one_window
+    )
 
 
-@approximation("faster cache", "results of self-attention are extrapolated at every other step (FasterCache, its part for models without guidance)", "as attention broadcast")
-def _faster(pipe, undo, every: int = 2, timesteps: tuple[float, float] = (-1, 681), weight: float = .5):
-    _cache(pipe, undo, lambda now: FasterCacheConfig(every, spatial_attention_timestep_skip_range=timesteps, is_guidance_distilled=True, attention_weight_callback=lambda _: weight,
-                                                     current_timestep_callback=now), _one_window)
+@approximation(
+    "faster cache",
+    "results of self-attention are extrapolated at every other step (FasterCache, its part for models without guidance)",
+    "as attention broadcast",
+)
+def _faster(pipe, undo, every: int = 2, timesteps: tuple[float, float] = (-1, 681), weight: float = 0.5):
+    _cache(
+        pipe,
+        undo,
+        lambda now: FasterCacheConfig(
+            every,
+            spatial_attention_timestep_skip_range=timesteps,
+            is_guidance_distilled=True,
+            attention_weight_callback=lambda _: weight,
+            current_timestep_callback=now,
+        ),
+        _one_window,
+    )
 
 # %% ../../nbs/library/50_speed.ipynb #0458411b
 def magnitude_ratios(
@@ -325,42 +488,72 @@ def magnitude_ratios(
 ) -> list[float]:  # one for each step
     "What `magnitude cache` has to know of a model: how much larger the blocks' contribution is than at the step before."
     blocks, ratios, last = find_wan(pipe.transformer).blocks, [], {}
+
     def after(module, args, out):
         residual = (out - last.pop("given")).float().norm(dim=-1)
-        ratios.append(1. if "residual" not in last else float((residual / (last["residual"] + 1e-8)).mean()))
+        ratios.append(1.0 if "residual" not in last else float((residual / (last["residual"] + 1e-8)).mean()))
         last["residual"] = residual
-    with guidance.hooked((blocks[-1], after), before=[(blocks[0], lambda module, args: last.update(given=args[0]))]): edit()
+
+    with guidance.hooked((blocks[-1], after), before=[(blocks[0], lambda module, args: last.update(given=args[0]))]):
+        edit()
     return ratios
 
 
-@approximation("magnitude cache", "blocks are skipped while the measured growth of their contribution says that little is lost (MagCache)", "one model and one number of steps, many clips")
-def _magnitude(pipe, undo, ratios: list[float] | None = None, threshold: float = .06, most: int = 3, keep: float = .2):
-    if not ratios: raise InputError(f"`ratios` has to hold what `magnitude_ratios` measures on this model but is {ratios!r}.")
+@approximation(
+    "magnitude cache",
+    "blocks are skipped while the measured growth of their contribution says that little is lost (MagCache)",
+    "one model and one number of steps, many clips",
+)
+def _magnitude(
+    pipe, undo, ratios: list[float] | None = None, threshold: float = 0.06, most: int = 3, keep: float = 0.2
+):
+    if not ratios:
+        raise InputError(f"`ratios` has to hold what `magnitude_ratios` measures on this model but is {ratios!r}.")
+
     def check(context):
-        if context.num_inference_steps != len(ratios): raise InputError(f"`num_inference_steps` has to be {len(ratios)}, the number of `ratios`, but is {context.num_inference_steps}.")
+        if context.num_inference_steps != len(ratios):
+            raise InputError(
+                f"`num_inference_steps` has to be {len(ratios)}, the number of `ratios`, but is {context.num_inference_steps}."
+            )
+
     _cache(pipe, undo, lambda now: MagCacheConfig(threshold, most, keep, len(ratios), torch.tensor(ratios)), check)
 
 # %% ../../nbs/library/50_speed.ipynb #0423cc76
 class FlowUniPC(UniPCMultistepScheduler):
     "UniPC for flow matching, at the noise levels of a `FlowMatchEulerDiscreteScheduler` with the same shift."
+
     @classmethod
-    def like(cls,
+    def like(
+        cls,
         scheduler,  # FlowMatchEulerDiscreteScheduler
         order: int = 2,  # of the solver
     ) -> FlowUniPC:
         "One for the same schedule."
         c = scheduler.config
-        return cls(c.num_train_timesteps, solver_order=order, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=c.get("flow_shift", c.get("shift")))
+        return cls(
+            c.num_train_timesteps,
+            solver_order=order,
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            flow_shift=c.get("flow_shift", c.get("shift")),
+        )
 
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None):
-        super().set_timesteps(num_inference_steps, device, None if sigmas is None else np.asarray(sigmas, dtype=np.float64), mu)
+        super().set_timesteps(
+            num_inference_steps, device, None if sigmas is None else np.asarray(sigmas, dtype=np.float64), mu
+        )
         self.timesteps = (self.sigmas[:-1] * self.config.num_train_timesteps).to(device)
 
 
-@approximation("fewer steps", "a multistep solver at fewer noise levels (UniPC)", "models of many steps, first of all: it saves the most, on every machine")
+@approximation(
+    "fewer steps",
+    "a multistep solver at fewer noise levels (UniPC)",
+    "models of many steps, first of all: it saves the most, on every machine",
+)
 def _fewer_steps(pipe, undo, steps: int | None = None, order: int = 2):
     steps = max(1, pipe.config.default_steps // 2) if steps is None else steps
-    if steps < 1: raise InputError(f"`steps` has to be at least 1 but is {steps}.")
+    if steps < 1:
+        raise InputError(f"`steps` has to be at least 1 but is {steps}.")
     undo.callback(setattr, pipe, "scheduler", pipe.scheduler)
     undo.callback(pipe.register_to_config, default_steps=pipe.config.default_steps)
     pipe.scheduler = FlowUniPC.like(pipe.scheduler, order)
@@ -375,36 +568,58 @@ def _recast(undo, module, dtype, keep=()):
             weight.data = weight.data.to(dtype)
 
 
-@approximation("bfloat16", "encoder and denoiser compute in bfloat16, the autoencoder as before", "GPUs, and CPUs with bfloat16 units; half the memory of the weights")
+@approximation(
+    "bfloat16",
+    "encoder and denoiser compute in bfloat16, the autoencoder as before",
+    "GPUs, and CPUs with bfloat16 units; half the memory of the weights",
+)
 def _bfloat16(pipe, undo):
     device = pipe._execution_device
-    if not multiplies_bfloat16(device): logger.warning("`bfloat16` is emulated on this device (%s), and many times slower than float32.", device)
+    if not multiplies_bfloat16(device):
+        logger.warning("`bfloat16` is emulated on this device (%s), and many times slower than float32.", device)
     wan = find_wan(pipe.transformer)
-    for module in (pipe.mllm, pipe.guidance): _recast(undo, module, torch.bfloat16)
+    for module in (pipe.mllm, pipe.guidance):
+        _recast(undo, module, torch.bfloat16)
     _recast(undo, wan, torch.bfloat16, wan._keep_in_fp32_modules)
 
 
-@approximation("float8 weights", "the blocks' weights are kept in 8-bit floats and made larger when their turn comes (diffusers' layerwise casting)", "GPUs whose memory is too small; saves no time")
+@approximation(
+    "float8 weights",
+    "the blocks' weights are kept in 8-bit floats and made larger when their turn comes (diffusers' layerwise casting)",
+    "GPUs whose memory is too small; saves no time",
+)
 def _float8(pipe, undo):
     wan = find_wan(pipe.transformer)
     registries = lambda: [registry for module in wan.modules() if (registry := vars(module).get("_diffusers_hook"))]
     before = {id(hook) for registry in registries() for hook in registry.hooks.values()}
     undo.callback(_bare, wan)
-    for weight in wan.parameters(): undo.callback(setattr, weight, "data", weight.data)
+    for weight in wan.parameters():
+        undo.callback(setattr, weight, "data", weight.data)
     wan.enable_layerwise_casting(torch.float8_e4m3fn, wan.dtype)
+
     def remove():
         for registry in registries():
             for name, hook in list(registry.hooks.items()):
-                if id(hook) in before: continue
-                hook.deinitalize_hook = lambda module: module  # it refuses since digits are lost; the weights held above have them all
+                if id(hook) in before:
+                    continue
+                hook.deinitalize_hook = lambda module: (
+                    module
+                )  # it refuses since digits are lost; the weights held above have them all
                 registry.remove_hook(name, recurse=False)
+
     undo.callback(remove)
 
 
-@approximation("int8 weights", "the blocks' weights are kept in 8-bit integers (torchao)", "GPUs whose memory is too small, with `torchao` installed and the model compiled; tried on a CPU only")
+@approximation(
+    "int8 weights",
+    "the blocks' weights are kept in 8-bit integers (torchao)",
+    "GPUs whose memory is too small, with `torchao` installed and the model compiled; tried on a CPU only",
+)
 def _int8(pipe, undo):
-    if find_spec("torchao") is None: raise MissingPackage("`int8 weights` needs torchao, which is not installed: pip install torchao")
+    if find_spec("torchao") is None:
+        raise MissingPackage("`int8 weights` needs torchao, which is not installed: pip install torchao")
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
     blocks = find_wan(pipe.transformer).blocks
     for module in blocks.modules():
         if isinstance(module, torch.nn.Linear):
@@ -413,18 +628,29 @@ def _int8(pipe, undo):
     quantize_(blocks, Int8WeightOnlyConfig())
 
 
-@approximation("tiled autoencoder", "frames go through the autoencoder in overlapping tiles", "GPUs whose memory is too small for a whole frame; takes a little longer")
-def _tiled(pipe, undo, tile: int = 256, overlap: float = .25):
+@approximation(
+    "tiled autoencoder",
+    "frames go through the autoencoder in overlapping tiles",
+    "GPUs whose memory is too small for a whole frame; takes a little longer",
+)
+def _tiled(pipe, undo, tile: int = 256, overlap: float = 0.25):
     vae, unit = pipe.vae, pipe.vae.config.scale_factor_spatial
-    if tile < unit or tile % unit: raise InputError(f"`tile` has to be a multiple of {unit} pixels but is {tile}.")
+    if tile < unit or tile % unit:
+        raise InputError(f"`tile` has to be a multiple of {unit} pixels but is {tile}.")
     stride = max(1, round(tile * (1 - overlap) / unit)) * unit
-    if not 0 <= overlap < 1: raise InputError(f"`overlap` has to be from 0 to below 1 but is {overlap}.")
-    for name in ("use_tiling", *(f"tile_sample_{kind}_{side}" for kind in ("min", "stride") for side in ("height", "width"))): undo.callback(setattr, vae, name, getattr(vae, name))
+    if not 0 <= overlap < 1:
+        raise InputError(f"`overlap` has to be from 0 to below 1 but is {overlap}.")
+    for name in (
+        "use_tiling",
+        *(f"tile_sample_{kind}_{side}" for kind in ("min", "stride") for side in ("height", "width")),
+    ):
+        undo.callback(setattr, vae, name, getattr(vae, name))
     vae.enable_tiling(tile, tile, stride, stride)
 
 # %% ../../nbs/library/50_speed.ipynb #04e86b15
 class Held(NamedTuple):
     "What a compiled block receives in place of its `encoder_hidden_states`."
+
     key: torch.Tensor  # (B, N, heads, head_dim) of cross-attention
     value: torch.Tensor  # (B, N, heads, head_dim)
     mask: torch.Tensor | None  # (B, 1, 1, N) bool
@@ -432,8 +658,10 @@ class Held(NamedTuple):
 
 class HeldAttnProcessor(KiwiAttnProcessor):
     "The kit's attention with keys and values handed in."
+
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
-        if not isinstance(encoder_hidden_states, Held): return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        if not isinstance(encoder_hidden_states, Held):
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
         out = attend(query, *encoder_hidden_states, self._attention_backend).flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](out))
@@ -441,31 +669,51 @@ class HeldAttnProcessor(KiwiAttnProcessor):
 
 def _look_up(layer):
     "A hook that gives a block its keys and values."
+
     def hook(block, args):
         hidden_states, context, *rest = args
         cache, attn = context.key_values, block.attn2
         found = None if cache is None else cache.get(layer)
         if found is None:
-            found = attn.norm_k(attn.to_k(context.hidden_states)).unflatten(2, (attn.heads, -1)), attn.to_v(context.hidden_states).unflatten(2, (attn.heads, -1))
-            if cache is not None: cache[layer] = found
+            found = (
+                attn.norm_k(attn.to_k(context.hidden_states)).unflatten(2, (attn.heads, -1)),
+                attn.to_v(context.hidden_states).unflatten(2, (attn.heads, -1)),
+            )
+            if cache is not None:
+                cache[layer] = found
         return hidden_states, Held(*found, context.mask), *rest
+
     return hook
 
 
-@approximation("compiled", "the denoiser's blocks are compiled at the first edit of each shape", "GPUs, and many edits of one shape; needs a C++ compiler, on a GPU also triton")
+@approximation(
+    "compiled",
+    "the denoiser's blocks are compiled at the first edit of each shape",
+    "GPUs, and many edits of one shape; needs a C++ compiler, on a GPU also triton",
+)
 def _compiled(pipe, undo, backend: str | Callable = "inductor"):
     wan = find_wan(pipe.transformer)
-    if wan.is_cache_enabled: raise InputError("`chosen` has to name 'compiled' before a step cache but one is enabled already.")
+    if wan.is_cache_enabled:
+        raise InputError("`chosen` has to name 'compiled' before a step cache but one is enabled already.")
     if backend == "inductor":
-        if wan.device.type == "cuda" and find_spec("triton") is None: raise RuntimeError("`compiled` needs triton on a GPU, which is not installed: pip install triton")
-        compiler = os.environ.get("CXX") or ("cl" if sys.platform == "win32" else "clang++" if sys.platform == "darwin" else "g++")
-        if wan.device.type == "cpu" and shutil.which(compiler) is None: raise RuntimeError(f"`compiled` needs a C++ compiler but {compiler!r} is not found; install one, or name another by the environment variable CXX.")
+        if wan.device.type == "cuda" and find_spec("triton") is None:
+            raise RuntimeError("`compiled` needs triton on a GPU, which is not installed: pip install triton")
+        compiler = os.environ.get("CXX") or (
+            "cl" if sys.platform == "win32" else "clang++" if sys.platform == "darwin" else "g++"
+        )
+        if wan.device.type == "cpu" and shutil.which(compiler) is None:
+            raise RuntimeError(
+                f"`compiled` needs a C++ compiler but {compiler!r} is not found; install one, or name another by the environment variable CXX."
+            )
     undo.callback(_bare, wan)
     for layer, block in enumerate(wan.blocks):
         for attn in (block.attn1, block.attn2):
             undo.callback(attn.set_processor, attn.processor)
             held = HeldAttnProcessor(-1)  # the layer's number would make each block another graph
-            held._attention_backend, held._parallel_config = attn.processor._attention_backend, attn.processor._parallel_config
+            held._attention_backend, held._parallel_config = (
+                attn.processor._attention_backend,
+                attn.processor._parallel_config,
+            )
             attn.set_processor(held)
         undo.callback(block.register_forward_pre_hook(_look_up(layer)).remove)
         undo.callback(setattr, block, "forward", block.forward)
@@ -479,22 +727,41 @@ def parallelise(
     "Share the denoising of each edit among the processes of a `torchrun`; each has to make the same calls, and gets the whole result."
     wan, device = find_wan(pipe.transformer), pipe._execution_device
     if not distributed.is_initialized():
-        if "RANK" not in os.environ: raise RuntimeError("`parallelise` has to be called by each process of a `torchrun` but this is a single process.")
+        if "RANK" not in os.environ:
+            raise RuntimeError(
+                "`parallelise` has to be called by each process of a `torchrun` but this is a single process."
+            )
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     world = distributed.get_world_size()
-    if world < 2 or ring < 1 or world % ring: raise InputError(f"`ring` has to divide the number of processes, which has to be 2 at least, but is {ring} of {world}.")
+    if world < 2 or ring < 1 or world % ring:
+        raise InputError(
+            f"`ring` has to divide the number of processes, which has to be 2 at least, but is {ring} of {world}."
+        )
     backend = wan.blocks[0].attn1.processor._attention_backend
     if ring > 1 and str(backend or "native") == "native":
-        raise InputError("`ring` has to be 1 with PyTorch's own attention, which does not give the sums that a ring joins; `pipe.transformer.set_attention_backend('flash')` or another first.")
+        raise InputError(
+            "`ring` has to be 1 with PyTorch's own attention, which does not give the sums that a ring joins; `pipe.transformer.set_attention_backend('flash')` or another first."
+        )
     context = ContextParallelConfig(ring_degree=ring, ulysses_degree=world // ring, ulysses_anything=ring == 1)
     config = ParallelConfig(context_parallel_config=context)
-    config.setup(distributed.get_rank(), world, device, mesh=distributed.device_mesh.init_device_mesh(device.type, context.mesh_shape, mesh_dim_names=context.mesh_dim_names))
-    plan = {part: wan._cp_plan[part] for part in ("rope", "blocks.0")} | {f"blocks.{len(wan.blocks) - 1}": ContextParallelOutput(gather_dim=1, expected_dims=3)}
+    config.setup(
+        distributed.get_rank(),
+        world,
+        device,
+        mesh=distributed.device_mesh.init_device_mesh(
+            device.type, context.mesh_shape, mesh_dim_names=context.mesh_dim_names
+        ),
+    )
+    plan = {part: wan._cp_plan[part] for part in ("rope", "blocks.0")} | {
+        f"blocks.{len(wan.blocks) - 1}": ContextParallelOutput(gather_dim=1, expected_dims=3)
+    }
     prepare = pipe.prepare_latents
+
     def same_noise(*args):
         noise = prepare(*args).contiguous()
         distributed.broadcast(noise, 0)
         return noise
+
     with ExitStack() as undo:
         undo.callback(_bare, wan)
         for block in wan.blocks:
@@ -512,6 +779,7 @@ BENCH_MODELS = ("tiny", "large", "5b")
 @dataclass
 class Subject:
     "A model and an edit to be timed."
+
     name: str  # of `BENCH_MODELS`
     pipe: KiwiEditPipeline
     sample: dict  # arguments of the edit: prompt, video (a file), reference
@@ -534,55 +802,85 @@ def bench_subject(
     device: str | torch.device = "auto",
 ) -> Subject:
     "A model of the benchmark and its edit."
-    if name not in BENCH_MODELS: raise InputError(f"`name` has to be one of {', '.join(BENCH_MODELS)} but is {name!r}.")
+    if name not in BENCH_MODELS:
+        raise InputError(f"`name` has to be one of {', '.join(BENCH_MODELS)} but is {name!r}.")
     device, tiny = choose_device(device), KiwiEditPipeline.from_pretrained("kiwi-edit-tiny")
     if name == "tiny":
         pipe, steps = tiny.to(device), (tiny.config.default_steps, 20)
-        sample = dict(prompt=asset("samples/instruction.txt").read_text(), video=asset("samples/clip.mp4"), reference=read_image(asset("samples/reference.png")))
+        sample = dict(
+            prompt=asset("samples/instruction.txt").read_text(),
+            video=asset("samples/clip.mp4"),
+            reference=read_image(asset("samples/reference.png")),
+        )
     else:
         sizes = preset("wan2.2-5b" if name == "5b" else "tiny")
         sizes.guidance["zero_init"], steps = False, (4, 20)
-        if name == "5b": sizes, steps = replace(sizes, height=480, width=832, max_pixels=480 * 832), (50,)
+        if name == "5b":
+            sizes, steps = replace(sizes, height=480, width=832, max_pixels=480 * 832), (50,)
         else:
-            sizes.transformer.update(patch_size=(1, 2, 2), num_layers=8, num_attention_heads=8, attention_head_dim=64, ffn_dim=2048)
+            sizes.transformer.update(
+                patch_size=(1, 2, 2), num_layers=8, num_attention_heads=8, attention_head_dim=64, ffn_dim=2048
+            )
             sizes.guidance.update(dim=512, patch_size=(1, 2, 2))
             sizes = replace(sizes, height=128, width=128, num_frames=17, max_pixels=128 * 128)
         torch.manual_seed(0)
-        with torch.device(device): pipe = KiwiEditPipeline.from_preset(sizes, tiny.processor.tokenizer)
-        if name == "5b": cast_weights(pipe, torch.bfloat16)
-        else: pipe.vae, pipe.mllm = tiny.vae.to(device), tiny.mllm.to(device)
+        with torch.device(device):
+            pipe = KiwiEditPipeline.from_preset(sizes, tiny.processor.tokenizer)
+        if name == "5b":
+            cast_weights(pipe, torch.bfloat16)
+        else:
+            pipe.vae, pipe.mllm = tiny.vae.to(device), tiny.mllm.to(device)
         scene = World(128, 128, sizes.num_frames, split="eval").sample(EVAL_SEED, "background")
         larger = 1 if name == "5b" else 2  # than the model's frames, so that reading has something to do
         clip = Clip(resize_frames(scene.source, larger * sizes.width, larger * sizes.height, mode="stretch"), sizes.fps)
-        sample = dict(prompt=scene.instruction, video=clip.save(Path(folder) / f"{name}.mp4", overwrite=True), reference=PIL.Image.fromarray(scene.reference))
+        sample = dict(
+            prompt=scene.instruction,
+            video=clip.save(Path(folder) / f"{name}.mp4", overwrite=True),
+            reference=PIL.Image.fromarray(scene.reference),
+        )
     pipe.set_progress_bar_config(disable=True)
     return Subject(name, pipe, sample, steps)
 
 
 def step_flops(
     sizes: Preset,
-    frames: int, height: int, width: int,  # of a clip, in frames and pixels
+    frames: int,
+    height: int,
+    width: int,  # of a clip, in frames and pixels
     references: int = 1,
 ) -> float:  # operations
     "What one call of the denoiser takes, counted from its classes without any weights."
     vae, z = sizes.vae, sizes.vae["z_dim"]
-    shape = 1, z, (frames - 1) // vae["scale_factor_temporal"] + 1, height // vae["scale_factor_spatial"], width // vae["scale_factor_spatial"]
-    tokens = sizes.guidance["num_ref_queries"] + sizes.guidance["max_object_token"] if references else sizes.guidance["num_video_queries"]
+    shape = (
+        1,
+        z,
+        (frames - 1) // vae["scale_factor_temporal"] + 1,
+        height // vae["scale_factor_spatial"],
+        width // vae["scale_factor_spatial"],
+    )
+    tokens = (
+        sizes.guidance["num_ref_queries"] + sizes.guidance["max_object_token"]
+        if references
+        else sizes.guidance["num_video_queries"]
+    )
     with torch.device("meta"), torch.no_grad():
         wan, ours = WanTransformer3DModel(**sizes.transformer), guidance.KiwiGuidance(**sizes.guidance)
         clip, context, one = torch.empty(shape), torch.empty(1, tokens, sizes.guidance["dim"]), torch.empty(1)
         reference = torch.empty(*shape[:2], references, *shape[3:]) if references else None
-        with operations() as counter: guidance.denoise(wan, ours, clip, one, one, context, None, clip, reference)
+        with operations() as counter:
+            guidance.denoise(wan, ours, clip, one, one, context, None, clip, reference)
     return float(counter.get_total_flops())
 
 
 def _synchronize(device):
-    if device.type == "cuda": torch.cuda.synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 # %% ../../nbs/library/50_speed.ipynb #04712be7
 @dataclass
 class Configuration:
     "A way to edit that is timed."
+
     name: str
     kind: str  # "exact", "without" (a saving), "recomputed" or "approximate"
     steps: int
@@ -592,24 +890,50 @@ class Configuration:
 
 
 TRIED = (  # approximations and their options, at twenty steps
-    {"first-block cache": dict(threshold=.2)}, {"spectral cache": {}}, {"taylor series": {}}, {"magnitude cache": {}}, {"attention broadcast": {}}, {"faster cache": {}},
-    {"fewer steps": dict(steps=10)}, {"fewer steps": dict(steps=7)},
-    {"fewer steps": dict(steps=10), "first-block cache": dict(threshold=.2)}, {"fewer steps": dict(steps=8), "taylor series": {}},
-    {"bfloat16": {}}, {"float8 weights": {}}, {"int8 weights": {}}, {"tiled autoencoder": dict(overlap=.5)},
-    {"compiled": {}}, {"compiled": {}, "fewer steps": dict(steps=10), "first-block cache": dict(threshold=.2)},
+    {"first-block cache": dict(threshold=0.2)},
+    {"spectral cache": {}},
+    {"taylor series": {}},
+    {"magnitude cache": {}},
+    {"attention broadcast": {}},
+    {"faster cache": {}},
+    {"fewer steps": dict(steps=10)},
+    {"fewer steps": dict(steps=7)},
+    {"fewer steps": dict(steps=10), "first-block cache": dict(threshold=0.2)},
+    {"fewer steps": dict(steps=8), "taylor series": {}},
+    {"bfloat16": {}},
+    {"float8 weights": {}},
+    {"int8 weights": {}},
+    {"tiled autoencoder": dict(overlap=0.5)},
+    {"compiled": {}},
+    {"compiled": {}, "fewer steps": dict(steps=10), "first-block cache": dict(threshold=0.2)},
 )
-QUICK = ({"first-block cache": dict(threshold=.2)}, {"fewer steps": dict(steps=7)}, {"fewer steps": dict(steps=8), "taylor series": {}})
+QUICK = (
+    {"first-block cache": dict(threshold=0.2)},
+    {"fewer steps": dict(steps=7)},
+    {"fewer steps": dict(steps=8), "taylor series": {}},
+)
 
 
 def _title(chosen):
-    return " + ".join(name + (f" ({', '.join(f'{k} {v}' for k, v in options.items() if k != 'ratios')})" if set(options) - {"ratios"} else "") for name, options in chosen.items())
+    return " + ".join(
+        name
+        + (
+            f" ({', '.join(f'{k} {v}' for k, v in options.items() if k != 'ratios')})"
+            if set(options) - {"ratios"}
+            else ""
+        )
+        for name, options in chosen.items()
+    )
 
 
 def _impossible(subject, chosen):
     "Why an approximation is not measured here, None where it is."
-    if "bfloat16" in chosen and subject.name == "5b": return "this model has them already"
-    if "bfloat16" in chosen and not multiplies_bfloat16(subject.pipe._execution_device): return "products in bfloat16 are emulated here"
-    if "int8 weights" in chosen and find_spec("torchao") is None: return "torchao is not installed"
+    if "bfloat16" in chosen and subject.name == "5b":
+        return "this model has them already"
+    if "bfloat16" in chosen and not multiplies_bfloat16(subject.pipe._execution_device):
+        return "products in bfloat16 are emulated here"
+    if "int8 weights" in chosen and find_spec("torchao") is None:
+        return "torchao is not installed"
 
 
 def configurations(
@@ -618,22 +942,40 @@ def configurations(
 ) -> tuple[list[Configuration], dict[str, str]]:  # what is measured, and what is not with the reason
     "All that is measured of a model."
     own, many, left_out = subject.steps[0], subject.steps[-1], {}
-    found = [Configuration("exact", "exact", own, nullcontext), Configuration("everything recomputed", "recomputed", own, recomputed),
-             Configuration("the next edit of the clip", "exact", own, nullcontext, fresh=False)]
+    found = [
+        Configuration("exact", "exact", own, nullcontext),
+        Configuration("everything recomputed", "recomputed", own, recomputed),
+        Configuration("the next edit of the clip", "exact", own, nullcontext, fresh=False),
+    ]
     for name, saving in ({} if quick else SAVINGS).items():
         if saving.saves == "every edit" and (name != "autoencoder" or subject.pipe._execution_device.type == "cpu"):
             found.append(Configuration(f"without {name}", "without", own, saving.without))
-    if many != own: found += [Configuration("exact", "exact", many, nullcontext), Configuration("everything recomputed", "recomputed", many, recomputed)]
+    if many != own:
+        found += [
+            Configuration("exact", "exact", many, nullcontext),
+            Configuration("everything recomputed", "recomputed", many, recomputed),
+        ]
     for chosen in QUICK if quick else TRIED:
         if reason := _impossible(subject, chosen):
             left_out[_title(chosen)] = reason
             continue
         chosen, title = {name: dict(options) for name, options in chosen.items()}, _title(chosen)
-        if "magnitude cache" in chosen: chosen["magnitude cache"]["ratios"] = magnitude_ratios(subject.pipe, lambda: subject.edit(many, output_type="latent"))
+        if "magnitude cache" in chosen:
+            chosen["magnitude cache"]["ratios"] = magnitude_ratios(
+                subject.pipe, lambda: subject.edit(many, output_type="latent")
+            )
         if "tiled autoencoder" in chosen:
             unit = subject.pipe.vae.config.scale_factor_spatial
             chosen["tiled autoencoder"]["tile"] = math.isqrt(subject.pipe.config.max_pixels) * 3 // 4 // unit * unit
-        found.append(Configuration(title, "approximate", many, lambda pipe, chosen=chosen: approximately(pipe, chosen), asked="fewer steps" not in chosen))
+        found.append(
+            Configuration(
+                title,
+                "approximate",
+                many,
+                lambda pipe, chosen=chosen: approximately(pipe, chosen),
+                asked="fewer steps" not in chosen,
+            )
+        )
     return found, left_out
 
 
@@ -647,47 +989,94 @@ def measure_model(
     difficulty: str = "easy",  # of the world that they are scored on
 ) -> dict:
     "Seconds, operations, memory and differences of all configurations."
-    if runs < 1: raise InputError(f"`runs` has to be at least 1 but is {runs}.")
+    if runs < 1:
+        raise InputError(f"`runs` has to be at least 1 but is {runs}.")
     pipe, device, exact, rows = subject.pipe, subject.pipe._execution_device, {}, []
-    subject.edit(1); pipe.memory.clear()  # the first edit of a process is slower than the others
+    subject.edit(1)
+    pipe.memory.clear()  # the first edit of a process is slower than the others
     ways, left_out = configurations(subject, quick)
     with tqdm(total=len(ways) * (runs + 1), unit="edit", disable=not progress) as bar:
+
         def forget(way):
-            if way.fresh: pipe.memory.clear()
+            if way.fresh:
+                pipe.memory.clear()
+
         for way in ways:  # once for the results; what has to be compiled is
             bar.set_description(f"{subject.name}: {way.name}"[:40])
             with way.enter(pipe):
                 steps, compiled, result = way.steps if way.asked else None, "compiled" in way.name, {}
                 forget(way)
                 with nullcontext() if compiled else operations() as counter:
-                    frames = as_frames(subject.edit(steps, callback_on_step_end=lambda pipe, i, t, tensors: result.update(tensors))[0])
+                    frames = as_frames(
+                        subject.edit(steps, callback_on_step_end=lambda pipe, i, t, tensors: result.update(tensors))[0]
+                    )
                 result = result["latents"].float().cpu()
-                forget(way); few = None if compiled else allocated_by(lambda: subject.edit(steps and 1), str(device)) if "magnitude cache" not in way.name else None
-                row = dict(name=way.name, kind=way.kind, steps=way.steps, gflop=None if compiled else counter.get_total_flops() / 1e9, bytes=few, runs=[])
-                if way.kind == "exact" and way.fresh: exact[way.steps] = frames, result
-                if way.kind == "approximate" and scores and subject.name == "tiny": row["scores"] = _scores(subject, way, scores, difficulty)
-            if way.name == "exact" and scores and subject.name == "tiny": row["scores"] = _scores(subject, way, scores, difficulty)
+                forget(way)
+                few = (
+                    None
+                    if compiled
+                    else allocated_by(lambda: subject.edit(steps and 1), str(device))
+                    if "magnitude cache" not in way.name
+                    else None
+                )
+                row = dict(
+                    name=way.name,
+                    kind=way.kind,
+                    steps=way.steps,
+                    gflop=None if compiled else counter.get_total_flops() / 1e9,
+                    bytes=few,
+                    runs=[],
+                )
+                if way.kind == "exact" and way.fresh:
+                    exact[way.steps] = frames, result
+                if way.kind == "approximate" and scores and subject.name == "tiny":
+                    row["scores"] = _scores(subject, way, scores, difficulty)
+            if way.name == "exact" and scores and subject.name == "tiny":
+                row["scores"] = _scores(subject, way, scores, difficulty)
             mse = np.square(frames.astype(float) - exact[way.steps][0]).mean()
-            row |= dict(latents=float((result - exact[way.steps][1]).abs().max()), psnr=None if mse == 0 else float(10 * np.log10(255 ** 2 / mse)))
-            rows.append(row); bar.update()
+            row |= dict(
+                latents=float((result - exact[way.steps][1]).abs().max()),
+                psnr=None if mse == 0 else float(10 * np.log10(255**2 / mse)),
+            )
+            rows.append(row)
+            bar.update()
         for turn in range(runs):
             for i in range(len(ways)):
                 way, row = ways[(i + turn * 3) % len(ways)], rows[(i + turn * 3) % len(ways)]
                 bar.set_description(f"{subject.name}: {way.name}"[:40])
                 with way.enter(pipe):
-                    if not way.fresh: subject.edit(1)  # of which the encodings are remembered
-                    forget(way); _synchronize(device)
-                    start = time.perf_counter(); subject.edit(way.steps if way.asked else None); _synchronize(device)
+                    if not way.fresh:
+                        subject.edit(1)  # of which the encodings are remembered
+                    forget(way)
+                    _synchronize(device)
+                    start = time.perf_counter()
+                    subject.edit(way.steps if way.asked else None)
+                    _synchronize(device)
                     row["runs"].append(time.perf_counter() - start)
                 bar.update()
     pipe.memory.clear()
-    for row in rows: row["seconds"] = statistics.median(row["runs"])
-    return dict(name=subject.name, what=str(subject), rows=rows, left_out=left_out, rate=measure_flops(device, pipe.transformer.dtype), difficulty=difficulty)
+    for row in rows:
+        row["seconds"] = statistics.median(row["runs"])
+    return dict(
+        name=subject.name,
+        what=str(subject),
+        rows=rows,
+        left_out=left_out,
+        rate=measure_flops(device, pipe.transformer.dtype),
+        difficulty=difficulty,
+    )
 
 
 def _scores(subject, way, samples, difficulty):
     "Means over the tasks of the kit's own benchmark; None where a network has to see it and is not installed."
-    report = run_benchmark(subject.pipe, samples=samples, steps=way.steps if way.asked else None, difficulty=difficulty, progress=False, keep=0)
+    report = run_benchmark(
+        subject.pipe,
+        samples=samples,
+        steps=way.steps if way.asked else None,
+        difficulty=difficulty,
+        progress=False,
+        keep=0,
+    )
     columns = {name: [row[name] for row in report.rows.values()] for name in ("pooled", "told_apart")}
     return {name: None if None in values else statistics.mean(values) for name, values in columns.items()}
 
@@ -703,10 +1092,14 @@ def stream_memory(
     for frames in lengths:
         shape = 1, vae.z_dim, (frames - 1) // vae.scale_factor_temporal + 1, *[size // vae.scale_factor_spatial] * 2
         given = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(pipe._execution_device)
+
         def use():
-            for piece in pipeline.stream_frames(pipe.vae, given): piece.sum()  # a writer that keeps nothing
+            for piece in pipeline.stream_frames(pipe.vae, given):
+                piece.sum()  # a writer that keeps nothing
+
         row = dict(frames=frames, streamed=allocated_by(use, str(given.device)))
-        with recomputed(pipe, "streams"): rows.append(row | dict(whole=allocated_by(use, str(given.device))))
+        with recomputed(pipe, "streams"):
+            rows.append(row | dict(whole=allocated_by(use, str(given.device))))
     return rows
 
 # %% ../../nbs/library/50_speed.ipynb #04f10002
@@ -717,11 +1110,19 @@ def seam_error(
     group: int = 4,  # frames to a latent frame after the first
 ) -> dict[str, float]:  # "seam" and "inside", NaN where there is none
     "Error of the change between two frames, on borders of latent frames: where other windows take over, and where they do not."
-    change = lambda frames: np.diff(frames.astype(np.float32), axis=0)[::group]  # the last frame of a latent frame, and the first of the next
+    change = lambda frames: np.diff(frames.astype(np.float32), axis=0)[
+        ::group
+    ]  # the last frame of a latent frame, and the first of the next
     errors = np.abs(change(clip) - (0 if target is None else change(target))).mean((1, 2, 3))
-    covered = [frozenset(k for k, window in enumerate(windows) if window.frames.start <= i < window.frames.stop) for i in range(len(errors) + 1)]
+    covered = [
+        frozenset(k for k, window in enumerate(windows) if window.frames.start <= i < window.frames.stop)
+        for i in range(len(errors) + 1)
+    ]
     seams = np.array([one != two for one, two in zip(covered, covered[1:])])
-    return {name: float(errors[where].mean()) if where.any() else math.nan for name, where in (("seam", seams), ("inside", ~seams))}
+    return {
+        name: float(errors[where].mean()) if where.any() else math.nan
+        for name, where in (("seam", seams), ("inside", ~seams))
+    }
 
 
 @torch.no_grad()
@@ -729,29 +1130,61 @@ def measure_windows(
     subject: Subject,
     frames: int = 161,  # of the long clip, 4k+1
     seed: int = EVAL_SEED + 9,  # of its scenes
-    tasks: tuple[str, ...] = ("background", "subject", "add", "remove", "change", "style"),  # whose edits are looked at; with random weights the first one
+    tasks: tuple[str, ...] = (
+        "background",
+        "subject",
+        "add",
+        "remove",
+        "change",
+        "style",
+    ),  # whose edits are looked at; with random weights the first one
     difficulty: str = "easy",  # of the world
 ) -> dict:  # "difficulty", "frames", "windows", "one_bytes", "all_bytes", "seconds", "seam", "inside"
     "A long clip in windows: memory beside that of a single window, and how rough its seams are."
     pipe, trained = subject.pipe, subject.name == "tiny"
     window, side = pipe.window_frames, math.isqrt(pipe.config.max_pixels) // pipe.size_multiple * pipe.size_multiple
     world, device = World(side, side, frames, split="eval", difficulty=difficulty), str(pipe._execution_device)
+
     def edit(sample, count=frames, **options):
         pipe.memory.clear()
         reference = None if sample.reference is None else PIL.Image.fromarray(sample.reference)
-        return pipe(sample.instruction, sample.source[:count], reference, num_frames=count, generator=torch.Generator().manual_seed(0), **dict(output_type="stream") | options).frames[0]
+        return pipe(
+            sample.instruction,
+            sample.source[:count],
+            reference,
+            num_frames=count,
+            generator=torch.Generator().manual_seed(0),
+            **dict(output_type="stream") | options,
+        ).frames[0]
+
     def use(count):
-        for piece in edit(first, count): piece.sum()  # a writer that keeps nothing
+        for piece in edit(first, count):
+            piece.sum()  # a writer that keeps nothing
+
     first = world.sample(seed, tasks[0])
     edit(first, window, output_type="latent")
     one, all_of_it = (allocated_by(lambda: use(count), device) for count in (window, frames))
-    start = time.perf_counter(); clips = [np.concatenate(list(edit(first)))]; seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    clips = [np.concatenate(list(edit(first)))]
+    seconds = time.perf_counter() - start
     samples, windows = [first], pipe.windows(frames, side, side)
-    for task in tasks[1:] if trained else (): samples.append(world.sample(seed, task)); clips.append(np.concatenate(list(edit(samples[-1]))))
+    for task in tasks[1:] if trained else ():
+        samples.append(world.sample(seed, task))
+        clips.append(np.concatenate(list(edit(samples[-1]))))
     group = pipe.vae.config.scale_factor_temporal
-    errors = [seam_error(clip, windows, sample.target if trained else None, group) for clip, sample in zip(clips, samples)]
+    errors = [
+        seam_error(clip, windows, sample.target if trained else None, group) for clip, sample in zip(clips, samples)
+    ]
     pipe.memory.clear()
-    return dict(difficulty=difficulty, frames=frames, windows=len(windows), one_bytes=one, all_bytes=all_of_it, seconds=seconds, **{name: float(np.mean([error[name] for error in errors])) for name in ("seam", "inside")})
+    return dict(
+        difficulty=difficulty,
+        frames=frames,
+        windows=len(windows),
+        one_bytes=one,
+        all_bytes=all_of_it,
+        seconds=seconds,
+        **{name: float(np.mean([error[name] for error in errors])) for name in ("seam", "inside")},
+    )
 
 # %% ../../nbs/library/50_speed.ipynb #04f10006
 def reading_rates(
@@ -761,22 +1194,42 @@ def reading_rates(
 ) -> list[dict]:  # "size", "loop", "exact", "fast" in frames a second
     "Frames a second of decoding and resizing: imageio's loop frame by frame, and `read_video`."
     import imageio.v3 as imageio
+
     scene = World(num_frames=min(frames, 33), split="eval").sample(EVAL_SEED, "style").source
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
         grain = np.random.default_rng(0)
-        large = (np.clip(resize_frames(scene[i % len(scene)][None], 1280, 720, mode="stretch").astype(np.int16) + grain.integers(-4, 5, (1, 720, 1280, 1)), 0, 255).astype(np.uint8) for i in range(frames))
+        large = (
+            np.clip(
+                resize_frames(scene[i % len(scene)][None], 1280, 720, mode="stretch").astype(np.int16)
+                + grain.integers(-4, 5, (1, 720, 1280, 1)),
+                0,
+                255,
+            ).astype(np.uint8)
+            for i in range(frames)
+        )
         write_video(path, large, 24)
         for size in sizes:
+
             def loop():
-                for frame in imageio.imiter(path, plugin="pyav"): resize_frames(frame, *size, mode="inference")
-            ways = dict(loop=loop, exact=lambda: read_video(path, size=size, mode="inference"), fast=lambda: read_video(path, size=size, mode="inference", fast=True))
+                for frame in imageio.imiter(path, plugin="pyav"):
+                    resize_frames(frame, *size, mode="inference")
+
+            ways = dict(
+                loop=loop,
+                exact=lambda: read_video(path, size=size, mode="inference"),
+                fast=lambda: read_video(path, size=size, mode="inference", fast=True),
+            )
             seconds = {name: [] for name in ways}
             for _ in range(runs + 1):
                 for name, run in ways.items():
-                    start = time.perf_counter(); run(); seconds[name].append(time.perf_counter() - start)
-            rows.append(dict(size=list(size)) | {name: frames / statistics.median(found[1:]) for name, found in seconds.items()})
+                    start = time.perf_counter()
+                    run()
+                    seconds[name].append(time.perf_counter() - start)
+            rows.append(
+                dict(size=list(size)) | {name: frames / statistics.median(found[1:]) for name, found in seconds.items()}
+            )
     return rows
 
 # %% ../../nbs/library/50_speed.ipynb #04cd8d3e
@@ -802,22 +1255,34 @@ def first_start(
     runs: int = 3,  # their median counts
 ) -> dict[str, float]:  # seconds of each part, and of the whole command
     "What `kiwi-edit edit` of the sample clip takes in a fresh process, and what that is made of."
-    if runs < 1: raise InputError(f"`runs` has to be at least 1 but is {runs}.")
-    video, reference, words = asset("samples/clip.mp4"), asset("samples/reference.png"), asset("samples/instruction.txt").read_text()
+    if runs < 1:
+        raise InputError(f"`runs` has to be at least 1 but is {runs}.")
+    video, reference, words = (
+        asset("samples/clip.mp4"),
+        asset("samples/reference.png"),
+        asset("samples/instruction.txt").read_text(),
+    )
     found = []
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "edited.mp4"
         for _ in range(runs):
+
             def run(*arguments):
                 start = time.time()
-                done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=folder)
-                if done.returncode: raise RuntimeError(f"`kiwi-edit edit` fails here: {done.stderr.strip().splitlines()[-1]}")
+                done = subprocess.run(
+                    [sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=folder
+                )
+                if done.returncode:
+                    raise RuntimeError(f"`kiwi-edit edit` fails here: {done.stderr.strip().splitlines()[-1]}")
                 return done.stdout, time.time() - start
+
             text, _ = run("-c", _CHILD, time.time(), video, words, reference, out)
             times = json.loads(text.strip().splitlines()[-1])
             names = list(times)
             parts = {name: times[name] - times[before] for before, name in zip(names, names[1:])}
-            _, whole = run("-m", "kiwi_edit.apps.cli", "edit", video, "-i", words, "-r", reference, "-o", out, "--overwrite")
+            _, whole = run(
+                "-m", "kiwi_edit.apps.cli", "edit", video, "-i", words, "-r", reference, "-o", out, "--overwrite"
+            )
             found.append(parts | dict(command=whole))
     return {name: statistics.median(row[name] for row in found) for name in found[0]}
 
@@ -825,6 +1290,7 @@ def first_start(
 @dataclass
 class SpeedReport:
     "What `measure_model` and the other measurements found."
+
     hardware: dict[str, str]
     versions: dict[str, str]
     models: list[dict] = field(default_factory=list)  # as `measure_model` gives them
@@ -842,71 +1308,160 @@ class SpeedReport:
     @staticmethod
     def best(model: dict, quality: float = 35) -> dict | None:
         "The fastest approximation that is at least so many dB from the exact edit."
-        good = [row for row in SpeedReport.rows(model) if row["kind"] == "approximate" and (row["psnr"] is None or row["psnr"] >= quality)]
+        good = [
+            row
+            for row in SpeedReport.rows(model)
+            if row["kind"] == "approximate" and (row["psnr"] is None or row["psnr"] >= quality)
+        ]
         return min(good, key=lambda row: row["seconds"], default=None)
 
     def _repr_markdown_(self) -> str:
         lines = []
         for model in self.models:
             scored = any("scores" in row for row in model["rows"])
-            lines += [f"**{model['name']}**: {model['what']}", "", "| | steps | seconds | times as fast | GFLOP | MB | dB to exact |" + (" edit done | told apart |" if scored else ""), "|---|" + "--:|" * (8 if scored else 6)]
+            lines += [
+                f"**{model['name']}**: {model['what']}",
+                "",
+                "| | steps | seconds | times as fast | GFLOP | MB | dB to exact |"
+                + (" edit done | told apart |" if scored else ""),
+                "|---|" + "--:|" * (8 if scored else 6),
+            ]
             for row in self.rows(model):
-                quality = "equal" if row["psnr"] is None else "equal to 1e-5" if row["latents"] < 1e-5 else f"{row['psnr']:.1f}"
-                cells = [row["name"], str(row["steps"]), f"{row['seconds']:.3g}", f"{row['ratio']:.2f}", *("" if row[k] is None else f"{row[k] / unit:.1f}" for k, unit in (("gflop", 1), ("bytes", 1e6))), quality]
-                if scored: cells += ["" if row.get("scores", {}).get(name) is None else format(row["scores"][name], form) for name, form in (("pooled", ".2f"), ("told_apart", ".0%"))]
+                quality = (
+                    "equal"
+                    if row["psnr"] is None
+                    else "equal to 1e-5"
+                    if row["latents"] < 1e-5
+                    else f"{row['psnr']:.1f}"
+                )
+                cells = [
+                    row["name"],
+                    str(row["steps"]),
+                    f"{row['seconds']:.3g}",
+                    f"{row['ratio']:.2f}",
+                    *("" if row[k] is None else f"{row[k] / unit:.1f}" for k, unit in (("gflop", 1), ("bytes", 1e6))),
+                    quality,
+                ]
+                if scored:
+                    cells += [
+                        "" if row.get("scores", {}).get(name) is None else format(row["scores"][name], form)
+                        for name, form in (("pooled", ".2f"), ("told_apart", ".0%"))
+                    ]
                 lines.append("| " + " | ".join(cells) + " |")
-            floor = [f"{row['steps']} steps of the exact edit cannot take less than {1e9 * row['gflop'] / model['rate']:.3g} s" for row in model["rows"] if row["name"] == "exact"]
-            lines += [f"\nProducts of matrices: {model['rate'] / 1e9:,.0f} GFLOP a second, so that {' and '.join(floor)}." + "".join(f" Not measured: {name}, since {reason}." for name, reason in model["left_out"].items()) + f" Scored on the world: {model.get('difficulty', 'full')}." * scored, ""]
+            floor = [
+                f"{row['steps']} steps of the exact edit cannot take less than {1e9 * row['gflop'] / model['rate']:.3g} s"
+                for row in model["rows"]
+                if row["name"] == "exact"
+            ]
+            lines += [
+                f"\nProducts of matrices: {model['rate'] / 1e9:,.0f} GFLOP a second, so that {' and '.join(floor)}."
+                + "".join(f" Not measured: {name}, since {reason}." for name, reason in model["left_out"].items())
+                + f" Scored on the world: {model.get('difficulty', 'full')}." * scored,
+                "",
+            ]
         for name, w in self.windows.items():
-            lines += [f"**{name}**, {w['frames']} frames of the world ({w.get('difficulty', 'full')}) in {w['windows']} windows, {w['seconds']:.3g} s: {w['all_bytes'] / 1e6:.0f} MB at most, {w['one_bytes'] / 1e6:.0f} MB for one window ({w['all_bytes'] / w['one_bytes'] - 1:+.0%}); "
-                      f"error at seams {w['seam']:.2f}, inside windows {w['inside']:.2f} ({w['seam'] / w['inside'] - 1:+.0%}).", ""]
+            lines += [
+                f"**{name}**, {w['frames']} frames of the world ({w.get('difficulty', 'full')}) in {w['windows']} windows, {w['seconds']:.3g} s: {w['all_bytes'] / 1e6:.0f} MB at most, {w['one_bytes'] / 1e6:.0f} MB for one window ({w['all_bytes'] / w['one_bytes'] - 1:+.0%}); "
+                f"error at seams {w['seam']:.2f}, inside windows {w['inside']:.2f} ({w['seam'] / w['inside'] - 1:+.0%}).",
+                "",
+            ]
         for row in self.reading:
-            lines += [f"**Reading** 720p to {row['size'][0]}x{row['size'][1]}: {row['loop']:.0f} frames a second in a loop, {row['exact']:.0f} by threads ({row['exact'] / row['loop']:.1f} times), {row['fast']:.0f} with FFmpeg's filter ({row['fast'] / row['loop']:.1f} times).", ""]
-        if self.start: lines += ["**From a cold start**, seconds: " + ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.start.items()) + ".", ""]
+            lines += [
+                f"**Reading** 720p to {row['size'][0]}x{row['size'][1]}: {row['loop']:.0f} frames a second in a loop, {row['exact']:.0f} by threads ({row['exact'] / row['loop']:.1f} times), {row['fast']:.0f} with FFmpeg's filter ({row['fast'] / row['loop']:.1f} times).",
+                "",
+            ]
+        if self.start:
+            lines += [
+                "**From a cold start**, seconds: "
+                + ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.start.items())
+                + ".",
+                "",
+            ]
         notes = [f"{k} {v}" for k, v in (self.hardware | self.versions).items()]
         return "\n".join(lines) + "\n" + ", ".join(notes) + ".\n"
 
-    def save(self,
+    def save(
+        self,
         path: str | Path,  # .json, made or replaced
     ) -> Path:
         "Write it all."
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, True) as temporary: Path(temporary).write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        with replacing(path, True) as temporary:
+            Path(temporary).write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n", encoding="utf-8")
         return path
 
     @classmethod
-    def load(cls,
+    def load(
+        cls,
         path: str | Path,  # written by `save`
     ) -> SpeedReport:
         "Read a report."
-        if not Path(path).is_file(): raise FileNotFoundError(f"`path` has to be a report written by `SpeedReport.save` but {str(path)!r} does not exist.")
-        try: return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error: raise InputError(f"`path` has to be a report written by `SpeedReport.save` but {str(path)!r} is none: {error}.") from error
+        if not Path(path).is_file():
+            raise FileNotFoundError(
+                f"`path` has to be a report written by `SpeedReport.save` but {str(path)!r} does not exist."
+            )
+        try:
+            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise InputError(
+                f"`path` has to be a report written by `SpeedReport.save` but {str(path)!r} is none: {error}."
+            ) from error
 
     def draw(self) -> Strip:
         "For each model: an edit with each saving switched off, and what approximations give for what they cost."
         figure = Strip(figsize=(9.6, 3.3 * len(self.models)))
-        for (left, right), model in zip(np.atleast_2d(figure.subplots(len(self.models), 2, width_ratios=(1, 1.25))), self.models):
+        for (left, right), model in zip(
+            np.atleast_2d(figure.subplots(len(self.models), 2, width_ratios=(1, 1.25))), self.models
+        ):
             rows = self.rows(model)
             own = rows[0]["steps"]
             bars = [row for row in rows if row["steps"] == own and row["kind"] != "approximate"]
             colors = dict(exact="#4a90d9", recomputed="#f2a65a", without="#bbbbbb")
-            left.barh([row["name"] for row in bars], [row["seconds"] for row in bars], color=[colors[row["kind"]] for row in bars])
-            for i, row in enumerate(bars): left.text(row["seconds"], i, f" {row['seconds']:.2f}", va="center", fontsize=7)
-            left.invert_yaxis(); left.tick_params(labelsize=7); left.set_xlabel("seconds", fontsize=8); left.margins(x=.15)
+            left.barh(
+                [row["name"] for row in bars],
+                [row["seconds"] for row in bars],
+                color=[colors[row["kind"]] for row in bars],
+            )
+            for i, row in enumerate(bars):
+                left.text(row["seconds"], i, f" {row['seconds']:.2f}", va="center", fontsize=7)
+            left.invert_yaxis()
+            left.tick_params(labelsize=7)
+            left.set_xlabel("seconds", fontsize=8)
+            left.margins(x=0.15)
             left.set_title(f"{model['name']}: savings, at {own} steps", fontsize=9)
             tried = [row for row in rows if row["kind"] == "approximate"]
             for i, row in enumerate(tried):
-                right.plot(row["ratio"], min(row["psnr"] or 90, 90), "o", ms=4, color="#4a90d9" if " + " in row["name"] else "#5cb85c")
-                right.annotate(row["name"].replace(" + ", "\n+ "), (row["ratio"], min(row["psnr"] or 90, 90)), xytext=(4, 0), textcoords="offset points", fontsize=5.5, va="center")
-            exact = next((row for row in rows if row["kind"] == "exact" and tried and row["steps"] == tried[0]["steps"]), None)
-            if exact: right.axvline(exact["ratio"], color="#4a90d9", lw=.8)
-            right.axhline(35, color="lightgray", lw=.8, zorder=0); right.margins(x=.25, y=.1); right.tick_params(labelsize=7)
-            right.set_xlabel("times as fast as everything recomputed (line: exact)", fontsize=8); right.set_ylabel("dB to the exact edit", fontsize=8)
-            if tried: right.set_title(f"{model['name']}: approximations, at {tried[0]['steps']} steps", fontsize=9)
+                right.plot(
+                    row["ratio"],
+                    min(row["psnr"] or 90, 90),
+                    "o",
+                    ms=4,
+                    color="#4a90d9" if " + " in row["name"] else "#5cb85c",
+                )
+                right.annotate(
+                    row["name"].replace(" + ", "\n+ "),
+                    (row["ratio"], min(row["psnr"] or 90, 90)),
+                    xytext=(4, 0),
+                    textcoords="offset points",
+                    fontsize=5.5,
+                    va="center",
+                )
+            exact = next(
+                (row for row in rows if row["kind"] == "exact" and tried and row["steps"] == tried[0]["steps"]), None
+            )
+            if exact:
+                right.axvline(exact["ratio"], color="#4a90d9", lw=0.8)
+            right.axhline(35, color="lightgray", lw=0.8, zorder=0)
+            right.margins(x=0.25, y=0.1)
+            right.tick_params(labelsize=7)
+            right.set_xlabel("times as fast as everything recomputed (line: exact)", fontsize=8)
+            right.set_ylabel("dB to the exact edit", fontsize=8)
+            if tried:
+                right.set_title(f"{model['name']}: approximations, at {tried[0]['steps']} steps", fontsize=9)
             for ax in (left, right):
-                for side in ("top", "right"): ax.spines[side].set_visible(False)
+                for side in ("top", "right"):
+                    ax.spines[side].set_visible(False)
         figure.tight_layout()
         return figure
 
@@ -915,35 +1470,65 @@ def main(
     arguments: list[str] | None = None,  # None takes those of the command line
 ) -> int:
     "`python -m kiwi_edit.apps.speed`: measure everything and write it down."
-    parser = argparse.ArgumentParser("python -m kiwi_edit.apps.speed", description="Measure what each saving and each approximation does to an edit.")
-    parser.add_argument("--model", choices=(*BENCH_MODELS, "all"), default="all", help="which to measure; all are those that fit the device")
+    parser = argparse.ArgumentParser(
+        "python -m kiwi_edit.apps.speed", description="Measure what each saving and each approximation does to an edit."
+    )
+    parser.add_argument(
+        "--model",
+        choices=(*BENCH_MODELS, "all"),
+        default="all",
+        help="which to measure; all are those that fit the device",
+    )
     parser.add_argument("--runs", type=int, default=5, help="rounds, whose medians count")
-    parser.add_argument("--scores", type=int, default=8, help="samples of each task on which approximations of tiny are scored; 0: none")
+    parser.add_argument(
+        "--scores", type=int, default=8, help="samples of each task on which approximations of tiny are scored; 0: none"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     parser.add_argument("--quick", action="store_true", help="one round of a few configurations")
-    parser.add_argument("--out", type=Path, default=Path("outputs/speed.json"), help="report to write; a figure of the same name lies beside it")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("outputs/speed.json"),
+        help="report to write; a figure of the same name lies beside it",
+    )
     given = parser.parse_args(arguments)
     for name, least in (("runs", 1), ("scores", 0)):
-        if getattr(given, name) < least: parser.error(f"--{name} has to be at least {least} but is {getattr(given, name)}")
-    if given.out.suffix != ".json": parser.error(f"--out has to be a .json file but is {given.out}")
+        if getattr(given, name) < least:
+            parser.error(f"--{name} has to be at least {least} but is {getattr(given, name)}")
+    if given.out.suffix != ".json":
+        parser.error(f"--out has to be a .json file but is {given.out}")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would write between the lines of the bar
     device = choose_device(given.device)
-    if given.model == "5b" and device.type != "cuda": parser.error(f"--model 5b has to run on a GPU but the device is {device}")
+    if given.model == "5b" and device.type != "cuda":
+        parser.error(f"--model 5b has to run on a GPU but the device is {device}")
     names = [given.model] if given.model != "all" else ["tiny", "large"] + ["5b"] * (device.type == "cuda")
     given.out.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-    report = SpeedReport(describe_hardware(device), {name: version(name) for name in ("diffusers", "transformers", "numpy")})
+    report = SpeedReport(
+        describe_hardware(device), {name: version(name) for name in ("diffusers", "transformers", "numpy")}
+    )
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             subject = bench_subject(name, folder, device)
-            report.models.append(measure_model(subject, 1 if given.quick else given.runs, given.quick, 0 if given.quick else given.scores))
-            if name == "tiny": report.streams = stream_memory(subject.pipe, (5, 21, 41) if given.quick else (5, 21, 41, 81))
-            if name != "5b": report.windows[name] = measure_windows(subject, 41, tasks=("background",)) if given.quick else measure_windows(subject)
-    if find_spec("imageio"): report.reading = reading_rates(24 if given.quick else 96, runs=1 if given.quick else 3)
+            report.models.append(
+                measure_model(
+                    subject, 1 if given.quick else given.runs, given.quick, 0 if given.quick else given.scores
+                )
+            )
+            if name == "tiny":
+                report.streams = stream_memory(subject.pipe, (5, 21, 41) if given.quick else (5, 21, 41, 81))
+            if name != "5b":
+                report.windows[name] = (
+                    measure_windows(subject, 41, tasks=("background",)) if given.quick else measure_windows(subject)
+                )
+    if find_spec("imageio"):
+        report.reading = reading_rates(24 if given.quick else 96, runs=1 if given.quick else 3)
     report.start = first_start(1 if given.quick else 3)
     report.save(given.out)
-    with replacing(given.out.with_suffix(".png"), True) as temporary: Path(temporary).write_bytes(report.draw()._repr_png_())
+    with replacing(given.out.with_suffix(".png"), True) as temporary:
+        Path(temporary).write_bytes(report.draw()._repr_png_())
     sys.stdout.write(report._repr_markdown_() + f"\nreport: {given.out}\nfigure: {given.out.with_suffix('.png')}\n")
     return 0
 
 
-if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main())

@@ -27,8 +27,19 @@ from ..core import InputError
 from ..encoder import encode_context, prepare_inputs
 from ..data.files import sampled_digest
 from ..guidance import EditCache, denoise, rounded_sigma
-from ..metrics import (PerceptualFeatures, bootstrap, edit_box, feature_distance, nearest, perceptual_features, pooled_share,
-                               psnr_from_error, share_interval, sharpness_share, squared_error)
+from kiwi_edit.metrics import (
+    PerceptualFeatures,
+    bootstrap,
+    edit_box,
+    feature_distance,
+    nearest,
+    perceptual_features,
+    pooled_share,
+    psnr_from_error,
+    share_interval,
+    sharpness_share,
+    squared_error,
+)
 from ..pipeline import KiwiEditPipeline, decode_latents, encode_frames, fit_reference, flow_sigmas
 from ..video import Strip, replacing, resize_frames
 from ..world import EVAL_SEED, TASKS, Quadruplet, World
@@ -44,7 +55,7 @@ __all__ = ['BENCHMARK_TASKS', 'NUM_CANDIDATES', 'BENCH_SAMPLES', 'BENCH_DIGESTS'
 # %% ../../nbs/library/40_benchmark.ipynb #e237106b
 BENCHMARK_TASKS = TASKS  # six edits of clips, and the two edits of pictures that make references
 NUM_CANDIDATES = 8
-_VISIBLE = 1.  # squared levels: a smaller distance from source to target is no edit that anybody could see
+_VISIBLE = 1.0  # squared levels: a smaller distance from source to target is no edit that anybody could see
 
 
 def benchmark_samples(
@@ -54,41 +65,65 @@ def benchmark_samples(
     seed: int = EVAL_SEED,  # of the first scene; the others follow
 ) -> list[Quadruplet]:
     "The first scenes from `seed` on whose edit can be seen (a hidden object may be edited too, and nothing happens)."
-    if task not in BENCHMARK_TASKS: raise InputError(f"`task` has to be one of {BENCHMARK_TASKS} but is {task!r}.")
-    if samples < 1: raise InputError(f"`samples` has to be at least 1 but is {samples}.")
+    if task not in BENCHMARK_TASKS:
+        raise InputError(f"`task` has to be one of {BENCHMARK_TASKS} but is {task!r}.")
+    if samples < 1:
+        raise InputError(f"`samples` has to be at least 1 but is {samples}.")
     found = []
     while len(found) < samples:
         sample = world.sample(seed, task)
-        if squared_error(sample.source, sample.target, sample.mask) > _VISIBLE: found.append(sample)
+        if squared_error(sample.source, sample.target, sample.mask) > _VISIBLE:
+            found.append(sample)
         seed += 1
     return found
 
 # %% ../../nbs/library/40_benchmark.ipynb #b0420002
 BENCH_SAMPLES = 48  # of each task, 5 frames of 96x96
 BENCH_DIGESTS = dict(  # difficulty -> task -> digest
-    easy=dict(subject="82eed523c753cd60", background="6863a93bc03d41ee", add="546b1c1f594ea6fd", remove="ed45a6604445f290",
-              change="467f3aea724c6a48", style="314c5046c99eed03", isolate="8fbd665fdaf0ae8f", plate="d616eaa9b87ecee8"),
-    full=dict(subject="186a3213d7a276da", background="f233d3d533fc3bd0", add="f12f4d6e94e001df", remove="675d63ad5e7954ed",
-              change="8ca60e27f6c6fb40", style="b423691084677e99", isolate="834f328755e43065", plate="b986b379a715aea7"))
+    easy=dict(
+        subject="82eed523c753cd60",
+        background="6863a93bc03d41ee",
+        add="546b1c1f594ea6fd",
+        remove="ed45a6604445f290",
+        change="467f3aea724c6a48",
+        style="314c5046c99eed03",
+        isolate="8fbd665fdaf0ae8f",
+        plate="d616eaa9b87ecee8",
+    ),
+    full=dict(
+        subject="186a3213d7a276da",
+        background="f233d3d533fc3bd0",
+        add="f12f4d6e94e001df",
+        remove="675d63ad5e7954ed",
+        change="8ca60e27f6c6fb40",
+        style="b423691084677e99",
+        isolate="834f328755e43065",
+        plate="b986b379a715aea7",
+    ),
+)
 
 
-def bench_digest(
-    samples: list[Quadruplet],
-) -> str:  # 16 hexadecimal digits
+def bench_digest(samples: list[Quadruplet]) -> str:  # 16 hexadecimal digits
     "Of seeds, words and pixels. Pixels count as the means of 16 blocks in steps of 16 levels, since processors differ in the last bit."
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(f"{sample.task} {sample.meta['seed']} {sample.instruction}\n".encode())
-        for frames in (sample.source, sample.target, sample.mask[..., None] * np.uint8(255), sample.reference[None] if sample.reference is not None else None):
-            if frames is not None: digest.update(_blocks(frames))
+        for frames in (
+            sample.source,
+            sample.target,
+            sample.mask[..., None] * np.uint8(255),
+            sample.reference[None] if sample.reference is not None else None,
+        ):
+            if frames is not None:
+                digest.update(_blocks(frames))
     return digest.hexdigest()[:16]
 
 
 def _blocks(frames):
     "Block means of frames as bytes; the steps lie between whole levels, which flat areas have."
     t, h, w, c = frames.shape
-    blocks = frames[:, :h // 4 * 4, :w // 4 * 4].reshape(t, 4, h // 4, 4, w // 4, c).mean((2, 4), dtype=np.float64)
-    return ((blocks + .37) // 16).astype(np.uint8).tobytes()
+    blocks = frames[:, : h // 4 * 4, : w // 4 * 4].reshape(t, 4, h // 4, 4, w // 4, c).mean((2, 4), dtype=np.float64)
+    return ((blocks + 0.37) // 16).astype(np.uint8).tobytes()
 
 
 def check_bench(
@@ -96,10 +131,16 @@ def check_bench(
     difficulty: str = "full",  # of `BENCH_DIGESTS`
 ) -> dict[str, str]:  # task -> digest
     "Raise unless this installation draws the fixed set of a difficulty."
-    if difficulty not in BENCH_DIGESTS: raise InputError(f"`difficulty` has to be one of {', '.join(BENCH_DIGESTS)} but is {difficulty!r}.")
-    found = {task: bench_digest(benchmark_samples(World(split="eval", difficulty=difficulty), task, BENCH_SAMPLES)) for task in tasks}
+    if difficulty not in BENCH_DIGESTS:
+        raise InputError(f"`difficulty` has to be one of {', '.join(BENCH_DIGESTS)} but is {difficulty!r}.")
+    found = {
+        task: bench_digest(benchmark_samples(World(split="eval", difficulty=difficulty), task, BENCH_SAMPLES))
+        for task in tasks
+    }
     if wrong := [task for task in tasks if found[task] != BENCH_DIGESTS[difficulty][task]]:
-        raise InputError(f"`tasks` have to be drawn as the published bench has them but {', '.join(wrong)} are not: the world or a version of numpy, OpenCV or Pillow differs.")
+        raise InputError(
+            f"`tasks` have to be drawn as the published bench has them but {', '.join(wrong)} are not: the world or a version of numpy, OpenCV or Pillow differs."
+        )
     return found
 
 # %% ../../nbs/library/40_benchmark.ipynb #81df1457
@@ -110,19 +151,28 @@ def candidate_targets(
 ) -> tuple[np.ndarray, int]:  # (number, T, H, W, 3) uint8 targets of one source, and the index of the sample's own
     "The sample's target among targets of other references (tasks with one) or of other instructions (the rest)."
     seed, tasks, step = sample.meta["seed"], (sample.task,), 0
-    if sample.task == "isolate": step = 1  # a scene has three things at most, an easy one only its own: those of the scenes that follow
-    elif sample.task == "plate": tasks, world = ("plate", "remove", "change", "add"), World(world.height, world.width, 1, world.split, world.difficulty)
-    elif sample.reference is None: # the own task first, then round the others
+    if sample.task == "isolate":
+        step = 1  # a scene has three things at most, an easy one only its own: those of the scenes that follow
+    elif sample.task == "plate":
+        tasks, world = (
+            ("plate", "remove", "change", "add"),
+            World(world.height, world.width, 1, world.split, world.difficulty),
+        )
+    elif sample.reference is None:  # the own task first, then round the others
         tasks = ("add", "change", "style", "remove")
-        tasks = tasks[tasks.index(sample.task):] + tasks[:tasks.index(sample.task)]
+        tasks = tasks[tasks.index(sample.task) :] + tasks[: tasks.index(sample.task)]
     found, turn = [sample.target], 0
     while len(found) < number:
         turn += 1  # edit 0 of the own task is the sample itself
         other = world.sample(seed + step * turn, tasks[turn % len(tasks)], edit=turn // len(tasks)).target
-        if all(squared_error(other, target) > _VISIBLE for target in found): found.append(other)
-        if turn > 50 * number: raise InputError(f"`number` has to be at most the {len(found)} targets of scene {seed} that can be told apart but is {number}.")
+        if all(squared_error(other, target) > _VISIBLE for target in found):
+            found.append(other)
+        if turn > 50 * number:
+            raise InputError(
+                f"`number` has to be at most the {len(found)} targets of scene {seed} that can be told apart but is {number}."
+            )
     own = seed % number  # anywhere, so that nothing is won by always answering the same
-    return np.stack(found[1:own + 1] + found[:1] + found[own + 1:]), own
+    return np.stack(found[1 : own + 1] + found[:1] + found[own + 1 :]), own
 
 # %% ../../nbs/library/40_benchmark.ipynb #9a4a22c2
 @torch.no_grad()
@@ -134,14 +184,18 @@ def edit_batch(
 ) -> np.ndarray:  # (B, T, H, W, 3) uint8
     "Edit several clips at once; each comes out as the pipeline gives it alone with a generator of the same seed."
     seeds = [sample.meta["seed"] for sample in samples] if seeds is None else seeds
-    if len(seeds) != len(samples): raise InputError(f"`seeds` has to hold one number for each of {len(samples)} samples but holds {len(seeds)}.")
+    if len(seeds) != len(samples):
+        raise InputError(f"`seeds` has to hold one number for each of {len(samples)} samples but holds {len(seeds)}.")
     steps = pipe.config.default_steps if steps is None else steps
-    if steps < 1: raise InputError(f"`steps` has to be at least 1 but is {steps}.")
+    if steps < 1:
+        raise InputError(f"`steps` has to be at least 1 but is {steps}.")
     device, config = pipe._execution_device, pipe.guidance.config
 
     images = [[] if sample.reference is None else [PIL.Image.fromarray(sample.reference)] for sample in samples]
     sources = [sample.source for sample in samples]
-    inputs = prepare_inputs(pipe.processor, config, [sample.instruction for sample in samples], sources, images).to(device)
+    inputs = prepare_inputs(pipe.processor, config, [sample.instruction for sample in samples], sources, images).to(
+        device
+    )
     context, context_mask = encode_context(pipe.mllm, pipe.guidance, inputs)
     source_latents = encode_frames(pipe.vae, np.stack(sources), device)
     reference_latents, reference_mask = _reference_latents(pipe, images, sources[0].shape, device)
@@ -167,14 +221,26 @@ def denoise_batch(
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     scheduler.set_timesteps(sigmas=flow_sigmas(steps), device=device)
     timesteps, sigmas = scheduler.timesteps, scheduler.sigmas.to(device)
-    latents = torch.cat([torch.randn((1, *source_latents.shape[1:]), generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(device)
+    latents = torch.cat(
+        [torch.randn((1, *source_latents.shape[1:]), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    ).to(device)
     conditions = [None if x is None else x.to(dtype) for x in (source_latents, reference_latents)]
     cache = EditCache(num_steps=len(timesteps))
     for i, t in enumerate(timesteps):
         timestep = t.expand(len(seeds))
         sigma = rounded_sigma(timestep, timesteps, sigmas) if config.round_timestep else sigmas[i].expand(len(seeds))
-        velocity = denoise(pipe.transformer, pipe.guidance, latents.to(dtype), timestep, sigma, context.to(dtype), context_mask,
-                           *conditions, reference_mask=reference_mask, cache=cache).float()
+        velocity = denoise(
+            pipe.transformer,
+            pipe.guidance,
+            latents.to(dtype),
+            timestep,
+            sigma,
+            context.to(dtype),
+            context_mask,
+            *conditions,
+            reference_mask=reference_mask,
+            cache=cache,
+        ).float()
         latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
     return decode_latents(pipe.vae, latents)
 
@@ -182,7 +248,8 @@ def denoise_batch(
 def _reference_latents(pipe, images, shape, device):
     "Latents of at most one reference for each sample, zeros and False in the mask where there is none."
     there = [i for i, references in enumerate(images) if references]
-    if not there: return None, None
+    if not there:
+        return None, None
     padded = np.stack([fit_reference(images[i][0], shape[2], shape[1])[None] for i in there])
     known = encode_frames(pipe.vae, padded, device)
     latents = known.new_zeros(len(images), *known.shape[1:])
@@ -192,18 +259,23 @@ def _reference_latents(pipe, images, shape, device):
 # %% ../../nbs/library/40_benchmark.ipynb #a813c997
 class CopySource:
     "Returns what it is given."
+
     name = "copy of the source"
 
-    def edit_samples(self, samples, steps=None, seeds=None): return np.stack([sample.source for sample in samples])
+    def edit_samples(self, samples, steps=None, seeds=None):
+        return np.stack([sample.source for sample in samples])
 
 
 class Oracle:
     "Knows the target, and passes it through an autoencoder: as good as a latent model with this autoencoder can get."
+
     name = "autoencoder of the target"
 
-    def __init__(self, vae: "AutoencoderKLWan"): self.vae = vae
+    def __init__(self, vae: "AutoencoderKLWan"):
+        self.vae = vae
 
-    def edit_samples(self, samples, steps=None, seeds=None): return reconstruct(self.vae, np.stack([sample.target for sample in samples]))
+    def edit_samples(self, samples, steps=None, seeds=None):
+        return reconstruct(self.vae, np.stack([sample.target for sample in samples]))
 
 
 @torch.no_grad()
@@ -215,19 +287,19 @@ def reconstruct(
     return decode_latents(vae, encode_frames(vae, frames))
 
 # %% ../../nbs/library/40_benchmark.ipynb #b0420005
-def paste_reference(
-    sample: Quadruplet,
-) -> np.ndarray:  # (T, H, W, 3) uint8
+def paste_reference(sample: Quadruplet) -> np.ndarray:  # (T, H, W, 3) uint8
     "The reference where the edit belongs: its canvas in the box of the mask, or, as a background, behind what stays. Without a reference the source."
     out = sample.source.copy()
-    if sample.reference is None: return out
+    if sample.reference is None:
+        return out
     height, width = out.shape[1:3]
     if sample.task == "background":
         out[sample.mask] = np.broadcast_to(resize_frames(sample.reference[None], width, height), out.shape)[sample.mask]
         return out
     picture = PIL.Image.fromarray(sample.reference)
     for frame, mask in zip(out, sample.mask):
-        if not mask.any(): continue
+        if not mask.any():
+            continue
         rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
         box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
         pasted = np.asarray(picture.resize(mask[box].shape[::-1], PIL.Image.BICUBIC))
@@ -237,46 +309,67 @@ def paste_reference(
 
 class PasteReference:
     "Knows the mask, and pastes the reference there as it is."
+
     name = "reference pasted"
 
-    def edit_samples(self, samples, steps=None, seeds=None): return np.stack([paste_reference(sample) for sample in samples])
+    def edit_samples(self, samples, steps=None, seeds=None):
+        return np.stack([paste_reference(sample) for sample in samples])
 
 # %% ../../nbs/library/40_benchmark.ipynb #b0420007
 class FrameByFrame:
     "Edits each frame alone, as a clip of one frame, with noise of the same seed."
+
     name = "frame by frame"
 
-    def __init__(self, pipe: KiwiEditPipeline): self.pipe = pipe
+    def __init__(self, pipe: KiwiEditPipeline):
+        self.pipe = pipe
 
     def edit_samples(self, samples, steps=None, seeds=None):
         seeds = [sample.meta["seed"] for sample in samples] if seeds is None else seeds
-        return np.stack([edit_batch(self.pipe, [replace(sample, source=frame[None]) for frame in sample.source], steps, [seed] * len(sample.source))[:, 0]
-                         for sample, seed in zip(samples, seeds)])
+        return np.stack(
+            [
+                edit_batch(
+                    self.pipe,
+                    [replace(sample, source=frame[None]) for frame in sample.source],
+                    steps,
+                    [seed] * len(sample.source),
+                )[:, 0]
+                for sample, seed in zip(samples, seeds)
+            ]
+        )
 
 
 class MeanColour:
     "Knows the target's mean colour inside the mask, and fills the mask with it."
+
     name = "mean colour"
 
     def edit_samples(self, samples, steps=None, seeds=None):
-        return np.stack([np.where(s.mask[..., None], s.target[s.mask].mean(0).round().astype(np.uint8), s.source) for s in samples])
+        return np.stack(
+            [np.where(s.mask[..., None], s.target[s.mask].mean(0).round().astype(np.uint8), s.source) for s in samples]
+        )
 
 
 class PixelNoise:
     "Knows the mask, and fills it with noise."
+
     name = "pixel noise"
 
     def edit_samples(self, samples, steps=None, seeds=None):
         seeds = [sample.meta["seed"] for sample in samples] if seeds is None else seeds
-        noise = [np.random.default_rng(seed).integers(0, 256, s.source.shape, np.uint8) for s, seed in zip(samples, seeds)]
+        noise = [
+            np.random.default_rng(seed).integers(0, 256, s.source.shape, np.uint8) for s, seed in zip(samples, seeds)
+        ]
         return np.stack([np.where(s.mask[..., None], n, s.source) for s, n in zip(samples, noise)])
 
 
 class BlurredTarget:
     "Knows the target, and blurs it inside the mask: by 2 pixels where a frame has 96."
+
     name = "target, blurred"
 
-    def edit_samples(self, samples, steps=None, seeds=None): return np.stack([self._blurred(s) for s in samples])
+    def edit_samples(self, samples, steps=None, seeds=None):
+        return np.stack([self._blurred(s) for s in samples])
 
     def _blurred(self, sample):
         deviation = min(sample.target.shape[1:3]) / 48
@@ -296,9 +389,11 @@ def flicker_error(
     return np.divide(total, pixels, out=np.full(np.shape(total), np.nan), where=pixels > 0)[()]
 
 # %% ../../nbs/library/40_benchmark.ipynb #5cce0002
-MIN_SHARPNESS = .6  # see `sharpness_share`
-MAX_LOST = 2.  # dB outside the edit, against the autoencoder's own reconstruction of the target
-_ROUNDED = .01  # squared levels: outside the mask source and target differ by a level in some pixels at the rim of a shadow
+MIN_SHARPNESS = 0.6  # see `sharpness_share`
+MAX_LOST = 2.0  # dB outside the edit, against the autoencoder's own reconstruction of the target
+_ROUNDED = (
+    0.01  # squared levels: outside the mask source and target differ by a level in some pixels at the rim of a shadow
+)
 
 
 def succeeded(
@@ -314,14 +409,16 @@ def succeeded(
 class Scene:
     "A sample with what its edits are held against, made once for as many editors as there are."
 
-    def __init__(self,
+    def __init__(
+        self,
         world: World,
         sample: Quadruplet,  # of `world`
         reconstruction: np.ndarray | None = None,  # (T, H, W, 3) uint8, the target through the autoencoder
         features: PerceptualFeatures | None = None,  # None leaves out what a network has to see
     ):
         self.sample, self.reconstruction, self.features = sample, reconstruction, features
-        if features is None: return
+        if features is None:
+            return
         edited = np.flatnonzero(sample.mask.any((1, 2)))
         self.frames = np.unique(edited[[0, len(edited) // 2, -1]])  # three of them say how a clip looks
         self.rows, self.columns = edit_box(sample.mask)
@@ -333,13 +430,16 @@ class Scene:
     def _seen(self, clips):
         return self.features.features(clips[..., self.frames, :, :, :][..., self.rows, self.columns, :])
 
-    def _distances(self, clip): return feature_distance(self._seen(clip), self.candidates, self.mask)
+    def _distances(self, clip):
+        return feature_distance(self._seen(clip), self.candidates, self.mask)
 
-    def looks(self,
+    def looks(
+        self,
         output: np.ndarray,  # (T, H, W, 3) uint8
     ) -> dict:  # feature_error to the target, feature_distance of the source to it, told_apart; NaN without features
         "How an edit looks to the network."
-        if self.features is None: return dict.fromkeys(("feature_error", "feature_distance", "told_apart"), math.nan)
+        if self.features is None:
+            return dict.fromkeys(("feature_error", "feature_distance", "told_apart"), math.nan)
         distances = self._distances(output)
         error, others = float(distances[self.own]), np.delete(distances, self.own)
         return dict(feature_error=error, feature_distance=self.distance, told_apart=bool(error < others.min()))
@@ -351,17 +451,23 @@ def measure(
 ) -> list[dict]:  # one record for each scene
     "What is measured of a batch of edits."
     samples = [scene.sample for scene in scenes]
-    source, target, mask = (np.stack([getattr(sample, name) for sample in samples]) for name in ("source", "target", "mask"))
-    if outputs.shape != target.shape: raise InputError(f"`outputs` has to be {target.shape} as the targets are but is {outputs.shape}.")
+    source, target, mask = (
+        np.stack([getattr(sample, name) for sample in samples]) for name in ("source", "target", "mask")
+    )
+    if outputs.shape != target.shape:
+        raise InputError(f"`outputs` has to be {target.shape} as the targets are but is {outputs.shape}.")
     known = all(scene.reconstruction is not None for scene in scenes)
     ceiling = np.stack([scene.reconstruction for scene in scenes]) if known else None
     nothing = np.full(len(scenes), np.nan)
     numbers = dict(
-        error=squared_error(outputs, target, mask), distance=squared_error(source, target, mask),
+        error=squared_error(outputs, target, mask),
+        distance=squared_error(source, target, mask),
         outside_error=squared_error(outputs, target, ~mask),
         ceiling_error=squared_error(ceiling, target, mask) if known else nothing,
         ceiling_outside_error=squared_error(ceiling, target, ~mask) if known else nothing,
-        flicker=flicker_error(outputs, target, mask), sharpness=sharpness_share(outputs, target, mask))
+        flicker=flicker_error(outputs, target, mask),
+        sharpness=sharpness_share(outputs, target, mask),
+    )
     records = []
     for i, scene in enumerate(scenes):
         record = dict(task=scene.sample.task, seed=scene.sample.meta["seed"], instruction=scene.sample.instruction)
@@ -372,7 +478,9 @@ def measure(
 # %% ../../nbs/library/40_benchmark.ipynb #6de4cd4f
 def _score(records):
     "One row of the table from the records of a task."
-    def column(name): return np.array([record.get(name, math.nan) for record in records], dtype=np.float64)
+
+    def column(name):
+        return np.array([record.get(name, math.nan) for record in records], dtype=np.float64)
 
     def mean(values):
         values = values[~np.isnan(values)]
@@ -381,29 +489,47 @@ def _score(records):
     def share(name):
         values = column(name)
         known = not np.isnan(values).any()
-        return {name: float(values.mean()) if known else None, f"{name}_interval": share_interval(values) if known else None}
+        return {
+            name: float(values.mean()) if known else None,
+            f"{name}_interval": share_interval(values) if known else None,
+        }
 
     error, distance, ceiling = column("error"), column("distance"), column("ceiling_error")
     outside, limit = psnr_from_error(column("outside_error")), psnr_from_error(column("ceiling_outside_error"))
-    likeness = pooled_share(column("feature_error"), column("feature_distance")) if not np.isnan(column("feature_distance")).any() else None
+    likeness = (
+        pooled_share(column("feature_error"), column("feature_distance"))
+        if not np.isnan(column("feature_distance")).any()
+        else None
+    )
     return dict(
-        samples=len(records), **share("success"), **share("told_apart"), likeness=likeness, sharpness=mean(column("sharpness")),
-        psnr_outside=mean(outside), psnr_ceiling=mean(limit), psnr_lost=mean(np.maximum(limit - outside, 0)),
-        pooled=pooled_share(error, distance), pooled_interval=bootstrap(error, distance, statistic=lambda e, d: 1 - e.sum() / d.sum()),
-        ceiling=None if np.isnan(ceiling).any() else pooled_share(ceiling, distance))
+        samples=len(records),
+        **share("success"),
+        **share("told_apart"),
+        likeness=likeness,
+        sharpness=mean(column("sharpness")),
+        psnr_outside=mean(outside),
+        psnr_ceiling=mean(limit),
+        psnr_lost=mean(np.maximum(limit - outside, 0)),
+        pooled=pooled_share(error, distance),
+        pooled_interval=bootstrap(error, distance, statistic=lambda e, d: 1 - e.sum() / d.sum()),
+        ceiling=None if np.isnan(ceiling).any() else pooled_share(ceiling, distance),
+    )
 
 
 def _shown(value, form):
     "A number of a table: empty where there is none, a true minus, no sign before a zero."
-    if value is None or math.isnan(value): return ""
-    if math.isinf(value): return "∞" if value > 0 else "−∞"
+    if value is None or math.isnan(value):
+        return ""
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
     text = format(value, form)
-    return (text if float(text.strip("%")) else format(0., form).replace("+", "")).replace("-", "−")
+    return (text if float(text.strip("%")) else format(0.0, form).replace("+", "")).replace("-", "−")
 
 
 def _ranged(row, name, form, bold=False):
     "A number of a row with its interval."
-    if row[name] is None: return ""
+    if row[name] is None:
+        return ""
     number, (low, high) = _shown(row[name], form), row[f"{name}_interval"]
     return f"{f'**{number}**' if bold else number} ({_shown(low, form)} to {_shown(high, form)})"
 
@@ -414,6 +540,7 @@ _UNSEEN = "what a network has to see is empty: it needs the extra `eval`, `pip i
 @dataclass
 class Report:
     "What a benchmark found, sample by sample and as a table."
+
     model: str
     difficulty: str  # of the world
     size: tuple  # frames, height, width
@@ -433,91 +560,153 @@ class Report:
         return {task: _score([record for record in self.records if record["task"] == task]) for task in tasks}
 
     def _repr_markdown_(self) -> str:
-        lines = ["| task | samples | success | told apart | likeness | sharpness | lost outside | edit done | autoencoder |", "|---|" + "--:|" * 8]
+        lines = [
+            "| task | samples | success | told apart | likeness | sharpness | lost outside | edit done | autoencoder |",
+            "|---|" + "--:|" * 8,
+        ]
         for task, row in self.rows.items():
-            numbers = [_ranged(row, "told_apart", ".0%"), _shown(row["likeness"], ".2f"), _shown(row["sharpness"], ".2f"), _shown(row["psnr_lost"], ".1f"),
-                       _ranged(row, "pooled", ".2f"), _shown(row["ceiling"], ".2f")]
-            lines.append(f"| {task} | {row['samples']} | {_ranged(row, 'success', '.0%', bold=True)} | {' | '.join(numbers)} |")
+            numbers = [
+                _ranged(row, "told_apart", ".0%"),
+                _shown(row["likeness"], ".2f"),
+                _shown(row["sharpness"], ".2f"),
+                _shown(row["psnr_lost"], ".1f"),
+                _ranged(row, "pooled", ".2f"),
+                _shown(row["ceiling"], ".2f"),
+            ]
+            lines.append(
+                f"| {task} | {row['samples']} | {_ranged(row, 'success', '.0%', bold=True)} | {' | '.join(numbers)} |"
+            )
         frames, height, width = self.size
-        notes = [f"{self.model}; world: {self.difficulty}, {frames} frames of {width}x{height}, evaluation scenes from seed {self.seed:,}"]
-        if self.steps: notes.append(f"{self.steps} steps")
-        if self.seconds_per_edit: notes.append(f"{self.seconds_per_edit:.2f} s an edit in batches of {self.batch_size}")
-        if self.peak_memory_gb: notes.append(f"{self.peak_memory_gb:.1f} GB of memory at most")
-        if self.hardware: notes.append(", ".join(f"{k} {v}" for k, v in self.hardware.items()))
+        notes = [
+            f"{self.model}; world: {self.difficulty}, {frames} frames of {width}x{height}, evaluation scenes from seed {self.seed:,}"
+        ]
+        if self.steps:
+            notes.append(f"{self.steps} steps")
+        if self.seconds_per_edit:
+            notes.append(f"{self.seconds_per_edit:.2f} s an edit in batches of {self.batch_size}")
+        if self.peak_memory_gb:
+            notes.append(f"{self.peak_memory_gb:.1f} GB of memory at most")
+        if self.hardware:
+            notes.append(", ".join(f"{k} {v}" for k, v in self.hardware.items()))
         notes.append("chance to be told apart 12.5%; intervals hold 95%; lost in dB")
-        if any(row["success"] is None for row in self.rows.values()): notes.append(_UNSEEN)
+        if any(row["success"] is None for row in self.rows.values()):
+            notes.append(_UNSEEN)
         return "\n".join(lines) + "\n\n" + "; ".join(notes) + "."
 
-    def save(self,
+    def save(
+        self,
         path: str | Path,  # .json, made or replaced
     ) -> Path:
         "Write everything but the pictures."
         path, data = Path(path), {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "shown"}
-        data["records"] = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in record.items()} for record in self.records]
+        data["records"] = [
+            {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in record.items()}
+            for record in self.records
+        ]
         path.parent.mkdir(parents=True, exist_ok=True)
-        data["scores"] = {task: {k: None if isinstance(v, float) and math.isinf(v) else v for k, v in row.items()} for task, row in self.rows.items()}
-        with replacing(path, True) as temporary: Path(temporary).write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        data["scores"] = {
+            task: {k: None if isinstance(v, float) and math.isinf(v) else v for k, v in row.items()}
+            for task, row in self.rows.items()
+        }
+        with replacing(path, True) as temporary:
+            Path(temporary).write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         return path
 
     @classmethod
-    def load(cls,
+    def load(
+        cls,
         path: str | Path,  # written by `save`
     ) -> Report:
         "Read a report."
         path = Path(path)
-        if not path.is_file(): raise FileNotFoundError(f"`path` has to be a report written by `Report.save` but {str(path)!r} does not exist.")
-        try: data = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error: raise InputError(f"`path` has to be a report written by `Report.save` but {str(path)!r} is not JSON: {error}.") from error
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"`path` has to be a report written by `Report.save` but {str(path)!r} does not exist."
+            )
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(
+                f"`path` has to be a report written by `Report.save` but {str(path)!r} is not JSON: {error}."
+            ) from error
         if not isinstance(data, dict) or "records" not in data or "difficulty" not in data:
-            raise InputError(f"`path` has to be a report written by `Report.save` but {str(path)!r} holds no records of one.")
+            raise InputError(
+                f"`path` has to be a report written by `Report.save` but {str(path)!r} holds no records of one."
+            )
         data = {name: value for name, value in data.items() if name in cls.__dataclass_fields__}
         data["records"] = [{k: math.nan if v is None else v for k, v in record.items()} for record in data["records"]]
         return cls(**data | dict(size=tuple(data["size"])))
 
-    def compare(self,
+    def compare(
+        self,
         other: Report,  # on the same scenes
     ) -> Comparison:
         "This report minus another, sample by sample."
         return Comparison(self, other)
 
-    def strips(self,
+    def strips(
+        self,
         samples: int = 1,  # of each task
     ) -> Strip:
         "Source, reference, target and output of a few samples of each task, the middle frames."
         shown = [(task, *pair) for task, pairs in self.shown.items() for pair in pairs[:samples]]
-        if not shown: raise InputError("`shown` has to hold samples but is empty: a loaded report has no pictures; run the benchmark again.")
+        if not shown:
+            raise InputError(
+                "`shown` has to hold samples but is empty: a loaded report has no pictures; run the benchmark again."
+            )
         labels = ("source", "reference", "target", "output")
-        figure = Strip(figsize=(1.15 * len(shown) + .7, 4 * 1.08 + .75), dpi=100)
-        grid = figure.add_gridspec(4, len(shown), left=.7 / figure.get_figwidth(), right=1, bottom=0, top=1 - .75 / figure.get_figheight(), wspace=.05, hspace=.05)
+        figure = Strip(figsize=(1.15 * len(shown) + 0.7, 4 * 1.08 + 0.75), dpi=100)
+        grid = figure.add_gridspec(
+            4,
+            len(shown),
+            left=0.7 / figure.get_figwidth(),
+            right=1,
+            bottom=0,
+            top=1 - 0.75 / figure.get_figheight(),
+            wspace=0.05,
+            hspace=0.05,
+        )
         for j, (task, sample, output) in enumerate(shown):
             middle = len(output) // 2
             for i, image in enumerate((sample.source[middle], sample.reference, sample.target[middle], output[middle])):
-                axis = figure.add_subplot(grid[i, j]); axis.set_axis_off()
-                if image is not None: axis.imshow(image, interpolation="nearest")
-                if i == 0: axis.set_title(f"{task}\n" + "\n".join(textwrap.wrap(sample.instruction, 22)[:4]), fontsize=6.5, pad=2)
-                if j == 0: axis.text(-.06, .5, labels[i], transform=axis.transAxes, ha="right", va="center", fontsize=8)
+                axis = figure.add_subplot(grid[i, j])
+                axis.set_axis_off()
+                if image is not None:
+                    axis.imshow(image, interpolation="nearest")
+                if i == 0:
+                    axis.set_title(
+                        f"{task}\n" + "\n".join(textwrap.wrap(sample.instruction, 22)[:4]), fontsize=6.5, pad=2
+                    )
+                if j == 0:
+                    axis.text(-0.06, 0.5, labels[i], transform=axis.transAxes, ha="right", va="center", fontsize=8)
         return figure
 
-    def save_strips(self,
+    def save_strips(
+        self,
         path: str | Path,  # .png, made or replaced
         samples: int = 2,  # of each task
     ) -> Path:
         "Write `strips` to a file."
         path, figure = Path(path), self.strips(samples)
-        with replacing(path, True) as temporary: Path(temporary).write_bytes(figure._repr_png_())
+        with replacing(path, True) as temporary:
+            Path(temporary).write_bytes(figure._repr_png_())
         return path
 
 # %% ../../nbs/library/40_benchmark.ipynb #de1b3424
 class Comparison:
     "Two reports on the same scenes: the difference of each task with its interval."
+
     def __init__(self, first: Report, second: Report):
         for name in ("difficulty", "size"):
             if getattr(first, name) != getattr(second, name):
-                raise InputError(f"`other` has to be a report of the same {name} but the two are {getattr(first, name)} and {getattr(second, name)}.")
+                raise InputError(
+                    f"`other` has to be a report of the same {name} but the two are {getattr(first, name)} and {getattr(second, name)}."
+                )
         self.first, self.second = first, second
         a, b = ({(r["task"], r["seed"]): r for r in report.records} for report in (first, second))
         self.shared = [(a[key], b[key]) for key in a if key in b]
-        if not self.shared: raise InputError("`other` has to be a report on some of the same scenes but the two share none.")
+        if not self.shared:
+            raise InputError("`other` has to be a report on some of the same scenes but the two share none.")
 
     @property
     def rows(self) -> dict[str, dict]:  # task -> differences, first minus second
@@ -525,36 +714,59 @@ class Comparison:
         rows = {}
         for task in dict.fromkeys(one["task"] for one, _ in self.shared):
             pairs = [pair for pair in self.shared if pair[0]["task"] == task]
-            def gap(name): return np.array([float(one.get(name, math.nan)) - float(two.get(name, math.nan)) for one, two in pairs])
-            def undone(error, distance): return -error.sum() / distance.sum()
+
+            def gap(name):
+                return np.array([float(one.get(name, math.nan)) - float(two.get(name, math.nan)) for one, two in pairs])
+
+            def undone(error, distance):
+                return -error.sum() / distance.sum()
+
             error, distance = gap("error"), np.array([one["distance"] for one, _ in pairs])
-            rows[task] = dict(samples=len(pairs), pooled=float(undone(error, distance)), pooled_interval=bootstrap(error, distance, statistic=undone))
+            rows[task] = dict(
+                samples=len(pairs),
+                pooled=float(undone(error, distance)),
+                pooled_interval=bootstrap(error, distance, statistic=undone),
+            )
             for name in ("success", "told_apart"):
                 known = not np.isnan(gap(name)).any()
-                rows[task] |= {name: float(gap(name).mean()) if known else None, f"{name}_interval": bootstrap(gap(name)) if known else None}
+                rows[task] |= {
+                    name: float(gap(name).mean()) if known else None,
+                    f"{name}_interval": bootstrap(gap(name)) if known else None,
+                }
         return rows
 
     def _repr_markdown_(self) -> str:
-        lines = [f"**{self.first.model}** minus **{self.second.model}**; world: {self.first.difficulty}", "", "| task | samples | success | told apart | edit done |", "|---|" + "--:|" * 4]
+        lines = [
+            f"**{self.first.model}** minus **{self.second.model}**; world: {self.first.difficulty}",
+            "",
+            "| task | samples | success | told apart | edit done |",
+            "|---|" + "--:|" * 4,
+        ]
         for task, row in self.rows.items():
-            numbers = [_ranged(row, "success", "+.0%"), _ranged(row, "told_apart", "+.0%"), _ranged(row, "pooled", "+.2f")]
+            numbers = [
+                _ranged(row, "success", "+.0%"),
+                _ranged(row, "told_apart", "+.0%"),
+                _ranged(row, "pooled", "+.2f"),
+            ]
             lines.append(f"| {task} | {row['samples']} | {' | '.join(numbers)} |")
         return "\n".join(lines)
 
 # %% ../../nbs/library/40_benchmark.ipynb #ffced049
 def _peak_memory(device):
     "Gigabytes that were needed at most, None where the system does not say."
-    if device.type == "cuda": return torch.cuda.max_memory_allocated(device) / 1e9
-    if sys.platform == "win32": return None
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if sys.platform == "win32":
+        return None
     import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def describe_hardware(
-    device: torch.device,
-) -> dict[str, str]:
+def describe_hardware(device: torch.device) -> dict[str, str]:
     "What a time was measured on."
-    if device.type == "cuda": name = torch.cuda.get_device_name(device)
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
     else:
         lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
         names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -563,7 +775,8 @@ def describe_hardware(
 
 
 def _synchronize(device):
-    if device.type == "cuda": torch.cuda.synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def run_editors(
@@ -580,38 +793,56 @@ def run_editors(
 ) -> list[Report]:
     "Measure several editors on the same scenes, each of which is prepared once for all of them."
     for task in tasks:
-        if task not in BENCHMARK_TASKS: raise InputError(f"`tasks` has to hold names of {BENCHMARK_TASKS} but holds {task!r}.")
+        if task not in BENCHMARK_TASKS:
+            raise InputError(f"`tasks` has to hold names of {BENCHMARK_TASKS} but holds {task!r}.")
     for argument, value in (("samples", samples), ("batch_size", batch_size), ("steps", steps)):
-        if value is not None and value < 1: raise InputError(f"`{argument}` has to be at least 1 but is {value}.")
-    if not tasks: raise InputError("`tasks` has to name at least one task but is empty.")
+        if value is not None and value < 1:
+            raise InputError(f"`{argument}` has to be at least 1 but is {value}.")
+    if not tasks:
+        raise InputError("`tasks` has to name at least one task but is empty.")
     pipes = {name: editor for name, editor in editors.items() if not hasattr(editor, "edit_samples")}
     devices = {name: pipes[name]._execution_device if name in pipes else torch.device("cpu") for name in editors}
     records, shown, seconds = ({name: empty() for name in editors} for empty in (list, dict, float))
     features = perceptual_features("cpu" if vae is None else str(vae.device))
     for device in devices.values():
-        if device.type == "cuda": torch.cuda.reset_peak_memory_stats(device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
 
     with tqdm(total=len(tasks) * samples, unit="scene", disable=not progress) as bar:
         for task in tasks:
             bar.set_description(task)
             found = benchmark_samples(world, task, samples, seed)
             for start in range(0, samples, batch_size):
-                batch = found[start:start + batch_size]
+                batch = found[start : start + batch_size]
                 rebuilt = [None] * len(batch) if vae is None else reconstruct(vae, np.stack([s.target for s in batch]))
                 scenes = [Scene(world, sample, frames, features) for sample, frames in zip(batch, rebuilt)]
                 for name, editor in editors.items():
                     began = time.perf_counter()
-                    if name in pipes: outputs = edit_batch(editor, batch, steps)
-                    else: outputs = editor.edit_samples(batch, steps, [s.meta["seed"] for s in batch])
+                    if name in pipes:
+                        outputs = edit_batch(editor, batch, steps)
+                    else:
+                        outputs = editor.edit_samples(batch, steps, [s.meta["seed"] for s in batch])
                     _synchronize(devices[name])
                     seconds[name] += time.perf_counter() - began
                     records[name] += measure(scenes, outputs)
-                    shown[name].setdefault(task, []).extend(list(zip(batch, outputs))[:max(0, keep - start)])
+                    shown[name].setdefault(task, []).extend(list(zip(batch, outputs))[: max(0, keep - start)])
                 bar.update(len(batch))
-    return [Report(name, world.difficulty_name, (world.num_frames, world.height, world.width),
-                   pipes[name].config.default_steps if name in pipes and steps is None else steps, seed, records[name],
-                   describe_hardware(devices[name]), seconds[name] / len(records[name]), min(batch_size, samples),
-                   _peak_memory(devices[name]), shown[name]) for name in editors]
+    return [
+        Report(
+            name,
+            world.difficulty_name,
+            (world.num_frames, world.height, world.width),
+            pipes[name].config.default_steps if name in pipes and steps is None else steps,
+            seed,
+            records[name],
+            describe_hardware(devices[name]),
+            seconds[name] / len(records[name]),
+            min(batch_size, samples),
+            _peak_memory(devices[name]),
+            shown[name],
+        )
+        for name in editors
+    ]
 
 
 def bench_world(
@@ -623,7 +854,8 @@ def bench_world(
     "Held-out scenes of the size that a model works at."
     if not hasattr(pipe, "edit_samples"):
         size = size or max(1, math.isqrt(pipe.config.max_pixels) // pipe.size_multiple) * pipe.size_multiple
-        if size % pipe.size_multiple: raise InputError(f"`size` has to be a multiple of {pipe.size_multiple} for this model but is {size}.")
+        if size % pipe.size_multiple:
+            raise InputError(f"`size` has to be a multiple of {pipe.size_multiple} for this model but is {size}.")
         num_frames = num_frames or pipe.config.max_frames
     asked = dict(height=size, width=size, num_frames=num_frames)
     return World(**{name: value for name, value in asked.items() if value}, split="eval", difficulty=difficulty)
@@ -646,26 +878,41 @@ def run_benchmark(
 ) -> Report:
     "Measure a model on the world's held-out scenes."
     tasks = (tasks,) if isinstance(tasks, str) else tuple(tasks)
-    if out is not None: Path(out).mkdir(parents=True, exist_ok=True)  # before the work, not after it
+    if out is not None:
+        Path(out).mkdir(parents=True, exist_ok=True)  # before the work, not after it
     world = bench_world(pipe, size, num_frames, difficulty)
-    report, = run_editors({name or _name_of(pipe): pipe}, world, tasks, samples, seed, steps, batch_size, getattr(pipe, "vae", None), progress, keep)
+    (report,) = run_editors(
+        {name or _name_of(pipe): pipe},
+        world,
+        tasks,
+        samples,
+        seed,
+        steps,
+        batch_size,
+        getattr(pipe, "vae", None),
+        progress,
+        keep,
+    )
     if out is not None:
         report.save(Path(out) / "benchmark.json")
-        if keep: report.save_strips(Path(out) / "benchmark.png")
+        if keep:
+            report.save_strips(Path(out) / "benchmark.png")
     return report
 
 
 def _name_of(pipe):
     "A model's name without the folders that lead to it."
     name = getattr(pipe, "name", None) or getattr(pipe, "name_or_path", None)
-    if not name: return type(pipe).__name__
+    if not name:
+        return type(pipe).__name__
     path = Path(name)
-    if path.parent.name == "snapshots": return path.parent.parent.name.removeprefix("models--").replace("--", "/")  # the hub's cache
+    if path.parent.name == "snapshots":
+        return path.parent.parent.name.removeprefix("models--").replace("--", "/")  # the hub's cache
     return path.name if path.exists() else str(name)
 
 # %% ../../nbs/library/40_benchmark.ipynb #a1ce94fd
 def world_rate(
-    seconds: float = 2.,  # to measure for
+    seconds: float = 2.0,  # to measure for
     world: World | None = None,  # None: its own size and frames, training split
 ) -> float:  # quadruplets a second
     "How fast the world makes samples, all tasks in turn, on one core."
@@ -684,8 +931,11 @@ def checkpoint_digest(
 ) -> str:  # 16 hexadecimal digits
     "Tells models apart by a sample of the bytes of their configs and weights."
     folders = sorted(path for path in Path(folder).iterdir() if path.is_dir() and any(path.glob("*.safetensors")))
-    if not folders: raise InputError(f"`folder` has to hold folders with safetensors but {str(folder)!r} holds none.")
-    return hashlib.sha256("".join(f"{path.name} {sampled_digest(path)}\n" for path in folders).encode()).hexdigest()[:16]
+    if not folders:
+        raise InputError(f"`folder` has to hold folders with safetensors but {str(folder)!r} holds none.")
+    return hashlib.sha256("".join(f"{path.name} {sampled_digest(path)}\n" for path in folders).encode()).hexdigest()[
+        :16
+    ]
 
 
 def provenance(
@@ -694,106 +944,206 @@ def provenance(
 ) -> dict:
     "What a result was made with: versions, hardware, checkpoint."
     versions = {name: version(name) for name in ("kiwi-edit", "torch", "diffusers", "transformers", "numpy", "pillow")}
-    return dict(versions=versions, hardware=describe_hardware(device), checkpoint=None if folder is None else checkpoint_digest(folder))
+    return dict(
+        versions=versions,
+        hardware=describe_hardware(device),
+        checkpoint=None if folder is None else checkpoint_digest(folder),
+    )
 
 # %% ../../nbs/library/40_benchmark.ipynb #b042000f
 @dataclass
 class Ranking:
     "Several editors on the same scenes."
+
     reports: list[Report] = field(repr=False)  # the first is the one that the others are held against
     about: dict = field(default_factory=dict)  # what they were made with, see `provenance`
 
     def __post_init__(self):
-        scenes = [(report.difficulty, report.size, [(record["task"], record["seed"]) for record in report.records]) for report in self.reports]
-        if not scenes: raise InputError("`reports` has to hold at least one report but is empty.")
+        scenes = [
+            (report.difficulty, report.size, [(record["task"], record["seed"]) for record in report.records])
+            for report in self.reports
+        ]
+        if not scenes:
+            raise InputError("`reports` has to hold at least one report but is empty.")
         names = [report.model for report in self.reports]
-        if twice := [name for name in names if names.count(name) > 1]: raise InputError(f"`reports` have to have different names but {twice[0]!r} is there more than once; `run_benchmark` takes a `name`.")
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise InputError(
+                f"`reports` have to have different names but {twice[0]!r} is there more than once; `run_benchmark` takes a `name`."
+            )
         for report, known in zip(self.reports, scenes):
-            if known != scenes[0]: raise InputError(f"`reports` have to be on the same scenes but those of {report.model} are others than those of {self.reports[0].model}.")
+            if known != scenes[0]:
+                raise InputError(
+                    f"`reports` have to be on the same scenes but those of {report.model} are others than those of {self.reports[0].model}."
+                )
 
     @property
-    def difficulty(self) -> str: return self.reports[0].difficulty  # of the world, the same for all
+    def difficulty(self) -> str:
+        return self.reports[0].difficulty  # of the world, the same for all
 
     def _columns(self, report, name):
         "(scenes, tasks) of a number; all tasks have as many scenes, since `run_benchmark` draws them so."
         tasks = dict.fromkeys(record["task"] for record in report.records)
-        return np.array([[record.get(name, math.nan) for record in report.records if record["task"] == task] for task in tasks], dtype=np.float64).T
+        return np.array(
+            [[record.get(name, math.nan) for record in report.records if record["task"] == task] for task in tasks],
+            dtype=np.float64,
+        ).T
 
     @property
     def rows(self) -> dict[str, dict]:  # editor -> numbers, the best first
         "Means over the tasks. Scenes are drawn again for the intervals, each with all its tasks."
+
         def mean(values):
             known = [value for value in values if value is not None and not math.isnan(value)]
             return float(np.mean(known)) if known else None
 
-        def done(error, distance): return (1 - error.sum(0) / distance.sum(0)).mean()
+        def done(error, distance):
+            return (1 - error.sum(0) / distance.sum(0)).mean()
+
         rows, first = {}, self._columns(self.reports[0], "success")
         for report in self.reports:
             success, error, distance = (self._columns(report, name) for name in ("success", "error", "distance"))
             known = not np.isnan(first + success).any()
             tasks = report.rows.values()
             rows[report.model] = dict(
-                success=float(success.mean()) if known else None, success_interval=share_interval(success.ravel()) if known else None,
-                difference=float((first - success).mean()) if known else None, difference_interval=bootstrap((first - success).mean(1)) if known else None,
-                **{name: mean(row[name] for row in tasks) for name in ("told_apart", "likeness", "sharpness", "psnr_lost")},
+                success=float(success.mean()) if known else None,
+                success_interval=share_interval(success.ravel()) if known else None,
+                difference=float((first - success).mean()) if known else None,
+                difference_interval=bootstrap((first - success).mean(1)) if known else None,
+                **{
+                    name: mean(row[name] for row in tasks)
+                    for name in ("told_apart", "likeness", "sharpness", "psnr_lost")
+                },
                 flicker=mean(self._columns(report, "flicker").ravel()),
-                done=float(done(error, distance)), done_interval=bootstrap(error, distance, statistic=done))
+                done=float(done(error, distance)),
+                done_interval=bootstrap(error, distance, statistic=done),
+            )
         return dict(sorted(rows.items(), key=lambda item: (-(item[1]["success"] or 0), -item[1]["done"])))
 
     def _repr_markdown_(self) -> str:
         first, rows = self.reports[0].model, self.rows
         tasks = {report.model: report.rows for report in self.reports}
-        lines = [f"| success | all tasks | {first} minus it | {' | '.join(tasks[first])} |", "|---|" + "--:|" * (2 + len(tasks[first]))]
+        lines = [
+            f"| success | all tasks | {first} minus it | {' | '.join(tasks[first])} |",
+            "|---|" + "--:|" * (2 + len(tasks[first])),
+        ]
         for model, row in rows.items():
             against = "" if model == first else _ranged(row, "difference", "+.0%")
-            cells = [_ranged(row, "success", ".0%", bold=True), against] + [_ranged(r, "success", ".0%") for r in tasks[model].values()]
+            cells = [_ranged(row, "success", ".0%", bold=True), against] + [
+                _ranged(r, "success", ".0%") for r in tasks[model].values()
+            ]
             lines.append(f"| {model} | {' | '.join(cells)} |")
-        lines += ["", "| means over the tasks | told apart | likeness | sharpness | lost outside | flicker | edit done |", "|---|" + "--:|" * 6]
+        lines += [
+            "",
+            "| means over the tasks | told apart | likeness | sharpness | lost outside | flicker | edit done |",
+            "|---|" + "--:|" * 6,
+        ]
         for model, row in rows.items():
             forms = dict(told_apart=".0%", likeness=".2f", sharpness=".2f", psnr_lost=".1f", flicker=".1f")
-            lines.append(f"| {model} | {' | '.join(_shown(row[name], form) for name, form in forms.items())} | {_ranged(row, 'done', '.2f')} |")
+            lines.append(
+                f"| {model} | {' | '.join(_shown(row[name], form) for name, form in forms.items())} | {_ranged(row, 'done', '.2f')} |"
+            )
         count = len(self.reports[0].records) // len(tasks[first])
         frames, height, width = self.reports[0].size
-        notes = [f"world: {self.difficulty}, {frames} frames of {width}x{height}", f"{count} scenes a task from seed {self.reports[0].seed:,}", "intervals hold 95%", "lost in dB", "flicker in levels of 0 to 255"]
-        if any(row["success"] is None for row in rows.values()): notes.append(_UNSEEN)
-        if self.about: notes += [f"checkpoint {self.about['checkpoint']}", ", ".join(f"{k} {v}" for k, v in (self.about["versions"] | self.about["hardware"]).items() if k != "torch" or v)]
+        notes = [
+            f"world: {self.difficulty}, {frames} frames of {width}x{height}",
+            f"{count} scenes a task from seed {self.reports[0].seed:,}",
+            "intervals hold 95%",
+            "lost in dB",
+            "flicker in levels of 0 to 255",
+        ]
+        if any(row["success"] is None for row in rows.values()):
+            notes.append(_UNSEEN)
+        if self.about:
+            notes += [
+                f"checkpoint {self.about['checkpoint']}",
+                ", ".join(
+                    f"{k} {v}"
+                    for k, v in (self.about["versions"] | self.about["hardware"]).items()
+                    if k != "torch" or v
+                ),
+            ]
         return "\n".join(lines) + "\n\n" + "; ".join(notes) + "."
 
-    def strips(self,
+    def strips(
+        self,
         task: str,
         samples: int = 1,  # scenes of the task
     ) -> Strip:
         "Clips of all editors below each other, in the order of the table."
         return film_of({report.model: report.shown for report in self.reports}, list(self.rows), task, samples)
 
-    def save(self,
+    def save(
+        self,
         path: str | Path,  # .json, made or replaced
     ) -> Path:
         "Write the numbers, column by column and without the words, to six digits."
-        def column(report, name): return [None if math.isnan(v) else float(f"{v:.6g}") for v in (float(record.get(name, math.nan)) for record in report.records)]
-        data = [dict(model=r.model, difficulty=r.difficulty, size=r.size, steps=r.steps, seed=r.seed, hardware=r.hardware, seconds_per_edit=r.seconds_per_edit, batch_size=r.batch_size,
-                     records={name: column(r, name) for name in _COLUMNS}) for r in self.reports]
-        scenes = dict(task=[record["task"] for record in self.reports[0].records], seed=[record["seed"] for record in self.reports[0].records])
-        with replacing(path, True) as temporary: Path(temporary).write_text(json.dumps(dict(about=self.about, scenes=scenes, reports=data), allow_nan=False) + "\n", encoding="utf-8")
+
+        def column(report, name):
+            return [
+                None if math.isnan(v) else float(f"{v:.6g}")
+                for v in (float(record.get(name, math.nan)) for record in report.records)
+            ]
+
+        data = [
+            dict(
+                model=r.model,
+                difficulty=r.difficulty,
+                size=r.size,
+                steps=r.steps,
+                seed=r.seed,
+                hardware=r.hardware,
+                seconds_per_edit=r.seconds_per_edit,
+                batch_size=r.batch_size,
+                records={name: column(r, name) for name in _COLUMNS},
+            )
+            for r in self.reports
+        ]
+        scenes = dict(
+            task=[record["task"] for record in self.reports[0].records],
+            seed=[record["seed"] for record in self.reports[0].records],
+        )
+        with replacing(path, True) as temporary:
+            Path(temporary).write_text(
+                json.dumps(dict(about=self.about, scenes=scenes, reports=data), allow_nan=False) + "\n",
+                encoding="utf-8",
+            )
         return Path(path)
 
     @classmethod
-    def load(cls,
+    def load(
+        cls,
         path: str | Path,  # written by `save`
     ) -> Ranking:
         "Read a ranking."
         data = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(data, dict) or not {"about", "scenes", "reports"} <= set(data): raise InputError(f"`path` has to be a ranking written by `Ranking.save` but {str(path)!r} is none.")
+        if not isinstance(data, dict) or not {"about", "scenes", "reports"} <= set(data):
+            raise InputError(f"`path` has to be a ranking written by `Ranking.save` but {str(path)!r} is none.")
         reports = []
         for one in data["reports"]:
-            columns = {name: [math.nan if v is None else v for v in values] for name, values in one.pop("records").items()}
-            records = [dict(task=task, seed=seed, instruction="") | {name: values[i] for name, values in columns.items()} for i, (task, seed) in enumerate(zip(*data["scenes"].values()))]
+            columns = {
+                name: [math.nan if v is None else v for v in values] for name, values in one.pop("records").items()
+            }
+            records = [
+                dict(task=task, seed=seed, instruction="") | {name: values[i] for name, values in columns.items()}
+                for i, (task, seed) in enumerate(zip(*data["scenes"].values()))
+            ]
             reports.append(Report(records=records, **one | dict(size=tuple(one["size"]))))
         return cls(reports, data["about"])
 
 
-_COLUMNS = ("success", "told_apart", "feature_error", "feature_distance", "sharpness", "error", "distance", "outside_error",
-            "ceiling_error", "ceiling_outside_error", "flicker")
+_COLUMNS = (
+    "success",
+    "told_apart",
+    "feature_error",
+    "feature_distance",
+    "sharpness",
+    "error",
+    "distance",
+    "outside_error",
+    "ceiling_error",
+    "ceiling_outside_error",
+    "flicker",
+)
 
 # %% ../../nbs/library/40_benchmark.ipynb #b0420010
 def film_of(
@@ -804,18 +1154,32 @@ def film_of(
 ) -> Strip:
     "Source, reference, target, then what each editor made: first, middle and last frame."
     some = next(iter(shown.values())).get(task, [])[:samples]
-    if not some: raise InputError(f"`task` has to be one whose pictures the reports keep but is {task!r}.")
+    if not some:
+        raise InputError(f"`task` has to be one whose pictures the reports keep but is {task!r}.")
     labels = ["source", "reference", "target", *order]
-    figure = Strip(figsize=(1.5 + 3.1 * len(some), .4 + 1.05 * len(labels)), dpi=80)
-    grid = figure.add_gridspec(len(labels), 3 * len(some), left=1.5 / figure.get_figwidth(), right=1, bottom=0, top=1 - .4 / figure.get_figheight(), wspace=.03, hspace=.03)
+    figure = Strip(figsize=(1.5 + 3.1 * len(some), 0.4 + 1.05 * len(labels)), dpi=80)
+    grid = figure.add_gridspec(
+        len(labels),
+        3 * len(some),
+        left=1.5 / figure.get_figwidth(),
+        right=1,
+        bottom=0,
+        top=1 - 0.4 / figure.get_figheight(),
+        wspace=0.03,
+        hspace=0.03,
+    )
     for j, (sample, _) in enumerate(some):
         clips = [sample.source, sample.reference, sample.target] + [shown[editor][task][j][1] for editor in order]
         for i, clip in enumerate(clips):
             for k in range(3):
-                axis = figure.add_subplot(grid[i, 3 * j + k]); axis.set_axis_off()
-                if i == 0 and k == 1: axis.set_title("\n".join(textwrap.wrap(sample.instruction, 46)[:2]), fontsize=7, pad=3)
-                if j == k == 0: axis.text(-.06, .5, labels[i], transform=axis.transAxes, ha="right", va="center", fontsize=7.5)
-                if clip is None or i == 1 and k: continue
+                axis = figure.add_subplot(grid[i, 3 * j + k])
+                axis.set_axis_off()
+                if i == 0 and k == 1:
+                    axis.set_title("\n".join(textwrap.wrap(sample.instruction, 46)[:2]), fontsize=7, pad=3)
+                if j == k == 0:
+                    axis.text(-0.06, 0.5, labels[i], transform=axis.transAxes, ha="right", va="center", fontsize=7.5)
+                if clip is None or i == 1 and k:
+                    continue
                 axis.imshow(clip if i == 1 else clip[(0, len(clip) // 2, -1)[k]], interpolation="nearest")
     return figure
 
@@ -831,10 +1195,24 @@ def run_baselines(
     difficulty: str = "full",  # of the world
 ) -> Ranking:
     "Rank a model among the editors of this notebook."
-    others = [Oracle(pipe.vae), FrameByFrame(pipe), BlurredTarget(), PasteReference(), MeanColour(), PixelNoise(), CopySource()]
+    others = [
+        Oracle(pipe.vae),
+        FrameByFrame(pipe),
+        BlurredTarget(),
+        PasteReference(),
+        MeanColour(),
+        PixelNoise(),
+        CopySource(),
+    ]
     editors = {name: pipe} | {editor.name: editor for editor in others}
-    ranking = Ranking(run_editors(editors, bench_world(pipe, difficulty=difficulty), tasks, samples, vae=pipe.vae, progress=progress, keep=2), provenance(pipe._execution_device, folder))
+    ranking = Ranking(
+        run_editors(
+            editors, bench_world(pipe, difficulty=difficulty), tasks, samples, vae=pipe.vae, progress=progress, keep=2
+        ),
+        provenance(pipe._execution_device, folder),
+    )
     if out is not None:
         ranking.save(Path(out) / "baselines.json")
-        with replacing(Path(out) / "baselines.png", True) as temporary: Path(temporary).write_bytes(ranking.strips(tasks[0], 2)._repr_png_())
+        with replacing(Path(out) / "baselines.png", True) as temporary:
+            Path(temporary).write_bytes(ranking.strips(tasks[0], 2)._repr_png_())
     return ranking

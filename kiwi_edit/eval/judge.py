@@ -38,80 +38,191 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Criterion:
     "One thing that is scored from 1 to 5."
-    name: str            # as it stands before the colon in a reply
-    asks: str = ""       # the question behind it
+
+    name: str  # as it stands before the colon in a reply
+    asks: str = ""  # the question behind it
     anchors: tuple = ()  # five sentences: what 1, 2, 3, 4 and 5 look like
+
 
 @dataclass(frozen=True)
 class Rubric:
     "What a judge is asked: some criteria and how they hang together."
+
     name: str
     criteria: tuple[Criterion, ...]
     capped: bool = True  # whether no score may exceed the first one
-    system: str = ""     # the system instruction word for word; "" makes it from the criteria
+    system: str = ""  # the system instruction word for word; "" makes it from the criteria
 
     @property
-    def names(self): return tuple(c.name for c in self.criteria)
+    def names(self):
+        return tuple(c.name for c in self.criteria)
 
     def instruction(self) -> str:
         "The system instruction for a model."
-        if self.system: return self.system
+        if self.system:
+            return self.system
         parts = [_OPENING.format(count=len(self.criteria))]
-        for c in self.criteria: parts.append("\n".join([f"{c.name}. {c.asks}", *(f"  {i} = {text}" for i, text in enumerate(c.anchors, 1))]))
-        if self.capped: parts.append(f"The first criterion decides: no other score may be higher than that of {self.criteria[0].name}.")
+        for c in self.criteria:
+            parts.append(
+                "\n".join([f"{c.name}. {c.asks}", *(f"  {i} = {text}" for i, text in enumerate(c.anchors, 1))])
+            )
+        if self.capped:
+            parts.append(
+                f"The first criterion decides: no other score may be higher than that of {self.criteria[0].name}."
+            )
         return "\n\n".join([*parts, _CLOSING + "\n".join(f"{name}: n" for name in self.names)])
 
     def _repr_markdown_(self):
         rows = [f"| **{c.name}** {c.asks} | " + " | ".join(c.anchors or [""] * 5) + " |" for c in self.criteria]
-        return "\n".join([f"{self.name}" + (", capped by the first" if self.capped else ""), "", "| criterion | 1 | 2 | 3 | 4 | 5 |", "|---|---|---|---|---|---|", *rows])
+        return "\n".join(
+            [
+                f"{self.name}" + (", capped by the first" if self.capped else ""),
+                "",
+                "| criterion | 1 | 2 | 3 | 4 | 5 |",
+                "|---|---|---|---|---|---|",
+                *rows,
+            ]
+        )
+
 
 _OPENING = """You judge edits of videos. You are shown a clip before an edit, the clip after it, and the instruction that the editor was given; where there is a reference picture, it comes first. Some clips are given as numbered frames.
 Judge what you see, not what was meant, and use the whole scale. There are {count} criteria, each scored with a whole number from 1 to 5."""
 _CLOSING = "Say in at most three sentences what speaks for and against the edit. Then write these lines, with a number in place of each n, and nothing after them:\n"
 
 # %% ../../nbs/library/41_judge.ipynb #41a0000a
-RUBRICS = {r.name: r for r in (
-    Rubric("refvie-subject", (
-        Criterion("Identity Consistency & Compliance", "Is what came in the very thing of the reference picture, put where the instruction wants it?", (
-            "The instruction is not followed, or nothing of the reference is there.", "Something of the right kind, but plainly another one.", "Recognisably the same thing, with wrong details that catch the eye.",
-            "The same thing; one small detail differs.", "The same thing in everything that the reference shows, exactly where it was asked for.")),
-        Criterion("Temporal Consistency & Texture Fidelity", "Does it keep its shape, colours and surface from frame to frame, as sharp as the clip around it?", (
-            "It flickers, melts or changes into something else.", "It is blurred or changes visibly through most of the clip.", "It holds, with some frames that flicker or lose their texture.",
-            "It is steady and sharp, with a flaw that one has to look for.", "It is steady and sharp in every frame.")),
-        Criterion("Physical Integration & Tracking", "Does it belong to the scene in light, shadow, size and what covers what, move as the scene moves, and leave the rest alone?", (
-            "It floats over the picture, or the rest of the scene is damaged.", "It slides, or light and size are plainly wrong.", "It follows the scene, with visible slips or a missing shadow.",
-            "It sits well; a slip or a change elsewhere is hard to see.", "It could have been filmed, and all else is as it was.")))),
-    Rubric("refvie-background", (
-        Criterion("Reference Fidelity & Preservation", "Is the new background the scene of the reference picture, and are the people and things in front the same as before?", (
-            "The background is not that of the reference, or what stood in front is lost.", "Alike in theme only, or what stands in front is another one now.", "The scene of the reference with wrong parts, or visible changes in front.",
-            "The scene of the reference; a small detail differs there or in front.", "The scene of the reference, and everything in front as it was.")),
-        Criterion("Matting Quality & Temporal Stability", "Is the border between front and background clean, and steady over time?", (
-            "Large pieces are cut off or left over, or the picture boils.", "Halos or flicker along most of the border.", "A mostly clean border with rough spots or some flicker.",
-            "Clean and steady; a flaw shows on close look, in hair for instance.", "Clean and steady everywhere.")),
-        Criterion("Visual Harmony & Perspective", "Do light, colour, sharpness, viewpoint and camera motion of front and background go together?", (
-            "Two pictures that have nothing to do with each other.", "Light or perspective plainly contradict each other.", "Believable at a glance, with a mismatch of light, scale or motion.",
-            "They go together; a small mismatch remains.", "It could have been filmed there.")))),
-    Rubric("openve", (
-        Criterion("Instruction Compliance", "Is what the instruction asks for done, all of it and nothing else?", (
-            "Not done, or something else was done.", "Attempted, with the larger part missing or wrong.", "Done in the main, with a part missing, too much or in the wrong place.",
-            "Done, with a small deviation.", "Done exactly.")),
-        Criterion("Visual Quality & Stability", "Is the result sharp, free of artefacts and steady over time?", (
-            "Broken pictures, or flicker throughout.", "Artefacts or flicker that spoil it.", "Watchable, with faults that are seen at once.",
-            "Good; a fault shows on close look.", "As good and as steady as the clip before.")),
-        Criterion("Consistency & Detail Fidelity", "Is everything that was not to change as it was, down to the details, and does the new fit what is around it?", (
-            "The rest of the scene is another one.", "Much of it is changed or lost.", "The scene is kept, with visible changes.",
-            "Kept, but for small details.", "Kept to the last detail, and the new fits in.")))))}
+RUBRICS = {
+    r.name: r
+    for r in (
+        Rubric(
+            "refvie-subject",
+            (
+                Criterion(
+                    "Identity Consistency & Compliance",
+                    "Is what came in the very thing of the reference picture, put where the instruction wants it?",
+                    (
+                        "The instruction is not followed, or nothing of the reference is there.",
+                        "Something of the right kind, but plainly another one.",
+                        "Recognisably the same thing, with wrong details that catch the eye.",
+                        "The same thing; one small detail differs.",
+                        "The same thing in everything that the reference shows, exactly where it was asked for.",
+                    ),
+                ),
+                Criterion(
+                    "Temporal Consistency & Texture Fidelity",
+                    "Does it keep its shape, colours and surface from frame to frame, as sharp as the clip around it?",
+                    (
+                        "It flickers, melts or changes into something else.",
+                        "It is blurred or changes visibly through most of the clip.",
+                        "It holds, with some frames that flicker or lose their texture.",
+                        "It is steady and sharp, with a flaw that one has to look for.",
+                        "It is steady and sharp in every frame.",
+                    ),
+                ),
+                Criterion(
+                    "Physical Integration & Tracking",
+                    "Does it belong to the scene in light, shadow, size and what covers what, move as the scene moves, and leave the rest alone?",
+                    (
+                        "It floats over the picture, or the rest of the scene is damaged.",
+                        "It slides, or light and size are plainly wrong.",
+                        "It follows the scene, with visible slips or a missing shadow.",
+                        "It sits well; a slip or a change elsewhere is hard to see.",
+                        "It could have been filmed, and all else is as it was.",
+                    ),
+                ),
+            ),
+        ),
+        Rubric(
+            "refvie-background",
+            (
+                Criterion(
+                    "Reference Fidelity & Preservation",
+                    "Is the new background the scene of the reference picture, and are the people and things in front the same as before?",
+                    (
+                        "The background is not that of the reference, or what stood in front is lost.",
+                        "Alike in theme only, or what stands in front is another one now.",
+                        "The scene of the reference with wrong parts, or visible changes in front.",
+                        "The scene of the reference; a small detail differs there or in front.",
+                        "The scene of the reference, and everything in front as it was.",
+                    ),
+                ),
+                Criterion(
+                    "Matting Quality & Temporal Stability",
+                    "Is the border between front and background clean, and steady over time?",
+                    (
+                        "Large pieces are cut off or left over, or the picture boils.",
+                        "Halos or flicker along most of the border.",
+                        "A mostly clean border with rough spots or some flicker.",
+                        "Clean and steady; a flaw shows on close look, in hair for instance.",
+                        "Clean and steady everywhere.",
+                    ),
+                ),
+                Criterion(
+                    "Visual Harmony & Perspective",
+                    "Do light, colour, sharpness, viewpoint and camera motion of front and background go together?",
+                    (
+                        "Two pictures that have nothing to do with each other.",
+                        "Light or perspective plainly contradict each other.",
+                        "Believable at a glance, with a mismatch of light, scale or motion.",
+                        "They go together; a small mismatch remains.",
+                        "It could have been filmed there.",
+                    ),
+                ),
+            ),
+        ),
+        Rubric(
+            "openve",
+            (
+                Criterion(
+                    "Instruction Compliance",
+                    "Is what the instruction asks for done, all of it and nothing else?",
+                    (
+                        "Not done, or something else was done.",
+                        "Attempted, with the larger part missing or wrong.",
+                        "Done in the main, with a part missing, too much or in the wrong place.",
+                        "Done, with a small deviation.",
+                        "Done exactly.",
+                    ),
+                ),
+                Criterion(
+                    "Visual Quality & Stability",
+                    "Is the result sharp, free of artefacts and steady over time?",
+                    (
+                        "Broken pictures, or flicker throughout.",
+                        "Artefacts or flicker that spoil it.",
+                        "Watchable, with faults that are seen at once.",
+                        "Good; a fault shows on close look.",
+                        "As good and as steady as the clip before.",
+                    ),
+                ),
+                Criterion(
+                    "Consistency & Detail Fidelity",
+                    "Is everything that was not to change as it was, down to the details, and does the new fit what is around it?",
+                    (
+                        "The rest of the scene is another one.",
+                        "Much of it is changed or lost.",
+                        "The scene is kept, with visible changes.",
+                        "Kept, but for small details.",
+                        "Kept to the last detail, and the new fits in.",
+                    ),
+                ),
+            ),
+        ),
+    )
+}
 _SUBJECT, _BACKGROUND = RUBRICS["refvie-subject"].names, RUBRICS["refvie-background"].names
 
 BENCHES = ("refvie", "openve", "imgedit", "kit")
 
+
 def rubric_for(
-    bench: str,     # of `BENCHES`
-    edit_type: str, # as the bench writes it
+    bench: str,  # of `BENCHES`
+    edit_type: str,  # as the bench writes it
 ) -> Rubric:
     "The rubric for a row of a benchmark."
-    if bench not in BENCHES: raise InputError(f"`bench` has to be one of {', '.join(BENCHES)} but is {bench!r}.")
-    if bench == "refvie": return RUBRICS["refvie-subject" if edit_type == "subject" else "refvie-background"]
+    if bench not in BENCHES:
+        raise InputError(f"`bench` has to be one of {', '.join(BENCHES)} but is {bench!r}.")
+    if bench == "refvie":
+        return RUBRICS["refvie-subject" if edit_type == "subject" else "refvie-background"]
     return RUBRICS.get(f"refvie-{edit_type}" if bench == "kit" else "openve", RUBRICS["openve"])
 
 # %% ../../nbs/library/41_judge.ipynb #41a0000d
@@ -120,47 +231,78 @@ def load_rubric(
 ) -> Rubric:
     "A rubric in somebody's own words."
     import yaml
+
     path = Path(path)
-    def bad(rule, value): return InputError(f"`path` has to hold {rule} but {path.name} has {value!r}.")
-    try: found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error: raise InputError(f"`path` has to hold YAML or JSON but {path.name} does not: {' '.join(str(error).split())[:160]}.") from None
-    if not isinstance(found, dict): raise bad("a mapping with `name` and `criteria`", type(found).__name__)
-    if extra := sorted(map(str, found.keys() - {"name", "criteria", "capped", "system"})): raise bad("`name`, `criteria`, `capped` and `system` only", extra)
-    name, system, capped, criteria = found.get("name"), found.get("system", ""), found.get("capped", True), found.get("criteria")
-    if not isinstance(name, str) or not name.strip(): raise bad("a `name`", name)
-    if not isinstance(system, str): raise bad("words under `system`", system)
-    if type(capped) is not bool: raise bad("true or false under `capped`", capped)
-    if not isinstance(criteria, list) or not criteria: raise bad("a list with at least one entry under `criteria`", criteria)
+
+    def bad(rule, value):
+        return InputError(f"`path` has to hold {rule} but {path.name} has {value!r}.")
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"`path` has to hold YAML or JSON but {path.name} does not: {' '.join(str(error).split())[:160]}."
+        ) from None
+    if not isinstance(found, dict):
+        raise bad("a mapping with `name` and `criteria`", type(found).__name__)
+    if extra := sorted(map(str, found.keys() - {"name", "criteria", "capped", "system"})):
+        raise bad("`name`, `criteria`, `capped` and `system` only", extra)
+    name, system, capped, criteria = (
+        found.get("name"),
+        found.get("system", ""),
+        found.get("capped", True),
+        found.get("criteria"),
+    )
+    if not isinstance(name, str) or not name.strip():
+        raise bad("a `name`", name)
+    if not isinstance(system, str):
+        raise bad("words under `system`", system)
+    if type(capped) is not bool:
+        raise bad("true or false under `capped`", capped)
+    if not isinstance(criteria, list) or not criteria:
+        raise bad("a list with at least one entry under `criteria`", criteria)
     criteria = tuple(_criterion(c, bad) for c in criteria)
-    if len({c.name.casefold() for c in criteria}) < len(criteria): raise bad("criteria of different names", [c.name for c in criteria])
-    if not system and (silent := [c.name for c in criteria if not c.asks]): raise bad("a `system` text, or `asks` for each criterion", silent)
+    if len({c.name.casefold() for c in criteria}) < len(criteria):
+        raise bad("criteria of different names", [c.name for c in criteria])
+    if not system and (silent := [c.name for c in criteria if not c.asks]):
+        raise bad("a `system` text, or `asks` for each criterion", silent)
     return Rubric(name, criteria, capped, system)
+
 
 def _criterion(found, bad):
     found = dict(name=found) if isinstance(found, str) else found
-    if not isinstance(found, dict) or found.keys() - {"name", "asks", "anchors"}: raise bad("criteria with `name`, `asks` and `anchors` only", found)
+    if not isinstance(found, dict) or found.keys() - {"name", "asks", "anchors"}:
+        raise bad("criteria with `name`, `asks` and `anchors` only", found)
     name, anchors = found.get("name"), found.get("anchors", [])
-    if not isinstance(name, str) or not re.search(r"\w", name) or ":" in name or "\n" in name: raise bad("criteria with a name of one line without a colon", name)
-    if not isinstance(found.get("asks", ""), str): raise bad("words under `asks`", found["asks"])
-    if not isinstance(anchors, list) or len(anchors) not in (0, 5) or not all(isinstance(a, str) for a in anchors): raise bad("five sentences under `anchors`, for 1 to 5", anchors)
+    if not isinstance(name, str) or not re.search(r"\w", name) or ":" in name or "\n" in name:
+        raise bad("criteria with a name of one line without a colon", name)
+    if not isinstance(found.get("asks", ""), str):
+        raise bad("words under `asks`", found["asks"])
+    if not isinstance(anchors, list) or len(anchors) not in (0, 5) or not all(isinstance(a, str) for a in anchors):
+        raise bad("five sentences under `anchors`, for 1 to 5", anchors)
     return Criterion(name.strip(), found.get("asks", ""), tuple(anchors))
 
 # %% ../../nbs/library/41_judge.ipynb #41a00010
 def released_scores(
-    text: str,      # a reply
-    rubric: Rubric, # the two of RefVIE-Bench are read by its parser, all others by that of OpenVE-Bench
-) -> list | None: # integers; None where the parser gives up
+    text: str,  # a reply
+    rubric: Rubric,  # the two of RefVIE-Bench are read by its parser, all others by that of OpenVE-Bench
+) -> list | None:  # integers; None where the parser gives up
     "The scores as the released evaluation code reads them, its habits included."
     refvie, found = rubric.names in (_SUBJECT, _BACKGROUND), []
     names = _SUBJECT + _BACKGROUND if refvie else rubric.names
     for line in text.split("\n"):
         for name in names:
-            if not line.startswith(f"{name}:"): continue
-            try: score = int(float(line.split(":")[-1]))
-            except (ValueError, OverflowError): return None
-            if not 1 <= score <= 5: return None
+            if not line.startswith(f"{name}:"):
+                continue
+            try:
+                score = int(float(line.split(":")[-1]))
+            except (ValueError, OverflowError):
+                return None
+            if not 1 <= score <= 5:
+                return None
             found.append((name, score))
-    if refvie: return [score for _, score in found]
+    if refvie:
+        return [score for _, score in found]
     last = dict(found)
     return [last[name] for name in names] if len(last) == len(names) else None
 
@@ -169,79 +311,109 @@ _FILL = r"(?:[\s*_~\"'`:\uff1a=>|(\[\u2013\u2014]|-(?!\d))*"
 _VALUE = r"(-?\d+(?:\.\d+)?)(?![\w%]|\.\d)(?:\s*(?:/|out of|of)\s*(\d+))?"
 _HEAD = re.compile(rf"{_FILL}(?:(?:score|rating)\b{_FILL})?{_VALUE}", re.I)
 _TAIL = re.compile(rf"[:\uff1a=]{_FILL}{_VALUE}[\s*_~.,;|)\]}}\"'`]*$", re.I)
-_RANGE = re.compile(r"^\s*[(\[](?:score\s*)?(?:1\s*(?:-|\u2013|to)\s*5|/\s*5|(?:out )?of 5)[)\]]", re.I) # the scale, said once more
+_RANGE = re.compile(
+    r"^\s*[(\[](?:score\s*)?(?:1\s*(?:-|\u2013|to)\s*5|/\s*5|(?:out )?of 5)[)\]]", re.I
+)  # the scale, said once more
 _DOUBT = re.compile(r"\s*(?:or|to|and|[-\u2013\u2014~,])\s*-?\d", re.I)
+
 
 def _names_pattern(names):
     "Finds criteria in text whatever their case and punctuation, the longest first."
-    words = {name: r"[\W_]+(?:and[\W_]+)?".join(re.escape(w) for w in re.findall(r"[^\W_]+", name) if w.casefold() != "and") for name in names}
+    words = {
+        name: r"[\W_]+(?:and[\W_]+)?".join(re.escape(w) for w in re.findall(r"[^\W_]+", name) if w.casefold() != "and")
+        for name in names
+    }
     ordered = sorted(names, key=len, reverse=True)
-    return re.compile(r"(?<![^\W_])(?:" + "|".join(f"({words[name]})" for name in ordered) + r")(?![^\W_])", re.I), ordered
+    return re.compile(
+        r"(?<![^\W_])(?:" + "|".join(f"({words[name]})" for name in ordered) + r")(?![^\W_])", re.I
+    ), ordered
+
 
 class _BadScore(ValueError):
     "A criterion has a score that cannot be used."
 
+
 def _number(name, match):
-    if match[2] and int(match[2]) != 5: raise _BadScore(f"{name} has to be a score out of 5 but is {match[1]} out of {match[2]}")
+    if match[2] and int(match[2]) != 5:
+        raise _BadScore(f"{name} has to be a score out of 5 but is {match[1]} out of {match[2]}")
     return float(match[1])
+
 
 def _said(name, segment):
     "The score in what follows a name; None where it is only talked about."
     first, _, rest = _RANGE.sub("", segment, count=1).partition("\n")
-    if not re.sub(_FILL, "", first): first = rest.partition("\n")[0] if re.fullmatch(rf"{_FILL}{_VALUE}[\s*_~.|]*", rest.partition("\n")[0]) else ""
+    if not re.sub(_FILL, "", first):
+        first = rest.partition("\n")[0] if re.fullmatch(rf"{_FILL}{_VALUE}[\s*_~.|]*", rest.partition("\n")[0]) else ""
     if match := _HEAD.match(first):
-        if _DOUBT.match(first, match.end()): raise _BadScore(f"{name} has to be one score but is {first.strip()[:30]!r}")
+        if _DOUBT.match(first, match.end()):
+            raise _BadScore(f"{name} has to be one score but is {first.strip()[:30]!r}")
         return _number(name, match)
     return _number(name, match) if (match := _TAIL.search(first)) else None
+
 
 def _said_in_json(found, pattern, ordered):
     for key, value in found.items():
         match = pattern.fullmatch(str(key).strip())
         if not match:
-            if isinstance(value, dict): yield from _said_in_json(value, pattern, ordered)
+            if isinstance(value, dict):
+                yield from _said_in_json(value, pattern, ordered)
             continue
         name = ordered[match.lastindex - 1]
-        if isinstance(value, dict): value = value.get("score", value.get("rating"))
-        if isinstance(value, str): value = _said(name, value)
-        if type(value) not in (int, float): raise _BadScore(f"{name} has to be a number but is {value!r}")
+        if isinstance(value, dict):
+            value = value.get("score", value.get("rating"))
+        if isinstance(value, str):
+            value = _said(name, value)
+        if type(value) not in (int, float):
+            raise _BadScore(f"{name} has to be a number but is {value!r}")
         yield name, float(value)
+
 
 def _said_in_text(text, pattern, ordered):
     matches = list(pattern.finditer(text))
     for match, after in zip(matches, [*matches[1:], None]):
-        segment = text[match.end():after.start() if after else len(text)]
-        if after: segment = re.sub(r"[,;]\s*\d+[.)]\s*$", "", segment) # the number of the next entry
+        segment = text[match.end() : after.start() if after else len(text)]
+        if after:
+            segment = re.sub(r"[,;]\s*\d+[.)]\s*$", "", segment)  # the number of the next entry
         name = ordered[match.lastindex - 1]
-        if (score := _said(name, segment)) is not None: yield name, score
+        if (score := _said(name, segment)) is not None:
+            yield name, score
 
 # %% ../../nbs/library/41_judge.ipynb #41a00014
 def read_scores(
-    text: str,            # a reply
+    text: str,  # a reply
     rubric: Rubric,
-    strict: bool = False, # read as the released code does; see `released_scores`
-) -> dict | list: # criterion -> score in the rubric's order; strict: integers as the released code stores them
+    strict: bool = False,  # read as the released code does; see `released_scores`
+) -> dict | list:  # criterion -> score in the rubric's order; strict: integers as the released code stores them
     "The scores of a reply; ValueError where there are none to be had without guessing."
     if strict:
-        if not (scores := released_scores(text, rubric)): raise ValueError("the released parser finds no scores")
+        if not (scores := released_scores(text, rubric)):
+            raise ValueError("the released parser finds no scores")
         return scores
     text, (pattern, ordered) = without_thoughts(text), _names_pattern(rubric.names)
-    try: found = list(_said_in_json(parse_json(text), pattern, ordered)) if "{" in text else []
-    except _BadScore: raise
-    except ValueError: found = [] # no JSON after all
+    try:
+        found = list(_said_in_json(parse_json(text), pattern, ordered)) if "{" in text else []
+    except _BadScore:
+        raise
+    except ValueError:
+        found = []  # no JSON after all
     scores = {}
     for name, score in found or _said_in_text(text, pattern, ordered):
-        if not 1 <= score <= 5: raise ValueError(f"{name} has to be from 1 to 5 but is {score:g}")
-        if scores.setdefault(name, score) != score: raise ValueError(f"{name} has to have one score but has {scores[name]:g} and {score:g}")
-    if missing := [name for name in rubric.names if name not in scores]: raise ValueError(f"{', '.join(missing)} has no score")
+        if not 1 <= score <= 5:
+            raise ValueError(f"{name} has to be from 1 to 5 but is {score:g}")
+        if scores.setdefault(name, score) != score:
+            raise ValueError(f"{name} has to have one score but has {scores[name]:g} and {score:g}")
+    if missing := [name for name in rubric.names if name not in scores]:
+        raise ValueError(f"{', '.join(missing)} has no score")
     return {name: scores[name] for name in rubric.names}
 
 # %% ../../nbs/library/41_judge.ipynb #41a00019
 def capped(
-    scores: dict,   # criterion -> score
+    scores: dict,  # criterion -> score
     rubric: Rubric,
-) -> tuple[dict, bool]: # the scores, and whether any was lowered
+) -> tuple[dict, bool]:  # the scores, and whether any was lowered
     "No score above the first one, where the rubric says so."
-    if not rubric.capped: return dict(scores), False
+    if not rubric.capped:
+        return dict(scores), False
     most = scores[rubric.names[0]]
     lowered = {name: min(score, most) for name, score in scores.items()}
     return lowered, lowered != scores
@@ -250,129 +422,181 @@ def capped(
 @dataclass
 class Case:
     "One edit that is to be judged."
+
     id: str
     instruction: str
-    source: object           # path, or (T, H, W, 3) uint8
-    edited: object           # path, or (T, H, W, 3) uint8
-    reference: object        # path, (h, w, 3) uint8 or None
+    source: object  # path, or (T, H, W, 3) uint8
+    edited: object  # path, or (T, H, W, 3) uint8
+    reference: object  # path, (h, w, 3) uint8 or None
     rubric: Rubric
     edit_type: str = ""
-    mask: np.ndarray | None = None    # (T, H, W) bool, the edited region, where it is known
+    mask: np.ndarray | None = None  # (T, H, W) bool, the edited region, where it is known
     target: np.ndarray | None = None  # (T, H, W, 3) uint8, what should have come out, where it is known
 
-def _is_path(media): return isinstance(media, (str, Path))
+
+def _is_path(media):
+    return isinstance(media, (str, Path))
+
 
 def _digest(*things):
     "Of what things hold: files by their bytes, arrays by their values."
     total = hashlib.sha256()
     for thing in things:
-        if isinstance(thing, Path): data = thing.read_bytes() if thing.is_file() else b"".join(p.read_bytes() for p in sorted(thing.iterdir()))
-        elif isinstance(thing, np.ndarray): data = f"{thing.dtype}{thing.shape}".encode() + np.ascontiguousarray(thing).tobytes()
-        else: data = json.dumps(thing, ensure_ascii=False).encode()
+        if isinstance(thing, Path):
+            data = thing.read_bytes() if thing.is_file() else b"".join(p.read_bytes() for p in sorted(thing.iterdir()))
+        elif isinstance(thing, np.ndarray):
+            data = f"{thing.dtype}{thing.shape}".encode() + np.ascontiguousarray(thing).tobytes()
+        else:
+            data = json.dumps(thing, ensure_ascii=False).encode()
         total.update(hashlib.sha256(data).digest())
     return total.hexdigest()
+
 
 def case_digest(case: Case) -> str:
     "A fingerprint of all that a judge is told and shown; the id is not among it."
     media = [Path(m) if _is_path(m) else m for m in (case.reference, case.source, case.edited)]
-    return _digest(case.instruction, case.edit_type, case.rubric.name, case.rubric.names, case.rubric.capped, case.rubric.instruction(), *media)
+    return _digest(
+        case.instruction,
+        case.edit_type,
+        case.rubric.name,
+        case.rubric.names,
+        case.rubric.capped,
+        case.rubric.instruction(),
+        *media,
+    )
 
 # %% ../../nbs/library/41_judge.ipynb #41a00023
 @dataclass
 class Judgement:
     "What a judge said about a case, or why it said nothing."
-    id: str                  # of the case
-    judge: str               # its name
-    rubric: str              # its name
-    scores: dict             # criterion -> 1..5; all None where there is an error
-    error: str = ""          # "" where it is scored; else its kind, a colon and the reason
-    capped: bool = False     # whether a score was lowered to the first one
+
+    id: str  # of the case
+    judge: str  # its name
+    rubric: str  # its name
+    scores: dict  # criterion -> 1..5; all None where there is an error
+    error: str = ""  # "" where it is scored; else its kind, a colon and the reason
+    capped: bool = False  # whether a score was lowered to the first one
     replies: list = field(default_factory=list)  # every raw reply, of failed attempts too
-    usage: dict = field(default_factory=dict)    # input_tokens, output_tokens, calls, and cost in USD or None
-    seconds: float = 0.
+    usage: dict = field(default_factory=dict)  # input_tokens, output_tokens, calls, and cost in USD or None
+    seconds: float = 0.0
     edit_type: str = ""
 
     @property
-    def ok(self): return not self.error
+    def ok(self):
+        return not self.error
 
     @property
-    def state(self): return "scored" if self.ok else "missing" if self.error.startswith("missing:") else "failed"
+    def state(self):
+        return "scored" if self.ok else "missing" if self.error.startswith("missing:") else "failed"
 
     @property
-    def mean(self): return float(np.mean(list(self.scores.values()))) if self.ok else float("nan")
+    def mean(self):
+        return float(np.mean(list(self.scores.values()))) if self.ok else float("nan")
 
-    def to_dict(self): return asdict(self)
+    def to_dict(self):
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, found: dict):
         "From a line of a file; what breaks the rules of a judgement is a ValueError."
-        if not isinstance(found, dict) or (missing := {"id", "judge", "rubric", "scores"} - found.keys()): raise InputError(f"`found` has to have the keys of a judgement but lacks {sorted(missing) if isinstance(found, dict) else 'all'}.")
-        if extra := found.keys() - cls.__dataclass_fields__.keys(): raise InputError(f"`found` has to have the keys of a judgement only but has {sorted(extra)}.")
+        if not isinstance(found, dict) or (missing := {"id", "judge", "rubric", "scores"} - found.keys()):
+            raise InputError(
+                f"`found` has to have the keys of a judgement but lacks {sorted(missing) if isinstance(found, dict) else 'all'}."
+            )
+        if extra := found.keys() - cls.__dataclass_fields__.keys():
+            raise InputError(f"`found` has to have the keys of a judgement only but has {sorted(extra)}.")
         made = cls(**found)
-        if not isinstance(made.scores, dict): raise InputError(f"`scores` has to be a mapping but is {made.scores!r}.")
+        if not isinstance(made.scores, dict):
+            raise InputError(f"`scores` has to be a mapping but is {made.scores!r}.")
         values = list(made.scores.values())
-        if made.ok and (not values or not all(type(v) in (int, float) and 1 <= v <= 5 for v in values)): raise InputError(f"`scores` have to be numbers from 1 to 5 where there is no error but are {values}.")
+        if made.ok and (not values or not all(type(v) in (int, float) and 1 <= v <= 5 for v in values)):
+            raise InputError(f"`scores` have to be numbers from 1 to 5 where there is no error but are {values}.")
         return made
 
+
 def _failed(case, judge, error, **facts):
-    return Judgement(case.id, judge, case.rubric.name, dict.fromkeys(case.rubric.names), " ".join(error.split()), edit_type=case.edit_type, **facts)
+    return Judgement(
+        case.id,
+        judge,
+        case.rubric.name,
+        dict.fromkeys(case.rubric.names),
+        " ".join(error.split()),
+        edit_type=case.edit_type,
+        **facts,
+    )
+
 
 def _scored(case, judge, scores, **facts):
     scores, lowered = capped(scores, case.rubric)
     return Judgement(case.id, judge, case.rubric.name, scores, "", lowered, edit_type=case.edit_type, **facts)
 
+
 class Judge(Protocol):
     "Gives each case a judgement, in their order."
+
     name: str
     is_model: bool  # whether a learned model looks at the clips
+
     def judge(self, cases: Sequence[Case], progress: bool = True) -> list[Judgement]: ...
     def estimate(self, cases: Sequence[Case]) -> dict: ...  # before: calls, input_tokens, and cost in USD or None
 
 # %% ../../nbs/library/41_judge.ipynb #41a00027
 _VIDEOS = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi")
 
+
 def _size(media):
     "Frames, height, width and seconds of a clip."
-    if not _is_path(media): return *media.shape[:3], media.shape[0] / DEFAULT_FPS
+    if not _is_path(media):
+        return *media.shape[:3], media.shape[0] / DEFAULT_FPS
     info = video_info(media)
     return info.frames, info.height, info.width, info.duration
+
 
 def _shrunk(picture, side):
     scale = side / max(picture.shape[:2])
     return picture if scale >= 1 else cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
 
-def picture_of(media) -> np.ndarray: # (h, w, 3) uint8
+
+def picture_of(media) -> np.ndarray:  # (h, w, 3) uint8
     "A reference picture, from a path or as it is."
     return np.asarray(read_image(media)) if _is_path(media) else media
 
+
 def numbered_frames(
-    media,       # path, or (T, H, W, 3) uint8
+    media,  # path, or (T, H, W, 3) uint8
     count: int,  # frames, evenly spaced
-    side: int,   # pixels; larger frames are shrunk to this longer side
-) -> tuple:      # words and (h, w, 3) uint8 pictures in turn
+    side: int,  # pixels; larger frames are shrunk to this longer side
+) -> tuple:  # words and (h, w, 3) uint8 pictures in turn
     "Frames of a clip, each under its number."
     at = sample_indices(_size(media)[0], count)
     frames = read_video(media, indices=at).frames if _is_path(media) else media[at]
     return sum(((f"Frame {i + 1}:", _shrunk(frame, side)) for i, frame in zip(at, frames)), ())
 
+
 def _video_part(media, path):
     "A clip as a file; one that is in memory is written to `path`."
-    if _is_path(media) and Path(media).suffix.lower() in _VIDEOS: return VideoPart(Path(media))
+    if _is_path(media) and Path(media).suffix.lower() in _VIDEOS:
+        return VideoPart(Path(media))
     return VideoPart(write_video(path, read_video(media) if _is_path(media) else media, crf=8))
+
 
 def question_of(
     case: Case,
-    folder: Path | None = None, # where clips in memory become files: clips are sent as video; None sends frames
-    frames: int = 8,            # of each clip
-    side: int = 512,            # pixels, longer side of pictures
-    max_tokens: int = 1024,     # of the reply
+    folder: Path | None = None,  # where clips in memory become files: clips are sent as video; None sends frames
+    frames: int = 8,  # of each clip
+    side: int = 512,  # pixels, longer side of pictures
+    max_tokens: int = 1024,  # of the reply
 ) -> Question:
     "What a model is asked about a case: the rubric as its instruction, then reference, source and edited clip."
     parts = [] if case.reference is None else ["Reference picture:", _shrunk(picture_of(case.reference), side)]
     for name, media in (("before", case.source), ("after", case.edited)):
         still = _size(media)[0] == 1
         parts += [f"The picture {name} the edit:" if still else f"The clip {name} the edit:"]
-        parts += [_video_part(media, folder / f"{name}.mp4")] if folder and not still else numbered_frames(media, frames, side)
+        parts += (
+            [_video_part(media, folder / f"{name}.mp4")]
+            if folder and not still
+            else numbered_frames(media, frames, side)
+        )
     kind = f"Kind of edit: {case.edit_type.replace('_', ' ')}. " if case.edit_type else ""
     parts += [f"{kind}Instruction: {json.dumps(case.instruction, ensure_ascii=False)}"]
     return Question(tuple(parts), case.rubric.instruction(), lambda text: read_scores(text, case.rubric), max_tokens)
@@ -380,30 +604,42 @@ def question_of(
 # %% ../../nbs/library/41_judge.ipynb #41a0002a
 class Pace:
     "Lets calls of many threads pass at an even rate."
-    def __init__(self, rate: float): # calls a minute
-        if not (math.isfinite(rate) and rate > 0): raise InputError(f"`rate` has to be above 0 requests a minute but is {rate}.")
-        self.gap, self._next = 60 / rate, 0.
+
+    def __init__(self, rate: float):  # calls a minute
+        if not (math.isfinite(rate) and rate > 0):
+            raise InputError(f"`rate` has to be above 0 requests a minute but is {rate}.")
+        self.gap, self._next = 60 / rate, 0.0
 
     def __call__(self):
-        with _LOCK: at = self._next = max(self._next + self.gap, time.monotonic())
-        time.sleep(max(0., at - time.monotonic()))
+        with _LOCK:
+            at = self._next = max(self._next + self.gap, time.monotonic())
+        time.sleep(max(0.0, at - time.monotonic()))
+
 
 _LOCK = threading.Lock()
 
+
 class Memory:
     "Judgements in a file of lines, by what was judged, against what and by whom; without a folder it remembers nothing."
+
     def __init__(self, folder):
         self.path, self._rows = folder and Path(folder).expanduser() / "judgements.jsonl", {}
-        if self.path and self.path.exists(): self._rows = dict(self._read(self.path.read_text(encoding="utf-8", errors="replace")))
+        if self.path and self.path.exists():
+            self._rows = dict(self._read(self.path.read_text(encoding="utf-8", errors="replace")))
 
     def _read(self, text):
-        *whole, tail = text.split("\n") # what follows the last line's end was cut off while it was written
-        if tail: logger.warning("%s ends in half a line, which is left out.", self.path.name)
+        *whole, tail = text.split("\n")  # what follows the last line's end was cut off while it was written
+        if tail:
+            logger.warning("%s ends in half a line, which is left out.", self.path.name)
         for number, line in enumerate(whole, 1):
-            try: row = json.loads(line)
-            except json.JSONDecodeError: row = None
-            if row is None: logger.warning("%s: line %d is no JSON and is left out.", self.path.name, number)
-            else: yield row.pop("key"), Judgement.from_dict(row)
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                row = None
+            if row is None:
+                logger.warning("%s: line %d is no JSON and is left out.", self.path.name, number)
+            else:
+                yield row.pop("key"), Judgement.from_dict(row)
 
     def get(self, key):
         "The judgement of a key where one has scores."
@@ -411,32 +647,39 @@ class Memory:
         return found if found and found.ok else None
 
     def add(self, key, judgement):
-        if not self.path: return
+        if not self.path:
+            return
         with _LOCK:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a+b") as file:
-                if file.seek(0, 2) and (file.seek(-1, 2), file.read(1))[1] != b"\n": file.write(b"\n") # after half a line
+                if file.seek(0, 2) and (file.seek(-1, 2), file.read(1))[1] != b"\n":
+                    file.write(b"\n")  # after half a line
                 file.write(json.dumps(dict(key=key) | judgement.to_dict(), ensure_ascii=False).encode() + b"\n")
             self._rows[key] = judgement
 
+
 class _Brake:
     "Remembers whether a judge has failed so often in a row, for reasons of its own, that asking on makes no sense."
-    def __init__(self, most): self.most, self.count, self.last = most, 0, ""
+
+    def __init__(self, most):
+        self.most, self.count, self.last = most, 0, ""
 
     def saw(self, judgement):
         with _LOCK:
-            if judgement.error.startswith(("endpoint:", "quota:", "time-out:")): self.count, self.last = self.count + 1, judgement.error
-            elif not judgement.error.startswith("not asked:"): self.count = 0
+            if judgement.error.startswith(("endpoint:", "quota:", "time-out:")):
+                self.count, self.last = self.count + 1, judgement.error
+            elif not judgement.error.startswith("not asked:"):
+                self.count = 0
 
-    def reason(self): return f"not asked: {self.count} failures in a row, the last one {self.last}" if self.count >= self.most else ""
+    def reason(self):
+        return f"not asked: {self.count} failures in a row, the last one {self.last}" if self.count >= self.most else ""
 
 # %% ../../nbs/library/41_judge.ipynb #41a0002d
 MEDIA = ("auto", "frames", "video")
-_REPLY = 300 # tokens of a reply that gives its reasons, for estimates
+_REPLY = 300  # tokens of a reply that gives its reasons, for estimates
 
-def parameters_of(
-    judge,
-) -> list:  # of one dict, or empty
+
+def parameters_of(judge) -> list:  # of one dict, or empty
     "The parameters of a judge's requests, where there are any: with others it may give other scores."
     extra = getattr(getattr(judge, "chat", None), "extra", None)
     return [extra] if extra else []
@@ -444,32 +687,55 @@ def parameters_of(
 
 class ChatJudge:
     "A vision-language model as judge."
+
     is_model = True
 
-    def __init__(self,
-        chat: Chat,           # of notebook 13: `GeminiChat`, `OpenAIChat` or `TransformersChat`
-        attempts: int = 3,    # replies that cannot be read after which a case has failed; for servers that are busy or down the chat has its own `retry`
-        frames: int = 8,      # of each clip, where frames are sent
-        side: int = 512,      # pixels, longer side of pictures
+    def __init__(
+        self,
+        chat: Chat,  # of notebook 13: `GeminiChat`, `OpenAIChat` or `TransformersChat`
+        attempts: int = 3,  # replies that cannot be read after which a case has failed; for servers that are busy or down the chat has its own `retry`
+        frames: int = 8,  # of each clip, where frames are sent
+        side: int = 512,  # pixels, longer side of pictures
         media: str = "auto",  # "frames", "video", or "auto": video for Gemini, frames for all others; vLLM takes either
         rate: float | None = None,  # requests a minute at most
-        prices: tuple | None = None, # (input, output) in USD for a million tokens
-        folder=None,          # remembers judgements here, so that a second run asks only what is missing
+        prices: tuple | None = None,  # (input, output) in USD for a million tokens
+        folder=None,  # remembers judgements here, so that a second run asks only what is missing
     ):
         for name, value in dict(attempts=attempts, frames=frames, side=side).items():
-            if value < 1: raise InputError(f"`{name}` has to be at least 1 but is {value}.")
-        if media not in MEDIA: raise InputError(f"`media` has to be one of {', '.join(MEDIA)} but is {media!r}.")
-        if prices is not None and (len(prices) != 2 or min(prices) < 0): raise InputError(f"`prices` has to be two numbers of at least 0, for input and output, but is {prices}.")
-        self.chat, self.name, self.attempts, self.frames, self.side, self.prices, self.folder = chat, chat.name, attempts, frames, side, prices, folder
+            if value < 1:
+                raise InputError(f"`{name}` has to be at least 1 but is {value}.")
+        if media not in MEDIA:
+            raise InputError(f"`media` has to be one of {', '.join(MEDIA)} but is {media!r}.")
+        if prices is not None and (len(prices) != 2 or min(prices) < 0):
+            raise InputError(f"`prices` has to be two numbers of at least 0, for input and output, but is {prices}.")
+        self.chat, self.name, self.attempts, self.frames, self.side, self.prices, self.folder = (
+            chat,
+            chat.name,
+            attempts,
+            frames,
+            side,
+            prices,
+            folder,
+        )
         self.video = isinstance(chat, GeminiChat) if media == "auto" else media == "video"
         self.pace = Pace(rate) if rate else None
 
-    def __repr__(self): return f"ChatJudge({self.chat!r}, {'video' if self.video else f'{self.frames} frames'})"
+    def __repr__(self):
+        return f"ChatJudge({self.chat!r}, {'video' if self.video else f'{self.frames} frames'})"
 
     def _key(self, case):
         "None where the case cannot be read; it will fail when it is asked about."
-        try: return _digest(case_digest(case), self.name, self.video, *([] if self.video else [self.frames]), self.side, *parameters_of(self))
-        except OSError: return None
+        try:
+            return _digest(
+                case_digest(case),
+                self.name,
+                self.video,
+                *([] if self.video else [self.frames]),
+                self.side,
+                *parameters_of(self),
+            )
+        except OSError:
+            return None
 
     def judge(self, cases, progress=True):
         "A judgement for each case, in their order; several are under way at once."
@@ -481,18 +747,23 @@ class ChatJudge:
         workers = getattr(self.chat, "concurrency", 1)
         brake = _Brake(max(8, 2 * workers))
         with ThreadPoolExecutor(workers) as pool, tqdm(total=len(left), desc=self.name, disable=not progress) as bar:
+
             def ask(rows):
                 judgements = self._ask([cases[i] for i in rows], brake)
                 for i, judgement in zip(rows, judgements):
                     found[i] = judgement
                     brake.saw(judgement)
-                    if keys[i]: memory.add(keys[i], judgement)
+                    if keys[i]:
+                        memory.add(keys[i], judgement)
                 bar.update(len(rows))
-            for _ in pool.map(ask, [left[i:i + size] for i in range(0, len(left), size)]): pass
+
+            for _ in pool.map(ask, [left[i : i + size] for i in range(0, len(left), size)]):
+                pass
         return found
 
     def _ask(self, cases, brake):
-        if why := brake.reason(): return [_failed(case, self.name, why) for case in cases]
+        if why := brake.reason():
+            return [_failed(case, self.name, why) for case in cases]
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             asked = [self._question(case, Path(folder) / str(i)) for i, case in enumerate(cases)]
@@ -502,280 +773,500 @@ class ChatJudge:
 
     def _question(self, case, folder):
         "The question, or why there is none."
-        if absent := [str(Path(m).name) for m in (case.reference, case.source, case.edited) if _is_path(m) and not Path(m).exists()]: return f"missing: {', '.join(absent)}"
+        if absent := [
+            str(Path(m).name)
+            for m in (case.reference, case.source, case.edited)
+            if _is_path(m) and not Path(m).exists()
+        ]:
+            return f"missing: {', '.join(absent)}"
         folder.mkdir()
-        try: return question_of(case, folder if self.video else None, self.frames, self.side)
-        except (OSError, ValueError) as error: return f"unreadable: {error}"
+        try:
+            return question_of(case, folder if self.video else None, self.frames, self.side)
+        except (OSError, ValueError) as error:
+            return f"unreadable: {error}"
 
     def _judgement(self, case, found, seconds):
-        if isinstance(found, str): return _failed(case, self.name, found)
+        if isinstance(found, str):
+            return _failed(case, self.name, found)
         tokens = [sum(getattr(a, name) for a in found.attempts) for name in ("input_tokens", "output_tokens")]
-        facts = dict(replies=[a.text for a in found.attempts], usage=dict(input_tokens=tokens[0], output_tokens=tokens[1], calls=len(found.attempts), cost=self._cost(*tokens)), seconds=round(seconds, 3))
-        if isinstance(found.answer, BackendError): return _failed(case, self.name, str(found.answer), **facts)
+        facts = dict(
+            replies=[a.text for a in found.attempts],
+            usage=dict(
+                input_tokens=tokens[0], output_tokens=tokens[1], calls=len(found.attempts), cost=self._cost(*tokens)
+            ),
+            seconds=round(seconds, 3),
+        )
+        if isinstance(found.answer, BackendError):
+            return _failed(case, self.name, str(found.answer), **facts)
         return _scored(case, self.name, found.answer, **facts)
 
-    def _cost(self, shown, said): return None if self.prices is None else (shown * self.prices[0] + said * self.prices[1]) / 1e6
+    def _cost(self, shown, said):
+        return None if self.prices is None else (shown * self.prices[0] + said * self.prices[1]) / 1e6
 
     def estimate(self, cases):
         "What it will take: calls, input_tokens, and cost in USD or None. Of what is remembered nothing is asked. Rough: a picture as Qwen counts it or as Gemini does, whichever is more."
         memory, calls, tokens = Memory(self.folder), 0, 0
         for case in cases:
             key = self._key(case) if self.folder else None
-            if memory.get(key): continue
-            try: tokens += self._tokens(case)
-            except (OSError, ValueError): continue # it will fail without a call
+            if memory.get(key):
+                continue
+            try:
+                tokens += self._tokens(case)
+            except (OSError, ValueError):
+                continue  # it will fail without a call
             calls += 1
         return dict(calls=calls, input_tokens=tokens, cost=self._cost(tokens, calls * _REPLY))
 
     def _tokens(self, case):
         words = len(case.rubric.instruction() + case.instruction) // 4 + 40
         pictures = [] if case.reference is None else [(1, *picture_of(case.reference).shape[:2])]
-        for frames, h, w, seconds in map(_size, (case.source, case.edited)): pictures.append((min(frames, max(1, round(2 * seconds)) if self.video else self.frames), h, w))
-        return words + sum(math.ceil(n * max(258, h * w * min(1., self.side / max(h, w)) ** 2 / 784)) for n, h, w in pictures)
+        for frames, h, w, seconds in map(_size, (case.source, case.edited)):
+            pictures.append((min(frames, max(1, round(2 * seconds)) if self.video else self.frames), h, w))
+        return words + sum(
+            math.ceil(n * max(258, h * w * min(1.0, self.side / max(h, w)) ** 2 / 784)) for n, h, w in pictures
+        )
 
 # %% ../../nbs/library/41_judge.ipynb #41a00041
 @dataclass(frozen=True)
 class Scale:
     "How a number of `measure_clip` becomes a score from 1 to 5: on a line, cut at both ends."
+
     metric: str
-    worst: float # its value at 1
+    worst: float  # its value at 1
     best: float  # its value at 5
 
-    def score(self, value: float) -> float: return float(np.clip(1 + 4 * (value - self.worst) / (self.best - self.worst), 1, 5))
+    def score(self, value: float) -> float:
+        return float(np.clip(1 + 4 * (value - self.worst) / (self.best - self.worst), 1, 5))
 
-_DONE, _LIKE = (Scale("changed", 0., .015), Scale("edit_done", 0., .8)), Scale("reference", .1, .8)
-_STEADY = (Scale("flicker", 4., .1), Scale("warp_error", 5., .3), Scale("sharpness", .05, .5))
-_FROZEN, _MOVES, _IN_PLACE, _KEPT = Scale("frozen", .5, .1), Scale("motion", 0., .8), Scale("shift", .04, .005), Scale("psnr_outside", 15., 45.)
 
-SCALES = { # rubric -> criterion -> numbers, the worst of which decides
+_DONE, _LIKE = (Scale("changed", 0.0, 0.015), Scale("edit_done", 0.0, 0.8)), Scale("reference", 0.1, 0.8)
+_STEADY = (Scale("flicker", 4.0, 0.1), Scale("warp_error", 5.0, 0.3), Scale("sharpness", 0.05, 0.5))
+_FROZEN, _MOVES, _IN_PLACE, _KEPT = (
+    Scale("frozen", 0.5, 0.1),
+    Scale("motion", 0.0, 0.8),
+    Scale("shift", 0.04, 0.005),
+    Scale("psnr_outside", 15.0, 45.0),
+)
+
+SCALES = {  # rubric -> criterion -> numbers, the worst of which decides
     "refvie-subject": dict(zip(_SUBJECT, ((*_DONE, _LIKE), _STEADY, (_IN_PLACE, _KEPT, _MOVES, _FROZEN)))),
     "refvie-background": dict(zip(_BACKGROUND, ((*_DONE, _LIKE), (*_STEADY, _FROZEN), (_IN_PLACE, _MOVES)))),
-    "openve": dict(zip(RUBRICS["openve"].names, (_DONE, (*_STEADY, _FROZEN), (_IN_PLACE, _KEPT))))}
+    "openve": dict(zip(RUBRICS["openve"].names, (_DONE, (*_STEADY, _FROZEN), (_IN_PLACE, _KEPT)))),
+}
+
 
 def metric_scores(
-    measured: dict,     # name -> number, from `measure_clip`
+    measured: dict,  # name -> number, from `measure_clip`
     rubric: Rubric,
-) -> dict: # criterion -> 1..5
+) -> dict:  # criterion -> 1..5
     "The score of each criterion: that of its worst number. Numbers that have nothing to stand on are left out; a criterion without any is a ValueError."
-    if rubric.name not in SCALES: raise InputError(f"`rubric` has to be one of {', '.join(SCALES)}, whose criteria have numbers, but is {rubric.name!r}; a model can judge by it.")
+    if rubric.name not in SCALES:
+        raise InputError(
+            f"`rubric` has to be one of {', '.join(SCALES)}, whose criteria have numbers, but is {rubric.name!r}; a model can judge by it."
+        )
     table, scores = SCALES[rubric.name], {}
     for name in rubric.names:
         known = [scale.score(measured[scale.metric]) for scale in table[name] if not np.isnan(measured[scale.metric])]
-        if not known: raise ValueError(f"{name} has nothing to be measured by")
+        if not known:
+            raise ValueError(f"{name} has nothing to be measured by")
         scores[name] = min(known)
     return scores
 
 # %% ../../nbs/library/41_judge.ipynb #41a00043
 def clip_arrays(
     case: Case,
-    side: int = 256, # pixels; files are read at this longer side, but at their own size where the case has a mask or a target
-) -> tuple: # source and edited (T, H, W, 3) uint8 of one size and length
+    side: int = 256,  # pixels; files are read at this longer side, but at their own size where the case has a mask or a target
+) -> tuple:  # source and edited (T, H, W, 3) uint8 of one size and length
     "Both clips of a case, the edited one stretched to the size of the source where it has another, and both cut to the shorter one."
     h, w = _size(case.source)[1:3]
-    scale = 1. if case.mask is not None or case.target is not None or not _is_path(case.source) else min(1., side / max(h, w))
+    scale = (
+        1.0
+        if case.mask is not None or case.target is not None or not _is_path(case.source)
+        else min(1.0, side / max(h, w))
+    )
     size = max(1, round(w * scale)), max(1, round(h * scale))
+
     def read(media):
-        if _is_path(media): return read_video(media, size=size, mode="stretch", fast=Path(media).suffix.lower() in _VIDEOS).frames
-        return media if media.shape[1:3] == size[::-1] else np.stack([cv2.resize(f, size, interpolation=cv2.INTER_AREA) for f in media])
+        if _is_path(media):
+            return read_video(media, size=size, mode="stretch", fast=Path(media).suffix.lower() in _VIDEOS).frames
+        return (
+            media
+            if media.shape[1:3] == size[::-1]
+            else np.stack([cv2.resize(f, size, interpolation=cv2.INTER_AREA) for f in media])
+        )
+
     source, edited = read(case.source), read(case.edited)
     shared = min(len(source), len(edited))
     return source[:shared], edited[:shared]
 
+
 class MetricJudge:
     "Scores from measured numbers; no model, and no understanding of what was asked."
+
     name, is_model = "metrics (no model)", False
 
-    def judge(self, cases, progress=True): return [self._judge(case) for case in tqdm(cases, desc=self.name, disable=not progress)]
+    def judge(self, cases, progress=True):
+        return [self._judge(case) for case in tqdm(cases, desc=self.name, disable=not progress)]
 
-    def estimate(self, cases): return dict(calls=0, input_tokens=0, cost=0.)
+    def estimate(self, cases):
+        return dict(calls=0, input_tokens=0, cost=0.0)
 
     def _judge(self, case):
         start = time.perf_counter()
-        if absent := [Path(m).name for m in (case.reference, case.source, case.edited) if _is_path(m) and not Path(m).exists()]: return _failed(case, self.name, f"missing: {', '.join(absent)}")
+        if absent := [
+            Path(m).name for m in (case.reference, case.source, case.edited) if _is_path(m) and not Path(m).exists()
+        ]:
+            return _failed(case, self.name, f"missing: {', '.join(absent)}")
         try:
             source, edited = clip_arrays(case)
             reference = None if case.reference is None else picture_of(case.reference)
-        except (OSError, ValueError) as error: return _failed(case, self.name, f"unreadable: {error}")
-        try: scores = metric_scores(self.measure(source, edited, reference, case.mask, case.target), case.rubric)
-        except ValueError as error: return _failed(case, self.name, f"unmeasured: {error}")
-        return _scored(case, self.name, {name: round(score, 3) for name, score in scores.items()}, usage=dict(input_tokens=0, output_tokens=0, calls=0, cost=0.), seconds=round(time.perf_counter() - start, 3))
+        except (OSError, ValueError) as error:
+            return _failed(case, self.name, f"unreadable: {error}")
+        try:
+            scores = metric_scores(self.measure(source, edited, reference, case.mask, case.target), case.rubric)
+        except ValueError as error:
+            return _failed(case, self.name, f"unmeasured: {error}")
+        return _scored(
+            case,
+            self.name,
+            {name: round(score, 3) for name, score in scores.items()},
+            usage=dict(input_tokens=0, output_tokens=0, calls=0, cost=0.0),
+            seconds=round(time.perf_counter() - start, 3),
+        )
 
     def measure(self, source, edited, reference, mask, target):
         "The numbers that are scored; a subclass may have others."
         shared = len(source)
-        found = measure_clip(edited, source, reference, mask if mask is None else mask[:shared], target if target is None else target[:shared])
-        return found | dict(psnr_outside=math.nan) if found["changed"] > .9 else found # of a picture that is new as a whole nothing is outside
+        found = measure_clip(
+            edited,
+            source,
+            reference,
+            mask if mask is None else mask[:shared],
+            target if target is None else target[:shared],
+        )
+        return (
+            found | dict(psnr_outside=math.nan) if found["changed"] > 0.9 else found
+        )  # of a picture that is new as a whole nothing is outside
 
 # %% ../../nbs/library/41_judge.ipynb #41a00051
 def _column_mean(column):
     known = column[~np.isnan(column)]
     return known.mean() if len(known) else np.nan
 
-def _estimated(columns): # list of (N,) arrays with NaN -> mean of the column means, with its interval over rows
-    statistic = lambda *drawn: np.mean([mean for c in drawn if not np.isnan(mean := _column_mean(c))])  # a draw may miss a rare type
+
+def _estimated(columns):  # list of (N,) arrays with NaN -> mean of the column means, with its interval over rows
+    statistic = lambda *drawn: np.mean(
+        [mean for c in drawn if not np.isnan(mean := _column_mean(c))]
+    )  # a draw may miss a rare type
     there = ~np.isnan(columns).all(0)
     columns = [c[there] for c in columns]
     value = float(statistic(*columns))
-    return (value, *bootstrap(*columns, statistic=statistic, resamples=1000)) if len(columns[0]) > 1 else (value, math.nan, math.nan)
+    return (
+        (value, *bootstrap(*columns, statistic=statistic, resamples=1000))
+        if len(columns[0]) > 1
+        else (value, math.nan, math.nan)
+    )
+
 
 @dataclass(frozen=True)
 class Summary:
     "Scores of many cases by one judge, in every way in which they are put together; numbers come as (value, low, high) with 95% intervals over the cases."
+
     judge: str
-    columns: dict         # (rubric, criterion) -> mean of its scores
-    subtasks: dict        # rubric -> mean of its criteria
-    types: dict           # edit type -> mean of all its scores
-    micro: tuple | None   # mean over the rows: what RefVIE-Bench's released code prints as overall; None where nothing is scored
-    six: tuple | None     # mean of the columns: the overall of the published table of RefVIE-Bench
-    macro: tuple | None   # mean of the types: the overall of OpenVE-Bench
+    columns: dict  # (rubric, criterion) -> mean of its scores
+    subtasks: dict  # rubric -> mean of its criteria
+    types: dict  # edit type -> mean of all its scores
+    micro: (
+        tuple | None
+    )  # mean over the rows: what RefVIE-Bench's released code prints as overall; None where nothing is scored
+    six: tuple | None  # mean of the columns: the overall of the published table of RefVIE-Bench
+    macro: tuple | None  # mean of the types: the overall of OpenVE-Bench
     scored: int
     failed: int
     missing: int
-    reasons: dict         # kind of failure -> how many
-    capped: int           # rows in which a score was lowered
-    usage: dict           # input_tokens, output_tokens, calls, cost (None where it is not known)
+    reasons: dict  # kind of failure -> how many
+    capped: int  # rows in which a score was lowered
+    usage: dict  # input_tokens, output_tokens, calls, cost (None where it is not known)
 
-    def to_dict(self): return asdict(self) | dict(columns=[[*key, *value] for key, value in self.columns.items()])
+    def to_dict(self):
+        return asdict(self) | dict(columns=[[*key, *value] for key, value in self.columns.items()])
 
     def _repr_markdown_(self):
         said = lambda v: f"{v[0]:.2f}" + ("" if math.isnan(v[1]) else f" ({v[1]:.2f} to {v[2]:.2f})")
         rows = [f"| {rubric} | {criterion} | {said(v)} |" for (rubric, criterion), v in self.columns.items()]
         rows += [f"| {rubric} | **mean** | {said(v)} |" for rubric, v in self.subtasks.items()]
-        if len(self.types) > 1: rows += [f"| edit type | {name} | {said(v)} |" for name, v in self.types.items()]
-        rows += [f"| all | {name} | {said(v)} |" for name, v in (("mean of the rows", self.micro), ("mean of the columns", self.six), ("mean of the types", self.macro)) if v]
+        if len(self.types) > 1:
+            rows += [f"| edit type | {name} | {said(v)} |" for name, v in self.types.items()]
+        rows += [
+            f"| all | {name} | {said(v)} |"
+            for name, v in (
+                ("mean of the rows", self.micro),
+                ("mean of the columns", self.six),
+                ("mean of the types", self.macro),
+            )
+            if v
+        ]
         lost = f" ({', '.join(f'{kind} {n}' for kind, n in self.reasons.items())})" if self.reasons else ""
-        return "\n".join([f"**{self.judge}**: {self.scored} scored, {self.failed} failed, {self.missing} missing{lost}; {self.capped} capped", "", "| | | mean, 95% interval |", "|---|---|--:|", *rows])
+        return "\n".join(
+            [
+                f"**{self.judge}**: {self.scored} scored, {self.failed} failed, {self.missing} missing{lost}; {self.capped} capped",
+                "",
+                "| | | mean, 95% interval |",
+                "|---|---|--:|",
+                *rows,
+            ]
+        )
+
 
 def aggregate(
-    judgements: Sequence[Judgement], # of one judge
+    judgements: Sequence[Judgement],  # of one judge
 ) -> Summary:
     "Means, intervals and counts. A failure is counted and in no mean."
     judgements = list(judgements)
-    if len(names := sorted({j.judge for j in judgements})) != 1: raise InputError(f"`judgements` have to be of one judge but are of {names or 'none'}.")
-    if double := [key for key, n in Counter((j.id, j.rubric) for j in judgements).items() if n > 1]: raise InputError(f"`judgements` have to be of different cases but {double[0]} is there more than once.")
+    if len(names := sorted({j.judge for j in judgements})) != 1:
+        raise InputError(f"`judgements` have to be of one judge but are of {names or 'none'}.")
+    if double := [key for key, n in Counter((j.id, j.rubric) for j in judgements).items() if n > 1]:
+        raise InputError(f"`judgements` have to be of different cases but {double[0]} is there more than once.")
     good = [j for j in judgements if j.ok]
     keys = list(dict.fromkeys((j.rubric, name) for j in good for name in j.scores))
     column = lambda rubric, name: np.array([j.scores.get(name, np.nan) if j.rubric == rubric else np.nan for j in good])
     rows = np.array([j.mean for j in good])
-    by_type = {t: [np.where([j.edit_type == t for j in good], rows, np.nan)] for t in dict.fromkeys(j.edit_type for j in good) if t}
-    subtasks = {rubric: _estimated([column(*key) for key in keys if key[0] == rubric]) for rubric in dict.fromkeys(r for r, _ in keys)}
+    by_type = {
+        t: [np.where([j.edit_type == t for j in good], rows, np.nan)]
+        for t in dict.fromkeys(j.edit_type for j in good)
+        if t
+    }
+    subtasks = {
+        rubric: _estimated([column(*key) for key in keys if key[0] == rubric])
+        for rubric in dict.fromkeys(r for r, _ in keys)
+    }
     costs = [j.usage.get("cost") for j in judgements if j.usage]
-    usage = {name: sum(j.usage.get(name, 0) for j in judgements) for name in ("input_tokens", "output_tokens", "calls")} | dict(cost=None if None in costs else sum(costs))
-    return Summary(names[0], {key: _estimated([column(*key)]) for key in keys}, subtasks, {t: _estimated(c) for t, c in by_type.items()}, _estimated([rows]) if good else None,
-                   _estimated([column(*key) for key in keys]) if good else None, _estimated([c for c, in by_type.values()]) if by_type else None, len(good),
-                   sum(j.state == "failed" for j in judgements), sum(j.state == "missing" for j in judgements), dict(Counter(j.error.split(":")[0] for j in judgements if not j.ok)), sum(j.capped for j in judgements), usage)
+    usage = {
+        name: sum(j.usage.get(name, 0) for j in judgements) for name in ("input_tokens", "output_tokens", "calls")
+    } | dict(cost=None if None in costs else sum(costs))
+    return Summary(
+        names[0],
+        {key: _estimated([column(*key)]) for key in keys},
+        subtasks,
+        {t: _estimated(c) for t, c in by_type.items()},
+        _estimated([rows]) if good else None,
+        _estimated([column(*key) for key in keys]) if good else None,
+        _estimated([c for (c,) in by_type.values()]) if by_type else None,
+        len(good),
+        sum(j.state == "failed" for j in judgements),
+        sum(j.state == "missing" for j in judgements),
+        dict(Counter(j.error.split(":")[0] for j in judgements if not j.ok)),
+        sum(j.capped for j in judgements),
+        usage,
+    )
 
 # %% ../../nbs/library/41_judge.ipynb #41a00054
 @dataclass(frozen=True)
 class Published:
     "A published table, and what it was made with."
+
     bench: str
     judge: str
     source: str
     columns: tuple
     rows: dict  # system -> numbers in the order of the columns, None where there is none
 
-    def beside(self,
+    def beside(
+        self,
         summary: Summary,
-        name: str, # of the row
+        name: str,  # of the row
     ):
         "The same table with one more row."
         if self.bench == "refvie":
-            values = [summary.columns.get((rubric, criterion), (None,))[0] for rubric in ("refvie-subject", "refvie-background") for criterion in RUBRICS[rubric].names]
+            values = [
+                summary.columns.get((rubric, criterion), (None,))[0]
+                for rubric in ("refvie-subject", "refvie-background")
+                for criterion in RUBRICS[rubric].names
+            ]
             values.append(summary.six and summary.six[0])
         else:
             values = [summary.macro and summary.macro[0]]
-            values += [next((summary.types[t][0] for t in (column, *_OPENVE_TYPES[column]) if t in summary.types), None) for column in self.columns[1:]]
-        return replace(self, rows=self.rows | {f"{name} (judge: {summary.judge}; {summary.scored} scored, {summary.failed} failed, {summary.missing} missing)": tuple(values)})
+            values += [
+                next((summary.types[t][0] for t in (column, *_OPENVE_TYPES[column]) if t in summary.types), None)
+                for column in self.columns[1:]
+            ]
+        return replace(
+            self,
+            rows=self.rows
+            | {
+                f"{name} (judge: {summary.judge}; {summary.scored} scored, {summary.failed} failed, {summary.missing} missing)": tuple(
+                    values
+                )
+            },
+        )
 
     def _repr_markdown_(self):
-        rows = [f"| {name} | " + " | ".join("" if v is None else f"{v:.2f}" for v in values) + " |" for name, values in self.rows.items()]
-        return "\n".join([f"| {self.bench} | " + " | ".join(self.columns) + " |", "|---|" + "--:|" * len(self.columns), *rows, "", f"Published rows: {self.source}, judged by {self.judge}."])
+        rows = [
+            f"| {name} | " + " | ".join("" if v is None else f"{v:.2f}" for v in values) + " |"
+            for name, values in self.rows.items()
+        ]
+        return "\n".join(
+            [
+                f"| {self.bench} | " + " | ".join(self.columns) + " |",
+                "|---|" + "--:|" * len(self.columns),
+                *rows,
+                "",
+                f"Published rows: {self.source}, judged by {self.judge}.",
+            ]
+        )
 
-_OPENVE_TYPES = dict(style=("global_style",), background=("background_change",), change=("local_change",), remove=("local_remove",), add=("local_add",))
+
+_OPENVE_TYPES = dict(
+    style=("global_style",),
+    background=("background_change",),
+    change=("local_change",),
+    remove=("local_remove",),
+    add=("local_add",),
+)
 _PAPER = "Kiwi-Edit: Versatile Video Editing via Instruction and Reference Guidance (2026)"
 PUBLISHED = dict(
-    refvie=Published("refvie", "gemini-3-flash-preview", _PAPER, ("Identity", "Temporal", "Physical", "Ref. fidelity", "Matting", "Harmony", "Overall"), {
-        "Runway Aleph": (3.79, 3.65, 3.58, 3.33, 2.81, 2.58, 3.29), "Kling-O1": (4.75, 4.66, 4.60, 3.95, 3.21, 2.75, 3.99), "Kiwi-Edit, all data": (3.51, 2.96, 2.91, 3.40, 2.58, 2.40, 2.96),
-        "Kiwi-Edit, reference only": (3.98, 3.40, 3.34, 3.72, 2.90, 2.51, 3.31), "ReCo_Ref": (2.90, 2.64, 2.49, 2.65, 2.00, 1.58, 2.48)}),
-    openve=Published("openve", "gemini-2.5-pro", _PAPER, ("overall", "style", "background", "change", "remove", "add"), {
-        name: (overall, *rest) for name, overall, rest in (("Lucy-Edit 5B", 2.22, [None] * 5), ("Ditto 14B", 2.13, [None] * 5), ("VACE 14B", 1.57, [None] * 5), ("OpenVE-Edit 5B", 2.50, [None] * 5),
-                                                         ("Kiwi-Edit, stage 3", 3.02, (3.64, 2.64, 3.83, 2.63, 2.36)), ("Runway Aleph", 3.49, [None] * 5))}))
+    refvie=Published(
+        "refvie",
+        "gemini-3-flash-preview",
+        _PAPER,
+        ("Identity", "Temporal", "Physical", "Ref. fidelity", "Matting", "Harmony", "Overall"),
+        {
+            "Runway Aleph": (3.79, 3.65, 3.58, 3.33, 2.81, 2.58, 3.29),
+            "Kling-O1": (4.75, 4.66, 4.60, 3.95, 3.21, 2.75, 3.99),
+            "Kiwi-Edit, all data": (3.51, 2.96, 2.91, 3.40, 2.58, 2.40, 2.96),
+            "Kiwi-Edit, reference only": (3.98, 3.40, 3.34, 3.72, 2.90, 2.51, 3.31),
+            "ReCo_Ref": (2.90, 2.64, 2.49, 2.65, 2.00, 1.58, 2.48),
+        },
+    ),
+    openve=Published(
+        "openve",
+        "gemini-2.5-pro",
+        _PAPER,
+        ("overall", "style", "background", "change", "remove", "add"),
+        {
+            name: (overall, *rest)
+            for name, overall, rest in (
+                ("Lucy-Edit 5B", 2.22, [None] * 5),
+                ("Ditto 14B", 2.13, [None] * 5),
+                ("VACE 14B", 1.57, [None] * 5),
+                ("OpenVE-Edit 5B", 2.50, [None] * 5),
+                ("Kiwi-Edit, stage 3", 3.02, (3.64, 2.64, 3.83, 2.63, 2.36)),
+                ("Runway Aleph", 3.49, [None] * 5),
+            )
+        },
+    ),
+)
 
 # %% ../../nbs/library/41_judge.ipynb #41a00061
 def krippendorff_alpha(
-    ratings: np.ndarray,     # (judges, cases), NaN where a judge did not score
+    ratings: np.ndarray,  # (judges, cases), NaN where a judge did not score
     level: str = "ordinal",  # "ordinal" or "interval": what the distance of two scores is
-) -> float: # 1 agreement, 0 chance, below 0 contradiction; NaN where all scores are the same or no case has two
+) -> float:  # 1 agreement, 0 chance, below 0 contradiction; NaN where all scores are the same or no case has two
     "Krippendorff's alpha: one minus the disagreement that is there over the disagreement that chance would bring."
-    if level not in ("ordinal", "interval"): raise InputError(f"`level` has to be ordinal or interval but is {level!r}.")
+    if level not in ("ordinal", "interval"):
+        raise InputError(f"`level` has to be ordinal or interval but is {level!r}.")
     ratings = np.asarray(ratings, float)
-    ratings = ratings[:, (~np.isnan(ratings)).sum(0) > 1] # a score without a second one has nothing to agree with
+    ratings = ratings[:, (~np.isnan(ratings)).sum(0) > 1]  # a score without a second one has nothing to agree with
     values = np.unique(ratings[~np.isnan(ratings)])
-    counts = (ratings[:, :, None] == values).sum(0) # (cases, values)
+    counts = (ratings[:, :, None] == values).sum(0)  # (cases, values)
     share = counts / (counts.sum(1, keepdims=True) - 1)
-    together = counts.T @ share - np.diag(share.sum(0)) # how often two values meet in a case
+    together = counts.T @ share - np.diag(share.sum(0))  # how often two values meet in a case
     total = together.sum(1)
-    if level == "interval": distance = values[:, None] - values
+    if level == "interval":
+        distance = values[:, None] - values
     else:
-        upto = np.cumsum(total) - total / 2 # as many scores lie between two values as lie between their middles
+        upto = np.cumsum(total) - total / 2  # as many scores lie between two values as lie between their middles
         distance = upto[:, None] - upto
-    chance = (np.outer(total, total) * distance ** 2).sum() / (total.sum() - 1) if len(values) else 0.
-    return 1 - float((together * distance ** 2).sum() / chance) if chance else float("nan")
+    chance = (np.outer(total, total) * distance**2).sum() / (total.sum() - 1) if len(values) else 0.0
+    return 1 - float((together * distance**2).sum() / chance) if chance else float("nan")
 
 # %% ../../nbs/library/41_judge.ipynb #41a00064
 @dataclass(frozen=True)
 class Agreement:
     "How far two judges agree, criterion by criterion; numbers come as (value, low, high)."
+
     judges: tuple[str, str]
-    rows: dict    # criterion -> dict(n, tau, rho, ordinal, interval, close)
-    left_out: int # cases that only one of them has, or has scored
+    rows: dict  # criterion -> dict(n, tau, rho, ordinal, interval, close)
+    left_out: int  # cases that only one of them has, or has scored
 
     def _repr_markdown_(self):
         said = lambda v: "" if math.isnan(v[0]) else f"{v[0]:.2f} ({v[1]:.2f} to {v[2]:.2f})"
-        rows = [f"| {name} | {r['n']} | " + " | ".join(said(r[k]) for k in _MEASURES) + " |" for name, r in self.rows.items() if r["n"] > 2]
+        rows = [
+            f"| {name} | {r['n']} | " + " | ".join(said(r[k]) for k in _MEASURES) + " |"
+            for name, r in self.rows.items()
+            if r["n"] > 2
+        ]
         few = f"; {n} criteria have fewer than 3 cases" if (n := len(self.rows) - len(rows)) else ""
-        return "\n".join([f"**{self.judges[0]}** and **{self.judges[1]}**; {self.left_out} cases are not scored by both{few}", "",
-                          "| criterion | cases | Kendall tau-b | Spearman rho | alpha, ordinal | alpha, interval | within a point |", "|---|--:|--:|--:|--:|--:|--:|", *rows])
+        return "\n".join(
+            [
+                f"**{self.judges[0]}** and **{self.judges[1]}**; {self.left_out} cases are not scored by both{few}",
+                "",
+                "| criterion | cases | Kendall tau-b | Spearman rho | alpha, ordinal | alpha, interval | within a point |",
+                "|---|--:|--:|--:|--:|--:|--:|",
+                *rows,
+            ]
+        )
+
 
 _MEASURES = ("tau", "rho", "ordinal", "interval", "close")
 
-def _measures(a, b): # (cases, criteria) with NaN each -> the five numbers
+
+def _measures(a, b):  # (cases, criteria) with NaN each -> the five numbers
     from scipy.stats import kendalltau, spearmanr
+
     both = ~np.isnan(a) & ~np.isnan(b)
     a, b = a[both], b[both]
     varied = np.ptp(a) and np.ptp(b)
-    tau, rho = (kendalltau(a, b, method="asymptotic").statistic, spearmanr(a, b).statistic) if varied else (math.nan, math.nan)
+    tau, rho = (
+        (kendalltau(a, b, method="asymptotic").statistic, spearmanr(a, b).statistic) if varied else (math.nan, math.nan)
+    )
     pair = np.stack([a, b])
-    return np.array([tau, rho, krippendorff_alpha(pair), krippendorff_alpha(pair, "interval"), (np.abs(a - b) <= 1).mean()])
+    return np.array(
+        [tau, rho, krippendorff_alpha(pair), krippendorff_alpha(pair, "interval"), (np.abs(a - b) <= 1).mean()]
+    )
+
 
 def _agreed(a, b, resamples):
     found = dict(n=len(a))
-    if len(a) < 3: return found | dict.fromkeys(_MEASURES, (math.nan,) * 3) # nothing can be said
+    if len(a) < 3:
+        return found | dict.fromkeys(_MEASURES, (math.nan,) * 3)  # nothing can be said
     drawn = np.random.default_rng(0).integers(len(a), size=(resamples, len(a)))
-    low, high = np.quantile([np.nan_to_num(_measures(a[rows], b[rows])) for rows in drawn], (.025, .975), axis=0)
-    return found | {name: (float(value), float(l), float(h)) for name, value, l, h in zip(_MEASURES, _measures(a, b), low, high)}
+    low, high = np.quantile([np.nan_to_num(_measures(a[rows], b[rows])) for rows in drawn], (0.025, 0.975), axis=0)
+    return found | {
+        name: (float(value), float(l), float(h)) for name, value, l, h in zip(_MEASURES, _measures(a, b), low, high)
+    }
+
 
 def agreement(
-    a: Sequence[Judgement], # of one judge
-    b: Sequence[Judgement], # of another, about the same cases
-    resamples: int = 200,   # draws of cases for the 95% intervals
+    a: Sequence[Judgement],  # of one judge
+    b: Sequence[Judgement],  # of another, about the same cases
+    resamples: int = 200,  # draws of cases for the 95% intervals
 ) -> Agreement:
     "Agreement on the cases that both have scored. A draw in which one of them says the same of everything shows none and counts as 0."
     sides = []
     for name, judgements in (("a", a), ("b", b)):
         found, judges = {(j.id, j.rubric): j for j in judgements}, {j.judge for j in judgements}
-        if len(found) < len(judgements) or len(judges) != 1: raise InputError(f"`{name}` has to be one judge's judgements of different cases but has {len(judges)} judges and {len(found)} cases in {len(judgements)} judgements.")
+        if len(found) < len(judgements) or len(judges) != 1:
+            raise InputError(
+                f"`{name}` has to be one judge's judgements of different cases but has {len(judges)} judges and {len(found)} cases in {len(judgements)} judgements."
+            )
         sides.append(found)
     keys = [key for key in sides[0] if key in sides[1] and sides[0][key].ok and sides[1][key].ok]
     names = list(dict.fromkeys(name for key in keys for name in sides[0][key].scores))
-    table = np.array([[[side[key].scores.get(name, np.nan) for name in names] for key in keys] for side in sides], float).reshape(2, len(keys), len(names))
+    table = np.array(
+        [[[side[key].scores.get(name, np.nan) for name in names] for key in keys] for side in sides], float
+    ).reshape(2, len(keys), len(names))
     rows = {}
     for i, name in enumerate(names):
         there = ~np.isnan(table[:, :, i]).any(0)
-        rows[name] = _agreed(table[0, there, i:i + 1], table[1, there, i:i + 1], resamples)
-    if len(names) > 1: rows["all"] = _agreed(*table, resamples)
-    return Agreement(tuple(next(iter(side.values())).judge for side in sides), rows, len(sides[0].keys() | sides[1].keys()) - len(keys))
+        rows[name] = _agreed(table[0, there, i : i + 1], table[1, there, i : i + 1], resamples)
+    if len(names) > 1:
+        rows["all"] = _agreed(*table, resamples)
+    return Agreement(
+        tuple(next(iter(side.values())).judge for side in sides),
+        rows,
+        len(sides[0].keys() | sides[1].keys()) - len(keys),
+    )
 
 # %% ../../nbs/library/41_judge.ipynb #41a00071
 _PAGE = r"""<!DOCTYPE html>
@@ -852,66 +1343,140 @@ count(); show(kept.at, false);
 # %% ../../nbs/library/41_judge.ipynb #41a00072
 def _shown_media(media, name, files, number, folder):
     "HTML of one clip or picture: inside the page, or as a file beside it."
-    still = media.ndim == 3 if not _is_path(media) else Path(media).suffix.lower() not in _VIDEOS and video_info(media).frames == 1
-    if not _is_path(media) or not still and Path(media).suffix.lower() not in (".mp4", ".webm"): # browsers play these two
-        if still: data, suffix = png_bytes(media), ".png"
-        else: data, suffix = write_video(folder / f"{number}-{name}.mp4", read_video(media) if _is_path(media) else media, crf=10).read_bytes(), ".mp4"
-    else: data, suffix = Path(media).read_bytes(), Path(media).suffix.lower()
-    if files is None: place = f"data:{mimetypes.guess_type('x' + suffix)[0]};base64,{base64.b64encode(data).decode()}"
+    still = (
+        media.ndim == 3
+        if not _is_path(media)
+        else Path(media).suffix.lower() not in _VIDEOS and video_info(media).frames == 1
+    )
+    if (
+        not _is_path(media) or not still and Path(media).suffix.lower() not in (".mp4", ".webm")
+    ):  # browsers play these two
+        if still:
+            data, suffix = png_bytes(media), ".png"
+        else:
+            data, suffix = (
+                write_video(
+                    folder / f"{number}-{name}.mp4", read_video(media) if _is_path(media) else media, crf=10
+                ).read_bytes(),
+                ".mp4",
+            )
+    else:
+        data, suffix = Path(media).read_bytes(), Path(media).suffix.lower()
+    if files is None:
+        place = f"data:{mimetypes.guess_type('x' + suffix)[0]};base64,{base64.b64encode(data).decode()}"
     else:
         files.mkdir(parents=True, exist_ok=True)
-        with replacing(files / f"{number}-{name}{suffix}", overwrite=True) as temporary: temporary.write_bytes(data)
+        with replacing(files / f"{number}-{name}{suffix}", overwrite=True) as temporary:
+            temporary.write_bytes(data)
         place = quote(f"{files.name}/{number}-{name}{suffix}")
     what = html.escape(place)
-    shown = f'<img src="{what}" alt="{name}">' if still else f'<video src="{what}" controls loop muted playsinline preload="metadata" aria-label="{name}"></video>'
+    shown = (
+        f'<img src="{what}" alt="{name}">'
+        if still
+        else f'<video src="{what}" controls loop muted playsinline preload="metadata" aria-label="{name}"></video>'
+    )
     return f"<figure><figcaption>{name.capitalize()}</figcaption>{shown}</figure>"
+
 
 def _section(case, number, files, folder):
     media = [("reference", picture_of(case.reference))] if case.reference is not None else []
-    figures = "".join(_shown_media(m, name, files, number, folder) for name, m in [*media, ("before", case.source), ("after", case.edited)])
+    figures = "".join(
+        _shown_media(m, name, files, number, folder)
+        for name, m in [*media, ("before", case.source), ("after", case.edited)]
+    )
     sets = []
     for c, criterion in enumerate(case.rubric.criteria):
-        labels = "".join(f'<label><input type="radio" name="s{number}-{c}" value="{i}"> <b>{i}</b> {html.escape(text)}</label>' for i, text in enumerate(criterion.anchors or [""] * 5, 1))
-        sets.append(f'<fieldset><legend>{html.escape(criterion.name)}</legend><p>{html.escape(criterion.asks)}</p><div class="scale">{labels}</div></fieldset>')
-    cap = '<p class="hint">The first criterion decides: what you give to the others counts at most as much as that.</p>' if case.rubric.capped else ""
+        labels = "".join(
+            f'<label><input type="radio" name="s{number}-{c}" value="{i}"> <b>{i}</b> {html.escape(text)}</label>'
+            for i, text in enumerate(criterion.anchors or [""] * 5, 1)
+        )
+        sets.append(
+            f'<fieldset><legend>{html.escape(criterion.name)}</legend><p>{html.escape(criterion.asks)}</p><div class="scale">{labels}</div></fieldset>'
+        )
+    cap = (
+        '<p class="hint">The first criterion decides: what you give to the others counts at most as much as that.</p>'
+        if case.rubric.capped
+        else ""
+    )
     return f'<section hidden><div class="clips">{figures}</div><h2>The instruction was</h2><blockquote>{html.escape(case.instruction)}</blockquote>{cap}{"".join(sets)}</section>'
+
 
 def save_score_page(
     cases: Sequence[Case],
-    path,                   # .html, may exist
-    seed: int | None = None, # shuffles the order, and nothing on the page says which case is which; None keeps the order
-    embed: bool = True,     # whether clips are inside the page; else they lie in a folder beside it, as large clips should
+    path,  # .html, may exist
+    seed: int
+    | None = None,  # shuffles the order, and nothing on the page says which case is which; None keeps the order
+    embed: bool = True,  # whether clips are inside the page; else they lie in a folder beside it, as large clips should
     title: str = "Scores for edited clips",
 ) -> Path:
     "A page on which a person scores cases; `read_scores_file` reads what it saves."
     cases, path = list(cases), Path(path).expanduser()
-    if not cases: raise InputError("`cases` has to hold at least one case but is empty.")
-    if len({c.id for c in cases}) < len(cases): raise InputError("`cases` have to have different ids but some share one.")
-    if path.suffix.lower() != ".html": raise InputError(f"`path` has to end in .html but is {path.name!r}.")
-    if seed is not None: random.Random(seed).shuffle(cases)
+    if not cases:
+        raise InputError("`cases` has to hold at least one case but is empty.")
+    if len({c.id for c in cases}) < len(cases):
+        raise InputError("`cases` have to have different ids but some share one.")
+    if path.suffix.lower() != ".html":
+        raise InputError(f"`path` has to end in .html but is {path.name!r}.")
+    if seed is not None:
+        random.Random(seed).shuffle(cases)
     files = None if embed else path.with_name(path.stem + "_files")
-    with tempfile.TemporaryDirectory() as folder: sections = "\n".join(_section(c, n, files, Path(folder)) for n, c in enumerate(cases, 1))
-    facts = [dict(place=n, id=c.id, rubric=c.rubric.name, edit_type=c.edit_type, capped=c.rubric.capped, criteria=c.rubric.names) for n, c in enumerate(cases, 1)]
+    with tempfile.TemporaryDirectory() as folder:
+        sections = "\n".join(_section(c, n, files, Path(folder)) for n, c in enumerate(cases, 1))
+    facts = [
+        dict(
+            place=n,
+            id=c.id,
+            rubric=c.rubric.name,
+            edit_type=c.edit_type,
+            capped=c.rubric.capped,
+            criteria=c.rubric.names,
+        )
+        for n, c in enumerate(cases, 1)
+    ]
     page = dict(page=hashlib.sha256((json.dumps(facts) + sections).encode()).hexdigest()[:16], cases=facts)
-    filled = dict(title=html.escape(title), sections=sections, facts=json.dumps(page, ensure_ascii=False).replace("<", "\\u003c"))
-    with replacing(path, overwrite=True) as temporary: temporary.write_text(re.sub("@(title|sections|facts)@", lambda m: filled[m[1]], _PAGE), encoding="utf-8")
+    filled = dict(
+        title=html.escape(title), sections=sections, facts=json.dumps(page, ensure_ascii=False).replace("<", "\\u003c")
+    )
+    with replacing(path, overwrite=True) as temporary:
+        temporary.write_text(re.sub("@(title|sections|facts)@", lambda m: filled[m[1]], _PAGE), encoding="utf-8")
     return path
 
 # %% ../../nbs/library/41_judge.ipynb #41a00075
 def read_scores_file(
-    path, # what the page saved, or a JSON list of the same rows
+    path,  # what the page saved, or a JSON list of the same rows
 ) -> list[Judgement]:
     "The scores of a person as judgements; a case without all its scores is a failure, as from any judge."
     path = Path(path)
     text, found = path.read_text(encoding="utf-8"), []
-    try: rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError as error: raise InputError(f"`path` has to hold lines of JSON or a list but {path.name} does not: {error}.") from None
+    try:
+        rows = (
+            json.loads(text)
+            if text.lstrip().startswith("[")
+            else [json.loads(line) for line in text.splitlines() if line.strip()]
+        )
+    except json.JSONDecodeError as error:
+        raise InputError(f"`path` has to hold lines of JSON or a list but {path.name} does not: {error}.") from None
     for number, row in enumerate(rows, 1):
         keys = ("id", "judge", "rubric", "criteria", "scores")
-        if not isinstance(row, dict) or not all(key in row for key in keys) or not isinstance(row["scores"], list) or len(row["scores"]) != len(row["criteria"]):
-            raise InputError(f"`path` has to hold rows with {', '.join(keys)} but row {number} of {path.name} is {str(row)[:80]}.")
-        if wrong := [s for s in row["scores"] if s is not None and (type(s) is not int or not 1 <= s <= 5)]: raise InputError(f"`scores` have to be from 1 to 5 but row {number} of {path.name} has {wrong[0]!r}.")
+        if (
+            not isinstance(row, dict)
+            or not all(key in row for key in keys)
+            or not isinstance(row["scores"], list)
+            or len(row["scores"]) != len(row["criteria"])
+        ):
+            raise InputError(
+                f"`path` has to hold rows with {', '.join(keys)} but row {number} of {path.name} is {str(row)[:80]}."
+            )
+        if wrong := [s for s in row["scores"] if s is not None and (type(s) is not int or not 1 <= s <= 5)]:
+            raise InputError(f"`scores` have to be from 1 to 5 but row {number} of {path.name} has {wrong[0]!r}.")
         rubric = Rubric(row["rubric"], tuple(map(Criterion, row["criteria"])), bool(row.get("capped")))
-        case, open_ = Case(row["id"], "", None, None, None, rubric, row.get("edit_type", "")), [n for n, s in zip(row["criteria"], row["scores"]) if s is None]
-        found.append(_failed(case, row["judge"], f"incomplete: {', '.join(open_)}") if open_ else _scored(case, row["judge"], dict(zip(row["criteria"], map(float, row["scores"])))))
+        case, open_ = (
+            Case(row["id"], "", None, None, None, rubric, row.get("edit_type", "")),
+            [n for n, s in zip(row["criteria"], row["scores"]) if s is None],
+        )
+        found.append(
+            _failed(case, row["judge"], f"incomplete: {', '.join(open_)}")
+            if open_
+            else _scored(case, row["judge"], dict(zip(row["criteria"], map(float, row["scores"]))))
+        )
     return found

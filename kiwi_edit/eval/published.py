@@ -28,10 +28,34 @@ from tqdm.auto import tqdm
 from ..core import InputError
 from .benchmark import BENCH_SAMPLES, BENCHMARK_TASKS, benchmark_samples, provenance
 from ..data.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, one_line, renamed, sampled_digest
-from .judge import PUBLISHED, RUBRICS, SCALES, Case, Judgement, MetricJudge, Summary, aggregate, parameters_of, rubric_for
+from kiwi_edit.eval.judge import (
+    PUBLISHED,
+    RUBRICS,
+    SCALES,
+    Case,
+    Judgement,
+    MetricJudge,
+    Summary,
+    aggregate,
+    parameters_of,
+    rubric_for,
+)
 from ..metrics import bootstrap, measure_clip
-from ..video import (VideoError, as_frames, compare, film_strip, fit_size, nearest_frame_count, read_image, read_video, replacing, resize_frames, sample_indices,
-                             video_info, write_video)
+from kiwi_edit.video import (
+    VideoError,
+    as_frames,
+    compare,
+    film_strip,
+    fit_size,
+    nearest_frame_count,
+    read_image,
+    read_video,
+    replacing,
+    resize_frames,
+    sample_indices,
+    video_info,
+    write_video,
+)
 from ..world import EVAL_SEED, World
 
 logger = logging.getLogger(__name__)
@@ -47,6 +71,7 @@ __all__ = ['logger', 'LAYOUTS', 'BATCH', 'PATIENCE', 'TITLES', 'PUBLISHED_LINES'
 @dataclass(frozen=True, eq=False)
 class BenchRow:
     "One edit that a bench asks for."
+
     id: str
     source: Path | np.ndarray = field(repr=False)  # file, or (T, H, W, 3) uint8
     instruction: str
@@ -56,13 +81,16 @@ class BenchRow:
     bench: str  # "kit", "refvie", "openve" or "imgedit"
     fields: dict = field(default_factory=dict, repr=False)  # the row as its file has it
     note: str = ""  # what is unusual about it, such as a name that had to be changed
-    mask: np.ndarray | None = field(default=None, repr=False)  # (T, H, W) bool, where the edit may act; only the kit's own bench knows
+    mask: np.ndarray | None = field(
+        default=None, repr=False
+    )  # (T, H, W) bool, where the edit may act; only the kit's own bench knows
     target: np.ndarray | None = field(default=None, repr=False)  # (T, H, W, 3) uint8; likewise
 
 # %% ../../nbs/library/42_published.ipynb #c450000a
 @dataclass(frozen=True)
 class Layout:
     "How a published bench is written down."
+
     columns: dict  # what an edit needs -> column
     read: Callable  # bytes -> list of (name of the row, row)
     skipped: tuple = ()  # edit types that the released runner leaves out
@@ -70,7 +98,8 @@ class Layout:
 
 def _read_yaml(data):
     rows = yaml.safe_load(data.decode("utf-8-sig"))
-    if not isinstance(rows, list): raise ValueError(f"it has to hold a list of rows but holds a {type(rows).__name__}")
+    if not isinstance(rows, list):
+        raise ValueError(f"it has to hold a list of rows but holds a {type(rows).__name__}")
     return [(str(number), row) for number, row in enumerate(rows)]
 
 
@@ -78,25 +107,34 @@ def _read_csv(data):
     reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
     rows = [(str(number), row) for number, row in enumerate(reader)]
     for number, row in rows:
-        if None in row: raise ValueError(f"row {number} has {len(row[None])} more fields than the header has columns")
+        if None in row:
+            raise ValueError(f"row {number} has {len(row[None])} more fields than the header has columns")
     return rows
 
 
 def _read_json(data):
     rows = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_no_twins)
-    if not isinstance(rows, dict): raise ValueError(f"it has to hold an object of rows but holds a {type(rows).__name__}")
+    if not isinstance(rows, dict):
+        raise ValueError(f"it has to hold an object of rows but holds a {type(rows).__name__}")
     return list(rows.items())
 
 
 def _no_twins(pairs):
     keys = [key for key, _ in pairs]
-    if twice := next((key for key in keys if keys.count(key) > 1), None): raise ValueError(f"the key {twice!r} is there twice")
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
+        raise ValueError(f"the key {twice!r} is there twice")
     return dict(pairs)
 
 
 LAYOUTS = dict(
-    refvie=Layout(dict(source="src_video", instruction="instruction", reference="ref_img", edit_type="edit_type"), _read_yaml),
-    openve=Layout(dict(source="original_video", instruction="prompt", edit_type="edited_type"), _read_csv, ("creative_edit", "camera_edit", "subtitle_edit")),
+    refvie=Layout(
+        dict(source="src_video", instruction="instruction", reference="ref_img", edit_type="edit_type"), _read_yaml
+    ),
+    openve=Layout(
+        dict(source="original_video", instruction="prompt", edit_type="edited_type"),
+        _read_csv,
+        ("creative_edit", "camera_edit", "subtitle_edit"),
+    ),
     imgedit=Layout(dict(source="id", instruction="prompt", edit_type="edit_type"), _read_json),
 )
 
@@ -121,16 +159,23 @@ def output_name(
     "The published name of a result."
     base = _base(row["source"])
     stem, dot, suffix = base.rpartition(".")
-    if kind == "openve": wanted = f"{stem if dot and stem else base}_edited.mp4"
-    elif kind == "refvie": wanted = f"{name}_{row['instruction'][:10]}_{base}"
-    else: wanted = f"{name}{base}"
+    if kind == "openve":
+        wanted = f"{stem if dot and stem else base}_edited.mp4"
+    elif kind == "refvie":
+        wanted = f"{name}_{row['instruction'][:10]}_{base}"
+    else:
+        wanted = f"{name}{base}"
     folder, made = row["edit_type"] + "/" if kind == "imgedit" else "", safe_name(wanted)
     for part in (folder.rstrip("/") or "-", base, made):
         if part in (".", "..") or safe_name(part) != part or not part or len(part.encode("utf-8", "replace")) > 240:
             raise ValueError(f"has to give a file name but gives {part!r}")
     allowed = IMAGE_SUFFIXES if kind == "imgedit" else VIDEO_SUFFIXES
     note = f"the published name {wanted!r} holds what file names cannot" if made != wanted else ""
-    if Path(made).suffix.lower() not in allowed: made, note = made + (".png" if kind == "imgedit" else ".mp4"), f"no {'picture' if kind == 'imgedit' else 'video'} can be written as {Path(made).suffix or 'a file without an ending'}"
+    if Path(made).suffix.lower() not in allowed:
+        made, note = (
+            made + (".png" if kind == "imgedit" else ".mp4"),
+            f"no {'picture' if kind == 'imgedit' else 'video'} can be written as {Path(made).suffix or 'a file without an ending'}",
+        )
     return folder + made, note
 
 # %% ../../nbs/library/42_published.ipynb #c4500010
@@ -140,44 +185,90 @@ def read_bench(
     root: str | Path | None = None,  # folder in which its paths start; None: that of the file
 ) -> list[BenchRow]:
     "The rows of a published bench. What is wrong with the file is said before anything is made."
-    if kind not in LAYOUTS: raise InputError(f"`kind` has to be one of {', '.join(LAYOUTS)} but is {kind!r}.")
+    if kind not in LAYOUTS:
+        raise InputError(f"`kind` has to be one of {', '.join(LAYOUTS)} but is {kind!r}.")
     path, layout = Path(path).expanduser(), LAYOUTS[kind]
-    if not path.is_file(): raise FileNotFoundError(f"`path` has to be the file of a bench but {str(path)!r} is none.")
+    if not path.is_file():
+        raise FileNotFoundError(f"`path` has to be the file of a bench but {str(path)!r} is none.")
     root = path.parent if root is None else Path(root).expanduser()
-    if not root.is_dir(): raise FileNotFoundError(f"`root` has to be a folder but {str(root)!r} is none.")
-    try: found = layout.read(path.read_bytes())
-    except (ValueError, csv.Error, yaml.YAMLError, RecursionError) as error: raise InputError(f"`path` has to be {kind}'s file but {path.name!r} is not: {' '.join(str(error).split())}.") from error
+    if not root.is_dir():
+        raise FileNotFoundError(f"`root` has to be a folder but {str(root)!r} is none.")
+    try:
+        found = layout.read(path.read_bytes())
+    except (ValueError, csv.Error, yaml.YAMLError, RecursionError) as error:
+        raise InputError(
+            f"`path` has to be {kind}'s file but {path.name!r} is not: {' '.join(str(error).split())}."
+        ) from error
     rows, taken = [], {}
     for name, fields in found:
         row = _checked(layout, path, name, fields)
-        if row["edit_type"] in layout.skipped: continue
-        try: output, note = output_name(kind, name, row)
-        except ValueError as error: raise InputError(f"`path` {error}: {path.name!r}, row {name}.") from None
+        if row["edit_type"] in layout.skipped:
+            continue
+        try:
+            output, note = output_name(kind, name, row)
+        except ValueError as error:
+            raise InputError(f"`path` {error}: {path.name!r}, row {name}.") from None
         unique = _own_name(output, taken, name)
-        if unique != output: note = f"the published name {output!r} is that of row {taken[_folded(output)]}, too"
+        if unique != output:
+            note = f"the published name {output!r} is that of row {taken[_folded(output)]}, too"
         reference = row.get("reference")
-        rows.append(BenchRow(name, root / row["source"], row["instruction"], root / reference if reference else None, row["edit_type"], unique, kind, fields, note))
-    if not rows: raise InputError(f"`path` has to hold at least one row to edit but {path.name!r} holds none.")
+        rows.append(
+            BenchRow(
+                name,
+                root / row["source"],
+                row["instruction"],
+                root / reference if reference else None,
+                row["edit_type"],
+                unique,
+                kind,
+                fields,
+                note,
+            )
+        )
+    if not rows:
+        raise InputError(f"`path` has to hold at least one row to edit but {path.name!r} holds none.")
     if not any(row.source.exists() for row in rows):
-        raise FileNotFoundError(f"`root` has to be where the {len(rows)} sources of {path.name!r} are but none is there, the first is {str(rows[0].source)!r}.")
-    if changed := [row for row in rows if row.note]: logger.warning("%d of %d results get another name than the published one; row %s: %s.", len(changed), len(rows), changed[0].id, changed[0].note)
+        raise FileNotFoundError(
+            f"`root` has to be where the {len(rows)} sources of {path.name!r} are but none is there, the first is {str(rows[0].source)!r}."
+        )
+    if changed := [row for row in rows if row.note]:
+        logger.warning(
+            "%d of %d results get another name than the published one; row %s: %s.",
+            len(changed),
+            len(rows),
+            changed[0].id,
+            changed[0].note,
+        )
     return rows
 
 
 def _checked(layout, path, name, fields):
     "The row with the names that are used here."
-    if not isinstance(fields, dict): raise InputError(f"`path` has to hold rows with {', '.join(layout.columns.values())} but row {name} of {path.name!r} is {str(fields)[:60]!r}.")
+    if not isinstance(fields, dict):
+        raise InputError(
+            f"`path` has to hold rows with {', '.join(layout.columns.values())} but row {name} of {path.name!r} is {str(fields)[:60]!r}."
+        )
     found = {}
     for what, column in layout.columns.items():
         value = fields.get(column)
-        if what == "reference" and value in (None, ""): continue
-        good = isinstance(value, str) and value.strip() and value.encode("utf-8", "replace").decode() == value and "\0" not in value
-        if not good: raise InputError(f"`path` has to have text in the column {column!r} but row {name} of {path.name!r} has {value!r}.")
+        if what == "reference" and value in (None, ""):
+            continue
+        good = (
+            isinstance(value, str)
+            and value.strip()
+            and value.encode("utf-8", "replace").decode() == value
+            and "\0" not in value
+        )
+        if not good:
+            raise InputError(
+                f"`path` has to have text in the column {column!r} but row {name} of {path.name!r} has {value!r}."
+            )
         found[what] = value
     return found
 
 
-def _folded(name): return unicodedata.normalize("NFC", name).casefold()  # as file systems compare names that do not tell case
+def _folded(name):
+    return unicodedata.normalize("NFC", name).casefold()  # as file systems compare names that do not tell case
 
 
 def _own_name(output, taken, row):
@@ -198,23 +289,39 @@ def world_rows(
 ) -> list[BenchRow]:
     "The kit's own bench, drawn in memory."
     world, folder = World(split="eval", difficulty=difficulty), "" if difficulty == "full" else f"{difficulty}/"
-    return [BenchRow(f"{task}-{s.meta['seed']}", s.source, s.instruction, s.reference, task, f"{folder}{task}/{s.meta['seed']}{'.mp4' if len(s.source) > 1 else '.png'}", "kit",
-                     dict(task=task, seed=s.meta["seed"], difficulty=difficulty), mask=s.mask, target=s.target) for task in tasks for s in benchmark_samples(world, task, samples, seed)]
+    return [
+        BenchRow(
+            f"{task}-{s.meta['seed']}",
+            s.source,
+            s.instruction,
+            s.reference,
+            task,
+            f"{folder}{task}/{s.meta['seed']}{'.mp4' if len(s.source) > 1 else '.png'}",
+            "kit",
+            dict(task=task, seed=s.meta["seed"], difficulty=difficulty),
+            mask=s.mask,
+            target=s.target,
+        )
+        for task in tasks
+        for s in benchmark_samples(world, task, samples, seed)
+    ]
 
 # %% ../../nbs/library/42_published.ipynb #c4500018
 @dataclass(frozen=True)
 class Making:
     "How the videos of a bench are made. The defaults are the published settings."
+
     steps: int = 50  # denoising steps
     seed: int = 0  # of the noise of every row
     num_frames: int = 81  # at most, 4k+1
     max_pixels: int = 921_600  # width * height at most
-    fps: float = 15.  # of the files
+    fps: float = 15.0  # of the files
     concat: bool = False  # whether a second file shows source and result side by side
 
     def __post_init__(self):
         for name in ("steps", "num_frames", "max_pixels"):
-            if getattr(self, name) < 1: raise InputError(f"`{name}` has to be at least 1 but is {getattr(self, name)}.")
+            if getattr(self, name) < 1:
+                raise InputError(f"`{name}` has to be at least 1 but is {getattr(self, name)}.")
 
 
 def source_frames(
@@ -224,13 +331,19 @@ def source_frames(
 ) -> np.ndarray:  # (T, H, W, 3) uint8
     "What of a source is edited: the first 4k+1 frames, cut and shrunk to what the bench and the model allow."
     config = getattr(pipe, "config", None)
-    count, pixels = (min(getattr(making, name), getattr(config, limit, math.inf)) for name, limit in (("num_frames", "max_frames"), ("max_pixels", "max_pixels")))
-    if isinstance(row.source, np.ndarray): return row.source[:nearest_frame_count(min(count, len(row.source)))]
+    count, pixels = (
+        min(getattr(making, name), getattr(config, limit, math.inf))
+        for name, limit in (("num_frames", "max_frames"), ("max_pixels", "max_pixels"))
+    )
+    if isinstance(row.source, np.ndarray):
+        return row.source[: nearest_frame_count(min(count, len(row.source)))]
     with renamed("`path`", "`source`"):
         info = video_info(row.source)
         size = fit_size(info.width, info.height, pixels, getattr(pipe, "size_multiple", 32))
-        clip = read_video(row.source, num_frames=nearest_frame_count(min(count, info.frames)), size=size, mode="inference")
-    return clip.frames[:nearest_frame_count(len(clip))]  # a damaged file holds fewer than it says
+        clip = read_video(
+            row.source, num_frames=nearest_frame_count(min(count, info.frames)), size=size, mode="inference"
+        )
+    return clip.frames[: nearest_frame_count(len(clip))]  # a damaged file holds fewer than it says
 
 # %% ../../nbs/library/42_published.ipynb #c450001a
 def edit_row(
@@ -241,31 +354,50 @@ def edit_row(
 ) -> Path:  # of the result
     "Make one video. It appears when it is complete, and after its side by side."
     import torch
+
     frames = source_frames(pipe, row, making)
-    with renamed("`path`", "`reference`"): reference = None if row.reference is None else read_image(row.reference)
-    edited = as_frames(pipe(row.instruction, video=frames, reference=reference, num_inference_steps=making.steps, generator=torch.Generator().manual_seed(making.seed)).frames[0])
+    with renamed("`path`", "`reference`"):
+        reference = None if row.reference is None else read_image(row.reference)
+    edited = as_frames(
+        pipe(
+            row.instruction,
+            video=frames,
+            reference=reference,
+            num_inference_steps=making.steps,
+            generator=torch.Generator().manual_seed(making.seed),
+        ).frames[0]
+    )
     path = out / row.output
     path.parent.mkdir(parents=True, exist_ok=True)
-    if making.concat: _write(path.with_name("concat_" + path.name), compare(frames, edited), making.fps)
+    if making.concat:
+        _write(path.with_name("concat_" + path.name), compare(frames, edited), making.fps)
     return _write(path, edited, making.fps)
 
 
 def _write(path, frames, fps):
     "A picture or a video, as its name says."
-    if path.suffix.lower() not in IMAGE_SUFFIXES: return write_video(path, frames, fps, overwrite=True)
-    with replacing(path, True) as temporary: PIL.Image.fromarray(frames[0]).save(temporary, IMAGE_SUFFIXES[path.suffix.lower()], quality=95)
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        return write_video(path, frames, fps, overwrite=True)
+    with replacing(path, True) as temporary:
+        PIL.Image.fromarray(frames[0]).save(temporary, IMAGE_SUFFIXES[path.suffix.lower()], quality=95)
     return path
 
 # %% ../../nbs/library/42_published.ipynb #c450001d
 @dataclass(frozen=True)
 class Made:
     "What has become of the rows of a part."
+
     rows: int  # of the part
     made: int  # in this run
     before: int  # that were there already
     failed: list  # of dicts: id, output, error
 
-    def __str__(self): return f"{self.made + self.before} of {self.rows} videos there" + f", {self.before} of them before" * bool(self.before) + f", {len(self.failed)} failed" * bool(self.failed)
+    def __str__(self):
+        return (
+            f"{self.made + self.before} of {self.rows} videos there"
+            + f", {self.before} of them before" * bool(self.before)
+            + f", {len(self.failed)} failed" * bool(self.failed)
+        )
 
 
 def edit_rows(
@@ -279,14 +411,23 @@ def edit_rows(
     progress: bool = True,
 ) -> Made:
     "Make the videos that are missing."
-    if not rows: raise InputError("`rows` has to hold at least one row but is empty.")
-    if not 0 <= part < parts: raise InputError(f"`part` has to be from 0 to {parts - 1}, one less than `parts`, but is {part}.")
+    if not rows:
+        raise InputError("`rows` has to hold at least one row but is empty.")
+    if not 0 <= part < parts:
+        raise InputError(f"`part` has to be from 0 to {parts - 1}, one less than `parts`, but is {part}.")
     out = Path(out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     _claim(out, dict(making=asdict(making), model=(about or {}).get("checkpoint")), about)
-    own, known, failed = list(rows)[part::parts], {record["output"]: record for record in _lines(out / "made.jsonl")}, []
+    own, known, failed = (
+        list(rows)[part::parts],
+        {record["output"]: record for record in _lines(out / "made.jsonl")},
+        [],
+    )
     for row in own:
-        if known.get(row.output, asked := _asked(row)) != asked: raise FileExistsError(f"`out` has to hold nothing but results of these rows but {row.output!r} was made for {known[row.output]['instruction']!r}.")
+        if known.get(row.output, asked := _asked(row)) != asked:
+            raise FileExistsError(
+                f"`out` has to hold nothing but results of these rows but {row.output!r} was made for {known[row.output]['instruction']!r}."
+            )
     todo = [row for row in own if not (out / row.output).is_file()]
     for row in tqdm(todo, unit="edit", disable=not progress):
         began = time.perf_counter()
@@ -295,12 +436,15 @@ def edit_rows(
             _append(out / "made.jsonl", _asked(row))
         except Exception as fault:  # the other rows have nothing to do with it
             error = one_line(fault) or f"{type(fault).__name__}: {' '.join(str(fault).split())}"
-            failed.append(dict(id=row.id, output=row.output, error=error, seconds=round(time.perf_counter() - began, 3)))
+            failed.append(
+                dict(id=row.id, output=row.output, error=error, seconds=round(time.perf_counter() - began, 3))
+            )
             _append(out / "failures.jsonl", failed[-1])
     return Made(len(own), len(todo) - len(failed), len(own) - len(todo), failed)
 
 
-def _asked(row): return dict(output=row.output, instruction=row.instruction, edit_type=row.edit_type)
+def _asked(row):
+    return dict(output=row.output, instruction=row.instruction, edit_type=row.edit_type)
 
 
 def _append(path, record):
@@ -309,19 +453,28 @@ def _append(path, record):
     with open(path, "a+b") as file:
         if file.seek(0, io.SEEK_END):
             file.seek(-1, io.SEEK_END)
-            if file.read(1) != b"\n": line = b"\n" + line  # a run has ended in the middle of its line
+            if file.read(1) != b"\n":
+                line = b"\n" + line  # a run has ended in the middle of its line
         file.write(line)
 
 
 def _lines(path):
     "The records of a file of lines; those that were cut are left out."
-    if not path.is_file(): return []
+    if not path.is_file():
+        return []
     *lines, rest = path.read_bytes().split(b"\n")
     records = []
     for line in filter(bytes.strip, lines):
-        try: records.append(json.loads(line))
-        except ValueError: logger.warning("a line of %s is cut and counts for nothing: %s", path.name, line[:60].decode("utf-8", "replace"))
-    if lines and not records: raise InputError(f"`out` has to be a folder whose {path.name} was written by this kit, but none of its lines is JSON.")
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            logger.warning(
+                "a line of %s is cut and counts for nothing: %s", path.name, line[:60].decode("utf-8", "replace")
+            )
+    if lines and not records:
+        raise InputError(
+            f"`out` has to be a folder whose {path.name} was written by this kit, but none of its lines is JSON."
+        )
     return records
 
 
@@ -329,12 +482,17 @@ def _claim(out, settings, about):
     "Make the folder that of these settings, or say whose it is."
     mark, settings = out / "bench.json", json.loads(json.dumps(settings))
     if not mark.is_file():
-        with replacing(mark, True) as temporary: Path(temporary).write_text(json.dumps(dict(settings=settings, about=about), indent=1) + "\n", encoding="utf-8")
+        with replacing(mark, True) as temporary:
+            Path(temporary).write_text(
+                json.dumps(dict(settings=settings, about=about), indent=1) + "\n", encoding="utf-8"
+            )
         return
     there = json.loads(mark.read_text(encoding="utf-8"))["settings"]
     if there != settings:
         wrong = [name for name in settings if there.get(name) != settings[name]]
-        raise FileExistsError(f"`out` has to be new or of the same {', '.join(wrong)} but {str(out)!r} holds videos of {', '.join(str(there.get(name)) for name in wrong)}.")
+        raise FileExistsError(
+            f"`out` has to be new or of the same {', '.join(wrong)} but {str(out)!r} holds videos of {', '.join(str(there.get(name)) for name in wrong)}."
+        )
 
 # %% ../../nbs/library/42_published.ipynb #c4500020
 def write_imgedit_list(
@@ -343,14 +501,20 @@ def write_imgedit_list(
 ) -> Path:
     "`image_edit_out.jsonl`: one line for each picture that is there."
     path = Path(out) / "image_edit_out.jsonl"
-    lines = [json.dumps(dict(key=row.id) | row.fields | dict(output=row.output), ensure_ascii=False) for row in rows if (Path(out) / row.output).is_file()]
-    with replacing(path, True) as temporary: Path(temporary).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    lines = [
+        json.dumps(dict(key=row.id) | row.fields | dict(output=row.output), ensure_ascii=False)
+        for row in rows
+        if (Path(out) / row.output).is_file()
+    ]
+    with replacing(path, True) as temporary:
+        Path(temporary).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return path
 
 # %% ../../nbs/library/42_published.ipynb #c4500031
 @dataclass(frozen=True, eq=False)
 class Beside:
     "Frames of a result and of its source at one size and of one length."
+
     source: np.ndarray  # (T, h, w, 3) uint8
     edited: np.ndarray  # (T, h, w, 3) uint8
     reference: np.ndarray | None  # (h, w, 3) uint8
@@ -365,22 +529,40 @@ def lay_beside(
     num_frames: int = 81,  # at most
 ) -> Beside:
     "Read a result and what it was made from."
-    with renamed("`path`", "`result`"): info = video_info(path)
+    with renamed("`path`", "`result`"):
+        info = video_info(path)
     with renamed("`path`", "`source`"):
-        there, width, height = (len(row.source), *row.source.shape[2:0:-1]) if isinstance(row.source, np.ndarray) else _about(row.source)
-    if info.frames > there: raise VideoError(f"`result` has to have at most the {there} frames of its source but has {info.frames}.")
-    if info.frames == 1 and there > 4: raise VideoError(f"`result` has to be a clip for a source of {there} frames but is one picture.")
-    if row.mask is not None and (info.width, info.height) != (width, height): raise VideoError(f"`result` has to have the {width}x{height} pixels of its scene but has {info.width}x{info.height}.")
+        there, width, height = (
+            (len(row.source), *row.source.shape[2:0:-1]) if isinstance(row.source, np.ndarray) else _about(row.source)
+        )
+    if info.frames > there:
+        raise VideoError(f"`result` has to have at most the {there} frames of its source but has {info.frames}.")
+    if info.frames == 1 and there > 4:
+        raise VideoError(f"`result` has to be a clip for a source of {there} frames but is one picture.")
+    if row.mask is not None and (info.width, info.height) != (width, height):
+        raise VideoError(
+            f"`result` has to have the {width}x{height} pixels of its scene but has {info.width}x{info.height}."
+        )
     count, scale = min(info.frames, num_frames), min(1, side / max(info.width, info.height))
     size = max(1, round(info.width * scale)), max(1, round(info.height * scale))
-    with renamed("`path`", "`result`"): edited = read_video(path, num_frames=count, size=size, mode="stretch", fast=True).frames
-    if len(edited) < count: raise VideoError(f"`result` has to be whole but of {count} frames {len(edited)} decode.")
+    with renamed("`path`", "`result`"):
+        edited = read_video(path, num_frames=count, size=size, mode="stretch", fast=True).frames
+    if len(edited) < count:
+        raise VideoError(f"`result` has to be whole but of {count} frames {len(edited)} decode.")
     with renamed("`path`", "`source`"):
-        source = resize_frames(row.source[:count], *size, mode="inference") if isinstance(row.source, np.ndarray) else read_video(row.source, num_frames=count, size=size, mode="inference", fast=True).frames
-    if len(source) < count: raise VideoError(f"`source` has to be whole but of {count} frames {len(source)} decode.")
-    with renamed("`path`", "`reference`"): reference = None if row.reference is None else np.asarray(read_image(row.reference))
+        source = (
+            resize_frames(row.source[:count], *size, mode="inference")
+            if isinstance(row.source, np.ndarray)
+            else read_video(row.source, num_frames=count, size=size, mode="inference", fast=True).frames
+        )
+    if len(source) < count:
+        raise VideoError(f"`source` has to be whole but of {count} frames {len(source)} decode.")
+    with renamed("`path`", "`reference`"):
+        reference = None if row.reference is None else np.asarray(read_image(row.reference))
     notes = [f"{info.frames} frames for {there} of the source"] * (info.frames < nearest_frame_count(min(there, 81)))
-    notes += [f"{info.width}x{info.height} for a source of {width}x{height}"] * (abs(math.log(info.width * height / (info.height * width))) > .1)
+    notes += [f"{info.width}x{info.height} for a source of {width}x{height}"] * (
+        abs(math.log(info.width * height / (info.height * width))) > 0.1
+    )
     return Beside(source, edited, reference, (info.frames, there), "; ".join(notes))
 
 
@@ -391,8 +573,10 @@ def _about(path):
 # %% ../../nbs/library/42_published.ipynb #c4500034
 def _content(value):
     "Digest of a file or of an array."
-    if value is None: return None
-    if isinstance(value, np.ndarray): return hashlib.sha256(f"{value.shape}".encode() + np.ascontiguousarray(value).tobytes()).hexdigest()
+    if value is None:
+        return None
+    if isinstance(value, np.ndarray):
+        return hashlib.sha256(f"{value.shape}".encode() + np.ascontiguousarray(value).tobytes()).hexdigest()
     return sampled_digest(Path(value))
 
 
@@ -403,9 +587,23 @@ def row_key(
 ) -> str:  # 24 hexadecimal digits
     "Another one for another instruction, clip, reference, rubric or judge."
     rubric = rubric_for(row.bench, row.edit_type)
-    settings = [getattr(judge, name, None) for name in ("frames", "side", "video")] if judge.is_model else [repr(SCALES[rubric.name])]  # how a model is shown clips; how numbers become scores
+    settings = (
+        [getattr(judge, name, None) for name in ("frames", "side", "video")]
+        if judge.is_model
+        else [repr(SCALES[rubric.name])]
+    )  # how a model is shown clips; how numbers become scores
     settings += [rubric.instruction(), *parameters_of(judge)]
-    parts = [row.bench, row.id, row.instruction, row.edit_type, judge.name, *settings, _content(row.source), _content(path), _content(row.reference)]
+    parts = [
+        row.bench,
+        row.id,
+        row.instruction,
+        row.edit_type,
+        judge.name,
+        *settings,
+        _content(row.source),
+        _content(path),
+        _content(row.reference),
+    ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
@@ -419,13 +617,27 @@ def row_case(
     source, edited, count = beside.source, beside.edited, len(beside.edited)
     if judge.is_model:
         edited, (n, there) = path, beside.frames
-        if isinstance(row.source, np.ndarray): source = row.source[:n]
-        else: source = row.source if n >= .9 * min(there, 81) else read_video(row.source, num_frames=n).frames
-    return Case(row.id, row.instruction, source, edited, row.reference if judge.is_model else beside.reference, rubric_for(row.bench, row.edit_type), row.edit_type,
-                None if row.mask is None else row.mask[:count], None if row.target is None else row.target[:count])
+        if isinstance(row.source, np.ndarray):
+            source = row.source[:n]
+        else:
+            source = row.source if n >= 0.9 * min(there, 81) else read_video(row.source, num_frames=n).frames
+    return Case(
+        row.id,
+        row.instruction,
+        source,
+        edited,
+        row.reference if judge.is_model else beside.reference,
+        rubric_for(row.bench, row.edit_type),
+        row.edit_type,
+        None if row.mask is None else row.mask[:count],
+        None if row.target is None else row.target[:count],
+    )
 
 # %% ../../nbs/library/42_published.ipynb #c4500036
-BATCH, PATIENCE = 16, 5  # cases that a model judges at once; judgements in a row without a connection, after which the rest is not asked
+BATCH, PATIENCE = (
+    16,
+    5,
+)  # cases that a model judges at once; judgements in a row without a connection, after which the rest is not asked
 
 
 def examine_row(
@@ -436,23 +648,50 @@ def examine_row(
     missing: str = "no such file",  # why it is missing, where that is known
 ) -> tuple[dict, Case | None]:
     "What is written down of a row, and its case where a judge has to be asked."
-    record = dict(id=row.id, output=row.output, edit_type=row.edit_type, instruction=row.instruction, rubric=rubric_for(row.bench, row.edit_type).name, status="missing", scores={}, metrics={}, error=missing, note=row.note)
-    if not path.is_file(): return record, None
+    record = dict(
+        id=row.id,
+        output=row.output,
+        edit_type=row.edit_type,
+        instruction=row.instruction,
+        rubric=rubric_for(row.bench, row.edit_type).name,
+        status="missing",
+        scores={},
+        metrics={},
+        error=missing,
+        note=row.note,
+    )
+    if not path.is_file():
+        return record, None
     try:
         key = row_key(row, path, judge)
         before = (known or {}).get(key)
-        if before and before["status"] == "scored": return before, None
+        if before and before["status"] == "scored":
+            return before, None
         beside = lay_beside(row, path)
         case = row_case(row, path, beside, judge)
         metrics = before["metrics"] if before else _measured(row, beside)
-    except (ValueError, OSError) as error: return record | dict(status="failed", error=one_line(error) or str(error)), None
-    return record | dict(status="waiting", error="", key=key, metrics=metrics, frames=list(beside.frames), note="; ".join(filter(None, (row.note, beside.note)))), case
+    except (ValueError, OSError) as error:
+        return record | dict(status="failed", error=one_line(error) or str(error)), None
+    return record | dict(
+        status="waiting",
+        error="",
+        key=key,
+        metrics=metrics,
+        frames=list(beside.frames),
+        note="; ".join(filter(None, (row.note, beside.note))),
+    ), case
 
 
 def _measured(row, beside):
     "What `measure_clip` finds, as JSON has it."
     count = len(beside.edited)
-    found = measure_clip(beside.edited, beside.source, beside.reference, None if row.mask is None else row.mask[:count], None if row.target is None else row.target[:count])
+    found = measure_clip(
+        beside.edited,
+        beside.source,
+        beside.reference,
+        None if row.mask is None else row.mask[:count],
+        None if row.target is None else row.target[:count],
+    )
     return {name: round(float(value), 6) if math.isfinite(value) else None for name, value in found.items()}
 
 
@@ -466,12 +705,20 @@ def ask_judge(
     unheard, size = 0, BATCH if judge.is_model else 1
     with tqdm(total=len(waiting), desc="judged", unit="row", disable=not progress) as bar:
         for start in range(0, len(waiting), size):
-            batch = waiting[start:start + size]
+            batch = waiting[start : start + size]
             if unheard >= PATIENCE:
-                for record, _ in batch: record.update(status="failed", error=f"not asked: the judge could not be reached {unheard} times in a row")
+                for record, _ in batch:
+                    record.update(
+                        status="failed", error=f"not asked: the judge could not be reached {unheard} times in a row"
+                    )
                 continue
             for (record, _), judgement in zip(batch, judge.judge([case for _, case in batch], progress=False)):
-                record.update(status="scored" if judgement.ok else "failed", scores=dict(judgement.scores) if judgement.ok else {}, error=judgement.error, judgement=judgement.to_dict())
+                record.update(
+                    status="scored" if judgement.ok else "failed",
+                    scores=dict(judgement.scores) if judgement.ok else {},
+                    error=judgement.error,
+                    judgement=judgement.to_dict(),
+                )
                 unheard = unheard + 1 if re.match("endpoint|time-out|quota|not asked", judgement.error) else 0
                 _append(log, record)
             bar.update(len(batch))
@@ -482,26 +729,39 @@ def mean_row(
 ) -> dict:  # counts, criterion -> (mean, low, high), "mean"; one row alone has no interval
     "What a group of rows comes to."
     scored = [record for record in records if record["status"] == "scored"]
-    counts = {status: sum(record["status"] == status for record in records) for status in ("scored", "failed", "missing")}
+    counts = {
+        status: sum(record["status"] == status for record in records) for status in ("scored", "failed", "missing")
+    }
     names = list(dict.fromkeys(name for record in scored for name in record["scores"]))
     columns = {name: np.array([record["scores"][name] for record in scored], dtype=np.float64) for name in names}
-    means = {name: (float(values.mean()), *(bootstrap(values) if len(scored) > 1 else (None, None))) for name, values in columns.items()}
-    return dict(rows=len(records), **counts, criteria=means, mean=float(np.mean([m for m, _, _ in means.values()])) if means else None)
+    means = {
+        name: (float(values.mean()), *(bootstrap(values) if len(scored) > 1 else (None, None)))
+        for name, values in columns.items()
+    }
+    return dict(
+        rows=len(records),
+        **counts,
+        criteria=means,
+        mean=float(np.mean([m for m, _, _ in means.values()])) if means else None,
+    )
 
 
-def mean_metrics(
-    records: list[dict],
-) -> dict[str, float | None]:
+def mean_metrics(records: list[dict]) -> dict[str, float | None]:
     "Means of what was measured, over the rows where it could be."
     names = list(dict.fromkeys(name for record in records for name in record["metrics"]))
-    values = {name: [record["metrics"][name] for record in records if record["metrics"].get(name) is not None] for name in names}
+    values = {
+        name: [record["metrics"][name] for record in records if record["metrics"].get(name) is not None]
+        for name in names
+    }
     return {name: float(np.mean(v)) if v else None for name, v in values.items()}
 
 
-def _number(value, digits=2): return "" if value is None or math.isnan(value) else f"{value:.{digits}f}".replace("-", "−")
+def _number(value, digits=2):
+    return "" if value is None or math.isnan(value) else f"{value:.{digits}f}".replace("-", "−")
 
 
-def _interval(mean, low, high): return _number(mean) + (f" ({_number(low)} to {_number(high)})" if _number(low) else "")
+def _interval(mean, low, high):
+    return _number(mean) + (f" ({_number(low)} to {_number(high)})" if _number(low) else "")
 
 # %% ../../nbs/library/42_published.ipynb #c450003b
 TITLES = dict(kit="The kit's own bench", refvie="RefVIE-Bench", openve="OpenVE-Bench", imgedit="ImgEdit")
@@ -510,6 +770,7 @@ TITLES = dict(kit="The kit's own bench", refvie="RefVIE-Bench", openve="OpenVE-B
 @dataclass
 class BenchReport:
     "What a judge made of a folder of results."
+
     bench: str  # of `TITLES`
     judge: str  # its name
     is_model: bool  # whether the judge is a model
@@ -518,14 +779,28 @@ class BenchReport:
     difficulty: str = ""  # of the world, for the kit's own bench
 
     @property
-    def counts(self) -> dict: return {status: sum(record["status"] == status for record in self.records) for status in ("scored", "failed", "missing")}
+    def counts(self) -> dict:
+        return {
+            status: sum(record["status"] == status for record in self.records)
+            for status in ("scored", "failed", "missing")
+        }
 
     @property
     def summary(self) -> Summary:
         "All rows put together in the published ways, see `aggregate`."
+
         def judged(record):
-            if "judgement" in record: return Judgement.from_dict(record["judgement"])
-            return Judgement(record["id"], self.judge, record["rubric"], dict.fromkeys(RUBRICS[record["rubric"]].names), f"{record['status']}: {record['error']}", edit_type=record["edit_type"])
+            if "judgement" in record:
+                return Judgement.from_dict(record["judgement"])
+            return Judgement(
+                record["id"],
+                self.judge,
+                record["rubric"],
+                dict.fromkeys(RUBRICS[record["rubric"]].names),
+                f"{record['status']}: {record['error']}",
+                edit_type=record["edit_type"],
+            )
+
         return aggregate([judged(record) for record in self.records])
 
     @property
@@ -535,7 +810,9 @@ class BenchReport:
         for rubric in dict.fromkeys(record["rubric"] for record in self.records):
             own = [record for record in self.records if record["rubric"] == rubric]
             types = list(dict.fromkeys(record["edit_type"] for record in own))
-            found[rubric] = {kind: mean_row([record for record in own if record["edit_type"] == kind]) for kind in types} | ({"all": mean_row(own)} if len(types) > 1 else {})
+            found[rubric] = {
+                kind: mean_row([record for record in own if record["edit_type"] == kind]) for kind in types
+            } | ({"all": mean_row(own)} if len(types) > 1 else {})
         return found
 
     @property
@@ -549,42 +826,102 @@ class BenchReport:
         tables = []
         for rubric, types in self.groups.items():
             names = next((list(row["criteria"]) for row in types.values() if row["criteria"]), [])
-            cells = [[kind, *(str(row[c]) for c in ("rows", "scored", "failed", "missing")), *(_interval(*values) for values in row["criteria"].values()),
-                      *[""] * (len(names) - len(row["criteria"])), _number(row["mean"])] for kind, row in types.items()]
-            tables.append((f"Scores, rubric {rubric}", ["edit type", "rows", "scored", "failed", "missing", *names, "mean"], cells))
+            cells = [
+                [
+                    kind,
+                    *(str(row[c]) for c in ("rows", "scored", "failed", "missing")),
+                    *(_interval(*values) for values in row["criteria"].values()),
+                    *[""] * (len(names) - len(row["criteria"])),
+                    _number(row["mean"]),
+                ]
+                for kind, row in types.items()
+            ]
+            tables.append(
+                (
+                    f"Scores, rubric {rubric}",
+                    ["edit type", "rows", "scored", "failed", "missing", *names, "mean"],
+                    cells,
+                )
+            )
         summary = self.summary
         overall = dict(zip(("rows", "criteria", "edit types"), (summary.micro, summary.six, summary.macro)))
-        if summary.scored: tables.append(("Overall, as a mean of", ["", "mean"], [[name, _interval(*values)] for name, values in overall.items()]))
-        if summary.scored and self.is_model and self.bench in PUBLISHED:  # scores of what is no model cannot stand beside those of one
+        if summary.scored:
+            tables.append(
+                (
+                    "Overall, as a mean of",
+                    ["", "mean"],
+                    [[name, _interval(*values)] for name, values in overall.items()],
+                )
+            )
+        if (
+            summary.scored and self.is_model and self.bench in PUBLISHED
+        ):  # scores of what is no model cannot stand beside those of one
             beside = PUBLISHED[self.bench].beside(summary, str(self.about.get("model", "these results")))
-            tables.append((f"Beside the published table, whose judge was {beside.judge}", ["system", *beside.columns], [[name, *map(_number, values)] for name, values in beside.rows.items()]))
-        measured = {kind: mean_metrics([r for r in self.records if r["edit_type"] == kind]) for kind in dict.fromkeys(r["edit_type"] for r in self.records)}
-        names = list(dict.fromkeys(name for means in measured.values() for name, value in means.items() if value is not None))
-        if names: tables.append(("Measured, without a judge", ["edit type", *names], [[kind, *(_number(means.get(name), 3) for name in names)] for kind, means in measured.items()]))
-        if self.reasons: tables.append(("Not scored", ["reason", "rows"], [[reason, str(n)] for reason, n in self.reasons[:20]]))
+            tables.append(
+                (
+                    f"Beside the published table, whose judge was {beside.judge}",
+                    ["system", *beside.columns],
+                    [[name, *map(_number, values)] for name, values in beside.rows.items()],
+                )
+            )
+        measured = {
+            kind: mean_metrics([r for r in self.records if r["edit_type"] == kind])
+            for kind in dict.fromkeys(r["edit_type"] for r in self.records)
+        }
+        names = list(
+            dict.fromkeys(name for means in measured.values() for name, value in means.items() if value is not None)
+        )
+        if names:
+            tables.append(
+                (
+                    "Measured, without a judge",
+                    ["edit type", *names],
+                    [[kind, *(_number(means.get(name), 3) for name in names)] for kind, means in measured.items()],
+                )
+            )
+        if self.reasons:
+            tables.append(("Not scored", ["reason", "rows"], [[reason, str(n)] for reason, n in self.reasons[:20]]))
         return tables
 
     @property
     def lead(self) -> str:
         "Counts, judge and conditions in two sentences."
         counts, notes = self.counts, sum(bool(record["note"]) for record in self.records)
-        text = f"{TITLES[self.bench]}{f', world: {self.difficulty}' * bool(self.difficulty)}: of {len(self.records)} rows {counts['scored']} scored, {counts['failed']} failed, {counts['missing']} missing" + f"; {notes} with a note" * bool(notes)
-        return text + f". Judge: {self.judge}, which is {'a model' if self.is_model else 'no model'}. Scale 1 to 5; intervals hold 95%."
+        text = (
+            f"{TITLES[self.bench]}{f', world: {self.difficulty}' * bool(self.difficulty)}: of {len(self.records)} rows {counts['scored']} scored, {counts['failed']} failed, {counts['missing']} missing"
+            + f"; {notes} with a note" * bool(notes)
+        )
+        return (
+            text
+            + f". Judge: {self.judge}, which is {'a model' if self.is_model else 'no model'}. Scale 1 to 5; intervals hold 95%."
+        )
 
     @property
     def conditions(self) -> str:
         "What the results were made with."
-        flat = {k: v for name, value in self.about.items() for k, v in (value.items() if isinstance(value, dict) else [(name, value)]) if v is not None}
+        flat = {
+            k: v
+            for name, value in self.about.items()
+            for k, v in (value.items() if isinstance(value, dict) else [(name, value)])
+            if v is not None
+        }
         return ", ".join(f"{k} {v}" for k, v in flat.items())
 
     def _repr_markdown_(self) -> str:
         escape = lambda text: text.replace("|", "\\|").replace("\n", " ")
         parts = [self.lead]
         for title, header, rows in self.tables():
-            parts.append(f"**{title}**\n\n" + "\n".join(["| " + " | ".join(header) + " |", "|---|" + "--:|" * (len(header) - 1)] + ["| " + " | ".join(map(escape, row)) + " |" for row in rows]))
+            parts.append(
+                f"**{title}**\n\n"
+                + "\n".join(
+                    ["| " + " | ".join(header) + " |", "|---|" + "--:|" * (len(header) - 1)]
+                    + ["| " + " | ".join(map(escape, row)) + " |" for row in rows]
+                )
+            )
         return "\n\n".join(parts + [self.conditions] * bool(self.conditions))
 
-    def save(self,
+    def save(
+        self,
         out: str | Path,  # folder
         rows: dict[str, BenchRow],  # id -> row
         folder: Path,  # of the results
@@ -592,28 +929,55 @@ class BenchReport:
         "Write report.json, the page report.html, and the scores in the published format where there is one."
         out = Path(out)
         files = {"report.json": self.to_json(), "report.html": report_page(self, rows, folder)}
-        if self.bench in PUBLISHED_LINES: files[f"{self.bench}_scores.jsonl"] = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in published_lines(self, rows))
+        if self.bench in PUBLISHED_LINES:
+            files[f"{self.bench}_scores.jsonl"] = "".join(
+                json.dumps(line, ensure_ascii=False) + "\n" for line in published_lines(self, rows)
+            )
         for name, text in files.items():
-            with replacing(out / name, True) as temporary: Path(temporary).write_text(text, encoding="utf-8", errors="backslashreplace")
+            with replacing(out / name, True) as temporary:
+                Path(temporary).write_text(text, encoding="utf-8", errors="backslashreplace")
         return out / "report.html"
 
     def to_json(self) -> str:
         "All of it."
-        data = dict(bench=self.bench, difficulty=self.difficulty, judge=self.judge, is_model=self.is_model, counts=self.counts, groups=self.groups, about=self.about, records=self.records)
+        data = dict(
+            bench=self.bench,
+            difficulty=self.difficulty,
+            judge=self.judge,
+            is_model=self.is_model,
+            counts=self.counts,
+            groups=self.groups,
+            about=self.about,
+            records=self.records,
+        )
         return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
-    def load(cls,
+    def load(
+        cls,
         path: str | Path,  # report.json
     ) -> BenchReport:
         "Read a report."
         data = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(data, dict) or not {"bench", "judge", "is_model", "records"} <= set(data): raise InputError(f"`path` has to be a report.json of `score_rows` but {str(path)!r} is none.")
-        return cls(data["bench"], data["judge"], data["is_model"], data["records"], data["about"], data.get("difficulty", ""))
+        if not isinstance(data, dict) or not {"bench", "judge", "is_model", "records"} <= set(data):
+            raise InputError(f"`path` has to be a report.json of `score_rows` but {str(path)!r} is none.")
+        return cls(
+            data["bench"], data["judge"], data["is_model"], data["records"], data["about"], data.get("difficulty", "")
+        )
 
 # %% ../../nbs/library/42_published.ipynb #c450003d
-def _openve_line(row, record, scores, said): return dict(scores=scores, prompt=row.instruction, edited_type=row.edit_type, result=said)
-def _refvie_line(row, record, scores, said): return dict(scores=scores, result=said, meta_info=row.fields, subtask="subject" if row.edit_type == "subject" else "background")
+def _openve_line(row, record, scores, said):
+    return dict(scores=scores, prompt=row.instruction, edited_type=row.edit_type, result=said)
+
+
+def _refvie_line(row, record, scores, said):
+    return dict(
+        scores=scores,
+        result=said,
+        meta_info=row.fields,
+        subtask="subject" if row.edit_type == "subject" else "background",
+    )
+
 
 PUBLISHED_LINES = dict(openve=_openve_line, refvie=_refvie_line)
 
@@ -625,8 +989,12 @@ def published_lines(
     "The scored rows as the released tools write them."
     lines = []
     for record in report.records:
-        if record["status"] != "scored": continue
-        said = (record["judgement"].get("replies") or ["\n".join(f"{name}: {score:g}" for name, score in record["scores"].items())])[-1]
+        if record["status"] != "scored":
+            continue
+        said = (
+            record["judgement"].get("replies")
+            or ["\n".join(f"{name}: {score:g}" for name, score in record["scores"].items())]
+        )[-1]
         lines.append(PUBLISHED_LINES[report.bench](rows[record["id"]], record, list(record["scores"].values()), said))
     return lines
 
@@ -646,7 +1014,13 @@ def strip_jpeg(
     columns: int = 6,  # frames of a clip
 ) -> bytes:
     "Frames of clips below each other, as a small JPEG."
-    rows = [[np.asarray(PIL.Image.fromarray(f).resize((max(1, round(f.shape[1] * height / f.shape[0])), height))) for f in clip[sample_indices(len(clip), columns)]] for clip in clips.values()]
+    rows = [
+        [
+            np.asarray(PIL.Image.fromarray(f).resize((max(1, round(f.shape[1] * height / f.shape[0])), height)))
+            for f in clip[sample_indices(len(clip), columns)]
+        ]
+        for clip in clips.values()
+    ]
     lines = [np.concatenate(row, axis=1) for row in rows]
     width = max(line.shape[1] for line in lines)
     lines = [np.pad(line, ((0, 3), (0, width - line.shape[1]), (0, 0)), constant_values=255) for line in lines]
@@ -657,19 +1031,24 @@ def strip_jpeg(
 
 def _table(title, header, rows):
     cell = lambda tag, text: f"<{tag}>{html.escape(text)}</{tag}>"
-    lines = ["<tr>" + "".join(cell("th", text) for text in header) + "</tr>"] + ["<tr>" + "".join(cell("td", text) for text in row) + "</tr>" for row in rows]
+    lines = ["<tr>" + "".join(cell("th", text) for text in header) + "</tr>"] + [
+        "<tr>" + "".join(cell("td", text) for text in row) + "</tr>" for row in rows
+    ]
     return f'<h2>{html.escape(title)}</h2><div class="wide"><table>' + "\n".join(lines) + "</table></div>"
 
 
 def _figure(row, record, path):
     "A scored row as a film strip with its numbers."
     beside = lay_beside(row, path)
-    clips = dict(source=beside.source, edited=beside.edited) | ({} if beside.reference is None else dict(reference=beside.reference[None]))
+    clips = dict(source=beside.source, edited=beside.edited) | (
+        {} if beside.reference is None else dict(reference=beside.reference[None])
+    )
     scores = ", ".join(f"{name} {score:g}" for name, score in record["scores"].items())
     metrics = ", ".join(f"{name} {value:.3f}" for name, value in record["metrics"].items() if value is not None)
     said = "\n".join(record["judgement"].get("replies") or [])[:1500]
     words = f"<b>{html.escape(record['id'])}</b> {html.escape(record['edit_type'])}: {html.escape(row.instruction)}<br>{html.escape(scores)}<br><small>{html.escape(metrics)}{'; ' + html.escape(record['note']) if record['note'] else ''}</small>"
-    if said: words += f"<details><summary>What the judge said</summary><pre style='white-space:pre-wrap'>{html.escape(said)}</pre></details>"
+    if said:
+        words += f"<details><summary>What the judge said</summary><pre style='white-space:pre-wrap'>{html.escape(said)}</pre></details>"
     return f'<figure><img alt="Source above, result below{", then the reference" if beside.reference is not None else ""}" src="data:image/jpeg;base64,{base64.b64encode(strip_jpeg(clips)).decode()}"><figcaption>{words}</figcaption></figure>'
 
 
@@ -680,14 +1059,32 @@ def report_page(
     strips: int = 16,  # scored rows that are shown, evenly from the worst to the best
 ) -> str:  # one page without links
     "The report for a browser."
-    scored = sorted((r for r in report.records if r["status"] == "scored"), key=lambda r: np.mean(list(r["scores"].values())))
+    scored = sorted(
+        (r for r in report.records if r["status"] == "scored"), key=lambda r: np.mean(list(r["scores"].values()))
+    )
     shown = [scored[i] for i in sample_indices(len(scored), strips)] if scored else []
-    body = [f"<h1>{html.escape(TITLES[report.bench])}, judged by {html.escape(report.judge)}</h1><p>{html.escape(report.lead)}</p>", *(_table(*table) for table in report.tables())]
-    if shown: body.append(f"<h2>{len(shown)} of {len(scored)} scored rows, the worst first</h2><p>Source above, result below it, then the reference where there is one.</p>")
+    body = [
+        f"<h1>{html.escape(TITLES[report.bench])}, judged by {html.escape(report.judge)}</h1><p>{html.escape(report.lead)}</p>",
+        *(_table(*table) for table in report.tables()),
+    ]
+    if shown:
+        body.append(
+            f"<h2>{len(shown)} of {len(scored)} scored rows, the worst first</h2><p>Source above, result below it, then the reference where there is one.</p>"
+        )
     body += [_figure(rows[record["id"]], record, folder / record["output"]) for record in shown]
     failed = [record for record in report.records if record["status"] != "scored"]
-    if failed: body.append(_table("Rows that were not scored", ["row", "status", "result", "reason"], [[r["id"], r["status"], r["output"], r["error"]] for r in failed]))
-    return _PAGE.format(title=html.escape(f"{TITLES[report.bench]}: report"), body="\n".join(body + [f"<p><small>{html.escape(report.conditions)}</small></p>"]))
+    if failed:
+        body.append(
+            _table(
+                "Rows that were not scored",
+                ["row", "status", "result", "reason"],
+                [[r["id"], r["status"], r["output"], r["error"]] for r in failed],
+            )
+        )
+    return _PAGE.format(
+        title=html.escape(f"{TITLES[report.bench]}: report"),
+        body="\n".join(body + [f"<p><small>{html.escape(report.conditions)}</small></p>"]),
+    )
 
 # %% ../../nbs/library/42_published.ipynb #c4500043
 def score_rows(
@@ -700,9 +1097,11 @@ def score_rows(
     progress: bool = True,
 ) -> BenchReport:
     "Score every row. What earlier runs have scored is kept."
-    if not rows: raise InputError("`rows` has to hold at least one row but is empty.")
+    if not rows:
+        raise InputError("`rows` has to hold at least one row but is empty.")
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
-    if not folder.is_dir(): raise FileNotFoundError(f"`folder` has to be that of the results but {str(folder)!r} is none.")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"`folder` has to be that of the results but {str(folder)!r} is none.")
     out.mkdir(parents=True, exist_ok=True)
     log, records, waiting = out / "scores.jsonl", [], []
     known = {record["key"]: record for record in _lines(log)}
@@ -711,13 +1110,26 @@ def score_rows(
     for row in tqdm(rows, desc="measured", unit="row", disable=not progress):
         record, case = examine_row(row, folder / row.output, judge, known, failures.get(row.output, "no such file"))
         records.append(record)
-        if case is None: continue
-        if judge.is_model: waiting.append((record, case))  # asked later, all together, when it is known what that costs
-        else: ask_judge(judge, [(record, case)], log, progress=False)
-    if say and waiting: say(f"{judge.name}: " + _cost(judge.estimate([case for _, case in waiting]), "about "))
-    if waiting: ask_judge(judge, waiting, log, progress)
-    report = BenchReport(rows[0].bench, judge.name, judge.is_model, records, about or {}, rows[0].fields.get("difficulty", "") if rows[0].bench == "kit" else "")
-    if say and waiting: say(f"{judge.name}: " + _cost(report.summary.usage))
+        if case is None:
+            continue
+        if judge.is_model:
+            waiting.append((record, case))  # asked later, all together, when it is known what that costs
+        else:
+            ask_judge(judge, [(record, case)], log, progress=False)
+    if say and waiting:
+        say(f"{judge.name}: " + _cost(judge.estimate([case for _, case in waiting]), "about "))
+    if waiting:
+        ask_judge(judge, waiting, log, progress)
+    report = BenchReport(
+        rows[0].bench,
+        judge.name,
+        judge.is_model,
+        records,
+        about or {},
+        rows[0].fields.get("difficulty", "") if rows[0].bench == "kit" else "",
+    )
+    if say and waiting:
+        say(f"{judge.name}: " + _cost(report.summary.usage))
     report.save(out, {row.id: row for row in rows}, folder)
     return report
 
@@ -731,7 +1143,8 @@ def _cost(usage, about=""):
 def _mend(log):
     "Cut off half a line that a killed run has left."
     if log.is_file() and (data := log.read_bytes()) and not data.endswith(b"\n"):
-        with open(log, "r+b") as file: file.truncate(data.rfind(b"\n") + 1)
+        with open(log, "r+b") as file:
+            file.truncate(data.rfind(b"\n") + 1)
 
 # %% ../../nbs/library/42_published.ipynb #c4500047
 PUBLISHED_JUDGES = dict(refvie="gemini-3-flash-preview", openve="gemini-2.5-pro")
@@ -747,12 +1160,23 @@ def judge_of(
     from kiwi_edit.data.backends import GeminiChat
     from kiwi_edit.eval.judge import ChatJudge
     from kiwi_edit.data.synthesis import chat_of
+
     kind, _, rest = text.partition(":")
-    if extra and kind != "openai": raise InputError(f"`extra` has to be left out unless requests go to a server, openai:MODEL, but is {extra} for {text!r}.")
-    if text == "metrics": return MetricJudge()
+    if extra and kind != "openai":
+        raise InputError(
+            f"`extra` has to be left out unless requests go to a server, openai:MODEL, but is {extra} for {text!r}."
+        )
+    if text == "metrics":
+        return MetricJudge()
     if text != "gemini" and (kind not in ("gemini", "openai", "transformers") or not rest.strip("@")):
-        raise InputError(f"`judge` has to be metrics, gemini, gemini:MODEL, openai:MODEL, openai:MODEL@URL or transformers:PATH but is {text!r}.")
+        raise InputError(
+            f"`judge` has to be metrics, gemini, gemini:MODEL, openai:MODEL, openai:MODEL@URL or transformers:PATH but is {text!r}."
+        )
     with renamed("`api_key` has to be given, or be", "`judge` has to have its key"):
-        if kind == "gemini": chat = GeminiChat(rest or PUBLISHED_JUDGES.get(bench, PUBLISHED_JUDGES["refvie"]), thinking=None)  # these two think as they like
-        else: chat = chat_of(text if kind == "openai" else rest, device, extra)
+        if kind == "gemini":
+            chat = GeminiChat(
+                rest or PUBLISHED_JUDGES.get(bench, PUBLISHED_JUDGES["refvie"]), thinking=None
+            )  # these two think as they like
+        else:
+            chat = chat_of(text if kind == "openai" else rest, device, extra)
     return ChatJudge(chat)

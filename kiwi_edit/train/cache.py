@@ -26,7 +26,16 @@ from tqdm.auto import tqdm
 
 from ..core import InputError
 from ..data.dataset import BadRow, GoodSamples, Sample, shrink_reference
-from ..encoder import IMAGE_TOKEN, QUERY_TOKEN, VIDEO_TOKEN, EncoderInputs, KiwiProcessor, collate_inputs, prepare_sample, vision_features
+from kiwi_edit.encoder import (
+    IMAGE_TOKEN,
+    QUERY_TOKEN,
+    VIDEO_TOKEN,
+    EncoderInputs,
+    KiwiProcessor,
+    collate_inputs,
+    prepare_sample,
+    vision_features,
+)
 from ..latents import encode_frames
 from ..pipeline import fit_reference
 from ..video import replacing
@@ -38,204 +47,328 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class RowSettings:
     "How rows are made; a cache and an online source with the same settings give the same rows."
-    dtype: str = "float16"      # of latents and features: "float16", "bfloat16" or "float32"
-    shrink: tuple[float, float] | None = None # range of the share of its canvas that a reference fills, drawn for each row; None fills it
-    seed: int = 0               # of those draws
-    batch: int = 1              # samples of one shape that go through the frozen parts together
+
+    dtype: str = "float16"  # of latents and features: "float16", "bfloat16" or "float32"
+    shrink: tuple[float, float] | None = (
+        None  # range of the share of its canvas that a reference fills, drawn for each row; None fills it
+    )
+    seed: int = 0  # of those draws
+    batch: int = 1  # samples of one shape that go through the frozen parts together
 
     def __post_init__(self):
-        if self.dtype not in ("float16", "bfloat16", "float32"): raise InputError(f"`dtype` has to be 'float16', 'bfloat16' or 'float32' but is {self.dtype!r}.")
+        if self.dtype not in ("float16", "bfloat16", "float32"):
+            raise InputError(f"`dtype` has to be 'float16', 'bfloat16' or 'float32' but is {self.dtype!r}.")
         if self.shrink is not None:
             object.__setattr__(self, "shrink", tuple(self.shrink))
-            if len(self.shrink) != 2 or not 0 < self.shrink[0] <= self.shrink[1] <= 1: raise InputError(f"`shrink` has to be two shares, 0 < smallest <= largest <= 1, but is {self.shrink}.")
-        if self.seed < 0: raise InputError(f"`seed` has to be 0 or more but is {self.seed}.")
-        if self.batch < 1: raise InputError(f"`batch` has to be at least 1 but is {self.batch}.")
+            if len(self.shrink) != 2 or not 0 < self.shrink[0] <= self.shrink[1] <= 1:
+                raise InputError(f"`shrink` has to be two shares, 0 < smallest <= largest <= 1, but is {self.shrink}.")
+        if self.seed < 0:
+            raise InputError(f"`seed` has to be 0 or more but is {self.seed}.")
+        if self.batch < 1:
+            raise InputError(f"`batch` has to be at least 1 but is {self.batch}.")
 
 # %% ../../nbs/library/31_cache.ipynb #1ed04573
 def draw_shrink(
     settings: RowSettings,
-    key: str, # of the row, as its dataset names it
-) -> float | None: # None where references fill their canvas
+    key: str,  # of the row, as its dataset names it
+) -> float | None:  # None where references fill their canvas
     "How much of its canvas a row's reference fills."
-    if settings.shrink is None: return None
-    return float(np.random.default_rng([settings.seed, *hashlib.sha256(key.encode()).digest()]).uniform(*settings.shrink))
+    if settings.shrink is None:
+        return None
+    return float(
+        np.random.default_rng([settings.seed, *hashlib.sha256(key.encode()).digest()]).uniform(*settings.shrink)
+    )
 
 # %% ../../nbs/library/31_cache.ipynb #8236c5d3
-def sample_shape(
-    sample: Sample,
-) -> tuple: # (frames, height, width, has a reference)
+def sample_shape(sample: Sample) -> tuple:  # (frames, height, width, has a reference)
     "What the samples of one batch have in common."
     return (*sample.source.shape[:3], sample.reference is not None)
 
-def placeholder_ids(
-    processor: KiwiProcessor,
-) -> dict: # "query", "image", "video", "pad" -> token id
+
+def placeholder_ids(processor: KiwiProcessor) -> dict:  # "query", "image", "video", "pad" -> token id
     "The token ids that `EncoderInputs` has to know."
     names = dict(query=QUERY_TOKEN, image=IMAGE_TOKEN, video=VIDEO_TOKEN, pad=processor.tokenizer.pad_token)
     return {name: processor.tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
 
 # %% ../../nbs/library/31_cache.ipynb #f5d271bf
 def kept_share(
-    source: np.ndarray, # (T, H, W, 3) uint8
-    target: np.ndarray, # (T, H, W, 3) uint8
-    frames: int, # of the latents: the first frame, then groups of equal length
-    height: int, # of the latents
+    source: np.ndarray,  # (T, H, W, 3) uint8
+    target: np.ndarray,  # (T, H, W, 3) uint8
+    frames: int,  # of the latents: the first frame, then groups of equal length
+    height: int,  # of the latents
     width: int,
-    tolerance: int = 12, # of 255, that a colour may differ and still count as the same: what video compression does
-) -> torch.Tensor: # (frames, height, width) float32
+    tolerance: int = 12,  # of 255, that a colour may differ and still count as the same: what video compression does
+) -> torch.Tensor:  # (frames, height, width) float32
     "The share of each latent's pixels that are the same before and after the edit."
     same = (np.abs(source.astype(np.int16) - target).max(-1) <= tolerance).astype(np.float32)
     area = torch.from_numpy(same).unflatten(1, (height, -1)).unflatten(3, (width, -1)).mean((2, 4))
     return torch.cat([area[:1], area[1:].unflatten(0, (frames - 1, -1)).mean(1)]) if frames > 1 else area[:1]
 
 # %% ../../nbs/library/31_cache.ipynb #b0b37a2f
-_frozen_in_use = threading.Lock() # one thread at a time: two would compete for the same cores and memory
+_frozen_in_use = threading.Lock()  # one thread at a time: two would compete for the same cores and memory
+
 
 def _encode_group(pipe, samples, shrinks, settings):
     "Rows of at most `settings.batch` samples of one shape."
-    def filled(items): return items + items[-1:] * (settings.batch - len(items))
+
+    def filled(items):
+        return items + items[-1:] * (settings.batch - len(items))
+
     height, width = samples[0].source.shape[1:3]
     if height % pipe.size_multiple or width % pipe.size_multiple:
-        raise InputError(f"`samples` have to have sides that are multiples of {pipe.size_multiple} for this model but {samples[0].id or 'one'} is {width}x{height}.")
+        raise InputError(
+            f"`samples` have to have sides that are multiples of {pipe.size_multiple} for this model but {samples[0].id or 'one'} is {width}x{height}."
+        )
     references = [None if s.reference is None else Image.fromarray(s.reference) for s in samples]
-    inputs = [prepare_sample(pipe.processor, pipe.guidance.config, s.instruction, s.source, [] if r is None else [r]) for s, r in zip(samples, references)]
+    inputs = [
+        prepare_sample(pipe.processor, pipe.guidance.config, s.instruction, s.source, [] if r is None else [r])
+        for s, r in zip(samples, references)
+    ]
     clips = dict(source=[s.source for s in samples], target=[s.target for s in samples])
     if references[0] is not None:
-        clips["reference"] = [(fit_reference(r, width, height) if shrink is None else shrink_reference(s.reference, width, height, shrink))[None] for s, r, shrink in zip(samples, references, shrinks)]
-    vae = copy(pipe.vae) # its own feature cache, so that another thread may decode in the meantime; the weights are shared
+        clips["reference"] = [
+            (
+                fit_reference(r, width, height)
+                if shrink is None
+                else shrink_reference(s.reference, width, height, shrink)
+            )[None]
+            for s, r, shrink in zip(samples, references, shrinks)
+        ]
+    vae = copy(
+        pipe.vae
+    )  # its own feature cache, so that another thread may decode in the meantime; the weights are shared
     with _frozen_in_use, torch.autocast(pipe.device.type, enabled=False):
         kept = {name: encode_frames(vae, np.stack(filled(frames))) for name, frames in clips.items()}
         kept["vision"] = vision_features(pipe.mllm, collate_inputs(filled(inputs)).to(pipe.device))
     rows = []
     for i, (sample, x) in enumerate(zip(samples, inputs)):
-        tensors = {name: values[i].to("cpu", getattr(torch, settings.dtype)).clone(memory_format=torch.contiguous_format) for name, values in kept.items()}
+        tensors = {
+            name: values[i].to("cpu", getattr(torch, settings.dtype)).clone(memory_format=torch.contiguous_format)
+            for name, values in kept.items()
+        }
         if not all(values.isfinite().all() for values in tensors.values()):
-            raise InputError(f"`dtype` has to hold what the frozen parts give but {settings.dtype} does not hold all of {sample.id or 'a sample'}; bfloat16 and float32 reach further.")
+            raise InputError(
+                f"`dtype` has to hold what the frozen parts give but {settings.dtype} does not hold all of {sample.id or 'a sample'}; bfloat16 and float32 reach further."
+            )
         tensors["kept"] = kept_share(sample.source, sample.target, *tensors["source"].shape[1:]).half()
-        rows.append(dict(id=sample.id, task=sample.task, shape=sample_shape(sample)) | tensors | dict(input_ids=x.input_ids[0].int(), position_ids=x.position_ids[:, 0].int()))
+        rows.append(
+            dict(id=sample.id, task=sample.task, shape=sample_shape(sample))
+            | tensors
+            | dict(input_ids=x.input_ids[0].int(), position_ids=x.position_ids[:, 0].int())
+        )
     return rows
 
 # %% ../../nbs/library/31_cache.ipynb #3aa7821f
 @torch.no_grad()
 def encode_samples(
-    pipe, # `KiwiEditPipeline`
-    samples: list[Sample], # of any shapes
+    pipe,  # `KiwiEditPipeline`
+    samples: list[Sample],  # of any shapes
     settings: RowSettings = RowSettings(),
-    shrinks: list[float | None] | None = None, # from `draw_shrink`, one for each sample; None fills every canvas
-) -> list[dict]: # CPU tensors `source`, `target` (z, f, h, w), `reference` (z, 1, h, w) where there is one, `kept` (f, h, w), `vision` (n, hidden), `input_ids` (L,), `position_ids` (3, L); and `id`, `task`, `shape`
+    shrinks: list[float | None] | None = None,  # from `draw_shrink`, one for each sample; None fills every canvas
+) -> list[
+    dict
+]:  # CPU tensors `source`, `target` (z, f, h, w), `reference` (z, 1, h, w) where there is one, `kept` (f, h, w), `vision` (n, hidden), `input_ids` (L,), `position_ids` (3, L); and `id`, `task`, `shape`
     "What the frozen parts make of samples."
     groups, rows, shrinks = defaultdict(list), [None] * len(samples), shrinks or [None] * len(samples)
-    for i, sample in enumerate(samples): groups[sample_shape(sample)].append(i)
+    for i, sample in enumerate(samples):
+        groups[sample_shape(sample)].append(i)
     for members in groups.values():
         for start in range(0, len(members), settings.batch):
-            group = members[start:start + settings.batch]
-            for i, row in zip(group, _encode_group(pipe, [samples[i] for i in group], [shrinks[i] for i in group], settings)): rows[i] = row
+            group = members[start : start + settings.batch]
+            for i, row in zip(
+                group, _encode_group(pipe, [samples[i] for i in group], [shrinks[i] for i in group], settings)
+            ):
+                rows[i] = row
     return rows
 
 # %% ../../nbs/library/31_cache.ipynb #54f48064
 @dataclass
 class Batch:
     "What one step of the denoiser sees."
-    inputs: EncoderInputs            # without pixels
-    vision: list[torch.Tensor]       # features (n, hidden), one tensor a sample
-    source: torch.Tensor             # (B, z, f, h, w)
-    target: torch.Tensor             # (B, z, f, h, w)
-    reference: torch.Tensor | None   # (B, z, 1, h, w)
-    kept: torch.Tensor               # (B, 1, f, h, w) share of each latent's pixels that the edit leaves alone
-    tasks: list[str]                 # of the world, "" where nobody knows
-    ids: list[str] = field(default_factory=list)    # which samples these are
-    places: list[int] = field(default_factory=list) # of the samples in the whole batch of the step, of which this may be one process's part
 
-    def __len__(self): return len(self.tasks)
+    inputs: EncoderInputs  # without pixels
+    vision: list[torch.Tensor]  # features (n, hidden), one tensor a sample
+    source: torch.Tensor  # (B, z, f, h, w)
+    target: torch.Tensor  # (B, z, f, h, w)
+    reference: torch.Tensor | None  # (B, z, 1, h, w)
+    kept: torch.Tensor  # (B, 1, f, h, w) share of each latent's pixels that the edit leaves alone
+    tasks: list[str]  # of the world, "" where nobody knows
+    ids: list[str] = field(default_factory=list)  # which samples these are
+    places: list[int] = field(
+        default_factory=list
+    )  # of the samples in the whole batch of the step, of which this may be one process's part
+
+    def __len__(self):
+        return len(self.tasks)
 
     def to(self, device: torch.device | str):
         "The same batch on another device."
         reference = None if self.reference is None else self.reference.to(device)
-        return Batch(self.inputs.to(device), [features.to(device) for features in self.vision], self.source.to(device), self.target.to(device), reference, self.kept.to(device), self.tasks, self.ids, self.places)
+        return Batch(
+            self.inputs.to(device),
+            [features.to(device) for features in self.vision],
+            self.source.to(device),
+            self.target.to(device),
+            reference,
+            self.kept.to(device),
+            self.tasks,
+            self.ids,
+            self.places,
+        )
 
 # %% ../../nbs/library/31_cache.ipynb #feee683e
-def _mode(shape): return "ref" if shape[3] else "image" if shape[0] == 1 else "video"
+def _mode(shape):
+    return "ref" if shape[3] else "image" if shape[0] == 1 else "video"
+
 
 def collate_rows(
-    rows: list[dict], # of one shape
-    token_ids: dict, # from `placeholder_ids`
-    places: list[int] | None = None, # see `Batch`; None counts from 0
+    rows: list[dict],  # of one shape
+    token_ids: dict,  # from `placeholder_ids`
+    places: list[int] | None = None,  # see `Batch`; None counts from 0
 ) -> Batch:
     "Rows as a batch of float32 tensors."
     shapes = {tuple(row["shape"]) for row in rows}
-    if len(shapes) != 1: raise InputError(f"`rows` have to have one shape (frames, height, width, has a reference) but have {sorted(shapes) or 'none'}.")
+    if len(shapes) != 1:
+        raise InputError(
+            f"`rows` have to have one shape (frames, height, width, has a reference) but have {sorted(shapes) or 'none'}."
+        )
     mode, stacked = _mode(shapes.pop()), lambda name: torch.stack([row[name] for row in rows]).float()
-    inputs = collate_inputs([EncoderInputs(row["input_ids"][None].long(), row["position_ids"][:, None].long(), torch.tensor([len(row["input_ids"])]), [mode], [[]], None, token_ids) for row in rows])
-    return Batch(inputs, [row["vision"].float() for row in rows], stacked("source"), stacked("target"), stacked("reference") if mode == "ref" else None, stacked("kept").unsqueeze(1),
-                 [row["task"] for row in rows], [row["id"] for row in rows], list(range(len(rows))) if places is None else places)
+    inputs = collate_inputs(
+        [
+            EncoderInputs(
+                row["input_ids"][None].long(),
+                row["position_ids"][:, None].long(),
+                torch.tensor([len(row["input_ids"])]),
+                [mode],
+                [[]],
+                None,
+                token_ids,
+            )
+            for row in rows
+        ]
+    )
+    return Batch(
+        inputs,
+        [row["vision"].float() for row in rows],
+        stacked("source"),
+        stacked("target"),
+        stacked("reference") if mode == "ref" else None,
+        stacked("kept").unsqueeze(1),
+        [row["task"] for row in rows],
+        [row["id"] for row in rows],
+        list(range(len(rows))) if places is None else places,
+    )
 
 # %% ../../nbs/library/31_cache.ipynb #5bd1bb9f
-FORMAT = 1 # raised whenever the code above makes other rows of the same samples
+FORMAT = 1  # raised whenever the code above makes other rows of the same samples
 
-def _digest(*parts): # 16 hexadecimal digits
+
+def _digest(*parts):  # 16 hexadecimal digits
     "SHA-256 of what JSON can write, and of tensors."
     digest = hashlib.sha256()
-    for part in parts: digest.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() if torch.is_tensor(part) else json.dumps(part, sort_keys=True).encode())
+    for part in parts:
+        digest.update(
+            part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+            if torch.is_tensor(part)
+            else json.dumps(part, sort_keys=True).encode()
+        )
     return digest.hexdigest()[:16]
 
-def _config(config, names=None): return {name: value for name, value in dict(config).items() if (name in names if names else not name.startswith("_"))}
+
+def _config(config, names=None):
+    return {
+        name: value for name, value in dict(config).items() if (name in names if names else not name.startswith("_"))
+    }
+
 
 def frozen_digests(
-    pipe, # `KiwiEditPipeline`
-    single_frame: bool = False, # whether all samples are, apart from their references, one frame long
-) -> dict[str, str]: # part -> 16 hexadecimal digits
+    pipe,  # `KiwiEditPipeline`
+    single_frame: bool = False,  # whether all samples are, apart from their references, one frame long
+) -> dict[str, str]:  # part -> 16 hexadecimal digits
     "What rows depend on, part by part."
-    vae, visual, tokenizer, image_processor = pipe.vae, pipe.mllm.model.visual, pipe.processor.tokenizer, pipe.processor.image_processor
+    vae, visual, tokenizer, image_processor = (
+        pipe.vae,
+        pipe.mllm.model.visual,
+        pipe.processor.tokenizer,
+        pipe.processor.image_processor,
+    )
+
     def weights(module, later_frames=True):
         for name, p in sorted(module.state_dict().items()):
-            if not later_frames and "time_conv" in name: continue  # acts on later frames only
+            if not later_frames and "time_conv" in name:
+                continue  # acts on later frames only
             yield from (name, p[:, :, -1] if not later_frames and p.ndim == 5 else p)
+
     seen = "num_heads hidden_act patch_size spatial_merge_size temporal_patch_size window_size fullatt_block_indexes rope_parameters".split()
     looks = "do_convert_rgb do_normalize do_rescale do_resize image_mean image_std merge_size patch_size resample rescale_factor temporal_patch_size".split()
     words = json.loads(tokenizer.backend_tokenizer.to_str())
     added = sorted((token["id"], token["content"]) for token in words["added_tokens"])
     return {
-        "autoencoder": _digest(_config(vae.config), vae.use_tiling, str(vae.dtype), *weights(vae.encoder, not single_frame), *weights(vae.quant_conv, not single_frame)),
+        "autoencoder": _digest(
+            _config(vae.config),
+            vae.use_tiling,
+            str(vae.dtype),
+            *weights(vae.encoder, not single_frame),
+            *weights(vae.quant_conv, not single_frame),
+        ),
         "vision tower": _digest(_config(visual.config.to_dict(), seen), str(visual.dtype), *weights(visual)),
         "guidance config": _digest(_config(pipe.guidance.config)),
-        "processor": _digest(words["model"], words["normalizer"], words["pre_tokenizer"], added, tokenizer.chat_template, _config(image_processor.to_dict(), looks)),
+        "processor": _digest(
+            words["model"],
+            words["normalizer"],
+            words["pre_tokenizer"],
+            added,
+            tokenizer.chat_template,
+            _config(image_processor.to_dict(), looks),
+        ),
     }
 
+
 def fingerprint(
-    pipe, # `KiwiEditPipeline`
+    pipe,  # `KiwiEditPipeline`
     settings: RowSettings = RowSettings(),
-    single_frame: bool = False, # see `frozen_digests`
-) -> str: # 16 hexadecimal digits
+    single_frame: bool = False,  # see `frozen_digests`
+) -> str:  # 16 hexadecimal digits
     "A name for all rows that are made by this model with these settings."
     return _name(frozen_digests(pipe, single_frame), settings, single_frame)
 
-def _name(frozen, settings, single_frame): return _digest(FORMAT, frozen, asdict(settings), single_frame)
+
+def _name(frozen, settings, single_frame):
+    return _digest(FORMAT, frozen, asdict(settings), single_frame)
 
 # %% ../../nbs/library/31_cache.ipynb #8b2a85f1
 TENSORS = ("source", "target", "reference", "kept", "vision", "input_ids", "position_ids")
-SHARD_BYTES = 2 ** 29 # a shard is closed before its rows' number where it gets larger than this
+SHARD_BYTES = 2**29  # a shard is closed before its rows' number where it gets larger than this
+
 
 def _save_shard(folder, keys, rows):
     "Write rows beside the others, under a name made of their keys."
     tensors = {f"{i}.{name}": row[name] for i, row in enumerate(rows) for name in TENSORS if name in row}
     said = [[key, row["id"], row["task"], list(row["shape"])] for key, row in zip(keys, rows)]
-    with replacing(folder / f"rows-{_digest(keys)}.safetensors", overwrite=True) as temporary: save_file(tensors, temporary, metadata={"rows": json.dumps(said)})
+    with replacing(folder / f"rows-{_digest(keys)}.safetensors", overwrite=True) as temporary:
+        save_file(tensors, temporary, metadata={"rows": json.dumps(said)})
+
 
 def _save_json(path, value):
     text = json.dumps(value)
-    if path.is_file() and path.read_text() == text: return # a finished cache may lie where nobody may write
-    with replacing(path, overwrite=True) as temporary: temporary.write_text(text)
+    if path.is_file() and path.read_text() == text:
+        return  # a finished cache may lie where nobody may write
+    with replacing(path, overwrite=True) as temporary:
+        temporary.write_text(text)
+
 
 def _scan(folder):
     "What all shards say they have, key -> (shard, place, id, task, shape), and the shards that cannot be read."
     have, broken = {}, []
     for path in sorted(folder.glob("rows-*.safetensors")):
         try:
-            with safe_open(path, "pt") as shard: said = json.loads(shard.metadata()["rows"])
+            with safe_open(path, "pt") as shard:
+                said = json.loads(shard.metadata()["rows"])
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("%s cannot be read and its rows will be computed again: %s", path, error)
             broken.append(path)
-        else: have.update({key: (path.name, i, *rest) for i, (key, *rest) in enumerate(said)})
+        else:
+            have.update({key: (path.name, i, *rest) for i, (key, *rest) in enumerate(said)})
     return have, broken
 
 # %% ../../nbs/library/31_cache.ipynb #663e7487
@@ -243,28 +376,35 @@ def _keys(dataset, progress):
     "The key of every row, and the rows that have none."
     keys, bad = [], []
     for i in tqdm(range(len(dataset)), desc="keys", disable=not progress, mininterval=2, delay=2):
-        try: keys.append(dataset.key(i))
+        try:
+            keys.append(dataset.key(i))
         except BadRow as error:
-            keys.append(None); bad.append(error)
+            keys.append(None)
+            bad.append(error)
             logger.warning("Skipped %s", error)
     return keys, bad
+
 
 def _single_frame(dataset):
     "Whether all of its clips are single frames, as far as it says."
     return getattr(dataset, "num_frames", None) == 1
 
-def _bytes(path): return sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.is_dir() else path.stat().st_size
+
+def _bytes(path):
+    return sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.is_dir() else path.stat().st_size
+
 
 @dataclass
 class CacheState:
     "What a cache has of a dataset, what is missing, and what nobody asks for any more."
-    folder: Path         # of this model and these settings
-    frozen: dict         # from `frozen_digests`
-    keys: list           # of the dataset's rows; None where the row is bad
-    bad: list[BadRow]    # rows without a key
-    have: dict           # key -> (shard, place, id, task, shape)
-    broken: list[Path]   # shards that cannot be read
-    stale: list[Path]    # folders of other models or settings, and shards none of whose rows is wanted
+
+    folder: Path  # of this model and these settings
+    frozen: dict  # from `frozen_digests`
+    keys: list  # of the dataset's rows; None where the row is bad
+    bad: list[BadRow]  # rows without a key
+    have: dict  # key -> (shard, place, id, task, shape)
+    broken: list[Path]  # shards that cannot be read
+    stale: list[Path]  # folders of other models or settings, and shards none of whose rows is wanted
 
     @property
     def missing(self) -> list[int]:
@@ -272,107 +412,164 @@ class CacheState:
         first = {key: i for i, key in reversed(list(enumerate(self.keys))) if key is not None and key not in self.have}
         return sorted(first.values())
 
-    def prune(self) -> int: # bytes
+    def prune(self) -> int:  # bytes
         "Delete what is stale and say how much it was."
         size = sum(map(_bytes, self.stale))
-        for path in self.stale: shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in self.stale:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.stale = []
         return size
 
     def __repr__(self):
-        parts = [f"{sum(key in self.have for key in self.keys)} of {len(self.keys)} rows reused", f"{len(self.missing)} to compute"]
-        if self.bad: parts.append(f"{len(self.bad)} bad")
-        if self.broken: parts.append(f"{len(self.broken)} broken shards")
-        if self.stale: parts.append(f"{sum(map(_bytes, self.stale)) / 2**20:.1f} MiB stale")
+        parts = [
+            f"{sum(key in self.have for key in self.keys)} of {len(self.keys)} rows reused",
+            f"{len(self.missing)} to compute",
+        ]
+        if self.bad:
+            parts.append(f"{len(self.bad)} bad")
+        if self.broken:
+            parts.append(f"{len(self.broken)} broken shards")
+        if self.stale:
+            parts.append(f"{sum(map(_bytes, self.stale)) / 2**20:.1f} MiB stale")
         return f"{self.folder.name}: " + ", ".join(parts)
 
+
 def survey_cache(
-    pipe, # `KiwiEditPipeline`
-    dataset, # `WorldDataset`, `MetadataDataset` or the like
-    folder: str | Path, # of this dataset's caches
+    pipe,  # `KiwiEditPipeline`
+    dataset,  # `WorldDataset`, `MetadataDataset` or the like
+    folder: str | Path,  # of this dataset's caches
     settings: RowSettings = RowSettings(),
     progress: bool = True,
 ) -> CacheState:
     "Look at what is there, and compute nothing."
-    if not len(dataset): raise InputError("`dataset` has to have at least one row but is empty.")
+    if not len(dataset):
+        raise InputError("`dataset` has to have at least one row but is empty.")
     home = Path(folder).expanduser()
     frozen = frozen_digests(pipe, _single_frame(dataset))
     room = home / _name(frozen, settings, _single_frame(dataset))
     keys, bad = _keys(dataset, progress)
     have, broken = _scan(room)
     wanted = {have[key][0] for key in keys if key in have}
-    stale = [made.parent for made in home.glob("*/made_with.json") if made.parent != room] + [room / shard for shard in sorted({found[0] for found in have.values()} - wanted)]
+    stale = [made.parent for made in home.glob("*/made_with.json") if made.parent != room] + [
+        room / shard for shard in sorted({found[0] for found in have.values()} - wanted)
+    ]
     return CacheState(room, frozen, keys, bad, have, broken, stale)
 
 # %% ../../nbs/library/31_cache.ipynb #25b46569
 def build_cache(
-    pipe, # `KiwiEditPipeline`
-    dataset, # `WorldDataset`, `MetadataDataset` or the like
-    folder: str | Path, # of this dataset's caches, made if missing
+    pipe,  # `KiwiEditPipeline`
+    dataset,  # `WorldDataset`, `MetadataDataset` or the like
+    folder: str | Path,  # of this dataset's caches, made if missing
     settings: RowSettings = RowSettings(),
-    shard_size: int = 256, # rows in a file
-    workers: int = 0, # processes that read samples ahead
-    part: int = 0, # which of
-    parts: int = 1, # shares of the rows to compute
+    shard_size: int = 256,  # rows in a file
+    workers: int = 0,  # processes that read samples ahead
+    part: int = 0,  # which of
+    parts: int = 1,  # shares of the rows to compute
     progress: bool = True,
-): # `LatentCache`, or None where there are other parts
+):  # `LatentCache`, or None where there are other parts
     "Compute the rows that are missing and open the cache; a build that was stopped goes on where it was."
-    if shard_size < 1: raise InputError(f"`shard_size` has to be at least 1 but is {shard_size}.")
-    if not 0 <= part < parts: raise InputError(f"`part` has to be from 0 to {parts - 1}, below `parts`, but is {part}.")
+    if shard_size < 1:
+        raise InputError(f"`shard_size` has to be at least 1 but is {shard_size}.")
+    if not 0 <= part < parts:
+        raise InputError(f"`part` has to be from 0 to {parts - 1}, below `parts`, but is {part}.")
     state = survey_cache(pipe, dataset, folder, settings, progress)
     logger.info("%s", state)
     state.folder.mkdir(parents=True, exist_ok=True)
-    for path in state.broken: path.unlink()
-    _save_json(state.folder / "made_with.json", dict(format=FORMAT, settings=asdict(settings), single_frame=_single_frame(dataset), frozen=state.frozen, token_ids=placeholder_ids(pipe.processor)))
+    for path in state.broken:
+        path.unlink()
+    _save_json(
+        state.folder / "made_with.json",
+        dict(
+            format=FORMAT,
+            settings=asdict(settings),
+            single_frame=_single_frame(dataset),
+            frozen=state.frozen,
+            token_ids=placeholder_ids(pipe.processor),
+        ),
+    )
     todo = [i for i in state.missing if int(_digest(state.keys[i]), 16) % parts == part]
     samples, waiting, keys, rows, size = GoodSamples(dataset, todo, workers), defaultdict(list), [], [], 0
+
     def encode(group):
         nonlocal size
-        new = encode_samples(pipe, [sample for _, sample in group], settings, [draw_shrink(settings, key) for key, _ in group])
-        keys.extend(key for key, _ in group); rows.extend(new); bar.update(len(new))
+        new = encode_samples(
+            pipe, [sample for _, sample in group], settings, [draw_shrink(settings, key) for key, _ in group]
+        )
+        keys.extend(key for key, _ in group)
+        rows.extend(new)
+        bar.update(len(new))
         size += sum(value.nbytes for row in new for value in row.values() if torch.is_tensor(value))
-        if len(rows) >= shard_size or size >= SHARD_BYTES: save()
+        if len(rows) >= shard_size or size >= SHARD_BYTES:
+            save()
+
     def save():
         nonlocal size
         _save_shard(state.folder, keys, rows)
-        keys.clear(); rows.clear(); size = 0
+        keys.clear()
+        rows.clear()
+        size = 0
+
     with tqdm(total=len(todo), desc="rows", disable=not progress or not todo, mininterval=2) as bar:
         for sample in samples:
             group = waiting[sample_shape(sample)]
             group.append((state.keys[samples.kept[-1]], sample))
-            if len(group) == settings.batch: encode(group); group.clear()
+            if len(group) == settings.batch:
+                encode(group)
+                group.clear()
         for group in waiting.values():
-            if group: encode(group)
-        if rows: save()
-    if parts > 1: return None
+            if group:
+                encode(group)
+        if rows:
+            save()
+    if parts > 1:
+        return None
     have, skipped = _scan(state.folder)[0], {state.keys[error.index]: error for error in samples.skipped}
     doubles = [BadRow(i, skipped[key].name, skipped[key].reason) for i, key in enumerate(state.keys) if key in skipped]
     bad = sorted(state.bad + doubles, key=lambda error: error.index)
     entries = [[i, *have[key]] for i, key in enumerate(state.keys) if key in have]
-    if not entries: raise InputError(f"`dataset` has to have at least one good row but all {len(dataset)} are bad; the first is {bad[0]}")
-    _save_json(state.folder / "index.json", dict(rows=entries, bad=[[error.index, error.name, error.reason] for error in bad]))
+    if not entries:
+        raise InputError(
+            f"`dataset` has to have at least one good row but all {len(dataset)} are bad; the first is {bad[0]}"
+        )
+    _save_json(
+        state.folder / "index.json", dict(rows=entries, bad=[[error.index, error.name, error.reason] for error in bad])
+    )
     return LatentCache(state.folder)
 
 # %% ../../nbs/library/31_cache.ipynb #055988f4
 class LatentCache:
     "The rows of a finished cache."
 
-    def __init__(self,
-        folder: str | Path, # of a dataset's caches, or one of them
-        pipe=None, # `KiwiEditPipeline` that the rows have to fit; None takes the newest cache, whose it may be
-        settings: RowSettings | None = None, # None takes any
-        preload: bool = False, # read all rows into memory
+    def __init__(
+        self,
+        folder: str | Path,  # of a dataset's caches, or one of them
+        pipe=None,  # `KiwiEditPipeline` that the rows have to fit; None takes the newest cache, whose it may be
+        settings: RowSettings | None = None,  # None takes any
+        preload: bool = False,  # read all rows into memory
     ):
         home = Path(folder).expanduser()
-        found = sorted([*home.glob("index.json"), *home.glob("*/index.json")], key=lambda path: path.stat().st_mtime_ns, reverse=True)
-        if not found: raise FileNotFoundError(f"`folder` has to hold a finished cache but {str(folder)!r} holds none; `build_cache` makes one.")
+        found = sorted(
+            [*home.glob("index.json"), *home.glob("*/index.json")],
+            key=lambda path: path.stat().st_mtime_ns,
+            reverse=True,
+        )
+        if not found:
+            raise FileNotFoundError(
+                f"`folder` has to hold a finished cache but {str(folder)!r} holds none; `build_cache` makes one."
+            )
         index = self._choose(found, folder, pipe, settings)
         self.folder, content = index.parent, json.loads(index.read_text())
-        self.entries = [(*entry[:5], tuple(entry[5])) for entry in content["rows"]] # index in the dataset, shard, place, id, task, shape
+        self.entries = [
+            (*entry[:5], tuple(entry[5])) for entry in content["rows"]
+        ]  # index in the dataset, shard, place, id, task, shape
         self.bad = [BadRow(*bad) for bad in content["bad"]]
         self._open = lru_cache(maxsize=256)(lambda shard: safe_open(self.folder / shard, "pt"))
         self._read = None
-        if preload: self._read = [{name: value.clone() if torch.is_tensor(value) else value for name, value in self.row(i).items()} for i in range(len(self))]
+        if preload:
+            self._read = [
+                {name: value.clone() if torch.is_tensor(value) else value for name, value in self.row(i).items()}
+                for i in range(len(self))
+            ]
 
     def _choose(self, found, folder, pipe, settings):
         "The newest index whose rows are made by this model with these settings."
@@ -381,14 +578,23 @@ class LatentCache:
             made = json.loads((index.parent / "made_with.json").read_text())
             self.settings, self.token_ids = RowSettings(**made["settings"]), made["token_ids"]
             now = made["frozen"] if pipe is None else frozen_digests(pipe, made["single_frame"])
-            different = [name for name, value in now.items() if made["frozen"][name] != value] + ["settings"] * (settings not in (None, self.settings)) + ["format"] * (made["format"] != FORMAT)
-            if not different: return index
+            different = (
+                [name for name, value in now.items() if made["frozen"][name] != value]
+                + ["settings"] * (settings not in (None, self.settings))
+                + ["format"] * (made["format"] != FORMAT)
+            )
+            if not different:
+                return index
             others.append(different)
-        raise InputError(f"`folder` has to hold a cache of this model but {str(folder)!r} holds one with another {', '.join(min(others, key=len))}; `build_cache` makes one beside it.")
+        raise InputError(
+            f"`folder` has to hold a cache of this model but {str(folder)!r} holds one with another {', '.join(min(others, key=len))}; `build_cache` makes one beside it."
+        )
 
-    def __len__(self): return len(self.entries)
+    def __len__(self):
+        return len(self.entries)
 
-    def __repr__(self): return f"LatentCache({len(self)} rows in {len({entry[1] for entry in self.entries})} shards, {len(self.bad)} bad, {self.settings.dtype})"
+    def __repr__(self):
+        return f"LatentCache({len(self)} rows in {len({entry[1] for entry in self.entries})} shards, {len(self.bad)} bad, {self.settings.dtype})"
 
     @property
     def shapes(self) -> list[tuple]:
@@ -397,13 +603,18 @@ class LatentCache:
 
     def row(self, i: int) -> dict:
         "What `encode_samples` gave for the i-th good row."
-        if self._read: return self._read[i]
+        if self._read:
+            return self._read[i]
         _, name, place, id, task, shape = self.entries[i]
         try:
             shard = self._open(name)
-            tensors = {tensor: shard.get_tensor(f"{place}.{tensor}") for tensor in TENSORS if shape[3] or tensor != "reference"}
+            tensors = {
+                tensor: shard.get_tensor(f"{place}.{tensor}") for tensor in TENSORS if shape[3] or tensor != "reference"
+            }
         except (SafetensorError, OSError) as error:
-            raise InputError(f"`folder` has to hold whole shards but {str(self.folder / name)!r} cannot be read ({error}); `build_cache` computes its rows again.") from error
+            raise InputError(
+                f"`folder` has to hold whole shards but {str(self.folder / name)!r} cannot be read ({error}); `build_cache` computes its rows again."
+            ) from error
         return dict(id=id, task=task, shape=shape) | tensors
 
     def rows(self, indices: Iterable[int]) -> list[dict]:
@@ -414,35 +625,57 @@ class LatentCache:
 class OnlineRows:
     "Rows that are computed when they are asked for."
 
-    def __init__(self,
-        pipe, # `KiwiEditPipeline`
-        dataset, # `WorldDataset`, `MetadataDataset` or the like
+    def __init__(
+        self,
+        pipe,  # `KiwiEditPipeline`
+        dataset,  # `WorldDataset`, `MetadataDataset` or the like
         settings: RowSettings = RowSettings(),
         progress: bool = True,
     ):
-        self.pipe, self.dataset, self.settings, self.token_ids = pipe, dataset, settings, placeholder_ids(pipe.processor)
-        self.indices, self.shapes, self.bad = [], [], [] # of the good rows in the dataset; what the rows of a batch have in common; what is left out
+        self.pipe, self.dataset, self.settings, self.token_ids = (
+            pipe,
+            dataset,
+            settings,
+            placeholder_ids(pipe.processor),
+        )
+        self.indices, self.shapes, self.bad = (
+            [],
+            [],
+            [],
+        )  # of the good rows in the dataset; what the rows of a batch have in common; what is left out
         for i in tqdm(range(len(dataset)), desc="shapes", disable=not progress, mininterval=2, delay=2):
-            try: self.shapes.append(tuple(dataset.shape(i)) if hasattr(dataset, "shape") else sample_shape(dataset[i])); self.indices.append(i)
-            except BadRow as error: self._leave_out(error)
-        if not self.indices: raise InputError(f"`dataset` has to have at least one good row but {f'all {len(dataset)} are bad; the first is {self.bad[0]}' if self.bad else 'is empty.'}")
+            try:
+                self.shapes.append(tuple(dataset.shape(i)) if hasattr(dataset, "shape") else sample_shape(dataset[i]))
+                self.indices.append(i)
+            except BadRow as error:
+                self._leave_out(error)
+        if not self.indices:
+            raise InputError(
+                f"`dataset` has to have at least one good row but {f'all {len(dataset)} are bad; the first is {self.bad[0]}' if self.bad else 'is empty.'}"
+            )
 
     def _leave_out(self, error):
         if all(error.index != known.index for known in self.bad):
             self.bad.append(error)
             logger.warning("Skipped %s", error)
 
-    def __len__(self): return len(self.indices)
+    def __len__(self):
+        return len(self.indices)
 
-    def __repr__(self): return f"OnlineRows({len(self)} rows, {len(self.bad)} bad, {self.settings.dtype})"
+    def __repr__(self):
+        return f"OnlineRows({len(self)} rows, {len(self.bad)} bad, {self.settings.dtype})"
 
     def rows(self, indices: Iterable[int]) -> list[dict | None]:
         "Rows of the i-th good ones, None for those that turn out to be bad."
         chosen, samples = [self.indices[i] for i in indices], {}
         for place, i in enumerate(chosen):
-            try: samples[place] = self.dataset[i]
-            except BadRow as error: self._leave_out(error)
-        shrinks = [self.settings.shrink and draw_shrink(self.settings, self.dataset.key(chosen[place])) for place in samples]
+            try:
+                samples[place] = self.dataset[i]
+            except BadRow as error:
+                self._leave_out(error)
+        shrinks = [
+            self.settings.shrink and draw_shrink(self.settings, self.dataset.key(chosen[place])) for place in samples
+        ]
         made = dict(zip(samples, encode_samples(self.pipe, list(samples.values()), self.settings, shrinks)))
         return [made.get(place) for place in range(len(chosen))]
 
@@ -450,32 +683,51 @@ class OnlineRows:
 class BatchPlan:
     "Which rows of which source make up the batch of a step."
 
-    def __init__(self,
-        shapes: list[list[tuple]], # of each source: what has to be the same in a batch, for each row
-        batch_size: int | list[int], # rows in a batch over all processes, for all sources or for each
-        mix: str = "round_robin", # of the sources, or "weighted"
-        weights: list[float] | None = None, # share of the batches of each source, for "weighted"; None is equal shares
+    def __init__(
+        self,
+        shapes: list[list[tuple]],  # of each source: what has to be the same in a batch, for each row
+        batch_size: int | list[int],  # rows in a batch over all processes, for all sources or for each
+        mix: str = "round_robin",  # of the sources, or "weighted"
+        weights: list[float] | None = None,  # share of the batches of each source, for "weighted"; None is equal shares
         seed: int = 0,
     ):
-        if not shapes or not all(shapes): raise InputError(f"`shapes` have to be those of sources with at least one row each but there are {[len(rows) for rows in shapes] or 'none'}.")
+        if not shapes or not all(shapes):
+            raise InputError(
+                f"`shapes` have to be those of sources with at least one row each but there are {[len(rows) for rows in shapes] or 'none'}."
+            )
         sizes = [batch_size] * len(shapes) if isinstance(batch_size, int) else list(batch_size)
-        if len(sizes) != len(shapes) or min(sizes) < 1: raise InputError(f"`batch_size` has to be at least 1, for all or for each of {len(shapes)} sources, but is {batch_size}.")
-        if mix not in ("round_robin", "weighted"): raise InputError(f"`mix` has to be 'round_robin' or 'weighted' but is {mix!r}.")
-        if mix == "round_robin" and weights is not None: raise InputError(f"`weights` have to be None with `mix` 'round_robin' but are {weights}.")
-        weights = [1.] * len(shapes) if weights is None else list(weights)
-        if len(weights) != len(shapes) or min(weights) < 0 or not sum(weights) > 0: raise InputError(f"`weights` have to be 0 or more, one for each of {len(shapes)} sources and not all 0, but are {weights}.")
+        if len(sizes) != len(shapes) or min(sizes) < 1:
+            raise InputError(
+                f"`batch_size` has to be at least 1, for all or for each of {len(shapes)} sources, but is {batch_size}."
+            )
+        if mix not in ("round_robin", "weighted"):
+            raise InputError(f"`mix` has to be 'round_robin' or 'weighted' but is {mix!r}.")
+        if mix == "round_robin" and weights is not None:
+            raise InputError(f"`weights` have to be None with `mix` 'round_robin' but are {weights}.")
+        weights = [1.0] * len(shapes) if weights is None else list(weights)
+        if len(weights) != len(shapes) or min(weights) < 0 or not sum(weights) > 0:
+            raise InputError(
+                f"`weights` have to be 0 or more, one for each of {len(shapes)} sources and not all 0, but are {weights}."
+            )
         self.batch_sizes, self.mix, self.weights, self.seed = sizes, mix, np.array(weights) / sum(weights), seed
-        self.buckets = [defaultdict(list) for _ in shapes] # of each source, shape -> rows
+        self.buckets = [defaultdict(list) for _ in shapes]  # of each source, shape -> rows
         for buckets, rows in zip(self.buckets, shapes):
-            for i, shape in enumerate(rows): buckets[tuple(shape)].append(i)
-        self._before = [np.zeros(len(shapes), int)] # batches of each source before each block of draws
-        self._order, self._labels = lru_cache(maxsize=2 * sum(map(len, self.buckets)))(self._order), lru_cache(maxsize=2 * len(shapes))(self._labels)
+            for i, shape in enumerate(rows):
+                buckets[tuple(shape)].append(i)
+        self._before = [np.zeros(len(shapes), int)]  # batches of each source before each block of draws
+        self._order, self._labels = (
+            lru_cache(maxsize=2 * sum(map(len, self.buckets)))(self._order),
+            lru_cache(maxsize=2 * len(shapes))(self._labels),
+        )
 
-    def __repr__(self): return f"BatchPlan({len(self.buckets)} sources of {', '.join(str(sum(map(len, b.values()))) for b in self.buckets)} rows, {self.mix}, seed {self.seed})"
+    def __repr__(self):
+        return f"BatchPlan({len(self.buckets)} sources of {', '.join(str(sum(map(len, b.values()))) for b in self.buckets)} rows, {self.mix}, seed {self.seed})"
 
     def _order(self, source, bucket, epoch):
         "The rows of a bucket, shuffled for an epoch."
-        return np.random.default_rng((self.seed, 1, source, bucket, epoch)).permutation(list(self.buckets[source].values())[bucket])
+        return np.random.default_rng((self.seed, 1, source, bucket, epoch)).permutation(
+            list(self.buckets[source].values())[bucket]
+        )
 
     def _complete(self, source, epoch):
         "How many batches of each bucket are complete when an epoch begins."
@@ -484,32 +736,45 @@ class BatchPlan:
     def _labels(self, source, epoch):
         "The buckets of an epoch's batches, in order."
         counts = self._complete(source, epoch + 1) - self._complete(source, epoch)
-        return np.random.default_rng((self.seed, 2, source, epoch)).permutation(np.repeat(np.arange(len(counts)), counts))
+        return np.random.default_rng((self.seed, 2, source, epoch)).permutation(
+            np.repeat(np.arange(len(counts)), counts)
+        )
 
-    def rows(self,
+    def rows(
+        self,
         source: int,
-        number: int, # of the batch among those of this source
-    ) -> list[int]: # rows of the source
+        number: int,  # of the batch among those of this source
+    ) -> list[int]:  # rows of the source
         "The rows of a source's batch."
         size = self.batch_sizes[source]
         epoch = number * size // sum(map(len, self.buckets[source].values()))  # no earlier than this
-        while self._complete(source, epoch + 1).sum() <= number: epoch += 1
+        while self._complete(source, epoch + 1).sum() <= number:
+            epoch += 1
         at, labels = number - self._complete(source, epoch).sum(), self._labels(source, epoch)
         bucket = labels[at]
         first = (self._complete(source, epoch)[bucket] + (labels[:at] == bucket).sum()) * size
         length = len(list(self.buckets[source].values())[bucket])
-        return [int(self._order(source, int(bucket), p // length)[p % length]) for p in range(int(first), int(first) + size)]
+        return [
+            int(self._order(source, int(bucket), p // length)[p % length]) for p in range(int(first), int(first) + size)
+        ]
 
-    def turn(self, step: int) -> tuple[int, int]: # source, number of the batch among those of this source
+    def turn(self, step: int) -> tuple[int, int]:  # source, number of the batch among those of this source
         "Whose turn it is."
-        if self.mix == "round_robin": return step % len(self.buckets), step // len(self.buckets)
+        if self.mix == "round_robin":
+            return step % len(self.buckets), step // len(self.buckets)
         block = 1024
-        def draws(k): return np.random.default_rng((self.seed, 3, k)).choice(len(self.weights), block, p=self.weights)
-        while len(self._before) <= step // block: self._before.append(self._before[-1] + np.bincount(draws(len(self._before) - 1), minlength=len(self.weights)))
-        drawn = draws(step // block)[:step % block + 1]
+
+        def draws(k):
+            return np.random.default_rng((self.seed, 3, k)).choice(len(self.weights), block, p=self.weights)
+
+        while len(self._before) <= step // block:
+            self._before.append(
+                self._before[-1] + np.bincount(draws(len(self._before) - 1), minlength=len(self.weights))
+            )
+        drawn = draws(step // block)[: step % block + 1]
         return int(drawn[-1]), int(self._before[step // block][drawn[-1]] + (drawn[:-1] == drawn[-1]).sum())
 
-    def __call__(self, step: int) -> tuple[int, list[int]]: # source, rows of it
+    def __call__(self, step: int) -> tuple[int, list[int]]:  # source, rows of it
         "The batch of a step."
         source, number = self.turn(step)
         return source, self.rows(source, number)
@@ -518,28 +783,40 @@ class BatchPlan:
 class Batches:
     "The batch of a step, whole or a process's part of it."
 
-    def __init__(self,
-        sources: list, # `LatentCache` or `OnlineRows`, in the order of their turns
-        batch_size: int | list[int], # and the rest as in `BatchPlan`
+    def __init__(
+        self,
+        sources: list,  # `LatentCache` or `OnlineRows`, in the order of their turns
+        batch_size: int | list[int],  # and the rest as in `BatchPlan`
         mix: str = "round_robin",
         weights: list[float] | None = None,
         seed: int = 0,
     ):
-        self.sources, self.plan = sources, BatchPlan([source.shapes for source in sources], batch_size, mix, weights, seed)
+        self.sources, self.plan = (
+            sources,
+            BatchPlan([source.shapes for source in sources], batch_size, mix, weights, seed),
+        )
 
-    def __repr__(self): return f"Batches({self.plan!r} from {', '.join(map(repr, self.sources))})"
+    def __repr__(self):
+        return f"Batches({self.plan!r} from {', '.join(map(repr, self.sources))})"
 
-    def __call__(self,
-        step: int, # from 0
-        part: int = 0, # which of
-        parts: int = 1, # equal parts of the batch
+    def __call__(
+        self,
+        step: int,  # from 0
+        part: int = 0,  # which of
+        parts: int = 1,  # equal parts of the batch
     ) -> Batch:
         "Rows part, part + parts, part + 2 * parts, ... of the batch of a step."
         source, number = self.plan.turn(step)
         size, rows = self.plan.batch_sizes[source], self.sources[source]
-        if size % parts or not 0 <= part < parts: raise InputError(f"`parts` has to divide the batch of {size} rows, and `part` has to be below it, but they are {parts} and {part}.")
+        if size % parts or not 0 <= part < parts:
+            raise InputError(
+                f"`parts` has to divide the batch of {size} rows, and `part` has to be below it, but they are {parts} and {part}."
+            )
         for number in range(number, number + len(rows)):
             found = zip(range(part, size, parts), rows.rows(self.plan.rows(source, number)[part::parts]))
-            if good := [(place, row) for place, row in found if row is not None]: return collate_rows([row for _, row in good], rows.token_ids, [place for place, _ in good])
+            if good := [(place, row) for place, row in found if row is not None]:
+                return collate_rows([row for _, row in good], rows.token_ids, [place for place, _ in good])
             logger.warning("No row of a batch of step %d is good: its place is taken by the source's next batch.", step)
-        raise InputError(f"`sources` have to give at least one good row each but number {source} gives none; the first is {rows.bad[0]}")
+        raise InputError(
+            f"`sources` have to give at least one good row each but number {source} gives none; the first is {rows.bad[0]}"
+        )

@@ -20,10 +20,20 @@ from ..core import InputError, Preset, preset as get_preset
 
 # %% ../../nbs/library/30_curriculum.ipynb #b89fda6e
 PARTS = {  # name -> where it is in a pipeline
-    "vae": "vae", "decoder": "vae.decoder", "mllm": "mllm", "vision": "mllm.model.visual", "language_model": "mllm.model.language_model",
-    "guidance": "guidance", "image_queries": "guidance.image_queries", "video_queries": "guidance.video_queries", "ref_queries": "guidance.ref_queries",
-    "connector": "guidance.connector", "ref_connector": "guidance.ref_connector", "source_embedder": "guidance.source_embedder",
-    "ref_embedder": "guidance.ref_embedder", "transformer": "transformer",
+    "vae": "vae",
+    "decoder": "vae.decoder",
+    "mllm": "mllm",
+    "vision": "mllm.model.visual",
+    "language_model": "mllm.model.language_model",
+    "guidance": "guidance",
+    "image_queries": "guidance.image_queries",
+    "video_queries": "guidance.video_queries",
+    "ref_queries": "guidance.ref_queries",
+    "connector": "guidance.connector",
+    "ref_connector": "guidance.ref_connector",
+    "source_embedder": "guidance.source_embedder",
+    "ref_embedder": "guidance.ref_embedder",
+    "transformer": "transformer",
 }
 _MODES = ("image", "video", "ref")  # kinds of samples: one frame, a clip, a clip with a reference
 
@@ -31,146 +41,288 @@ _MODES = ("image", "video", "ref")  # kinds of samples: one frame, a clip, a cli
 @dataclass(frozen=True)
 class Lora:
     "Low-rank matrices beside the linear layers of a part; their alpha is their rank, so that they are added as they are."
+
     rank: int
     targets: tuple  # how the names of the layers end
+
 
 @dataclass(frozen=True)
 class Loss:
     "What the loss of a stage that denoises looks like."
-    sampling: str = "uniform"   # of noise levels: "uniform" is continuous, "table" draws from the official 1000, "logit_normal" prefers the middle
-    weighting: str = "none"     # of noise levels: "none", or "gaussian" for the official bell
-    balance: float = 4.         # between what an edit touches and what it leaves alone, the most by which one is raised; 1 is the plain loss
-    dropout: float = 0.         # share of samples without their instruction, for classifier-free guidance
-    pixel_metric: float = 0.    # 0 to 1: share of the error measured by how strongly each latent channel shows in decoded pixels, to first order
-    few: int = 0                # noise levels are those of so many steps and no others; 0 trains at all levels
+
+    sampling: str = "uniform"  # of noise levels: "uniform" is continuous, "table" draws from the official 1000, "logit_normal" prefers the middle
+    weighting: str = "none"  # of noise levels: "none", or "gaussian" for the official bell
+    balance: float = 4.0  # between what an edit touches and what it leaves alone, the most by which one is raised; 1 is the plain loss
+    dropout: float = 0.0  # share of samples without their instruction, for classifier-free guidance
+    pixel_metric: float = 0.0  # 0 to 1: share of the error measured by how strongly each latent channel shows in decoded pixels, to first order
+    few: int = 0  # noise levels are those of so many steps and no others; 0 trains at all levels
 
 # %% ../../nbs/library/30_curriculum.ipynb #0120c0d8
 @dataclass(frozen=True)
 class Bucket:
     "Samples of the world that fit into one batch."
-    tasks: dict           # task -> share
+
+    tasks: dict  # task -> share
     num_frames: int = 1
-    height: int = 96      # pixels
-    width: int = 96       # pixels
-    weight: float = 1.    # share of the batches
+    height: int = 96  # pixels
+    width: int = 96  # pixels
+    weight: float = 1.0  # share of the batches
     batch_size: int = 16
-    samples: int = 4096   # how many are made and cached
+    samples: int = 4096  # how many are made and cached
     difficulty: str = "full"  # of the world
 
     @property
-    def name(self): return f"{'-'.join(sorted(self.tasks))}-{self.difficulty}-{self.num_frames}x{self.height}x{self.width}"
+    def name(self):
+        return f"{'-'.join(sorted(self.tasks))}-{self.difficulty}-{self.num_frames}x{self.height}x{self.width}"
 
     @property
-    def mode(self): return "ref" if {"subject", "background"} & set(self.tasks) else "image" if self.num_frames == 1 else "video"
+    def mode(self):
+        return "ref" if {"subject", "background"} & set(self.tasks) else "image" if self.num_frames == 1 else "video"
 
 # %% ../../nbs/library/30_curriculum.ipynb #42b29703
 @dataclass(frozen=True)
 class Stage:
     "One stage of training."
+
     name: str
-    trains: tuple                 # names of `PARTS` that are trained in full
-    lr: float                     # peak rate of AdamW; Muon's is in its scale
-    preset: str = "tiny"          # the sizes it is meant for
-    follows: str = ""             # the stage whose weights it starts from where no others are named
-    lora: dict = field(default_factory=dict)      # part -> Lora
-    buckets: tuple = ()           # of the world
-    first_seed: int = 1000        # of the world's samples; each bucket begins 100,000 seeds after the one before
-    mix: tuple = ()               # modes whose data sets alternate, where the samples come from files
-    alternation: str = "round_robin"              # or "weighted": a mode is drawn for each batch
-    shares: tuple = ()            # of the modes, where they are weighted
-    source: bool = True           # the denoiser is given the source's latents
-    linear: bool = False          # the autoencoder is taught a linear projection and its inverse, apart
-    num_frames: int = 1           # 4k+1, the most that a clip has
-    max_pixels: int | None = None # width * height that a frame is fitted into
-    batch_size: int = 1           # of each process
-    accumulation: int = 1         # batches to a step
-    steps: int | None = 100_000   # None where the recipe does not say
+    trains: tuple  # names of `PARTS` that are trained in full
+    lr: float  # peak rate of AdamW; Muon's is in its scale
+    preset: str = "tiny"  # the sizes it is meant for
+    follows: str = ""  # the stage whose weights it starts from where no others are named
+    lora: dict = field(default_factory=dict)  # part -> Lora
+    buckets: tuple = ()  # of the world
+    first_seed: int = 1000  # of the world's samples; each bucket begins 100,000 seeds after the one before
+    mix: tuple = ()  # modes whose data sets alternate, where the samples come from files
+    alternation: str = "round_robin"  # or "weighted": a mode is drawn for each batch
+    shares: tuple = ()  # of the modes, where they are weighted
+    source: bool = True  # the denoiser is given the source's latents
+    linear: bool = False  # the autoencoder is taught a linear projection and its inverse, apart
+    num_frames: int = 1  # 4k+1, the most that a clip has
+    max_pixels: int | None = None  # width * height that a frame is fitted into
+    batch_size: int = 1  # of each process
+    accumulation: int = 1  # batches to a step
+    steps: int | None = 100_000  # None where the recipe does not say
     minutes: float | None = None  # on two CPU cores; ends a stage whose steps are only a bound
-    optimizer: str = "adamw"      # or "muon" for matrices and AdamW for the rest
-    schedule: str = "constant"    # or "cosine"
-    warmup: float = 0.            # share of the run
-    floor: float = .05            # share of the peak rate at the end of a cosine
-    weight_decay: float = .01
-    lr_scales: dict = field(default_factory=dict) # part -> factor on the rate
-    clip: float = math.inf        # largest norm of a gradient
-    ema: float = 0.               # what an average of the weights keeps of itself in a step; 0 is no average
-    checkpointing: tuple = ()     # "transformer", "language_model": activations computed again instead of kept
-    dtype: str = "float32"        # of weights, gradients and moments, or "bfloat16"
-    autocast: bool = False        # products in bfloat16 on float32 weights, where the device has circuits for them
+    optimizer: str = "adamw"  # or "muon" for matrices and AdamW for the rest
+    schedule: str = "constant"  # or "cosine"
+    warmup: float = 0.0  # share of the run
+    floor: float = 0.05  # share of the peak rate at the end of a cosine
+    weight_decay: float = 0.01
+    lr_scales: dict = field(default_factory=dict)  # part -> factor on the rate
+    clip: float = math.inf  # largest norm of a gradient
+    ema: float = 0.0  # what an average of the weights keeps of itself in a step; 0 is no average
+    checkpointing: tuple = ()  # "transformer", "language_model": activations computed again instead of kept
+    dtype: str = "float32"  # of weights, gradients and moments, or "bfloat16"
+    autocast: bool = False  # products in bfloat16 on float32 weights, where the device has circuits for them
     loss: Loss = Loss()
-    deepspeed: dict = field(default_factory=dict) # what the official script asks of DeepSpeed, in the words of Accelerate's plugin
-    lr_dip: bool = False          # official defect: a third of the rate in the first five steps
+    deepspeed: dict = field(
+        default_factory=dict
+    )  # what the official script asks of DeepSpeed, in the words of Accelerate's plugin
+    lr_dip: bool = False  # official defect: a third of the rate in the first five steps
     round_timestep: bool = False  # official defect: timesteps rounded to bfloat16
     crop_reference: bool = False  # official defect: the reference is cropped to the clip's shape before it is padded
 
     def __post_init__(self):
-        for field_name, values, known in (("trains", self.trains, PARTS), ("lora", self.lora, PARTS), ("lr_scales", self.lr_scales, PARTS), ("mix", self.mix, _MODES),
-                                          ("checkpointing", self.checkpointing, ("transformer", "language_model")), ("optimizer", [self.optimizer], ("adamw", "muon")),
-                                          ("schedule", [self.schedule], ("constant", "cosine")), ("alternation", [self.alternation], ("round_robin", "weighted")),
-                                          ("dtype", [self.dtype], ("float32", "bfloat16"))):
+        for field_name, values, known in (
+            ("trains", self.trains, PARTS),
+            ("lora", self.lora, PARTS),
+            ("lr_scales", self.lr_scales, PARTS),
+            ("mix", self.mix, _MODES),
+            ("checkpointing", self.checkpointing, ("transformer", "language_model")),
+            ("optimizer", [self.optimizer], ("adamw", "muon")),
+            ("schedule", [self.schedule], ("constant", "cosine")),
+            ("alternation", [self.alternation], ("round_robin", "weighted")),
+            ("dtype", [self.dtype], ("float32", "bfloat16")),
+        ):
             for value in values:
-                if value not in known: raise InputError(f"`{field_name}` of stage {self.name!r} has to be of {', '.join(known)} but holds {value!r}.")
-        if both := set(self.trains) & set(self.lora): raise InputError(f"`lora` of stage {self.name!r} has to name parts that are not trained in full but names {sorted(both)}.")
-        if self.lr <= 0: raise InputError(f"`lr` of stage {self.name!r} has to be above 0 but is {self.lr}.")
+                if value not in known:
+                    raise InputError(
+                        f"`{field_name}` of stage {self.name!r} has to be of {', '.join(known)} but holds {value!r}."
+                    )
+        if both := set(self.trains) & set(self.lora):
+            raise InputError(
+                f"`lora` of stage {self.name!r} has to name parts that are not trained in full but names {sorted(both)}."
+            )
+        if self.lr <= 0:
+            raise InputError(f"`lr` of stage {self.name!r} has to be above 0 but is {self.lr}.")
         if self.batch_size < 1 or self.accumulation < 1:
-            raise InputError(f"`batch_size` and `accumulation` of stage {self.name!r} have to be at least 1 but are {self.batch_size} and {self.accumulation}.")
+            raise InputError(
+                f"`batch_size` and `accumulation` of stage {self.name!r} have to be at least 1 but are {self.batch_size} and {self.accumulation}."
+            )
         if len(self.shares) != (len(self.mix) if self.alternation == "weighted" else 0):
-            raise InputError(f"`shares` of stage {self.name!r} has to name one share for each of its modes if they are weighted, and none otherwise, but is {self.shares}.")
+            raise InputError(
+                f"`shares` of stage {self.name!r} has to name one share for each of its modes if they are weighted, and none otherwise, but is {self.shares}."
+            )
         if self.mix and (self.num_frames % 4 != 1 or not self.max_pixels):
-            raise InputError(f"`num_frames` of stage {self.name!r} has to be 4k+1 and `max_pixels` given but they are {self.num_frames} and {self.max_pixels}.")
+            raise InputError(
+                f"`num_frames` of stage {self.name!r} has to be 4k+1 and `max_pixels` given but they are {self.num_frames} and {self.max_pixels}."
+            )
 
 # %% ../../nbs/library/30_curriculum.ipynb #66812245
-WORDS = dict(add=.28, remove=.2, change=.37, style=.15)
-PICTURES = dict(subject=.7, background=.3)
-CANVASES = dict(isolate=.65, plate=.35)  # the tasks that make references
+WORDS = dict(add=0.28, remove=0.2, change=0.37, style=0.15)
+PICTURES = dict(subject=0.7, background=0.3)
+CANVASES = dict(isolate=0.65, plate=0.35)  # the tasks that make references
 
-def _buckets(num_frames, samples, batch_size, difficulty="full", shares=(.35, .5, .15)):
+
+def _buckets(num_frames, samples, batch_size, difficulty="full", shares=(0.35, 0.5, 0.15)):
     "Edits by words, by a reference, and (single frames only) edits that make references."
     kinds = zip((WORDS, PICTURES, CANVASES), (num_frames, num_frames, 1), shares)
-    return tuple(Bucket(tasks, frames, weight=share, batch_size=batch_size, samples=round(samples * share), difficulty=difficulty)
-                 for tasks, frames, share in kinds)
+    return tuple(
+        Bucket(
+            tasks, frames, weight=share, batch_size=batch_size, samples=round(samples * share), difficulty=difficulty
+        )
+        for tasks, frames, share in kinds
+    )
 
 
-_tiny = partial(Stage, optimizer="muon", schedule="cosine", warmup=.03, clip=1., weight_decay=0.)
-_edits = partial(_tiny, trains=("language_model", "guidance", "transformer"), lr_scales=dict(language_model=.3), autocast=True,
-                 loss=Loss(few=1, pixel_metric=.75))
+_tiny = partial(Stage, optimizer="muon", schedule="cosine", warmup=0.03, clip=1.0, weight_decay=0.0)
+_edits = partial(
+    _tiny,
+    trains=("language_model", "guidance", "transformer"),
+    lr_scales=dict(language_model=0.3),
+    autocast=True,
+    loss=Loss(few=1, pixel_metric=0.75),
+)
 
-STAGES = {stage.name: stage for stage in (
-    _tiny("autoencoder-start", ("vae",), minutes=6, lr=2e-3, floor=.3, linear=True),
-    _tiny("autoencoder", ("vae",), minutes=118, lr=1.5e-3, follows="autoencoder-start"),
-    _tiny("encoder", ("mllm",), minutes=14, lr=1.5e-3, follows="autoencoder"),
-    _edits("pictures", minutes=33, lr=2e-3, follows="encoder", floor=.5, buckets=_buckets(1, 20_000, 24, "easy")),
-    _edits("clips", minutes=21, lr=1.5e-3, follows="pictures", floor=.02, first_seed=400_000, buckets=_buckets(5, 6_000, 12, "easy")),
-)}
+STAGES = {
+    stage.name: stage
+    for stage in (
+        _tiny("autoencoder-start", ("vae",), minutes=6, lr=2e-3, floor=0.3, linear=True),
+        _tiny("autoencoder", ("vae",), minutes=118, lr=1.5e-3, follows="autoencoder-start"),
+        _tiny("encoder", ("mllm",), minutes=14, lr=1.5e-3, follows="autoencoder"),
+        _edits("pictures", minutes=33, lr=2e-3, follows="encoder", floor=0.5, buckets=_buckets(1, 20_000, 24, "easy")),
+        _edits(
+            "clips",
+            minutes=21,
+            lr=1.5e-3,
+            follows="pictures",
+            floor=0.02,
+            first_seed=400_000,
+            buckets=_buckets(5, 6_000, 12, "easy"),
+        ),
+    )
+}
 
 # %% ../../nbs/library/30_curriculum.ipynb #bbc190c1
-_DENOISER = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")  # linear layers of attention and feed-forward
+_DENOISER = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "ffn.net.0.proj",
+    "ffn.net.2",
+)  # linear layers of attention and feed-forward
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
-_official = partial(Stage, dtype="bfloat16", checkpointing=("transformer", "language_model"), loss=Loss(sampling="table", weighting="gaussian", balance=1.))
+_official = partial(
+    Stage,
+    dtype="bfloat16",
+    checkpointing=("transformer", "language_model"),
+    loss=Loss(sampling="table", weighting="gaussian", balance=1.0),
+)
 _5b = partial(_official, preset="wan2.2-5b", lora=dict(language_model=Lora(64, _ATTENTION)))
 _14b = partial(_official, preset="wan2.1-14b", steps=None)
-_14b_clips = partial(_14b, trains=("image_queries", "video_queries", "connector", "source_embedder"), mix=("image", "video"), num_frames=49, accumulation=2,
-                     lora=dict(language_model=Lora(256, _ATTENTION + ("gate_proj", "up_proj", "down_proj")), transformer=Lora(128, _DENOISER)))
+_14b_clips = partial(
+    _14b,
+    trains=("image_queries", "video_queries", "connector", "source_embedder"),
+    mix=("image", "video"),
+    num_frames=49,
+    accumulation=2,
+    lora=dict(
+        language_model=Lora(256, _ATTENTION + ("gate_proj", "up_proj", "down_proj")), transformer=Lora(128, _DENOISER)
+    ),
+)
 
-_first, _second = ("image_queries", "connector"), ("image_queries", "video_queries", "connector", "transformer", "source_embedder")
+_first, _second = (
+    ("image_queries", "connector"),
+    ("image_queries", "video_queries", "connector", "transformer", "source_embedder"),
+)
 _third = _second + ("ref_queries", "ref_connector", "ref_embedder")
 _zero2 = dict(zero_stage=2, offload_optimizer_device="cpu")
 
 OFFICIAL = {
-    "wan2.2-5b": {stage.name: stage for stage in (
-        _5b("stage1-image", _first, 1e-5, mix=("image",), source=False, max_pixels=1024 ** 2, steps=30_000),
-        _5b("stage2-600", _second, 1e-5, follows="stage1-image", mix=("image", "video"), num_frames=81, max_pixels=360_000, accumulation=2, steps=20_000, deepspeed=_zero2),
-        _5b("stage2-720", _second, 1e-5, follows="stage2-600", mix=("image", "video"), num_frames=81, max_pixels=921_600, accumulation=2, steps=20_000, deepspeed=_zero2),
-        _5b("stage3-mix", _third, 5e-6, follows="stage2-720", mix=_MODES, num_frames=81, max_pixels=921_600, accumulation=3, steps=15_000, deepspeed=_zero2),
-        _5b("stage3-ref", _third, 5e-6, follows="stage2-720", mix=("ref",), num_frames=81, max_pixels=921_600, steps=30_000, deepspeed=_zero2),
-    )},
-    "wan2.1-14b": {stage.name: stage for stage in (
-        _14b("stage1-image", _first, 1e-5, mix=("image",), source=False, max_pixels=1024 ** 2, lora=dict(language_model=_14b_clips.keywords["lora"]["language_model"])),
-        _14b_clips("stage2-600", lr=1e-5, follows="stage1-image", max_pixels=360_000, deepspeed=_zero2 | dict(offload_param_device="cpu")),
-        _14b_clips("stage2-720", lr=5e-6, follows="stage2-600", max_pixels=921_600, deepspeed=dict(zero_stage=3, zero3_save_16bit_model=True)),
-    )},
+    "wan2.2-5b": {
+        stage.name: stage
+        for stage in (
+            _5b("stage1-image", _first, 1e-5, mix=("image",), source=False, max_pixels=1024**2, steps=30_000),
+            _5b(
+                "stage2-600",
+                _second,
+                1e-5,
+                follows="stage1-image",
+                mix=("image", "video"),
+                num_frames=81,
+                max_pixels=360_000,
+                accumulation=2,
+                steps=20_000,
+                deepspeed=_zero2,
+            ),
+            _5b(
+                "stage2-720",
+                _second,
+                1e-5,
+                follows="stage2-600",
+                mix=("image", "video"),
+                num_frames=81,
+                max_pixels=921_600,
+                accumulation=2,
+                steps=20_000,
+                deepspeed=_zero2,
+            ),
+            _5b(
+                "stage3-mix",
+                _third,
+                5e-6,
+                follows="stage2-720",
+                mix=_MODES,
+                num_frames=81,
+                max_pixels=921_600,
+                accumulation=3,
+                steps=15_000,
+                deepspeed=_zero2,
+            ),
+            _5b(
+                "stage3-ref",
+                _third,
+                5e-6,
+                follows="stage2-720",
+                mix=("ref",),
+                num_frames=81,
+                max_pixels=921_600,
+                steps=30_000,
+                deepspeed=_zero2,
+            ),
+        )
+    },
+    "wan2.1-14b": {
+        stage.name: stage
+        for stage in (
+            _14b(
+                "stage1-image",
+                _first,
+                1e-5,
+                mix=("image",),
+                source=False,
+                max_pixels=1024**2,
+                lora=dict(language_model=_14b_clips.keywords["lora"]["language_model"]),
+            ),
+            _14b_clips(
+                "stage2-600",
+                lr=1e-5,
+                follows="stage1-image",
+                max_pixels=360_000,
+                deepspeed=_zero2 | dict(offload_param_device="cpu"),
+            ),
+            _14b_clips(
+                "stage2-720",
+                lr=5e-6,
+                follows="stage2-600",
+                max_pixels=921_600,
+                deepspeed=dict(zero_stage=3, zero3_save_16bit_model=True),
+            ),
+        )
+    },
 }
 
 # %% ../../nbs/library/30_curriculum.ipynb #57794856
@@ -181,76 +333,118 @@ def _table(head, rows):
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
+
 def stage_table(
     stages: dict,  # name -> Stage: `STAGES`, or one of `OFFICIAL`
 ) -> str:  # markdown
     "The stages of a curriculum side by side."
+
     def row(stage):
         lora = "; ".join(f"{part} r{lora.rank} ({', '.join(lora.targets)})" for part, lora in stage.lora.items())
         data = " + ".join(stage.mix) or " + ".join(sorted({bucket.mode for bucket in stage.buckets})) or "its own"
         frames = max([bucket.num_frames for bucket in stage.buckets], default=stage.num_frames)
         pixels = max([bucket.height * bucket.width for bucket in stage.buckets], default=stage.max_pixels)
-        length = f"{stage.minutes:g} min" if stage.minutes else "not said" if stage.steps is None else f"{stage.steps:,}"
-        return stage.name, ", ".join(stage.trains), lora or "none", data, f"{frames} / {pixels or '-'}", f"{stage.lr:g}", stage.accumulation, length
-    return _table(("stage", "trains", "LoRA", "data", "frames / pixels", "rate", "batches a step", "steps"), map(row, stages.values()))
+        length = (
+            f"{stage.minutes:g} min" if stage.minutes else "not said" if stage.steps is None else f"{stage.steps:,}"
+        )
+        return (
+            stage.name,
+            ", ".join(stage.trains),
+            lora or "none",
+            data,
+            f"{frames} / {pixels or '-'}",
+            f"{stage.lr:g}",
+            stage.accumulation,
+            length,
+        )
+
+    return _table(
+        ("stage", "trains", "LoRA", "data", "frames / pixels", "rate", "batches a step", "steps"),
+        map(row, stages.values()),
+    )
 
 # %% ../../nbs/library/30_curriculum.ipynb #b9febb52
 def find_stage(
     preset: str,  # "tiny", "wan2.2-5b" or "wan2.1-14b"
-    name: str,    # of a stage
+    name: str,  # of a stage
 ) -> Stage:
     "The stage of that name in the curriculum of a preset."
     curricula = {"tiny": STAGES, **OFFICIAL}
-    if preset not in curricula: raise InputError(f"`preset` has to be one of {', '.join(curricula)} but is {preset!r}.")
-    if name not in curricula[preset]: raise InputError(f"`name` has to be a stage of {preset} but is {name!r}; there are {', '.join(curricula[preset])}.")
+    if preset not in curricula:
+        raise InputError(f"`preset` has to be one of {', '.join(curricula)} but is {preset!r}.")
+    if name not in curricula[preset]:
+        raise InputError(
+            f"`name` has to be a stage of {preset} but is {name!r}; there are {', '.join(curricula[preset])}."
+        )
     return curricula[preset][name]
 
 # %% ../../nbs/library/30_curriculum.ipynb #4613af20
-def as_official(
-    stage: Stage,
-) -> Stage:
+def as_official(stage: Stage) -> Stage:
     "The same stage with the defects of the official trainer, to compare with it."
     return replace(stage, lr_dip=True, round_timestep=True, crop_reference=True)
 
 # %% ../../nbs/library/30_curriculum.ipynb #880d6691
 def part_parameters(
-    pipe,       # KiwiEditPipeline
+    pipe,  # KiwiEditPipeline
     part: str,  # of `PARTS`
 ) -> dict:  # name in the pipeline -> parameter
     "The parameters of a part."
     path = PARTS[part]
     found = attrgetter(path)(pipe)
-    return {f"{path}.{name}": p for name, p in found.named_parameters()} if hasattr(found, "named_parameters") else {path: found}
+    return (
+        {f"{path}.{name}": p for name, p in found.named_parameters()}
+        if hasattr(found, "named_parameters")
+        else {path: found}
+    )
+
 
 def add_lora(
-    module,      # torch.nn.Module, changed in place
+    module,  # torch.nn.Module, changed in place
     lora: Lora,
 ):
     "Put LoRA layers beside the linear ones whose names end as stated; those that are there already stay."
     from peft import LoraConfig, inject_adapter_in_model
+
     there = {layer.r["default"] for layer in module.modules() if hasattr(layer, "lora_A")}
-    if there - {lora.rank}: raise InputError(f"`lora.rank` has to be that of the LoRA layers that are there, {sorted(there)}, but is {lora.rank}.")
-    if not there: inject_adapter_in_model(LoraConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=list(lora.targets)), module)
+    if there - {lora.rank}:
+        raise InputError(
+            f"`lora.rank` has to be that of the LoRA layers that are there, {sorted(there)}, but is {lora.rank}."
+        )
+    if not there:
+        inject_adapter_in_model(
+            LoraConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=list(lora.targets)), module
+        )
 
 # %% ../../nbs/library/30_curriculum.ipynb #e49b18c0
 COMPONENTS = ("transformer", "vae", "mllm", "guidance")  # the networks of a pipeline
 
+
 def select(
-    pipe,          # KiwiEditPipeline, changed in place
+    pipe,  # KiwiEditPipeline, changed in place
     stage: Stage,
 ) -> dict:  # part -> (name in the pipeline -> parameter)
     "Open what a stage trains and freeze the rest, add its LoRA layers and switch its checkpointing."
-    for name in COMPONENTS: getattr(pipe, name).requires_grad_(False).eval()
-    for part, lora in stage.lora.items(): add_lora(attrgetter(PARTS[part])(pipe), lora)
+    for name in COMPONENTS:
+        getattr(pipe, name).requires_grad_(False).eval()
+    for part, lora in stage.lora.items():
+        add_lora(attrgetter(PARTS[part])(pipe), lora)
     chosen = {part: part_parameters(pipe, part) for part in (*stage.trains, *stage.lora)}
-    for part in stage.lora: chosen[part] = {name: p for name, p in chosen[part].items() if "lora_" in name}
-    for part in stage.trains: chosen[part] = {name: p for name, p in chosen[part].items() if "text_embedder" not in name}
+    for part in stage.lora:
+        chosen[part] = {name: p for name, p in chosen[part].items() if "lora_" in name}
+    for part in stage.trains:
+        chosen[part] = {name: p for name, p in chosen[part].items() if "text_embedder" not in name}
     for parameters in chosen.values():
-        for p in parameters.values(): p.requires_grad_(True)
-    for name in {PARTS[part].split(".")[0] for part in (*chosen, *stage.checkpointing)}: getattr(pipe, name).train()
-    kind = "activation" if hasattr(pipe.mllm, "activation_checkpointing_enable") else "gradient"  # as older releases of transformers call it
-    for part, on, off in (("transformer", "enable_gradient_checkpointing", "disable_gradient_checkpointing"),
-                          ("language_model", f"{kind}_checkpointing_enable", f"{kind}_checkpointing_disable")):
+        for p in parameters.values():
+            p.requires_grad_(True)
+    for name in {PARTS[part].split(".")[0] for part in (*chosen, *stage.checkpointing)}:
+        getattr(pipe, name).train()
+    kind = (
+        "activation" if hasattr(pipe.mllm, "activation_checkpointing_enable") else "gradient"
+    )  # as older releases of transformers call it
+    for part, on, off in (
+        ("transformer", "enable_gradient_checkpointing", "disable_gradient_checkpointing"),
+        ("language_model", f"{kind}_checkpointing_enable", f"{kind}_checkpointing_disable"),
+    ):
         getattr(attrgetter(PARTS[part])(pipe), on if part in stage.checkpointing else off)()
     return chosen
 
@@ -265,25 +459,36 @@ def make_ledger():
     from torch.utils.flop_counter import flop_registry
 
     # attention: two products forward; backward five, the first of them again
-    formulas = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, *args, **kwargs: 4 * query.numel() * key.shape[-2],
-                torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, query, key, *args, **kwargs: 10 * query.numel() * key.shape[-2]} | flop_registry
+    formulas = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, *args, **kwargs: (
+            4 * query.numel() * key.shape[-2]
+        ),
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, query, key, *args, **kwargs: (
+            10 * query.numel() * key.shape[-2]
+        ),
+    } | flop_registry
 
     class Ledger(TorchDispatchMode):
         def __init__(self):
             super().__init__()
-            self.flops = self.again = 0  # operations; those of them with autograd on, which on the way back is what checkpointing computes again
-            self.held = {}               # storage -> (kind, bytes)
-            self.now, self.peak = {}, {} # kind -> bytes, now and when it was most
+            self.flops = self.again = (
+                0  # operations; those of them with autograd on, which on the way back is what checkpointing computes again
+            )
+            self.held = {}  # storage -> (kind, bytes)
+            self.now, self.peak = {}, {}  # kind -> bytes, now and when it was most
 
         def hold(self, tensor, kind="activations"):
             "Note the memory of a tensor until it is freed."
             storage = tensor.untyped_storage()
             key = storage._cdata
-            if key in self.held: self.let_go(key)
-            else: weakref.finalize(storage, self.let_go, key)
+            if key in self.held:
+                self.let_go(key)
+            else:
+                weakref.finalize(storage, self.let_go, key)
             self.held[key] = kind, storage.nbytes()
             self.now[kind] = self.now.get(kind, 0) + storage.nbytes()
-            if sum(self.now.values()) > sum(self.peak.values()): self.peak = dict(self.now)
+            if sum(self.now.values()) > sum(self.peak.values()):
+                self.peak = dict(self.now)
 
         def let_go(self, key):
             kind, size = self.held.pop(key)
@@ -291,22 +496,29 @@ def make_ledger():
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             kwargs = kwargs or {}
-            if func is torch.ops.prim.device.default: return func(*args)  # asked all the time
+            if func is torch.ops.prim.device.default:
+                return func(*args)  # asked all the time
             tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
             real = [x for x in tensors if not isinstance(x, FakeTensor)]
             if real and len(real) == len(tensors):
-                with unset_fake_temporarily(): return func(*args, **kwargs)
-            if real: args, kwargs = tree_map(lambda x: torch.empty_like(x) if any(x is y for y in real) else x, (args, kwargs))
+                with unset_fake_temporarily():
+                    return func(*args, **kwargs)
+            if real:
+                args, kwargs = tree_map(
+                    lambda x: torch.empty_like(x) if any(x is y for y in real) else x, (args, kwargs)
+                )
             out = func(*args, **kwargs)
             results = [x for x in tree_leaves(out) if isinstance(x, FakeTensor)]
             if results and not tensors and not any(x.is_floating_point() for x in results):  # integers are made
-                with unset_fake_temporarily(): return func(*args, **kwargs)
+                with unset_fake_temporarily():
+                    return func(*args, **kwargs)
             if func.overloadpacket in formulas:
                 count = formulas[func.overloadpacket](*args, **kwargs, out_val=out)
                 self.flops += count
                 self.again += count * torch.is_grad_enabled()
             for x in results:
-                if x.untyped_storage()._cdata not in self.held: self.hold(x)
+                if x.untyped_storage()._cdata not in self.held:
+                    self.hold(x)
             return out
 
     return Ledger()
@@ -315,12 +527,14 @@ def make_ledger():
 @dataclass(frozen=True)
 class BatchShape:
     "What a batch of a stage looks like."
-    mode: str        # "image", "video" or "ref"
+
+    mode: str  # "image", "video" or "ref"
     num_frames: int
-    height: int      # pixels
-    width: int       # pixels
+    height: int  # pixels
+    width: int  # pixels
     batch_size: int
-    share: float     # of the batches
+    share: float  # of the batches
+
 
 def batch_shapes(
     stage: Stage,
@@ -328,6 +542,7 @@ def batch_shapes(
 ) -> list:  # of BatchShape
     "The kinds of batches of a stage, none of a stage that does not denoise; two buckets that cost the same are one kind."
     from kiwi_edit.video import fit_size
+
     preset, found = get_preset(preset or stage.preset), {}
     for bucket in stage.buckets:
         height, width = sorted((bucket.height, bucket.width))
@@ -342,20 +557,23 @@ def batch_shapes(
 # %% ../../nbs/library/30_curriculum.ipynb #4a3e3c88
 def fake_pipeline(
     preset: Preset,
-    stage: Stage,   # its number format, and what trains
-    fake,           # FakeTensorMode
+    stage: Stage,  # its number format, and what trains
+    fake,  # FakeTensorMode
 ):  # KiwiEditPipeline
     "A pipeline of the preset's sizes that takes no memory, ready for the stage."
     import torch
     from accelerate import init_empty_weights
     from kiwi_edit.encoder import make_tokenizer
     from kiwi_edit.pipeline import KiwiEditPipeline
+
     with init_empty_weights():
         pipe = KiwiEditPipeline.from_preset(preset, make_tokenizer(["Make it blue."], 400))
         select(pipe, stage)
     for name in COMPONENTS:
-        for p in getattr(pipe, name).parameters(): p.data = p.data.to(getattr(torch, stage.dtype))
-        with fake: getattr(pipe, name).to_empty(device="cpu")
+        for p in getattr(pipe, name).parameters():
+            p.data = p.data.to(getattr(torch, stage.dtype))
+        with fake:
+            getattr(pipe, name).to_empty(device="cpu")
     pipe.mllm.tie_weights()
     return pipe
 
@@ -363,14 +581,16 @@ def fake_pipeline(
 @dataclass(frozen=True)
 class BatchCost:
     "What one batch costs."
+
     shape: BatchShape
-    latent_tokens: int    # of the denoiser, the reference's too, for one sample
-    encoder_tokens: int   # of the language model, for one sample
-    context_tokens: int   # that the denoiser attends to, for one sample
-    flops: dict           # part -> operations of the batch, forward and backward
-    again: dict           # part -> of these, what checkpointing computes a second time
-    kept: int             # bytes that wait between forward and backward
-    memory: dict          # "weights", "gradients", "activations" -> bytes on the device when they are most
+    latent_tokens: int  # of the denoiser, the reference's too, for one sample
+    encoder_tokens: int  # of the language model, for one sample
+    context_tokens: int  # that the denoiser attends to, for one sample
+    flops: dict  # part -> operations of the batch, forward and backward
+    again: dict  # part -> of these, what checkpointing computes a second time
+    kept: int  # bytes that wait between forward and backward
+    memory: dict  # "weights", "gradients", "activations" -> bytes on the device when they are most
+
 
 def _dry_batch(pipe, stage, shape, online, fake):
     import numpy as np
@@ -378,6 +598,7 @@ def _dry_batch(pipe, stage, shape, online, fake):
     import torch
     from kiwi_edit.encoder import collate_inputs, encode_context, prepare_sample, vision_features
     from kiwi_edit.guidance import denoise
+
     vae, config, size, dtype = pipe.vae.config, pipe.guidance.config, shape.batch_size, getattr(torch, stage.dtype)
     frames = np.zeros((shape.num_frames, shape.height, shape.width, 3), np.uint8)
     references = [PIL.Image.new("RGB", (shape.width, shape.height))] * (shape.mode == "ref")
@@ -388,13 +609,15 @@ def _dry_batch(pipe, stage, shape, online, fake):
         before = ledger.flops, ledger.again
         result = run()
         flops[part] = flops.get(part, 0) + times * (ledger.flops - before[0])
-        if back: again[part] = ledger.again - before[1]
+        if back:
+            again[part] = ledger.again - before[1]
         return result
 
     loaded = [name for name in COMPONENTS if online or name != "vae"]
     for name in loaded:
         for key, tensor in (*getattr(pipe, name).named_parameters(), *getattr(pipe, name).named_buffers()):
-            if online or not key.startswith("model.visual."): ledger.hold(tensor, "weights")
+            if online or not key.startswith("model.visual."):
+                ledger.hold(tensor, "weights")
     trained = [p for name in loaded for p in getattr(pipe, name).parameters() if p.requires_grad]
     hooks = [p.register_post_accumulate_grad_hook(lambda p: ledger.hold(p.grad, "gradients")) for p in trained]
     with fake, ledger:
@@ -403,58 +626,115 @@ def _dry_batch(pipe, stage, shape, online, fake):
                 p.grad = torch.empty_like(p)
                 ledger.hold(p.grad, "gradients")
         frames_there = (shape.num_frames - 1) // vae.scale_factor_temporal + 1
-        video = (size, vae.z_dim, frames_there, shape.height // vae.scale_factor_spatial, shape.width // vae.scale_factor_spatial)
+        video = (
+            size,
+            vae.z_dim,
+            frames_there,
+            shape.height // vae.scale_factor_spatial,
+            shape.width // vae.scale_factor_spatial,
+        )
         target, source = torch.empty(video, dtype=dtype), torch.empty(video, dtype=dtype) if stage.source else None
         reference = torch.empty((size, vae.z_dim, 1, *video[3:]), dtype=dtype) if references else None
-        vision = [torch.empty(sum(math.prod(grid) for grid in sample.grids[0]) // 4, config.hidden_size, dtype=dtype) for _ in range(size)]
+        vision = [
+            torch.empty(sum(math.prod(grid) for grid in sample.grids[0]) // 4, config.hidden_size, dtype=dtype)
+            for _ in range(size)
+        ]
         with torch.no_grad():
             if online:
                 for clips in (shape.num_frames, shape.num_frames * stage.source, len(references)):
-                    if clips: count("vae", lambda: pipe.vae.encode(torch.empty(size, 3, clips, shape.height, shape.width, dtype=dtype)))
+                    if clips:
+                        count(
+                            "vae",
+                            lambda: pipe.vae.encode(
+                                torch.empty(size, 3, clips, shape.height, shape.width, dtype=dtype)
+                            ),
+                        )
                 for t, h, w in sample.grids[0]:  # frames do not see each other in the vision tower
-                    one = replace(sample, grids=[[(1, h, w)]], pixel_values=torch.empty(h * w, sample.pixel_values.shape[1]))
+                    one = replace(
+                        sample, grids=[[(1, h, w)]], pixel_values=torch.empty(h * w, sample.pixel_values.shape[1])
+                    )
                     count("vision", lambda: vision_features(pipe.mllm, one), times=t * size)
         with torch.autocast("cpu", torch.bfloat16, enabled=stage.autocast):
             before = sum(ledger.now.values())
-            context, _ = count("language_model", lambda: encode_context(pipe.mllm, pipe.guidance, collate_inputs([sample] * size), vision))
+            context, _ = count(
+                "language_model",
+                lambda: encode_context(pipe.mllm, pipe.guidance, collate_inputs([sample] * size), vision),
+            )
             heard, sigma = context.detach().requires_grad_(context.requires_grad), torch.empty(size)
-            velocity = count("transformer", lambda: denoise(pipe.transformer, pipe.guidance, target, sigma * 1000, sigma, heard.to(target.dtype), None, source, reference))
+            velocity = count(
+                "transformer",
+                lambda: denoise(
+                    pipe.transformer,
+                    pipe.guidance,
+                    target,
+                    sigma * 1000,
+                    sigma,
+                    heard.to(target.dtype),
+                    None,
+                    source,
+                    reference,
+                ),
+            )
         loss = ((velocity.float() - target.float()) ** 2).mean()
         kept = sum(ledger.now.values()) - before
         del velocity
         count("transformer", loss.backward, back=True)
-        if context.requires_grad: count("language_model", lambda: context.backward(heard.grad), back=True)
-    for hook in hooks: hook.remove()
-    for p in trained: p.grad = None
+        if context.requires_grad:
+            count("language_model", lambda: context.backward(heard.grad), back=True)
+    for hook in hooks:
+        hook.remove()
+    for p in trained:
+        p.grad = None
     patch = pipe.transformer.config.patch_size
     tokens = (video[2] + len(references)) * math.prod(video[3:]) // math.prod(patch)
     return BatchCost(shape, tokens, sample.input_ids.shape[1], context.shape[1], flops, again, kept, dict(ledger.peak))
 
 # %% ../../nbs/library/30_curriculum.ipynb #2966e201
-def _short(number): return f"{number:,.1f}" if abs(number) >= 100 else f"{number:.3g}"
-def _gb(size): return f"{_short(size / 1e9)} GB"
+def _short(number):
+    return f"{number:,.1f}" if abs(number) >= 100 else f"{number:.3g}"
+
+
+def _gb(size):
+    return f"{_short(size / 1e9)} GB"
+
 
 @dataclass(frozen=True)
 class Estimate:
     "What a stage needs, from a dry run."
+
     stage: Stage
     preset: str
-    online: bool                     # the frozen networks run in each step; False: their results come from a cache
-    offload_optimizer: bool          # moments and averages lie in the host's memory
-    parameters: dict                 # part -> (number that train, number that are frozen)
-    optimizer: int                   # bytes of moments and averages
-    batches: list                    # of BatchCost
-    seconds_per_step: float | None   # where a rate is known
+    online: bool  # the frozen networks run in each step; False: their results come from a cache
+    offload_optimizer: bool  # moments and averages lie in the host's memory
+    parameters: dict  # part -> (number that train, number that are frozen)
+    optimizer: int  # bytes of moments and averages
+    batches: list  # of BatchCost
+    seconds_per_step: float | None  # where a rate is known
 
-    def memory_of(self, cost: BatchCost | None = None) -> dict:  # "weights", "gradients", "optimizer", "activations" -> bytes
+    def memory_of(
+        self, cost: BatchCost | None = None
+    ) -> dict:  # "weights", "gradients", "optimizer", "activations" -> bytes
         "What lies on the device when it is fullest in one kind of batch, or in the optimiser's step if that is None."
         if cost is None:
             size = {"float32": 4, "bfloat16": 2}[self.stage.dtype]
-            there = {part: counts for part, counts in self.parameters.items() if counts[0] or self.online or part not in ("vae", "vision")}
-            moment = dict(weights=size * sum(map(sum, there.values())), gradients=size * sum(trains for trains, _ in there.values()))
-        else: moment = cost.memory
+            there = {
+                part: counts
+                for part, counts in self.parameters.items()
+                if counts[0] or self.online or part not in ("vae", "vision")
+            }
+            moment = dict(
+                weights=size * sum(map(sum, there.values())),
+                gradients=size * sum(trains for trains, _ in there.values()),
+            )
+        else:
+            moment = cost.memory
         optimizer = 0 if self.offload_optimizer else self.optimizer
-        return dict(weights=moment["weights"], gradients=moment.get("gradients", 0), optimizer=optimizer, activations=moment.get("activations", 0))
+        return dict(
+            weights=moment["weights"],
+            gradients=moment.get("gradients", 0),
+            optimizer=optimizer,
+            activations=moment.get("activations", 0),
+        )
 
     @property
     def memory(self) -> dict:  # "weights", "gradients", "optimizer", "activations" -> bytes
@@ -466,7 +746,8 @@ class Estimate:
         "Bytes on the device when it is fullest."
         return sum(self.memory.values())
 
-    def _in_a_step(self, number): return self.stage.accumulation * sum(cost.shape.share * number(cost) for cost in self.batches)
+    def _in_a_step(self, number):
+        return self.stage.accumulation * sum(cost.shape.share * number(cost) for cost in self.batches)
 
     @property
     def samples(self) -> float:
@@ -494,30 +775,88 @@ class Estimate:
 
     def check_fits(self, memory: int):
         "Raise, and say what would help, where that many bytes are too few."
-        if self.fits(memory): return
+        if self.fits(memory):
+            return
         stage, parts = self.stage, ", ".join(f"{kind} {_gb(size)}" for kind, size in self.memory.items())
         batch_size = max((cost.shape.batch_size for cost in self.batches), default=1)
-        advice = [text for text, helps in (("checkpointing", len(stage.checkpointing) < 2), ("a smaller batch_size", batch_size > 1), ("a cache in place of online", self.online),
-                                           ("dtype bfloat16", stage.dtype == "float32"), ("the optimizer offloaded", not self.offload_optimizer), ("fewer pixels or frames", self.batches)) if helps]
-        raise InputError(f"`memory` has to be at least {_gb(self.peak)} for stage {stage.name!r} of {self.preset} but is {_gb(memory)}; it needs {parts}. What would lower it: {', '.join(advice)}.")
+        advice = [
+            text
+            for text, helps in (
+                ("checkpointing", len(stage.checkpointing) < 2),
+                ("a smaller batch_size", batch_size > 1),
+                ("a cache in place of online", self.online),
+                ("dtype bfloat16", stage.dtype == "float32"),
+                ("the optimizer offloaded", not self.offload_optimizer),
+                ("fewer pixels or frames", self.batches),
+            )
+            if helps
+        ]
+        raise InputError(
+            f"`memory` has to be at least {_gb(self.peak)} for stage {stage.name!r} of {self.preset} but is {_gb(memory)}; it needs {parts}. What would lower it: {', '.join(advice)}."
+        )
 
     def __str__(self):
         stage = self.stage
-        counts = [(f"{part} (LoRA)" if part in stage.lora else part, *(f"{n:,}" for n in pair)) for part, pair in self.parameters.items()]
+        counts = [
+            (f"{part} (LoRA)" if part in stage.lora else part, *(f"{n:,}" for n in pair))
+            for part, pair in self.parameters.items()
+        ]
         counts.append(("all", *(f"{sum(column):,}" for column in zip(*self.parameters.values()))))
-        text = [f"{self.preset}, {stage.name}: {stage.optimizer}, {stage.dtype}{' with products in bfloat16' * stage.autocast}, checkpointing of {' and '.join(stage.checkpointing) or 'nothing'}, "
-                + ("online" if self.online else "from a cache"), _table(("part", "trains", "frozen"), counts),
-                _table(("on the device", "GB"), [(kind, _short(size / 1e9)) for kind, size in (*self.memory.items(), ("all", self.peak))])]
-        if self.offload_optimizer: text.append(f"In the host's memory: optimizer, {_gb(self.optimizer)}.")
+        text = [
+            f"{self.preset}, {stage.name}: {stage.optimizer}, {stage.dtype}{' with products in bfloat16' * stage.autocast}, checkpointing of {' and '.join(stage.checkpointing) or 'nothing'}, "
+            + ("online" if self.online else "from a cache"),
+            _table(("part", "trains", "frozen"), counts),
+            _table(
+                ("on the device", "GB"),
+                [(kind, _short(size / 1e9)) for kind, size in (*self.memory.items(), ("all", self.peak))],
+            ),
+        ]
+        if self.offload_optimizer:
+            text.append(f"In the host's memory: optimizer, {_gb(self.optimizer)}.")
         if self.batches:
-            text.append(_table(("batch", "share", "latent tokens", "encoder tokens", "context tokens", "TFLOP", "kept, GB", "most, GB"), [
-                (f"{c.shape.batch_size} x {c.shape.mode}, {c.shape.num_frames}x{c.shape.height}x{c.shape.width}", f"{c.shape.share:.0%}", f"{c.latent_tokens:,}", f"{c.encoder_tokens:,}", f"{c.context_tokens:,}",
-                 _short(sum(c.flops.values()) / 1e12), _short(c.kept / 1e9), _short(sum(self.memory_of(c).values()) / 1e9)) for c in self.batches]))
-            text.append(f"A step has {self.samples:g} samples and {_short(self.flops / 1e12)} TFLOP, of which checkpointing computes {1 - self.model_flops / self.flops:.0%} again.")
-        else: text.append("This stage does not denoise; its activations are not counted.")
-        length = [f"{stage.minutes:g} minutes on two CPU cores" if stage.minutes else f"{stage.steps:,} steps" if stage.steps else "The recipe names no number of steps"]
-        if self.seconds_per_step: length.append(f"{self.seconds_per_step:.3g} s each")
-        if self.seconds_per_step and self.hours and not stage.minutes: length.append(f"{self.hours:,.1f} hours")
+            text.append(
+                _table(
+                    (
+                        "batch",
+                        "share",
+                        "latent tokens",
+                        "encoder tokens",
+                        "context tokens",
+                        "TFLOP",
+                        "kept, GB",
+                        "most, GB",
+                    ),
+                    [
+                        (
+                            f"{c.shape.batch_size} x {c.shape.mode}, {c.shape.num_frames}x{c.shape.height}x{c.shape.width}",
+                            f"{c.shape.share:.0%}",
+                            f"{c.latent_tokens:,}",
+                            f"{c.encoder_tokens:,}",
+                            f"{c.context_tokens:,}",
+                            _short(sum(c.flops.values()) / 1e12),
+                            _short(c.kept / 1e9),
+                            _short(sum(self.memory_of(c).values()) / 1e9),
+                        )
+                        for c in self.batches
+                    ],
+                )
+            )
+            text.append(
+                f"A step has {self.samples:g} samples and {_short(self.flops / 1e12)} TFLOP, of which checkpointing computes {1 - self.model_flops / self.flops:.0%} again."
+            )
+        else:
+            text.append("This stage does not denoise; its activations are not counted.")
+        length = [
+            f"{stage.minutes:g} minutes on two CPU cores"
+            if stage.minutes
+            else f"{stage.steps:,} steps"
+            if stage.steps
+            else "The recipe names no number of steps"
+        ]
+        if self.seconds_per_step:
+            length.append(f"{self.seconds_per_step:.3g} s each")
+        if self.seconds_per_step and self.hours and not stage.minutes:
+            length.append(f"{self.hours:,.1f} hours")
         return "\n\n".join([*text, ", ".join(length) + "."])
 
     _repr_markdown_ = __str__
@@ -525,77 +864,129 @@ class Estimate:
 # %% ../../nbs/library/30_curriculum.ipynb #8e48d302
 def estimate(
     stage: Stage,
-    preset: str | Preset | None = None,       # sizes of the model, the stage's own if None
-    online: bool = False,                     # autoencoder and vision tower run in each step, instead of a cache
-    offload_optimizer: bool = False,          # to the host's memory
-    seconds_per_step: float | None = None,    # measured
-    flops_per_second: float | None = None,    # measured, in place of it
+    preset: str | Preset | None = None,  # sizes of the model, the stage's own if None
+    online: bool = False,  # autoencoder and vision tower run in each step, instead of a cache
+    offload_optimizer: bool = False,  # to the host's memory
+    seconds_per_step: float | None = None,  # measured
+    flops_per_second: float | None = None,  # measured, in place of it
     progress: bool = True,
-    **changes,                                # fields of the stage that are to differ: batch_size, checkpointing, optimizer, dtype, ...
+    **changes,  # fields of the stage that are to differ: batch_size, checkpointing, optimizer, dtype, ...
 ) -> Estimate:
     "What a stage would need, without loading anything."
     from torch._subclasses.fake_tensor import FakeTensorMode
     from tqdm.auto import tqdm
+
     if stage.buckets:
         if wrong := {"num_frames", "max_pixels", "mix"} & set(changes):
-            raise InputError(f"`changes` of stage {stage.name!r} have to leave frames and pixels to its buckets but name {', '.join(sorted(wrong))}.")
-        if "batch_size" in changes: changes["buckets"] = tuple(replace(bucket, batch_size=changes["batch_size"]) for bucket in stage.buckets)
+            raise InputError(
+                f"`changes` of stage {stage.name!r} have to leave frames and pixels to its buckets but name {', '.join(sorted(wrong))}."
+            )
+        if "batch_size" in changes:
+            changes["buckets"] = tuple(replace(bucket, batch_size=changes["batch_size"]) for bucket in stage.buckets)
     stage, preset = replace(stage, **changes), get_preset(preset or stage.preset)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     pipe, counted, parameters = fake_pipeline(preset, stage, fake), set(), {}
-    for part in ("transformer", "language_model", "vision", "mllm", "vae", *(part for part in PARTS if PARTS[part].startswith("guidance."))):
+    for part in (
+        "transformer",
+        "language_model",
+        "vision",
+        "mllm",
+        "vae",
+        *(part for part in PARTS if PARTS[part].startswith("guidance.")),
+    ):
         fresh = {id(p): p for p in part_parameters(pipe, part).values() if id(p) not in counted}
-        if fresh: parameters[part] = tuple(sum(p.numel() for p in fresh.values() if p.requires_grad == trains) for trains in (True, False))
+        if fresh:
+            parameters[part] = tuple(
+                sum(p.numel() for p in fresh.values() if p.requires_grad == trains) for trains in (True, False)
+            )
         counted |= set(fresh)
     trained = [p for name in COMPONENTS for p in getattr(pipe, name).parameters() if p.requires_grad]
     moments = sum(p.numel() * (1 if stage.optimizer == "muon" and p.ndim > 1 else 2) for p in trained)
-    optimizer = {"float32": 4, "bfloat16": 2}[stage.dtype] * moments + 4 * sum(p.numel() for p in trained) * bool(stage.ema)
+    optimizer = {"float32": 4, "bfloat16": 2}[stage.dtype] * moments + 4 * sum(p.numel() for p in trained) * bool(
+        stage.ema
+    )
     shapes = batch_shapes(stage, preset)
-    batches = [_dry_batch(pipe, stage, shape, online, fake) for shape in tqdm(shapes, desc="dry run", disable=not progress, leave=False)]
+    batches = [
+        _dry_batch(pipe, stage, shape, online, fake)
+        for shape in tqdm(shapes, desc="dry run", disable=not progress, leave=False)
+    ]
     result = Estimate(stage, preset.name, online, offload_optimizer, parameters, optimizer, batches, seconds_per_step)
-    return replace(result, seconds_per_step=result.flops / flops_per_second) if flops_per_second and not seconds_per_step else result
+    return (
+        replace(result, seconds_per_step=result.flops / flops_per_second)
+        if flops_per_second and not seconds_per_step
+        else result
+    )
 
 # %% ../../nbs/library/30_curriculum.ipynb #ed17c002
 @dataclass(frozen=True)
 class EditCost:
     "What one edit needs, phase by phase."
+
     preset: str
     num_frames: int
-    height: int        # pixels
-    width: int         # pixels
+    height: int  # pixels
+    width: int  # pixels
     dtype: str
-    parameters: dict   # part -> numbers
-    weights: dict      # part -> bytes
-    blocks: dict       # part -> bytes of its largest block; what group offload brings to the device, two at a time
+    parameters: dict  # part -> numbers
+    weights: dict  # part -> bytes
+    blocks: dict  # part -> bytes of its largest block; what group offload brings to the device, two at a time
     activations: dict  # phase -> bytes beside the weights when they are most
-    flops: dict        # phase -> operations; of "denoise" in one step
+    flops: dict  # phase -> operations; of "denoise" in one step
 
     _at_work = dict(read="mllm", encode="vae", denoise="transformer", decode="vae")  # phase -> part
 
-    def peak(self,
-        offload: str = "none",     # "none", "model": only the part at work is on the device, "group": of denoiser and encoder two blocks at a time
-        tiles: bool = False,       # the autoencoder works in tiles
-        eight_bit: bool = False,   # matrices of the denoiser lie on the device in 8 bits
+    def peak(
+        self,
+        offload: str = "none",  # "none", "model": only the part at work is on the device, "group": of denoiser and encoder two blocks at a time
+        tiles: bool = False,  # the autoencoder works in tiles
+        eight_bit: bool = False,  # matrices of the denoiser lie on the device in 8 bits
     ) -> tuple[int, str]:  # bytes, and the phase in which they are needed
         "The most that is on the device at once."
         weights = dict(self.weights)
-        if eight_bit: weights["transformer"] = weights["transformer"] / 2 + self.blocks["transformer"] / 2
+        if eight_bit:
+            weights["transformer"] = weights["transformer"] / 2 + self.blocks["transformer"] / 2
         if offload == "group":
-            for part, block in self.blocks.items(): weights[part] = min(weights[part], 2 * block)
+            for part, block in self.blocks.items():
+                weights[part] = min(weights[part], 2 * block)
         most = {}
         for phase, part in self._at_work.items():
-            there = sum(weights.values()) if offload == "none" else weights[part] + (self.weights["guidance"] if part != "vae" else 0)
+            there = (
+                sum(weights.values())
+                if offload == "none"
+                else weights[part] + (self.weights["guidance"] if part != "vae" else 0)
+            )
             most[phase] = there + self.activations[f"{phase} in tiles" if tiles and part == "vae" else phase]
         return max((int(size), phase) for phase, size in most.items())
 
     def __str__(self):
-        choices = {"all on the device": {}, "autoencoder in tiles": dict(tiles=True), "8-bit denoiser, tiles": dict(eight_bit=True, tiles=True),
-                   "model offload": dict(offload="model"), "model offload, tiles": dict(offload="model", tiles=True), "group offload, tiles": dict(offload="group", tiles=True)}
-        rows = [(name, f"{size / 1e9:.1f}", phase) for name, options in choices.items() for size, phase in [self.peak(**options)]]
-        parts = [(part, f"{self.parameters[part]:,}", f"{self.weights[part] / 1e9:.2f}") for part in self.weights] + [("all", f"{sum(self.parameters.values()):,}", f"{sum(self.weights.values()) / 1e9:.2f}")]
-        phases = [(phase, f"{size / 1e9:.2f}", f"{self.flops[phase] / 1e12:.1f}" if phase in self.flops else "") for phase, size in self.activations.items()]
-        return "\n\n".join([f"{self.preset}: {self.num_frames} frames of {self.width}x{self.height} with a reference, {self.dtype}", _table(("part", "weights", "GB"), parts),
-                            _table(("phase", "GB beside the weights", "TFLOP"), phases), _table(("choice", "GB at most", "in phase"), rows)])
+        choices = {
+            "all on the device": {},
+            "autoencoder in tiles": dict(tiles=True),
+            "8-bit denoiser, tiles": dict(eight_bit=True, tiles=True),
+            "model offload": dict(offload="model"),
+            "model offload, tiles": dict(offload="model", tiles=True),
+            "group offload, tiles": dict(offload="group", tiles=True),
+        }
+        rows = [
+            (name, f"{size / 1e9:.1f}", phase)
+            for name, options in choices.items()
+            for size, phase in [self.peak(**options)]
+        ]
+        parts = [(part, f"{self.parameters[part]:,}", f"{self.weights[part] / 1e9:.2f}") for part in self.weights] + [
+            ("all", f"{sum(self.parameters.values()):,}", f"{sum(self.weights.values()) / 1e9:.2f}")
+        ]
+        phases = [
+            (phase, f"{size / 1e9:.2f}", f"{self.flops[phase] / 1e12:.1f}" if phase in self.flops else "")
+            for phase, size in self.activations.items()
+        ]
+        return "\n\n".join(
+            [
+                f"{self.preset}: {self.num_frames} frames of {self.width}x{self.height} with a reference, {self.dtype}",
+                _table(("part", "weights", "GB"), parts),
+                _table(("phase", "GB beside the weights", "TFLOP"), phases),
+                _table(("choice", "GB at most", "in phase"), rows),
+            ]
+        )
 
     _repr_markdown_ = __str__
 
@@ -606,7 +997,7 @@ def edit_cost(
     height: int = 480,
     width: int = 832,
     dtype: str = "bfloat16",  # of weights and activations
-    tile: tuple[int, int] = (30, 52),    # of the autoencoder, in latents: the official sizes
+    tile: tuple[int, int] = (30, 52),  # of the autoencoder, in latents: the official sizes
     stride: tuple[int, int] = (15, 26),
 ) -> EditCost:
     "What an edit with a reference would need, from the real classes on fake tensors: nothing is loaded."
@@ -617,33 +1008,85 @@ def edit_cost(
     from kiwi_edit.encoder import encode_context, prepare_sample, vision_features
     from kiwi_edit.guidance import EditCache, denoise
     from kiwi_edit.pipeline import in_tiles
+
     preset, fake, number = get_preset(preset), FakeTensorMode(allow_non_fake_inputs=True), getattr(torch, dtype)
-    pipe = fake_pipeline(preset, Stage("edit", (), 1., preset=preset.name, dtype=dtype), fake)
+    pipe = fake_pipeline(preset, Stage("edit", (), 1.0, preset=preset.name, dtype=dtype), fake)
     vae, activations, flops = pipe.vae, {}, {}
-    sample = prepare_sample(pipe.processor, pipe.guidance.config, "x" * 40, np.zeros((num_frames, height, width, 3), np.uint8), [PIL.Image.new("RGB", (width, height))])
+    sample = prepare_sample(
+        pipe.processor,
+        pipe.guidance.config,
+        "x" * 40,
+        np.zeros((num_frames, height, width, 3), np.uint8),
+        [PIL.Image.new("RGB", (width, height))],
+    )
     frames = (num_frames - 1) // vae.config.scale_factor_temporal + 1
-    video = (1, vae.config.z_dim, frames, height // vae.config.scale_factor_spatial, width // vae.config.scale_factor_spatial)
+    video = (
+        1,
+        vae.config.z_dim,
+        frames,
+        height // vae.config.scale_factor_spatial,
+        width // vae.config.scale_factor_spatial,
+    )
 
     def run(phase, call):
         ledger = make_ledger()
         for part in COMPONENTS:
-            for tensor in (*getattr(pipe, part).parameters(), *getattr(pipe, part).buffers()): ledger.hold(tensor, "weights")
-        with torch.no_grad(), fake, ledger: result = call()
+            for tensor in (*getattr(pipe, part).parameters(), *getattr(pipe, part).buffers()):
+                ledger.hold(tensor, "weights")
+        with torch.no_grad(), fake, ledger:
+            result = call()
         activations[phase], flops[phase] = ledger.peak.get("activations", 0), ledger.flops
         return result
+
     with fake:
         latents, pixels = torch.empty(video, dtype=number), torch.empty(1, 3, num_frames, height, width, dtype=number)
         reference = torch.empty(*video[:2], 1, *video[3:], dtype=number)
-    context, _ = run("read", lambda: encode_context(pipe.mllm, pipe.guidance, sample, vision_features(pipe.mllm, sample)))
+    context, _ = run(
+        "read", lambda: encode_context(pipe.mllm, pipe.guidance, sample, vision_features(pipe.mllm, sample))
+    )
     run("encode", lambda: in_tiles(vae, pixels, "encode"))
     sigma = torch.ones(1)
-    run("denoise", lambda: denoise(pipe.transformer, pipe.guidance, latents, sigma * 1000, sigma, context.to(number), None, latents, reference, cache=EditCache()))
+    run(
+        "denoise",
+        lambda: denoise(
+            pipe.transformer,
+            pipe.guidance,
+            latents,
+            sigma * 1000,
+            sigma,
+            context.to(number),
+            None,
+            latents,
+            reference,
+            cache=EditCache(),
+        ),
+    )
     run("decode", lambda: in_tiles(vae, latents, "decode"))
     factor = vae.config.scale_factor_spatial
-    vae.enable_tiling(**{f"tile_sample_{kind}_{side}": factor * size for kind, sizes in (("min", tile), ("stride", stride)) for side, size in zip(("height", "width"), sizes)})
+    vae.enable_tiling(
+        **{
+            f"tile_sample_{kind}_{side}": factor * size
+            for kind, sizes in (("min", tile), ("stride", stride))
+            for side, size in zip(("height", "width"), sizes)
+        }
+    )
     run("encode in tiles", lambda: in_tiles(vae, pixels, "encode"))
     run("decode in tiles", lambda: in_tiles(vae, latents, "decode"))
     parts = {name: list(getattr(pipe, name).parameters()) for name in ("transformer", "mllm", "vae", "guidance")}
     size = lambda tensors: sum(p.numel() * p.element_size() for p in tensors)
-    blocks = {"transformer": max(size(block.parameters()) for block in pipe.transformer.blocks), "mllm": max(size(layer.parameters()) for layer in pipe.mllm.model.language_model.layers)}
-    return EditCost(preset.name, num_frames, height, width, dtype, {name: sum(p.numel() for p in ps) for name, ps in parts.items()}, {name: size(ps) for name, ps in parts.items()}, blocks, activations, flops)
+    blocks = {
+        "transformer": max(size(block.parameters()) for block in pipe.transformer.blocks),
+        "mllm": max(size(layer.parameters()) for layer in pipe.mllm.model.language_model.layers),
+    }
+    return EditCost(
+        preset.name,
+        num_frames,
+        height,
+        width,
+        dtype,
+        {name: sum(p.numel() for p in ps) for name, ps in parts.items()},
+        {name: size(ps) for name, ps in parts.items()},
+        blocks,
+        activations,
+        flops,
+    )

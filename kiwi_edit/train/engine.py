@@ -40,8 +40,24 @@ from ..weights.checkpoints import load_any, merge_lora
 from ..core import InputError, MissingPackage, asset, choose_device, multiplies_bfloat16, preset as get_preset
 from .curriculum import PARTS, STAGES, Loss, Stage, estimate, find_stage, select
 from ..data.dataset import MetadataDataset, WorldDataset
-from ..encoder import REFERENCE_SUFFIX, EncoderInputs, KiwiProcessor, collate_inputs, encode_context, make_tokenizer, prepare_sample
-from .foundations import Description, Reconstruction, autoencoder_batch, description_batch, fit_projection, measure_latents, start_model
+from kiwi_edit.encoder import (
+    REFERENCE_SUFFIX,
+    EncoderInputs,
+    KiwiProcessor,
+    collate_inputs,
+    encode_context,
+    make_tokenizer,
+    prepare_sample,
+)
+from kiwi_edit.train.foundations import (
+    Description,
+    Reconstruction,
+    autoencoder_batch,
+    description_batch,
+    fit_projection,
+    measure_latents,
+    start_model,
+)
 from ..guidance import denoise, rounded_sigma
 from ..latents import encode_frames, fast_layers, latent_statistics
 from ..pipeline import KiwiEditPipeline, fit_reference
@@ -52,13 +68,20 @@ from ..world import EVAL_SEED, TASKS, World
 logger = logging.getLogger(__name__)
 
 # %% ../../nbs/library/33_engine.ipynb #1c6ee999
-def _bell(timestep): return torch.exp(-2 * ((timestep - 500) / 1000) ** 2)
-def _shifted(uniform, shift): return shift * uniform / (1 + (shift - 1) * uniform)
+def _bell(timestep):
+    return torch.exp(-2 * ((timestep - 500) / 1000) ** 2)
+
+
+def _shifted(uniform, shift):
+    return shift * uniform / (1 + (shift - 1) * uniform)
+
 
 def training_table(
-    shift: float = 5., # as the scheduler's
+    shift: float = 5.0,  # as the scheduler's
     steps: int = 1000,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # noise level in 0..1, timestep in 0..1000, weight with mean 1; (steps,) each
+) -> tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor
+]:  # noise level in 0..1, timestep in 0..1000, weight with mean 1; (steps,) each
     "The noise levels of the official trainer, from pure noise down, and what each weighs in its loss."
     uniform = torch.linspace(1, 0, steps + 1)[:-1]
     sigmas = _shifted(uniform, shift)
@@ -67,24 +90,34 @@ def training_table(
 
 # %% ../../nbs/library/33_engine.ipynb #fecbaf74
 def draw_noise_levels(
-    options: Loss, # its `sampling`, `few` and `weighting`
-    size: int, # of the batch, over all processes
+    options: Loss,  # its `sampling`, `few` and `weighting`
+    size: int,  # of the batch, over all processes
     rng: np.random.Generator,
-    shift: float = 5., # as the scheduler's
-    round_timestep: bool = False, # as the model's guidance has it
-) -> tuple[torch.Tensor, torch.Tensor]: # noise levels and weights, (size,) each
+    shift: float = 5.0,  # as the scheduler's
+    round_timestep: bool = False,  # as the model's guidance has it
+) -> tuple[torch.Tensor, torch.Tensor]:  # noise levels and weights, (size,) each
     "Noise levels of a batch, and how much the loss at each counts."
     sigmas, timesteps, _ = training_table(shift)
-    if options.few: sigma = torch.from_numpy(_shifted(1 - rng.integers(options.few, size=size) / options.few, shift)).float()
-    elif options.sampling == "table": sigma = sigmas[torch.from_numpy(rng.integers(len(sigmas), size=size))]
+    if options.few:
+        sigma = torch.from_numpy(_shifted(1 - rng.integers(options.few, size=size) / options.few, shift)).float()
+    elif options.sampling == "table":
+        sigma = sigmas[torch.from_numpy(rng.integers(len(sigmas), size=size))]
     else:
-        if options.sampling == "uniform": uniform = (rng.permutation(size) + rng.random(size)) / size
-        elif options.sampling == "logit_normal": uniform = 1 / (1 + np.exp(-rng.standard_normal(size)))
-        else: raise InputError(f"`options.sampling` has to be 'table', 'uniform' or 'logit_normal' but is {options.sampling!r}.")
+        if options.sampling == "uniform":
+            uniform = (rng.permutation(size) + rng.random(size)) / size
+        elif options.sampling == "logit_normal":
+            uniform = 1 / (1 + np.exp(-rng.standard_normal(size)))
+        else:
+            raise InputError(
+                f"`options.sampling` has to be 'table', 'uniform' or 'logit_normal' but is {options.sampling!r}."
+            )
         sigma = torch.from_numpy(_shifted(uniform, shift)).float()
-    if round_timestep: sigma = rounded_sigma(1000 * sigma, timesteps, sigmas)
-    if options.weighting == "none": return sigma, torch.ones(size)
-    if options.weighting != "gaussian": raise InputError(f"`options.weighting` has to be 'none' or 'gaussian' but is {options.weighting!r}.")
+    if round_timestep:
+        sigma = rounded_sigma(1000 * sigma, timesteps, sigmas)
+    if options.weighting == "none":
+        return sigma, torch.ones(size)
+    if options.weighting != "gaussian":
+        raise InputError(f"`options.weighting` has to be 'none' or 'gaussian' but is {options.weighting!r}.")
     lowest = _bell(timesteps).min()
     return sigma, (_bell(1000 * sigma) - lowest) * (len(sigmas) / (_bell(timesteps) - lowest).sum())
 
@@ -92,42 +125,50 @@ def draw_noise_levels(
 @dataclass
 class Dice:
     "What chance decides for the samples of a batch."
+
     noise: torch.Tensor  # (B, z, f, h, w) standard normal
     sigma: torch.Tensor  # (B,) noise levels in 0..1
-    weight: torch.Tensor # (B,) factors on the loss
-    drop: torch.Tensor   # (B,) bool, samples that are trained without their instruction
+    weight: torch.Tensor  # (B,) factors on the loss
+    drop: torch.Tensor  # (B,) bool, samples that are trained without their instruction
 
     def to(self, device):
         "The same dice on another device."
         return Dice(self.noise.to(device), self.sigma.to(device), self.weight.to(device), self.drop.to(device))
 
+
 def draw_noise(
-    batch: Batch, # or this process's part of it
+    batch: Batch,  # or this process's part of it
     options: Loss,
     seed: int,
-    step: int, # of the optimiser
-    indices: list, # place of each of `batch`'s samples in the step's batch over all processes and accumulated parts
-    size: int, # of that batch
-    shift: float = 5., # as the scheduler's
-    round_timestep: bool = False, # as the model's guidance has it
-) -> Dice: # on the CPU
+    step: int,  # of the optimiser
+    indices: list,  # place of each of `batch`'s samples in the step's batch over all processes and accumulated parts
+    size: int,  # of that batch
+    shift: float = 5.0,  # as the scheduler's
+    round_timestep: bool = False,  # as the model's guidance has it
+) -> Dice:  # on the CPU
     "Noise and noise levels of a step, the same however its batch is split."
     if len(indices) != len(batch.target) or not all(0 <= i < size for i in indices):
         raise InputError(f"`indices` has to hold {len(batch.target)} places below {size} but is {list(indices)}.")
     levels = draw_noise_levels(options, size, np.random.default_rng((seed, 31, step, 0)), shift, round_timestep)
     own = [np.random.default_rng((seed, 31, step, 1 + i)) for i in indices]
     noise = torch.stack([torch.from_numpy(rng.standard_normal(batch.target.shape[1:], np.float32)) for rng in own])
-    return Dice(noise, *(values[list(indices)] for values in levels), torch.tensor([rng.random() < options.dropout for rng in own]))
+    return Dice(
+        noise,
+        *(values[list(indices)] for values in levels),
+        torch.tensor([rng.random() < options.dropout for rng in own]),
+    )
 
 # %% ../../nbs/library/33_engine.ipynb #fa4e9963
 @torch.no_grad()
 def edit_weights(
-    kept: torch.Tensor, # (B, 1, f, h, w) share of each latent's pixels that the edit leaves alone
-    balance: float, # the most by which the rarer of touched and kept is raised
-) -> torch.Tensor: # (B, 1, f, h, w), mean 1 in each sample
+    kept: torch.Tensor,  # (B, 1, f, h, w) share of each latent's pixels that the edit leaves alone
+    balance: float,  # the most by which the rarer of touched and kept is raised
+) -> torch.Tensor:  # (B, 1, f, h, w), mean 1 in each sample
     "Weights under which what an edit touches counts as much as what it leaves alone."
     share = kept.mean((1, 2, 3, 4), keepdim=True).clamp(1e-3, 1 - 1e-3)
-    weights = kept * (.5 / share).clamp(1 / balance, balance) + (1 - kept) * (.5 / (1 - share)).clamp(1 / balance, balance)
+    weights = kept * (0.5 / share).clamp(1 / balance, balance) + (1 - kept) * (0.5 / (1 - share)).clamp(
+        1 / balance, balance
+    )
     return weights / weights.mean((1, 2, 3, 4), keepdim=True)
 
 # %% ../../nbs/library/33_engine.ipynb #6f14d94c
@@ -135,33 +176,43 @@ def _without_instruction(row, suffix):
     "One sample's inputs without the tokens of its instruction; `suffix` tokens announce a reference."
     ids, token, mode = row.input_ids[0], row.token_ids, row.modes[0]
     places = lambda name: (ids == token[name]).nonzero().flatten().tolist()
-    start = places("image" if mode == "image" else "video")[-1] + 2 # a picture is followed by its end mark
+    start = places("image" if mode == "image" else "video")[-1] + 2  # a picture is followed by its end mark
     stop = places("image")[0] - 1 - suffix if mode == "ref" else places("query")[0]
     cut = lambda x, moved: torch.cat([x[..., :start], x[..., stop:] - moved], -1)
-    return replace(row, input_ids=cut(row.input_ids, 0), position_ids=cut(row.position_ids, stop - start), lengths=row.lengths - (stop - start))
+    return replace(
+        row,
+        input_ids=cut(row.input_ids, 0),
+        position_ids=cut(row.position_ids, stop - start),
+        lengths=row.lengths - (stop - start),
+    )
+
 
 def drop_instructions(
     inputs: EncoderInputs,
-    drop: torch.Tensor, # (B,) bool
+    drop: torch.Tensor,  # (B,) bool
     processor: KiwiProcessor,
 ) -> EncoderInputs:
     "What the encoder reads where some samples have an empty instruction: the other branch of classifier-free guidance."
-    if not drop.any(): return inputs
+    if not drop.any():
+        return inputs
     suffix = len(processor.tokenizer(REFERENCE_SUFFIX, add_special_tokens=False)["input_ids"])
-    return collate_inputs([_without_instruction(inputs[i], suffix) if drop[i] else inputs[i] for i in range(len(inputs))])
+    return collate_inputs(
+        [_without_instruction(inputs[i], suffix) if drop[i] else inputs[i] for i in range(len(inputs))]
+    )
 
 # %% ../../nbs/library/33_engine.ipynb #15bb4bbb
 def pixel_metric(
     vae: AutoencoderKLWan,
-    latents: torch.Tensor, # (N, z, f, h, w) normalised, of clips as the model will meet them; a few dozen
+    latents: torch.Tensor,  # (N, z, f, h, w) normalised, of clips as the model will meet them; a few dozen
     progress: bool = True,
-) -> torch.Tensor: # (z, z) float64 on the CPU, symmetric and positive semi-definite
+) -> torch.Tensor:  # (z, z) float64 on the CPU, symmetric and positive semi-definite
     "G, with which e^T G e is the mean squared pixel error in -1..1 that a small error e of the latents makes, were errors independent from place to place."
     mean, std = latent_statistics(vae, latents.device)
     generator, gram = torch.Generator().manual_seed(0), 0
     for clip in tqdm(latents.float().split(1), disable=not progress, desc="pixel metric"):
         clip = clip.detach().requires_grad_(True)
-        with torch.enable_grad(): pixels = vae.decode((clip * std + mean).to(vae.dtype)).sample.float()
+        with torch.enable_grad():
+            pixels = vae.decode((clip * std + mean).to(vae.dtype)).sample.float()
         signs = torch.randint(2, pixels.shape, generator=generator).to(pixels) * 2 - 1
         pulled = torch.autograd.grad(pixels, clip, signs)[0].movedim(1, -1).flatten(0, -2).double()
         gram += (pulled.T @ pulled).cpu() / (pixels.numel() * len(latents))
@@ -169,30 +220,43 @@ def pixel_metric(
 
 # %% ../../nbs/library/33_engine.ipynb #9ebd940c
 def metric_factor(
-    gram: torch.Tensor, # (z, z) from `pixel_metric`
-    share: float, # 0 the plain squared error, 1 the decoder's view alone
-) -> torch.Tensor: # (z, z) float32
+    gram: torch.Tensor,  # (z, z) from `pixel_metric`
+    share: float,  # 0 the plain squared error, 1 the decoder's view alone
+) -> torch.Tensor:  # (z, z) float32
     "F with F F^T = (1 - share) I + share G / mean(diag G)."
-    if not 0 <= share <= 1: raise InputError(f"`share` has to lie in 0..1 but is {share}.")
+    if not 0 <= share <= 1:
+        raise InputError(f"`share` has to lie in 0..1 but is {share}.")
     eye = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
     values, vectors = torch.linalg.eigh((1 - share) * eye + share * gram.double() / gram.diagonal().double().mean())
     return (vectors * values.clamp(min=0).sqrt()).float()
 
 # %% ../../nbs/library/33_engine.ipynb #e5282df1
 def flow_matching_loss(
-    parts, # with `mllm`, `guidance` and `transformer`: a pipeline or `FlowMatching`
+    parts,  # with `mllm`, `guidance` and `transformer`: a pipeline or `FlowMatching`
     batch: Batch,
     dice: Dice,
-    balance: float = 1., # between what an edit touches and what it leaves alone; 1 is the plain mean
-    factor: torch.Tensor | None = None, # (z, z) from `metric_factor`; None is the plain square
-    source: bool = True, # the denoiser is given the source's latents
-) -> tuple[torch.Tensor, torch.Tensor]: # loss and plain squared error of each sample, (B,) float32, the second without gradient
+    balance: float = 1.0,  # between what an edit touches and what it leaves alone; 1 is the plain mean
+    factor: torch.Tensor | None = None,  # (z, z) from `metric_factor`; None is the plain square
+    source: bool = True,  # the denoiser is given the source's latents
+) -> tuple[
+    torch.Tensor, torch.Tensor
+]:  # loss and plain squared error of each sample, (B,) float32, the second without gradient
     "Weighted squared error of the predicted velocity."
     dtype, sigma = parts.transformer.dtype, dice.sigma
     noisy = torch.lerp(batch.target, dice.noise, sigma.view(-1, 1, 1, 1, 1))
     context, mask = encode_context(parts.mllm, parts.guidance, batch.inputs, batch.vision)
     reference = None if batch.reference is None else batch.reference.to(dtype)
-    velocity = denoise(parts.transformer, parts.guidance, noisy.to(dtype), 1000 * sigma, sigma, context.to(dtype), mask, batch.source.to(dtype) if source else None, reference)
+    velocity = denoise(
+        parts.transformer,
+        parts.guidance,
+        noisy.to(dtype),
+        1000 * sigma,
+        sigma,
+        context.to(dtype),
+        mask,
+        batch.source.to(dtype) if source else None,
+        reference,
+    )
     with torch.autocast(noisy.device.type, enabled=False):
         error = velocity.float() - (dice.noise - batch.target)
         seen = error if factor is None else torch.einsum("ij,bifhw->bjfhw", factor.float(), error)
@@ -201,42 +265,51 @@ def flow_matching_loss(
 
 # %% ../../nbs/library/33_engine.ipynb #6fad3755
 def split_losses(
-    squared: torch.Tensor, # (B,) plain squared error of each sample
-    sigma: torch.Tensor, # (B,) its noise level
-    modes: list, # "image", "video" or "ref"
-    tasks: list, # names; "" where unknown
-) -> dict: # "loss/ref", "loss/subject", "loss/0.25-0.5", ... -> mean
+    squared: torch.Tensor,  # (B,) plain squared error of each sample
+    sigma: torch.Tensor,  # (B,) its noise level
+    modes: list,  # "image", "video" or "ref"
+    tasks: list,  # names; "" where unknown
+) -> dict:  # "loss/ref", "loss/subject", "loss/0.25-0.5", ... -> mean
     "Means by mode, by task and by noise level, of what occurs."
     groups = {}
     for value, level, *names in zip(squared.tolist(), sigma.tolist(), modes, tasks):
         low = min(int(4 * level), 3) / 4
-        for name in (*names, f"{low:g}-{low + .25:g}"):
-            if name: groups.setdefault(f"loss/{name}", []).append(value)
+        for name in (*names, f"{low:g}-{low + 0.25:g}"):
+            if name:
+                groups.setdefault(f"loss/{name}", []).append(value)
     return {name: sum(values) / len(values) for name, values in groups.items()}
 
 # %% ../../nbs/library/33_engine.ipynb #d6c90149
 class FlowMatching(torch.nn.Module):
     "The parts that train, and their loss as the one thing that is called."
-    def __init__(self,
-        pipe, # KiwiEditPipeline
+
+    def __init__(
+        self,
+        pipe,  # KiwiEditPipeline
         options: Loss = Loss(),
-        gram: torch.Tensor | None = None, # from `pixel_metric`, where the options want it
-        source: bool = True, # the denoiser is given the source's latents
-        autocast: bool = False, # products in bfloat16 on float32 weights
+        gram: torch.Tensor | None = None,  # from `pixel_metric`, where the options want it
+        source: bool = True,  # the denoiser is given the source's latents
+        autocast: bool = False,  # products in bfloat16 on float32 weights
     ):
         super().__init__()
-        if options.pixel_metric and gram is None: raise InputError(f"`gram` has to be given for a `pixel_metric` of {options.pixel_metric} but is None.")
+        if options.pixel_metric and gram is None:
+            raise InputError(f"`gram` has to be given for a `pixel_metric` of {options.pixel_metric} but is None.")
         self.mllm, self.guidance, self.transformer = pipe.mllm, pipe.guidance, pipe.transformer
         self.balance, self.source, self.autocast = options.balance, source, autocast
-        self.register_buffer("factor", metric_factor(gram, options.pixel_metric) if options.pixel_metric else None, persistent=False)
+        self.register_buffer(
+            "factor", metric_factor(gram, options.pixel_metric) if options.pixel_metric else None, persistent=False
+        )
 
-    def forward(self,
-        item: tuple, # (Batch, Dice)
-    ) -> tuple[torch.Tensor, dict]: # loss of each sample (B,), and numbers for the log
+    def forward(
+        self,
+        item: tuple,  # (Batch, Dice)
+    ) -> tuple[torch.Tensor, dict]:  # loss of each sample (B,), and numbers for the log
         batch, dice = item
         with torch.autocast(batch.target.device.type, torch.bfloat16, enabled=self.autocast):
             losses, squared = flow_matching_loss(self, batch, dice, self.balance, self.factor, self.source)
-        tokens = sum(x[:, 0].numel() for x in (batch.target, batch.reference) if x is not None) // math.prod(self.transformer.config.patch_size)
+        tokens = sum(x[:, 0].numel() for x in (batch.target, batch.reference) if x is not None) // math.prod(
+            self.transformer.config.patch_size
+        )
         return losses, split_losses(squared, dice.sigma, batch.inputs.modes, batch.tasks) | dict(tokens=tokens)
 
     def signature(self, item):
@@ -245,263 +318,380 @@ class FlowMatching(torch.nn.Module):
 
 # %% ../../nbs/library/33_engine.ipynb #d5c79e37
 def part_of(
-    name: str, # of a parameter
-) -> str: # the part of the pipeline that it belongs to
+    name: str,  # of a parameter
+) -> str:  # the part of the pipeline that it belongs to
     "`mllm.model.language_model.layers.0.mlp.up_proj.weight` belongs to `language_model`."
     found = [part for part, path in PARTS.items() if f"{name}.".startswith(f"{path}.")]
     return max(found, key=lambda part: len(PARTS[part])) if found else name.split(".")[0]
 
-def _sharded_like(p, whole): # for a parameter of which processes have shards, the same of a whole tensor
+
+def _sharded_like(p, whole):  # for a parameter of which processes have shards, the same of a whole tensor
     return distribute_tensor(whole.to(p.device), p.device_mesh, p.placements) if isinstance(p, DTensor) else whole
 
-def _is_matrix(name, p): return p.ndim >= 2 and not any(word in name for word in ("norm", "queries", "embed_tokens", "lm_head", "scale_shift", "gamma"))
+
+def _is_matrix(name, p):
+    return p.ndim >= 2 and not any(
+        word in name for word in ("norm", "queries", "embed_tokens", "lm_head", "scale_shift", "gamma")
+    )
+
 
 class _InFloat32(TorchFunctionMode):
     "Within it, what asks for bfloat16 gets float32: torch's Muon casts its matrices, which costs most of a step where such products are emulated."
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return args[0].float() if function is torch.Tensor.bfloat16 else function(*args, **(kwargs or {}))
 
+
 class Optimizers:
     "Muon for the matrices and AdamW for the rest of what trains in a module, or AdamW for all of it."
-    def __init__(self,
+
+    def __init__(
+        self,
         model: torch.nn.Module,
-        lr: float, # peak rate of AdamW; Muon's is in its scale
-        kind: str = "muon", # or "adamw"
-        weight_decay: float = .01,
-        lr_scales: dict | None = None, # part -> factor on lr
+        lr: float,  # peak rate of AdamW; Muon's is in its scale
+        kind: str = "muon",  # or "adamw"
+        weight_decay: float = 0.01,
+        lr_scales: dict | None = None,  # part -> factor on lr
     ):
-        if kind not in ("muon", "adamw"): raise InputError(f"`kind` has to be 'muon' or 'adamw' but is {kind!r}.")
-        if kind == "muon" and not hasattr(torch.optim, "Muon"): raise InputError(f"`kind` 'muon' needs torch 2.9 or newer but torch is {torch.__version__}; take 'adamw'.")
+        if kind not in ("muon", "adamw"):
+            raise InputError(f"`kind` has to be 'muon' or 'adamw' but is {kind!r}.")
+        if kind == "muon" and not hasattr(torch.optim, "Muon"):
+            raise InputError(f"`kind` 'muon' needs torch 2.9 or newer but torch is {torch.__version__}; take 'adamw'.")
         self.lr, self.flat, scales = lr, [], lr_scales or {}
         matrices, others = defaultdict(list), defaultdict(list)
         for name, p in model.named_parameters():
-            if not p.requires_grad: continue
-            scale = scales.get(part_of(name), 1.)
+            if not p.requires_grad:
+                continue
+            scale = scales.get(part_of(name), 1.0)
             if kind == "muon" and _is_matrix(name, p):
                 view = torch.nn.Parameter(p.detach().flatten(1))
-                self.flat.append((p, view)); matrices[scale].append(view)
-            else: others[scale].append(p)
+                self.flat.append((p, view))
+                matrices[scale].append(view)
+            else:
+                others[scale].append(p)
         self.all = []
-        if matrices: self.all.append(torch.optim.Muon([dict(params=ps, scale=s) for s, ps in matrices.items()], lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
-        if others: self.all.append(torch.optim.AdamW([dict(params=ps, scale=s) for s, ps in others.items()], lr=lr, betas=(.9, .98) if kind == "muon" else (.9, .999),
-                                                     weight_decay=0. if kind == "muon" else weight_decay))
+        if matrices:
+            self.all.append(
+                torch.optim.Muon(
+                    [dict(params=ps, scale=s) for s, ps in matrices.items()],
+                    lr=lr,
+                    weight_decay=weight_decay,
+                    adjust_lr_fn="match_rms_adamw",
+                )
+            )
+        if others:
+            self.all.append(
+                torch.optim.AdamW(
+                    [dict(params=ps, scale=s) for s, ps in others.items()],
+                    lr=lr,
+                    betas=(0.9, 0.98) if kind == "muon" else (0.9, 0.999),
+                    weight_decay=0.0 if kind == "muon" else weight_decay,
+                )
+            )
 
-    def set_rate(self,
-        factor: float, # on the peak rate
+    def set_rate(
+        self,
+        factor: float,  # on the peak rate
     ):
         "The rate of the next step."
         for optimizer in self.all:
-            for group in optimizer.param_groups: group["lr"] = self.lr * factor * group["scale"]
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr * factor * group["scale"]
 
-    def step(self,
-        factor: float, # on the peak rate
+    def step(
+        self,
+        factor: float,  # on the peak rate
     ):
         "One step; gradients are dropped afterwards."
         self.set_rate(factor)
-        for p, view in self.flat: view.grad = None if p.grad is None else p.grad.flatten(1)
+        for p, view in self.flat:
+            view.grad = None if p.grad is None else p.grad.flatten(1)
         emulated = self.flat and not multiplies_bfloat16(self.flat[0][0].device)
         with _InFloat32() if emulated else nullcontext():
             for optimizer in self.all:
                 optimizer.step()
                 optimizer.zero_grad()
-        for p, _ in self.flat: p.grad = None
+        for p, _ in self.flat:
+            p.grad = None
 
-    def state(self) -> dict: # name -> tensor
+    def state(self) -> dict:  # name -> tensor
         "The moments, flat."
-        return {f"{n}.{i}.{key}": value for n, optimizer in enumerate(self.all) for i, values in optimizer.state_dict()["state"].items() for key, value in values.items()}
+        return {
+            f"{n}.{i}.{key}": value
+            for n, optimizer in enumerate(self.all)
+            for i, values in optimizer.state_dict()["state"].items()
+            for key, value in values.items()
+        }
 
     def check(self, tensors: dict):
         "Raise where `state` was given by another kind of optimiser."
-        theirs, ours = "muon" if any(name.endswith(".momentum_buffer") for name in tensors) else "adamw", "muon" if self.flat else "adamw"
-        if theirs != ours: raise InputError(f"`optimizer` has to be {theirs!r}, which the checkpoint's moments are of, but is {ours!r}.")
+        theirs, ours = (
+            "muon" if any(name.endswith(".momentum_buffer") for name in tensors) else "adamw",
+            "muon" if self.flat else "adamw",
+        )
+        if theirs != ours:
+            raise InputError(
+                f"`optimizer` has to be {theirs!r}, which the checkpoint's moments are of, but is {ours!r}."
+            )
 
     def load_state(self, tensors: dict):
         "Take over what `state` gave."
         self.check(tensors)
-        states, places = [defaultdict(dict) for _ in self.all], [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in self.all]
+        states, places = (
+            [defaultdict(dict) for _ in self.all],
+            [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in self.all],
+        )
         for name, value in tensors.items():
             n, index, key = name.split(".", 2)
             states[int(n)][int(index)][key] = _sharded_like(places[int(n)][int(index)], value) if value.ndim else value
-        for optimizer, values in zip(self.all, states): optimizer.load_state_dict({"state": dict(values), "param_groups": optimizer.state_dict()["param_groups"]})
+        for optimizer, values in zip(self.all, states):
+            optimizer.load_state_dict({"state": dict(values), "param_groups": optimizer.state_dict()["param_groups"]})
 
 # %% ../../nbs/library/33_engine.ipynb #d1e5be2d
-def _put_in_zero(p, value, *key): # the float32 weight that DeepSpeed has for a parameter, or its moment of that name
+def _put_in_zero(p, value, *key):  # the float32 weight that DeepSpeed has for a parameter, or its moment of that name
     from deepspeed import utils
+
     kind, value = "optimizer_state" if key else "fp32_param", value.float().flatten()
-    if not hasattr(p, "ds_tensor"): return getattr(utils, f"safe_set_full_{kind}")(p, value.expand(p.numel()), *key)
-    size, rank = p.ds_tensor.numel(), torch.distributed.get_rank()  # ZeRO-3: each process has a part, the last of them padded
+    if not hasattr(p, "ds_tensor"):
+        return getattr(utils, f"safe_set_full_{kind}")(p, value.expand(p.numel()), *key)
+    size, rank = (
+        p.ds_tensor.numel(),
+        torch.distributed.get_rank(),
+    )  # ZeRO-3: each process has a part, the last of them padded
     own = torch.zeros(size)
-    part = value.expand(p.ds_numel)[rank * size:(rank + 1) * size]
-    own[:len(part)] = part
+    part = value.expand(p.ds_numel)[rank * size : (rank + 1) * size]
+    own[: len(part)] = part
     getattr(utils, f"safe_set_local_{kind}")(p, own, *key)
+
 
 class ZeroOptimizers(Optimizers):
     "AdamW where DeepSpeed has shared out moments and gradients: it takes its step within the last `backward`, and gathers what is asked for."
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.params = [p for group in self.all[0].param_groups for p in group["params"]]
 
-    def prepare(self,
-        accelerator: Accelerator,
-        model: torch.nn.Module,
-        stage: Stage,
-    ):
+    def prepare(self, accelerator: Accelerator, model: torch.nn.Module, stage: Stage):
         "Hand the model and the optimiser to DeepSpeed, with what the stage says in place of Accelerate's defaults."
-        said = dict(train_batch_size="auto", train_micro_batch_size_per_gpu=stage.batch_size, gradient_accumulation_steps=stage.accumulation,
-                    gradient_clipping=stage.clip if math.isfinite(stage.clip) else 0., bf16=dict(enabled=stage.dtype == "bfloat16"))
+        said = dict(
+            train_batch_size="auto",
+            train_micro_batch_size_per_gpu=stage.batch_size,
+            gradient_accumulation_steps=stage.accumulation,
+            gradient_clipping=stage.clip if math.isfinite(stage.clip) else 0.0,
+            bf16=dict(enabled=stage.dtype == "bfloat16"),
+        )
         accelerator.state.deepspeed_plugin.deepspeed_config.update(said)
         wrapped, self.all[0] = accelerator.prepare(model, self.all[0])
         return wrapped
 
     def set_rate(self, factor):
         from deepspeed.utils import safe_set_local_grad
+
         super().set_rate(factor)
         for p in self.params:
-            if hasattr(p, "ds_tensor"): safe_set_local_grad(p, torch.zeros_like(p.ds_tensor))  # ZeRO-3 would add to the last step's gradient of what a step's first batch does not use
+            if hasattr(p, "ds_tensor"):
+                safe_set_local_grad(
+                    p, torch.zeros_like(p.ds_tensor)
+                )  # ZeRO-3 would add to the last step's gradient of what a step's first batch does not use
 
-    def weights(self,
-        trained: dict, # name -> parameter
-    ) -> dict: # name -> function that gathers it, in float32
+    def weights(
+        self,
+        trained: dict,  # name -> parameter
+    ) -> dict:  # name -> function that gathers it, in float32
         "For a checkpoint."
         from deepspeed.utils import safe_get_full_fp32_param
+
         return {name: partial(safe_get_full_fp32_param, p) for name, p in trained.items()}
 
     def state(self):
         from deepspeed.utils import safe_get_full_optimizer_state
-        moments = {f"0.{i}.{key}": partial(safe_get_full_optimizer_state, p, key) for i, p in enumerate(self.params) for key in ("exp_avg", "exp_avg_sq")}
+
+        moments = {
+            f"0.{i}.{key}": partial(safe_get_full_optimizer_state, p, key)
+            for i, p in enumerate(self.params)
+            for key in ("exp_avg", "exp_avg_sq")
+        }
         step = next(iter(self.all[0].state.values()))["step"]
         return moments | {f"0.{i}.step": torch.tensor(float(step)) for i in range(len(self.params))}
 
-    def load_state(self,
+    def load_state(
+        self,
         tensors: dict,
-        weights: dict, # name -> tensor
-        trained: dict, # name -> parameter
-        step: int, # of the run
+        weights: dict,  # name -> tensor
+        trained: dict,  # name -> parameter
+        step: int,  # of the run
     ):
         "Take over a checkpoint. DeepSpeed makes its moments in its first step, so it has to have taken one, at rate 0."
         self.check(tensors)
-        for name, p in trained.items(): _put_in_zero(p, weights[name])
+        for name, p in trained.items():
+            _put_in_zero(p, weights[name])
         for i, p in enumerate(self.params):
-            for key in ("exp_avg", "exp_avg_sq"): _put_in_zero(p, tensors.get(f"0.{i}.{key}", torch.zeros(1)), key)
-        for values in self.all[0].state.values(): values["step"] = 0 * values["step"] + step
+            for key in ("exp_avg", "exp_avg_sq"):
+                _put_in_zero(p, tensors.get(f"0.{i}.{key}", torch.zeros(1)), key)
+        for values in self.all[0].state.values():
+            values["step"] = 0 * values["step"] + step
 
 # %% ../../nbs/library/33_engine.ipynb #c212a9b5
 def learning_rate(
-    progress: float, # 0 to 1
+    progress: float,  # 0 to 1
     step: int = 0,
-    schedule: str = "cosine", # or "constant"
-    warmup: float = .03, # share of the run
-    floor: float = .02, # share of the peak at the end, of the cosine
-    lr_dip: bool = False, # a third of it in the first five steps, as the official trainer does unasked
-) -> float: # factor on the peak rate
+    schedule: str = "cosine",  # or "constant"
+    warmup: float = 0.03,  # share of the run
+    floor: float = 0.02,  # share of the peak at the end, of the cosine
+    lr_dip: bool = False,  # a third of it in the first five steps, as the official trainer does unasked
+) -> float:  # factor on the peak rate
     "Linear warm-up, then a cosine or nothing."
-    if schedule not in ("cosine", "constant"): raise InputError(f"`schedule` has to be 'cosine' or 'constant' but is {schedule!r}.")
-    if progress < warmup: factor = (progress + 1e-3) / (warmup + 1e-3)
-    elif schedule == "constant": factor = 1.
-    else: factor = floor + (1 - floor) * .5 * (1 + math.cos(math.pi * min((progress - warmup) / (1 - warmup), 1)))
+    if schedule not in ("cosine", "constant"):
+        raise InputError(f"`schedule` has to be 'cosine' or 'constant' but is {schedule!r}.")
+    if progress < warmup:
+        factor = (progress + 1e-3) / (warmup + 1e-3)
+    elif schedule == "constant":
+        factor = 1.0
+    else:
+        factor = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min((progress - warmup) / (1 - warmup), 1)))
     return factor / 3 if lr_dip and step < 5 else factor
 
 # %% ../../nbs/library/33_engine.ipynb #fd2f81a6
-def _whole(tensor): # of a sharded tensor, all of it, or what gathers it
+def _whole(tensor):  # of a sharded tensor, all of it, or what gathers it
     return tensor() if callable(tensor) else tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-def _digest(path): return hashlib.file_digest(open(path, "rb"), "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
-def checkpoints(
-    folder,
-) -> list: # paths, oldest first
+
+def _digest(path):
+    return (
+        hashlib.file_digest(open(path, "rb"), "sha256").hexdigest()
+        if hasattr(hashlib, "file_digest")
+        else hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    )
+
+
+def checkpoints(folder) -> list:  # paths, oldest first
     "The checkpoints of a run."
     return sorted(path for path in Path(folder).glob("step-*") if path.suffix != ".new")
 
+
 def save_checkpoint(
-    folder, # of a run's checkpoints
-    files: dict, # name -> dict of tensors, or of functions that gather them
-    state: dict, # what JSON can hold: step, seconds, ...
-    keep: int = 2, # checkpoints that stay
-    write: bool = True, # False in all but the first of several processes, which take part in gathering shards
+    folder,  # of a run's checkpoints
+    files: dict,  # name -> dict of tensors, or of functions that gather them
+    state: dict,  # what JSON can hold: step, seconds, ...
+    keep: int = 2,  # checkpoints that stay
+    write: bool = True,  # False in all but the first of several processes, which take part in gathering shards
 ):
     "Write a checkpoint so that a kill at any moment leaves all the older ones whole."
-    if keep < 1: raise InputError(f"`keep` has to be at least 1 but is {keep}.")
+    if keep < 1:
+        raise InputError(f"`keep` has to be at least 1 but is {keep}.")
     whole = {name: {} for name in files}
     for name, tensors in files.items():
         for key, value in tensors.items():
             value = _whole(value)
-            if write: whole[name][key] = value.detach().cpu().contiguous()
-    if not write: return
+            if write:
+                whole[name][key] = value.detach().cpu().contiguous()
+    if not write:
+        return
     final = Path(folder) / f"step-{state['step']:08d}"
     fresh = final.with_name(final.name + ".new")
-    for leftover in Path(folder).glob("step-*.new"): shutil.rmtree(leftover)
+    for leftover in Path(folder).glob("step-*.new"):
+        shutil.rmtree(leftover)
     fresh.mkdir(parents=True)
-    for name, tensors in whole.items(): save_file(tensors, fresh / f"{name}.safetensors")
+    for name, tensors in whole.items():
+        save_file(tensors, fresh / f"{name}.safetensors")
     digests = {path.name: _digest(path) for path in sorted(fresh.iterdir())}
     (fresh / "state.json").write_text(json.dumps(state | dict(files=digests)))
-    if final.exists(): shutil.rmtree(final)
+    if final.exists():
+        shutil.rmtree(final)
     fresh.rename(final)
     there = checkpoints(folder)
     last = there.index(final) + 1
-    for old in there[:max(last - keep, 0)] + there[last:]: shutil.rmtree(old)  # a later one is damaged, or this run would have begun with it
+    for old in there[: max(last - keep, 0)] + there[last:]:
+        shutil.rmtree(old)  # a later one is damaged, or this run would have begun with it
+
 
 def load_checkpoint(
-    folder, # of a run's checkpoints
-) -> tuple: # (name -> dict of tensors, state); (None, None) where there is none
+    folder,  # of a run's checkpoints
+) -> tuple:  # (name -> dict of tensors, state); (None, None) where there is none
     "The newest checkpoint that can be trusted."
     for path in reversed(checkpoints(folder)):
         try:
             state = json.loads((path / "state.json").read_text())
-            broken = [name for name, digest in state.pop("files").items() if not (path / name).exists() or _digest(path / name) != digest]
-        except (OSError, ValueError, KeyError) as error: broken = [f"state.json ({error})"]
-        if not broken: return {file.stem: load_file(file) for file in path.glob("*.safetensors")}, state
+            broken = [
+                name
+                for name, digest in state.pop("files").items()
+                if not (path / name).exists() or _digest(path / name) != digest
+            ]
+        except (OSError, ValueError, KeyError) as error:
+            broken = [f"state.json ({error})"]
+        if not broken:
+            return {file.stem: load_file(file) for file in path.glob("*.safetensors")}, state
         logger.warning("%s is damaged (%s); the checkpoint before it is tried.", path.name, ", ".join(broken))
-    if found := checkpoints(folder): raise InputError(f"`folder` holds {len(found)} checkpoints of which none is whole: {folder}. Move them away to start afresh.")
+    if found := checkpoints(folder):
+        raise InputError(
+            f"`folder` holds {len(found)} checkpoints of which none is whole: {folder}. Move them away to start afresh."
+        )
     return None, None
 
 # %% ../../nbs/library/33_engine.ipynb #a95857b3
 class Prefetch:
     "Make the next batches in a thread while the current one trains."
-    def __init__(self,
-        make, # number -> batch
+
+    def __init__(
+        self,
+        make,  # number -> batch
         start: int,
         ahead: int = 2,
     ):
         self.queue, self.stop = Queue(ahead), False
+
         def work():
             number = start
             while not self.stop:
-                try: item = make(number)
-                except BaseException as error: item = error
-                self.queue.put(item); number += 1
+                try:
+                    item = make(number)
+                except BaseException as error:
+                    item = error
+                self.queue.put(item)
+                number += 1
+
         threading.Thread(target=work, daemon=True).start()
+
     def get(self):
         batch = self.queue.get()
-        if isinstance(batch, BaseException): raise batch
+        if isinstance(batch, BaseException):
+            raise batch
         return batch
+
     def close(self):
         self.stop = True
-        while not self.queue.empty(): self.queue.get_nowait()
+        while not self.queue.empty():
+            self.queue.get_nowait()
+
 
 def to_device(
-    item, # tensor, tuple of such, or anything with `to`
+    item,  # tensor, tuple of such, or anything with `to`
     device,
 ):
     "The same on another device."
-    if isinstance(item, (tuple, list)): return type(item)(to_device(value, device) for value in item)
+    if isinstance(item, (tuple, list)):
+        return type(item)(to_device(value, device) for value in item)
     return item.to(device) if hasattr(item, "to") else item
 
+
 def trim_log(
-    path, # log.jsonl
-    step: int, # of the checkpoint
+    path,  # log.jsonl
+    step: int,  # of the checkpoint
 ):
     "Drop what a killed run logged after its last checkpoint; those steps come again."
     path = Path(path)
-    if not path.exists(): return
+    if not path.exists():
+        return
     lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-    with replacing(path, overwrite=True) as fresh: Path(fresh).write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+    with replacing(path, overwrite=True) as fresh:
+        Path(fresh).write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
 
 # %% ../../nbs/library/33_engine.ipynb #a6bb7f2e
 def measure_flops(
     device: str = "cpu",
-    dtype: torch.dtype | None = None, # None is bfloat16 where the device has circuits for it, else float32
-    shape: tuple | None = None, # rows, inner side, columns; None is large enough for the device to be at its best
-) -> float: # a second
+    dtype: torch.dtype | None = None,  # None is bfloat16 where the device has circuits for it, else float32
+    shape: tuple | None = None,  # rows, inner side, columns; None is large enough for the device to be at its best
+) -> float:  # a second
     "The rate of a plain matrix product."
     rows, inner, columns = shape or 3 * (8192 if torch.device(device).type == "cuda" else 1024,)
     dtype = dtype or (torch.bfloat16 if multiplies_bfloat16(device) else torch.float32)
@@ -509,184 +699,298 @@ def measure_flops(
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     best = math.inf
     for _ in range(5):
-        wait(); start = time.perf_counter(); a @ b; wait()
+        wait()
+        start = time.perf_counter()
+        a @ b
+        wait()
         best = min(best, time.perf_counter() - start)
     return 2 * rows * inner * columns / best
 
-def peak_memory(
-    device: str = "cpu",
-) -> float: # GB, of the process on a CPU, of the allocator on a GPU
+
+def peak_memory(device: str = "cpu") -> float:  # GB, of the process on a CPU, of the allocator on a GPU
     "The most memory that was used so far."
-    if torch.device(device).type == "cuda": return torch.cuda.max_memory_allocated(device) / 1e9
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 # %% ../../nbs/library/33_engine.ipynb #362ab5bd
 def make_accelerator(
-    accumulation: int = 1, # batches to a step
-    device: str = "auto", # "cpu", "cuda", ...; where several processes were launched, each has its own
-    trackers: tuple = (), # names that Accelerate knows
-    folder=None, # for what they write
+    accumulation: int = 1,  # batches to a step
+    device: str = "auto",  # "cpu", "cuda", ...; where several processes were launched, each has its own
+    trackers: tuple = (),  # names that Accelerate knows
+    folder=None,  # for what they write
 ) -> Accelerator:
     "Accelerate for this process: alone, or one of many that `accelerate launch` or `torchrun` started."
     where = choose_device(device)
-    if "LOCAL_RANK" not in os.environ:  # alone: what Accelerate keeps for the process may be of a run before, and its "cuda" is the current one
-        if PartialState._shared_state and PartialState().device.type != where.type: AcceleratorState._reset_state(True)
-        if where.type == "cuda" and where.index is not None: torch.cuda.set_device(where)
+    if (
+        "LOCAL_RANK" not in os.environ
+    ):  # alone: what Accelerate keeps for the process may be of a run before, and its "cuda" is the current one
+        if PartialState._shared_state and PartialState().device.type != where.type:
+            AcceleratorState._reset_state(True)
+        if where.type == "cuda" and where.index is not None:
+            torch.cuda.set_device(where)
     sharded = any(os.environ.get(f"ACCELERATE_USE_{kind}", "false") == "true" for kind in ("FSDP", "DEEPSPEED"))
-    handlers = [] if sharded else [DistributedDataParallelKwargs(find_unused_parameters=True)]  # a batch uses the queries of its mode only
-    accelerator = Accelerator(cpu=where.type == "cpu", gradient_accumulation_steps=accumulation, log_with=list(trackers) or None, project_dir=folder, kwargs_handlers=handlers)
-    if len(accelerator.log_with) < len(trackers): raise MissingPackage(f"`trackers` have to be installed but of {', '.join(trackers)} only {', '.join(map(str, accelerator.log_with)) or 'none'} is.")
-    if trackers: accelerator.init_trackers("kiwi-edit")
+    handlers = (
+        [] if sharded else [DistributedDataParallelKwargs(find_unused_parameters=True)]
+    )  # a batch uses the queries of its mode only
+    accelerator = Accelerator(
+        cpu=where.type == "cpu",
+        gradient_accumulation_steps=accumulation,
+        log_with=list(trackers) or None,
+        project_dir=folder,
+        kwargs_handlers=handlers,
+    )
+    if len(accelerator.log_with) < len(trackers):
+        raise MissingPackage(
+            f"`trackers` have to be installed but of {', '.join(trackers)} only {', '.join(map(str, accelerator.log_with)) or 'none'} is."
+        )
+    if trackers:
+        accelerator.init_trackers("kiwi-edit")
     return accelerator
+
 
 @contextmanager
 def averaged(
-    trained: dict, # name -> parameter
-    average: dict, # name -> average of it; empty for none
+    trained: dict,  # name -> parameter
+    average: dict,  # name -> average of it; empty for none
 ):
     "Within it, the parameters have their averaged values."
     with torch.no_grad():
         now = {name: trained[name].detach().clone() for name in average}
-        for name in average: trained[name].copy_(average[name])
-        try: yield
+        for name in average:
+            trained[name].copy_(average[name])
+        try:
+            yield
         finally:
-            for name in average: trained[name].copy_(now[name])
+            for name in average:
+                trained[name].copy_(now[name])
 
-def _mean_numbers(collected): # a list of dicts, each over the names that occurred in a batch
+
+def _mean_numbers(collected):  # a list of dicts, each over the names that occurred in a batch
     values = defaultdict(list)
     for numbers in collected:
-        for name, value in numbers.items(): values[name].append(value)
+        for name, value in numbers.items():
+            values[name].append(value)
     return {name: sum(found) / len(found) for name, found in values.items()}
 
-def _names(batch): # of its samples, where it knows them
+
+def _names(batch):  # of its samples, where it knows them
     batch = batch[0] if isinstance(batch, (tuple, list)) else batch
     return list(map(str, getattr(batch, "ids", [])))
 
 # %% ../../nbs/library/33_engine.ipynb #19e1f9aa
 def fit(
-    model: torch.nn.Module, # its forward takes a batch and gives (losses (B,), dict of numbers to log); what has requires_grad is trained
-    batch_fn, # (number, part, parts) -> that part of the batch; a pure function, so that a resumed run sees the same data
-    folder, # log.jsonl and the checkpoints go here
-    stage: Stage, # rates, steps, minutes, optimiser, accumulation, average
+    model: torch.nn.Module,  # its forward takes a batch and gives (losses (B,), dict of numbers to log); what has requires_grad is trained
+    batch_fn,  # (number, part, parts) -> that part of the batch; a pure function, so that a resumed run sees the same data
+    folder,  # log.jsonl and the checkpoints go here
+    stage: Stage,  # rates, steps, minutes, optimiser, accumulation, average
     seed: int = 0,
-    keep: int = 2, # checkpoints that stay
-    save_every: float = 300., # seconds
-    on_step=None, # called as on_step(record) after each step
-    on_save=None, # called as on_save(step) after each checkpoint, with the averaged weights in place if there are any
+    keep: int = 2,  # checkpoints that stay
+    save_every: float = 300.0,  # seconds
+    on_step=None,  # called as on_step(record) after each step
+    on_save=None,  # called as on_save(step) after each checkpoint, with the averaged weights in place if there are any
     progress: bool = True,
-    accelerator: Accelerator | None = None, # made if None
-    trackers: tuple = (), # names that Accelerate knows: "tensorboard", "wandb", ...
-) -> dict: # the last state: step, seconds, mean_loss
+    accelerator: Accelerator | None = None,  # made if None
+    trackers: tuple = (),  # names that Accelerate knows: "tensorboard", "wandb", ...
+) -> dict:  # the last state: step, seconds, mean_loss
     "Train until the steps or the minutes are used up, continuing from the folder's checkpoint if there is one."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     accelerator = accelerator or make_accelerator(stage.accumulation, trackers=trackers, folder=folder)
     fsdp, zero = (accelerator.distributed_type == kind for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED))
-    if (fsdp or zero) and stage.optimizer == "muon": raise InputError("`stage.optimizer` has to be 'adamw' where weights are sharded but is 'muon', which needs whole matrices.")
-    if fsdp and not accelerator.is_fsdp2: raise InputError("`fsdp_version` of Accelerate has to be 2, whose shards checkpoints gather, but is 1; assets/accelerate/fsdp2.yaml asks for it.")
-    if zero and stage.ema and accelerator.state.deepspeed_plugin.zero_stage == 3: raise InputError(f"`stage.ema` has to be 0 under DeepSpeed ZeRO-3, which shares out the weights, but is {stage.ema}.")
+    if (fsdp or zero) and stage.optimizer == "muon":
+        raise InputError(
+            "`stage.optimizer` has to be 'adamw' where weights are sharded but is 'muon', which needs whole matrices."
+        )
+    if fsdp and not accelerator.is_fsdp2:
+        raise InputError(
+            "`fsdp_version` of Accelerate has to be 2, whose shards checkpoints gather, but is 1; assets/accelerate/fsdp2.yaml asks for it."
+        )
+    if zero and stage.ema and accelerator.state.deepspeed_plugin.zero_stage == 3:
+        raise InputError(
+            f"`stage.ema` has to be 0 under DeepSpeed ZeRO-3, which shares out the weights, but is {stage.ema}."
+        )
     device, main, parts = accelerator.device, accelerator.is_main_process, accelerator.num_processes
     model.to(device)
-    optimizers = (ZeroOptimizers if zero else Optimizers)(model, stage.lr, stage.optimizer, stage.weight_decay, stage.lr_scales)
+    optimizers = (ZeroOptimizers if zero else Optimizers)(
+        model, stage.lr, stage.optimizer, stage.weight_decay, stage.lr_scales
+    )
     files, state = load_checkpoint(folder / "checkpoints")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if state:
         theirs, ours = ({(name, tuple(p.shape)) for name, p in found.items()} for found in (files["weights"], trained))
-        if theirs != ours: raise InputError(f"`folder` holds other parameters than this stage trains: {sorted({name for name, _ in theirs ^ ours})[:5]} in {folder}.")
+        if theirs != ours:
+            raise InputError(
+                f"`folder` holds other parameters than this stage trains: {sorted({name for name, _ in theirs ^ ours})[:5]} in {folder}."
+            )
         with torch.no_grad():
-            for name, p in trained.items(): p.copy_(files["weights"][name])
-    if zero: wrapped = optimizers.prepare(accelerator, model, stage)
+            for name, p in trained.items():
+                p.copy_(files["weights"][name])
+    if zero:
+        wrapped = optimizers.prepare(accelerator, model, stage)
     elif fsdp:
         wrapped, optimizers.all[0] = accelerator.prepare(model, optimizers.all[0])
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    else: wrapped = accelerator.prepare(model)
+    else:
+        wrapped = accelerator.prepare(model)
     average = {name: p.detach().float().clone() for name, p in trained.items()} if stage.ema else {}
     if state:
         if zero:
-            optimizers.set_rate(0.)
-            accelerator.backward(0. * wrapped(to_device(batch_fn(state["step"] * stage.accumulation, accelerator.process_index, parts), device))[0].mean())
+            optimizers.set_rate(0.0)
+            accelerator.backward(
+                0.0
+                * wrapped(
+                    to_device(batch_fn(state["step"] * stage.accumulation, accelerator.process_index, parts), device)
+                )[0].mean()
+            )
             optimizers.load_state(files["moments"], files["weights"], trained, state["step"])
-        else: optimizers.load_state(files["moments"])
+        else:
+            optimizers.load_state(files["moments"])
         if "average" in files:
-            for name, value in average.items(): value.copy_(_sharded_like(value, files["average"][name]))
+            for name, value in average.items():
+                value.copy_(_sharded_like(value, files["average"][name]))
         logger.info("continuing at step %d after %.0f s", state["step"], state["seconds"])
-    state = state or dict(step=0, seconds=0., mean_loss=None)
-    if main: trim_log(folder / "log.jsonl", state["step"])
+    state = state or dict(step=0, seconds=0.0, mean_loss=None)
+    if main:
+        trim_log(folder / "log.jsonl", state["step"])
     by_part = defaultdict(list)
-    for name, p in trained.items(): by_part[part_of(name)].append(p)
+    for name, p in trained.items():
+        by_part[part_of(name)].append(p)
     signature, flops, rate = getattr(model, "signature", None), {}, None
-    if signature: rate = measure_flops(device)
+    if signature:
+        rate = measure_flops(device)
     done = lambda: max(state["step"] / stage.steps, state["seconds"] / 60 / stage.minutes if stage.minutes else 0)
     micro = stage.accumulation
     batches = Prefetch(lambda number: batch_fn(number, accelerator.process_index, parts), state["step"] * micro)
-    saved, bar = time.monotonic(), tqdm(total=100, initial=int(100 * done()), unit="%", desc=stage.name, disable=not (progress and main), mininterval=2,
-                                       bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
+    saved, bar = (
+        time.monotonic(),
+        tqdm(
+            total=100,
+            initial=int(100 * done()),
+            unit="%",
+            desc=stage.name,
+            disable=not (progress and main),
+            mininterval=2,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+        ),
+    )
+
     def save():
-        files = dict(weights=optimizers.weights(trained) if zero else trained, moments=optimizers.state()) | (dict(average=average) if average else {})
+        files = dict(weights=optimizers.weights(trained) if zero else trained, moments=optimizers.state()) | (
+            dict(average=average) if average else {}
+        )
         save_checkpoint(folder / "checkpoints", files, state, keep, main)
         if on_save and main:
-            with averaged(trained, average): on_save(state["step"])
+            with averaged(trained, average):
+                on_save(state["step"])
         accelerator.wait_for_everyone()
+
     model.train()
     with open(folder / "log.jsonl" if main else os.devnull, "a") as log, closing(batches), bar:
         while done() < 1:
-            start, factor = time.monotonic(), learning_rate(done(), state["step"], stage.schedule, stage.warmup, stage.floor, stage.lr_dip)
+            start, factor = (
+                time.monotonic(),
+                learning_rate(done(), state["step"], stage.schedule, stage.warmup, stage.floor, stage.lr_dip),
+            )
             losses, collected, names, samples, work = [], [], [], 0, 0
-            if zero: optimizers.set_rate(factor)  # before the step, which is taken within `backward`
+            if zero:
+                optimizers.set_rate(factor)  # before the step, which is taken within `backward`
             for j in range(micro):
                 batch = to_device(batches.get(), device)
                 torch.manual_seed(((seed * 1_000_003 + state["step"]) * micro + j) * parts + accelerator.process_index)
                 key = signature(batch) if signature else None
                 counter = FlopCounterMode(display=False) if signature and key not in flops else nullcontext()
                 with accelerator.accumulate(wrapped):
-                    with counter: values, numbers = wrapped(batch)
-                    if signature and key not in flops: flops[key] = 3 * counter.get_total_flops()
+                    with counter:
+                        values, numbers = wrapped(batch)
+                    if signature and key not in flops:
+                        flops[key] = 3 * counter.get_total_flops()
                     loss = values.mean()
                     accelerator.backward(loss)
-                losses.append(loss.detach()); collected.append(numbers); names += _names(batch); samples += len(values); work += flops.get(key, 0)
+                losses.append(loss.detach())
+                collected.append(numbers)
+                names += _names(batch)
+                samples += len(values)
+                work += flops.get(key, 0)
             loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-            if parts > 1: collected = gather_object(collected)
-            norms = {} if zero else {part: _whole(get_total_norm([p.grad for p in ps if p.grad is not None])).item() for part, ps in by_part.items()}
-            norm = float(accelerator.clip_grad_norm_([], stage.clip)) if zero else math.sqrt(sum(n * n for n in norms.values()))  # DeepSpeed has clipped and stepped by now
-            if not math.isfinite(loss) or not math.isfinite(norm) or (state["step"] > 50 and loss > 10 * state["mean_loss"]):
-                if parts > 1: names = gather_object(names)
-                raise FloatingPointError(f"the loss is {loss:.4g} and the gradient norm {norm:.4g} at step {state['step']} of stage {stage.name!r} (mean loss so far {state['mean_loss']}); "
-                                         f"its samples: {', '.join(names) or 'without names'}. The last checkpoint is kept.")
+            if parts > 1:
+                collected = gather_object(collected)
+            norms = (
+                {}
+                if zero
+                else {
+                    part: _whole(get_total_norm([p.grad for p in ps if p.grad is not None])).item()
+                    for part, ps in by_part.items()
+                }
+            )
+            norm = (
+                float(accelerator.clip_grad_norm_([], stage.clip))
+                if zero
+                else math.sqrt(sum(n * n for n in norms.values()))
+            )  # DeepSpeed has clipped and stepped by now
+            if (
+                not math.isfinite(loss)
+                or not math.isfinite(norm)
+                or (state["step"] > 50 and loss > 10 * state["mean_loss"])
+            ):
+                if parts > 1:
+                    names = gather_object(names)
+                raise FloatingPointError(
+                    f"the loss is {loss:.4g} and the gradient norm {norm:.4g} at step {state['step']} of stage {stage.name!r} (mean loss so far {state['mean_loss']}); "
+                    f"its samples: {', '.join(names) or 'without names'}. The last checkpoint is kept."
+                )
             if not zero:
                 accelerator.clip_grad_norm_(list(trained.values()), stage.clip)
                 optimizers.step(factor)
             if average:
-                with torch.no_grad(): torch._foreach_lerp_(list(average.values()), [p.detach().float() for p in trained.values()], 1 - stage.ema)
+                with torch.no_grad():
+                    torch._foreach_lerp_(
+                        list(average.values()), [p.detach().float() for p in trained.values()], 1 - stage.ema
+                    )
             seconds, due = time.monotonic() - start, time.monotonic() - saved > save_every
-            if parts > 1: seconds, due = broadcast_object_list([seconds, due])  # one clock, or some would stop before the others
-            mean = loss if state["mean_loss"] is None else .98 * state["mean_loss"] + .02 * loss
+            if parts > 1:
+                seconds, due = broadcast_object_list([seconds, due])  # one clock, or some would stop before the others
+            mean = loss if state["mean_loss"] is None else 0.98 * state["mean_loss"] + 0.02 * loss
             state = dict(step=state["step"] + 1, seconds=state["seconds"] + seconds, mean_loss=mean)
-            record = dict(step=state["step"], loss=loss, grad_norm=norm, lr=stage.lr * factor, seconds=round(state["seconds"], 2)) | _mean_numbers(collected)
+            record = dict(
+                step=state["step"], loss=loss, grad_norm=norm, lr=stage.lr * factor, seconds=round(state["seconds"], 2)
+            ) | _mean_numbers(collected)
             record |= {f"grad_norm/{part}": n for part, n in norms.items()}
             record |= dict(samples_per_second=samples * parts / seconds, memory_gb=peak_memory(device))
-            if "tokens" in record: record["tokens_per_second"] = record.pop("tokens") * micro * parts / seconds
-            if work: record["flops_use"] = work / seconds / rate
+            if "tokens" in record:
+                record["tokens_per_second"] = record.pop("tokens") * micro * parts / seconds
+            if work:
+                record["flops_use"] = work / seconds / rate
             log.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()}) + "\n")
-            if trackers: accelerator.log(record, state["step"])
-            if on_step and main: on_step(record)
-            if state["step"] % 10 == 0: log.flush()
-            bar.n = min(100, 100 * done()); bar.set_postfix_str(f"step {state['step']}, loss {loss:.4f}", refresh=False); bar.update(0)
+            if trackers:
+                accelerator.log(record, state["step"])
+            if on_step and main:
+                on_step(record)
+            if state["step"] % 10 == 0:
+                log.flush()
+            bar.n = min(100, 100 * done())
+            bar.set_postfix_str(f"step {state['step']}, loss {loss:.4f}", refresh=False)
+            bar.update(0)
             if due or done() >= 1:
-                log.flush(); save()
+                log.flush()
+                save()
                 model.train()
                 saved = time.monotonic()
-    for tracker in accelerator.trackers: tracker.finish()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     with torch.no_grad():
-        for name, value in average.items(): trained[name].copy_(value)
+        for name, value in average.items():
+            trained[name].copy_(value)
     return state
 
 # %% ../../nbs/library/33_engine.ipynb #877c81c2
 def validation_strip(
-    pipe, # KiwiEditPipeline
-    path, # PNG to write
+    pipe,  # KiwiEditPipeline
+    path,  # PNG to write
     num_frames: int = 5,
-    tasks: tuple = TASKS[:6], # in rows; of fewer than six tasks there are several scenes
-    steps: int | None = None, # denoising steps; the model's own if None
-) -> dict: # task -> share of the edit done
+    tasks: tuple = TASKS[:6],  # in rows; of fewer than six tasks there are several scenes
+    steps: int | None = None,  # denoising steps; the model's own if None
+) -> dict:  # task -> share of the edit done
     "Edit held-out samples of some tasks, draw them, and say how much of each edit is done."
     world, done, rows = World(num_frames=num_frames, split="eval"), defaultdict(list), {}
     pipe.set_progress_bar_config(disable=True)
@@ -694,96 +998,168 @@ def validation_strip(
         task = tasks[i % len(tasks)]
         sample = world.sample(EVAL_SEED + 500_000 + i, task)
         reference = None if sample.reference is None else PIL.Image.fromarray(sample.reference)
-        frames = as_frames(pipe(sample.instruction, video=list(map(PIL.Image.fromarray, sample.source)), reference=reference, num_inference_steps=steps,
-                                generator=torch.Generator().manual_seed(0)).frames[0])
+        frames = as_frames(
+            pipe(
+                sample.instruction,
+                video=list(map(PIL.Image.fromarray, sample.source)),
+                reference=reference,
+                num_inference_steps=steps,
+                generator=torch.Generator().manual_seed(0),
+            ).frames[0]
+        )
         output, mask = np.asarray(frames, np.float32), sample.mask[..., None]
         error, change = (((clip.astype(np.float32) - sample.target) * mask) ** 2 for clip in (output, sample.source))
         done[task].append(float(1 - error.sum() / max(change.sum(), 1)))
         picks = [0, -1][:num_frames]  # a single frame among clips stands twice, so that columns line up
-        blank = np.full(sample.source.shape[1:], 255, np.uint8) if reference is None else fit_reference(reference, world.width, world.height)
-        rows[f"{i + 1}. {task} {done[task][-1]:.2f}"] = [*sample.source[picks], blank, *frames[picks], *sample.target[picks]]
+        blank = (
+            np.full(sample.source.shape[1:], 255, np.uint8)
+            if reference is None
+            else fit_reference(reference, world.width, world.height)
+        )
+        rows[f"{i + 1}. {task} {done[task][-1]:.2f}"] = [
+            *sample.source[picks],
+            blank,
+            *frames[picks],
+            *sample.target[picks],
+        ]
     save_film_strip(path, rows, max_columns=7)
     return {task: sum(values) / len(values) for task, values in done.items()}
 
 # %% ../../nbs/library/33_engine.ipynb #66d4912c
 def draw_log(
-    records: list, # of log.jsonl
-    window: int = 50, # steps that are averaged
+    records: list,  # of log.jsonl
+    window: int = 50,  # steps that are averaged
 ) -> Figure:
     "Loss by mode and by noise level, gradient norms by part, rate and speed."
-    figure = Figure(figsize=(11, 5)); panels = figure.subplots(2, 3).flat
+    figure = Figure(figsize=(11, 5))
+    panels = figure.subplots(2, 3).flat
     level = lambda key: key.startswith("loss/") and "-" in key
-    groups = (("loss", lambda key: key.startswith("loss") and not level(key)), ("loss by noise level", level), ("gradient norm", lambda key: key.startswith("grad_norm")),
-              ("learning rate", lambda key: key == "lr"), ("samples a second", lambda key: key == "samples_per_second"), ("flops use, memory in GB", lambda key: key in ("flops_use", "memory_gb")))
+    groups = (
+        ("loss", lambda key: key.startswith("loss") and not level(key)),
+        ("loss by noise level", level),
+        ("gradient norm", lambda key: key.startswith("grad_norm")),
+        ("learning rate", lambda key: key == "lr"),
+        ("samples a second", lambda key: key == "samples_per_second"),
+        ("flops use, memory in GB", lambda key: key in ("flops_use", "memory_gb")),
+    )
     for axes, (title, wanted) in zip(panels, groups):
         for key in sorted({key for record in records for key in record if wanted(key)}):
             points = np.array([(record["step"], record[key]) for record in records if key in record])
             width = min(window, max(1, len(points) // 4))
-            axes.plot(points[width - 1:, 0], np.convolve(points[:, 1], np.ones(width) / width, "valid"), label=key.split("/")[-1], lw=2 if key in ("loss", "grad_norm") else .8)
-        axes.set_title(title, fontsize=9); axes.tick_params(labelsize=7)
-        if "loss" in title or "norm" in title: axes.set_yscale("log")
-        if axes.get_legend_handles_labels()[0]: axes.legend(fontsize=6)
+            axes.plot(
+                points[width - 1 :, 0],
+                np.convolve(points[:, 1], np.ones(width) / width, "valid"),
+                label=key.split("/")[-1],
+                lw=2 if key in ("loss", "grad_norm") else 0.8,
+            )
+        axes.set_title(title, fontsize=9)
+        axes.tick_params(labelsize=7)
+        if "loss" in title or "norm" in title:
+            axes.set_yscale("log")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=6)
     figure.tight_layout()
     return figure
 
+
 def read_log(
-    path, # log.jsonl
-) -> list: # of dicts, one a step
+    path,  # log.jsonl
+) -> list:  # of dicts, one a step
     "What a run has logged so far."
-    with open(path) as log: return [json.loads(line) for line in log if line.endswith("}\n")]  # the last one may have been cut
+    with open(path) as log:
+        return [json.loads(line) for line in log if line.endswith("}\n")]  # the last one may have been cut
+
 
 def save_curve(
-    log, # log.jsonl of a stage
-    path, # PNG to write
-    window: int = 50, # steps that are averaged
+    log,  # log.jsonl of a stage
+    path,  # PNG to write
+    window: int = 50,  # steps that are averaged
 ):
     "Draw what a stage has logged."
-    with replacing(path, overwrite=True) as temporary: draw_log(read_log(log), window).savefig(temporary, format="png", dpi=80)
+    with replacing(path, overwrite=True) as temporary:
+        draw_log(read_log(log), window).savefig(temporary, format="png", dpi=80)
 
 # %% ../../nbs/library/33_engine.ipynb #cf151a18
 class LiveView:
     "Redraws a run's curves, and its newest validation strip, in the output of a notebook's cell."
-    def __init__(self,
-        folder=None, # of the stage, whose strips are shown; None for curves alone
-        every: float = 5., # seconds between two drawings
+
+    def __init__(
+        self,
+        folder=None,  # of the stage, whose strips are shown; None for curves alone
+        every: float = 5.0,  # seconds between two drawings
     ):
-        self.folder, self.every, self.records, self.drawn, self.handle = folder and Path(folder), every, [], 0., None
+        self.folder, self.every, self.records, self.drawn, self.handle = folder and Path(folder), every, [], 0.0, None
 
     def __call__(self, record):
         "For `fit` as `on_step`."
         self.records.append(record)
-        if time.monotonic() - self.drawn > self.every: self.draw()
+        if time.monotonic() - self.drawn > self.every:
+            self.draw()
 
     def draw(self):
         "Draw now."
         from IPython.display import HTML, display
+
         picture = io.BytesIO()
         draw_log(self.records, window=10).savefig(picture, format="png", dpi=60)
         strips = sorted(self.folder.glob("strip-*.png"))[-1:] if self.folder else []
-        images = [f'<img style="max-width: 100%" src="data:image/png;base64,{base64.b64encode(data).decode()}">' for data in (picture.getvalue(), *(path.read_bytes() for path in strips))]
+        images = [
+            f'<img style="max-width: 100%" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+            for data in (picture.getvalue(), *(path.read_bytes() for path in strips))
+        ]
         shown = HTML("<br>".join(images))
-        if self.handle: self.handle.update(shown)
-        else: self.handle = display(shown, display_id=True)
+        if self.handle:
+            self.handle.update(shown)
+        else:
+            self.handle = display(shown, display_id=True)
         self.drawn = time.monotonic()
 
 # %% ../../nbs/library/33_engine.ipynb #5f866ed3
 def stage_data(
     stage: Stage,
-    data: dict | None = None, # mode -> metadata file, for a stage that has a mix of modes
-    factor: int = 8, # sides of files' frames become multiples of it: the model's `size_multiple`
-) -> dict: # name of its cache's folder -> (dataset, how its rows are made)
+    data: dict | None = None,  # mode -> metadata file, for a stage that has a mix of modes
+    factor: int = 8,  # sides of files' frames become multiples of it: the model's `size_multiple`
+) -> dict:  # name of its cache's folder -> (dataset, how its rows are made)
     "What a stage learns from, under the names by which its caches are found."
     if stage.buckets:
-        return {f"{i}-{bucket.name}": (WorldDataset(bucket.tasks, bucket.num_frames, bucket.height, bucket.width, bucket.samples, stage.first_seed + 100_000 * i, difficulty=bucket.difficulty), RowSettings(batch=16))
-                for i, bucket in enumerate(stage.buckets)}
-    if set(data or ()) != set(stage.mix): raise InputError(f"`data` has to name a metadata file for {', '.join(stage.mix) or 'nothing'} of stage {stage.name!r} but names {', '.join(data or ()) or 'none'}.")
-    return {mode: (MetadataDataset(data[mode], num_frames=1 if mode == "image" else stage.num_frames, max_pixels=stage.max_pixels, factor=factor, crop_reference=stage.crop_reference),
-                   RowSettings(dtype=stage.dtype, shrink=(.7, 1.))) for mode in stage.mix}
+        return {
+            f"{i}-{bucket.name}": (
+                WorldDataset(
+                    bucket.tasks,
+                    bucket.num_frames,
+                    bucket.height,
+                    bucket.width,
+                    bucket.samples,
+                    stage.first_seed + 100_000 * i,
+                    difficulty=bucket.difficulty,
+                ),
+                RowSettings(batch=16),
+            )
+            for i, bucket in enumerate(stage.buckets)
+        }
+    if set(data or ()) != set(stage.mix):
+        raise InputError(
+            f"`data` has to name a metadata file for {', '.join(stage.mix) or 'nothing'} of stage {stage.name!r} but names {', '.join(data or ()) or 'none'}."
+        )
+    return {
+        mode: (
+            MetadataDataset(
+                data[mode],
+                num_frames=1 if mode == "image" else stage.num_frames,
+                max_pixels=stage.max_pixels,
+                factor=factor,
+                crop_reference=stage.crop_reference,
+            ),
+            RowSettings(dtype=stage.dtype, shrink=(0.7, 1.0)),
+        )
+        for mode in stage.mix
+    }
+
 
 def world_batches(
-    pipe, # KiwiEditPipeline
-    stage: Stage, # with buckets of the world
-    folder, # of the caches
+    pipe,  # KiwiEditPipeline
+    stage: Stage,  # with buckets of the world
+    folder,  # of the caches
     seed: int = 0,
     progress: bool = True,
 ) -> Batches:
@@ -792,72 +1168,103 @@ def world_batches(
     for name, (dataset, settings) in stage_data(stage).items():
         build_cache(pipe, dataset, Path(folder) / name, settings, progress=progress)
         sources.append(LatentCache(Path(folder) / name, pipe, settings, preload=True))
-    return Batches(sources, [bucket.batch_size for bucket in stage.buckets], "weighted", [bucket.weight for bucket in stage.buckets], seed)
+    return Batches(
+        sources,
+        [bucket.batch_size for bucket in stage.buckets],
+        "weighted",
+        [bucket.weight for bucket in stage.buckets],
+        seed,
+    )
+
 
 def file_batches(
-    pipe, # KiwiEditPipeline
-    stage: Stage, # with a mix of modes
-    data: dict, # mode -> metadata file
-    cache=None, # folder of the caches; None computes rows when they are asked for
-    parts: int = 1, # processes, each of which takes `stage.batch_size` rows
+    pipe,  # KiwiEditPipeline
+    stage: Stage,  # with a mix of modes
+    data: dict,  # mode -> metadata file
+    cache=None,  # folder of the caches; None computes rows when they are asked for
+    parts: int = 1,  # processes, each of which takes `stage.batch_size` rows
     seed: int = 0,
     progress: bool = True,
 ) -> Batches:
     "A stage's data sets, one for each mode, in turns."
-    sources = [OnlineRows(pipe, dataset, settings, progress) if cache is None else build_cache(pipe, dataset, Path(cache) / mode, settings, progress=progress)
-               for mode, (dataset, settings) in stage_data(stage, data, pipe.size_multiple).items()]
+    sources = [
+        OnlineRows(pipe, dataset, settings, progress)
+        if cache is None
+        else build_cache(pipe, dataset, Path(cache) / mode, settings, progress=progress)
+        for mode, (dataset, settings) in stage_data(stage, data, pipe.size_multiple).items()
+    ]
     return Batches(sources, stage.batch_size * parts, stage.alternation, list(stage.shares) or None, seed)
+
 
 def with_dice(
     batches: Batches,
-    pipe, # KiwiEditPipeline
+    pipe,  # KiwiEditPipeline
     stage: Stage,
     seed: int = 0,
 ):
     "A function of (number, part, parts) that gives a batch and its dice."
+
     def make(number, part, parts):
         batch = batches(number, part, parts)
         size = batches.plan.batch_sizes[batches.plan.turn(number)[0]]
-        dice = draw_noise(batch, stage.loss, seed, number, batch.places, size, pipe.scheduler.config.shift, pipe.guidance.config.round_timestep)
+        dice = draw_noise(
+            batch,
+            stage.loss,
+            seed,
+            number,
+            batch.places,
+            size,
+            pipe.scheduler.config.shift,
+            pipe.guidance.config.round_timestep,
+        )
         return replace(batch, inputs=drop_instructions(batch.inputs, dice.drop, pipe.processor)), dice
+
     return make
 
 # %% ../../nbs/library/33_engine.ipynb #3eef75c8
 def cast_weights(
-    pipe, # KiwiEditPipeline, changed in place
+    pipe,  # KiwiEditPipeline, changed in place
     dtype: torch.dtype,
 ):
     "Give all weights a number format, and leave the tables of positions exact, which `to` would round with them."
     for part in (pipe.vae, pipe.mllm, pipe.guidance, pipe.transformer):
-        for p in part.parameters(): p.data = p.data.to(dtype)
+        for p in part.parameters():
+            p.data = p.data.to(dtype)
     return pipe
 
+
 def put_model(
-    pipe, # KiwiEditPipeline
-    model, # folder, replaced as a whole
-    stages: dict | None = None, # name -> last state, of the stages that have made it
+    pipe,  # KiwiEditPipeline
+    model,  # folder, replaced as a whole
+    stages: dict | None = None,  # name -> last state, of the stages that have made it
 ):
     "Write a model so that a kill at any moment leaves the old one or the new one."
     fresh, old = model.with_name(model.name + ".new"), model.with_name(model.name + ".old")
-    for leftover in (fresh, old): shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     pipe.save_pretrained(fresh)
-    if stages: (fresh / "stages.json").write_text(json.dumps(stages))
-    if model.exists(): model.rename(old)
+    if stages:
+        (fresh / "stages.json").write_text(json.dumps(stages))
+    if model.exists():
+        model.rename(old)
     fresh.rename(model)
     shutil.rmtree(old, ignore_errors=True)
 
+
 def find_model(
-    folder, # of a run
+    folder,  # of a run
 ):
     "The model in a run's folder, None where there is none yet."
     model, old = Path(folder) / "model", Path(folder) / "model.old"
     if old.exists() and not model.exists():  # a kill came while the last stage put its model in place
-        with suppress(FileNotFoundError): old.rename(model)  # of several processes one is the first
+        with suppress(FileNotFoundError):
+            old.rename(model)  # of several processes one is the first
     return model if model.exists() else None
 
+
 def find_stages(
-    folder, # of a run
-) -> dict: # name -> last state
+    folder,  # of a run
+) -> dict:  # name -> last state
     "The stages that have made the model in a run's folder."
     made = find_model(folder) and Path(folder) / "model" / "stages.json"
     return json.loads(made.read_text()) if made and made.exists() else {}
@@ -865,68 +1272,105 @@ def find_stages(
 # %% ../../nbs/library/33_engine.ipynb #a51de0f1
 @contextmanager
 def frozen_aside(
-    pipe, # KiwiEditPipeline, whose vision tower is frozen
-    cached: bool = False, # neither autoencoder nor vision tower is asked for anything
+    pipe,  # KiwiEditPipeline, whose vision tower is frozen
+    cached: bool = False,  # neither autoencoder nor vision tower is asked for anything
 ):
     "Within it, what wraps, shards or moves the encoder does not see its vision tower; and what is `cached` lies in the host's memory."
     model, visual, device = pipe.mllm.model, pipe.mllm.model.visual, pipe.vae.device
     vars(model)["visual"] = visual  # found by its name at any moment, for a thread may be making rows
     del model._modules["visual"]
-    if cached: visual.to("cpu"); pipe.vae.to("cpu")
-    try: yield
+    if cached:
+        visual.to("cpu")
+        pipe.vae.to("cpu")
+    try:
+        yield
     finally:
-        if cached: visual.to(device); pipe.vae.to(device)
+        if cached:
+            visual.to(device)
+            pipe.vae.to(device)
         model._modules["visual"] = visual
         del vars(model)["visual"]
 
 # %% ../../nbs/library/33_engine.ipynb #e85e91b2
 def train(
-    stage: str | Stage, # one of `STAGES`, or any other stage
-    folder, # of the whole run: `model` holds the weights, each stage its own log, checkpoints and strips
-    start: str | None = None, # bundled name, folder or hub id of the model to begin with where `folder` has none yet, or a trainer's step-N.safetensors; None is a random one
-    data: dict | None = None, # mode -> metadata file, for a stage that has a mix of modes
-    cache=None, # folder of the caches; None keeps those of the world in `folder`, and computes what files give on the way
-    minutes: float | None = None, # the stage's own if None
-    steps: int | None = None, # the stage's own if None
+    stage: str | Stage,  # one of `STAGES`, or any other stage
+    folder,  # of the whole run: `model` holds the weights, each stage its own log, checkpoints and strips
+    start: str
+    | None = None,  # bundled name, folder or hub id of the model to begin with where `folder` has none yet, or a trainer's step-N.safetensors; None is a random one
+    data: dict | None = None,  # mode -> metadata file, for a stage that has a mix of modes
+    cache=None,  # folder of the caches; None keeps those of the world in `folder`, and computes what files give on the way
+    minutes: float | None = None,  # the stage's own if None
+    steps: int | None = None,  # the stage's own if None
     seed: int = 0,
-    device: str = "auto", # "cpu", "cuda", ...
-    keep: int = 2, # checkpoints that stay
-    save_every: float = 300., # seconds between two of them
-    evaluate=None, # called as evaluate(pipe) after each checkpoint; the dict of numbers that it gives joins the validation log
-    on_step=None, # called with each record of the log
+    device: str = "auto",  # "cpu", "cuda", ...
+    keep: int = 2,  # checkpoints that stay
+    save_every: float = 300.0,  # seconds between two of them
+    evaluate=None,  # called as evaluate(pipe) after each checkpoint; the dict of numbers that it gives joins the validation log
+    on_step=None,  # called with each record of the log
     progress: bool = True,
-    trackers: tuple = (), # names that Accelerate knows: "tensorboard", "wandb", ...
-    bases: dict | None = None, # "transformer", "vae", "mllm" -> what a trainer's checkpoint builds on; see `load_trainer_checkpoint`
-) -> dict: # the last state: step, seconds, mean_loss
+    trackers: tuple = (),  # names that Accelerate knows: "tensorboard", "wandb", ...
+    bases: dict
+    | None = None,  # "transformer", "vae", "mllm" -> what a trainer's checkpoint builds on; see `load_trainer_checkpoint`
+) -> dict:  # the last state: step, seconds, mean_loss
     "Run one stage on the model in `folder`, continuing where a stopped run left off."
     stage = find_stage("tiny", stage) if isinstance(stage, str) else stage
     stage = replace(stage, minutes=minutes or (stage.minutes if steps is None else None), steps=steps or stage.steps)
-    if stage.steps is None: raise InputError(f"`steps` has to be given for stage {stage.name!r}, whose recipe does not say, but is None.")
-    folder = Path(folder); home, made = folder / stage.name, find_stages(folder)
+    if stage.steps is None:
+        raise InputError(f"`steps` has to be given for stage {stage.name!r}, whose recipe does not say, but is None.")
+    folder = Path(folder)
+    home, made = folder / stage.name, find_stages(folder)
     if stage.name in made:
-        if made[stage.name]["step"] >= stage.steps or stage.minutes and made[stage.name]["seconds"] >= 60 * stage.minutes: return made[stage.name]
+        if (
+            made[stage.name]["step"] >= stage.steps
+            or stage.minutes
+            and made[stage.name]["seconds"] >= 60 * stage.minutes
+        ):
+            return made[stage.name]
         if stage.name != (last := list(made)[-1]):
-            raise InputError(f"`stage` has to be {last!r}, which made the model in {str(folder)!r} last, to be trained further there, but is {stage.name!r}, whose checkpoint would undo what came after it. "
-                             f"Train it in another folder, with `start` {str(folder / 'model')!r}.")
-        if stage.lora: raise InputError(f"`folder` has to hold a model without stage {stage.name!r}, whose LoRA layers are merged when it ends, but {str(folder)!r} holds one with it.")
-    if stage.mix: stage_data(stage, data)  # what is wrong with its tables is said before anything is loaded
+            raise InputError(
+                f"`stage` has to be {last!r}, which made the model in {str(folder)!r} last, to be trained further there, but is {stage.name!r}, whose checkpoint would undo what came after it. "
+                f"Train it in another folder, with `start` {str(folder / 'model')!r}."
+            )
+        if stage.lora:
+            raise InputError(
+                f"`folder` has to hold a model without stage {stage.name!r}, whose LoRA layers are merged when it ends, but {str(folder)!r} holds one with it."
+            )
+    if stage.mix:
+        stage_data(stage, data)  # what is wrong with its tables is said before anything is loaded
     accelerator = make_accelerator(stage.accumulation, device, trackers, home)
     begin, progress = find_model(folder) or start, progress and accelerator.is_main_process
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         from transformers.integrations import unset_hf_deepspeed_config
+
         unset_hf_deepspeed_config()  # or transformers would split weights where it loads them; DeepSpeed does so with the whole module
-    def opened(device): # the model that the stage begins with
-        pipe = start_model(stage.preset, seed) if begin is None else load_any(begin, **(bases or {} if begin == start else {}))
+
+    def opened(device):  # the model that the stage begins with
+        pipe = (
+            start_model(stage.preset, seed)
+            if begin is None
+            else load_any(begin, **(bases or {} if begin == start else {}))
+        )
         cast_weights(pipe, getattr(torch, stage.dtype)).to(device)
-        if stage.round_timestep: pipe.guidance.register_to_config(round_timestep=True)
+        if stage.round_timestep:
+            pipe.guidance.register_to_config(round_timestep=True)
         torch.manual_seed(seed)  # of LoRA layers, which start at random
         select(pipe, stage)
         return pipe
+
     pipe, aside = opened(accelerator.device), ExitStack()
     with accelerator.main_process_first():  # one process fills the caches, the others find them full
-        if stage.buckets: batches = with_dice(world_batches(pipe, stage, cache or folder / "cache", seed, progress), pipe, stage, seed)
-        elif stage.mix: batches = with_dice(file_batches(pipe, stage, data or {}, cache, accelerator.num_processes, seed, progress), pipe, stage, seed)
+        if stage.buckets:
+            batches = with_dice(
+                world_batches(pipe, stage, cache or folder / "cache", seed, progress), pipe, stage, seed
+            )
+        elif stage.mix:
+            batches = with_dice(
+                file_batches(pipe, stage, data or {}, cache, accelerator.num_processes, seed, progress),
+                pipe,
+                stage,
+                seed,
+            )
     if stage.buckets or stage.mix:
         gram = None
         if stage.loss.pixel_metric:
@@ -935,40 +1379,72 @@ def train(
         autocast = stage.autocast and multiplies_bfloat16(accelerator.device)  # elsewhere float32 is the fast one
         as_module = lambda pipe: FlowMatching(pipe, stage.loss, gram, stage.source, autocast)
     elif "mllm" in stage.trains:
-        as_module, batches = lambda pipe: Description(pipe.mllm, pipe.guidance.config), lambda number, part, parts: description_batch(pipe.processor, pipe.guidance.config, number, seed=seed, part=part, parts=parts)
+        as_module, batches = (
+            lambda pipe: Description(pipe.mllm, pipe.guidance.config),
+            lambda number, part, parts: description_batch(
+                pipe.processor, pipe.guidance.config, number, seed=seed, part=part, parts=parts
+            ),
+        )
     else:
+
         def as_module(pipe):
             return Reconstruction(pipe.vae, fit_projection(pipe.vae.config.z_dim) if stage.linear else None)
+
         def batches(number, part, parts):
             return autoencoder_batch(number, seed=seed, part=part, parts=parts)
+
     model = as_module(pipe)
+
     def set_aside():
-        if stage.buckets or stage.mix: aside.enter_context(frozen_aside(pipe, bool(stage.buckets or cache)))
-    if sharded and accelerator.is_main_process and (stage.buckets or evaluate): logger.warning("weights are sharded: checkpoints of stage %s are neither drawn nor evaluated", stage.name)
+        if stage.buckets or stage.mix:
+            aside.enter_context(frozen_aside(pipe, bool(stage.buckets or cache)))
+
+    if sharded and accelerator.is_main_process and (stage.buckets or evaluate):
+        logger.warning("weights are sharded: checkpoints of stage %s are neither drawn nor evaluated", stage.name)
+
     def on_save(step):
-        if step: save_curve(home / "log.jsonl", home / "curve.png")
-        if sharded: return
+        if step:
+            save_curve(home / "log.jsonl", home / "curve.png")
+        if sharded:
+            return
         aside.close()
         model.eval()
         tasks, done = tuple(task for task in TASKS if any(task in bucket.tasks for bucket in stage.buckets)), {}
-        if tasks: done |= validation_strip(pipe, home / f"strip-{step:06d}.png", max(bucket.num_frames for bucket in stage.buckets), tasks, stage.loss.few or None)
-        if evaluate: done |= evaluate(pipe)
+        if tasks:
+            done |= validation_strip(
+                pipe,
+                home / f"strip-{step:06d}.png",
+                max(bucket.num_frames for bucket in stage.buckets),
+                tasks,
+                stage.loss.few or None,
+            )
+        if evaluate:
+            done |= evaluate(pipe)
         set_aside()
-        if not done: return
-        with open(home / "validation.jsonl", "a") as f: f.write(json.dumps(dict(step=step) | done) + "\n")
+        if not done:
+            return
+        with open(home / "validation.jsonl", "a") as f:
+            f.write(json.dumps(dict(step=step) | done) + "\n")
+
     set_aside()
     with fast_layers(pipe.vae), aside:
-        if accelerator.is_main_process and stage.buckets and not checkpoints(home / "checkpoints"):  # what it can do before
+        if (
+            accelerator.is_main_process and stage.buckets and not checkpoints(home / "checkpoints")
+        ):  # what it can do before
             home.mkdir(parents=True, exist_ok=True)
             on_save(0)
-        state = fit(model, batches, home, stage, seed, keep, save_every, on_step, on_save, progress, accelerator, trackers)
+        state = fit(
+            model, batches, home, stage, seed, keep, save_every, on_step, on_save, progress, accelerator, trackers
+        )
     if accelerator.is_main_process:
         if sharded:  # what is here are shards; the checkpoint has all of it
             pipe, (files, _) = opened("cpu"), load_checkpoint(home / "checkpoints")
             as_module(pipe).load_state_dict(files["weights"] | files.get("average", {}), strict=False)
-        for part in (pipe.vae, pipe.mllm, pipe.guidance, pipe.transformer): part.requires_grad_(False).eval()
+        for part in (pipe.vae, pipe.mllm, pipe.guidance, pipe.transformer):
+            part.requires_grad_(False).eval()
         merge_lora(pipe)
-        if stage.loss.few: pipe.register_to_config(default_steps=stage.loss.few)
+        if stage.loss.few:
+            pipe.register_to_config(default_steps=stage.loss.few)
         if "vae" in stage.trains:
             measure_latents(pipe.vae)
         put_model(pipe, folder / "model", made | {stage.name: state})
@@ -977,15 +1453,20 @@ def train(
 
 # %% ../../nbs/library/33_engine.ipynb #317acc01
 def draw_stages(
-    logs: dict, # stage -> records of its log
+    logs: dict,  # stage -> records of its log
 ) -> Figure:
     "What each stage has learned over its minutes: decibels of the autoencoder, next tokens of the encoder, loss of the denoiser."
-    figure = Figure(figsize=(11, 2.8)); panels = figure.subplots(1, 3)
+    figure = Figure(figsize=(11, 2.8))
+    panels = figure.subplots(1, 3)
     kinds = [("psnr", "autoencoder, dB"), ("accuracy", "encoder, next tokens right"), ("loss", "denoiser, loss")]
     for name, log in logs.items():
         panel, (value, title) = next((panel, kind) for panel, kind in zip(panels, kinds) if kind[0] in log[-1])
-        panel.plot([record["seconds"] / 60 for record in log], [record[value] for record in log], label=name, lw=1); panel.set_title(title, fontsize=9)
-    for panel in panels: panel.set_xlabel("minutes in the stage", fontsize=8); panel.tick_params(labelsize=7); panel.legend(fontsize=7)
+        panel.plot([record["seconds"] / 60 for record in log], [record[value] for record in log], label=name, lw=1)
+        panel.set_title(title, fontsize=9)
+    for panel in panels:
+        panel.set_xlabel("minutes in the stage", fontsize=8)
+        panel.tick_params(labelsize=7)
+        panel.legend(fontsize=7)
     figure.tight_layout()
     return figure
 
@@ -995,38 +1476,48 @@ def stage_strips(
     model: str = "kiwi-edit-tiny",  # bundled
 ) -> PIL.Image.Image:
     "Held-out edits before a stage and after it, side by side."
-    strips = [PIL.Image.open(asset(f"{model}/training/{stage}-{when}.png")).convert("RGB") for when in ("before", "after")]
+    strips = [
+        PIL.Image.open(asset(f"{model}/training/{stage}-{when}.png")).convert("RGB") for when in ("before", "after")
+    ]
     both = PIL.Image.new("RGB", (sum(s.width for s in strips), max(s.height for s in strips)), "white")
-    both.paste(strips[0], (0, 0)); both.paste(strips[1], (strips[0].width, 0))
+    both.paste(strips[0], (0, 0))
+    both.paste(strips[1], (strips[0].width, 0))
     return both
 
 # %% ../../nbs/library/33_engine.ipynb #66d8a0e5
 def thin(
-    records: list, # of a log
+    records: list,  # of a log
     points: int = 300,
-) -> list: # of about so many dicts
+) -> list:  # of about so many dicts
     "Means over runs of steps."
     width, thinned = max(1, len(records) // points), []
     for start in range(0, len(records), width):
-        rows = records[start:start + width]
+        rows = records[start : start + width]
         keys = {key for row in rows for key in row if key not in ("step", "seconds")}
         means = {key: round(float(np.mean([row[key] for row in rows if key in row])), 5) for key in sorted(keys)}
         thinned.append(dict(step=rows[-1]["step"], seconds=rows[-1]["seconds"]) | means)
     return thinned
 
+
 def _publish_logs(folder, destination, points):
     for log in folder.glob("*/log.jsonl"):
-        (destination / "training" / f"{log.parent.name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in thin(read_log(log), points)))
+        (destination / "training" / f"{log.parent.name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in thin(read_log(log), points))
+        )
         checks = log.with_name("validation.jsonl")
-        if checks.exists(): shutil.copy(checks, destination / "training" / f"{log.parent.name}-validation.jsonl")
+        if checks.exists():
+            shutil.copy(checks, destination / "training" / f"{log.parent.name}-validation.jsonl")
         strips = sorted(log.parent.glob("strip-*.png"))
         for name, strip in zip(("before", "after"), (strips[0], strips[-1]) if strips else ()):
-            PIL.Image.open(strip).convert("RGB").reduce(2).quantize(128).save(destination / "training" / f"{log.parent.name}-{name}.png", optimize=True)
+            PIL.Image.open(strip).convert("RGB").reduce(2).quantize(128).save(
+                destination / "training" / f"{log.parent.name}-{name}.png", optimize=True
+            )
+
 
 def publish(
-    folder, # of a run
-    destination, # folder of the model to ship; what else lies there stays
-    points: int = 300, # of each curve
+    folder,  # of a run
+    destination,  # folder of the model to ship; what else lies there stays
+    points: int = 300,  # of each curve
 ):
     "Write a run's model in half precision, and under `training` its thinned logs, the curves of all stages, and each stage's first and last film strip."
     folder, destination = Path(folder), Path(destination)
@@ -1035,62 +1526,114 @@ def publish(
     (destination / "training").mkdir(exist_ok=True)
     _publish_logs(folder, destination, points)
     logs = {name: read_log(found) for name in STAGES if (found := destination / "training" / f"{name}.jsonl").exists()}
-    if logs: draw_stages(logs).savefig(destination / "training/curves.png", dpi=80)
+    if logs:
+        draw_stages(logs).savefig(destination / "training/curves.png", dpi=80)
 
 # %% ../../nbs/library/33_engine.ipynb #317a5702
 def allocated_by(
-    run, # function without arguments
+    run,  # function without arguments
     device: str = "cpu",
-) -> int: # bytes
+) -> int:  # bytes
     "The most memory that an allocator has given at once while something ran, above what it had given before."
     if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device); before = torch.cuda.memory_allocated(device)
-        run(); torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile: run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
     now = peak = 0
-    for event in sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+    for event in sorted(
+        (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
+    ):
         now += event.nbytes()
         peak = max(peak, now)
     return peak
 
+
 def measure_step(
-    stage: Stage, # one that denoises, trained by AdamW
-    preset=None, # Preset; the stage's own if None
+    stage: Stage,  # one that denoises, trained by AdamW
+    preset=None,  # Preset; the stage's own if None
     device: str = "cpu",
-    steps: int = 3, # each beside a plain product, since a machine changes its pace; the middle one counts
-) -> dict: # "bytes", "seconds" of a step; "said_bytes", "said_seconds" by the dry run
+    steps: int = 3,  # each beside a plain product, since a machine changes its pace; the middle one counts
+) -> dict:  # "bytes", "seconds" of a step; "said_bytes", "said_seconds" by the dry run
     "A step of a stage on random weights and samples, beside what the dry run says of it."
     said = estimate(stage, preset, progress=False)
     fullest, dtype = max(said.batches, key=lambda cost: sum(said.memory_of(cost).values())), getattr(torch, stage.dtype)
     shape, flops = fullest.shape, sum(fullest.flops.values())
     torch.manual_seed(0)
-    with torch.device(device): pipe = KiwiEditPipeline.from_preset(preset or stage.preset, make_tokenizer(["Make it blue."], 400))
-    cast_weights(pipe, dtype); select(pipe, stage)
+    with torch.device(device):
+        pipe = KiwiEditPipeline.from_preset(preset or stage.preset, make_tokenizer(["Make it blue."], 400))
+    cast_weights(pipe, dtype)
+    select(pipe, stage)
     config, vae = pipe.guidance.config, pipe.vae.config
-    frames, references = np.zeros((shape.num_frames, shape.height, shape.width, 3), np.uint8), [PIL.Image.new("RGB", (shape.width, shape.height))] * (shape.mode == "ref")
+    frames, references = (
+        np.zeros((shape.num_frames, shape.height, shape.width, 3), np.uint8),
+        [PIL.Image.new("RGB", (shape.width, shape.height))] * (shape.mode == "ref"),
+    )
     sample = prepare_sample(pipe.processor, config, "x" * 40, frames, references)
-    size = (shape.batch_size, vae.z_dim, (shape.num_frames - 1) // vae.scale_factor_temporal + 1, shape.height // vae.scale_factor_spatial, shape.width // vae.scale_factor_spatial)
+    size = (
+        shape.batch_size,
+        vae.z_dim,
+        (shape.num_frames - 1) // vae.scale_factor_temporal + 1,
+        shape.height // vae.scale_factor_spatial,
+        shape.width // vae.scale_factor_spatial,
+    )
     made = lambda *size: torch.randn(size, device=device)
     target, tokens = made(*size), sum(math.prod(grid) for grid in sample.grids[0]) // 4
-    batch = Batch(collate_inputs([sample] * size[0]).to(device), [made(tokens, config.hidden_size).to(dtype) for _ in range(size[0])], made(*size), target,
-                  made(*size[:2], 1, *size[3:]) if references else None, torch.ones(1, 1, 1, 1, 1, device=device), [""] * size[0])
-    dice = Dice(made(*size), torch.full(size[:1], .5, device=device), torch.ones(size[:1], device=device), torch.zeros(size[:1], dtype=torch.bool))
+    batch = Batch(
+        collate_inputs([sample] * size[0]).to(device),
+        [made(tokens, config.hidden_size).to(dtype) for _ in range(size[0])],
+        made(*size),
+        target,
+        made(*size[:2], 1, *size[3:]) if references else None,
+        torch.ones(1, 1, 1, 1, 1, device=device),
+        [""] * size[0],
+    )
+    dice = Dice(
+        made(*size),
+        torch.full(size[:1], 0.5, device=device),
+        torch.ones(size[:1], device=device),
+        torch.zeros(size[:1], dtype=torch.bool),
+    )
     with frozen_aside(pipe, cached=True):
-        model = FlowMatching(pipe, replace(stage.loss, pixel_metric=0.), None, stage.source, stage.autocast)
+        model = FlowMatching(pipe, replace(stage.loss, pixel_metric=0.0), None, stage.source, stage.autocast)
         optimizers = Optimizers(model, stage.lr, "adamw", stage.weight_decay)
-        def back(): model((batch, dice))[0].mean().backward()
-        back(); optimizers.step(1.)  # moments are made
-        weights = sum(p.numel() * p.element_size() for part in (pipe.mllm, pipe.guidance, pipe.transformer) for p in part.parameters())
+
+        def back():
+            model((batch, dice))[0].mean().backward()
+
+        back()
+        optimizers.step(1.0)  # moments are made
+        weights = sum(
+            p.numel() * p.element_size()
+            for part in (pipe.mllm, pipe.guidance, pipe.transformer)
+            for p in part.parameters()
+        )
         moments = sum(value.numel() * value.element_size() for value in optimizers.state().values())
-        most = allocated_by(lambda: (back(), optimizers.step(1.)), device)
+        most = allocated_by(lambda: (back(), optimizers.step(1.0)), device)
         wan = pipe.transformer.config
-        product = math.prod(size[2:]) // math.prod(wan.patch_size) * size[0], wan.num_attention_heads * wan.attention_head_dim, wan.ffn_dim
+        product = (
+            math.prod(size[2:]) // math.prod(wan.patch_size) * size[0],
+            wan.num_attention_heads * wan.attention_head_dim,
+            wan.ffn_dim,
+        )
         runs, wait = [], torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
         for _ in range(steps):
-            wait(); began = time.perf_counter()
-            back(); optimizers.step(1.); wait()
+            wait()
+            began = time.perf_counter()
+            back()
+            optimizers.step(1.0)
+            wait()
             seconds = time.perf_counter() - began
             runs.append((seconds, measure_flops(device, torch.bfloat16 if stage.autocast else dtype, product)))
     seconds, rate = sorted(runs, key=math.prod)[len(runs) // 2]
-    return dict(bytes=weights + moments + most, said_bytes=said.peak, seconds=seconds, said_seconds=flops / rate, flops=flops, flops_per_second=rate)
+    return dict(
+        bytes=weights + moments + most,
+        said_bytes=said.peak,
+        seconds=seconds,
+        said_seconds=flops / rate,
+        flops=flops,
+        flops_per_second=rate,
+    )

@@ -18,12 +18,19 @@ from diffusers import AutoencoderKLWan
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from ..core import multiplies_bfloat16, preset as get_preset
-from ..encoder import REFERENCE_SUFFIX, SYSTEM_PROMPT, collate_inputs, encode_hidden, make_tokenizer, prepare_sample
+from kiwi_edit.encoder import (
+    REFERENCE_SUFFIX,
+    SYSTEM_PROMPT,
+    collate_inputs,
+    encode_hidden,
+    make_tokenizer,
+    prepare_sample,
+)
 from ..pipeline import KiwiEditPipeline, fit_reference
 from ..world import EVAL_SEED, TASKS, World
 
 # %% ../../nbs/library/32_foundations.ipynb #dd994b09
-_NOISE = .03  # deviation of the posterior around its mean, whose own is about 1
+_NOISE = 0.03  # deviation of the posterior around its mean, whose own is about 1
 
 
 @torch.no_grad()
@@ -36,7 +43,7 @@ def initialize_autoencoder(
             continue
         weight = module.weight
         slices = weight.shape[2] if weight.ndim == 5 else 1
-        gain = math.sqrt(slices / weight[0].numel()) * (.5 if "conv2" in name else 1)
+        gain = math.sqrt(slices / weight[0].numel()) * (0.5 if "conv2" in name else 1)
         kernel = torch.randn(*weight.shape[:2], *weight.shape[-2:]) * gain
         weight.zero_()
         now = weight[:, :, -1] if weight.ndim == 5 else weight
@@ -62,17 +69,21 @@ def autoencoder_batch(
         rng = np.random.default_rng((seed, 1, step, i))
         kind = i % 4
         number = int(rng.integers(EVAL_SEED)) + EVAL_SEED * (split == "eval")
-        sample = world.sample(number, ("subject", "background")[rng.integers(2)] if kind == 3 else TASKS[rng.integers(len(TASKS))])
+        sample = world.sample(
+            number, ("subject", "background")[rng.integers(2)] if kind == 3 else TASKS[rng.integers(len(TASKS))]
+        )
         frame = (sample.source, sample.target, sample.target, None)[kind]
         frame = fit_reference(PIL.Image.fromarray(sample.reference), 96, 96) if frame is None else frame[0]
         top, left = rng.integers(0, (96 - size) // 2 + 1, 2) * 2
-        crops.append(frame[top:top + size, left:left + size])
+        crops.append(frame[top : top + size, left : left + size])
     return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)[:, :, None].float() / 127.5 - 1
 
 # %% ../../nbs/library/32_foundations.ipynb #254f6ba7
 class LinearProjection(torch.nn.Module):
     "Principal components of blocks of pixels, each of deviation 1: the best linear autoencoder of its size."
-    def __init__(self,
+
+    def __init__(
+        self,
         pixels: torch.Tensor,  # (B, 3, T, H, W) in -1..1, to fit it on
         channels: int = 32,  # numbers that are kept of a block
         block: int = 8,  # pixels, its side
@@ -88,14 +99,16 @@ class LinearProjection(torch.nn.Module):
     def _blocks(self, pixels):
         return F.pixel_unshuffle(pixels.transpose(1, 2), self.block).transpose(1, 2)
 
-    def encode(self,
+    def encode(
+        self,
         pixels: torch.Tensor,  # (B, 3, T, H, W) in -1..1
     ) -> torch.Tensor:  # (B, channels, T, H / block, W / block)
         "The components of each block."
         blocks = self._blocks(pixels).movedim(1, -1)
         return (((blocks - self.mean) @ self.basis) / self.std).movedim(-1, 1)
 
-    def decode(self,
+    def decode(
+        self,
         latents: torch.Tensor,  # (B, channels, T, h, w)
     ) -> torch.Tensor:  # (B, 3, T, h * block, w * block) in -1..1
         "Back to pixels, as far as the components tell."
@@ -112,66 +125,75 @@ def fit_projection(
 
 class Reconstruction(torch.nn.Module):
     "An autoencoder whose forward is its loss: how far what comes out is from what went in."
-    def __init__(self,
+
+    def __init__(
+        self,
         vae: AutoencoderKLWan,
         projection: LinearProjection | None = None,  # while it is learned, encoder and decoder are taught apart
     ):
         super().__init__()
         self.vae, self.projection = vae, projection
 
-    def forward(self,
+    def forward(
+        self,
         pixels: torch.Tensor,  # (B, 3, T, H, W) in -1..1
     ) -> tuple:  # (losses (B,), numbers)
         mean = self.vae.encode(pixels).latent_dist.mean
         wanted = mean if self.projection is None else self.projection.encode(pixels)
         error = self.vae.decode(wanted + _NOISE * torch.randn_like(wanted)).sample.float() - pixels
-        squared, absolute = (values.mean((1, 2, 3, 4)) for values in (error ** 2, error.abs()))
+        squared, absolute = (values.mean((1, 2, 3, 4)) for values in (error**2, error.abs()))
         pull = mean if self.projection is None else mean - wanted
-        weight = 1e-4 if self.projection is None else .1
+        weight = 1e-4 if self.projection is None else 0.1
         numbers = dict(psnr=-10 * math.log10(squared.mean().item() / 4 + 1e-12), pull=pull.square().mean().item())
-        return 4 * squared + .2 * absolute + weight * pull.square().mean((1, 2, 3, 4)), numbers
+        return 4 * squared + 0.2 * absolute + weight * pull.square().mean((1, 2, 3, 4)), numbers
 
 # %% ../../nbs/library/32_foundations.ipynb #919393e9
 @torch.no_grad()
-def measure_latents(
-    vae: AutoencoderKLWan,
-    batches: int = 16,
-):
+def measure_latents(vae: AutoencoderKLWan, batches: int = 16):
     "Write mean and standard deviation of every latent channel into the autoencoder's config."
-    latents = [vae.encode(autoencoder_batch(10_000_000 + i, 32).to(vae.device)).latent_dist.mode() for i in range(batches)]
+    latents = [
+        vae.encode(autoencoder_batch(10_000_000 + i, 32).to(vae.device)).latent_dist.mode() for i in range(batches)
+    ]
     by_channel = torch.cat(latents).transpose(0, 1).flatten(1)
     vae.register_to_config(latents_mean=by_channel.mean(1).tolist(), latents_std=by_channel.std(1).tolist())
 
 # %% ../../nbs/library/32_foundations.ipynb #3e7c5966
 def world_texts(
-    number: int = 4000, # quadruplets
-) -> list: # sentences
+    number: int = 4000,  # quadruplets
+) -> list:  # sentences
     "Instructions and descriptions of the training world, for the tokenizer."
     world = World(16, 16, 1)
     samples = [world.sample(seed, TASKS[seed % len(TASKS)]) for seed in range(number)]
     return [SYSTEM_PROMPT, REFERENCE_SUFFIX] * 50 + [s.instruction for s in samples] + [description(s) for s in samples]
 
+
 def description(sample) -> str:
     "What the encoder has to say of a quadruplet."
     return f"Before: {sample.source_caption}. After: {sample.caption}."
 
+
 class _NoQueries:
     "Stands in for the guidance where the language model is trained alone."
+
     def __init__(self, config, device="cpu"):
-        self.config = types.SimpleNamespace(**config | dict(num_image_queries=0, num_video_queries=0, num_ref_queries=0))
+        self.config = types.SimpleNamespace(
+            **config | dict(num_image_queries=0, num_video_queries=0, num_ref_queries=0)
+        )
         self.empty = torch.zeros(0, config["hidden_size"], device=device)
-    def queries(self, mode): return self.empty
+
+    def queries(self, mode):
+        return self.empty
 
 # %% ../../nbs/library/32_foundations.ipynb #436f03a0
 def description_batch(
-    processor, # KiwiProcessor
-    config, # config of the guidance: pixel limits
+    processor,  # KiwiProcessor
+    config,  # config of the guidance: pixel limits
     step: int,
-    batch_size: int = 24, # of the whole batch
+    batch_size: int = 24,  # of the whole batch
     seed: int = 0,
-    part: int = 0, # which of
-    parts: int = 1, # equal shares of the batch
-) -> tuple: # (EncoderInputs, answer (B / parts, L) bool, True where the token is part of the answer)
+    part: int = 0,  # which of
+    parts: int = 1,  # equal shares of the batch
+) -> tuple:  # (EncoderInputs, answer (B / parts, L) bool, True where the token is part of the answer)
     "Edits with their description behind them; two of three batches are single frames."
     world, limits = World(num_frames=1 if step % 3 else 5), _NoQueries(dict(config)).config
     samples, starts, header = [], [], "<|im_start|>assistant\n"
@@ -184,26 +206,38 @@ def description_batch(
         ids = torch.cat([tokens(header), tokens(f"{description(sample)}<|im_end|>\n")], 1)
         positions = inputs.position_ids.max() + 1 + torch.arange(ids.shape[1])
         starts.append(inputs.input_ids.shape[1] + tokens(header).shape[1])
-        samples.append(replace(inputs, input_ids=torch.cat([inputs.input_ids, ids], 1), lengths=inputs.lengths + ids.shape[1],
-                               position_ids=torch.cat([inputs.position_ids, positions.expand(3, 1, -1)], 2)))
+        samples.append(
+            replace(
+                inputs,
+                input_ids=torch.cat([inputs.input_ids, ids], 1),
+                lengths=inputs.lengths + ids.shape[1],
+                position_ids=torch.cat([inputs.position_ids, positions.expand(3, 1, -1)], 2),
+            )
+        )
     batch = collate_inputs(samples)
     place = torch.arange(batch.input_ids.shape[1])[None]
     return batch, (place >= torch.tensor(starts)[:, None]) & (place < batch.lengths[:, None])
 
+
 class Description(torch.nn.Module):
     "An encoder whose forward is its loss: the next token of the answer."
-    def __init__(self,
+
+    def __init__(
+        self,
         mllm: Qwen2_5_VLForConditionalGeneration,
-        config, # config of the guidance
+        config,  # config of the guidance
     ):
         super().__init__()
         self.mllm, self.config = mllm, dict(config)
 
-    def forward(self,
-        batch: tuple, # from `description_batch`
-    ) -> tuple: # (losses (B,), numbers)
+    def forward(
+        self,
+        batch: tuple,  # from `description_batch`
+    ) -> tuple:  # (losses (B,), numbers)
         inputs, answer = batch
-        with torch.autocast(inputs.input_ids.device.type, torch.bfloat16, enabled=multiplies_bfloat16(inputs.input_ids.device)):
+        with torch.autocast(
+            inputs.input_ids.device.type, torch.bfloat16, enabled=multiplies_bfloat16(inputs.input_ids.device)
+        ):
             hidden = encode_hidden(self.mllm, _NoQueries(self.config, inputs.input_ids.device), inputs)
             logits = self.mllm.lm_head(hidden[:, :-1][answer[:, 1:]])
         labels, rows = inputs.input_ids[:, 1:][answer[:, 1:]], answer[:, 1:].nonzero()[:, 0]
@@ -222,7 +256,10 @@ def start_model(preset="tiny", seed: int = 0):
         torch.nn.init.zeros_(pipe.transformer.proj_out.weight)
         torch.nn.init.zeros_(pipe.transformer.proj_out.bias)
         with torch.no_grad():
-            pipe.transformer.patch_embedding.weight.mul_(.1)  # and hardly aware of the noise
-            for block in pipe.transformer.blocks:  # which can pick one place among many: the norms bound the products of queries and keys
-                for norm in (block.attn1.norm_q, block.attn1.norm_k): norm.weight.mul_(1.5)
+            pipe.transformer.patch_embedding.weight.mul_(0.1)  # and hardly aware of the noise
+            for block in (
+                pipe.transformer.blocks
+            ):  # which can pick one place among many: the norms bound the products of queries and keys
+                for norm in (block.attn1.norm_q, block.attn1.norm_k):
+                    norm.weight.mul_(1.5)
     return pipe

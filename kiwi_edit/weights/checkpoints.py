@@ -50,19 +50,27 @@ def read_config(folder: Path, *names: str) -> dict:
     path = Path(folder).joinpath(*names)
     if not path.is_file():
         raise FileNotFoundError(f"`folder` has to hold {'/'.join(names)} but {str(folder)!r} does not.")
-    try: values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error: raise InputError(f"`{path.parent.name}/{path.name}` has to be JSON but is not: {error}.") from None
-    if not isinstance(values, dict): raise InputError(f"`{path.parent.name}/{path.name}` has to hold names and values but holds a {type(values).__name__}.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"`{path.parent.name}/{path.name}` has to be JSON but is not: {error}.") from None
+    if not isinstance(values, dict):
+        raise InputError(
+            f"`{path.parent.name}/{path.name}` has to hold names and values but holds a {type(values).__name__}."
+        )
     return {k: v for k, v in values.items() if not k.startswith("_")}
 
+
 def _having(config, origin, *names):
-    if missing := [name for name in names if name not in config]: raise InputError(f"`{origin}` has to give {', '.join(missing)} but does not.")
+    if missing := [name for name in names if name not in config]:
+        raise InputError(f"`{origin}` has to give {', '.join(missing)} but does not.")
     return config
 
 # %% ../../nbs/library/20_checkpoints.ipynb #6fc43a96
 @dataclass(frozen=True)
 class Stored:
     "A tensor in a file, read when it is asked for."
+
     shape: tuple
     dtype: str  # as safetensors writes it: "F32", "BF16", ...
     read: Callable[[], torch.Tensor]
@@ -70,30 +78,52 @@ class Stored:
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Stored:
         "The same for a tensor that is in memory."
-        return cls(tuple(tensor.shape), {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}.get(tensor.dtype, str(tensor.dtype)), lambda: tensor)
+        return cls(
+            tuple(tensor.shape),
+            {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}.get(
+                tensor.dtype, str(tensor.dtype)
+            ),
+            lambda: tensor,
+        )
 
 # %% ../../nbs/library/20_checkpoints.ipynb #6b6a3e64
 def _open_safetensors(file: Path) -> tuple[dict, dict]:  # name -> Stored, metadata
-    try: handle = safe_open(file, framework="pt")
+    try:
+        handle = safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise InputError(f"`{file.name}` has to be a whole safetensors file but cannot be read ({error}); a download may have been cut short.") from None
+        raise InputError(
+            f"`{file.name}` has to be a whole safetensors file but cannot be read ({error}); a download may have been cut short."
+        ) from None
+
     def read(name):  # the file is opened again, so that what was read of it does not stay in memory
-        with safe_open(file, framework="pt") as again: return again.get_tensor(name)
+        with safe_open(file, framework="pt") as again:
+            return again.get_tensor(name)
+
     def stored(name):
         part = handle.get_slice(name)
         return Stored(tuple(part.get_shape()), part.get_dtype(), lambda: read(name))
+
     return {name: stored(name) for name in handle.keys()}, handle.metadata() or {}
 
+
 def _open_pickle(file: Path) -> dict:  # name -> Stored
-    try: tensors = torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise InputError(f"`{file.name}` has to hold tensors alone but holds other objects, which are not loaded because that may run code: {str(error).splitlines()[0]}") from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error: raise InputError(f"`{file.name}` has to be a whole file of torch but cannot be read: {str(error).splitlines()[0]}") from None
+        raise InputError(
+            f"`{file.name}` has to hold tensors alone but holds other objects, which are not loaded because that may run code: {str(error).splitlines()[0]}"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise InputError(
+            f"`{file.name}` has to be a whole file of torch but cannot be read: {str(error).splitlines()[0]}"
+        ) from None
     for nested in ("state_dict", "model_state"):
-        if isinstance(tensors, dict) and isinstance(tensors.get(nested), dict): tensors = tensors[nested]
+        if isinstance(tensors, dict) and isinstance(tensors.get(nested), dict):
+            tensors = tensors[nested]
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise InputError(f"`{file.name}` has to hold names and tensors but holds a {type(tensors).__name__}.")
     return {name: Stored.of(tensor) for name, tensor in tensors.items()}
+
 
 def variant_of(
     file: Path,  # of weights
@@ -102,48 +132,67 @@ def variant_of(
     found = re.fullmatch(r"(?:diffusion_pytorch_model|model)\.(\w+)(?:-\d{5}-of-\d{5})?\.safetensors", file.name)
     return found[1] if found else ""
 
+
 def weight_files(
     folder: Path,  # of a component
     variant: str | None = None,  # the plain ones where the component has none of it
 ) -> list[Path]:
     "The files of weights; of several variants of a model one."
     found = {}
-    for file in sorted(Path(folder).glob("*.safetensors")): found.setdefault(variant_of(file), []).append(file)
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        found.setdefault(variant_of(file), []).append(file)
     chosen = variant if variant in found else ""
-    if chosen not in found and len(found) > 1: raise InputError(f"`variant` has to be one of {', '.join(found)} for {Path(folder).name!r} but is {variant!r}.")
+    if chosen not in found and len(found) > 1:
+        raise InputError(f"`variant` has to be one of {', '.join(found)} for {Path(folder).name!r} but is {variant!r}.")
     return found[chosen] if chosen in found else next(iter(found.values()), [])
 
+
 def open_weights(
-    source: Path | list,  # a .safetensors or .pth file, a folder of .safetensors files (shards, with their index), or several of these
+    source: Path
+    | list,  # a .safetensors or .pth file, a folder of .safetensors files (shards, with their index), or several of these
     variant: str | None = None,  # of a folder's files
 ) -> dict[str, Stored]:
     "All tensors of files by name, unread; nothing but tensors is ever unpickled."
-    if isinstance(source, (list, tuple)): files = [Path(file) for file in source]
+    if isinstance(source, (list, tuple)):
+        files = [Path(file) for file in source]
     elif Path(source).is_dir():
         files = weight_files(source, variant)
         kind = variant_of(files[0]) if files else ""
         for index in Path(source).glob(f"*.safetensors.index.{kind}.json" if kind else "*.safetensors.index.json"):
             shards = read_config(index.parent, index.name).get("weight_map", {})
             absent = sorted({shard for shard in shards.values()} - {file.name for file in files})
-            if absent: raise FileNotFoundError(f"`{index.parent.name}` has to hold the shards that {index.name} names but lacks {', '.join(absent)}.")
-        if not files: raise FileNotFoundError(f"`folder` has to hold .safetensors files but {str(source)!r} does not.")
-    else: files = [Path(source)]
+            if absent:
+                raise FileNotFoundError(
+                    f"`{index.parent.name}` has to hold the shards that {index.name} names but lacks {', '.join(absent)}."
+                )
+        if not files:
+            raise FileNotFoundError(f"`folder` has to hold .safetensors files but {str(source)!r} does not.")
+    else:
+        files = [Path(source)]
     found = {}
     for file in files:
-        if not file.is_file(): raise FileNotFoundError(f"`source` has to be a file or folder but {str(file)!r} is none.")
-        if file.suffix.lower() == ".gguf": raise InputError(f"`source` has to be .safetensors or .pth but {file.name} is GGUF, whose weights are quantised; take the file that it was made of.")
+        if not file.is_file():
+            raise FileNotFoundError(f"`source` has to be a file or folder but {str(file)!r} is none.")
+        if file.suffix.lower() == ".gguf":
+            raise InputError(
+                f"`source` has to be .safetensors or .pth but {file.name} is GGUF, whose weights are quantised; take the file that it was made of."
+            )
         new = _open_pickle(file) if file.suffix in (".pth", ".pt", ".ckpt", ".bin") else _open_safetensors(file)[0]
-        if twice := sorted(set(new) & set(found)): raise InputError(f"`source` has to name each tensor once but {file.name} repeats {_some(twice)}.")
+        if twice := sorted(set(new) & set(found)):
+            raise InputError(f"`source` has to name each tensor once but {file.name} repeats {_some(twice)}.")
         found |= new
     return found
+
 
 def common_dtype(
     weights: dict,  # name -> Stored
 ) -> torch.dtype:
     "The number format of most weights."
     counts = {}
-    for stored in weights.values(): counts[stored.dtype] = counts.get(stored.dtype, 0) + math.prod(stored.shape)
+    for stored in weights.values():
+        counts[stored.dtype] = counts.get(stored.dtype, 0) + math.prod(stored.shape)
     return {"BF16": torch.bfloat16, "F16": torch.float16}.get(max(counts, key=counts.get, default="F32"), torch.float32)
+
 
 def _some(names, most=20):
     names = list(names)
@@ -151,6 +200,7 @@ def _some(names, most=20):
 
 # %% ../../nbs/library/20_checkpoints.ipynb #5487dcce
 _FLOATS = ("F64", "F32", "F16", "BF16")
+
 
 def compare(
     model: torch.nn.Module,
@@ -161,11 +211,25 @@ def compare(
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     missing = [name for name in expected if name not in weights and not (ignore and name.startswith(tuple(ignore)))]
     left_over = [name for name in weights if name not in expected]
-    shapes = [f"{name} {list(weights[name].shape)} instead of {list(shape)}" for name, shape in expected.items() if name in weights and weights[name].shape != shape]
+    shapes = [
+        f"{name} {list(weights[name].shape)} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in weights and weights[name].shape != shape
+    ]
     kinds = [f"{name} {stored.dtype}" for name, stored in weights.items() if stored.dtype not in _FLOATS]
-    wrong = [f"{len(names)} {what} ({_some(names)})" for names, what in (
-        (missing, "are missing"), (left_over, "are left over"), (shapes, "have another shape"), (kinds, "are no floating-point numbers")) if names]
-    if wrong: raise InputError(f"`weights` of {type(model).__name__} have to match its tensors, but {', '.join(wrong)}.")
+    wrong = [
+        f"{len(names)} {what} ({_some(names)})"
+        for names, what in (
+            (missing, "are missing"),
+            (left_over, "are left over"),
+            (shapes, "have another shape"),
+            (kinds, "are no floating-point numbers"),
+        )
+        if names
+    ]
+    if wrong:
+        raise InputError(f"`weights` of {type(model).__name__} have to match its tensors, but {', '.join(wrong)}.")
+
 
 def check_finite(
     owner: str,  # for the message
@@ -173,7 +237,9 @@ def check_finite(
     value: torch.Tensor,
 ):
     "Raise where a tensor holds NaN or infinity."
-    if not all(math.isfinite(extreme) for extreme in torch.aminmax(value.detach())): raise InputError(f"`weights` of {owner} have to be finite but {name} holds NaN or infinity.")
+    if not all(math.isfinite(extreme) for extreme in torch.aminmax(value.detach())):
+        raise InputError(f"`weights` of {owner} have to be finite but {name} holds NaN or infinity.")
+
 
 def fill(
     model: torch.nn.Module,  # its tensors may be on the meta device, where they take no memory
@@ -184,11 +250,14 @@ def fill(
     "Load weights one by one, after a look at all their names and shapes."
     weights = {name: value if isinstance(value, Stored) else Stored.of(value) for name, value in weights.items()}
     compare(model, weights, ignore)
-    exact = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())  # diffusers keeps these in float32 whatever the rest is
+    exact = tuple(
+        getattr(model, "_keep_in_fp32_modules", None) or ()
+    )  # diffusers keeps these in float32 whatever the rest is
     for name, stored in weights.items():
         to = torch.float32 if any(part in name.split(".") for part in exact) else dtype
         value = stored.read().to(to, copy=True)
-        if value.numel(): check_finite(type(model).__name__, name, value)
+        if value.numel():
+            check_finite(type(model).__name__, name, value)
         set_module_tensor_to_device(model, name, "cpu", value=value, dtype=to)
     return model.eval()
 
@@ -201,28 +270,44 @@ def build(
     "A model without memory for its weights, to be filled."
     try:
         with init_empty_weights():
-            if kind is Qwen2_5_VLForConditionalGeneration: return kind(Qwen2_5_VLConfig(**config))
+            if kind is Qwen2_5_VLForConditionalGeneration:
+                return kind(Qwen2_5_VLConfig(**config))
             return kind.from_config({name: value for name, value in config.items() if not name.startswith("_")})
     except Exception as error:  # whatever a wrong value may lead to
-        raise InputError(f"`{origin}` has to describe a {kind.__name__} but does not: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+        raise InputError(
+            f"`{origin}` has to describe a {kind.__name__} but does not: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
 
 # %% ../../nbs/library/20_checkpoints.ipynb #1141141b
 WAN_NAMES = (  # native name (regular expression), diffusers' name
-    ("blocks.N.self_attn.", "blocks.N.attn1."), ("blocks.N.cross_attn.", "blocks.N.attn2."),
-    ("blocks.N.ffn.0.", "blocks.N.ffn.net.0.proj."), ("blocks.N.ffn.2.", "blocks.N.ffn.net.2."), ("blocks.N.norm3.", "blocks.N.norm2."),
+    ("blocks.N.self_attn.", "blocks.N.attn1."),
+    ("blocks.N.cross_attn.", "blocks.N.attn2."),
+    ("blocks.N.ffn.0.", "blocks.N.ffn.net.0.proj."),
+    ("blocks.N.ffn.2.", "blocks.N.ffn.net.2."),
+    ("blocks.N.norm3.", "blocks.N.norm2."),
     ("blocks.N.modulation", "blocks.N.scale_shift_table"),
-    ("text_embedding.0.", "condition_embedder.text_embedder.linear_1."), ("text_embedding.2.", "condition_embedder.text_embedder.linear_2."),
-    ("time_embedding.0.", "condition_embedder.time_embedder.linear_1."), ("time_embedding.2.", "condition_embedder.time_embedder.linear_2."),
-    ("time_projection.1.", "condition_embedder.time_proj."), ("head.head.", "proj_out."), ("head.modulation", "scale_shift_table"), ("patch_embedding.", "patch_embedding."),
+    ("text_embedding.0.", "condition_embedder.text_embedder.linear_1."),
+    ("text_embedding.2.", "condition_embedder.text_embedder.linear_2."),
+    ("time_embedding.0.", "condition_embedder.time_embedder.linear_1."),
+    ("time_embedding.2.", "condition_embedder.time_embedder.linear_2."),
+    ("time_projection.1.", "condition_embedder.time_proj."),
+    ("head.head.", "proj_out."),
+    ("head.modulation", "scale_shift_table"),
+    ("patch_embedding.", "patch_embedding."),
 )
 _ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
+
 
 def _renamed(name, pairs):
     "The first pair whose left side begins the name; N is a number."
     for old, new in pairs:
-        found = re.match("^" + re.escape(old).replace("N", r"(\d+)", 1) if "blocks.N" in old else "^" + re.escape(old), name)
-        if found: return (new.replace("N", found[1], 1) if found.groups() else new) + name[found.end():]
+        found = re.match(
+            "^" + re.escape(old).replace("N", r"(\d+)", 1) if "blocks.N" in old else "^" + re.escape(old), name
+        )
+        if found:
+            return (new.replace("N", found[1], 1) if found.groups() else new) + name[found.end() :]
     return None
+
 
 def wan_name(
     name: str,  # a native tensor name of Wan's denoiser
@@ -230,6 +315,7 @@ def wan_name(
     "The name that `WanTransformer3DModel` uses."
     name = _renamed(name, WAN_NAMES)
     return name and re.sub(r"(\.attn[12]\.)([qkvo])\.", lambda m: f"{m[1]}{_ATTENTION[m[2]]}.", name)
+
 
 def native_wan_name(
     name: str,  # a tensor name of `WanTransformer3DModel`
@@ -241,36 +327,59 @@ def native_wan_name(
 
 # %% ../../nbs/library/20_checkpoints.ipynb #7c47a3a7
 VAE_NAMES = (  # below encoder and decoder: native name, AutoencoderKLWan's
-    ("conv1.", "conv_in."), ("head.0.", "norm_out."), ("head.2.", "conv_out."),
-    ("middle.0.", "mid_block.resnets.0."), ("middle.1.", "mid_block.attentions.0."), ("middle.2.", "mid_block.resnets.1."),
+    ("conv1.", "conv_in."),
+    ("head.0.", "norm_out."),
+    ("head.2.", "conv_out."),
+    ("middle.0.", "mid_block.resnets.0."),
+    ("middle.1.", "mid_block.attentions.0."),
+    ("middle.2.", "mid_block.resnets.1."),
 )
-VAE_BLOCK_NAMES = (("residual.0.", "norm1."), ("residual.2.", "conv1."), ("residual.3.", "norm2."), ("residual.6.", "conv2."), ("shortcut.", "conv_shortcut."))
+VAE_BLOCK_NAMES = (
+    ("residual.0.", "norm1."),
+    ("residual.2.", "conv1."),
+    ("residual.3.", "norm2."),
+    ("residual.6.", "conv2."),
+    ("shortcut.", "conv_shortcut."),
+)
 
-def _block(rest, pairs): return next((new + rest[len(old):] for old, new in pairs if rest.startswith(old)), rest)
-def _turned(pairs): return [(new, old) for old, new in pairs]
+
+def _block(rest, pairs):
+    return next((new + rest[len(old) :] for old, new in pairs if rest.startswith(old)), rest)
+
+
+def _turned(pairs):
+    return [(new, old) for old, new in pairs]
+
 
 def vae_name(
     name: str,  # a key of a native VAE file
     num_res_blocks: int = 2,
 ) -> str:
     "The key that `AutoencoderKLWan` uses for a tensor of a native Wan VAE of either generation."
-    if name.startswith(("conv1.", "conv2.")): return ("quant_conv." if name[4] == "1" else "post_quant_conv.") + name[6:]
+    if name.startswith(("conv1.", "conv2.")):
+        return ("quant_conv." if name[4] == "1" else "post_quant_conv.") + name[6:]
     part, _, rest = name.partition(".")
     stage = re.match(r"(down|up)samples\.(\d+)\.(?:down|up)samples\.(\d+)\.(.*)", rest)
     flat = re.match(r"(down|up)samples\.(\d+)\.(.*)", rest)
     if stage:  # Wan 2.2: blocks grouped into stages
         way, i, j, rest = stage.groups()
         last = int(j) == num_res_blocks + (part == "decoder")
-        return f"{part}.{way}_blocks.{i}." + (f"{way}sampler." if last else f"resnets.{j}.") + _block(rest, VAE_BLOCK_NAMES)
+        return (
+            f"{part}.{way}_blocks.{i}."
+            + (f"{way}sampler." if last else f"resnets.{j}.")
+            + _block(rest, VAE_BLOCK_NAMES)
+        )
     if flat:  # Wan 2.1: one flat list; the decoder's is grouped by diffusers
         way, i, rest = flat.groups()
         rest = _block(rest, VAE_BLOCK_NAMES)
-        if part == "encoder": return f"encoder.down_blocks.{i}.{rest}"
+        if part == "encoder":
+            return f"encoder.down_blocks.{i}.{rest}"
         group, j = divmod(int(i), num_res_blocks + 2)
         return f"decoder.up_blocks.{group}." + ("upsamplers.0." if j == num_res_blocks + 1 else f"resnets.{j}.") + rest
     rest = _block(rest, VAE_NAMES)
     place = re.match(r"(mid_block\.resnets\.\d\.)(.*)", rest)
     return f"{part}." + (place[1] + _block(place[2], VAE_BLOCK_NAMES) if place else rest)
+
 
 def native_vae_name(
     name: str,  # a key of `AutoencoderKLWan`
@@ -278,14 +387,16 @@ def native_vae_name(
     residual: bool = True,  # of the second generation
 ) -> str:
     "The key of the original release."
-    if name.startswith(("quant_conv.", "post_quant_conv.")): return ("conv1." if name[0] == "q" else "conv2.") + name.split(".", 1)[1]
+    if name.startswith(("quant_conv.", "post_quant_conv.")):
+        return ("conv1." if name[0] == "q" else "conv2.") + name.split(".", 1)[1]
     part, _, rest = name.partition(".")
     last, names = num_res_blocks + (part == "decoder"), _turned(VAE_BLOCK_NAMES)
     block = re.match(r"(down|up)_blocks\.(\d+)\.(?:resnets\.(\d+)\.|(?:down|up)samplers?\.(?:0\.)?)?(.*)", rest)
     if block:
         way, i, j, rest = block.groups()
         j, rest = last if j is None else int(j), _block(rest, names)
-        if residual: return f"{part}.{way}samples.{i}.{way}samples.{j}.{rest}"
+        if residual:
+            return f"{part}.{way}samples.{i}.{way}samples.{j}.{rest}"
         return f"{part}.{way}samples.{i if part == 'encoder' else int(i) * (num_res_blocks + 2) + j}.{rest}"
     place = re.match(r"(mid_block\.resnets\.\d\.)(.*)", rest)
     return f"{part}." + _block(place[1] + _block(place[2], names) if place else rest, _turned(VAE_NAMES))
@@ -298,6 +409,7 @@ def qwen_name(
     name = re.sub(r"^(model\.)?visual\.", "model.visual.", name)
     return re.sub(r"^model\.(?!visual\.|language_model\.)", "model.language_model.", name)
 
+
 def old_qwen_name(
     name: str,  # a key of Qwen2_5_VLForConditionalGeneration
 ) -> str:
@@ -306,34 +418,71 @@ def old_qwen_name(
 
 # %% ../../nbs/library/20_checkpoints.ipynb #eed6b2a7
 TRAINER_NAMES = (  # in the trainer, in `KiwiGuidance`
-    ("mllm.image_queries.q", "image_queries"), ("mllm.video_queries.q", "video_queries"), ("mllm.ref_queries.q", "ref_queries"),
-    ("mllm.connetor.", "connector."), ("mllm.connector.", "connector."), ("mllm.ref_connector.", "ref_connector."),
-    ("vae_condition.patch_embedding.", "source_embedder."), ("ref_vae_condition.patch_embedding.", "ref_embedder."),
+    ("mllm.image_queries.q", "image_queries"),
+    ("mllm.video_queries.q", "video_queries"),
+    ("mllm.ref_queries.q", "ref_queries"),
+    ("mllm.connetor.", "connector."),
+    ("mllm.connector.", "connector."),
+    ("mllm.ref_connector.", "ref_connector."),
+    ("vae_condition.patch_embedding.", "source_embedder."),
+    ("ref_vae_condition.patch_embedding.", "ref_embedder."),
 )
+
 
 def trainer_name(
     name: str,  # a key of a trainer checkpoint, whatever prefix it was saved with
 ) -> tuple[str, str] | None:  # component and its tensor's name here; None for a stranger
     "Where a tensor of a trainer checkpoint belongs; those of LoRA layers keep their ending."
     name = name.removeprefix("pipe.")
-    ours = next((new + name[len(old):] for old, new in TRAINER_NAMES if name.startswith(old)), None)
-    if ours: return "guidance", ours
-    if name.startswith("mllm.model."): return "mllm", "model.language_model." + re.sub(r"^(model\.)?language_model\.", "", name.removeprefix("mllm.model."))
+    ours = next((new + name[len(old) :] for old, new in TRAINER_NAMES if name.startswith(old)), None)
+    if ours:
+        return "guidance", ours
+    if name.startswith("mllm.model."):
+        return "mllm", "model.language_model." + re.sub(
+            r"^(model\.)?language_model\.", "", name.removeprefix("mllm.model.")
+        )
     found = wan_name(name.removeprefix("dit."))
     return found and ("transformer", found)
 
 # %% ../../nbs/library/20_checkpoints.ipynb #425bb276
-_VAE_CONFIG = ("z_dim", "dim_mult", "num_res_blocks", "attn_scales", "temperal_downsample", "dropout", "latents_mean", "latents_std")
+_VAE_CONFIG = (
+    "z_dim",
+    "dim_mult",
+    "num_res_blocks",
+    "attn_scales",
+    "temperal_downsample",
+    "dropout",
+    "latents_mean",
+    "latents_std",
+)
+
 
 def vae_config(
     config: dict,  # as released: `dim`, `z_dim`, `dim_mult`, ...
     residual: bool,  # of the second generation
 ) -> dict:  # of `AutoencoderKLWan`
     "What diffusers' class has to know to be a native Wan autoencoder."
-    generation = dict(decoder_base_dim=config.get("dec_dim", 256), in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16) if residual else {}
-    return {name: config[name] for name in _VAE_CONFIG if name in config} | dict(base_dim=config["dim"], is_residual=residual) | generation
+    generation = (
+        dict(
+            decoder_base_dim=config.get("dec_dim", 256),
+            in_channels=12,
+            out_channels=12,
+            patch_size=2,
+            scale_factor_spatial=16,
+        )
+        if residual
+        else {}
+    )
+    return (
+        {name: config[name] for name in _VAE_CONFIG if name in config}
+        | dict(base_dim=config["dim"], is_residual=residual)
+        | generation
+    )
 
-def _is_residual(weights): return any(".downsamples.0.downsamples." in name for name in weights)
+
+def _is_residual(weights):
+    return any(".downsamples.0.downsamples." in name for name in weights)
+
 
 def load_official_vae(
     folder: Path,
@@ -357,13 +506,23 @@ def load_qwen(
 ) -> Qwen2_5_VLForConditionalGeneration:
     "The multimodal language model; its head is the table of embeddings where the files have none."
     if "text_config" in config:  # beside it published files repeat the text model's fields in an older spelling
-        config = {k: v for k, v in config.items() if k in ("text_config", "vision_config", "tie_word_embeddings") or k.endswith("_token_id")}
-    model, weights = build(Qwen2_5_VLForConditionalGeneration, config, origin), {qwen_name(k): v for k, v in weights.items()}
+        config = {
+            k: v
+            for k, v in config.items()
+            if k in ("text_config", "vision_config", "tie_word_embeddings") or k.endswith("_token_id")
+        }
+    model, weights = (
+        build(Qwen2_5_VLForConditionalGeneration, config, origin),
+        {qwen_name(k): v for k, v in weights.items()},
+    )
     fill(model, weights, ignore=("lm_head.",), dtype=dtype)
-    if "lm_head.weight" not in weights: model.lm_head.weight = model.get_input_embeddings().weight
+    if "lm_head.weight" not in weights:
+        model.lm_head.weight = model.get_input_embeddings().weight
     return model
 
+
 _OURS = ("image_queries", "video_queries", "ref_queries", "connector.", "connetor.", "ref_connector.")
+
 
 def load_official_mllm(
     folder: Path,
@@ -373,13 +532,23 @@ def load_official_mllm(
     "The language model of a released repository and the tensors of ours that lie beside it."
     weights = open_weights(Path(folder) / "mllm_encoder", variant)
     dtype = dtype_of(torch_dtype, "mllm", common_dtype(weights))
-    ours = {name.replace("connetor.", "connector."): stored for name, stored in weights.items() if name.startswith(_OURS)}
+    ours = {
+        name.replace("connetor.", "connector."): stored for name, stored in weights.items() if name.startswith(_OURS)
+    }
     config = read_config(folder, "processor", "qwen_config.json")
-    return load_qwen(config, {name: stored for name, stored in weights.items() if not name.startswith(_OURS)}, dtype, "processor/qwen_config.json"), ours
+    return load_qwen(
+        config,
+        {name: stored for name, stored in weights.items() if not name.startswith(_OURS)},
+        dtype,
+        "processor/qwen_config.json",
+    ), ours
 
 # %% ../../nbs/library/20_checkpoints.ipynb #74e6d8b1
 REFERENCE_PARTS = ("ref_queries", "ref_connector.", "ref_embedder.")  # of `KiwiGuidance`
-OFFICIAL_GUIDANCE = dict(query_read_out="last_positions", round_timestep=True, round_pixels=True)  # how the official code runs whatever it loads
+OFFICIAL_GUIDANCE = dict(
+    query_read_out="last_positions", round_timestep=True, round_pixels=True
+)  # how the official code runs whatever it loads
+
 
 def make_guidance(
     config: dict,
@@ -388,11 +557,15 @@ def make_guidance(
     optional: tuple = (),  # how names begin that may be missing: they stay as they start
 ) -> KiwiGuidance:
     "Queries, connectors and embedders."
-    try: guidance = KiwiGuidance(**config)
-    except (TypeError, ValueError, RuntimeError) as error: raise InputError(f"`config` has to describe KiwiGuidance but does not: {error}") from error
+    try:
+        guidance = KiwiGuidance(**config)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"`config` has to describe KiwiGuidance but does not: {error}") from error
     guidance = fill(guidance, weights, ignore=optional, dtype=dtype)
-    for p in guidance.parameters(): p.data = p.data.to(dtype)
+    for p in guidance.parameters():
+        p.data = p.data.to(dtype)
     return guidance
+
 
 def load_official(
     folder: str | Path,  # a released repository in diffusers layout, as downloaded
@@ -404,28 +577,74 @@ def load_official(
     "A released Kiwi-Edit repository as the kit's pipeline; none of the code it carries is run."
     folder = Path(folder)
     if "mllm_encoder" not in read_config(folder, "model_index.json"):
-        raise InputError(f"`folder` has to be a released Kiwi-Edit repository but the model_index.json of {str(folder)!r} names no mllm_encoder.")
+        raise InputError(
+            f"`folder` has to be a released Kiwi-Edit repository but the model_index.json of {str(folder)!r} names no mllm_encoder."
+        )
     mllm, weights = load_official_mllm(folder, torch_dtype, variant)
-    c = _having(read_config(folder, "mllm_encoder", "config.json"), "mllm_encoder/config.json", "hidden_size", "dit_dim", "num_image_queries", "num_video_queries", "num_ref_queries",
-                "max_object_token", "max_pixels_per_frame")
-    source = _having(read_config(folder, "source_embedder", "config.json"), "source_embedder/config.json", "in_dim", "patch_size", "zero_init")
+    c = _having(
+        read_config(folder, "mllm_encoder", "config.json"),
+        "mllm_encoder/config.json",
+        "hidden_size",
+        "dit_dim",
+        "num_image_queries",
+        "num_video_queries",
+        "num_ref_queries",
+        "max_object_token",
+        "max_pixels_per_frame",
+    )
+    source = _having(
+        read_config(folder, "source_embedder", "config.json"),
+        "source_embedder/config.json",
+        "in_dim",
+        "patch_size",
+        "zero_init",
+    )
     takes_reference = any((folder / "ref_embedder").glob("*.safetensors"))
     ref = read_config(folder, "ref_embedder", "config.json") if (folder / "ref_embedder/config.json").is_file() else {}
     config = dict(
-        hidden_size=c["hidden_size"], dim=c["dit_dim"], in_channels=source["in_dim"], patch_size=source["patch_size"],
-        num_image_queries=c["num_image_queries"], num_video_queries=c["num_video_queries"], num_ref_queries=c["num_ref_queries"],
-        max_object_token=c["max_object_token"], max_pixels_per_frame=c["max_pixels_per_frame"], temporal_step=mllm.config.vision_config.tokens_per_second,
-        ref_pad_first=ref.get("ref_pad_first", False), zero_init=source["zero_init"], takes_reference=takes_reference, **OFFICIAL_GUIDANCE)
-    for part in ("source_embedder", "ref_embedder")[:1 + takes_reference]:
+        hidden_size=c["hidden_size"],
+        dim=c["dit_dim"],
+        in_channels=source["in_dim"],
+        patch_size=source["patch_size"],
+        num_image_queries=c["num_image_queries"],
+        num_video_queries=c["num_video_queries"],
+        num_ref_queries=c["num_ref_queries"],
+        max_object_token=c["max_object_token"],
+        max_pixels_per_frame=c["max_pixels_per_frame"],
+        temporal_step=mllm.config.vision_config.tokens_per_second,
+        ref_pad_first=ref.get("ref_pad_first", False),
+        zero_init=source["zero_init"],
+        takes_reference=takes_reference,
+        **OFFICIAL_GUIDANCE,
+    )
+    for part in ("source_embedder", "ref_embedder")[: 1 + takes_reference]:
         weights |= {k.replace("patch_embedding", part): v for k, v in open_weights(folder / part, variant).items()}
-    denoiser, transformer = open_weights(folder / "transformer", variant), build(WanTransformer3DModel, read_config(folder, "transformer", "config.json"), "transformer/config.json")
+    denoiser, transformer = (
+        open_weights(folder / "transformer", variant),
+        build(WanTransformer3DModel, read_config(folder, "transformer", "config.json"), "transformer/config.json"),
+    )
     return KiwiEditPipeline(
-        fill(transformer, denoiser, dtype=dtype_of(torch_dtype, "transformer", common_dtype(denoiser))), load_official_vae(folder / "vae", torch_dtype, variant),
-        FlowMatchEulerDiscreteScheduler.from_config(read_config(folder, "scheduler", "scheduler_config.json")), mllm, KiwiProcessor.from_pretrained(folder / "processor"),
-        make_guidance({**config, **overrides}, weights, dtype_of(torch_dtype, "guidance", common_dtype(weights)), () if takes_reference else REFERENCE_PARTS), schedule=schedule)
+        fill(transformer, denoiser, dtype=dtype_of(torch_dtype, "transformer", common_dtype(denoiser))),
+        load_official_vae(folder / "vae", torch_dtype, variant),
+        FlowMatchEulerDiscreteScheduler.from_config(read_config(folder, "scheduler", "scheduler_config.json")),
+        mllm,
+        KiwiProcessor.from_pretrained(folder / "processor"),
+        make_guidance(
+            {**config, **overrides},
+            weights,
+            dtype_of(torch_dtype, "guidance", common_dtype(weights)),
+            () if takes_reference else REFERENCE_PARTS,
+        ),
+        schedule=schedule,
+    )
 
 # %% ../../nbs/library/20_checkpoints.ipynb #346622f5
-_PATTERNS = {"transformer": ["config.json", "diffusion_pytorch_model*", "transformer/*"], "vae": ["*VAE*", "vae/*"], "mllm": ["*.json", "*.safetensors", "*.txt", "*.jinja"]}
+_PATTERNS = {
+    "transformer": ["config.json", "diffusion_pytorch_model*", "transformer/*"],
+    "vae": ["*VAE*", "vae/*"],
+    "mllm": ["*.json", "*.safetensors", "*.txt", "*.jinja"],
+}
+
 
 def find_base(
     part: str,  # "transformer", "vae" or "mllm"
@@ -435,17 +654,31 @@ def find_base(
     path = Path(source)
     if not path.exists():
         owner, name, *inside = str(source).split("/") if str(source).count("/") else (str(source), "")
-        if not name or str(source).startswith((".", "/", "~")): raise FileNotFoundError(f"`{part}` has to be a file, a folder or a hub id but {str(source)!r} is none.")
-        try: path = Path(snapshot_download(f"{owner}/{name}", allow_patterns=["/".join((*inside, p)) for p in (["*"] if inside else _PATTERNS[part])], ignore_patterns=["*.py"])).joinpath(*inside)
+        if not name or str(source).startswith((".", "/", "~")):
+            raise FileNotFoundError(f"`{part}` has to be a file, a folder or a hub id but {str(source)!r} is none.")
+        try:
+            path = Path(
+                snapshot_download(
+                    f"{owner}/{name}",
+                    allow_patterns=["/".join((*inside, p)) for p in (["*"] if inside else _PATTERNS[part])],
+                    ignore_patterns=["*.py"],
+                )
+            ).joinpath(*inside)
         except Exception as error:
-            raise FileNotFoundError(f"`{part}` has to be a file, a folder or a hub id that can be fetched but {str(source)!r} cannot: {str(error).strip().splitlines()[0]}") from error
-    if path.is_file(): files, folder = [path], path.parent
+            raise FileNotFoundError(
+                f"`{part}` has to be a file, a folder or a hub id that can be fetched but {str(source)!r} cannot: {str(error).strip().splitlines()[0]}"
+            ) from error
+    if path.is_file():
+        files, folder = [path], path.parent
     else:
         folder = path / part if (path / part).is_dir() else path
         files = weight_files(folder)
-        if part == "vae": files = [file for file in (*files, *sorted(folder.glob("*.pth"))) if "vae" in file.name.lower()] or files
-        if part == "transformer": files = [file for file in files if "vae" not in file.name.lower()]
-        if files and next(folder.glob("*.index.json"), None): open_weights(folder)  # says which shards are missing
+        if part == "vae":
+            files = [file for file in (*files, *sorted(folder.glob("*.pth"))) if "vae" in file.name.lower()] or files
+        if part == "transformer":
+            files = [file for file in files if "vae" not in file.name.lower()]
+        if files and next(folder.glob("*.index.json"), None):
+            open_weights(folder)  # says which shards are missing
     config = folder / "config.json"
     return files, config if config.is_file() else None
 
@@ -459,29 +692,68 @@ def infer_transformer_config(
         dim, channels, *patch = weights["patch_embedding.weight"].shape
         shape = lambda name: weights[name].shape
         config = dict(
-            patch_size=patch, in_channels=channels, out_channels=shape("proj_out.weight")[0] // math.prod(patch), ffn_dim=shape("blocks.0.ffn.net.0.proj.weight")[0],
-            num_layers=1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")), freq_dim=shape("condition_embedder.time_embedder.linear_1.weight")[1],
-            text_dim=shape("condition_embedder.text_embedder.linear_1.weight")[1], cross_attn_norm="blocks.0.norm2.weight" in weights, qk_norm="rms_norm_across_heads", eps=1e-6)
-    except (KeyError, ValueError) as error: raise InputError(f"`transformer` has to hold a whole Wan denoiser, or come with a config.json, but lacks {error}.") from None
+            patch_size=patch,
+            in_channels=channels,
+            out_channels=shape("proj_out.weight")[0] // math.prod(patch),
+            ffn_dim=shape("blocks.0.ffn.net.0.proj.weight")[0],
+            num_layers=1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
+            freq_dim=shape("condition_embedder.time_embedder.linear_1.weight")[1],
+            text_dim=shape("condition_embedder.text_embedder.linear_1.weight")[1],
+            cross_attn_norm="blocks.0.norm2.weight" in weights,
+            qk_norm="rms_norm_across_heads",
+            eps=1e-6,
+        )
+    except (KeyError, ValueError) as error:
+        raise InputError(
+            f"`transformer` has to hold a whole Wan denoiser, or come with a config.json, but lacks {error}."
+        ) from None
     heads = num_attention_heads or dim // 128
-    if not heads or dim % heads: raise InputError(f"`transformer_config` has to give a num_attention_heads that divides the width {dim} but gives {num_attention_heads or 'none'}.")
+    if not heads or dim % heads:
+        raise InputError(
+            f"`transformer_config` has to give a num_attention_heads that divides the width {dim} but gives {num_attention_heads or 'none'}."
+        )
     return config | dict(num_attention_heads=heads, attention_head_dim=dim // heads)
 
-def _transformer_config(config): # of diffusers, from its own or from the original release's
-    if "num_heads" not in config: return config
-    return dict(patch_size=config.get("patch_size", [1, 2, 2]), in_channels=config["in_dim"], out_channels=config["out_dim"], num_attention_heads=config["num_heads"],
-                attention_head_dim=config["dim"] // config["num_heads"], ffn_dim=config["ffn_dim"], num_layers=config["num_layers"], freq_dim=config["freq_dim"],
-                text_dim=config.get("text_dim", 4096), eps=config.get("eps", 1e-6), cross_attn_norm=True, qk_norm="rms_norm_across_heads")
+
+def _transformer_config(config):  # of diffusers, from its own or from the original release's
+    if "num_heads" not in config:
+        return config
+    return dict(
+        patch_size=config.get("patch_size", [1, 2, 2]),
+        in_channels=config["in_dim"],
+        out_channels=config["out_dim"],
+        num_attention_heads=config["num_heads"],
+        attention_head_dim=config["dim"] // config["num_heads"],
+        ffn_dim=config["ffn_dim"],
+        num_layers=config["num_layers"],
+        freq_dim=config["freq_dim"],
+        text_dim=config.get("text_dim", 4096),
+        eps=config.get("eps", 1e-6),
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+    )
+
 
 def infer_vae_config(
     weights: dict,  # native name -> Stored
 ) -> dict:  # as released: `dim`, `z_dim`, ...
     "The configuration of a native Wan autoencoder, from the shapes of its tensors and, for what they do not show, from the released one with as many channels."
-    try: dim, z_dim, wide = weights["encoder.conv1.weight"].shape[0], weights["conv2.weight"].shape[0], weights["decoder.conv1.weight"].shape[0]
-    except KeyError as error: raise InputError(f"`vae` has to hold a native Wan autoencoder, or come with a config.json, but lacks {error}.") from None
+    try:
+        dim, z_dim, wide = (
+            weights["encoder.conv1.weight"].shape[0],
+            weights["conv2.weight"].shape[0],
+            weights["decoder.conv1.weight"].shape[0],
+        )
+    except KeyError as error:
+        raise InputError(
+            f"`vae` has to hold a native Wan autoencoder, or come with a config.json, but lacks {error}."
+        ) from None
     alike = next((p.vae for p in PRESETS.values() if p.vae["z_dim"] == z_dim and p.name != "tiny"), None)
-    if alike is None: raise InputError(f"`vae_config` has to be given for {z_dim} channels, which no released autoencoder has.")
-    return {name: alike[name] for name in _VAE_CONFIG if name in alike} | dict(dim=dim, dec_dim=wide // alike["dim_mult"][-1])
+    if alike is None:
+        raise InputError(f"`vae_config` has to be given for {z_dim} channels, which no released autoencoder has.")
+    return {name: alike[name] for name in _VAE_CONFIG if name in alike} | dict(
+        dim=dim, dec_dim=wide // alike["dim_mult"][-1]
+    )
 
 # %% ../../nbs/library/20_checkpoints.ipynb #75c73ac6
 def split_lora(
@@ -491,10 +763,14 @@ def split_lora(
     plain, pairs = {}, {}
     for name, stored in weights.items():
         found = re.match(r"(.*)\.lora_(A|B)(?:\.default)?\.weight$", name)
-        if found: pairs.setdefault(found[1], {})[found[2]] = stored
-        else: plain[name] = stored
-    if odd := [name for name, pair in pairs.items() if len(pair) < 2]: raise InputError(f"`weights` have to hold both matrices of a LoRA layer but hold one of {_some(odd)}.")
+        if found:
+            pairs.setdefault(found[1], {})[found[2]] = stored
+        else:
+            plain[name] = stored
+    if odd := [name for name, pair in pairs.items() if len(pair) < 2]:
+        raise InputError(f"`weights` have to hold both matrices of a LoRA layer but hold one of {_some(odd)}.")
     return plain, {name: (pair["A"], pair["B"]) for name, pair in pairs.items()}
+
 
 def merged(
     weights: dict,  # name -> Stored, of the base
@@ -502,11 +778,18 @@ def merged(
 ) -> dict:  # name -> Stored
     "Weights with LoRA matrices added as they are read."
     strangers = [name for name in lora if f"{name}.weight" not in weights]
-    if strangers: raise InputError(f"`weights` have to hold the layers that LoRA matrices belong to but lack {_some(strangers)}.")
+    if strangers:
+        raise InputError(f"`weights` have to hold the layers that LoRA matrices belong to but lack {_some(strangers)}.")
+
     def added(base, A, B):
-        if (B.shape[0], A.shape[1]) != base.shape or A.shape[0] != B.shape[1]: raise InputError(f"`weights` have to match their LoRA matrices but {list(B.shape)} times {list(A.shape)} is added to {list(base.shape)}.")
-        return replace(base, read=lambda: (base.read().float() + B.read().float() @ A.read().float()))
+        if (B.shape[0], A.shape[1]) != base.shape or A.shape[0] != B.shape[1]:
+            raise InputError(
+                f"`weights` have to match their LoRA matrices but {list(B.shape)} times {list(A.shape)} is added to {list(base.shape)}."
+            )
+        return replace(base, read=lambda: base.read().float() + B.read().float() @ A.read().float())
+
     return weights | {f"{name}.weight": added(weights[f"{name}.weight"], *pair) for name, pair in lora.items()}
+
 
 def add_adapters(
     model: torch.nn.Module,  # changed in place
@@ -514,15 +797,21 @@ def add_adapters(
 ):
     "LoRA matrices as PEFT layers beside the layers that they belong to."
     from peft import LoraConfig, inject_adapter_in_model
+
     ranks = {name: A.shape[0] for name, (A, _) in lora.items()}
     some = next(iter(ranks.values()))
     others = {name: rank for name, rank in ranks.items() if rank != some}
-    inject_adapter_in_model(LoraConfig(r=some, lora_alpha=some, target_modules=list(ranks), rank_pattern=others, alpha_pattern=others), model)
+    inject_adapter_in_model(
+        LoraConfig(r=some, lora_alpha=some, target_modules=list(ranks), rank_pattern=others, alpha_pattern=others),
+        model,
+    )
     for name, pair in lora.items():
         layer = model.get_submodule(name)
         for side, stored in zip("AB", pair):
-            with torch.no_grad(): getattr(layer, f"lora_{side}")["default"].weight.copy_(stored.read())
+            with torch.no_grad():
+                getattr(layer, f"lora_{side}")["default"].weight.copy_(stored.read())
     return model.requires_grad_(False).eval()
+
 
 def merge_lora(
     pipe: KiwiEditPipeline,  # changed in place
@@ -530,18 +819,23 @@ def merge_lora(
     "Add every LoRA layer to the layer that it stands beside, and take it away."
     for module in (pipe.mllm, pipe.transformer):
         for name, layer in list(module.named_modules()):
-            if not hasattr(layer, "lora_A"): continue
+            if not hasattr(layer, "lora_A"):
+                continue
             layer.merge()
             parent, _, last = name.rpartition(".")
             setattr(module.get_submodule(parent), last, layer.base_layer)
 
 # %% ../../nbs/library/20_checkpoints.ipynb #ee7a8ee6
 _METADATA = "kiwi_edit"  # under which a trainer file of ours notes what its format has no place for
-_RELEASED_QUERIES = dict(num_image_queries=256, num_video_queries=512, num_ref_queries=768)  # of the trainer, where a checkpoint does not say
+_RELEASED_QUERIES = dict(
+    num_image_queries=256, num_video_queries=512, num_ref_queries=768
+)  # of the trainer, where a checkpoint does not say
+
 
 def _base(part, source, config):  # name -> Stored, and what is known of the configuration
     files, file = find_base(part, source) if source is not None else ([], None)
     return open_weights(files) if files else {}, (read_config(file.parent, file.name) if file else {}) | (config or {})
+
 
 def load_transformer(
     source=None,  # file, folder or hub id of a base, in native or diffusers' names; None where `trained` has all of it
@@ -553,11 +847,20 @@ def load_transformer(
     "A base denoiser with what was trained of it."
     base, given = _base("transformer", source, config)
     plain, lora = split_lora(trained or {})
-    bare = {re.sub(r"^(model\.)?diffusion_model\.", "", name): stored for name, stored in base.items()}  # before which other programs put this
-    weights, given = {wan_name(name) or name: stored for name, stored in bare.items()} | plain, _transformer_config(given)
-    if "num_layers" not in given: given = infer_transformer_config(weights, given.get("num_attention_heads")) | given
-    model = fill(build(WanTransformer3DModel, given, "transformer"), merged(weights, lora) if merge else weights, dtype=dtype)
+    bare = {
+        re.sub(r"^(model\.)?diffusion_model\.", "", name): stored for name, stored in base.items()
+    }  # before which other programs put this
+    weights, given = (
+        {wan_name(name) or name: stored for name, stored in bare.items()} | plain,
+        _transformer_config(given),
+    )
+    if "num_layers" not in given:
+        given = infer_transformer_config(weights, given.get("num_attention_heads")) | given
+    model = fill(
+        build(WanTransformer3DModel, given, "transformer"), merged(weights, lora) if merge else weights, dtype=dtype
+    )
     return model if merge or not lora else add_adapters(model, lora)
+
 
 def load_vae(
     source,  # file, folder or hub id, in native or diffusers' names
@@ -566,9 +869,17 @@ def load_vae(
 ) -> AutoencoderKLWan:
     "A Wan autoencoder of either generation."
     weights, given = _base("vae", source, config)
-    if any(".down_blocks." in name for name in weights): return fill(build(AutoencoderKLWan, given, "vae"), weights, dtype=dtype)
-    given = infer_vae_config(weights) | {name: value for name, value in given.items() if name in (*_VAE_CONFIG, "dim", "dec_dim")}
-    return fill(build(AutoencoderKLWan, vae_config(given, _is_residual(weights)), "vae"), {vae_name(name, given["num_res_blocks"]): stored for name, stored in weights.items()}, dtype=dtype)
+    if any(".down_blocks." in name for name in weights):
+        return fill(build(AutoencoderKLWan, given, "vae"), weights, dtype=dtype)
+    given = infer_vae_config(weights) | {
+        name: value for name, value in given.items() if name in (*_VAE_CONFIG, "dim", "dec_dim")
+    }
+    return fill(
+        build(AutoencoderKLWan, vae_config(given, _is_residual(weights)), "vae"),
+        {vae_name(name, given["num_res_blocks"]): stored for name, stored in weights.items()},
+        dtype=dtype,
+    )
+
 
 def load_mllm(
     source,  # folder or hub id
@@ -578,10 +889,17 @@ def load_mllm(
 ) -> tuple[Qwen2_5_VLForConditionalGeneration, KiwiProcessor]:
     "A base Qwen2.5-VL with what was trained of it, and its processor."
     files, file = find_base("mllm", source)
-    if not files or file is None: raise FileNotFoundError(f"`mllm` has to be a folder with .safetensors files and a config.json but {str(source)!r} is none.")
+    if not files or file is None:
+        raise FileNotFoundError(
+            f"`mllm` has to be a folder with .safetensors files and a config.json but {str(source)!r} is none."
+        )
     plain, lora = split_lora(trained or {})
     weights = {qwen_name(name): stored for name, stored in open_weights(files).items()} | plain
-    config = Qwen2_5_VLConfig.from_pretrained(file.parent).to_dict() if "text_config" not in read_config(file.parent, file.name) else read_config(file.parent, file.name)
+    config = (
+        Qwen2_5_VLConfig.from_pretrained(file.parent).to_dict()
+        if "text_config" not in read_config(file.parent, file.name)
+        else read_config(file.parent, file.name)
+    )
     model = load_qwen(config, merged(weights, lora) if merge else weights, dtype)
     return model if merge or not lora else add_adapters(model, lora), KiwiProcessor.from_pretrained(file.parent)
 
@@ -592,7 +910,8 @@ def load_trainer_checkpoint(
     vae=None,  # autoencoder: likewise
     mllm=None,  # folder or hub id of Qwen2.5-VL: likewise
     merge: bool = True,  # LoRA matrices into the weights; False keeps them as PEFT adapters
-    ref_pad_first: bool | None = None,  # reference tokens before the video's; None: as recorded in the checkpoint or its name, else after them
+    ref_pad_first: bool
+    | None = None,  # reference tokens before the video's; None: as recorded in the checkpoint or its name, else after them
     torch_dtype: torch.dtype = torch.float32,
     schedule: str = "native",  # noise levels, those of the trainer's own inference, or "diffusers"
     transformer_config: dict | None = None,  # what neither a file's shapes nor a config.json say
@@ -601,36 +920,90 @@ def load_trainer_checkpoint(
 ) -> KiwiEditPipeline:
     "A checkpoint of the official trainer on its base models; strangers and gaps are errors."
     checkpoint = Path(checkpoint)
-    beside = lambda part, given: given if given is not None else (checkpoint.parent / "base" / part if (checkpoint.parent / "base" / part).is_dir() else None)
+    beside = lambda part, given: (
+        given
+        if given is not None
+        else (checkpoint.parent / "base" / part if (checkpoint.parent / "base" / part).is_dir() else None)
+    )
     transformer, vae, mllm = beside("transformer", transformer), beside("vae", vae), beside("mllm", mllm)
     for name, value in (("vae", vae), ("mllm", mllm)):
-        if value is None: raise InputError(f"`{name}` has to name the base model, since a trainer checkpoint has no {name}, but is None.")
+        if value is None:
+            raise InputError(
+                f"`{name}` has to name the base model, since a trainer checkpoint has no {name}, but is None."
+            )
     parts, strangers = dict(transformer={}, mllm={}, guidance={}), []
     for name, stored in open_weights(checkpoint).items():
         place = trainer_name(name)
-        if place: parts[place[0]][place[1]] = stored
-        else: strangers.append(name)
-    if strangers: raise InputError(f"`checkpoint` has to hold tensors of Kiwi-Edit's trainer but {len(strangers)} are none of them: {_some(strangers)}.")
+        if place:
+            parts[place[0]][place[1]] = stored
+        else:
+            strangers.append(name)
+    if strangers:
+        raise InputError(
+            f"`checkpoint` has to hold tensors of Kiwi-Edit's trainer but {len(strangers)} are none of them: {_some(strangers)}."
+        )
     if transformer is None and not any("lora_" not in name for name in parts["transformer"]):
-        raise InputError("`transformer` has to name the base model, since the checkpoint does not have the whole denoiser, but is None.")
+        raise InputError(
+            "`transformer` has to name the base model, since the checkpoint does not have the whole denoiser, but is None."
+        )
     noted = json.loads(_open_safetensors(checkpoint)[1].get(_METADATA, "{}"))
     wan = load_transformer(transformer, transformer_config, parts["transformer"], merge, torch_dtype)
     language, processor = load_mllm(mllm, parts["mllm"], merge, torch_dtype)
     ours, config = parts["guidance"], wan.config
-    absent = tuple(group for group in ("video_queries", *REFERENCE_PARTS, "source_embedder.") if not any(name.startswith(group) for name in ours))
+    absent = tuple(
+        group
+        for group in ("video_queries", *REFERENCE_PARTS, "source_embedder.")
+        if not any(name.startswith(group) for name in ours)
+    )
     takes_reference = not set(absent) & set(REFERENCE_PARTS)
-    if absent: logger.info("%s was trained without %s; they stay as they start.", checkpoint.name, ", ".join(group.rstrip(".") for group in absent))
-    sizes = _RELEASED_QUERIES | {f"num_{mode}_queries": ours[f"{mode}_queries"].shape[0] for mode in ("image", "video", "ref") if f"{mode}_queries" in ours}
-    official = dict(hidden_size=language.config.text_config.hidden_size, dim=config.num_attention_heads * config.attention_head_dim, in_channels=config.in_channels,
-                    patch_size=list(config.patch_size), max_object_token=sizes["num_ref_queries"], temporal_step=language.config.vision_config.tokens_per_second,
-                    ref_pad_first="pad_first" in checkpoint.stem, zero_init=True, takes_reference=takes_reference, **OFFICIAL_GUIDANCE)
-    chosen = official | sizes | noted.get("guidance", {}) | ({} if ref_pad_first is None else dict(ref_pad_first=ref_pad_first)) | overrides
+    if absent:
+        logger.info(
+            "%s was trained without %s; they stay as they start.",
+            checkpoint.name,
+            ", ".join(group.rstrip(".") for group in absent),
+        )
+    sizes = _RELEASED_QUERIES | {
+        f"num_{mode}_queries": ours[f"{mode}_queries"].shape[0]
+        for mode in ("image", "video", "ref")
+        if f"{mode}_queries" in ours
+    }
+    official = dict(
+        hidden_size=language.config.text_config.hidden_size,
+        dim=config.num_attention_heads * config.attention_head_dim,
+        in_channels=config.in_channels,
+        patch_size=list(config.patch_size),
+        max_object_token=sizes["num_ref_queries"],
+        temporal_step=language.config.vision_config.tokens_per_second,
+        ref_pad_first="pad_first" in checkpoint.stem,
+        zero_init=True,
+        takes_reference=takes_reference,
+        **OFFICIAL_GUIDANCE,
+    )
+    chosen = (
+        official
+        | sizes
+        | noted.get("guidance", {})
+        | ({} if ref_pad_first is None else dict(ref_pad_first=ref_pad_first))
+        | overrides
+    )
     return KiwiEditPipeline(
-        wan, load_vae(vae, vae_config, torch_dtype), FlowMatchEulerDiscreteScheduler(**(dict(shift=5.0) | noted.get("scheduler", {}))), language, processor,
-        make_guidance(chosen, ours, torch_dtype, absent), **(dict(schedule=schedule) | noted.get("pipeline", {})))
+        wan,
+        load_vae(vae, vae_config, torch_dtype),
+        FlowMatchEulerDiscreteScheduler(**(dict(shift=5.0) | noted.get("scheduler", {}))),
+        language,
+        processor,
+        make_guidance(chosen, ours, torch_dtype, absent),
+        **(dict(schedule=schedule) | noted.get("pipeline", {})),
+    )
 
 # %% ../../nbs/library/20_checkpoints.ipynb #4b4ef809
-_KINDS = dict(transformer=WanTransformer3DModel, vae=AutoencoderKLWan, mllm=Qwen2_5_VLForConditionalGeneration, guidance=KiwiGuidance)
+_KINDS = dict(
+    transformer=WanTransformer3DModel,
+    vae=AutoencoderKLWan,
+    mllm=Qwen2_5_VLForConditionalGeneration,
+    guidance=KiwiGuidance,
+)
+
 
 def check_weights(
     folder: Path,  # in the kit's layout
@@ -640,8 +1013,10 @@ def check_weights(
     "Raise and list what does not belong, before any weight is read."
     for part in parts:
         config, weights = read_config(folder, part, "config.json"), open_weights(folder / part, variant)
-        if part == "mllm": weights = {qwen_name(name): stored for name, stored in weights.items()}
+        if part == "mllm":
+            weights = {qwen_name(name): stored for name, stored in weights.items()}
         compare(build(_KINDS[part], config, f"{part}/config.json"), weights, ("lm_head.",) if part == "mllm" else ())
+
 
 def load_kit(
     folder: Path,
@@ -652,63 +1027,140 @@ def load_kit(
     "A folder that `save_pretrained` wrote."
     folder = Path(folder)
     own = tuple(part for part in _KINDS if part not in kwargs)
-    if variant and not any(variant == variant_of(file) for part in own for file in weight_files(folder / part, variant)):
+    if variant and not any(
+        variant == variant_of(file) for part in own for file in weight_files(folder / part, variant)
+    ):
         raise FileNotFoundError(f"`variant` has to be one that files of the model have but is {variant!r}.")
     if kwargs:
         check_weights(folder, own, variant)
         dtypes = {part: dtype_of(torch_dtype, part, common_dtype(open_weights(folder / part, variant))) for part in own}
-        return DiffusionPipeline.from_pretrained.__func__(KiwiEditPipeline, str(folder), dtype=dtypes | dict(default=torch.float32), variant=variant, **kwargs)
+        return DiffusionPipeline.from_pretrained.__func__(
+            KiwiEditPipeline, str(folder), dtype=dtypes | dict(default=torch.float32), variant=variant, **kwargs
+        )
     parts = {}
     for part, kind in _KINDS.items():
         config, weights = read_config(folder, part, "config.json"), open_weights(folder / part, variant)
         dtype = dtype_of(torch_dtype, part, common_dtype(weights))
-        if part == "mllm": parts[part] = load_qwen(config, weights, dtype, "mllm/config.json")
-        elif part == "guidance": parts[part] = make_guidance(config, weights, dtype)
-        else: parts[part] = fill(build(kind, config, f"{part}/config.json"), weights, dtype=dtype)
-    numbers = {name: value for name, value in read_config(folder, "model_index.json").items() if not isinstance(value, list)}
-    return KiwiEditPipeline(scheduler=FlowMatchEulerDiscreteScheduler.from_config(read_config(folder, "scheduler", "scheduler_config.json")),
-                            processor=KiwiProcessor.from_pretrained(folder / "processor"), **parts, **numbers)
+        if part == "mllm":
+            parts[part] = load_qwen(config, weights, dtype, "mllm/config.json")
+        elif part == "guidance":
+            parts[part] = make_guidance(config, weights, dtype)
+        else:
+            parts[part] = fill(build(kind, config, f"{part}/config.json"), weights, dtype=dtype)
+    numbers = {
+        name: value for name, value in read_config(folder, "model_index.json").items() if not isinstance(value, list)
+    }
+    return KiwiEditPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler.from_config(
+            read_config(folder, "scheduler", "scheduler_config.json")
+        ),
+        processor=KiwiProcessor.from_pretrained(folder / "processor"),
+        **parts,
+        **numbers,
+    )
 
 # %% ../../nbs/library/20_checkpoints.ipynb #5c1478c8
-_OFFICIAL_TRANSFORMER = ("patch_size", "in_channels", "out_channels", "num_attention_heads", "attention_head_dim", "text_dim", "freq_dim", "ffn_dim", "num_layers", "cross_attn_norm", "qk_norm", "eps",
-                         "rope_max_seq_len")
-_VIDEO_PROCESSOR = dict(do_sample_frames=False, max_frames=768, min_frames=4, video_processor_type="Qwen2VLVideoProcessor", processor_class="Qwen2_5_VLProcessor")
+_OFFICIAL_TRANSFORMER = (
+    "patch_size",
+    "in_channels",
+    "out_channels",
+    "num_attention_heads",
+    "attention_head_dim",
+    "text_dim",
+    "freq_dim",
+    "ffn_dim",
+    "num_layers",
+    "cross_attn_norm",
+    "qk_norm",
+    "eps",
+    "rope_max_seq_len",
+)
+_VIDEO_PROCESSOR = dict(
+    do_sample_frames=False,
+    max_frames=768,
+    min_frames=4,
+    video_processor_type="Qwen2VLVideoProcessor",
+    processor_class="Qwen2_5_VLProcessor",
+)
 
-def _plain(value): return list(value) if isinstance(value, (tuple, list)) else value
+
+def _plain(value):
+    return list(value) if isinstance(value, (tuple, list)) else value
+
 
 def _official_vae_config(vae):
     c = vae.config
-    return ({name: _plain(c[name]) for name in _VAE_CONFIG} | dict(dim=c.base_dim, vae_pth="diffusion_pytorch_model.safetensors")
-            | (dict(dec_dim=c.decoder_base_dim) if c.is_residual and c.decoder_base_dim != 256 else {}))
+    return (
+        {name: _plain(c[name]) for name in _VAE_CONFIG}
+        | dict(dim=c.base_dim, vae_pth="diffusion_pytorch_model.safetensors")
+        | (dict(dec_dim=c.decoder_base_dim) if c.is_residual and c.decoder_base_dim != 256 else {})
+    )
+
 
 def official_reasons(
     pipe: KiwiEditPipeline,
 ) -> list:  # of sentences without their full stop; empty where nothing is in the way
     "Why the released layout cannot hold a model."
     g, vae, tower, reasons = pipe.guidance.config, pipe.vae.config, pipe.mllm.config.vision_config, []
-    held = dict(OFFICIAL_GUIDANCE, temporal_step=tower.tokens_per_second, min_pixels_per_frame=100352, max_image_pixels=16384 * 28 * 28, min_image_pixels=56 * 56)
+    held = dict(
+        OFFICIAL_GUIDANCE,
+        temporal_step=tower.tokens_per_second,
+        min_pixels_per_frame=100352,
+        max_image_pixels=16384 * 28 * 28,
+        min_image_pixels=56 * 56,
+    )
     for name, value in held.items():
-        if g[name] != value: reasons.append(f"its code always has {name} {value!r}, and this model has {g[name]!r}")
+        if g[name] != value:
+            reasons.append(f"its code always has {name} {value!r}, and this model has {g[name]!r}")
     native = vae_config(_official_vae_config(pipe.vae), vae.is_residual)
     stock = dict(AutoencoderKLWan.from_config({}).config)
-    differs = {name: value for name, value in vae.items() if not name.startswith("_") and _plain(value) != _plain(native.get(name, stock.get(name)))}
-    if len(vae.dim_mult) != 4: differs["dim_mult"] = vae.dim_mult
-    if differs: reasons.append("its autoencoder is one of the two native ones, and this model's differs in " + ", ".join(f"{name} {_plain(value)}" for name, value in sorted(differs.items())))
-    if pipe.transformer.config.image_dim is not None: reasons.append("its denoiser takes no image embedding, and this model's does")
+    differs = {
+        name: value
+        for name, value in vae.items()
+        if not name.startswith("_") and _plain(value) != _plain(native.get(name, stock.get(name)))
+    }
+    if len(vae.dim_mult) != 4:
+        differs["dim_mult"] = vae.dim_mult
+    if differs:
+        reasons.append(
+            "its autoencoder is one of the two native ones, and this model's differs in "
+            + ", ".join(f"{name} {_plain(value)}" for name, value in sorted(differs.items()))
+        )
+    if pipe.transformer.config.image_dim is not None:
+        reasons.append("its denoiser takes no image embedding, and this model's does")
     return reasons
+
 
 def _save(tensors, folder, size, name="diffusion_pytorch_model"):
     folder.mkdir(parents=True, exist_ok=True)
     pattern = f"{name}{{suffix}}.safetensors"
-    save_torch_state_dict({name: tensor.contiguous() for name, tensor in tensors.items()}, folder, filename_pattern=pattern, max_shard_size=size)
+    save_torch_state_dict(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        folder,
+        filename_pattern=pattern,
+        max_shard_size=size,
+    )
+
 
 def _write(path, values):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
-def _tied(mllm): return {name: p for name, p in mllm.state_dict().items() if not (name == "lm_head.weight" and p.data_ptr() == mllm.get_input_embeddings().weight.data_ptr())}
 
-def _native_vae(vae): return {native_vae_name(name, vae.config.num_res_blocks, vae.config.is_residual): p for name, p in vae.state_dict().items()}
+def _tied(mllm):
+    return {
+        name: p
+        for name, p in mllm.state_dict().items()
+        if not (name == "lm_head.weight" and p.data_ptr() == mllm.get_input_embeddings().weight.data_ptr())
+    }
+
+
+def _native_vae(vae):
+    return {
+        native_vae_name(name, vae.config.num_res_blocks, vae.config.is_residual): p
+        for name, p in vae.state_dict().items()
+    }
+
 
 def write_official(
     pipe: KiwiEditPipeline,
@@ -716,39 +1168,102 @@ def write_official(
     max_shard_size: str = "5GB",  # of the denoiser's files
 ):
     "A released repository without its code: names, keys and configurations as the official code reads them."
-    if reasons := official_reasons(pipe): raise InputError(f"`to` has to be a layout that can hold this model but is 'official': {'; '.join(reasons)}.")
-    if pipe.config.schedule != "diffusers": logger.warning("The pipeline of released repositories has its own noise levels; this model was read with the %s ones.", pipe.config.schedule)
+    if reasons := official_reasons(pipe):
+        raise InputError(f"`to` has to be a layout that can hold this model but is 'official': {'; '.join(reasons)}.")
+    if pipe.config.schedule != "diffusers":
+        logger.warning(
+            "The pipeline of released repositories has its own noise levels; this model was read with the %s ones.",
+            pipe.config.schedule,
+        )
     folder, g = Path(folder), pipe.guidance.config
     ours, wan = pipe.guidance.state_dict(), pipe.transformer.config
-    custom = dict(processor=["transformers", "AutoProcessor"], transformer=["diffusers", "WanTransformer3DModel"], vae=["wan_video_vae", "VAE"], scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"],
-                  mllm_encoder=["mllm_encoder", "MLLMEncoder"], source_embedder=["conditional_embedder", "ConditionalEmbedder"])
-    if g.takes_reference: custom["ref_embedder"] = custom["source_embedder"]
-    _write(folder / "model_index.json", {"_class_name": ["pipeline_kiwi_edit", "KiwiEditPipeline"], "_diffusers_version": "0.32.0"} | custom)
-    _write(folder / "transformer/config.json", {"_class_name": "WanTransformer3DModel"} | {name: _plain(wan[name]) for name in _OFFICIAL_TRANSFORMER})
+    custom = dict(
+        processor=["transformers", "AutoProcessor"],
+        transformer=["diffusers", "WanTransformer3DModel"],
+        vae=["wan_video_vae", "VAE"],
+        scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        mllm_encoder=["mllm_encoder", "MLLMEncoder"],
+        source_embedder=["conditional_embedder", "ConditionalEmbedder"],
+    )
+    if g.takes_reference:
+        custom["ref_embedder"] = custom["source_embedder"]
+    _write(
+        folder / "model_index.json",
+        {"_class_name": ["pipeline_kiwi_edit", "KiwiEditPipeline"], "_diffusers_version": "0.32.0"} | custom,
+    )
+    _write(
+        folder / "transformer/config.json",
+        {"_class_name": "WanTransformer3DModel"} | {name: _plain(wan[name]) for name in _OFFICIAL_TRANSFORMER},
+    )
     _save(pipe.transformer.state_dict(), folder / "transformer", max_shard_size)
     _write(folder / "vae/config.json", {"_class_name": "VAE"} | _official_vae_config(pipe.vae))
-    _save(_native_vae(pipe.vae), folder / "vae", 10 ** 15)
-    _write(folder / "scheduler/scheduler_config.json", {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": pipe.scheduler.config.shift, "num_train_timesteps": 1000, "base_shift": 0.5, "max_shift": 1.15})
-    _write(folder / "mllm_encoder/config.json", dict(
-        _class_name="MLLMEncoder", mllm_model_path=".", dit_dim=g.dim, hidden_size=g.hidden_size, num_image_queries=g.num_image_queries, num_video_queries=g.num_video_queries,
-        num_ref_queries=g.num_ref_queries, max_object_token=g.max_object_token, max_frames=16, max_pixels_per_frame=g.max_pixels_per_frame))
-    _save({name: p for name, p in ours.items() if "embedder" not in name}, folder / "mllm_encoder", 10 ** 15)
+    _save(_native_vae(pipe.vae), folder / "vae", 10**15)
+    _write(
+        folder / "scheduler/scheduler_config.json",
+        {
+            "_class_name": "FlowMatchEulerDiscreteScheduler",
+            "shift": pipe.scheduler.config.shift,
+            "num_train_timesteps": 1000,
+            "base_shift": 0.5,
+            "max_shift": 1.15,
+        },
+    )
+    _write(
+        folder / "mllm_encoder/config.json",
+        dict(
+            _class_name="MLLMEncoder",
+            mllm_model_path=".",
+            dit_dim=g.dim,
+            hidden_size=g.hidden_size,
+            num_image_queries=g.num_image_queries,
+            num_video_queries=g.num_video_queries,
+            num_ref_queries=g.num_ref_queries,
+            max_object_token=g.max_object_token,
+            max_frames=16,
+            max_pixels_per_frame=g.max_pixels_per_frame,
+        ),
+    )
+    _save({name: p for name, p in ours.items() if "embedder" not in name}, folder / "mllm_encoder", 10**15)
     qwen = {old_qwen_name(name): p for name, p in _tied(pipe.mllm).items()}
-    half = sum(p.numel() * p.element_size() for p in qwen.values()) // 2 + 1  # the official loader wants shards with an index
-    _save(qwen, folder / "mllm_encoder", min(half, 5 * 10 ** 9), "model")
+    half = (
+        sum(p.numel() * p.element_size() for p in qwen.values()) // 2 + 1
+    )  # the official loader wants shards with an index
+    _save(qwen, folder / "mllm_encoder", min(half, 5 * 10**9), "model")
     pipe.mllm.generation_config.save_pretrained(folder / "mllm_encoder")
-    for part in ("source_embedder", "ref_embedder")[:1 + g.takes_reference]:
-        _write(folder / part / "config.json", dict(_class_name="ConditionalEmbedder", in_dim=g.in_channels, dim=g.dim, patch_size=list(g.patch_size), zero_init=g.zero_init, ref_pad_first=g.ref_pad_first))
-        _save({name.replace(part, "patch_embedding"): p for name, p in ours.items() if name.startswith(part)}, folder / part, 10 ** 15)
+    for part in ("source_embedder", "ref_embedder")[: 1 + g.takes_reference]:
+        _write(
+            folder / part / "config.json",
+            dict(
+                _class_name="ConditionalEmbedder",
+                in_dim=g.in_channels,
+                dim=g.dim,
+                patch_size=list(g.patch_size),
+                zero_init=g.zero_init,
+                ref_pad_first=g.ref_pad_first,
+            ),
+        )
+        _save(
+            {name.replace(part, "patch_embedding"): p for name, p in ours.items() if name.startswith(part)},
+            folder / part,
+            10**15,
+        )
     pipe.processor.save_pretrained(folder / "processor")
     looks = read_config(folder / "processor", "preprocessor_config.json") | dict(processor_class="Qwen2_5_VLProcessor")
     _write(folder / "processor/preprocessor_config.json", looks | dict(image_processor_type="Qwen2VLImageProcessor"))
-    _write(folder / "processor/video_preprocessor_config.json", {name: value for name, value in looks.items() if name != "image_processor_type"} | _VIDEO_PROCESSOR)
+    _write(
+        folder / "processor/video_preprocessor_config.json",
+        {name: value for name, value in looks.items() if name != "image_processor_type"} | _VIDEO_PROCESSOR,
+    )
     config = pipe.mllm.config.to_dict()
-    _write(folder / "processor/qwen_config.json", {name: value for name, value in config.items() if not name.startswith("_")})
+    _write(
+        folder / "processor/qwen_config.json",
+        {name: value for name, value in config.items() if not name.startswith("_")},
+    )
 
 # %% ../../nbs/library/20_checkpoints.ipynb #7b8de6d5
-def _plain_name(name): return name.replace(".base_layer.", ".")
+def _plain_name(name):
+    return name.replace(".base_layer.", ".")
+
 
 def write_trainer(
     pipe: KiwiEditPipeline,
@@ -759,8 +1274,9 @@ def write_trainer(
     "`step-N.safetensors` as the trainer saves it, and the base models under `base`."
     folder, tensors, references = Path(folder), {}, pipe.guidance.config.takes_reference
     for name, p in pipe.guidance.state_dict().items():
-        if not references and name.startswith(REFERENCE_PARTS): continue
-        back = next(old + name[len(new):] for old, new in TRAINER_NAMES if name.startswith(new))
+        if not references and name.startswith(REFERENCE_PARTS):
+            continue
+        back = next(old + name[len(new) :] for old, new in TRAINER_NAMES if name.startswith(new))
         tensors[back] = p
     adapted = any(hasattr(layer, "lora_A") for layer in pipe.transformer.modules())
     base = {part: {} for part in ("transformer", "mllm")}
@@ -768,25 +1284,46 @@ def write_trainer(
         for name, p in (pipe.transformer.state_dict() if part == "transformer" else _tied(pipe.mllm)).items():
             if ".lora_" in name:
                 tensors[prefix + (native_wan_name(name) if part == "transformer" else name)] = p
-            elif part == "transformer" and not adapted: tensors[prefix + native_wan_name(name)] = p
-            else: base[part][_plain_name(name)] = p
-    noted = dict(guidance={name: _plain(value) for name, value in pipe.guidance.config.items() if not name.startswith("_")},
-                 scheduler=dict(shift=pipe.scheduler.config.shift), pipeline={name: pipe.config[name] for name in ("max_pixels", "max_frames", "window_frames", "default_steps", "schedule")})
+            elif part == "transformer" and not adapted:
+                tensors[prefix + native_wan_name(name)] = p
+            else:
+                base[part][_plain_name(name)] = p
+    noted = dict(
+        guidance={name: _plain(value) for name, value in pipe.guidance.config.items() if not name.startswith("_")},
+        scheduler=dict(shift=pipe.scheduler.config.shift),
+        pipeline={
+            name: pipe.config[name]
+            for name in ("max_pixels", "max_frames", "window_frames", "default_steps", "schedule")
+        },
+    )
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: p.contiguous() for name, p in tensors.items()}, folder / f"step-{step}.safetensors", metadata={"format": "pt", _METADATA: json.dumps(noted)})
-    _write(folder / "base/transformer/config.json", {name: _plain(value) for name, value in pipe.transformer.config.items() if not name.startswith("_")})
-    if adapted: _save(base["transformer"], folder / "base/transformer", max_shard_size)
+    save_file(
+        {name: p.contiguous() for name, p in tensors.items()},
+        folder / f"step-{step}.safetensors",
+        metadata={"format": "pt", _METADATA: json.dumps(noted)},
+    )
+    _write(
+        folder / "base/transformer/config.json",
+        {name: _plain(value) for name, value in pipe.transformer.config.items() if not name.startswith("_")},
+    )
+    if adapted:
+        _save(base["transformer"], folder / "base/transformer", max_shard_size)
     pipe.vae.save_pretrained(folder / "base/vae")
     _write(folder / "base/mllm/config.json", pipe.mllm.config.to_dict())
     _save(base["mllm"], folder / "base/mllm", max_shard_size, "model")
     pipe.processor.save_pretrained(folder / "base/mllm")
 
 # %% ../../nbs/library/20_checkpoints.ipynb #6f7e1e74
-WRITERS = dict(kit=lambda pipe, folder, size: pipe.save_pretrained(folder, max_shard_size=size), official=write_official,
-               trainer=lambda pipe, folder, size: write_trainer(pipe, folder, max_shard_size=size))
+WRITERS = dict(
+    kit=lambda pipe, folder, size: pipe.save_pretrained(folder, max_shard_size=size),
+    official=write_official,
+    trainer=lambda pipe, folder, size: write_trainer(pipe, folder, max_shard_size=size),
+)
+
 
 def load_any(
-    source: str | Path,  # bundled name, folder or hub id in the kit's or a released layout, or a trainer's step-N.safetensors
+    source: str
+    | Path,  # bundled name, folder or hub id in the kit's or a released layout, or a trainer's step-N.safetensors
     torch_dtype: torch.dtype = torch.float32,
     **options,  # of the layout's loader
 ) -> KiwiEditPipeline:
@@ -794,9 +1331,12 @@ def load_any(
     trainer = str(source).endswith(".safetensors")
     if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():
         steps = sorted(Path(source).glob("step-*.safetensors"), key=lambda path: int(re.sub(r"\D", "", path.stem) or 0))
-        if steps: source, trainer = steps[-1], True
-    if trainer: return load_trainer_checkpoint(source, torch_dtype=torch_dtype, **options)
+        if steps:
+            source, trainer = steps[-1], True
+    if trainer:
+        return load_trainer_checkpoint(source, torch_dtype=torch_dtype, **options)
     return KiwiEditPipeline.from_pretrained(source, torch_dtype=torch_dtype, **options)
+
 
 def convert(
     source: str | Path,  # see `load_any`
@@ -809,25 +1349,36 @@ def convert(
 ) -> Path:  # `destination`
     "A model from one layout to another."
     destination = Path(destination).expanduser().absolute()
-    if destination.is_file(): raise FileExistsError(f"`destination` has to be a folder but {str(destination)!r} is a file.")
-    if to not in WRITERS: raise InputError(f"`to` has to be one of {', '.join(WRITERS)} but is {to!r}.")
+    if destination.is_file():
+        raise FileExistsError(f"`destination` has to be a folder but {str(destination)!r} is a file.")
+    if to not in WRITERS:
+        raise InputError(f"`to` has to be one of {', '.join(WRITERS)} but is {to!r}.")
     if destination.exists() and not overwrite and any(destination.iterdir()):
-        raise FileExistsError(f"`destination` has to be new or empty but {str(destination)!r} is not; `overwrite` replaces it.")
+        raise FileExistsError(
+            f"`destination` has to be new or empty but {str(destination)!r} is not; `overwrite` replaces it."
+        )
     pipe = load_any(source, torch_dtype or stored_dtype(source), **options)
     fresh = destination.with_name(f".{destination.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     destination.parent.mkdir(parents=True, exist_ok=True)
     try:
         WRITERS[to](pipe, fresh, max_shard_size)
-        if destination.exists(): shutil.rmtree(destination)
+        if destination.exists():
+            shutil.rmtree(destination)
         fresh.rename(destination)
-    finally: shutil.rmtree(fresh, ignore_errors=True)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
     return destination
+
 
 def stored_dtype(
     source: str | Path,  # see `load_any`
 ) -> torch.dtype:
     "The number format of most of a model's weights on disk."
     path = Path(source) if Path(source).exists() else find_checkpoint(source)
-    files = [path] if path.is_file() else [file for folder in (path, *(p for p in path.rglob("*") if p.is_dir())) for file in weight_files(folder)]
+    files = (
+        [path]
+        if path.is_file()
+        else [file for folder in (path, *(p for p in path.rglob("*") if p.is_dir())) for file in weight_files(folder)]
+    )
     return common_dtype({(file, name): stored for file in files for name, stored in _open_safetensors(file)[0].items()})
