@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
-from kiwi_edit import dataset as module
+from kiwi_edit.data import dataset as module
 from kiwi_edit.data.dataset import *
 from kiwi_edit.video import read_video, write_video
 from kiwi_edit.world import EVAL_SEED, TASKS, World
