@@ -18,7 +18,7 @@ __all__ = ['STAGES', 'Pair', 'Verdict', 'Record', 'Grounding', 'Check', 'Backend
            'ChangeScorer', 'same_look', 'ChangeGrounder', 'GrabCutSegmenter', 'sharpness', 'CutoutSynthesizer',
            'fill_patches', 'PixelVerifier', 'PixelEmbedder', 'perceptual_hash', 'ScoreStage', 'GroundStage',
            'SegmentStage', 'SynthesizeStage', 'VerifyStage', 'embedded_stages', 'FingerprintStage', 'deduplicate',
-           'funnel', 'contact_sheet']
+           'funnel', 'record_strip', 'contact_sheet']
 
 # %% ../nbs/02_quadruplets.ipynb #q1100003
 import cv2
@@ -1163,55 +1163,50 @@ STAGES = ("load", "score", "ground", "segment", "synthesize", "verify", "dedupli
 
 def funnel(
     records: Sequence[Record],
-    thresholds: dict | None = None,  # score name -> least value, in place of what the stages used for these names
+    thresholds: dict | None = None,  # "verify.quality" -> least value, in place of what the stage used
 ) -> dict:  # stage -> how many are left after it
     "How many records each stage leaves. Thresholds can only be raised: a dropped record has no later scores."
-    left = {}
-    for stage in STAGES:
-        seen = [v for r in records for v in r.verdicts if v.stage == stage]
-        if seen:
-            left[stage] = 0
+    least = {tuple(name.split(".")): value for name, value in (thresholds or {}).items()}
+    seen = {v.stage for record in records for v in record.verdicts}
+    left = {stage: 0 for stage in STAGES if stage in seen}
     for record in records:
         for v in record.verdicts:
-            if not v.passed or any(v.scores.get(k, np.inf) < least for k, least in (thresholds or {}).items()):
+            low = any(v.scores.get(score, math.inf) < value for (s, score), value in least.items() if s == v.stage)
+            if low or not v.passed:
                 break
-            left[v.stage] += 1
+            left[v.stage] = left.get(v.stage, 0) + 1
     return left
+
+
+def _resized(image, size):
+    "An image at another size; enlarged, its pixels stay visible."
+    way = cv2.INTER_AREA if image.shape[0] > size[1] else cv2.INTER_NEAREST
+    return cv2.resize(image, size, interpolation=way)
+
+
+def record_strip(
+    record: Record,
+    height: int = 120,  # pixels
+) -> np.ndarray:  # (height, width, 3) uint8
+    "Source, edited clip, mask and references side by side, as far as they are there, where the mask is largest."
+    at = 0 if record.mask is None else int(record.mask.mean((1, 2)).argmax())
+    tiles = [record.source[at], record.edited[at]]
+    if record.mask is not None:
+        tiles.append((record.edited[at] * np.where(record.mask[at], 1, 0.25)[..., None]).astype(np.uint8))
+    tiles += [image for image in (record.reference, record.authentic_reference) if image is not None]
+    tiles = [_resized(tile, (max(round(height * tile.shape[1] / tile.shape[0]), 8), height)) for tile in tiles]
+    gap = np.full((height, 4, 3), 255, np.uint8)
+    return np.concatenate([part for tile in tiles for part in (tile, gap)][:-1], 1)
 
 
 def contact_sheet(
     records: Sequence[Record],  # those with a reference are drawn
     height: int = 120,  # of a row, pixels
 ) -> np.ndarray:  # (rows, width, 3) uint8
-    "Source, edited, mask and reference, a row a record."
-    rows = []
-    for record in records:
-        if record.reference is None:
-            continue
-        at = int(record.mask.mean((1, 2)).argmax())
-        shade = (record.edited[at] * np.where(record.mask[at], 1, 0.25)[..., None]).astype(np.uint8)
-        width = round(height * record.edited.shape[2] / record.edited.shape[1])
-        tile = np.full((height, width, 3), 230, np.uint8)
-        h, w = record.reference.shape[:2]
-        scale = min(height / h, width / w)
-        small = cv2.resize(
-            record.reference, (max(int(w * scale), 1), max(int(h * scale), 1)), interpolation=cv2.INTER_AREA
-        )
-        left = (width - small.shape[1]) // 2
-        tile[: small.shape[0], left : left + small.shape[1]] = small
-        rows.append(
-            np.concatenate(
-                [
-                    cv2.resize(f, (width, height), interpolation=cv2.INTER_AREA)
-                    for f in (record.source[at], record.edited[at], shade)
-                ]
-                + [tile],
-                1,
-            )
-        )
+    "A row for each record, one below the other."
+    rows = [record_strip(record, height) for record in records if record.reference is not None]
     if not rows:
         raise InputError("`records` have to hold at least one reference but hold none.")
     wide = max(row.shape[1] for row in rows)
-    return np.concatenate(
-        [np.pad(row, ((0, 2), (0, wide - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
-    )
+    pad = lambda row: np.pad(row, ((0, 2), (0, wide - row.shape[1]), (0, 0)), constant_values=255)
+    return np.concatenate([pad(row) for row in rows])

@@ -16,7 +16,7 @@ from typing import Protocol
 # %% auto #0
 __all__ = ['COMPLAINT', 'SYSTEM', 'SCORE_PROMPT', 'GROUND_PROMPT', 'CONSISTENCY_PROMPT', 'QUALITY_PROMPT', 'REFERENCE_PROMPTS',
            'VideoPart', 'Question', 'Attempt', 'Exchange', 'Chat', 'without_thoughts', 'parse_json', 'Retry',
-           'png_bytes', 'OpenAIChat', 'GeminiChat', 'qwen_processor', 'video_pictures', 'TransformersChat',
+           'OpenAIChat', 'GeminiChat', 'qwen_processor', 'video_pictures', 'TransformersChat', 'chat_of',
            'JudgeOptions', 'read_score', 'ChatScorer', 'spread_boxes', 'read_grounding', 'ChatGrounder', 'ChatVerifier',
            'SamSegmenter', 'called', 'seed_of', 'best_view', 'EditorSynthesizer', 'KiwiSynthesizer', 'ImageEmbedder']
 
@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image
 
 from ..core import InputError, choose_device, choose_dtype, require
+from .dataset import png_bytes
 from ..quadruplets import BackendError, Check, CutoutSynthesizer, Grounding, full_frames
 from ..video import read_video, sample_indices, video_info
 from ..world import TASKS, WORDINGS
@@ -215,13 +216,6 @@ def _again(question, failure):
     )
 
 # %% ../../nbs/library/11_backends.ipynb #b1300017
-def png_bytes(picture: np.ndarray) -> bytes:  # (h, w, 3) uint8
-    "A picture as a PNG file: without loss, so that a judge sees the edit's artefacts and none of ours."
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG")
-    return file.getvalue()
-
-
 def _mime(path):
     return mimetypes.guess_type(str(path))[0] or "video/mp4"
 
@@ -759,6 +753,23 @@ class TransformersChat(_Answers):
             Attempt(text, int(shown), count, count == room)
             for text, shown, count in zip(words, inputs["attention_mask"].sum(1), spoken)
         ]
+
+# %% ../../nbs/library/11_backends.ipynb #11da0001
+def chat_of(
+    text: str,  # "openai:MODEL", "openai:MODEL@http://host:8000/v1", "gemini:MODEL", a hub id or a folder
+    device: str = "auto",  # of models in this process
+    extra: dict | None = None,  # further parameters of the requests to a server, see `OpenAIChat`
+) -> Chat:
+    "The vision-language model that a word names."
+    kind, _, rest = text.partition(":")
+    if kind == "openai" and rest:
+        model, _, url = rest.partition("@")
+        return OpenAIChat(model, url or None, extra=extra)
+    if extra:
+        raise InputError(
+            f"`extra` has to be left out unless requests go to a server, openai:MODEL, but is {extra} for {text!r}."
+        )
+    return GeminiChat(rest) if kind == "gemini" and rest else TransformersChat(text, device=device)
 
 # %% ../../nbs/library/11_backends.ipynb #b1300029
 SYSTEM = "You check data for training a video editor. You look closely, you are strict, and you answer with one JSON object and nothing else."

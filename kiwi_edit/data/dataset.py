@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'VERSIONS', 'COLUMNS', 'FORMATS', 'Sample', 'WorldDataset', 'BadRow', 'GoodSamples', 'write_metadata',
-           'ParquetCell', 'read_rows', 'read_metadata', 'held', 'file_of', 'save_dataset', 'MetadataDataset',
-           'shrink_reference']
+           'ParquetCell', 'read_rows', 'read_metadata', 'held', 'file_of', 'png_bytes', 'save_clip', 'save_dataset',
+           'MetadataDataset', 'shrink_reference']
 
 # %% ../../nbs/library/10_dataset.ipynb #8d284d39
 import csv
@@ -414,15 +414,23 @@ def _save_bytes(path, data):
         temporary.write_bytes(data)
 
 # %% ../../nbs/library/10_dataset.ipynb #0cf4c582
-def _png(pixels):
+def png_bytes(
+    pixels: np.ndarray,  # (h, w, 3) uint8
+) -> bytes:
+    "A picture as a PNG file: without loss, so that a judge sees the edit's artefacts and none of ours."
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
-def _save_clip(path, frames, fps):
+def save_clip(
+    path: Path,  # .png or a video's
+    frames: np.ndarray,  # (T, H, W, 3) uint8
+    fps: float,
+) -> None:
+    "Write a clip the way data sets keep them: a single frame as PNG, others as H.264 of high quality."
     if path.suffix == ".png":
-        _save_bytes(path, _png(frames[0]))
+        _save_bytes(path, png_bytes(frames[0]))
     else:
         video.write_video(path, frames, fps, overwrite=True, crf=12)
 
@@ -450,10 +458,10 @@ def save_dataset(
         paths = {
             f"{short}_video": f"clips/{name}-{side}{suffix}" for short, side in (("src", "source"), ("tgt", "target"))
         }
-        _save_clip(folder / paths["src_video"], sample.source, fps)
-        _save_clip(folder / paths["tgt_video"], sample.target, fps)
+        save_clip(folder / paths["src_video"], sample.source, fps)
+        save_clip(folder / paths["tgt_video"], sample.target, fps)
         row = dict(iid=name, prompt=sample.instruction, **paths, task=sample.task)
-        reference = None if sample.reference is None else _png(sample.reference)
+        reference = None if sample.reference is None else png_bytes(sample.reference)
         if format == "parquet":
             row["ref_image_bytes"] = reference
         elif reference:

@@ -5,19 +5,33 @@
 # %% ../../nbs/library/12_synthesis.ipynb #s1400003
 from __future__ import annotations
 
-import base64, copy, csv, functools, hashlib, html, io, json, math, multiprocessing, os, re, shutil, signal, threading, time
+import copy
+import functools
+import glob
+import hashlib
+import html
+import io
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import re
+import shutil
+import signal
+import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 # %% auto #0
-__all__ = ['ALIASES', 'EDIT_TYPES', 'PUBLIC', 'PLANTS', 'FilePairs', 'glob_escape', 'read_pairs', 'WorldPairs',
-           'SynthesisOptions', 'through', 'to_row', 'run_batch', 'StoppedRun', 'Actors', 'stage_groups', 'stage_names',
-           'chat_of', 'model_stages', 'Synthesis', 'synthesize', 'inspect_folder', 'draw_report', 'report_html',
-           'data_card', 'PlantedPairs', 'measure_pipeline']
+__all__ = ['ALIASES', 'EDIT_TYPES', 'PLANTS', 'FilePairs', 'read_pairs', 'WorldPairs', 'SynthesisOptions', 'StoppedRun', 'Actors',
+           'model_stages', 'Synthesis', 'synthesize', 'inspect_folder', 'draw_report', 'report_html', 'data_card',
+           'PlantedPairs']
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400004
 import cv2
@@ -25,14 +39,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from tqdm.auto import tqdm
 
-from ..core import InputError, asset, require, settings, shortened
-from .backends import png_bytes
-from .dataset import FORMATS, ParquetCell, file_of, held, read_rows
-from ..records import digest
+from ..core import InputError, asset, require, shortened
+from . import backends
+from .backends import chat_of
+from .dataset import FORMATS, ParquetCell, file_of, held, png_bytes, read_rows, save_clip
 from kiwi_edit.quadruplets import (
-    STAGES,
     FingerprintStage,
     LoadOptions,
     Pair,
@@ -40,9 +52,12 @@ from kiwi_edit.quadruplets import (
     Verdict,
     deduplicate,
     embedded_stages,
+    funnel,
     load_record,
+    record_strip,
 )
-from ..video import as_frames, replacing, write_video
+from ..records import Table, digest, image_tag, page, run_rows
+from ..video import as_frames, replacing
 from ..world import World
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400007
@@ -55,23 +70,18 @@ ALIASES = dict(  # what a pair needs -> the names that published tables give it
     task=("task", "edited_type", "edit_type"),
     licence=("licence", "license"),
 )
-EDIT_TYPES = dict(
-    subject="subject",
-    background="background",
-    background_change="background",
-    add="add",
-    local_add="add",
-    remove="remove",
-    local_remove="remove",
-    change="change",
-    local_change="change",
-    style="style",
-    global_style="style",
+EDIT_TYPES = {task: task for task in ("subject", "background", "add", "remove", "change", "style")} | dict(
+    background_change="background", local_add="add", local_remove="remove", local_change="change", global_style="style"
 )  # names in published tables -> tasks
 
 
 def _given(value):
     return not (value is None or value == "" or value != value)
+
+
+def _printable(text):
+    "A text as every file can hold it: file names can bring halves of characters along."
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class FilePairs(Sequence):
@@ -87,20 +97,19 @@ class FilePairs(Sequence):
     ):
         self.rows, self.columns, self.root, self.name = rows, columns, Path(root), name
         if ids is None:
-            column = columns.get("id")
-            found = (
-                rows[column]
-                if column and hasattr(rows, "select")
-                else [row.get(column) for row in rows]
-                if column
-                else [None] * len(rows)
-            )
-            ids = [str(value) if _given(value) else f"{name}-{i:07d}" for i, value in enumerate(found)]
-            if twice := [key for key, count in Counter(ids).items() if count > 1]:
-                raise InputError(f"`id` has to name one row but {twice[0]!r} names {ids.count(twice[0])}.")
-            order = sorted(range(len(ids)), key=ids.__getitem__)
-            self.rows, ids = self._select(order), [ids[i] for i in order]
+            found = self._ids()
+            order = sorted(range(len(found)), key=found.__getitem__)
+            self.rows, ids = self._select(order), [found[i] for i in order]
+            _check_unique(ids)
         self.ids = ids
+
+    def _ids(self):
+        column = self.columns.get("id")
+        if column and hasattr(self.rows, "select"):
+            found = self.rows[column]
+        else:
+            found = [row.get(column) for row in self.rows]
+        return [_printable(str(value)) if _given(value) else f"{self.name}-{i:07d}" for i, value in enumerate(found)]
 
     def _select(self, indices):
         return self.rows.select(indices) if hasattr(self.rows, "select") else [self.rows[i] for i in indices]
@@ -112,16 +121,17 @@ class FilePairs(Sequence):
         if isinstance(i, slice):
             return FilePairs(self._select(range(len(self))[i]), self.columns, self.root, self.name, self.ids[i])
         row = self.rows[i]
-        get = lambda what: row.get(self.columns.get(what))
-        task, words, reference = get("task"), get("instruction"), get("reference")
+        found = {what: row.get(column) for what, column in self.columns.items()}
+        found = {what: value for what, value in found.items() if _given(value)}
+        words = found.get("instruction", "")
         return Pair(
             self.ids[i],
-            self._file(get("source")),
-            self._file(get("edited")),
+            self._file(found.get("source")),
+            self._file(found.get("edited")),
             words if isinstance(words, str) else "",
-            self._still(reference) if _given(reference) else None,
-            EDIT_TYPES.get(str(task).lower(), "") if _given(task) else "",
-            dict(dataset=self.name, licence=get("licence") if _given(get("licence")) else ""),
+            self._still(found.get("reference")),
+            EDIT_TYPES.get(str(found.get("task")).lower(), ""),
+            dict(dataset=self.name, licence=found.get("licence", "")),
         )
 
     def _file(self, value):
@@ -140,106 +150,93 @@ class FilePairs(Sequence):
         return digest(self.columns, str(self.root), self.ids, rows)
 
 
+def _check_unique(ids):
+    "Ids, in order, have to differ."
+    if twice := [a for a, b in zip(ids, ids[1:]) if a == b]:
+        raise InputError(f"`id` has to name one row but {twice[0]!r} names {ids.count(twice[0])}.")
+
+
 def _in_key(value):
     "A value as a key holds it: of what stays in a file, the file and the place."
     if isinstance(value, ParquetCell):
         return [value.path, value.group, value.row]
-    if isinstance(value, (dict, bytes, np.ndarray)):
-        return value
-    return str(value)
+    return value if isinstance(value, (dict, bytes, np.ndarray)) else str(value)
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400009
 def _columns(names, given, where):
-    found = {what: next((n for n in (given.get(what), *known) if n in names), None) for what, known in ALIASES.items()}
+    "Which column holds what."
+    there = shortened(", ".join(names), 100)
     if wrong := [column for column in given.values() if column not in names]:
-        raise InputError(
-            f"`columns` has to name columns of {where} but names {wrong[0]!r}; it has {shortened(', '.join(names), 100)}."
-        )
+        raise InputError(f"`columns` has to name columns of {where} but names {wrong[0]!r}; it has {there}.")
+    found = {what: next((n for n in (given.get(what), *known) if n in names), None) for what, known in ALIASES.items()}
     if lacks := [what for what in ("source", "edited", "instruction") if not found[what]]:
-        raise InputError(
-            f"`pairs` has to have a column for {' and '.join(lacks)} ({'; '.join(', '.join(ALIASES[what]) for what in lacks)}) but {where} has {shortened(', '.join(names), 100)}."
-        )
+        known = "; ".join(", ".join(ALIASES[what]) for what in lacks)
+        raise InputError(f"`pairs` has to have a column for {' and '.join(lacks)} ({known}) but {where} has {there}.")
     return {what: column for what, column in found.items() if column}
 
 
-def _clips_of_folder(folder):
-    "Rows of a folder with NAME-source, NAME-edited and NAME.txt, or with sub-folders that hold source, edited and instruction.txt."
-    rows = []
-    for source in sorted(folder.rglob("*source.*")):
-        prefix, here = source.stem[: -len("source")], source.parent
-        beside = lambda end: next(
-            iter(sorted(p for p in here.glob(f"{glob_escape(prefix + end)}.*") if p.suffix != ".txt")), None
-        )
-        words = next(
-            (p for p in (here / f"{prefix}instruction.txt", here / f"{prefix.rstrip('-_.')}.txt") if p.is_file()), None
-        )
-        edited, reference = beside("edited"), beside("reference")
-        name = str((here / prefix.rstrip("-_.")).relative_to(folder)) if prefix else str(here.relative_to(folder))
-        rows.append(
-            dict(
-                id=name,
-                source=str(source.relative_to(folder)),
-                edited=edited and str(edited.relative_to(folder)),
-                instruction=words and words.read_text(encoding="utf-8").strip(),
-                reference=reference and str(reference.relative_to(folder)),
-            )
-        )
-    return rows
+def _clip_row(folder, source):
+    "A row of a folder with NAME-source, NAME-edited, NAME.txt, or sub-folders with source, edited, instruction.txt."
+    prefix, here = source.stem[: -len("source")], source.parent
+    name = prefix.rstrip("-_.")
+
+    def beside(end):
+        found = sorted(p for p in here.glob(f"{glob.escape(prefix + end)}.*") if p.suffix != ".txt")
+        return str(found[0].relative_to(folder)) if found else None
+
+    texts = [p for p in (here / f"{prefix}instruction.txt", here / f"{name}.txt") if p.is_file()]
+    return dict(
+        id=str((here / name).relative_to(folder)),
+        source=str(source.relative_to(folder)),
+        edited=beside("edited"),
+        instruction=texts[0].read_text(encoding="utf-8").strip() if texts else None,
+        reference=beside("reference"),
+    )
 
 
-def glob_escape(text: str) -> str:
-    "A name in which a pattern's signs stand for themselves."
-    return re.sub(r"([*?[])", r"[\1]", text)
+def _tables_of_folder(folder):
+    "The shards of a folder, or its one table of another kind."
+    files = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    tables = {f"{stem}{end}" for stem in ("pairs", "metadata") for end in FORMATS}
+    return [p for p in files if p.suffix.lower() == ".parquet"] or [p for p in files if p.name in tables][:1]
 
 
 def read_pairs(
     pairs: str | Path,  # table, folder, "world:2000", or a Hugging Face dataset as "owner/name" or "owner/name:split"
     root: str | Path | None = None,  # where relative paths start; None takes the table's folder
-    columns: dict
-    | None = None,  # "source", "edited", "instruction", "reference", "task", "id", "licence" -> column, where `ALIASES` do not know it
+    columns: dict | None = None,  # "source", "edited", ... -> column, where `ALIASES` do not know it
 ) -> Sequence[Pair]:  # sorted by id
-    "The pairs of a .csv, .json, .jsonl or .parquet, of a folder of shards or clips, of a dataset on the hub, or of the world."
+    "The pairs of a .csv, .json, .jsonl or .parquet, of a folder of shards or clips, of a hub's dataset, or of the world."
     text, path, columns = str(pairs), Path(pairs).expanduser(), columns or {}
     if found := re.fullmatch(r"world:(\d+)", text):
         return WorldPairs(int(found[1]))
-    if path.is_dir():
-        tables = (
-            sorted(p for p in path.iterdir() if p.suffix.lower() == ".parquet" and not p.name.startswith("."))
-            or [
-                p
-                for p in sorted(path.iterdir())
-                if p.name in {f"{stem}{end}" for stem in ("pairs", "metadata") for end in FORMATS}
-            ][:1]
-        )
-        if not tables:
-            rows = _clips_of_folder(path)
-            if not rows:
-                raise InputError(
-                    f"`pairs` has to be a folder with .parquet shards, pairs.jsonl, metadata.csv or clips named NAME-source and NAME-edited but {text!r} has none of them."
-                )
-            return FilePairs(
-                rows, {c: c for c in ("id", "source", "edited", "instruction", "reference")}, root or path, path.name
-            )
-    elif path.is_file():
-        tables = [path]
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.\[\]%:+-]+)?", text):
-        return _hub_pairs(text, root, columns)
-    else:
+    if not path.exists():
+        if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.\[\]%:+-]+)?", text):
+            return _hub_pairs(text, root, columns)
         raise FileNotFoundError(
             f"`pairs` has to be an existing table or folder, world:NUMBER or a dataset's id but {text!r} is none of them."
         )
-    rows, names = [], []
+    tables = _tables_of_folder(path) if path.is_dir() else [path]
+    if not tables:
+        rows = [_clip_row(path, source) for source in sorted(path.rglob("*source.*"))]
+        if not rows:
+            raise InputError(
+                "`pairs` has to be a folder with .parquet shards, pairs.jsonl, metadata.csv "
+                f"or clips named NAME-source and NAME-edited but {text!r} has none of them."
+            )
+        return FilePairs(rows, {column: column for column in rows[0]}, root or path, path.name)
+    rows, names = [], {}
     for table in tables:
         header, found = read_rows(table, "pairs")
-        for i, row in enumerate(found):
-            if None in row:
-                raise InputError(
-                    f"`pairs` has to have as many fields in a row as in the header but row {i} of {str(table)!r} has {len(row[None])} more; text with a comma needs quotes."
-                )
-        rows, names = rows + found, list(dict.fromkeys([*names, *header]))
+        if long := [i for i, row in enumerate(found) if None in row]:
+            raise InputError(
+                f"`pairs` has to have as many fields in a row as in the header but row {long[0]} of {str(table)!r} "
+                f"has {len(found[long[0]][None])} more; text with a comma needs quotes."
+            )
+        rows, names = rows + found, names | dict.fromkeys(header)
     if not rows:
         raise InputError(f"`pairs` has to hold at least one row but {text!r} holds none.")
-    return FilePairs(rows, _columns(names, columns, repr(tables[0].name)), root or tables[0].parent, path.stem)
+    return FilePairs(rows, _columns(list(names), columns, repr(tables[0].name)), root or tables[0].parent, path.stem)
 
 
 def _hub_pairs(text, root, columns):
@@ -273,25 +270,23 @@ class WorldPairs(Sequence):
 
     def __getitem__(self, i):
         if isinstance(i, slice):
-            picked = range(self.number)[i]
-            if picked.step != 1:
-                raise InputError(f"`i` has to be a slice of step 1 but has step {picked.step}.")
-            turn, part = picked.start % len(self.tasks) if self.tasks else 0, copy.copy(self)
-            part.number, part.first_seed, part.tasks = (
-                len(picked),
-                self.first_seed + picked.start,
-                self.tasks[turn:] + self.tasks[:turn],
-            )
-            return part
-        i = range(self.number)[i]
-        made = self.world.sample(self.first_seed + i, self.tasks[i % len(self.tasks)] if self.tasks else None)
-        return Pair(
-            f"world-{self.first_seed + i:07d}",
-            made.source,
-            made.target,
-            made.instruction,
-            origin=dict(dataset="world", licence="MIT"),
-        )
+            return self._slice(range(self.number)[i])
+        i, made = range(self.number)[i], self.made(i)
+        origin = dict(dataset="world", licence="MIT")
+        return Pair(self.ids[i], made.source, made.target, made.instruction, origin=origin)
+
+    def _slice(self, picked):
+        if picked.step != 1:
+            raise InputError(f"`i` has to be a slice of step 1 but has step {picked.step}.")
+        part = copy.copy(self)
+        part.number, part.first_seed = len(picked), self.first_seed + picked.start
+        turn = picked.start % max(len(self.tasks), 1)
+        part.tasks = self.tasks[turn:] + self.tasks[:turn]
+        return part
+
+    def made(self, i: int):  # `Quadruplet`
+        "What the world draws for pair i."
+        return self.world.sample(self.first_seed + i, self.tasks[i % len(self.tasks)] if self.tasks else None)
 
     @property
     def ids(self) -> list[str]:
@@ -299,21 +294,9 @@ class WorldPairs(Sequence):
 
     @property
     def key(self) -> str:
-        w = self.world
-        return digest(
-            [
-                "world",
-                self.number,
-                self.first_seed,
-                self.tasks,
-                w.height,
-                w.width,
-                w.num_frames,
-                w.split,
-                asdict(w.difficulty),
-                *(asset(f"world/{kind}.parquet") for kind in ("objects", "scenes")),
-            ]
-        )
+        w, pictures = self.world, [asset(f"world/{kind}.parquet") for kind in ("objects", "scenes")]
+        size = w.height, w.width, w.num_frames
+        return digest(self.number, self.first_seed, self.tasks, size, w.split, asdict(w.difficulty), pictures)
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400013
 @dataclass(frozen=True)
@@ -321,37 +304,35 @@ class SynthesisOptions:
     "How a pool is worked through."
 
     load: LoadOptions = LoadOptions()
-    shard: int = (
-        256  # pairs that are finished together: what a killed run has to do again at most, for each shard under way
-    )
+    shard: int = 256  # pairs that are finished together: what a killed run does again at most, for each shard under way
     batch: int = 1  # pairs that a stage sees at once; more where models answer many questions faster than one
     workers: int = 0  # processes; 0 works in this one
     engine: str = "local"  # or "ray"
     clips: str = "refer"  # "refer" to the files of the pool, or "copy" them
     authentic: bool = False  # keep authentic references, where the pool has them, instead of synthesised ones
     similarity: float = 0.99  # see `deduplicate`
-    max_failures: float = 0.5  # share of rows that could not be read or answered, from which the run stops; counted from 20 rows on. A part above it is done again
+    max_failures: float = (
+        0.5  # share of unreadable or unanswered rows from which the run stops; counted from 20 rows on
+    )
     sheets: int = 64  # pairs that the report shows as pictures
 
     def __post_init__(self):
-        for name in ("shard", "batch"):
-            if getattr(self, name) < 1:
-                raise InputError(f"`{name}` has to be at least 1 but is {getattr(self, name)}.")
-        for name in ("workers", "sheets"):
-            if getattr(self, name) < 0:
-                raise InputError(f"`{name}` has to be at least 0 but is {getattr(self, name)}.")
-        for name, known in (("engine", ("local", "ray")), ("clips", ("refer", "copy"))):
+        for name, least in dict(shard=1, batch=1, workers=0, sheets=0).items():
+            if getattr(self, name) < least:
+                raise InputError(f"`{name}` has to be at least {least} but is {getattr(self, name)}.")
+        for name, known in dict(engine=("local", "ray"), clips=("refer", "copy")).items():
             if getattr(self, name) not in known:
                 raise InputError(f"`{name}` has to be {' or '.join(known)} but is {getattr(self, name)!r}.")
         if not 0 < self.max_failures <= 1:
             raise InputError(f"`max_failures` has to lie above 0 and up to 1 but is {self.max_failures}.")
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400014
-def through(
-    stage: Callable,  # takes records, adds a verdict to those that are alive
-    records: list[Record],
-) -> list[Record]:
-    "A stage over a batch. If it raises, each record goes alone, and the one to blame is dropped with the error as its reason."
+def _reason(error):
+    return shortened(f"{type(error).__name__}: {error}")
+
+
+def _through(stage, records):
+    "A stage over a batch. If it raises, each record goes alone, and the one to blame is dropped with its error."
     before = [len(r.verdicts) for r in records]
     try:
         return list(stage(records))
@@ -359,303 +340,241 @@ def through(
         for record, n in zip(records, before):
             del record.verdicts[n:]
         if len(records) == 1:
-            records[0].verdicts.append(
-                Verdict(stage.name, False, f"{type(error).__name__}: {' '.join(str(error).split())}"[:300], error=True)
-            )
+            records[0].verdicts.append(Verdict(stage.name, False, _reason(error), error=True))
             return records
-        return [r for record in records for r in through(stage, [record])]
-
-
-def _sheet(record, height=112):
-    "Source, edited clip, mask and reference side by side, as JPEG."
-    if record.source is None or record.edited is None:
-        return None
-    at = 0 if record.mask is None else int(record.mask.mean((1, 2)).argmax())
-    h, w = record.edited.shape[1:3]
-    size = (max(round(height * w / h), 8), height)
-    tiles = [record.source[at], record.edited[at]]
-    if record.mask is not None:
-        tiles.append((record.edited[at] * np.where(record.mask[at], 1, 0.25)[..., None]).astype(np.uint8))
-    tiles = [cv2.resize(t, size, interpolation=cv2.INTER_AREA if h > height else cv2.INTER_NEAREST) for t in tiles]
-    for image in (record.reference, record.authentic_reference):
-        if image is not None:
-            tiles.append(
-                cv2.resize(
-                    image,
-                    (max(round(height * image.shape[1] / image.shape[0]), 8), height),
-                    interpolation=cv2.INTER_AREA if image.shape[0] > height else cv2.INTER_NEAREST,
-                )
-            )
-    gap = np.full((height, 4, 3), 255, np.uint8)
-    row = np.concatenate([t for tile in tiles for t in (tile, gap)][:-1], 1)
-    buffer = io.BytesIO()
-    Image.fromarray(row).save(buffer, format="JPEG", quality=85)
-    return buffer.getvalue()
+        return [r for record in records for r in _through(stage, [record])]
 
 
 def _safe(name):
-    return (
-        name
-        if re.fullmatch(r"[\w.-]{1,80}", name) and not name.startswith(".")
-        else re.sub(r"[^\w.-]", "_", name)[:60].lstrip(".") + "-" + hashlib.sha256(name.encode()).hexdigest()[:12]
-    )
+    "A name that a file can have."
+    if re.fullmatch(r"[\w.-]{1,80}", name) and not name.startswith("."):
+        return name
+    return re.sub(r"[^\w.-]", "_", name)[:60].lstrip(".") + "-" + hashlib.sha256(name.encode()).hexdigest()[:12]
 
 
 def _place_clip(clip, name, record, folder, copy):
     "The clip's path as the table writes it; copied or encoded below `folder` where need be."
-    if isinstance(clip, str) and not copy:
+    is_file = isinstance(clip, str)
+    if is_file and not copy:
         return os.path.relpath(clip, folder)
-    still = not isinstance(clip, str) and len(as_frames(clip)) == 1
-    path = (
-        folder
-        / "clips"
-        / f"{_safe(record.pair.id)}-{name}{Path(clip).suffix if isinstance(clip, str) else '.png' if still else '.mp4'}"
-    )
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(clip, str) and os.path.isdir(clip):  # frames
-            half = path.with_name(f".{path.name}")
-            shutil.rmtree(half, ignore_errors=True)
-            shutil.copytree(clip, half).rename(path)
-        elif isinstance(clip, str):
-            with replacing(path, overwrite=True) as temporary:
-                shutil.copyfile(clip, temporary)
-        elif still:
-            with replacing(path, overwrite=True) as temporary:
-                temporary.write_bytes(png_bytes(as_frames(clip)[0]))
-        else:
-            write_video(path, clip, record.fps or 15, overwrite=True, crf=12)
+    if is_file:
+        suffix = Path(clip).suffix
+    else:
+        suffix = ".png" if len(as_frames(clip)) == 1 else ".mp4"
+    path = folder / "clips" / f"{_safe(record.pair.id)}-{name}{suffix}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        pass  # an earlier run was here
+    elif is_file and os.path.isdir(clip):  # frames
+        half = path.with_name(f".{path.name}")
+        shutil.rmtree(half, ignore_errors=True)
+        shutil.copytree(clip, half).rename(path)
+    elif is_file:
+        with replacing(path) as temporary:
+            shutil.copyfile(clip, temporary)
+    else:
+        save_clip(path, as_frames(clip), record.fps or 15)
     return str(path.relative_to(folder))
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400015
-def to_row(
-    record: Record,
-    folder: Path,  # of the data set
-    options: SynthesisOptions,
-    sheet: bool,  # whether the report may show it
-) -> dict:
-    "What stays of a record once its frames are let go."
-    scores = {f"{v.stage}.{k}": round(float(x), 6) for v in record.verdicts for k, x in v.scores.items()}
-    row = dict(
-        iid=record.pair.id,
-        prompt=record.pair.instruction.encode("utf-8", "replace").decode(),
+def _jpeg(picture):
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def _to_row(record, folder, options, shown):
+    "What stays of a record once its frames are let go; `shown` says whether the report may picture it."
+    pair, scores = (
+        record.pair,
+        {f"{v.stage}.{k}": round(float(x), 6) for v in record.verdicts for k, x in v.scores.items()},
+    )
+    row = dict.fromkeys(_SCHEMA.names) | dict(
+        iid=pair.id,
+        prompt=pair.instruction.encode("utf-8", "replace").decode(),
         src_video="",
         tgt_video="",
-        ref_image_bytes=None,
         task="background" if record.task == "background" else "subject",
         edit_type=record.task,
         subject=record.subject,
         ref_source="",
         scores=json.dumps(scores, sort_keys=True),
-        origin=json.dumps(record.pair.origin, sort_keys=True),
+        origin=json.dumps(pair.origin, sort_keys=True),
         backends=json.dumps({v.stage: v.backend for v in record.verdicts}),
         verdicts=json.dumps([asdict(v) | dict(scores={}) for v in record.verdicts]),
-        embedding=None,
-        hashes=None,
-        authentic_ref_image_bytes=None,
-        sheet=_sheet(record) if sheet else None,
     )
+    if shown and record.source is not None and record.edited is not None:
+        row["sheet"] = _jpeg(record_strip(record, 112))
     if not record.alive:
         return row
-    kept = options.authentic and record.authentic_reference is not None
+    authentic = record.authentic_reference
+    kept = options.authentic and authentic is not None
     row |= dict(
-        ref_image_bytes=png_bytes(record.authentic_reference if kept else record.reference),
+        ref_image_bytes=png_bytes(authentic if kept else record.reference),
         ref_source="authentic" if kept else "synthesised",
         embedding=record.embedding.astype(np.float32).tobytes(),
         hashes=[np.uint64(h).astype(np.int64).item() for h in record.hashes],
+        authentic_ref_image_bytes=None if kept or authentic is None else png_bytes(authentic),
     )
-    if record.authentic_reference is not None and not kept:
-        row["authentic_ref_image_bytes"] = png_bytes(record.authentic_reference)
     try:
         for column, name in (("src_video", "source"), ("tgt_video", "edited")):
-            row[column] = _place_clip(getattr(record.pair, name), name, record, folder, options.clips == "copy")
+            row[column] = _place_clip(getattr(pair, name), name, record, folder, options.clips == "copy")
+            row[column].encode()  # a table holds no halves of characters
     except (OSError, ValueError) as error:  # the file went away, or the disk is full
-        record.verdicts.append(
-            Verdict("write", False, f"clip not written: {' '.join(str(error).split())}"[:300], error=True)
-        )
-        return to_row(record, folder, options, sheet)
+        record.verdicts.append(Verdict("write", False, shortened(f"clip not written: {error}"), error=True))
+        return _to_row(record, folder, options, shown)
     return row
 
 
-def run_batch(
-    pairs: Sequence[Pair],
-    stages: Sequence[Callable],
-    options: SynthesisOptions,
-    folder: Path,  # of the data set
-    sheets: Sequence[bool],  # whether the report shows a pair
-) -> tuple[list[dict], dict]:  # rows for `write_part`, seconds by stage
-    "Pairs through all stages; what comes back is small."
-    records, seconds = _load(pairs, options)
-    for stage in stages:
-        records = _timed(stage, records, seconds)
-    return _rows(records, folder, options, sheets, seconds), seconds
-
-
-def _load(pairs, options):
+def _timed(name, call, records, spent):
     began = time.perf_counter()
-    records = [load_record(pair, options.load) for pair in pairs]
-    return records, {"load": time.perf_counter() - began}
+    found = call(records)
+    spent[name] = spent.get(name, 0.0) + time.perf_counter() - began
+    return found
 
 
-def _timed(stage, records, seconds):
-    began = time.perf_counter()
-    records = through(stage, records)
-    seconds[stage.name] = seconds.get(stage.name, 0.0) + time.perf_counter() - began
-    return records
+def _load(pairs, options, spent):
+    return _timed("load", lambda pairs: [load_record(pair, options.load) for pair in pairs], pairs, spent)
 
 
-def _rows(records, folder, options, sheets, seconds):
-    began = time.perf_counter()
+def _rows(records, folder, options, shown, spent):
     if any(r.alive and r.embedding is None for r in records):
         FingerprintStage()(records)
-    rows = [to_row(r, folder, options, s) for r, s in zip(records, sheets)]
-    seconds["write"] = time.perf_counter() - began
-    return rows
+    rows = lambda records: [_to_row(r, folder, options, s) for r, s in zip(records, shown)]
+    return dict(rows=_timed("write", rows, records, spent), spent=spent)
+
+
+def _run_batch(job, stages, options, folder):
+    "Pairs, and which of them the report may picture, through all stages; what comes back is small."
+    (pairs, shown), spent = job, {}
+    records = _load(pairs, options, spent)
+    for stage in stages:
+        records = _timed(stage.name, functools.partial(_through, stage), records, spent)
+    return _rows(records, folder, options, shown, spent)
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400019
-_SCHEMA = pa.schema(
-    [
-        ("iid", pa.string()),
-        ("prompt", pa.string()),
-        ("src_video", pa.string()),
-        ("tgt_video", pa.string()),
-        ("ref_image_bytes", pa.binary()),
-        ("task", pa.string()),
-        ("edit_type", pa.string()),
-        ("subject", pa.string()),
-        ("ref_source", pa.string()),
-        ("scores", pa.string()),
-        ("origin", pa.string()),
-        ("backends", pa.string()),
-        ("verdicts", pa.string()),
-        ("embedding", pa.binary()),
-        ("hashes", pa.list_(pa.int64())),
-        ("authentic_ref_image_bytes", pa.binary()),
-        ("sheet", pa.binary()),
-    ]
-)
-PUBLIC = (
-    "iid",
-    "prompt",
-    "src_video",
-    "tgt_video",
-    "ref_image_bytes",
-    "task",
-    "edit_type",
-    "subject",
-    "ref_source",
-    "scores",
-    "origin",
-    "backends",
-    "authentic_ref_image_bytes",
-)
+_KINDS = dict(text=pa.string(), bytes=pa.binary(), numbers=pa.list_(pa.int64()))
+_COLUMNS = """
+iid text, prompt text, src_video text, tgt_video text, ref_image_bytes bytes, task text, edit_type text, subject text,
+ref_source text, scores text, origin text, backends text, verdicts text, embedding bytes, hashes numbers,
+authentic_ref_image_bytes bytes, sheet bytes
+"""
+_SCHEMA = pa.schema([(name, _KINDS[kind]) for name, kind in (c.split() for c in _COLUMNS.split(","))])
+_PRIVATE = ("verdicts", "embedding", "hashes", "sheet")
+_PUBLIC = [name for name in _SCHEMA.names if name not in _PRIVATE]
+_SHOWN = [name for name in _SCHEMA.names if name in "iid prompt edit_type subject scores verdicts origin sheet".split()]
 
 
-def _write_table(path, rows, schema, key=""):
-    table = pa.Table.from_pylist(rows, schema=schema.with_metadata({"kiwi-edit": key} if key else None))
+def _write_table(path, rows, names=_SCHEMA.names, key=""):
+    schema = pa.schema([_SCHEMA.field(name) for name in names]).with_metadata({"kiwi-edit": key} if key else None)
     with replacing(path, overwrite=True) as temporary:
-        pq.write_table(table, temporary, row_group_size=64)
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary, row_group_size=64)
+
+
+def _part_path(folder, k):
+    return folder / "parts" / f"part_{k:05d}.parquet"
 
 
 def _part_is_good(path, key, ids, most):
     "Whether a part is whole, of these settings, holds these rows, and at most this share of them has failed."
     try:
         with pq.ParquetFile(path) as file:
-            if (file.schema_arrow.metadata or {}).get(b"kiwi-edit", b"").decode() != key:
-                return False
+            settings = (file.schema_arrow.metadata or {}).get(b"kiwi-edit", b"").decode()
             rows = file.read(columns=["iid", "verdicts"]).to_pylist()
     except (OSError, pa.ArrowException):
         return False
-    return [row["iid"] for row in rows] == ids and sum(
-        json.loads(row["verdicts"])[-1]["error"] for row in rows
-    ) <= most * len(rows)
+    failed = sum(json.loads(row["verdicts"])[-1]["error"] for row in rows)
+    return settings == key and [row["iid"] for row in rows] == ids and failed <= most * len(rows)
 
 
 def _sums(folder):
     "SHA-256 of all tables, as sha256sum writes them."
-    return "".join(
-        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder)}\n"
-        for path in sorted([*folder.glob("chunk_*.parquet"), *folder.glob("verdicts/*.parquet")])
-    )
+    tables = sorted([*folder.glob("chunk_*.parquet"), *folder.glob("verdicts/*.parquet")])
+    return "".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(folder)}\n" for p in tables)
 
 
 def _save_text(path, text):
     with replacing(path, overwrite=True) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400020
 def _stand_in(row):
-    "As much of a record as the search for doubles looks at."
-    record = Record(Pair(row["iid"], "", "", ""))
-    record.verdicts = [Verdict(**v) for v in json.loads(row["verdicts"])]
-    edit = json.loads(row["scores"]).get("score.edit")
-    if edit is not None:
-        record.verdicts[0].scores["edit"] = edit
-    if row["embedding"]:
+    "A record with what the funnel and the search for doubles look at."
+    record, scores = Record(Pair(row["iid"], "", "", "")), row["scores"]
+    for v in row["verdicts"]:
+        prefix = f"{v['stage']}."
+        own = {name.removeprefix(prefix): x for name, x in scores.items() if name.startswith(prefix)}
+        record.verdicts.append(Verdict(**v | dict(scores=own)))
+    if row.get("embedding"):
         record.embedding = np.frombuffer(row["embedding"], np.float32)
-    record.hashes = tuple(int(np.int64(h).astype(np.uint64)) for h in row["hashes"] or ())
+    record.hashes = tuple(int(np.int64(h).astype(np.uint64)) for h in row.get("hashes") or ())
     return record
 
 
-class _Known:  # the embeddings are there already
-    def __init__(self, name):
-        self.name = name
+def _read_rows(path, columns=None):
+    rows = pq.read_table(path, columns=columns).to_pylist()
+    for row in rows:
+        row |= {name: json.loads(row[name]) for name in ("scores", "verdicts", "origin") if name in row}
+    return rows
+
+
+def _twins(parts, options):
+    "Id -> what the search for doubles over all parts says of a pair."
+    light = ["iid", "verdicts", "scores", "embedding", "hashes"]
+    records = [_stand_in(row) for part in parts for row in _read_rows(part, light)]
+    deduplicate(records, SimpleNamespace(name="fingerprints"), options.similarity)
+    return {r.pair.id: [asdict(r.verdicts[-1])] for r in records if r.verdicts[-1].stage == "deduplicate"}
 
 
 def _finish(folder, parts, options, key):
-    "Doubles over all parts, then the shards, part by part."
-    light = ["iid", "verdicts", "scores", "embedding", "hashes"]
-    records = [_stand_in(row) for part in parts for row in pq.read_table(part, columns=light).to_pylist()]
-    deduplicate(records, _Known("fingerprints"), similarity=options.similarity)
-    twins = {r.pair.id: r.verdicts[-1] for r in records if r.verdicts[-1].stage == "deduplicate"}
+    "The shards, part by part, without doubles."
+    twins, chunks, used = _twins(parts, options), 0, set()
     (folder / "verdicts").mkdir(exist_ok=True)
     for old in [*folder.glob("chunk_*.parquet"), *folder.glob("verdicts/*.parquet")]:
         old.unlink()
-    shown = [
-        name
-        for name in _SCHEMA.names
-        if name in ("iid", "prompt", "edit_type", "subject", "scores", "verdicts", "origin", "sheet")
-    ]
-    number = 0
     for k, part in enumerate(parts):
-        rows = pq.read_table(part).to_pylist()
+        rows, alive = pq.read_table(part).to_pylist(), []
         for row in rows:
-            if row["iid"] in twins:
-                row["verdicts"] = json.dumps(json.loads(row["verdicts"]) + [asdict(twins[row["iid"]])])
-        alive = [row for row in rows if all(v["passed"] for v in json.loads(row["verdicts"]))]
+            verdicts = json.loads(row["verdicts"]) + twins.get(row["iid"], [])
+            row["verdicts"] = json.dumps(verdicts)
+            if all(v["passed"] for v in verdicts):
+                alive.append(row)
         if alive:
-            _write_table(
-                folder / f"chunk_{number:05d}.parquet",
-                [{c: row[c] for c in PUBLIC} for row in alive],
-                pa.schema([_SCHEMA.field(c) for c in PUBLIC]),
-            )
-            number += 1
-        _write_table(
-            folder / "verdicts" / f"records_{k:05d}.parquet",
-            [{c: row[c] for c in shown} for row in rows],
-            pa.schema([_SCHEMA.field(c) for c in shown]),
-            key,
-        )
-    for clip in _orphans(folder):
-        shutil.rmtree(clip) if clip.is_dir() else clip.unlink()
-
-
-def _orphans(folder):
-    "Clips of records that turned out to be doubles, or of a run with other settings."
-    used = {
-        row[c]
-        for path in folder.glob("chunk_*.parquet")
-        for row in pq.read_table(path, columns=["src_video", "tgt_video"]).to_pylist()
-        for c in row
-    }
-    return [p for p in (folder / "clips").glob("*") if str(p.relative_to(folder)) not in used]
+            _write_table(folder / f"chunk_{chunks:05d}.parquet", [{c: r[c] for c in _PUBLIC} for r in alive], _PUBLIC)
+            chunks += 1
+            used |= {row[column] for row in alive for column in ("src_video", "tgt_video")}
+        name = folder / "verdicts" / f"records_{k:05d}.parquet"
+        _write_table(name, [{c: row[c] for c in _SHOWN} for row in rows], _SHOWN, key)
+    for clip in (folder / "clips").glob("*"):  # of doubles, or of a run with other settings
+        if str(clip.relative_to(folder)) not in used:
+            shutil.rmtree(clip) if clip.is_dir() else clip.unlink()
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400022
 class StoppedRun(InputError):
     "A run that had to stop; the same call goes on from what is finished."
 
 
-_worker = {}  # of this process: its stages and what they need
+class _Jobs(Mapping):
+    "(part, first pair, last pair + 1) -> the pairs, and which of them the report may picture: evenly over the pool."
+
+    def __init__(self, pairs, bounds, missing, options):
+        self.pairs, self.sheets = pairs, options.sheets
+        self.keys_ = [
+            (k, a, min(a + options.batch, bounds[k][1])) for k in missing for a in range(*bounds[k], options.batch)
+        ]
+
+    def __len__(self):
+        return len(self.keys_)
+
+    def __iter__(self):
+        return iter(self.keys_)
+
+    def __getitem__(self, key):
+        turn = lambda i: i * self.sheets // len(self.pairs)
+        return self.pairs[key[1] : key[2]], [turn(i) != turn(i - 1) for i in range(*key[1:])]
+
+
+_worker = {}  # of this process: what does a batch, or why nothing does
 
 
 def _start_worker(make_stages, options, folder):
@@ -663,9 +582,9 @@ def _start_worker(make_stages, options, folder):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that was started
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     try:
-        _worker.update(stages=make_stages(), options=options, folder=folder)
+        _worker["run"] = functools.partial(_run_batch, stages=make_stages(), options=options, folder=folder)
     except Exception as error:
-        _worker.update(error=f"{type(error).__name__}: {error}")
+        _worker["error"] = f"`make_stages` has to make the stages in each worker but raised {_reason(error)}"
 
 
 def _leave_with_parent():
@@ -673,38 +592,21 @@ def _leave_with_parent():
     os._exit(1)
 
 
-def _in_worker(job, pairs, sheets):
+def _in_worker(job):
     if "error" in _worker:
-        raise InputError(f"`make_stages` has to make the stages in each worker but raised {_worker['error']}")
-    return job, *run_batch(pairs, _worker["stages"], _worker["options"], _worker["folder"], sheets)
+        raise InputError(_worker["error"])
+    return _worker["run"](job)
 
 
-def _local(jobs, make_stages, options, folder):
-    "Batches in this process or in others, as they get done."
-    if not options.workers:
-        stages = make_stages()
-        for job, pairs, sheets in jobs:
-            yield job, *run_batch(pairs, stages, options, folder, sheets)
-        return
-    jobs, running = iter(jobs), set()
-    pool = ProcessPoolExecutor(
-        options.workers, multiprocessing.get_context("spawn"), _start_worker, (make_stages, options, folder)
-    )
-    try:
-        while True:
-            while len(running) < 2 * options.workers and (job := next(jobs, None)):
-                running.add(pool.submit(_in_worker, *job))
-            if not running:
-                return
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
-    except BrokenProcessPool as error:
-        raise StoppedRun(
-            "`workers` lost one of them, most likely for want of memory. Parts that are finished stay; fewer workers or a smaller `batch` need less. Stages from a notebook's cell have to move to a module, since workers cannot import a cell."
-        ) from error
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+def _local(jobs, make_stages, options, folder, note, progress):
+    "Batches in this process or in others."
+    label = "pairs" if options.batch == 1 else f"batches of {options.batch}"
+    if options.workers:
+        spawn, needs = multiprocessing.get_context("spawn"), (make_stages, options, folder)
+        work, pool = _in_worker, lambda: ProcessPoolExecutor(options.workers, spawn, _start_worker, needs)
+    else:
+        work, pool = functools.partial(_run_batch, stages=make_stages(), options=options, folder=folder), None
+    run_rows(jobs, work, pool=pool, ahead=2 * options.workers, label=label if progress else "", each=note)
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400023
 @dataclass(frozen=True)
@@ -722,67 +624,45 @@ class _RayGroup:
     def __init__(self, make_stages, first, last, options, folder):
         cv2.setNumThreads(1)
         stages = make_stages()
-        self.stages, self.first, self.last, self.options, self.folder = (
-            stages[first:last],
-            first == 0,
-            last == len(stages),
-            options,
-            folder,
-        )
+        self.stages, self.first, self.last = stages[first:last], first == 0, last == len(stages)
+        self.options, self.folder = options, folder
 
     def __call__(self, row):
-        import pickle
-
-        job, pairs, sheets, records, seconds = pickle.loads(row["job"])
+        key, items, shown, spent = pickle.loads(row["job"])
         if self.first:
-            records, seconds = _load(pairs, self.options)
+            items = _load(items, self.options, spent)
         for stage in self.stages:
-            records = _timed(stage, records, seconds)
-        if self.last:
-            return dict(job=pickle.dumps((job, _rows(records, self.folder, self.options, sheets, seconds), seconds)))
-        return dict(job=pickle.dumps((job, None, sheets, records, seconds)))
+            items = _timed(stage.name, functools.partial(_through, stage), items, spent)
+        if not self.last:
+            return dict(job=pickle.dumps((key, items, shown, spent)))
+        found = _rows(items, self.folder, self.options, shown, spent)
+        return dict(job=pickle.dumps(dict(key=key, error=None, **found)))
 
 
-def stage_groups(
-    names: Sequence[str],  # of the stages, in order
-    actors: dict,  # name -> `Actors`
-    workers: int,
-) -> list[tuple[int, int, Actors]]:  # first stage, last one + 1, what they are given
-    "Stages with actors of their own stand alone; what lies between them is joined."
+def _stage_groups(names, actors, workers):
+    "(first stage, last + 1, `Actors`): stages with actors of their own stand alone; what lies between is joined."
     if wrong := set(actors) - set(names):
         raise InputError(f"`actors` has to name stages ({', '.join(names)}) but names {', '.join(sorted(wrong))}.")
     cuts = sorted({0, len(names)} | {i + k for i, n in enumerate(names) if n in actors for k in (0, 1)})
-    return [
-        (a, b, actors.get(names[a]) if b == a + 1 and names[a] in actors else Actors(max(workers, 1)))
-        for a, b in zip(cuts, cuts[1:])
-    ]
+    return [(a, b, actors.get(names[a], Actors(max(workers, 1)))) for a, b in zip(cuts, cuts[1:])]
 
 
-def _ray(jobs, make_stages, options, folder, actors):
+def _ray(jobs, make_stages, options, folder, note, actors):
     "Batches on Ray Data; many machines need a folder that they share."
     require("ray")
     import ray
-    import logging, pickle
 
     started = not ray.is_initialized()
     if started:
-        ray.init(
-            num_cpus=max(options.workers, 1) + 1 if not os.environ.get("RAY_ADDRESS") else None,
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-        )
+        cpus = None if os.environ.get("RAY_ADDRESS") else max(options.workers, 1) + 1
+        ray.init(num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars, context.print_on_execution_start = False, False
+    context.enable_progress_bars = context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
-        # the stages' names come from the factory; models are only built inside the actors that use them
-        names = stage_names(make_stages)
-        rows = [dict(job=pickle.dumps((job, pairs, sheets, None, None))) for job, pairs, sheets in jobs]
-        if not rows:
-            return
+        rows = [dict(job=pickle.dumps((key, *jobs[key], {}))) for key in jobs]
         data = ray.data.from_items(rows, override_num_blocks=len(rows))
-        for first, last, actor in stage_groups(names, actors, options.workers):
+        for first, last, actor in _stage_groups(_stage_names(make_stages), actors, options.workers):
             data = data.map(
                 _RayGroup,
                 fn_constructor_args=(make_stages, first, last, options, folder),
@@ -791,83 +671,55 @@ def _ray(jobs, make_stages, options, folder, actors):
                 num_gpus=actor.gpus or None,
             )
         for row in data.iter_rows():
-            yield pickle.loads(row["job"])
+            note(pickle.loads(row["job"]))
     finally:
         if started:
             ray.shutdown()
 
 
-def stage_names(make_stages: Callable) -> list[str]:
-    "Names of the stages that a factory makes: what it says in `names`, or what the stages themselves say."
+def _stage_names(make_stages):
+    "What a factory says in `names`, or what its stages say: models are only built inside the actors that use them."
     names = getattr(getattr(make_stages, "func", make_stages), "names", None)
     return list(names) if names else [stage.name for stage in make_stages()]
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400049
-def chat_of(
-    text: str,  # "openai:MODEL", "openai:MODEL@http://host:8000/v1", "gemini:MODEL", or a hub id or folder that transformers loads
-    device: str = "auto",
-    extra: dict | None = None,  # further parameters of the requests to a server, see `OpenAIChat`
-):
-    "The vision-language model that a word names."
-    from kiwi_edit.data.backends import GeminiChat, OpenAIChat, TransformersChat
-
-    kind, _, rest = text.partition(":")
-    if kind == "openai" and rest:
-        model, _, url = rest.partition("@")
-        return OpenAIChat(model, url or None, extra=extra)
-    if extra:
-        raise InputError(
-            f"`extra` has to be left out unless requests go to a server, openai:MODEL, but is {extra} for {text!r}."
-        )
-    if kind == "gemini" and rest:
-        return GeminiChat(rest)
-    return TransformersChat(text, device=device)
+_THRESHOLDS = dict(edit="threshold", confidence="threshold", area="smallest")  # score -> a stage's name for its limit
 
 
 def model_stages(
     vlm: str | None = None,  # scores, grounds and verifies; see `chat_of`
     sam: str | None = None,  # segments; hub id or folder of a SAM
-    editor: str
-    | Callable
-    | None = None,  # draws references: hub id or folder of a diffusers image editor, or what makes a `Synthesizer`
+    editor: str | Callable | None = None,  # draws references: a diffusers image editor, or what makes a `Synthesizer`
     embedder: str | None = None,  # finds doubles; hub id or folder of a DINOv2 or CLIP
     device: str = "auto",
     thresholds: dict | None = None,  # "verify.quality" -> number, in place of a stage's own
     extra: dict | None = None,  # further parameters of the requests to `vlm`
 ) -> list:
     "The stages with models where they are named, and with the embedded backends where not."
-    from kiwi_edit.data import backends as b
-
-    stages = [*embedded_stages(), FingerprintStage()]
-    by = {stage.name: stage for stage in stages}
+    by = {stage.name: stage for stage in (*embedded_stages(), FingerprintStage())}
     if vlm:
         chat = chat_of(vlm, device, extra)
-        by["score"].backend, by["ground"].backend, by["verify"].backend = (
-            b.ChatScorer(chat),
-            b.ChatGrounder(chat),
-            b.ChatVerifier(chat),
-        )
+        by["score"].backend = backends.ChatScorer(chat)
+        by["ground"].backend = backends.ChatGrounder(chat)
+        by["verify"].backend = backends.ChatVerifier(chat)
     if sam:
-        by["segment"].backend = b.SamSegmenter(sam, device=device)
-    if editor:
-        by["synthesize"].backend = (
-            editor() if callable(editor) else b.EditorSynthesizer.from_pretrained(editor, device=device)
-        )
+        by["segment"].backend = backends.SamSegmenter(sam, device=device)
+    if callable(editor):
+        by["synthesize"].backend = editor()
+    elif editor:
+        by["synthesize"].backend = backends.EditorSynthesizer.from_pretrained(editor, device=device)
     if embedder:
-        by["fingerprint"].backend = b.ImageEmbedder(embedder, device=device)
+        by["fingerprint"].backend = backends.ImageEmbedder(embedder, device=device)
     for name, least in (thresholds or {}).items():
         stage, _, score = name.partition(".")
-        attribute = (
-            score
-            if score in ("consistency", "quality")
-            else dict(edit="threshold", confidence="threshold", area="smallest").get(score, score)
-        )
-        if stage not in by or not hasattr(by[stage], attribute):
+        limit = _THRESHOLDS.get(score, score)
+        if stage not in by or not hasattr(by[stage], limit):
             raise InputError(
-                f"`thresholds` has to name score.edit, ground.confidence, segment.area, segment.largest, verify.consistency or verify.quality but names {name!r}."
+                "`thresholds` has to name score.edit, ground.confidence, segment.area, segment.largest, "
+                f"verify.consistency or verify.quality but names {name!r}."
             )
-        setattr(by[stage], attribute, float(least))
-    return stages
+        setattr(by[stage], limit, float(least))
+    return list(by.values())
 
 
 model_stages.names = ("score", "ground", "segment", "synthesize", "verify", "fingerprint")
@@ -878,9 +730,7 @@ class Synthesis:
     "What a run has left in its folder, and what it says of every pair."
 
     folder: Path = field(repr=False)
-    rows: list = field(
-        repr=False
-    )  # of every pair: "iid", "prompt", "edit_type", "subject", "scores", "verdicts", "origin", and for some "sheet"
+    rows: list = field(repr=False)  # of every pair: what its line in `verdicts` says, "sheet" only for some
     seconds: dict = field(default_factory=dict)  # stage -> of all workers together, in the last run
     wall: float = 0.0  # seconds of the last run
     done: int = 0  # pairs that the last run worked on
@@ -895,248 +745,190 @@ class Synthesis:
 
     def funnel(
         self,
-        thresholds: dict
-        | None = None,  # "verify.quality" -> least value; can only be raised, since a dropped record has no later scores
+        thresholds: dict | None = None,  # "verify.quality" -> least value; see `quadruplets.funnel`
     ) -> dict:  # stage -> how many are left after it
         "How many pairs each stage leaves."
-        left = {stage: 0 for stage in STAGES if any(v["stage"] == stage for row in self.rows for v in row["verdicts"])}
-        for row in self.rows:
-            for v in row["verdicts"]:
-                if not v["passed"] or any(
-                    row["scores"].get(name, math.inf) < least
-                    for name, least in (thresholds or {}).items()
-                    if name.split(".")[0] == v["stage"]
-                ):
-                    break
-                left[v["stage"]] = left.get(v["stage"], 0) + 1
-        return left
+        return funnel([_stand_in(row) for row in self.rows], thresholds)
 
     def reasons(self) -> list[tuple[str, str, int]]:  # stage, reason, number; most frequent first
         "Why pairs were dropped."
-        count = Counter(
-            (row["verdicts"][-1]["stage"], re.split(r"[:']| of ", row["verdicts"][-1]["reason"])[0].strip())
-            for row in self.rows
-            if not row["verdicts"][-1]["passed"]
-        )
-        return [
-            (stage, reason, n) for (stage, reason), n in sorted(count.items(), key=lambda item: (-item[1], item[0]))
-        ]
+        last = [row["verdicts"][-1] for row in self.rows]
+        phrase = lambda v: re.split(r"[:']| of ", v["reason"])[0].strip()
+        count = Counter((v["stage"], phrase(v)) for v in last if not v["passed"])
+        return [(*why, n) for why, n in sorted(count.items(), key=lambda item: (-item[1], item[0]))]
 
     def mix(self) -> dict:  # edit type -> (kept, all)
         "Kinds of edits, kept and all."
-        return {
-            kind or "not grounded": (
-                sum(r["edit_type"] == kind for r in self.kept),
-                sum(r["edit_type"] == kind for r in self.rows),
-            )
-            for kind in sorted({r["edit_type"] for r in self.rows})
-        }
+        kept, count = (Counter(row["edit_type"] for row in rows) for rows in (self.kept, self.rows))
+        return {kind or "not grounded": (kept[kind], count[kind]) for kind in sorted(count)}
 
     def _repr_markdown_(self):
         lines = [
-            f"{len(self.kept)} of {len(self.rows)} pairs kept.",
-            "",
+            f"{len(self.kept)} of {len(self.rows)} pairs kept.\n",
             "| stage | left | dropped because |",
             "|---|--:|---|",
         ]
         for stage, left in self.funnel().items():
-            lines.append(
-                f"| {stage} | {left} | {', '.join(f'{reason} ({n})' for s, reason, n in self.reasons() if s == stage)} |"
-            )
+            why = ", ".join(f"{reason} ({n})" for s, reason, n in self.reasons() if s == stage)
+            lines.append(f"| {stage} | {left} | {why} |")
         return "\n".join(lines)
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400028
-def _part_path(folder, k):
-    return folder / "parts" / f"part_{k:05d}.parquet"
-
-
 def _code(code):
-    return [
-        code.co_code.hex(),
-        code.co_names,
-        [
-            _code(c) if hasattr(c, "co_code") else sorted(map(repr, c)) if isinstance(c, frozenset) else repr(c)
-            for c in code.co_consts
-        ],
-    ]
+    "What a function does, in words that are the same in every process."
+    consts = []
+    for const in code.co_consts:
+        if hasattr(const, "co_code"):
+            consts.append(_code(const))
+        else:
+            consts.append(sorted(map(repr, const)) if isinstance(const, frozenset) else repr(const))
+    return [code.co_code.hex(), code.co_names, consts]
 
 
 def _named(value, above=()):
-    "A factory in words that are the same in every process: its name, and what it does and holds where a name is not enough (a lambda, a notebook's function)."
+    "A factory by its name; by what it does and holds where a name is not enough: a lambda, a notebook's function."
     if isinstance(value, functools.partial):
-        return [
-            _named(value.func, above),
-            [_named(v, above) for v in value.args],
-            {k: _named(v, above) for k, v in sorted(value.keywords.items())},
-        ]
+        held = [[name, _named(v, above)] for name, v in sorted(value.keywords.items())]
+        return [_named(value.func, above), [_named(v, above) for v in value.args], held]
     if not hasattr(value, "__qualname__"):
         return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
     name = f"{value.__module__}.{value.__qualname__}"
     if value in above or not hasattr(value, "__code__") or ("<" not in name and value.__module__ != "__main__"):
         return name
     known = [value.__globals__.get(n) for n in value.__code__.co_names]
-    held = [
-        *(c.cell_contents for c in value.__closure__ or ()),
-        *(value.__defaults__ or ()),
-        *(v for v in known if isinstance(v, (str, int, float, list, tuple, dict)) or hasattr(v, "__qualname__")),
-    ]
+    plain = [v for v in known if isinstance(v, (str, int, float, list, tuple, dict)) or hasattr(v, "__qualname__")]
+    held = [*(cell.cell_contents for cell in value.__closure__ or ()), *(value.__defaults__ or ()), *plain]
     return [name, digest(_code(value.__code__), [_named(v, (*above, value)) for v in held])]
 
 
 def _settings_of(pairs, make_stages, options):
     "What the bytes of a shard depend on."
+    facts = lambda p: [p.id, p.instruction, p.task, p.origin, *map(_in_key, (p.source, p.edited, p.reference))]
     kept = {k: v for k, v in asdict(options).items() if k not in ("batch", "workers", "engine", "max_failures")}
-    return dict(
-        pairs=getattr(pairs, "key", None)
-        or digest(
-            [[p.id, p.instruction, p.task, p.origin, *map(_in_key, (p.source, p.edited, p.reference))] for p in pairs]
-        ),
-        stages=_named(make_stages),
-        options=kept,
-    )
+    key = pairs.key if hasattr(pairs, "key") else digest([facts(p) for p in pairs])
+    return dict(pairs=key, stages=_named(make_stages), options=kept)
 
 
 def _in_order(pairs):
+    "Pairs in the order of ids that every file can hold."
     if isinstance(pairs, (FilePairs, WorldPairs)):
         return pairs
-    pairs = sorted(pairs, key=lambda p: p.id)
-    if twice := [a.id for a, b in zip(pairs, pairs[1:]) if a.id == b.id]:
-        raise InputError(f"`pairs` have to have ids of their own but {twice[0]!r} names two.")
+    pairs = sorted((replace(pair, id=_printable(pair.id)) for pair in pairs), key=lambda p: p.id)
+    _check_unique([pair.id for pair in pairs])
     return pairs
+
+
+class _Parts:
+    "Keeps the rows of batches until their part can be written, and stops a run in which too much fails."
+
+    def __init__(self, folder, key, options, jobs):
+        self.folder, self.key, self.options = folder, key, options
+        self.waiting, self.todo = Counter(k for k, *_ in jobs), sum(b - a for _, a, b in jobs)
+        self.rows, self.failed, self.seconds, self.seen = {}, [], Counter(), 0
+
+    def note(self, record):
+        "Take what became of a batch."
+        if record["error"]:
+            lost = "`workers` lost one of them: {}. Parts that are finished stay; fewer workers or a smaller `batch` need less."
+            raise StoppedRun(lost.format(record["error"]) if record["seconds"] is None else record["error"])
+        k, first, _ = record["key"]
+        rows = record.pop("rows")
+        self.rows.setdefault(k, {})[first] = rows
+        self.seconds.update(record["spent"])
+        self.seen += len(rows)
+        self.failed += [v for v in (json.loads(row["verdicts"])[-1] for row in rows) if v["error"]]
+        self.waiting[k] -= 1
+        if not self.waiting[k]:
+            whole = [row for _, batch in sorted(self.rows.pop(k).items()) for row in batch]
+            _write_table(_part_path(self.folder, k), whole, key=self.key)
+        if self.seen >= min(20, self.todo) and len(self.failed) > self.options.max_failures * self.seen:
+            raise StoppedRun(self._complaint())
+
+    def _complaint(self):
+        kind = lambda v: f"{v['stage']}: {v['reason'].split(':')[0]}"
+        [(most, n)] = Counter(map(kind, self.failed)).most_common(1)
+        first = next(v["reason"] for v in self.failed if kind(v) == most)
+        return (
+            f"`max_failures` allows {self.options.max_failures:.0%} of the rows to fail but {len(self.failed)} of "
+            f"{self.seen} did; {n} times {most}, first: {first.rstrip('.')}. "
+            f"What is finished stays in {str(self.folder)!r}."
+        )
 
 
 def synthesize(
     pairs: Sequence[Pair] | str | Path,  # pairs, or what `read_pairs` takes
     out: str | Path,  # folder, made if missing; one with a run of the same settings is continued
-    make_stages: Callable[
-        [], list
-    ] = embedded_stages,  # makes the stages, in each worker; `functools.partial` for options
+    make_stages: Callable[[], list] = embedded_stages,  # makes the stages, in each worker; a `partial` for options
     options: SynthesisOptions = SynthesisOptions(),
     actors: dict | None = None,  # stage -> `Actors`, for Ray
     overwrite: bool = False,  # whether a run of other settings may be thrown away
     progress: bool = True,
 ) -> Synthesis:
-    "Quadruplets from pairs: parquet shards, a data card and a report in a folder. A run that was stopped goes on where it was."
+    "Quadruplets from pairs: shards, a data card and a report in a folder. A run that was stopped goes on where it was."
     pairs = _in_order(read_pairs(pairs) if isinstance(pairs, (str, Path)) else pairs)
     if not len(pairs):
         raise InputError("`pairs` has to hold at least one pair but is empty.")
-    folder, wanted = Path(out).expanduser(), _settings_of(pairs, make_stages, options)
-    key = digest(wanted)
+    folder, settings, began = Path(out).expanduser(), _settings_of(pairs, make_stages, options), time.perf_counter()
+    key = digest(settings)
     _claim(folder, key, overwrite)
     if (folder / "SHA256SUMS").is_file():
         return inspect_folder(folder)
-    n, began = len(pairs), time.perf_counter()
+    n, ids = len(pairs), pairs.ids if hasattr(pairs, "ids") else [p.id for p in pairs]
     bounds = [(a, min(a + options.shard, n)) for a in range(0, n, options.shard)]
-    ids = pairs.ids if hasattr(pairs, "ids") else [p.id for p in pairs]
-    missing = [
-        k
-        for k, (a, b) in enumerate(bounds)
-        if not _part_is_good(_part_path(folder, k), key, ids[a:b], options.max_failures)
-    ]
-    jobs = [(k, a, min(a + options.batch, bounds[k][1])) for k in missing for a in range(*bounds[k], options.batch)]
-    todo = sum(b - a for _, a, b in jobs)
-    shown = lambda i: i * options.sheets // n != (i - 1) * options.sheets // n  # evenly over the pool
-    feed = ((job, pairs[job[1] : job[2]], [shown(i) for i in range(*job[1:])]) for job in jobs)
-    waiting, got = Counter(k for k, *_ in jobs), {}
-    seen, failed, left, reasons, seconds = 0, 0, Counter(), {}, Counter()
-    engine = (
-        _ray(feed, make_stages, options, folder, actors or {})
-        if options.engine == "ray"
-        else _local(feed, make_stages, options, folder)
-    )
-    bar = tqdm(total=n, initial=n - todo, desc="pairs", unit="pair", disable=not progress, mininterval=1)
-    try:
-        for (k, a, b), rows, spent in engine:
-            got.setdefault(k, {})[a], waiting[k] = rows, waiting[k] - 1
-            seconds.update(spent)
-            for row in rows:
-                verdicts = json.loads(row["verdicts"])
-                left.update(v["stage"] for v in verdicts if v["passed"])
-                if verdicts[-1]["error"]:
-                    failed += 1
-                    reasons.setdefault(f"{verdicts[-1]['stage']}: {verdicts[-1]['reason'].split(':')[0]}", []).append(
-                        verdicts[-1]["reason"]
-                    )
-            seen += len(rows)
-            bar.update(len(rows))
-            bar.set_postfix(
-                {stage: left[stage] for stage in STAGES if left[stage]} | ({"failed": failed} if failed else {}),
-                refresh=False,
-            )
-            if not waiting[k]:
-                _write_table(
-                    _part_path(folder, k),
-                    [row for _, batch in sorted(got.pop(k).items()) for row in batch],
-                    _SCHEMA,
-                    key,
-                )
-            if seen >= min(20, todo) and failed > options.max_failures * seen:
-                why, known = max(reasons.items(), key=lambda item: len(item[1]))
-                raise StoppedRun(
-                    f"`max_failures` allows {options.max_failures:.0%} of the rows to fail but {failed} of {seen} did; {len(known)} times {why}, first: {known[0].rstrip('.')}. What is finished stays in {str(folder)!r}."
-                )
-    finally:
-        engine.close()
-        bar.close()
-    _finish(folder, [_part_path(folder, k) for k in range(len(bounds))], options, key)
-    wall = time.perf_counter() - began
-    _save_text(
-        folder / "run.json",
-        json.dumps(
-            dict(
-                key=key,
-                settings=wanted,
-                seconds={k: round(v, 3) for k, v in seconds.items()},
-                wall=round(wall, 3),
-                done=seen,
-            ),
-            indent=1,
-            default=str,
-        )
-        + "\n",
-    )
-    result = _read_rows(folder)
+    paths = [_part_path(folder, k) for k in range(len(bounds))]
+    good = [_part_is_good(path, key, ids[a:b], options.max_failures) for path, (a, b) in zip(paths, bounds)]
+    jobs = _Jobs(pairs, bounds, [k for k in range(len(bounds)) if not good[k]], options)
+    parts = _Parts(folder, key, options, jobs)
+    if options.engine == "local":
+        _local(jobs, make_stages, options, folder, parts.note, progress)
+    elif jobs:
+        _ray(jobs, make_stages, options, folder, parts.note, actors or {})
+    _finish(folder, paths, options, key)
+    seconds = {name: round(spent, 3) for name, spent in parts.seconds.items()}
+    run = dict(key=key, settings=settings, seconds=seconds, wall=round(time.perf_counter() - began, 3), done=parts.seen)
+    _save_text(folder / "run.json", json.dumps(run, indent=1, default=str) + "\n")
+    result = _result(folder)
     _save_text(folder / "README.md", data_card(result))
     _save_text(folder / "report.html", report_html(result))
     _save_text(folder / "SHA256SUMS", _sums(folder))  # last: says that all is there
     shutil.rmtree(folder / "parts", ignore_errors=True)
     return result
 
-
+# %% ../../nbs/library/12_synthesis.ipynb #12da0002
 def _claim(folder, key, overwrite):
     "Make the folder ours, or say whose it is."
     mark = folder / "run.json"
+    half = re.compile(r"\.\w{8}(\.\w+)?")  # names of files that a killed run was writing
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"`out` has to be a folder but {str(folder)!r} is a file.")
-    left = re.compile(r"\.\w{8}(\.\w+)?")  # names of files that a killed run was writing
-    if folder.is_dir() and any(not left.fullmatch(p.name) for p in folder.iterdir()):
-        there = _key_of(mark)
-        if not there:
-            raise FileExistsError(
-                f"`out` has to be a new or empty folder, or one of an earlier run, but {str(folder)!r} holds other things."
-            )
-        if there == key:
-            for path in [*folder.glob(".*"), *folder.glob("verdicts/.*")]:
-                if path.is_file() and left.fullmatch(path.name):
-                    path.unlink()
-            if not (folder / "SHA256SUMS").is_file():
-                (folder / "parts").mkdir(exist_ok=True)
-            return
-        if not overwrite:
-            raise FileExistsError(
-                f"`out` has to be new, or of a run with the same pairs, stages and options, unless overwrite is set, but {str(folder)!r} is of another run."
-            )
-        for path in ("SHA256SUMS", "report.html", "README.md"):
-            (folder / path).unlink(missing_ok=True)
-        for path in [*folder.glob("chunk_*.parquet")]:
-            path.unlink()
+    there = _key_of(mark)
+    if not there and folder.is_dir() and not all(half.fullmatch(p.name) for p in folder.iterdir()):
+        raise FileExistsError(
+            f"`out` has to be a new or empty folder, or one of an earlier run, but {str(folder)!r} holds other things."
+        )
+    if there and there != key and not overwrite:
+        raise FileExistsError(
+            "`out` has to be new, or of a run with the same pairs, stages and options, unless overwrite is set, "
+            f"but {str(folder)!r} is of another run."
+        )
+    if there and there != key:
+        for path in [
+            folder / "SHA256SUMS",
+            folder / "report.html",
+            folder / "README.md",
+            *folder.glob("chunk_*.parquet"),
+        ]:
+            path.unlink(missing_ok=True)
         for path in ("parts", "verdicts", "clips"):
             shutil.rmtree(folder / path, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    _save_text(
-        mark, json.dumps(dict(key=key)) + "\n"
-    )  # first: whoever is killed after this finds the folder to be its own
-    (folder / "parts").mkdir(exist_ok=True)
+    if there != key:
+        _save_text(mark, json.dumps(dict(key=key)) + "\n")  # first: whoever is killed after this finds it to be its own
+    for path in [*folder.glob(".*"), *folder.glob("verdicts/.*")]:
+        if path.is_file() and half.fullmatch(path.name):
+            path.unlink()
+    if not (folder / "SHA256SUMS").is_file():
+        (folder / "parts").mkdir(exist_ok=True)
 
 
 def _key_of(mark):
@@ -1148,14 +940,8 @@ def _key_of(mark):
     return found if isinstance(found, str) and re.fullmatch("[0-9a-f]{64}", found) else None
 
 
-def _read_rows(folder):
-    rows = [
-        row
-        for path in sorted((folder / "verdicts").glob("records_*.parquet"))
-        for row in pq.read_table(path).to_pylist()
-    ]
-    for row in rows:
-        row |= {c: json.loads(row[c]) for c in ("scores", "verdicts", "origin")}
+def _result(folder):
+    rows = [row for path in sorted((folder / "verdicts").glob("records_*.parquet")) for row in _read_rows(path)]
     run = json.loads((folder / "run.json").read_text())
     return Synthesis(folder, rows, run.get("seconds", {}), run.get("wall", 0.0), run.get("done", 0))
 
@@ -1166,28 +952,25 @@ def inspect_folder(
     "What a run has left. Its checksums are compared."
     folder = Path(folder).expanduser()
     if not (folder / "SHA256SUMS").is_file():
-        state = (
-            f"is of a run that is not finished: {len(list((folder / 'parts').glob('part_*.parquet')))} parts are there"
-            if (folder / "run.json").is_file()
-            else "is none"
-        )
+        parts = len(list(folder.glob("parts/part_*.parquet")))
+        unfinished = f"is of a run that is not finished: {parts} parts are there"
+        state = unfinished if (folder / "run.json").is_file() else "is none"
         raise FileNotFoundError(f"`folder` has to be a data set of `synthesize` but {str(folder)!r} {state}.")
     said, found = (folder / "SHA256SUMS").read_text(), _sums(folder)
     if said != found:
         wrong = sorted({line.split("  ")[1] for line in set(said.splitlines()) ^ set(found.splitlines())})
         raise InputError(f"`folder` has to hold what SHA256SUMS says but {', '.join(wrong)} differs.")
-    return _read_rows(folder)
+    return _result(folder)
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400030
+_DRAWN = ("score.edit", "ground.confidence", "segment.area", "verify.consistency", "verify.quality")
+
+
 def draw_report(result: Synthesis):
     "Funnel, kinds of edits, and histograms of the scores, as a matplotlib figure."
     from matplotlib.figure import Figure
 
-    names = [
-        n
-        for n in ("score.edit", "ground.confidence", "segment.area", "verify.consistency", "verify.quality")
-        if any(n in row["scores"] for row in result.rows)
-    ]
+    names = [n for n in _DRAWN if any(n in row["scores"] for row in result.rows)]
     figure = Figure(figsize=(9, 3.7), layout="constrained")
     grid = figure.add_gridspec(2, max(len(names), 2))
     ax, left = figure.add_subplot(grid[0, :-1]), result.funnel()
@@ -1214,128 +997,111 @@ def draw_report(result: Synthesis):
 
 
 def _said(row):
+    last = row["verdicts"][-1]
+    return "kept" if last["passed"] else f"{last['stage']}: {last['reason']}"
+
+
+def _sheet_html(row):
+    esc, look = html.escape, "kept" if row["verdicts"][-1]["passed"] else "out"
+    shown = {name.split(".")[1]: row["scores"].get(name) for name in (_DRAWN[0], *_DRAWN[3:])}
+    scores = ", ".join(f"{name} {value:.2f}" for name, value in shown.items() if value is not None)
     return (
-        row["verdicts"][-1]["stage"] + ": " + row["verdicts"][-1]["reason"]
-        if not row["verdicts"][-1]["passed"]
-        else "kept"
+        f"<figure>{image_tag(row['sheet'], row['iid'])}<figcaption><b>{esc(row['iid'])}</b> "
+        f'<span class="{look}">{esc(_said(row))}</span><br>{esc(row["prompt"])}<br><small>{scores}</small>'
+        "</figcaption></figure>"
     )
-
-
-_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title><style>
-body{{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#222}}table{{border-collapse:collapse}}
-td,th{{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}}td.n{{text-align:right}}img{{max-width:100%}}.kept{{color:#1d6b2a}}.out{{color:#a12622}}
-figure{{margin:1.2rem 0;padding-top:.6rem;border-top:1px solid #ddd}}</style></head><body>{body}</body></html>
-"""
 
 
 def report_html(result: Synthesis) -> str:  # one page without links
     "Funnel, reasons, kinds, histograms and contact sheets of a run as a page."
-    buffer, esc = io.BytesIO(), html.escape
+    buffer = io.BytesIO()
     draw_report(result).savefig(buffer, format="png", dpi=150)
-    embed = lambda data, kind: f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    body = [
-        f"<h1>{len(result.kept)} of {len(result.rows)} pairs became quadruplets</h1>",
-        f'<img alt="Funnel, kinds and scores" src="{embed(buffer.getvalue(), "png")}">',
-        "<h2>Why pairs were dropped</h2><table><tr><th>stage</th><th>reason</th><th>pairs</th></tr>",
-        *(
-            f'<tr><td>{esc(stage)}</td><td>{esc(reason)}</td><td class="n">{n}</td></tr>'
-            for stage, reason, n in result.reasons()
-        ),
-        "</table>",
-    ]
+    why = Table("Why pairs were dropped", ["stage", "reason", "pairs"], [list(line) for line in result.reasons()])
+    parts = [image_tag(buffer.getvalue(), "Funnel, kinds and scores"), why]
     if result.seconds:
-        body += [
-            "<h2>Where the time went</h2><table><tr><th>stage</th><th>seconds of one process</th></tr>",
-            *(f'<tr><td>{esc(k)}</td><td class="n">{v:.1f}</td></tr>' for k, v in result.seconds.items()),
-            f"</table><p>{result.done} pairs in {result.wall:.1f} s with all that comes before and after the stages.</p>",
-        ]
-    body.append(
-        "<h2>Contact sheets</h2><p>Source, edited clip, mask, reference, and the authentic reference where there is one.</p>"
+        seconds = [[stage, round(spent, 1)] for stage, spent in result.seconds.items()]
+        note = f"{result.done} pairs in {result.wall:.1f} s with all that comes before and after the stages."
+        parts.append(Table("Where the time went", ["stage", "seconds of one process"], seconds, note=note))
+    parts.append(
+        "<h2>Contact sheets</h2><p>Source, edited clip, mask, reference, and an authentic one if there is one.</p>"
     )
-    for row in result.rows:
-        if not row["sheet"]:
-            continue
-        ok = row["verdicts"][-1]["passed"]
-        scores = ", ".join(
-            f"{k.split('.')[1]} {v:.2f}"
-            for k, v in row["scores"].items()
-            if k in ("score.edit", "verify.consistency", "verify.quality")
-        )
-        body.append(
-            f'<figure><img alt="{esc(row["iid"], quote=True)}" src="{embed(row["sheet"], "jpeg")}"><figcaption><b>{esc(row["iid"])}</b> <span class="{"kept" if ok else "out"}">{esc(_said(row))}</span><br>{esc(row["prompt"])}<br><small>{esc(scores)}</small></figcaption></figure>'
-        )
-    return _PAGE.format(title="Synthesis report", body="\n".join(body))
+    parts += [_sheet_html(row) for row in result.rows if row["sheet"]]
+    return page(f"{len(result.kept)} of {len(result.rows)} pairs became quadruplets", *parts)
+
+# %% ../../nbs/library/12_synthesis.ipynb #12da0003
+_CARD = """---
+configs:
+- config_name: default
+  data_files: chunk_*.parquet
+task_categories:
+- image-to-video
+size_categories:
+- {size}
+---
+
+# {number} quadruplets for video editing by instruction and reference
+
+Each row is a source clip (`src_video`), an instruction (`prompt`), a reference image (`ref_image_bytes`) and the edited \
+clip (`tgt_video`); paths start in this folder.
+
+## References
+
+| edit | reference | rows |
+|---|---|--:|
+{references}
+
+*Synthesised* references were made from the edited clip itself, so they share its pixels or its look; *authentic* ones \
+came with the pairs. The column `ref_source` says which is which;
+`authentic_ref_image_bytes` holds an authentic one that the synthesised one stands in for.
+
+## Sources
+
+| data set | licence | rows |
+|---|---|--:|
+{sources}
+
+The licence of a clip is that of its source; this table repeats what the source said.
+
+## How it was made
+
+| stage | judged by | left |
+|---|---|--:|
+{stages}
+
+Every pair, kept or dropped, is in `verdicts/` with what each stage said of it. `SHA256SUMS` covers all tables \
+(`sha256sum -c SHA256SUMS`).
+"""
+_EMBEDDED = """
+The backends `change`, `grabcut`, `cutout` and `pixels` look at pixels and a list of verbs; they do not know what \
+things are. Look at the contact sheets before you train on this.
+"""
+_SIZES = {1e3: "n<1K", 1e4: "1K<n<10K", 1e5: "10K<n<100K", 1e6: "100K<n<1M", float("inf"): "1M<n<10M"}
 
 
 def data_card(result: Synthesis) -> str:  # markdown with the header that the hub reads
     "What is in the data set, where it is from, and which references are synthesised."
-    kept = result.kept
-    origins = Counter(
-        (row["origin"].get("dataset") or "unknown", row["origin"].get("licence") or "not stated") for row in kept
+    kept, columns = result.kept, ["edit_type", "ref_source"]
+    origins = [(r["origin"].get("dataset") or "unknown", r["origin"].get("licence") or "not stated") for r in kept]
+    tables = [pq.read_table(path, columns=columns) for path in sorted(result.folder.glob("chunk_*.parquet"))]
+    made = [tuple(row[c] for c in columns) for table in tables for row in table.to_pylist()]
+    backends = {v["stage"]: v["backend"] for row in result.rows for v in row["verdicts"] if v["backend"]}
+    lines = lambda cells: "\n".join("| " + " | ".join(map(str, line)) + " |" for line in cells)
+    counted = lambda pairs: lines((*pair, n) for pair, n in sorted(Counter(pairs).items()))
+    card = _CARD.format(
+        size=next(name for limit, name in _SIZES.items() if len(kept) < limit),
+        number=len(kept),
+        references=counted(made),
+        sources=counted(origins),
+        stages=lines((stage, backends.get(stage, ""), left) for stage, left in result.funnel().items()),
     )
-    made = Counter(
-        (row["edit_type"], row["ref_source"])
-        for path in sorted(result.folder.glob("chunk_*.parquet"))
-        for row in pq.read_table(path, columns=["edit_type", "ref_source"]).to_pylist()
-    )
-    backends = dict(
-        sorted({(v["stage"], v["backend"]) for row in result.rows for v in row["verdicts"] if v["backend"]})
-    )
-    lines = [
-        "---",
-        "configs:",
-        "- config_name: default",
-        "  data_files: chunk_*.parquet",
-        "task_categories:",
-        "- image-to-video",
-        f"size_categories:\n- {_size_class(len(kept))}",
-        "---",
-        "",
-        f"# {len(kept)} quadruplets for video editing by instruction and reference",
-        "",
-        "Each row is a source clip (`src_video`), an instruction (`prompt`), a reference image (`ref_image_bytes`) and the edited clip (`tgt_video`); paths start in this folder.",
-        "",
-        "## References",
-        "",
-        "| edit | reference | rows |",
-        "|---|---|--:|",
-        *(f"| {kind} | {source} | {n} |" for (kind, source), n in sorted(made.items())),
-        "",
-        "*Synthesised* references were made from the edited clip itself, so they share its pixels or its look; *authentic* ones came with the pairs. The column `ref_source` says which is which;",
-        "`authentic_ref_image_bytes` holds an authentic one that the synthesised one stands in for.",
-        "",
-        "## Sources",
-        "",
-        "| data set | licence | rows |",
-        "|---|---|--:|",
-        *(f"| {name} | {licence} | {n} |" for (name, licence), n in sorted(origins.items())),
-        "",
-        "The licence of a clip is that of its source; this table repeats what the source said.",
-        "",
-        "## How it was made",
-        "",
-        "| stage | judged by | left |",
-        "|---|---|--:|",
-        *(f"| {stage} | {backends.get(stage, '')} | {left} |" for stage, left in result.funnel().items()),
-        "",
-        "Every pair, kept or dropped, is in `verdicts/` with what each stage said of it. `SHA256SUMS` covers all tables (`sha256sum -c SHA256SUMS`).",
-    ]
-    if {"change", "grabcut", "cutout", "pixels"} & set(backends.values()):
-        lines += [
-            "",
-            "The backends `change`, `grabcut`, `cutout` and `pixels` look at pixels and a list of verbs; they do not know what things are. Look at the contact sheets before you train on this.",
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def _size_class(n):
-    for limit, name in ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e6, "100K<n<1M")):
-        if n < limit:
-            return name
-    return "1M<n<10M"
+    return card + _EMBEDDED * bool({"change", "grabcut", "cutout", "pixels"} & set(backends.values()))
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400032
 PLANTS = ("no edit", "shifted clip", "broken frames", "wrong words", "duplicate")
+
+
+def _brighter(clip):
+    return np.clip(clip.astype(np.int16) + 3, 0, 255).astype(np.uint8)
 
 
 class PlantedPairs(WorldPairs):
@@ -1346,83 +1112,31 @@ class PlantedPairs(WorldPairs):
         k = self.first_seed + i
         return PLANTS[k // 4 % len(PLANTS)] if k % 4 == 3 else ""
 
+    def _neighbour(self, i, step):
+        task = self.tasks[(i + step) % len(self.tasks)] if self.tasks else None
+        return self.world.sample(self.first_seed + i + step, task)
+
     def __getitem__(self, i):
+        pair = super().__getitem__(i)
         if isinstance(i, slice):
-            return super().__getitem__(i)
-        i, pair = range(self.number)[i], super().__getitem__(i)
-        kind, seed = self.spoilt(i), self.first_seed + i
+            return pair
+        i = range(self.number)[i]
+        kind, edited = self.spoilt(i), pair.edited
         if kind == "no edit":
             return replace(pair, edited=pair.source)
         if kind == "shifted clip":
-            return replace(pair, edited=np.roll(pair.edited, 6, axis=2))
+            return replace(pair, edited=np.roll(edited, 6, axis=2))
         if kind == "broken frames":
-            edited = pair.edited.copy()
-            edited[len(edited) // 2] = 0
-            return replace(pair, edited=edited)
+            black = np.arange(len(edited)) == len(edited) // 2
+            return replace(pair, edited=np.where(black[:, None, None, None], np.uint8(0), edited))
         if kind == "wrong words":
-            return replace(
-                pair,
-                instruction=self.world.sample(
-                    seed + 1, self.tasks[(i + 1) % len(self.tasks)] if self.tasks else None
-                ).instruction,
-            )
+            return replace(pair, instruction=self._neighbour(i, 1).instruction)
         if kind == "duplicate":  # the pair before, a shade brighter
-            before = self.world.sample(seed - 1, self.tasks[(i - 1) % len(self.tasks)] if self.tasks else None)
-            brighter = lambda clip: np.clip(clip.astype(np.int16) + 3, 0, 255).astype(np.uint8)
-            return replace(
-                pair, source=brighter(before.source), edited=brighter(before.target), instruction=before.instruction
-            )
+            made = self._neighbour(i, -1)
+            source, edited = _brighter(made.source), _brighter(made.target)
+            return replace(pair, source=source, edited=edited, instruction=made.instruction)
         return pair
-
-    def mask(self, i: int) -> np.ndarray:  # (T, H, W) bool
-        "Where the edit of a good pair is."
-        i = range(self.number)[i]
-        return self.world.sample(self.first_seed + i, self.tasks[i % len(self.tasks)] if self.tasks else None).mask
 
     @property
     def key(self):
-        return digest(["planted", super().key])
-
-# %% ../../nbs/library/12_synthesis.ipynb #s1400056
-def measure_pipeline(
-    pairs: PlantedPairs,
-    folder: str | Path,  # of a finished run over them
-    progress: bool = True,
-) -> dict:  # "kept_good", "caught" by kind, "grounding_iou"
-    "A run held against what is known about its pairs: what became of spoilt and of good ones, and how well masks agree with the exact ones."
-    from kiwi_edit.quadruplets import ChangeGrounder
-
-    unseen = lambda row: row["verdicts"][-1]["reason"].startswith(
-        "nothing to show"
-    )  # a removal or a style, good as it may be
-    fate = {
-        row["iid"]: (row["verdicts"][-1]["passed"] or unseen(row), unseen(row)) for row in inspect_folder(folder).rows
-    }
-    caught, good, overlap = {kind: [0, 0] for kind in PLANTS}, [0, 0], []
-    grounder = ChangeGrounder()
-    for i in tqdm(range(len(pairs)), desc="compared", disable=not progress, mininterval=2):
-        kind, pair = pairs.spoilt(i), pairs[i]
-        kept, unseen = fate[pair.id]
-        if kind != "duplicate" or not unseen:  # a double of a removal is dropped before doubles are looked for
-            count = caught[kind] if kind else good
-            count[0], count[1] = count[0] + (kept != bool(kind)), count[1] + 1
-        if kind:
-            continue
-        record = load_record(pair)
-        grounder.ground([record])
-        if record.changed is not None:
-            found, exact = record.changed, pairs.mask(i)
-            overlap.append(float((found & exact).sum() / max((found | exact).sum(), 1)))
-    quantile = lambda q: round(float(np.quantile(overlap, q)), 3)
-    return dict(
-        pairs=len(pairs),
-        kept_good=good,
-        caught=caught,
-        grounding_iou=dict(
-            n=len(overlap),
-            mean=round(float(np.mean(overlap)), 3),
-            p5=quantile(0.05),
-            p10=quantile(0.1),
-            p25=quantile(0.25),
-        ),
-    )
+        return digest("planted", super().key)
