@@ -5,20 +5,30 @@
 # %% ../../nbs/library/11_backends.ipynb #b1300003
 from __future__ import annotations
 
-import base64, functools, hashlib, inspect, io, json, math, mimetypes, os, random, re, threading, time
+import base64
+import functools
+import hashlib
+import inspect
+import json
+import math
+import mimetypes
+import os
+import re
+import threading
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Protocol
 
 # %% auto #0
-__all__ = ['COMPLAINT', 'SYSTEM', 'SCORE_PROMPT', 'GROUND_PROMPT', 'CONSISTENCY_PROMPT', 'QUALITY_PROMPT', 'REFERENCE_PROMPTS',
-           'VideoPart', 'Question', 'Attempt', 'Exchange', 'Chat', 'without_thoughts', 'parse_json', 'Retry',
-           'OpenAIChat', 'GeminiChat', 'qwen_processor', 'video_pictures', 'TransformersChat', 'chat_of',
-           'JudgeOptions', 'read_score', 'ChatScorer', 'spread_boxes', 'read_grounding', 'ChatGrounder', 'ChatVerifier',
-           'SamSegmenter', 'called', 'seed_of', 'best_view', 'EditorSynthesizer', 'KiwiSynthesizer', 'ImageEmbedder']
+__all__ = ['SYSTEM', 'SCORE_PROMPT', 'GROUND_PROMPT', 'CONSISTENCY_PROMPT', 'QUALITY_PROMPT', 'REFERENCE_PROMPTS', 'VideoPart',
+           'Question', 'Attempt', 'Exchange', 'Chat', 'without_thoughts', 'parse_json', 'OpenAIChat', 'GeminiChat',
+           'qwen_processor', 'TransformersChat', 'chat_of', 'JudgeOptions', 'read_score', 'ChatScorer',
+           'read_grounding', 'ChatGrounder', 'ChatVerifier', 'SamSegmenter', 'called', 'seed_of', 'best_view',
+           'EditorSynthesizer', 'KiwiSynthesizer', 'ImageEmbedder']
 
 # %% ../../nbs/library/11_backends.ipynb #b1300004
 import cv2
@@ -28,6 +38,7 @@ from PIL import Image
 from ..core import InputError, choose_device, choose_dtype, require
 from .dataset import png_bytes
 from ..quadruplets import BackendError, Check, CutoutSynthesizer, Grounding, full_frames
+from ..records import digest
 from ..video import read_video, sample_indices, video_info
 from ..world import TASKS, WORDINGS
 
@@ -37,9 +48,7 @@ class VideoPart:
     "A video file as a part of a question."
 
     path: Path
-    fps: float = (
-        2.0  # frames a second that the model looks at, where it can be told: Gemini, and models in this process
-    )
+    fps: float = 2.0  # frames a second that the model looks at, where it can be told: Gemini, models in this process
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,7 @@ class Exchange:
 
 
 class Chat(Protocol):
-    "Answers questions; what has no answer after the last try is a `BackendError` that begins with time-out, refused, rubbish, quota or endpoint."
+    "Answers questions, or gives a `BackendError` that begins with time-out, refused, rubbish, quota or endpoint."
 
     name: str
 
@@ -80,12 +89,6 @@ class Chat(Protocol):
         self, questions: Sequence[Question], unreadable: int | None = None, before: Callable[[], None] | None = None
     ) -> list[Exchange]: ...
     def answer(self, questions: Sequence[Question]) -> list[object | BackendError]: ...
-
-
-class _Answers:
-    def answer(self, questions):
-        "The answers alone."
-        return [exchange.answer for exchange in self.ask(questions)]
 
 # %% ../../nbs/library/11_backends.ipynb #b1300009
 def _once(pairs):
@@ -119,11 +122,9 @@ _THOUGHTS = re.compile(rf"(?:{_OPENS.pattern}).*?(?:{_CLOSES.pattern})", re.I | 
 def without_thoughts(
     text: str,  # a reply
 ) -> str:
-    "A reply without what a model thinks aloud before it answers. Thoughts that never end are a ValueError: what they hold is a draft."
+    "A reply without what a model thinks aloud before it answers. Thoughts that never end are a ValueError."
     text = _THOUGHTS.sub("", text)
-    text = text[
-        max((closing.end() for closing in _CLOSES.finditer(text)), default=0) :
-    ]  # the prompt may have opened them
+    text = text[max((closing.end() for closing in _CLOSES.finditer(text)), default=0) :]  # the prompt may open them
     opened = _OPENS.search(text)
     if opened and not _within_json(text, opened.start()):
         raise ValueError("its thoughts were cut off")
@@ -144,7 +145,7 @@ def _within_json(text, at):
 def parse_json(
     text: str,  # a reply
 ) -> dict:
-    "The one JSON object of a reply. Prose, thoughts and code fences around it are left out; a second object, a list or half an object is a ValueError."
+    "The one JSON object of a reply, whatever stands around it. A second object, a list or half of one is a ValueError."
     text, found, at = without_thoughts(text), [], 0
     while start := re.compile(r"[{\[]").search(text, at):
         at = start.start()
@@ -165,145 +166,132 @@ def parse_json(
     return found[0]
 
 # %% ../../nbs/library/11_backends.ipynb #b1300013
-@dataclass(frozen=True)
-class Retry:
-    "How often and how patiently a question is asked again."
-
-    tries: int = 4  # in all
-    first: float = 1.0  # seconds before the second try; twice as long before each later one
-    most: float = 30.0  # seconds, whatever an endpoint asks for
-    sleep: Callable[[float], None] = time.sleep
-
-    def wait(self, attempt: int, asked: float = 0.0):
-        "Waits after try `attempt` (from 0) for `asked` seconds or its own share, of which up to a half is left to chance, so that threads do not return together."
-        self.sleep(min(self.most, max(asked, self.first * 2**attempt * random.uniform(0.5, 1))))
-
-
-COMPLAINT = "Your last reply could not be used: {why}. Answer again, in exactly the form that was asked for."
+_COMPLAINT = "Your last reply could not be used: {why}. Answer again, in exactly the form that was asked for."
 
 
 class _Failure(Exception):
-    def __init__(self, kind, why, again=True, wait=0.0, said=None):
-        self.kind, self.whole, self.again, self.wait, self.said = kind, " ".join(str(why).split()), again, wait, said
+    "Why a question has no answer, and what was said instead; only rubbish is asked again."
 
-    @property
-    def why(self):
-        return self.whole[:200]
-
-    def after(self, tries):
-        return BackendError(f"{self.kind}: {self.why}" + (f" ({tries} tries)" if tries > 1 else ""))
+    def __init__(self, kind, why, said=Attempt()):
+        super().__init__(f"{kind}: {' '.join(str(why).split())}")
+        self.kind, self.said = kind, said
 
 
-def _read(question, said, clean=str):
-    "The answer in what was said. What was cut off is none, whatever it holds: it may be a draft."
-    quoted = f"{' '.join(clean(said.text).split())[:80]!r}"
-    if said.cut:
-        raise _Failure("rubbish", f"cut at {question.max_tokens} tokens: {quoted}", said=said)
-    if not said.text.strip():
-        raise _Failure("rubbish", "empty reply", said=said)
-    try:
-        return question.read(said.text)
-    except ValueError as error:
-        raise _Failure("rubbish", f"{error}: {quoted}", said=said) from None
+class _Chat:
+    "Asks questions, reads replies, and asks again what could not be read."
 
+    tries = 1
 
-def _again(question, failure):
-    if failure.kind != "rubbish":
-        return question
-    room = 2 if failure.said and failure.said.cut else 1
-    return replace(
-        question, parts=question.parts + (COMPLAINT.format(why=failure.why),), max_tokens=question.max_tokens * room
-    )
-
-# %% ../../nbs/library/11_backends.ipynb #b1300017
-def _mime(path):
-    return mimetypes.guess_type(str(path))[0] or "video/mp4"
-
-
-_LOCK = threading.Lock()
-_SECRET = 8  # characters of a key, from which on it is one: servers of one's own are given "EMPTY" or "0"
-
-
-class _Endpoint(_Answers):
-    "Questions to a server, from several threads."
-
-    def __init__(self, model, base_url, key, timeout, retry, concurrency):
-        if concurrency < 1:
-            raise InputError(f"`concurrency` has to be at least 1 but is {concurrency}.")
-        if timeout <= 0:
-            raise InputError(f"`timeout` has to be above 0 seconds but is {timeout}.")
-        if retry.tries < 1:
-            raise InputError(f"`retry.tries` has to be at least 1 but is {retry.tries}.")
-        self.name = self.model = model
-        self.base_url, self.timeout, self.retry, self.concurrency = base_url, timeout, retry, concurrency
-        self._key, self._client = key, None
-
-    def __repr__(self):
-        return f"{type(self).__name__}({self.model!r}" + (
-            f", {re.sub('//[^/@]*@', '//', self.base_url)!r})" if self.base_url else ")"
-        )
-
-    def __getstate__(self):
-        return self.__dict__ | dict(_client=None)  # a connection stays in its process
+    def answer(self, questions):
+        "The answers alone."
+        return [exchange.answer for exchange in self.ask(questions)]
 
     def ask(
         self,
         questions,
-        unreadable: int
-        | None = None,  # replies that cannot be read after which a question is given up; None leaves it to `retry`
-        before: Callable[[], None] | None = None,  # called before each try: keeps a pace
+        unreadable: int | None = None,  # replies that cannot be read after which a question is given up, below `tries`
+        before: Callable[[], None] | None = None,  # called before each request: keeps a pace
     ) -> list[Exchange]:
-        "The exchanges, several at once, in the order of the questions."
+        "The exchanges, in the order of the questions."
+        exchanges, asked, left = [Exchange(None, ())] * len(questions), list(questions), list(range(len(questions)))
+        for attempt in range(min(self.tries, unreadable or self.tries)):
+            replies, waiting, left = self._send([asked[i] for i in left], before), left, []
+            for i, said in zip(waiting, replies):
+                answer, said, rubbish = self._read(asked[i], said)
+                if rubbish:
+                    asked[i] = _asked_again(asked[i], questions[i], said)
+                    left.append(i)
+                    tried = f" ({attempt + 1} tries)" if attempt else ""
+                    answer = BackendError(said.failure + tried)
+                exchanges[i] = Exchange(answer, (*exchanges[i].attempts, said))
+        return exchanges
+
+    def _read(self, question, said):
+        "The answer in what was said, the attempt as it is kept, and whether to ask again."
+        try:
+            if isinstance(said, _Failure):
+                raise said
+            text = self._clean(said.text)
+            answer = self._answer_in(question, said)
+            return self._clean(answer) if isinstance(answer, str) else answer, replace(said, text=text), False
+        except _Failure as failure:
+            why = self._clean(str(failure))[: 202 + len(failure.kind)]
+            said = replace(failure.said, text=self._clean(failure.said.text), failure=why)
+            return BackendError(why), said, failure.kind == "rubbish"
+
+    def _answer_in(self, question, said):
+        "What was cut off is no answer, whatever it holds: it may be a draft."
+        quoted = f"{' '.join(self._clean(said.text).split())[:80]!r}"
+        if said.cut:
+            raise _Failure("rubbish", f"cut at {question.max_tokens} tokens: {quoted}", said)
+        if not said.text.strip():
+            raise _Failure("rubbish", "empty reply", said)
+        try:
+            return question.read(said.text)
+        except ValueError as error:
+            raise _Failure("rubbish", f"{error}: {quoted}", said) from None
+
+    def _clean(self, text):
+        return text
+
+
+def _asked_again(asked, question, said):
+    "A question with the last complaint; more room where the reply was cut."
+    complaint = _COMPLAINT.format(why=said.failure.removeprefix("rubbish: "))
+    return replace(question, parts=(*question.parts, complaint), max_tokens=asked.max_tokens * (2 if said.cut else 1))
+
+# %% ../../nbs/library/11_backends.ipynb #b1300017
+_LOCK = threading.Lock()
+_SECRET = 8  # characters of a key, from which on it is one: servers of one's own are given "EMPTY" or "0"
+
+
+def _mime(path):
+    return mimetypes.guess_type(str(path))[0] or "video/mp4"
+
+
+class _Endpoint(_Chat):
+    "Questions to a server, from several threads. Its client waits and tries again where a server is busy or away."
+
+    def __init__(self, model, base_url, key, timeout, tries, concurrency):
+        for name, value in dict(concurrency=concurrency, tries=tries).items():
+            if value < 1:
+                raise InputError(f"`{name}` has to be at least 1 but is {value}.")
+        if timeout <= 0:
+            raise InputError(f"`timeout` has to be above 0 seconds but is {timeout}.")
+        self.name = self.model = model
+        self.base_url, self.timeout, self.tries, self.concurrency = base_url, timeout, tries, concurrency
+        self._key, self._client = key, None
+
+    def __repr__(self):
+        address = f", {re.sub('//[^/@]*@', '//', self.base_url)!r}" if self.base_url else ""
+        return f"{type(self).__name__}({self.model!r}{address})"
+
+    def __getstate__(self):
+        return self.__dict__ | dict(_client=None)  # a connection stays in its process
+
+    def _send(self, questions, before):
+        def one(question):
+            if before:
+                before()
+            try:
+                return self._reply(question)
+            except _Failure as failure:
+                return failure
+
         if not questions:
             return []
         with _LOCK:
             self._client = self._client or self._connect()
         with ThreadPoolExecutor(min(self.concurrency, len(questions))) as pool:
-            return list(pool.map(lambda question: self._ask(question, unreadable, before), questions))
-
-    def _ask(self, question, unreadable, before):
-        asked, attempts, rubbish = question, [], 0
-        for attempt in range(self.retry.tries):
-            if before:
-                before()
-            try:
-                said = self._send(asked)
-                answer = _read(
-                    question, said, self._clean
-                )  # the key is taken out of what is kept, not out of what is read
-                return Exchange(
-                    self._clean(answer) if isinstance(answer, str) else answer,
-                    (*attempts, replace(said, text=self._clean(said.text))),
-                )
-            except _Failure as failure:
-                failure.whole, said, rubbish = (
-                    self._clean(failure.whole),
-                    failure.said or Attempt(),
-                    rubbish + (failure.kind == "rubbish"),
-                )
-                attempts.append(replace(said, text=self._clean(said.text), failure=f"{failure.kind}: {failure.why}"))
-                if not failure.again or rubbish == unreadable or attempt + 1 == self.retry.tries:
-                    return Exchange(failure.after(attempt + 1), tuple(attempts))
-                asked = replace(
-                    _again(asked, failure), parts=_again(question, failure).parts
-                )  # the last complaint alone
-                self.retry.wait(attempt, failure.wait)
+            return list(pool.map(one, questions))
 
     def _clean(self, text):
+        "A text without the key: it is taken out of what is kept, not out of what is read."
         return text.replace(self._key, "***") if self._key and len(self._key) >= _SECRET else text
 
-    def _status(self, code, message, response, wait=0.0):
-        "A failure for an HTTP status; what is too much, too slow or broken on the other side may work later."
-        try:
-            wait = max(wait, float(response.headers.get("retry-after", 0)))
-        except (AttributeError, ValueError):
-            pass  # none, or a date
-        return _Failure(
-            "time-out" if code in (408, 504) else "endpoint",
-            f"{code} {message}",
-            code in (408, 409, 425, 429) or code >= 500,
-            wait,
-        )
+
+def _status(code, message):
+    return _Failure("time-out" if code in (408, 504) else "endpoint", f"{code} {message}")
 
 # %% ../../nbs/library/11_backends.ipynb #b1300018
 class OpenAIChat(_Endpoint):
@@ -315,34 +303,30 @@ class OpenAIChat(_Endpoint):
         base_url: str | None = None,  # "http://host:8000/v1"; None is OpenAI's own
         api_key: str | None = None,  # None takes OPENAI_API_KEY
         timeout: float = 120.0,  # seconds without a byte
-        retry: Retry = Retry(),
+        tries: int = 4,  # of a request that fails, and of a question whose reply cannot be read
         concurrency: int = 8,  # questions under way at once
         extra: dict
-        | None = None,  # further parameters of the request, such as `top_k` or `max_completion_tokens`; those that are None are not sent
+        | None = None,  # further parameters, such as `top_k` or `max_completion_tokens`; None leaves one out
     ):
         require("openai")
         key = os.environ.get("OPENAI_API_KEY") if api_key is None else api_key
         if not key and base_url is None:
             raise InputError("`api_key` has to be given, or be in OPENAI_API_KEY, where `base_url` is None.")
-        super().__init__(model, base_url, key, timeout, retry, concurrency)
+        super().__init__(model, base_url, key, timeout, tries, concurrency)
         self.extra, self.spellings = extra or {}, {}
 
     def _connect(self):
         import openai
 
-        return openai.OpenAI(api_key=self._key or "none", base_url=self.base_url, timeout=self.timeout, max_retries=0)
+        how = dict(base_url=self.base_url, timeout=self.timeout, max_retries=self.tries - 1)
+        return openai.OpenAI(api_key=self._key or "none", **how)
 
-    def _send(self, question):
-        content = [self._part(part) for part in question.parts]
-        messages = [dict(role="system", content=question.system)] * bool(question.system) + [
-            dict(role="user", content=content)
-        ]
+    def _reply(self, question):
+        messages = [dict(role="user", content=[_openai_part(part) for part in question.parts])]
+        if question.system:
+            messages.insert(0, dict(role="system", content=question.system))
         room = {} if "max_completion_tokens" in self.extra else dict(max_tokens=question.max_tokens)
         request = dict(model=self.model, messages=messages, temperature=0.0) | room | self.extra
-        return _openai_reply(self._spelled(request))
-
-    def _spelled(self, request):
-        "The reply to a request. Of a parameter that the server refuses the other spelling is tried, once, and kept where it was taken."
         tried = dict(self.spellings)
         while True:
             try:
@@ -353,48 +337,40 @@ class OpenAIChat(_Endpoint):
                 tried[refused.name] = _SPELLINGS[refused.name]
                 continue
             self.spellings = tried
-            return reply
+            return _openai_attempt(reply)
 
     def _create(self, request):
         import openai
 
-        own = inspect.signature(
-            self._client.chat.completions.create
-        ).parameters  # what it does not know goes into the body as it is
-        body = {k: v for k, v in request.items() if k not in own and v is not None} | (request.get("extra_body") or {})
+        create = self._client.chat.completions.create
+        own = inspect.signature(create).parameters  # what it does not know goes into the body as it is
+        request = {k: v for k, v in request.items() if v is not None}
+        body = {k: v for k, v in request.items() if k not in own} | request.pop("extra_body", {})
         request = {k: v for k, v in request.items() if k in own} | (dict(extra_body=body) if body else {})
         try:
-            return self._client.chat.completions.create(**{k: v for k, v in request.items() if v is not None})
+            return create(**request)
         except openai.APITimeoutError:
             raise _Failure("time-out", f"no reply within {self.timeout:g} s") from None
         except openai.APIConnectionError as error:
             raise _Failure("endpoint", f"no connection: {error.__cause__ or error}") from None
         except openai.APIStatusError as error:
-            if error.code == "insufficient_quota":
-                raise _Failure("quota", error.message, again=False) from None
-            if error.code in ("content_filter", "content_policy_violation"):
-                raise _Failure("refused", error.message, again=False) from None
-            failure = self._status(error.status_code, error.message, error.response)
-            named = next(
-                (name for name in _SPELLINGS if name in request and re.search(rf"\b{name}\b", error.response.text)),
-                None,
-            )
-            raise _Refused(named, failure) if named and error.status_code in (400, 422) else failure from None
+            raise _openai_failure(error, request) from None
         except (openai.APIResponseValidationError, ValueError):
             raise _Failure("rubbish", "the reply is no chat completion") from None
 
-    def _part(self, part):
-        if isinstance(part, str):
-            return dict(type="text", text=part)
-        video = isinstance(part, VideoPart)
-        data, kind = (Path(part.path).read_bytes(), _mime(part.path)) if video else (png_bytes(part), "image/png")
-        name = "video_url" if video else "image_url"
-        return {"type": name, name: dict(url=f"data:{kind};base64,{base64.b64encode(data).decode()}")}
 
+def _openai_part(part):
+    if isinstance(part, str):
+        return dict(type="text", text=part)
+    if isinstance(part, VideoPart):
+        name, data, kind = "video_url", Path(part.path).read_bytes(), _mime(part.path)
+    else:
+        name, data, kind = "image_url", png_bytes(part), "image/png"
+    return {"type": name, name: dict(url=f"data:{kind};base64,{base64.b64encode(data).decode()}")}
 
-_SPELLINGS = dict(
-    max_tokens="max_completion_tokens", max_completion_tokens="max_tokens", temperature=None
-)  # None leaves it out
+# %% ../../nbs/library/11_backends.ipynb #11da0002
+# a server may take one spelling of a parameter and not the other; None leaves it out
+_SPELLINGS = dict(max_tokens="max_completion_tokens", max_completion_tokens="max_tokens", temperature=None)
 
 
 class _Refused(Exception):
@@ -405,31 +381,36 @@ class _Refused(Exception):
 
 
 def _respelled(request, spellings):
-    "A request with other names for some parameters."
-    return {
-        spellings.get(name, name): value for name, value in request.items() if spellings.get(name, name) is not None
-    }
+    named = {spellings.get(name, name): value for name, value in request.items()}
+    return {name: value for name, value in named.items() if name}
 
 
-def _openai_reply(reply):
-    "What a chat completion says. Any server may have made it, so nothing in it is sure to be there, or to be what it should be."
+def _openai_failure(error, request):
+    if error.code == "insufficient_quota":
+        return _Failure("quota", error.message)
+    if error.code in ("content_filter", "content_policy_violation"):
+        return _Failure("refused", error.message)
+    failure = _status(error.status_code, error.message)
+    if error.status_code in (400, 422):
+        for name in _SPELLINGS:
+            if name in request and re.search(rf"\b{name}\b", error.response.text):
+                return _Refused(name, failure)
+    return failure
+
+
+def _openai_attempt(reply):
+    "What a chat completion says. Any server may have made it, so nothing in it is sure to be there."
     if not getattr(reply, "choices", None):
         raise _Failure("rubbish", "the reply has no choices")
     try:
         choice, usage = reply.choices[0], reply.usage
-        said = Attempt(
-            _words(choice.message.content),
-            (usage and usage.prompt_tokens) or 0,
-            (usage and usage.completion_tokens) or 0,
-            choice.finish_reason == "length",
-        )
+        tokens = (usage and usage.prompt_tokens) or 0, (usage and usage.completion_tokens) or 0
+        said = Attempt(_words(choice.message.content), *tokens, choice.finish_reason == "length")
         refusal = getattr(choice.message, "refusal", None)
     except (AttributeError, TypeError, LookupError) as error:
         raise _Failure("rubbish", f"the reply is no chat completion: {error}") from None
-    if refusal:
-        raise _Failure("refused", refusal, again=False, said=said)
-    if choice.finish_reason == "content_filter":
-        raise _Failure("refused", "content_filter", again=False, said=said)
+    if refusal or choice.finish_reason == "content_filter":
+        raise _Failure("refused", refusal or "content_filter", said)
     return said
 
 
@@ -437,24 +418,16 @@ def _words(content):
     "The text of a message: a string, or parts of which those with thoughts are left out."
     if content is None or isinstance(content, str):
         return content or ""
-    parts = content if isinstance(content, list) else [content]
-    return "".join(
-        part if isinstance(part, str) else str(part.get("text") or "")
-        for part in parts
-        if isinstance(part, str) or part.get("type", "text") in ("text", "output_text")
-    )
+    texts = []
+    for part in content if isinstance(content, list) else [content]:
+        if isinstance(part, str):
+            texts.append(part)
+        elif part.get("type", "text") in ("text", "output_text"):
+            texts.append(str(part.get("text") or ""))
+    return "".join(texts)
 
 # %% ../../nbs/library/11_backends.ipynb #b1300019
-_BLOCKED = (
-    "SAFETY",
-    "RECITATION",
-    "BLOCKLIST",
-    "PROHIBITED_CONTENT",
-    "SPII",
-    "IMAGE_SAFETY",
-    "IMAGE_PROHIBITED_CONTENT",
-    "IMAGE_RECITATION",
-)
+_BLOCKED = "SAFETY RECITATION BLOCKLIST PROHIBITED_CONTENT SPII IMAGE_SAFETY IMAGE_PROHIBITED_CONTENT IMAGE_RECITATION"
 
 
 class GeminiChat(_Endpoint):
@@ -466,20 +439,16 @@ class GeminiChat(_Endpoint):
         api_key: str | None = None,  # None takes GEMINI_API_KEY or GOOGLE_API_KEY
         base_url: str | None = None,  # None is Google's own
         timeout: float = 120.0,  # seconds without a byte
-        retry: Retry = Retry(),
+        tries: int = 4,  # of a request that fails, and of a question whose reply cannot be read
         concurrency: int = 8,  # questions under way at once
-        thinking: int
-        | None
-        | str = "auto",  # tokens to think with; None leaves it to the model, "auto" is 0 where a model can do without
-        inline: int = 12
-        * 2
-        ** 20,  # bytes of a question's videos that travel inside it; more are uploaded once and kept by the service for two days
+        thinking: int | None | str = "auto",  # tokens to think with; None: the model's own, "auto": 0 where it can be
+        inline: int = 12 * 2**20,  # bytes of a question's videos that travel inside it; more are uploaded, once
     ):
         require("google.genai")
         key = api_key or os.environ.get("GEMINI_API_KEY") or os.environ.get("GOOGLE_API_KEY")
         if not key:
             raise InputError("`api_key` has to be given, or be in GEMINI_API_KEY or GOOGLE_API_KEY.")
-        super().__init__(model, base_url, key, timeout, retry, concurrency)
+        super().__init__(model, base_url, key, timeout, tries, concurrency)
         self.thinking = (0 if "2.5-flash" in model else None) if thinking == "auto" else thinking
         self.inline, self._files = inline, {}
 
@@ -487,36 +456,32 @@ class GeminiChat(_Endpoint):
         return super().__getstate__() | dict(_files={})
 
     def _connect(self):
-        from google import genai
+        from google.genai import Client, types
 
-        options = genai.types.HttpOptions(
-            base_url=self.base_url,
-            timeout=round(self.timeout * 1000),
-            retry_options=genai.types.HttpRetryOptions(attempts=1),
-        )
-        return genai.Client(api_key=self._key, vertexai=False, http_options=options)
+        again = types.HttpRetryOptions(attempts=self.tries, initial_delay=0.5, jitter=0.5)
+        how = types.HttpOptions(base_url=self.base_url, timeout=round(self.timeout * 1000), retry_options=again)
+        return Client(api_key=self._key, vertexai=False, http_options=how)
 
-    def _send(self, question):
+    def _reply(self, question):
         from google.genai import errors, types
 
-        room = question.max_tokens + (8192 if self.thinking is None else self.thinking)  # thoughts count as output
+        thoughts = None if self.thinking is None else types.ThinkingConfig(thinking_budget=self.thinking)
         config = types.GenerateContentConfig(
             system_instruction=question.system or None,
             temperature=0.0,
-            max_output_tokens=room,
-            thinking_config=None if self.thinking is None else types.ThinkingConfig(thinking_budget=self.thinking),
+            max_output_tokens=question.max_tokens + (8192 if self.thinking is None else self.thinking),
+            thinking_config=thoughts,
         )
         try:
-            parts = self._parts(question.parts)
-            reply = self._client.models.generate_content(
-                model=self.model, contents=[types.Content(role="user", parts=parts)], config=config
-            )
-        except errors.APIError as error:
-            raise self._error(error) from None
-        except ValueError:
-            raise _Failure("rubbish", "the reply is no Gemini reply") from None
+            contents = [types.Content(role="user", parts=self._parts(question.parts))]
+            reply = self._client.models.generate_content(model=self.model, contents=contents, config=config)
         except _Failure:
             raise
+        except errors.APIError as error:
+            spent = error.code == 429 and "PerDay" in json.dumps(error.details)
+            raise (_Failure("quota", error.message) if spent else _status(error.code, error.message)) from None
+        except ValueError:
+            raise _Failure("rubbish", "the reply is no Gemini reply") from None
         except Exception as error:  # the transport is httpx or another, whichever is installed
             kinds = {kind.__name__ for kind in type(error).__mro__}
             if "TimeoutException" in kinds:
@@ -524,85 +489,68 @@ class GeminiChat(_Endpoint):
             if "TransportError" in kinds:
                 raise _Failure("endpoint", f"no connection: {error}") from None
             raise
-        usage = reply.usage_metadata or types.GenerateContentResponseUsageMetadata()
-        said = Attempt(
-            "", usage.prompt_token_count or 0, (usage.candidates_token_count or 0) + (usage.thoughts_token_count or 0)
-        )
-        if reply.prompt_feedback and reply.prompt_feedback.block_reason:
-            raise _Failure("refused", reply.prompt_feedback.block_reason.name, again=False, said=said)
-        if not reply.candidates:
-            raise _Failure("rubbish", "the reply has no candidates", said=said)
-        first = reply.candidates[0]
-        reason = first.finish_reason.name if first.finish_reason else ""
-        text = "".join(part.text or "" for part in (first.content and first.content.parts or []) if not part.thought)
-        said = replace(said, text=text, cut=reason == "MAX_TOKENS")
-        if reason in _BLOCKED:
-            raise _Failure("refused", reason, again=False, said=said)
-        return said
-
-    def _error(self, error):
-        "A failure for an error of the service; it says in its own way how long to wait, and when a day's share is used up."
-        details = json.dumps(error.details)
-        if error.code == 429 and "PerDay" in details:
-            return _Failure("quota", error.message, again=False)
-        wait = re.search(r'"retryDelay": "([\d.]+)s"', details)
-        return self._status(error.code, error.message, error.response, float(wait[1]) if wait else 0.0)
+        return _gemini_attempt(reply)
 
     def _parts(self, parts):
+        size = sum(Path(part.path).stat().st_size for part in parts if isinstance(part, VideoPart))
+        return [self._part(part, size > self.inline) for part in parts]
+
+    def _part(self, part, upload):
         from google.genai import types
 
-        upload = sum(Path(part.path).stat().st_size for part in parts if isinstance(part, VideoPart)) > self.inline
-
-        def made(part):
-            if isinstance(part, str):
-                return types.Part.from_text(text=part)
-            if not isinstance(part, VideoPart):
-                return types.Part.from_bytes(data=png_bytes(part), mime_type="image/png")
-            rate, kind = types.VideoMetadata(fps=part.fps), _mime(part.path)
-            if upload:
-                return types.Part(
-                    file_data=types.FileData(file_uri=self._uploaded(part.path).uri, mime_type=kind),
-                    video_metadata=rate,
-                )
-            return types.Part(
-                inline_data=types.Blob(data=Path(part.path).read_bytes(), mime_type=kind), video_metadata=rate
-            )
-
-        return [made(part) for part in parts]
+        if isinstance(part, str):
+            return types.Part.from_text(text=part)
+        if not isinstance(part, VideoPart):
+            return types.Part.from_bytes(data=png_bytes(part), mime_type="image/png")
+        rate, kind = types.VideoMetadata(fps=part.fps), _mime(part.path)
+        if upload:
+            data = types.FileData(file_uri=self._uploaded(part.path).uri, mime_type=kind)
+            return types.Part(file_data=data, video_metadata=rate)
+        data = types.Blob(data=Path(part.path).read_bytes(), mime_type=kind)
+        return types.Part(inline_data=data, video_metadata=rate)
 
     def _uploaded(self, path):
         "The service's handle of a file: one upload for all questions that show it, whatever its name."
-        digest, soon = (
-            hashlib.sha256(Path(path).read_bytes()).digest(),
-            datetime.now(timezone.utc) + timedelta(minutes=10),
-        )
+        key, soon = digest(Path(path)), datetime.now(timezone.utc) + timedelta(minutes=10)
         with _LOCK:
-            found = self._files.get(digest)
-            if found and found.done() and (found.exception() or (found.result().expiration_time or soon) < soon):
-                found = None
-            if mine := found is None:
-                found = self._files[digest] = Future()
-        if mine:
-            try:
-                found.set_result(self._upload(path))
-            except BaseException as error:
-                found.set_exception(error)
-        return found.result()
+            found = self._files.get(key)
+            if not found or (found.expiration_time or soon) < soon:
+                found = self._files[key] = self._upload(path)
+        return found
 
     def _upload(self, path):
         try:
             file = self._client.files.upload(file=str(path), config=dict(mime_type=_mime(path)))
         except KeyError:
             raise _Failure("endpoint", "the service took no upload") from None
-        for _ in range(math.ceil(self.timeout)):
+        for _ in range(math.ceil(2 * self.timeout)):
             state = file.state.name if file.state else "ACTIVE"
             if state == "ACTIVE":
                 return file
             if state == "FAILED":
-                raise _Failure("endpoint", "the service cannot read the video", again=False)
-            self.retry.sleep(1.0)
+                raise _Failure("endpoint", "the service cannot read the video")
+            time.sleep(0.5)
             file = self._client.files.get(name=file.name)
         raise _Failure("time-out", f"the uploaded video is not ready after {self.timeout:g} s")
+
+
+def _gemini_attempt(reply):
+    "What a reply of Gemini says."
+    usage = reply.usage_metadata
+    counts = [getattr(usage, f"{name}_token_count", None) or 0 for name in ("prompt", "candidates", "thoughts")]
+    said = Attempt("", counts[0], counts[1] + counts[2])
+    if reply.prompt_feedback and reply.prompt_feedback.block_reason:
+        raise _Failure("refused", reply.prompt_feedback.block_reason.name, said)
+    if not reply.candidates:
+        raise _Failure("rubbish", "the reply has no candidates", said)
+    first = reply.candidates[0]
+    reason = first.finish_reason.name if first.finish_reason else ""
+    parts = first.content.parts if first.content else None
+    text = "".join(part.text or "" for part in parts or [] if not part.thought)
+    said = replace(said, text=text, cut=reason == "MAX_TOKENS")
+    if reason in _BLOCKED.split():
+        raise _Failure("refused", reason, said)
+    return said
 
 # %% ../../nbs/library/11_backends.ipynb #b1300024
 @functools.cache
@@ -613,11 +561,8 @@ def _processor_class():
         "Does for pictures and words what `Qwen2VLProcessor` does, which cannot be made without torchvision."
 
         def __init__(self, tokenizer, image_processor):
-            self.tokenizer, self.image_processor, self.chat_template = (
-                tokenizer,
-                image_processor,
-                tokenizer.chat_template,
-            )
+            self.tokenizer, self.image_processor = tokenizer, image_processor
+            self.chat_template = tokenizer.chat_template
 
         def save_pretrained(self, save_directory, **kwargs):
             for part in (self.tokenizer, self.image_processor):
@@ -643,34 +588,38 @@ def qwen_processor(
     source,  # hub id or folder, or anything with a `tokenizer` and an `image_processor`
 ):  # called as (text=, images=), gives input_ids, attention_mask, pixel_values, image_grid_thw, mm_token_type_ids
     "Reads words and pictures for Qwen2.5-VL and Qwen3-VL, without torchvision."
-    if isinstance(source, (str, Path)):
-        from transformers import AutoTokenizer
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    if not isinstance(source, (str, Path)):
+        return _processor_class()(source.tokenizer, source.image_processor)
+    return _processor_from(source)
 
-        return _processor_class()(
-            AutoTokenizer.from_pretrained(source), Qwen2VLImageProcessorPil.from_pretrained(source)
-        )
-    return _processor_class()(source.tokenizer, source.image_processor)
+
+def _processor_from(source, **where):
+    from transformers import AutoTokenizer
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    kinds = AutoTokenizer, Qwen2VLImageProcessorPil
+    return _processor_class()(*(kind.from_pretrained(source, **where) for kind in kinds))
 
 # %% ../../nbs/library/11_backends.ipynb #b1300025
-def video_pictures(
-    part: VideoPart,
-    most: int = 16,  # pictures
-) -> tuple:  # words and (h, w, 3) uint8 pictures in turn
-    "Frames of a video, each under its second, for a model that sees pictures only."
+def _is_video(part):
+    return isinstance(part, VideoPart)
+
+
+def _video_pictures(part, most=16):
+    "Words and pictures in turn: frames of a video, each under its second, for a model that sees pictures only."
     info = video_info(part.path)
     at = sample_indices(info.frames, min(most, max(2, round(info.duration * part.fps))))
     frames = read_video(part.path, indices=at).frames
-    return sum(((f"{i / info.fps:.1f} s:", frame) for i, frame in zip(at, frames)), ())
+    return [p for i, frame in zip(at, frames) for p in (f"{i / info.fps:.1f} s:", frame)]
 
 
-class TransformersChat(_Answers):
+class TransformersChat(_Chat):
     "Qwen2.5-VL or Qwen3-VL in this process, batch by batch."
 
     def __init__(
         self,
         model,  # hub id, folder, or a loaded model
-        processor=None,  # hub id, folder, or anything with a `tokenizer` and an `image_processor`; None reads it from `model`
+        processor=None,  # hub id, folder, or what has `tokenizer` and `image_processor`; None reads it from `model`
         device: str = "auto",
         dtype: str = "auto",  # of the weights; a loaded model keeps its own
         batch_size: int = 4,  # questions at once
@@ -678,81 +627,47 @@ class TransformersChat(_Answers):
     ):
         if batch_size < 1 or tries < 1:
             raise InputError(f"`batch_size` and `tries` have to be at least 1 but are {batch_size} and {tries}.")
-        self.device, loaded = choose_device(device), not isinstance(model, (str, Path))
-        if loaded and processor is None:
-            raise InputError("`processor` has to be given with a loaded model but is None.")
-        self.name = (model.name_or_path or type(model).__name__) if loaded else str(model)
-        self.processor = qwen_processor(model if processor is None else processor)
-        if not loaded:
+        self.device, self.batch_size, self.tries = choose_device(device), batch_size, tries
+        if isinstance(model, (str, Path)):
             from transformers import AutoModelForImageTextToText
 
+            self.name, processor = str(model), model if processor is None else processor
             model = AutoModelForImageTextToText.from_pretrained(model, dtype=choose_dtype(dtype, self.device))
-        self.model, self.batch_size, self.tries = model.to(self.device).eval(), batch_size, tries
+        elif processor is None:
+            raise InputError("`processor` has to be given with a loaded model but is None.")
+        else:
+            self.name = _named(model)
+        self.processor, self.model = qwen_processor(processor), model.to(self.device).eval()
 
-    def ask(
-        self,
-        questions,
-        unreadable: int | None = None,  # as for the endpoints; what fails here is never anything else
-        before: Callable[[], None] | None = None,  # called before each batch
-    ) -> list[Exchange]:
-        "The exchanges, in the order of the questions."
-        answers, attempts, asked, left = (
-            [None] * len(questions),
-            [()] * len(questions),
-            list(questions),
-            list(range(len(questions))),
-        )
-        for attempt in range(min(self.tries, unreadable or self.tries)):
-            for start in range(0, len(left), self.batch_size):
-                batch = left[start : start + self.batch_size]
-                if before:
-                    before()
-                for i, said in zip(batch, self._generate([asked[i] for i in batch])):
-                    try:
-                        answers[i] = _read(questions[i], said)
-                    except _Failure as failure:
-                        said, answers[i] = (
-                            replace(said, failure=f"{failure.kind}: {failure.why}"),
-                            failure.after(attempt + 1),
-                        )
-                        asked[i] = replace(_again(asked[i], failure), parts=_again(questions[i], failure).parts)
-                    attempts[i] += (said,)
-            left = [i for i in left if isinstance(answers[i], BackendError)]
-        return [Exchange(*pair) for pair in zip(answers, attempts)]
+    def _send(self, questions, before):
+        replies = []
+        for start in range(0, len(questions), self.batch_size):
+            if before:
+                before()
+            replies += self._generate(questions[start : start + self.batch_size])
+        return replies
 
     def _generate(self, questions):
         import torch
 
-        questions = [
-            replace(q, parts=sum((video_pictures(p) if isinstance(p, VideoPart) else (p,) for p in q.parts), ()))
-            for q in questions
-        ]
-        content = [
-            [dict(type="text", text=part) if isinstance(part, str) else dict(type="image") for part in q.parts]
-            for q in questions
-        ]
-        chats = [
-            [dict(role="system", content=q.system)] * bool(q.system) + [dict(role="user", content=c)]
-            for q, c in zip(questions, content)
-        ]
-        text = [
-            self.processor.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-            for chat in chats
-        ]
-        pictures = [Image.fromarray(part) for q in questions for part in q.parts if not isinstance(part, str)]
+        tokenizer, chats, pictures = self.processor.tokenizer, [], []
+        for question in questions:
+            parts = [p for part in question.parts for p in (_video_pictures(part) if _is_video(part) else (part,))]
+            content = [dict(type="text", text=p) if isinstance(p, str) else dict(type="image") for p in parts]
+            pictures += [Image.fromarray(part) for part in parts if not isinstance(part, str)]
+            system = [dict(role="system", content=question.system)] if question.system else []
+            chats.append([*system, dict(role="user", content=content)])
+        text = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
         inputs = self.processor(text=text, images=pictures).to(self.device)
         if pictures:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        room, blank = max(q.max_tokens for q in questions), self.processor.tokenizer.pad_token_id
+        room, blank = max(q.max_tokens for q in questions), tokenizer.pad_token_id
         with torch.inference_mode():
             tokens = self.model.generate(**inputs, max_new_tokens=room, do_sample=False, pad_token_id=blank)
         new = tokens[:, inputs["input_ids"].shape[1] :]
-        words = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-        spoken = [int(row.ne(blank).sum()) for row in new]
-        return [
-            Attempt(text, int(shown), count, count == room)
-            for text, shown, count in zip(words, inputs["attention_mask"].sum(1), spoken)
-        ]
+        words, spoken = tokenizer.batch_decode(new, skip_special_tokens=True), new.ne(blank).sum(1).tolist()
+        shown = inputs["attention_mask"].sum(1).tolist()
+        return [Attempt(*facts, facts[2] == room) for facts in zip(words, shown, spoken)]
 
 # %% ../../nbs/library/11_backends.ipynb #11da0001
 def chat_of(
@@ -772,7 +687,8 @@ def chat_of(
     return GeminiChat(rest) if kind == "gemini" and rest else TransformersChat(text, device=device)
 
 # %% ../../nbs/library/11_backends.ipynb #b1300029
-SYSTEM = "You check data for training a video editor. You look closely, you are strict, and you answer with one JSON object and nothing else."
+SYSTEM = """You check data for training a video editor. You look closely, you are strict, \
+and you answer with one JSON object and nothing else."""
 SCORE_PROMPT = """The pictures are frames of a clip before the edit and the same frames after it. Judge the edit as a whole with one integer from 1 to 10:
 is what the instruction asks for there, in every frame and in the right place; has everything else stayed as it was; is the result free of flicker, smears and broken shapes?
 10 is an edit without fault, 5 one with a fault that is seen at once, 1 one that does something else or nothing. A serious fault in one of the three points decides.
@@ -813,19 +729,11 @@ def _shrunk(picture, side):
 
 def _shown(record, options, at=None):
     "Frames before and after, each under its number."
-    at = sample_indices(len(record.edited), options.frames) if at is None else at
-    return sum(
-        (
-            (
-                "Frame %d before:" % i,
-                _shrunk(record.source[i], options.side),
-                "Frame %d after:" % i,
-                _shrunk(record.edited[i], options.side),
-            )
-            for i in at
-        ),
-        (),
-    )
+    parts = []
+    for i in sample_indices(len(record.edited), options.frames) if at is None else at:
+        for when, clip in (("before", record.source), ("after", record.edited)):
+            parts += [f"Frame {i} {when}:", _shrunk(clip[i], options.side)]
+    return parts
 
 
 def _told(record):
@@ -859,22 +767,17 @@ class ChatScorer:
 
     def score(self, records):
         o = self.options
-        answers = self.chat.answer(
-            [Question((*_shown(r, o), _told(r), o.score), o.system, read_score) for r in records]
-        )
-        return [a if isinstance(a, BackendError) else dict(edit=a / 10) for a in answers]
+        questions = [Question((*_shown(r, o), _told(r), o.score), o.system, read_score) for r in records]
+        return [a if isinstance(a, BackendError) else dict(edit=a / 10) for a in self.chat.answer(questions)]
 
 # %% ../../nbs/library/11_backends.ipynb #b1300031
-def spread_boxes(
-    found: dict,  # frame that was looked at -> (left, top, right, bottom), or None where it is not seen
-    count: int,  # frames in all
-) -> np.ndarray:  # (count, 4) float32, NaN where it is not seen
-    "Boxes for all frames: on a line between two frames that have one, else as in the nearer frame that was looked at."
+def _spread_boxes(found, count):
+    "Boxes (count, 4) for all frames from those of frames that were looked at, None where nothing was seen."
     boxes, seen = np.full((count, 4), np.nan, np.float32), sorted(found)
     for t in range(count if seen else 0):
         a, b = max((i for i in seen if i <= t), default=seen[0]), min((i for i in seen if i >= t), default=seen[-1])
         share = (t - a) / (b - a) if a < b else 0.0
-        if None not in (found[a], found[b]):
+        if None not in (found[a], found[b]):  # on a line between the two
             boxes[t] = (1 - share) * np.array(found[a]) + share * np.array(found[b])
         elif (near := found[a if share <= 0.5 else b]) is not None:
             boxes[t] = near
@@ -913,13 +816,8 @@ def read_grounding(
     have = sum(box is not None for box in found.values())
     if not have and task not in ("background", "style", "plate"):
         raise InputError(f"`boxes` has to hold a box for the task {task!r} but is empty")
-    return Grounding(
-        task,
-        subject.strip(),
-        spread_boxes(found, count),
-        task == "remove",
-        1.0 if task in ("background", "style", "plate") else have / len(found),
-    )
+    confidence = 1.0 if task in ("background", "style", "plate") else have / len(found)
+    return Grounding(task, subject.strip(), _spread_boxes(found, count), task == "remove", confidence)
 
 
 class ChatGrounder:
@@ -932,16 +830,11 @@ class ChatGrounder:
         return self.chat.answer([self._question(r) for r in records])
 
     def _question(self, record):
-        count = len(record.edited)
-        at = sample_indices(count, self.options.frames)
-        known = (f'The task is known to be "{record.task}".',) if record.task else ()
+        count, o = len(record.edited), self.options
+        at = sample_indices(count, o.frames)
+        known = [f'The task is known to be "{record.task}".'] if record.task else []
         read = functools.partial(read_grounding, shown=at, count=count, task=record.task)
-        return Question(
-            (*_shown(record, self.options, at), _told(record), *known, self.options.ground),
-            self.options.system,
-            read,
-            1024,
-        )
+        return Question((*_shown(record, o, at), _told(record), *known, o.ground), o.system, read, 1024)
 
 # %% ../../nbs/library/11_backends.ipynb #b1300035
 class ChatVerifier:
@@ -958,19 +851,11 @@ class ChatVerifier:
 
     def _questions(self, record):
         o, reference = self.options, _shrunk(record.reference, self.options.side)
-        yield Question(
-            (*_shown(record, o), _told(record), "Reference:", reference, o.consistency), o.system, read_score
-        )
-        yield Question(
-            (
-                reference,
-                f"It is meant to show: {json.dumps(record.subject, ensure_ascii=False)}"
-                + (", as an empty scene." if record.task == "background" else "."),
-                o.quality,
-            ),
-            o.system,
-            read_score,
-        )
+        parts = *_shown(record, o), _told(record), "Reference:", reference, o.consistency
+        yield Question(parts, o.system, read_score)
+        words = json.dumps(record.subject, ensure_ascii=False)
+        meant = f"It is meant to show: {words}{', as an empty scene' if record.task == 'background' else ''}."
+        yield Question((reference, meant, o.quality), o.system, read_score)
 
     def _check(self, consistency, quality):
         for answer in (consistency, quality):
@@ -996,7 +881,7 @@ class SamSegmenter:
     def __init__(
         self,
         model,  # hub id, folder, or a loaded `SamModel` or `Sam2Model`
-        processor=None,  # a `SamProcessor`; None prepares pictures here, without torchvision, as both models' configs say
+        processor=None,  # a `SamProcessor`; None prepares pictures here, without torchvision
         device: str = "auto",
         batch_size: int = 8,  # frames at once
     ):
@@ -1006,47 +891,34 @@ class SamSegmenter:
             from transformers import AutoModelForMaskGeneration
 
             model = AutoModelForMaskGeneration.from_pretrained(model)
-        self.device = choose_device(device)
-        self.model, self.processor, self.batch_size, self.name = (
-            model.to(self.device).eval(),
-            processor,
-            batch_size,
-            _named(model),
-        )
+        self.device, self.processor, self.batch_size = choose_device(device), processor, batch_size
+        self.model, self.name = model.to(self.device).eval(), _named(model)
         self.square = model.config.model_type != "sam"  # SAM 2 squeezes a picture to a square, SAM pads it
         size = model.config.prompt_encoder_config.image_size
         self.side = size if isinstance(size, int) else size[0]
 
     def segment(self, records):
         masks = [np.zeros(r.edited.shape[:3], bool) for r in records]
-        jobs = [
-            (i, t)
-            for i, r in enumerate(records)
-            if r.boxes is not None
-            for t in np.flatnonzero(np.isfinite(r.boxes).all(1))
-        ]
+        seen = [np.isfinite(r.boxes).all(1) if r.boxes is not None else [] for r in records]
+        jobs = [(i, t) for i, frames in enumerate(seen) for t in np.flatnonzero(frames)]
         for start in range(0, len(jobs), self.batch_size):
             batch = jobs[start : start + self.batch_size]
             frames = [(records[i].source if records[i].in_source else records[i].edited)[t] for i, t in batch]
-            for (i, t), mask in zip(
-                batch,
-                self._masks(frames, [records[i].boxes[t] * (f.shape[1::-1] * 2) for (i, t), f in zip(batch, frames)]),
-            ):
+            boxes = [records[i].boxes[t] * (frame.shape[1::-1] * 2) for (i, t), frame in zip(batch, frames)]
+            for (i, t), mask in zip(batch, self._masks(frames, boxes)):
                 masks[i][t] = mask
-        return [
-            mask if mask.any() or r.task == "background" else BackendError("empty mask")
-            for r, mask in zip(records, masks)
-        ]
+        have = [mask.any() or r.task == "background" for r, mask in zip(records, masks)]
+        return [mask if found else BackendError("empty mask") for mask, found in zip(masks, have)]
 
     def _masks(self, frames, boxes):
         import torch
         import torch.nn.functional as F
 
-        inputs = (
-            self.processor(images=frames, input_boxes=[[box.tolist()] for box in boxes], return_tensors="pt")
-            if self.processor
-            else self._inputs(frames, boxes)
-        )
+        if self.processor:
+            boxes = [[box.tolist()] for box in boxes]
+            inputs = self.processor(images=frames, input_boxes=boxes, return_tensors="pt")
+        else:
+            inputs = self._inputs(frames, boxes)
         sizes = inputs.get("reshaped_input_sizes", [(self.side, self.side)] * len(frames))
         inputs = {k: inputs[k].to(self.device, self.model.dtype) for k in ("pixel_values", "input_boxes")}
         with torch.inference_mode():
@@ -1061,24 +933,21 @@ class SamSegmenter:
         pixels, scaled, sizes = np.zeros((len(frames), 3, self.side, self.side), np.float32), [], []
         for out, frame, box in zip(pixels, frames, boxes):
             h, w = frame.shape[:2]
-            height, width = (
-                (self.side, self.side) if self.square else (int(x * self.side / max(h, w) + 0.5) for x in (h, w))
-            )
-            out[:, :height, :width] = _normal(
-                Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR), *_IMAGENET
-            )
+            size = height, width = [int(x * self.side / (x if self.square else max(h, w)) + 0.5) for x in (h, w)]
+            image = Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR)
+            out[:, :height, :width] = _normal(image, *_IMAGENET)
             scaled.append([box * np.float32([width / w, height / h] * 2)])
-            sizes.append((height, width))
-        return dict(
-            pixel_values=torch.from_numpy(pixels),
-            input_boxes=torch.from_numpy(np.float32(scaled)),
-            reshaped_input_sizes=sizes,
-        )
+            sizes.append(size)
+        boxes = torch.from_numpy(np.float32(scaled))
+        return dict(pixel_values=torch.from_numpy(pixels), input_boxes=boxes, reshaped_input_sizes=sizes)
 
 # %% ../../nbs/library/11_backends.ipynb #b1300042
 REFERENCE_PROMPTS = dict(
-    subject="Show only {x}, whole and centred on a plain white background, with its exact colours, material, shape and markings. Nothing else is in the picture: no person wearing or holding it, no hands, no text, no shadow of other things.",
-    background="Show this scene with everything in the foreground gone: no people, animals or objects in front. Keep camera, light and background exactly as they are, and continue the background naturally where something stood.",
+    subject="Show only {x}, whole and centred on a plain white background, with its exact colours, material, shape and "
+    "markings. Nothing else is in the picture: no person wearing or holding it, no hands, no text, no shadow of other "
+    "things.",
+    background="Show this scene with everything in the foreground gone: no people, animals or objects in front. Keep "
+    "camera, light and background exactly as they are, and continue the background naturally where something stood.",
 )
 _POINTS = re.compile(r"\b(reference|picture)\b")  # words that point to a picture which is still to be made
 
@@ -1095,53 +964,52 @@ def seed_of(id: str) -> int:  # 0..2**63-1
 
 
 def best_view(record) -> np.ndarray | BackendError:  # (H, W, 3) uint8, at the size of the file
-    "The edited frame to draw a reference from: where the subject is at its best, or for a background where least stands in front."
-    if record.mask is None or (record.task != "background" and not record.mask.any()):
+    "The edited frame to draw from: where the subject is at its best, or least stands before a background."
+    place = record.task == "background"
+    if record.mask is None or not (place or record.mask.any()):
         return BackendError("empty mask")
-    at = (
-        int(record.mask.mean((1, 2)).argmin())
-        if record.task == "background"
-        else CutoutSynthesizer().best_frame(record)
-    )
+    at = int(record.mask.mean((1, 2)).argmin()) if place else CutoutSynthesizer().best_frame(record)
     return full_frames(record, [at])[0]
 
 
-def _generator(record):
-    import torch
+class _Drawer:
+    "Draws references with a model, each from the best view of its record."
 
-    return torch.Generator("cpu").manual_seed(seed_of(record.pair.id))  # the same noise on every device
+    def synthesize(self, records):
+        return [self._one(record) for record in records]
 
+    def _one(self, record):
+        import torch
 
-def _drawn(image):
-    return image if image.std((0, 1)).max() >= 1 else BackendError("rubbish: a picture of one colour")
+        view = best_view(record)
+        if isinstance(view, BackendError):
+            return view
+        words = self.prompts["background" if record.task == "background" else "subject"]
+        noise = torch.Generator("cpu").manual_seed(seed_of(record.pair.id))  # the same on every device
+        image = self._draw(view, words.format(x=called(record.subject)), noise)
+        return image if image.std((0, 1)).max() >= 1 else BackendError("rubbish: a picture of one colour")
 
 # %% ../../nbs/library/11_backends.ipynb #b1300043
-class EditorSynthesizer:
+class EditorSynthesizer(_Drawer):
     'References by an image editor of diffusers: Qwen-Image-Edit (2509 and later are "Plus"), FLUX.1 Kontext.'
 
     def __init__(
         self,
         pipe,  # `QwenImageEditPlusPipeline`, `QwenImageEditPipeline`, `FluxKontextPipeline` or one that is called alike
         steps: int | None = None,  # None takes the pipeline's own
-        guidance: float
-        | None = None,  # Qwen's `true_cfg_scale`, others' `guidance_scale`; None takes the pipeline's own
+        guidance: float | None = None,  # Qwen's `true_cfg_scale`, others' `guidance_scale`; None: the pipeline's own
         negative: str | None = None,  # what a picture should not be; None is a blank for Qwen and nothing for others
         prompts: dict | None = None,  # "subject" with {x} for its words, "background"
         options: dict | None = None,  # further arguments of each call, such as height and width
     ):
-        prompts = REFERENCE_PROMPTS | (prompts or {})
-        if unknown := set(prompts) - set(REFERENCE_PROMPTS):
+        self.pipe, self.prompts = pipe, REFERENCE_PROMPTS | (prompts or {})
+        if unknown := set(self.prompts) - set(REFERENCE_PROMPTS):
             raise InputError(f"`prompts` has to have keys of {sorted(REFERENCE_PROMPTS)} but has {sorted(unknown)}.")
+        self.name = getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__
         qwen = type(pipe).__name__.startswith("QwenImage")
         words = " " if negative is None and qwen else negative
-        call = dict(num_inference_steps=steps, negative_prompt=words) | {
-            "true_cfg_scale" if qwen else "guidance_scale": guidance
-        }
-        self.pipe, self.prompts, self.name = (
-            pipe,
-            prompts,
-            getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__,
-        )
+        call = {"true_cfg_scale" if qwen else "guidance_scale": guidance}
+        call |= dict(num_inference_steps=steps, negative_prompt=words)
         self.call = {k: v for k, v in call.items() if v is not None} | (options or {})
 
     @classmethod
@@ -1156,72 +1024,34 @@ class EditorSynthesizer:
         from diffusers import DiffusionPipeline
 
         device, parts = choose_device(device), {}
-        if "processor" in DiffusionPipeline.load_config(
-            name
-        ):  # Qwen's, which diffusers would only make with torchvision
-            from transformers import AutoTokenizer
-            from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+        if "processor" in DiffusionPipeline.load_config(name):  # Qwen's, which diffusers makes with torchvision only
+            parts["processor"] = _processor_from(name, subfolder="processor")
+        pipe = DiffusionPipeline.from_pretrained(name, dtype=choose_dtype(dtype, device), **parts)
+        return cls(pipe.to(device), **kwargs)
 
-            parts["processor"] = _processor_class()(
-                *(
-                    kind.from_pretrained(name, subfolder="processor")
-                    for kind in (AutoTokenizer, Qwen2VLImageProcessorPil)
-                )
-            )
-        return cls(
-            DiffusionPipeline.from_pretrained(name, dtype=choose_dtype(dtype, device), **parts).to(device), **kwargs
-        )
-
-    def synthesize(self, records):
-        return [self._one(record) for record in records]
-
-    def _one(self, record):
-        view = best_view(record)
-        if isinstance(view, BackendError):
-            return view
-        prompt = (
-            self.prompts["background"]
-            if record.task == "background"
-            else self.prompts["subject"].format(x=called(record.subject))
-        )
-        image = self.pipe(image=Image.fromarray(view), prompt=prompt, generator=_generator(record), **self.call).images[
-            0
-        ]
-        return _drawn(np.array(image.convert("RGB")))
+    def _draw(self, view, prompt, generator):
+        images = self.pipe(image=Image.fromarray(view), prompt=prompt, generator=generator, **self.call).images
+        return np.array(images[0].convert("RGB"))
 
 # %% ../../nbs/library/11_backends.ipynb #b1300045
-class KiwiSynthesizer:
+class KiwiSynthesizer(_Drawer):
     'References by the kit\'s own model: its image tasks "isolate" and "plate" on one frame.'
 
     name = "kiwi-edit"
+    prompts = dict(subject=WORDINGS["isolate"]["train"][0], background=WORDINGS["plate"]["train"][0])
 
     def __init__(
         self,
         pipe,  # `KiwiEditPipeline`
         steps: int | None = None,  # None takes the model's own
         guidance: float = 1.0,  # above 1: twice the time
-        isolate: str = WORDINGS["isolate"]["train"][0],  # with {x} for the subject
-        plate: str = WORDINGS["plate"]["train"][0],
     ):
-        self.pipe, self.steps, self.guidance, self.isolate, self.plate = pipe, steps, guidance, isolate, plate
+        self.pipe, self.steps, self.guidance = pipe, steps, guidance
 
-    def synthesize(self, records):
-        return [self._one(record) for record in records]
-
-    def _one(self, record):
-        view = best_view(record)
-        if isinstance(view, BackendError):
-            return view
-        prompt = self.plate if record.task == "background" else self.isolate.format(x=called(record.subject))
+    def _draw(self, view, prompt, generator):
         # a frame larger than the model takes is fitted by the pipeline itself
-        frames = self.pipe(
-            prompt,
-            video=view[None],
-            num_inference_steps=self.steps,
-            guidance_scale=self.guidance,
-            generator=_generator(record),
-        ).frames[0]
-        return _drawn(np.asarray(frames[0]))
+        how = dict(num_inference_steps=self.steps, guidance_scale=self.guidance, generator=generator)
+        return np.asarray(self.pipe(prompt, video=view[None], **how).frames[0][0])
 
 # %% ../../nbs/library/11_backends.ipynb #b1300049
 _CLIP = (np.float32([0.48145466, 0.4578275, 0.40821073]), np.float32([0.26862954, 0.26130258, 0.27577711]))
@@ -1246,13 +1076,8 @@ class ImageEmbedder:
             clip = AutoConfig.from_pretrained(model).model_type.startswith("clip")
             model = (CLIPVisionModelWithProjection if clip else AutoModel).from_pretrained(model)
         config = getattr(model.config, "vision_config", model.config)
-        self.device = choose_device(device)
-        self.model, self.processor, self.batch_size, self.name = (
-            model.to(self.device).eval(),
-            processor,
-            batch_size,
-            _named(model),
-        )
+        self.device, self.processor, self.batch_size = choose_device(device), processor, batch_size
+        self.model, self.name = model.to(self.device).eval(), _named(model)
         self.clip, self.side = config.model_type.startswith("clip"), min(side, config.image_size)
 
     def embed(self, images):
@@ -1278,9 +1103,8 @@ class ImageEmbedder:
         pictures = [Image.fromarray(image) for image in images]
         if self.processor:
             return self.processor(images=pictures, return_tensors="pt")["pixel_values"]
-        return torch.from_numpy(
-            np.stack([_normal(self._middle(p), *(_CLIP if self.clip else _IMAGENET)) for p in pictures])
-        )
+        look = _CLIP if self.clip else _IMAGENET
+        return torch.from_numpy(np.stack([_normal(self._middle(picture), *look) for picture in pictures]))
 
     def _middle(self, picture):
         scale = self.side / min(picture.size)
