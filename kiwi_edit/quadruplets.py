@@ -5,7 +5,10 @@
 # %% ../nbs/02_quadruplets.ipynb #q1100002
 from __future__ import annotations
 
-import functools, io, itertools, math, re
+import io
+import itertools
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +18,10 @@ from typing import Protocol
 __all__ = ['STAGES', 'Pair', 'Verdict', 'Record', 'Grounding', 'Check', 'BackendError', 'Scorer', 'Grounder', 'Segmenter',
            'Synthesizer', 'Verifier', 'Embedder', 'LoadOptions', 'load_record', 'full_frames', 'Request',
            'parse_instruction', 'ChangeOptions', 'color_distance', 'changed_region', 'mask_boxes', 'color_share',
-           'ChangeScorer', 'same_look', 'ChangeGrounder', 'GrabCutSegmenter', 'sharpness', 'CutoutSynthesizer',
-           'fill_patches', 'PixelVerifier', 'PixelEmbedder', 'perceptual_hash', 'ScoreStage', 'GroundStage',
-           'SegmentStage', 'SynthesizeStage', 'VerifyStage', 'embedded_stages', 'FingerprintStage', 'deduplicate',
-           'funnel', 'record_strip', 'contact_sheet']
+           'ChangeScorer', 'ChangeGrounder', 'GrabCutSegmenter', 'CutoutSynthesizer', 'fill_patches', 'PixelVerifier',
+           'PixelEmbedder', 'perceptual_hash', 'ScoreStage', 'GroundStage', 'SegmentStage', 'SynthesizeStage',
+           'VerifyStage', 'embedded_stages', 'FingerprintStage', 'deduplicate', 'funnel', 'record_strip',
+           'contact_sheet']
 
 # %% ../nbs/02_quadruplets.ipynb #q1100003
 import cv2
@@ -68,20 +71,14 @@ class Record:
     size: tuple = ()  # (height, width) of the edited clip's file, pixels
     task: str = ""  # of `world.TASKS`
     subject: str = ""  # words for what the reference has to show
-    boxes: np.ndarray | None = (
-        None  # (T, 4) float32 left, top, right, bottom in 0..1 of what was grounded; NaN where it is not seen
-    )
-    in_source: bool = (
-        False  # the boxes and the mask are of the source (what goes) rather than of the edited clip (what comes)
-    )
+    boxes: np.ndarray | None = None  # (T, 4) float32 left, top, right, bottom in 0..1; NaN where nothing is seen
+    in_source: bool = False  # boxes and mask are of the source (what goes), not of the edited clip (what comes)
     mask: np.ndarray | None = None  # (T, h, w) bool, of the subject; for a background, of what stays in front
     reference: np.ndarray | None = None  # (h, w, 3) uint8
     authentic: bool = False  # the reference came with the data
     embedding: np.ndarray | None = None  # (d,) float32 of unit length, of the reference
     verdicts: list = field(default_factory=list)  # of Verdict, one for each stage that saw the record
-    authentic_reference: np.ndarray | None = (
-        None  # (h, w, 3) uint8, where the data has one; `reference` is the synthesised one
-    )
+    authentic_reference: np.ndarray | None = None  # (h, w, 3) uint8, where the data has one
     indices: tuple = ()  # of the sampled frames within the file
     changed: np.ndarray | None = None  # (T, h, w) bool, where the edit is, where a grounder knows it by pixel
     hashes: tuple = ()  # `perceptual_hash` of the reference and of the first frames of both clips
@@ -116,13 +113,11 @@ class BackendError(RuntimeError):
 
 
 class Scorer(Protocol):
-    "Says how good edits are."
+    'Says how good edits are: name -> number, "edit" among them, 0..1.'
 
     name: str
 
-    def score(
-        self, records: Sequence[Record]
-    ) -> list[dict | BackendError]: ...  # name -> number, "edit" among them, 0..1
+    def score(self, records: Sequence[Record]) -> list[dict | BackendError]: ...
 
 
 class Grounder(Protocol):
@@ -134,19 +129,19 @@ class Grounder(Protocol):
 
 
 class Segmenter(Protocol):
-    "Turns boxes into masks."
+    "Turns boxes into masks, (T, h, w) bool."
 
     name: str
 
-    def segment(self, records: Sequence[Record]) -> list[np.ndarray | BackendError]: ...  # (T, h, w) bool
+    def segment(self, records: Sequence[Record]) -> list[np.ndarray | BackendError]: ...
 
 
 class Synthesizer(Protocol):
-    "Makes reference images."
+    "Makes reference images, (h, w, 3) uint8."
 
     name: str
 
-    def synthesize(self, records: Sequence[Record]) -> list[np.ndarray | BackendError]: ...  # (h, w, 3) uint8
+    def synthesize(self, records: Sequence[Record]) -> list[np.ndarray | BackendError]: ...
 
 
 class Verifier(Protocol):
@@ -158,11 +153,11 @@ class Verifier(Protocol):
 
 
 class Embedder(Protocol):
-    "Turns images into vectors, in which near-duplicates are near."
+    "Turns images into vectors of unit length, (N, d) float32, in which near-duplicates are near."
 
     name: str
 
-    def embed(self, images: Sequence[np.ndarray]) -> np.ndarray: ...  # (N, d) float32, unit length
+    def embed(self, images: Sequence[np.ndarray]) -> np.ndarray: ...
 
 # %% ../nbs/02_quadruplets.ipynb #q11b0001
 @dataclass(frozen=True)
@@ -195,59 +190,57 @@ def _clip_frames(clip, indices, size):
     if not isinstance(clip, np.ndarray):
         return read_video(clip, indices=indices, size=size).frames
     frames = as_frames(clip)[list(indices)]
-    return (
-        frames
-        if size is None or size == frames.shape[2:0:-1]
-        else np.stack([cv2.resize(f, size, interpolation=cv2.INTER_AREA) for f in frames])
-    )
+    if size is None or size == frames.shape[2:0:-1]:
+        return frames
+    return np.stack([cv2.resize(f, size, interpolation=cv2.INTER_AREA) for f in frames])
+
+
+class _Unreadable(Exception):
+    "Why a pair cannot be opened."
+
+
+def _tried(what, call, *arguments, faults=(ValueError, OSError)):
+    try:
+        return call(*arguments)
+    except faults as error:
+        raise _Unreadable(f"unreadable {what}: {error}") from None
+
+
+def _open(record, options):
+    "Fill a record with frames and facts of its files."
+    pair, clips = record.pair, ("source", "edited")
+    _tried("instruction", pair.instruction.encode)
+    facts = [_tried(name, _clip_facts, getattr(pair, name)) for name in clips]
+    (n, *size, fps), (m, height, width, _) = facts
+    if n != m:
+        raise _Unreadable(f"lengths differ: source has {n} frames, edited {m}")
+    if size != [height, width]:
+        raise _Unreadable(f"sizes differ: source is {size[1]}x{size[0]}, edited {width}x{height}")
+    if pair.task and pair.task not in TASKS:
+        raise _Unreadable(f"unknown task: {pair.task!r}")
+    if pair.reference is not None:  # decoders of images raise what they like
+        record.authentic_reference = _tried("reference", _still, pair.reference, faults=Exception)
+    scale = min(1.0, options.side / max(height, width))
+    shown = max(round(width * scale), 8), max(round(height * scale), 8)
+    record.indices, record.fps, record.size = tuple(sample_indices(n, options.frames)), fps, (height, width)
+    for name in clips:
+        frames = _tried(name, _clip_frames, getattr(pair, name), record.indices, shown)
+        setattr(record, name, frames)
+        if len(frames) != len(record.indices):
+            raise _Unreadable(f"unreadable {name}: frames are damaged")
 
 
 def load_record(
     pair: Pair, options: LoadOptions = LoadOptions()
 ) -> Record:  # with a verdict of stage "load", passed or not
     "A pair opened at the working size. What cannot be read is dropped with its reason."
-    record = Record(pair, task=pair.task)
-
-    def verdict(reason=""):
-        record.verdicts.append(
-            Verdict("load", not reason, " ".join(reason.split())[:300], backend="embedded", error=bool(reason))
-        )
-        return record
-
+    record, reason = Record(pair, task=pair.task), ""
     try:
-        pair.instruction.encode()
-    except UnicodeEncodeError as error:
-        return verdict(f"unreadable instruction: {error}")
-    facts = {}
-    for name in ("source", "edited"):
-        try:
-            facts[name] = _clip_facts(getattr(pair, name))
-        except (ValueError, OSError) as error:
-            return verdict(f"unreadable {name}: {error}")
-    (n, *_, fps), (m, height, width, _) = facts["source"], facts["edited"]
-    if n != m:
-        return verdict(f"lengths differ: source has {n} frames, edited {m}")
-    if facts["source"][1:3] != (height, width):
-        return verdict(f"sizes differ: source is {facts['source'][2]}x{facts['source'][1]}, edited {width}x{height}")
-    if pair.task and pair.task not in TASKS:
-        return verdict(f"unknown task: {pair.task!r}")
-    if pair.reference is not None:
-        try:
-            record.authentic_reference = _still(pair.reference)
-        except Exception as error:
-            return verdict(f"unreadable reference: {error}")  # decoders of images raise what they like
-    scale = min(1.0, options.side / max(height, width))
-    size = (max(round(width * scale), 8), max(round(height * scale), 8))
-    record.indices, record.fps, record.size = tuple(sample_indices(n, options.frames)), fps, (height, width)
-    for name in facts:
-        try:
-            setattr(record, name, _clip_frames(getattr(pair, name), record.indices, size))
-        except (ValueError, OSError) as error:
-            return verdict(f"unreadable {name}: {error}")
-    for name in facts:
-        if len(getattr(record, name)) != len(record.indices):
-            return verdict(f"unreadable {name}: frames are damaged")
-    return verdict()
+        _open(record, options)
+    except _Unreadable as error:
+        reason = " ".join(str(error).split())[:300]
+    record.verdicts.append(Verdict("load", not reason, reason, backend="embedded", error=bool(reason)))
+    return record
 
 
 def full_frames(
@@ -308,36 +301,33 @@ def _old_and_new(words):
     return "", ""
 
 
+_TASKS = dict(  # the first that fits
+    background=r"\b(background|backdrop)\b|in front of the scene|behind the objects",
+    remove=r"\b(remove|delete|erase|get rid of|disappear)\b|\btake .+ out\b",
+    subject=r"\breference\b|\b(object|thing) (shown )?in the picture\b",
+    style=r"\b(style|aesthetic)\b|\b(make|turn|render|give|apply)\b.*\b(video|clip|everything|footage)\b",
+    add=r"^(please )?(add|insert|place|put)\b(?!.* in place of )|there should be",
+    change=r"\b(replace|swap|change|turn|make|let|paint|recolou?r|transform|give|cover|exchange|put)\b",
+)
+_OBJECTS = (
+    r"(?:remove|delete|erase|get rid of|take|make) (.+?)(?: out| disappear| from the|,|$)",
+    r"(?:add|insert|place|put|there should be) (.+)",
+)
+
+
 def parse_instruction(
     text: str,
     task: str = "",  # where the data says it
 ) -> Request:
     "Task, object words and place of an instruction, by its verbs."
     words = " ".join(text.lower().replace("\u2019", "'").split()).rstrip(".! ")
-    has = lambda pattern: re.search(pattern, words) is not None
     if not task:
-        if has(r"\b(background|backdrop)\b|in front of the scene|behind the objects"):
-            task = "background"
-        elif has(r"\b(remove|delete|erase|get rid of|disappear)\b|\btake .+ out\b"):
-            task = "remove"
-        elif has(r"\breference\b|\b(object|thing) (shown )?in the picture\b"):
-            task = "subject"
-        elif has(r"\b(style|aesthetic)\b|\b(make|turn|render|give|apply)\b.*\b(video|clip|everything|footage)\b"):
-            task = "style"
-        elif has(r"^(please )?(add|insert|place|put)\b(?!.* in place of )|there should be"):
-            task = "add"
-        elif has(r"\b(replace|swap|change|turn|make|let|paint|recolou?r|transform|give|cover|exchange|put)\b"):
-            task = "change"
+        task = next((task for task, pattern in _TASKS.items() if re.search(pattern, words)), "")
     place = next((p for p in sorted(PLACES, key=len, reverse=True) if f"at {p}" in words), "")
     old, new = _old_and_new(words) if task in ("subject", "background", "change") else ("", "")
-    if not new and (
-        found := re.search(
-            r"(?:remove|delete|erase|get rid of|take|make) (.+?)(?: out| disappear| from the|,|$)", words
-        )
-    ):
-        new = _thing(found[1])
-    if not new and (found := re.search(r"(?:add|insert|place|put|there should be) (.+)", words)):
-        new = _thing(found[1])
+    for pattern in _OBJECTS:
+        if not new and (found := re.search(pattern, words)):
+            new = _thing(found[1])
     if task == "background":
         new = re.sub(r"^(?:a|an|the) ", "", new if old else "") or "new background"
     return Request(task, new or words, old, place)
@@ -375,8 +365,16 @@ def _disk(radius):
     return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (_odd(radius * 2 - 1),) * 2)
 
 
+def _morphed(mask, op, radius):
+    return cv2.morphologyEx(mask.astype(np.uint8), op, _disk(radius)).astype(bool)
+
+
 def _morph(mask, op, radius):
-    return np.stack([cv2.morphologyEx(m.astype(np.uint8), op, _disk(radius)) for m in mask]).astype(bool)
+    return np.stack([_morphed(m, op, radius) for m in mask])
+
+
+def _filled(mask):
+    return np.stack([ndimage.binary_fill_holes(m) for m in mask])
 
 
 def _main_parts(mask, share):
@@ -395,17 +393,13 @@ def changed_region(
 ) -> np.ndarray:  # (T, h, w) bool
     "Hysteresis over what a decoder's noise moves everywhere; gaps closed, crumbs dropped."
     noise = min(float(np.median(distance)), 4.0)
-    mask = np.stack(
-        [
-            filters.apply_hysteresis_threshold(d, max(options.low, 2.5 * noise), max(options.high, 4 * noise))
-            for d in distance
-        ]
-    )
+    low, high = max(options.low, 2.5 * noise), max(options.high, 4 * noise)
+    mask = np.stack([filters.apply_hysteresis_threshold(d, low, high) for d in distance])
     short = min(mask.shape[1:])
     if short > 128:
         mask = _morph(mask, cv2.MORPH_OPEN, short / 160)
     mask = _morph(mask, cv2.MORPH_CLOSE, options.close * short)
-    return np.stack([ndimage.binary_fill_holes(m) for m in _main_parts(mask, options.share)])
+    return _filled(_main_parts(mask, options.share))
 
 
 def mask_boxes(mask: np.ndarray) -> np.ndarray:  # (T, 4), NaN where empty
@@ -418,18 +412,27 @@ def mask_boxes(mask: np.ndarray) -> np.ndarray:  # (T, 4), NaN where empty
     return boxes
 
 # %% ../nbs/02_quadruplets.ipynb #9a110013
+def _near_color(lab, name):
+    "Which pixels, in Lab, are near a colour's name, with lightness at half weight."
+    return np.linalg.norm((lab - _named_lab(name)) * np.float32([0.5, 1, 1]), axis=-1) < 28
+
+
+def _named_lab(name):
+    return _lab(np.uint8([[[_SHADES[name]]]]))[0, 0, 0]
+
+
 def color_share(
     pixels: np.ndarray,  # (N, 3) uint8
     name: str,  # of a colour
 ) -> float:  # 0..1
-    "Share of the pixels near a colour's name, in Lab with lightness at half weight, or of its hue: things have shade."
+    "Share of the pixels near a colour's name, or of its hue: things have shade."
     if not len(pixels):
         return 0.0
-    a, b = _lab(pixels[None, None])[0, 0], _lab(np.uint8([[[_SHADES[name]]]]))[0, 0]
-    near = np.linalg.norm((a - b) * np.float32([0.5, 1, 1]), axis=-1) < 28
-    chroma, wanted = np.linalg.norm(a[:, 1:], axis=-1), np.linalg.norm(b[0, 1:])
+    a, b = _lab(pixels[None, None])[0, 0], _named_lab(name)
+    near = _near_color(a, name)
+    chroma, wanted = np.linalg.norm(a[:, 1:], axis=-1), np.linalg.norm(b[1:])
     if wanted > 30:
-        near |= (chroma > 12) & (a[:, 1:] @ b[0, 1:] > math.cos(math.radians(15)) * chroma * wanted)
+        near |= (chroma > 12) & (a[:, 1:] @ b[1:] > math.cos(math.radians(15)) * chroma * wanted)
     return float(near.mean())
 
 
@@ -513,11 +516,11 @@ class ChangeScorer:
         return min(fits)
 
 # %% ../nbs/02_quadruplets.ipynb #9a110018
-def same_look(
+def _same_look(
     source: np.ndarray,  # (h, w, 3) uint8
     edited: np.ndarray,
 ) -> np.ndarray:  # (h, w) bool
-    "Where a frame shows the same thing under another light: its structure correlates, and its colours agree once the change of light that the structure shows is undone."
+    "Where a frame shows the same thing, perhaps under another light: structure correlates, relit colours agree."
     a, b = _lab(np.stack([source, edited]))
     sigma = min(a.shape[:2]) / 90
     mean = lambda x: cv2.GaussianBlur(x, (0, 0), sigma)
@@ -528,11 +531,8 @@ def same_look(
     if sure.mean() > 0.01:
         gain = np.clip(b[sure].std(0) / np.maximum(a[sure].std(0), 1e-3), 0.7, 1.4)
         lit = (a - np.median(a[sure], 0)) * gain + np.median(b[sure], 0)
-    gap = cv2.GaussianBlur(
-        np.minimum(np.linalg.norm(a - b, axis=-1), np.linalg.norm(lit - b, axis=-1)).astype(np.float32),
-        (0, 0),
-        sigma / 2,
-    )
+    gap = np.minimum(np.linalg.norm(a - b, axis=-1), np.linalg.norm(lit - b, axis=-1))
+    gap = cv2.GaussianBlur(gap.astype(np.float32), (0, 0), sigma / 2)
     return np.where(np.maximum(*spread) < 2.5, gap < 6, np.where(alike > 0.75, gap < 22, (alike > 0.45) & (gap < 8)))
 
 
@@ -569,16 +569,9 @@ class ChangeGrounder:
             mask = ~np.stack([filters.apply_hysteresis_threshold(d, 3, 6) for d in distance])
             mask = _morph(mask, cv2.MORPH_OPEN, 1)
         else:
-            mask = _morph(
-                _morph(
-                    np.stack([same_look(s, e) for s, e in zip(record.source, record.edited)]),
-                    cv2.MORPH_OPEN,
-                    short / 90,
-                ),
-                cv2.MORPH_CLOSE,
-                short / 50,
-            )
-        return np.stack([ndimage.binary_fill_holes(m) for m in _main_parts(mask, 0.1)])
+            mask = np.stack([_same_look(s, e) for s, e in zip(record.source, record.edited)])
+            mask = _morph(_morph(mask, cv2.MORPH_OPEN, short / 90), cv2.MORPH_CLOSE, short / 50)
+        return _filled(_main_parts(mask, 0.1))
 
 # %% ../nbs/02_quadruplets.ipynb #9a110019
 class GrabCutSegmenter:
@@ -586,128 +579,103 @@ class GrabCutSegmenter:
 
     name = "grabcut"
 
-    def __init__(self, rounds: int = 2):
-        self.rounds = rounds
-
     def segment(self, records):
         return [self._one(record) for record in records]
 
     def _one(self, record):
-        seed = record.changed if record.task != "background" else (None if record.changed is None else ~record.changed)
-        if seed is None:
-            seed = self._from_boxes(record.boxes, record.edited.shape[:3])
+        place = record.task == "background"
+        if record.changed is None:
+            seed = _in_boxes(record.boxes, record.edited.shape[:3])
+        else:
+            seed = ~record.changed if place else record.changed
         if not seed.any():
-            return seed if record.task == "background" else BackendError("empty mask")
-        cut = (
-            self._frame
-            if record.task == "background" or min(seed.shape[1:]) <= 128
-            else functools.partial(self._thing, names=_colors_in(record.subject))
-        )
-        mask = np.stack([cut(f, m) for f, m in zip(record.edited, seed)])
-        return _main_parts(mask, 0.1)
+            return seed if place else BackendError("empty mask")
+        if place or min(seed.shape[1:]) <= 128:
+            cut = _cut_along_colors
+        else:
+            names = _colors_in(record.subject)
+            cut = lambda frame, seed: _cut_thing(frame, seed, names)
+        return _main_parts(np.stack([cut(f, m) for f, m in zip(record.edited, seed)]), 0.1)
 
-    def _from_boxes(self, boxes, shape):
-        mask = np.zeros(shape, bool)
-        for m, box in zip(mask, boxes):
-            if np.isfinite(box).all():
-                l, t, r, b = (box * np.array([shape[2], shape[1]] * 2)).round().astype(int)
-                m[t:b, l:r] = True
-        return mask
 
-    def _frame(self, frame, seed):
-        if not seed.any():
-            return seed
-        reach = max(min(seed.shape) * 0.012, 1)
-        wide = cv2.dilate(seed.astype(np.uint8), _disk(reach))
-        core = cv2.erode(seed.astype(np.uint8), _disk(reach * 2))
-        if not core.any() or wide.all():
-            return seed
-        label = np.full(seed.shape, cv2.GC_BGD, np.uint8)
-        label[cv2.dilate(wide, _disk(reach)) > 0] = cv2.GC_PR_BGD
-        label[seed] = cv2.GC_PR_FGD
-        label[core > 0] = cv2.GC_FGD
-        if (label == cv2.GC_BGD).sum() < 16:
-            return seed
-        cv2.setRNGSeed(0)  # its colour models start from k-means
-        cv2.grabCut(
-            np.ascontiguousarray(frame[..., ::-1]),
-            label,
-            None,
-            np.zeros((1, 65)),
-            np.zeros((1, 65)),
-            self.rounds,
-            cv2.GC_INIT_WITH_MASK,
-        )
-        cut = ndimage.binary_fill_holes((label == cv2.GC_FGD) | (label == cv2.GC_PR_FGD))
-        cut = (
-            cv2.morphologyEx(cut.astype(np.uint8), cv2.MORPH_OPEN, _disk(reach * 0.5)).astype(bool)
-            if min(seed.shape) > 128
-            else cut
-        )
-        return cut if cut.sum() > 0.5 * seed.sum() else seed
+def _in_boxes(boxes, shape):
+    mask = np.zeros(shape, bool)
+    for m, box in zip(mask, boxes):
+        if np.isfinite(box).all():
+            l, t, r, b = (box * np.array([shape[2], shape[1]] * 2)).round().astype(int)
+            m[t:b, l:r] = True
+    return mask
 
-    def _thing(self, frame, seed, names):
-        "Cuts what the colours around the change do not explain, or what has the colours that the words name; the rest came to light when the old thing went."
-        reach, lab = max(min(seed.shape) * 0.012, 1), _lab(frame[None])[0]
-        wide = cv2.dilate(seed.astype(np.uint8), _disk(reach)) > 0
-        around = lab[(cv2.dilate(seed.astype(np.uint8), _disk(min(seed.shape) * 0.08)) > 0) & ~wide]
-        if not seed.any() or len(around) < 50:
-            return seed
-        cv2.setRNGSeed(0)
-        _, _, colors = cv2.kmeans(
-            around,
-            min(8, len(around) // 25),
-            None,
-            (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 10, 1.0),
-            1,
-            cv2.KMEANS_PP_CENTERS,
-        )
-        far = np.linalg.norm(lab[:, :, None] - colors, axis=-1).min(-1)
-        named = np.zeros(seed.shape, bool)
-        for name in names:
-            named |= (
-                np.linalg.norm(
-                    (lab - _lab(np.uint8([[_SHADES[name]]])[None])[0, 0, 0]) * np.float32([0.5, 1, 1]), axis=-1
-                )
-                < 28
-            )
-        likely = seed & (far > 12)
-        if (named & seed).sum() > 0.15 * seed.sum():
-            likely |= named & seed
-        label = np.where(wide, cv2.GC_PR_BGD, cv2.GC_BGD).astype(np.uint8)
-        label[likely] = cv2.GC_PR_FGD
-        label[(cv2.erode(likely.astype(np.uint8), _disk(reach)) > 0) & (far > 18)] = cv2.GC_FGD
-        if likely.sum() < 16:
-            return seed
-        cv2.grabCut(
-            np.ascontiguousarray(frame[..., ::-1]),
-            label,
-            None,
-            np.zeros((1, 65)),
-            np.zeros((1, 65)),
-            self.rounds,
-            cv2.GC_INIT_WITH_MASK,
-        )
-        cut = cv2.morphologyEx(
-            ((label == cv2.GC_FGD) | (label == cv2.GC_PR_FGD)).astype(np.uint8), cv2.MORPH_OPEN, _disk(reach * 0.5)
-        ).astype(bool)
-        if cut.sum() < 0.1 * seed.sum():
-            return seed
-        if (sure := cut & named).sum() > 0.4 * cut.sum():
-            cut = sure
-        # what the outline encloses and did change is part of it: the glass of spectacles
-        border = round(min(seed.shape) * 0.06)
-        closed = (
-            cv2.morphologyEx(np.pad(cut.astype(np.uint8), border), cv2.MORPH_CLOSE, _disk(border))[
-                border:-border, border:-border
-            ]
-            > 0
-        )
-        return cut | ndimage.binary_fill_holes(closed) & seed
+
+def _grown(mask, radius):
+    return cv2.dilate(mask.astype(np.uint8), _disk(radius)) > 0
+
+
+def _shrunk(mask, radius):
+    return cv2.erode(mask.astype(np.uint8), _disk(radius)) > 0
+
+
+def _grabcut(frame, label):
+    "What GrabCut takes for foreground. `label` says what is sure and what is likely."
+    models, bgr = np.zeros((2, 1, 65)), np.ascontiguousarray(frame[..., ::-1])
+    cv2.grabCut(bgr, label, None, *models, 2, cv2.GC_INIT_WITH_MASK)
+    return (label == cv2.GC_FGD) | (label == cv2.GC_PR_FGD)
+
+
+def _cut_along_colors(frame, seed):
+    reach = max(min(seed.shape) * 0.012, 1)
+    wide, core = _grown(seed, reach), _shrunk(seed, reach * 2)
+    if not core.any() or wide.all():
+        return seed
+    label = np.full(seed.shape, cv2.GC_BGD, np.uint8)
+    label[_grown(wide, reach)] = cv2.GC_PR_BGD
+    label[seed] = cv2.GC_PR_FGD
+    label[core] = cv2.GC_FGD
+    if (label == cv2.GC_BGD).sum() < 16:
+        return seed
+    cv2.setRNGSeed(0)  # its colour models start from k-means
+    cut = ndimage.binary_fill_holes(_grabcut(frame, label))
+    if min(seed.shape) > 128:
+        cut = _morphed(cut, cv2.MORPH_OPEN, reach * 0.5)
+    return cut if cut.sum() > 0.5 * seed.sum() else seed
+
+
+def _cut_thing(frame, seed, names):
+    "Cuts what the colours around the change do not explain, or what has a named colour; the rest came to light."
+    reach, lab = max(min(seed.shape) * 0.012, 1), _lab(frame[None])[0]
+    wide = _grown(seed, reach)
+    around = lab[_grown(seed, min(seed.shape) * 0.08) & ~wide]
+    if not seed.any() or len(around) < 50:
+        return seed
+    cv2.setRNGSeed(0)
+    enough = cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 10, 1.0
+    colors = cv2.kmeans(around, min(8, len(around) // 25), None, enough, 1, cv2.KMEANS_PP_CENTERS)[2]
+    far = np.linalg.norm(lab[:, :, None] - colors, axis=-1).min(-1)
+    named = np.zeros(seed.shape, bool)
+    for name in names:
+        named |= _near_color(lab, name)
+    likely = seed & (far > 12)
+    if (named & seed).sum() > 0.15 * seed.sum():
+        likely |= named & seed
+    label = np.where(wide, cv2.GC_PR_BGD, cv2.GC_BGD).astype(np.uint8)
+    label[likely] = cv2.GC_PR_FGD
+    label[_shrunk(likely, reach) & (far > 18)] = cv2.GC_FGD
+    if likely.sum() < 16:
+        return seed
+    cut = _morphed(_grabcut(frame, label), cv2.MORPH_OPEN, reach * 0.5)
+    if cut.sum() < 0.1 * seed.sum():
+        return seed
+    if (sure := cut & named).sum() > 0.4 * cut.sum():
+        cut = sure
+    # what the outline encloses and did change is part of it: the glass of spectacles
+    border = round(min(seed.shape) * 0.06)
+    inner = slice(border, -border)
+    closed = _morphed(np.pad(cut, border), cv2.MORPH_CLOSE, border)[inner, inner]
+    return cut | ndimage.binary_fill_holes(closed) & seed
 
 # %% ../nbs/02_quadruplets.ipynb #9a11001d
-def sharpness(image: np.ndarray) -> float:
-    "Variance of the Laplacian of (h, w, 3) uint8."
+def _sharpness(image):
+    "Variance of the Laplacian: of frames without a target, so not the bench's share of a target's sharpness."
     return float(cv2.Laplacian(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.CV_64F).var())
 
 
@@ -729,14 +697,9 @@ class CutoutSynthesizer:
     def best_frame(self, record) -> int:
         "Position of the frame whose subject is large, sharp and away from the border."
         area = record.mask.mean((1, 2))
-        sharp = np.array([sharpness(f) for f in record.edited])
-        value = (
-            area
-            / area.max()
-            * np.sqrt(sharp / max(sharp.max(), 1e-6))
-            / (1 + 4 * np.array([_touches(m) for m in record.mask]))
-        )
-        return int(value.argmax())
+        sharp = np.array([_sharpness(f) for f in record.edited])
+        border = 1 + 4 * np.array([_touches(m) for m in record.mask])
+        return int((area / area.max() * np.sqrt(sharp / max(sharp.max(), 1e-6)) / border).argmax())
 
     def _subject(self, record):
         if record.mask is None or not record.mask.any():
@@ -782,45 +745,78 @@ class CutoutSynthesizer:
         frames = full_frames(record, range(len(record.indices)))
         h, w = frames.shape[1:3]
         grow = max(min(h, w) * (0.02 if min(h, w) > 128 else 0.015), 1)
-        front = np.stack(
-            [
-                cv2.dilate(cv2.resize(m.astype(np.uint8), (w, h), interpolation=cv2.INTER_NEAREST), _disk(grow))
-                for m in record.mask
-            ]
-        ).astype(bool)
+        full = [cv2.resize(m.astype(np.uint8), (w, h), interpolation=cv2.INTER_NEAREST) for m in record.mask]
+        front = np.stack([_grown(m, grow) for m in full])
         if front.mean() > 0.9:
             return BackendError("no background: what stayed fills the frame")
         areas = front.mean((1, 2))
-        at = int(
-            np.where(areas < 0.85 * np.median(areas), 2, areas).argmin()
-        )  # far less than elsewhere: something was missed
+        missed = areas < 0.85 * np.median(areas)  # far less than elsewhere: something was not seen there
+        at = int(np.where(missed, 2, areas).argmin())
         plate, hole = frames[at].copy(), front[at].copy()
         moved = np.abs(record.edited[0].astype(np.float32) - record.edited[-1])[~(record.mask[0] | record.mask[-1])]
         if len(moved) and moved.mean() < 12:  # a camera that stands: other frames show what is hidden in this one
-            rows = np.nonzero(hole)
-            seen = ~front[:, rows[0], rows[1]]
-            values = np.where(seen[..., None], frames[:, rows[0], rows[1]], np.nan).astype(np.float32)
+            y, x = np.nonzero(hole)
+            seen = ~front[:, y, x]
+            values = np.where(seen[..., None], frames[:, y, x], np.nan).astype(np.float32)
             known = seen.sum(0) >= max(0.25 * len(frames), 1)
             if known.any():
-                plate[rows[0][known], rows[1][known]] = np.nanmedian(values[:, known], 0)
-                hole[rows[0][known], rows[1][known]] = False
+                plate[y[known], x[known]] = np.nanmedian(values[:, known], 0)
+                hole[y[known], x[known]] = False
         return fill_patches(plate, hole)
 
 # %% ../nbs/02_quadruplets.ipynb #9a11001e
 def _shrink(image, hole, size):
     "A smaller image of what is known; a hole's own colours are left out, or they bleed into its rim."
-    keep = cv2.resize((~hole).astype(np.float32), size, interpolation=cv2.INTER_AREA)
-    small = (
-        cv2.resize(image * (~hole)[..., None].astype(np.float32), size, interpolation=cv2.INTER_AREA)
-        / np.maximum(keep, 1e-3)[..., None]
-    )
-    return small.astype(np.float32), keep < 0.5
+    known = (~hole).astype(np.float32)
+    keep = cv2.resize(known, size, interpolation=cv2.INTER_AREA)
+    small = cv2.resize(image * known[..., None], size, interpolation=cv2.INTER_AREA)
+    return (small / np.maximum(keep, 1e-3)[..., None]).astype(np.float32), keep < 0.5
 
 
 def _nearest(wanted, known, chunk=2048):
     "For each patch, the known one with the least squared difference."
     half = (known**2).sum(1) / 2
     return np.concatenate([(half - wanted[i : i + chunk] @ known.T).argmin(1) for i in range(0, len(wanted), chunk)])
+
+
+def _voted(now, gap, r, rounds):
+    "A hole's pixels as the vote of patches from elsewhere, and where each patch was found; None without patches."
+    near, inner = cv2.dilate(gap.astype(np.uint8), np.ones((2 * r + 1,) * 2)) > 0, np.zeros_like(gap)
+    inner[r:-r, r:-r] = True
+    (sy, sx), (ty, tx) = np.nonzero(~near & inner), np.nonzero(near & inner)
+    if not len(sy) or not len(ty):
+        return now, None
+    for _ in range(rounds):
+        windows = np.lib.stride_tricks.sliding_window_view(now, (2 * r + 1,) * 2, axis=(0, 1))
+        known, wanted = (windows[y - r, x - r].reshape(len(y), -1) for y, x in ((sy, sx), (ty, tx)))
+        best = _nearest(wanted, known)
+        error = ((known[best] - wanted) ** 2).mean(1)
+        trust = np.exp(-error / (2 * np.percentile(error, 75) + 1e-3))
+        votes, total = np.zeros_like(now), np.zeros(gap.shape, np.float32)
+        for dy, dx in itertools.product(range(-r, r + 1), repeat=2):  # targets differ: plain indexing adds each once
+            votes[ty + dy, tx + dx] += trust[:, None] * now[sy[best] + dy, sx[best] + dx]
+            total[ty + dy, tx + dx] += trust
+        now = np.where((gap & (total > 0))[..., None], votes / np.maximum(total, 1e-6)[..., None], now)
+    shift = np.zeros((*gap.shape, 2), np.int64)
+    shift[ty, tx] = np.stack([sy[best] - ty, sx[best] - tx], -1)
+    return now, shift
+
+
+def _full_size(image, hole, full, shift, r):
+    "Pixels from where their patches were found, mixed over the four nearest of them; elsewhere those of `full`."
+    (h, w), small, (y, x) = hole.shape, np.array(shift.shape[:2]), np.nonzero(hole)
+    step, places = np.array([h, w]) / small, np.stack([y, x], -1)
+    at = places / step + 0.5 / step - 0.5
+    votes, total = np.zeros((len(y), 3), np.float32), np.zeros(len(y), np.float32)
+    for corner in itertools.product((0, 1), repeat=2):
+        q = np.clip(np.floor(at).astype(int) + corner, r, small - 1 - r)
+        p = np.clip((places + shift[q[:, 0], q[:, 1]] * step).round().astype(int), 0, [h - 1, w - 1])
+        weight = ((np.maximum(1 - np.abs(at - q), 0) + 1e-3).prod(-1) * ~hole[p[:, 0], p[:, 1]]).astype(np.float32) ** 2
+        votes += weight[:, None] * image[p[:, 0], p[:, 1]]
+        total += weight
+    full[y, x] = np.where((total > 1e-8)[:, None], votes / np.maximum(total, 1e-9)[:, None], full[y, x])
+    soft = np.maximum(cv2.GaussianBlur(hole.astype(np.float32), (0, 0), step[0] / 2), hole)[..., None]
+    return image * (1 - soft) + full * soft
 
 
 def fill_patches(
@@ -830,63 +826,27 @@ def fill_patches(
     radius: int = 3,  # of a patch, pixels
     rounds: int = 4,
 ) -> np.ndarray:  # (h, w, 3) uint8
-    "Holes filled with patches from elsewhere in the image, from coarse to fine: each pixel is the vote of the patches that cover it (Wexler, Shechtman and Irani, 2007)."
+    "Holes filled with patches from elsewhere, from coarse to fine (Wexler, Shechtman and Irani, 2007)."
     if not hole.any():
         return image
-    (h, w), scale, sizes, r = hole.shape, min(1.0, side / max(hole.shape)), [], radius
+    (h, w), scale, sizes, now = hole.shape, min(1.0, side / max(hole.shape)), [], None
     while not sizes or max(sizes[-1]) >= 40:
-        sizes.append((max(round(w * scale), 2 * r + 3), max(round(h * scale), 2 * r + 3)))
+        sizes.append((max(round(w * scale), 2 * radius + 3), max(round(h * scale), 2 * radius + 3)))
         scale /= 1.6
-    now = None
     for size in sizes[::-1]:
         small, gap = _shrink(image, hole, size)
         if now is None:
-            now = cv2.inpaint(small.clip(0, 255).astype(np.uint8), gap.astype(np.uint8), 3, cv2.INPAINT_TELEA).astype(
-                np.float32
-            )
+            start = small.clip(0, 255).astype(np.uint8)
+            now = cv2.inpaint(start, gap.astype(np.uint8), 3, cv2.INPAINT_TELEA).astype(np.float32)
         else:
             now = cv2.resize(now, size, interpolation=cv2.INTER_CUBIC)
-        now = np.where(gap[..., None], now, small)
-        near, inner = cv2.dilate(gap.astype(np.uint8), np.ones((2 * r + 1,) * 2)) > 0, np.zeros_like(gap)
-        inner[r:-r, r:-r] = True
-        (sy, sx), (ty, tx) = np.nonzero(~near & inner), np.nonzero(near & inner)
-        if not len(sy) or not len(ty):
-            continue
-        shift = np.zeros((*gap.shape, 2), np.int64)
-        for _ in range(rounds):
-            windows = np.lib.stride_tricks.sliding_window_view(now, (2 * r + 1,) * 2, axis=(0, 1))
-            known, wanted = (windows[y - r, x - r].reshape(len(y), -1) for y, x in ((sy, sx), (ty, tx)))
-            best = _nearest(wanted, known)
-            error = ((known[best] - wanted) ** 2).mean(1)
-            trust = np.exp(-error / (2 * np.percentile(error, 75) + 1e-3))
-            votes, total = np.zeros_like(now), np.zeros(gap.shape, np.float32)
-            for dy, dx in itertools.product(
-                range(-r, r + 1), repeat=2
-            ):  # targets are distinct, so plain indexing adds each once
-                votes[ty + dy, tx + dx] += trust[:, None] * now[sy[best] + dy, sx[best] + dx]
-                total[ty + dy, tx + dx] += trust
-            now = np.where((gap & (total > 0))[..., None], votes / np.maximum(total, 1e-6)[..., None], now)
-        shift[ty, tx] = np.stack([sy[best] - ty, sx[best] - tx], -1)
-    if max(h, w) <= side:
-        return np.where(hole[..., None], now.round().clip(0, 255), image).astype(np.uint8)
-    if not len(sy) or not len(ty):
-        return np.where(
-            hole[..., None], cv2.resize(now, (w, h), interpolation=cv2.INTER_CUBIC).round().clip(0, 255), image
-        ).astype(np.uint8)
-    # at full size, pixels come from where their patches were found, mixed over the four nearest of them
-    step, (y, x) = np.array([h / size[1], w / size[0]]), np.nonzero(hole)
-    at = np.stack([y, x], -1) / step + 0.5 / step - 0.5
-    votes, total = np.zeros((len(y), 3), np.float32), np.zeros(len(y), np.float32)
-    for corner in itertools.product((0, 1), repeat=2):
-        q = np.clip(np.floor(at).astype(int) + corner, r, np.array(gap.shape) - 1 - r)
-        p = np.clip((np.stack([y, x], -1) + shift[q[:, 0], q[:, 1]] * step).round().astype(int), 0, [h - 1, w - 1])
-        weight = ((np.maximum(1 - np.abs(at - q), 0) + 1e-3).prod(-1) * ~hole[p[:, 0], p[:, 1]]).astype(np.float32) ** 2
-        votes += weight[:, None] * image[p[:, 0], p[:, 1]]
-        total += weight
-    full = cv2.resize(now, (w, h), interpolation=cv2.INTER_CUBIC)
-    full[y, x] = np.where((total > 1e-8)[:, None], votes / np.maximum(total, 1e-9)[:, None], full[y, x])
-    soft = np.maximum(cv2.GaussianBlur(hole.astype(np.float32), (0, 0), step[0] / 2), hole)[..., None]
-    return (image * (1 - soft) + full * soft).round().clip(0, 255).astype(np.uint8)
+        now, shift = _voted(np.where(gap[..., None], now, small), gap, radius, rounds)
+    full = now if max(h, w) <= side else cv2.resize(now, (w, h), interpolation=cv2.INTER_CUBIC)
+    if max(h, w) <= side or shift is None:
+        filled = np.where(hole[..., None], full.round().clip(0, 255), image)
+    else:
+        filled = _full_size(image, hole, full, shift, radius).round().clip(0, 255)
+    return filled.astype(np.uint8)
 
 # %% ../nbs/02_quadruplets.ipynb #9a110022
 class PixelVerifier:
@@ -901,17 +861,16 @@ class PixelVerifier:
         image = record.reference
         if image is None or not image.size:
             return BackendError("no reference")
-        detail = np.clip(math.log10(sharpness(image) + 1) / 2, 0, 1)
+        detail = np.clip(math.log10(_sharpness(image) + 1) / 2, 0, 1)
         if record.task == "background":
             share = 0.0 if record.mask is None else float(record.mask.mean())
-            return Check(
-                float(1 + 9 * np.clip((0.7 - share) / 0.35, 0, 1)), float(1 + 9 * detail)
-            )  # more than that is guessed, not seen
+            seen = np.clip((0.7 - share) / 0.35, 0, 1)  # more than that is guessed
+            return Check(float(1 + 9 * seen), float(1 + 9 * detail))
         shown = (image < 245).any(-1)
         parts = np.bincount(ndimage.label(record.mask[CutoutSynthesizer().best_frame(record)])[0].ravel())[1:]
-        whole = (
-            float(np.clip((parts.max() / parts.sum() - 0.5) / 0.4, 0, 1)) if len(parts) else 0.0
-        )  # half of it elsewhere: something stands before it
+        whole = 0.0  # half of it elsewhere: something stands before it
+        if len(parts):
+            whole = float(np.clip((parts.max() / parts.sum() - 0.5) / 0.4, 0, 1))
         colors = [min(1.0, color_share(image[shown], c) / 0.08) for c in _colors_in(record.subject)]
         big = float(np.clip(record.mask.mean() / 0.004, 0, 1))
         free = float(np.clip(1.2 - min(_touches(m) for m in record.mask if m.any()), 0, 1))
@@ -924,110 +883,93 @@ class PixelEmbedder:
     name = "pixels"
 
     def embed(self, images):
-        out = []
-        for image in images:
-            small = cv2.resize(image, (16, 16), interpolation=cv2.INTER_AREA)
-            lab = _lab(small[None])[0] / 100 - np.float32([0.5, 0, 0])
-            gray = (
-                cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (64, 64), interpolation=cv2.INTER_AREA).astype(
-                    np.float32
-                )
-                / 255
-            )
-            hog = feature.hog(gray, orientations=8, pixels_per_cell=(16, 16), cells_per_block=(1, 1)).astype(np.float32)
-            vector = np.concatenate(
-                [lab.ravel() / max(np.linalg.norm(lab), 1e-6), hog / max(np.linalg.norm(hog), 1e-6)]
-            )
-            out.append(vector / max(np.linalg.norm(vector), 1e-6))
-        return np.array(out, np.float32).reshape(len(images), 16 * 16 * 3 + 4 * 4 * 8)
+        vectors = [self._vector(image) for image in images]
+        return np.array(vectors, np.float32).reshape(len(images), 16 * 16 * 3 + 4 * 4 * 8)
+
+    def _vector(self, image):
+        small = cv2.resize(image, (16, 16), interpolation=cv2.INTER_AREA)
+        lab = _lab(small[None])[0] / 100 - np.float32([0.5, 0, 0])
+        hog = feature.hog(_gray(image, 64) / 255, orientations=8, pixels_per_cell=(16, 16), cells_per_block=(1, 1))
+        unit = lambda x: x / max(np.linalg.norm(x), 1e-6)
+        return unit(np.concatenate([unit(lab).ravel(), unit(hog.astype(np.float32))]))
+
+
+def _gray(image, side):
+    return cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (side, side), interpolation=cv2.INTER_AREA).astype(
+        np.float32
+    )
 
 
 def perceptual_hash(image: np.ndarray) -> int:  # 64 bits
     "Signs of the low frequencies of an image of (h, w, 3) uint8."
-    gray = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (32, 32), interpolation=cv2.INTER_AREA).astype(
-        np.float32
-    )
-    low = cv2.dct(gray)[:8, :8].ravel()
+    low = cv2.dct(_gray(image, 32))[:8, :8].ravel()
     return int("".join("1" if v else "0" for v in low > np.median(low[1:])), 2)
 
 # %% ../nbs/02_quadruplets.ipynb #9a110026
-def _judge(records, stage, backend, call, settle):
-    "One verdict for each record still alive: `settle` takes record and answer, and returns reason and scores."
-    alive = [record for record in records if record.alive]
-    answers = call(alive) if alive else []
-    if len(answers) != len(alive):
-        raise InputError(f"`backend` {backend!r} has to answer {len(alive)} records but gave {len(answers)} answers.")
-    for record, answer in zip(alive, answers):
-        failed = isinstance(answer, BackendError)
-        reason, scores = (str(answer) or "no answer", {}) if failed else settle(record, answer)
-        record.verdicts.append(Verdict(stage, not reason, reason, scores, backend, failed))
-    return records
+class _Stage:
+    "Asks a backend about the records that are alive, and leaves a verdict on each."
+
+    def __call__(self, records: Sequence[Record]) -> Sequence[Record]:
+        alive, name = [record for record in records if record.alive], self.backend.name
+        answers = getattr(self.backend, self.asks)(alive) if alive else []
+        if len(answers) != len(alive):
+            raise InputError(f"`backend` {name!r} has to answer {len(alive)} records but gave {len(answers)} answers.")
+        for record, answer in zip(alive, answers):
+            failed = isinstance(answer, BackendError)
+            reason, scores = (str(answer) or "no answer", {}) if failed else self._settle(record, answer)
+            record.verdicts.append(Verdict(self.name, not reason, reason, scores, name, failed))
+        return records
 
 
 @dataclass
-class ScoreStage:
+class ScoreStage(_Stage):
     "Scores edits and drops the poor ones."
 
-    name = "score"
+    name = asks = "score"
     backend: Scorer = field(default_factory=ChangeScorer)
     threshold: float = 0.5  # of the score "edit"
-
-    def __call__(self, records: Sequence[Record]) -> Sequence[Record]:
-        return _judge(records, "score", self.backend.name, self.backend.score, self._settle)
 
     def _settle(self, record, scores):
         if scores["edit"] >= self.threshold:
             return "", scores
-        words = dict(
-            change="no edit done",
-            steady="broken frames",
-            aligned="shifted clip",
-            kept="too much changed",
-            fits="not what the words say",
-        )
-        worst = [k for k in words if scores.get(k, 1.0) < self.threshold]
-        return words[worst[0]] if worst else "poor edit", scores
+        worst = [words for name, words in _FAULTS.items() if scores.get(name, 1.0) < self.threshold]
+        return worst[0] if worst else "poor edit", scores
+
+
+_FAULTS = dict(
+    change="no edit done",
+    steady="broken frames",
+    aligned="shifted clip",
+    kept="too much changed",
+    fits="not what the words say",
+)
 
 
 @dataclass
-class GroundStage:
+class GroundStage(_Stage):
     "Finds where the edit is and what it is about; drops tasks without a reference."
 
-    name = "ground"
+    name = asks = "ground"
     backend: Grounder = field(default_factory=ChangeGrounder)
     threshold: float = 0.3  # of the confidence
 
-    def __call__(self, records: Sequence[Record]) -> Sequence[Record]:
-        return _judge(records, "ground", self.backend.name, self.backend.ground, self._settle)
-
     def _settle(self, record, found):
-        record.task, record.subject, record.boxes, record.in_source = (
-            found.task,
-            found.subject,
-            found.boxes,
-            found.in_source,
-        )
-        if found.task in ("remove", "style"):
-            return (
-                f"nothing to show: a reference cannot show a {dict(remove='removal', style='style of the whole clip')[found.task]}",
-                {},
-            )
-        return "" if found.confidence >= self.threshold else "unsure where the edit is", dict(
-            confidence=found.confidence
-        )
+        for name in ("task", "subject", "boxes", "in_source"):
+            setattr(record, name, getattr(found, name))
+        if what := dict(remove="removal", style="style of the whole clip").get(found.task):
+            return f"nothing to show: a reference cannot show a {what}", {}
+        reason = "" if found.confidence >= self.threshold else "unsure where the edit is"
+        return reason, dict(confidence=found.confidence)
 
 
 @dataclass
-class SegmentStage:
+class SegmentStage(_Stage):
     "Turns what was grounded into masks."
 
-    name = "segment"
+    name = asks = "segment"
     backend: Segmenter = field(default_factory=GrabCutSegmenter)
     smallest: float = 0.001  # share of the frame a subject has to cover
     largest: float = 0.8
-
-    def __call__(self, records: Sequence[Record]) -> Sequence[Record]:
-        return _judge(records, "segment", self.backend.name, self.backend.segment, self._settle)
 
     def _settle(self, record, mask):
         record.mask, area = mask, float(mask.mean())
@@ -1037,14 +979,11 @@ class SegmentStage:
 
 
 @dataclass
-class SynthesizeStage:
+class SynthesizeStage(_Stage):
     "Makes the reference. An authentic one stays beside it as `authentic_reference`."
 
-    name = "synthesize"
+    name = asks = "synthesize"
     backend: Synthesizer = field(default_factory=CutoutSynthesizer)
-
-    def __call__(self, records: Sequence[Record]) -> Sequence[Record]:
-        return _judge(records, "synthesize", self.backend.name, self.backend.synthesize, self._settle)
 
     def _settle(self, record, image):
         record.reference = image
@@ -1052,16 +991,13 @@ class SynthesizeStage:
 
 
 @dataclass
-class VerifyStage:
+class VerifyStage(_Stage):
     "Checks references and drops the poor ones."
 
-    name = "verify"
+    name = asks = "verify"
     backend: Verifier = field(default_factory=PixelVerifier)
     consistency: float = 4.0  # at least, of 10
     quality: float = 3.0
-
-    def __call__(self, records: Sequence[Record]) -> Sequence[Record]:
-        return _judge(records, "verify", self.backend.name, self.backend.verify, self._settle)
 
     def _settle(self, record, check):
         scores = dict(consistency=check.consistency, quality=check.quality)
@@ -1074,13 +1010,8 @@ def embedded_stages(
     change: ChangeOptions = ChangeOptions(),
 ) -> list:  # of callables, in the paper's order; `deduplicate` comes after all batches
     "The stages that need no weights."
-    return [
-        ScoreStage(ChangeScorer(change)),
-        GroundStage(ChangeGrounder(change)),
-        SegmentStage(),
-        SynthesizeStage(),
-        VerifyStage(),
-    ]
+    score, ground = ScoreStage(ChangeScorer(change)), GroundStage(ChangeGrounder(change))
+    return [score, ground, SegmentStage(), SynthesizeStage(), VerifyStage()]
 
 
 def _score_of(record):
@@ -1099,15 +1030,13 @@ class FingerprintStage:
         if not alive:
             return records
         for record, vector in zip(alive, self.backend.embed([r.reference for r in alive])):
-            record.embedding, record.hashes = (
-                vector,
-                tuple(map(perceptual_hash, (record.reference, record.source[0], record.edited[0]))),
-            )
+            pictures = record.reference, record.source[0], record.edited[0]
+            record.embedding, record.hashes = vector, tuple(map(perceptual_hash, pictures))
         return records
 
 
 class _Shelves:
-    "Finds 64-bit hashes that differ in few bits without comparing all: so many equal bits leave at least two of the eight bytes alike."
+    "Finds 64-bit hashes that differ in few bits without comparing all: two of their eight bytes are alike, at least."
 
     def __init__(self, bits):
         self.places, self.shelves = list(itertools.combinations(range(8), min(2, max(8 - bits, 0)))), {}
@@ -1135,27 +1064,17 @@ def deduplicate(
     FingerprintStage(backend)(records)
     alive, shelves = sorted((r for r in records if r.alive), key=lambda r: (-_score_of(r), r.pair.id)), _Shelves(bits)
     for i, record in enumerate(alive):
-        twin = next(
-            (
-                k
-                for k in shelves.near(record.hashes[0])
-                if all((a ^ b).bit_count() <= bits for a, b in zip(record.hashes, alive[k].hashes))
-                and float(record.embedding @ alive[k].embedding) >= similarity
-            ),
-            None,
-        )
-        record.verdicts.append(
-            Verdict(
-                "deduplicate",
-                twin is None,
-                "" if twin is None else f"duplicate of {alive[twin].pair.id}",
-                {},
-                backend.name,
-            )
-        )
-        if twin is None:
+        near = [k for k in shelves.near(record.hashes[0]) if _alike(record, alive[k], similarity, bits)]
+        reason = f"duplicate of {alive[near[0]].pair.id}" if near else ""
+        record.verdicts.append(Verdict("deduplicate", not near, reason, {}, backend.name))
+        if not near:
             shelves.add(record.hashes[0], i)
     return records
+
+
+def _alike(a, b, similarity, bits):
+    hashes = all((x ^ y).bit_count() <= bits for x, y in zip(a.hashes, b.hashes))
+    return hashes and float(a.embedding @ b.embedding) >= similarity
 
 # %% ../nbs/02_quadruplets.ipynb #q11b0012
 STAGES = ("load", "score", "ground", "segment", "synthesize", "verify", "deduplicate")
