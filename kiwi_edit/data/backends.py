@@ -36,9 +36,8 @@ import numpy as np
 from PIL import Image
 
 from ..core import InputError, choose_device, choose_dtype, require
-from .dataset import png_bytes
 from ..quadruplets import BackendError, Check, CutoutSynthesizer, Grounding, full_frames
-from ..records import digest
+from ..records import digest, png_bytes
 from ..video import read_video, sample_indices, video_info
 from ..world import TASKS, WORDINGS
 

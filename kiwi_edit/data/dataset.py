@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'VERSIONS', 'COLUMNS', 'FORMATS', 'Sample', 'WorldDataset', 'BadRow', 'GoodSamples', 'write_metadata',
-           'ParquetCell', 'read_rows', 'read_metadata', 'held', 'file_of', 'png_bytes', 'save_clip', 'save_dataset',
+           'ParquetCell', 'read_rows', 'read_metadata', 'held', 'file_of', 'save_clip', 'save_dataset',
            'MetadataDataset', 'shrink_reference']
 
 # %% ../../nbs/library/10_dataset.ipynb #8d284d39
@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 from .. import video
 from ..core import InputError, asset, settings, shortened
-from ..records import digest
+from ..records import digest, png_bytes
 from ..world import EVAL_SEED, TASKS, World
 
 # %% ../../nbs/library/10_dataset.ipynb #e42e300f
@@ -414,15 +414,6 @@ def _save_bytes(path, data):
         temporary.write_bytes(data)
 
 # %% ../../nbs/library/10_dataset.ipynb #0cf4c582
-def png_bytes(
-    pixels: np.ndarray,  # (h, w, 3) uint8
-) -> bytes:
-    "A picture as a PNG file: without loss, so that a judge sees the edit's artefacts and none of ours."
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
 def save_clip(
     path: Path,  # .png or a video's
     frames: np.ndarray,  # (T, H, W, 3) uint8

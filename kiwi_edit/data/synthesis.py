@@ -43,7 +43,7 @@ from PIL import Image
 from ..core import InputError, asset, require, shortened
 from . import backends
 from .backends import chat_of
-from .dataset import FORMATS, ParquetCell, file_of, held, png_bytes, read_rows, save_clip
+from .dataset import FORMATS, ParquetCell, file_of, held, read_rows, save_clip
 from kiwi_edit.quadruplets import (
     FingerprintStage,
     LoadOptions,
@@ -56,7 +56,7 @@ from kiwi_edit.quadruplets import (
     load_record,
     record_strip,
 )
-from ..records import Table, digest, image_tag, page, run_rows
+from ..records import Table, digest, image_tag, page, png_bytes, run_rows
 from ..video import as_frames, replacing
 from ..world import World
 
