@@ -37,7 +37,8 @@ from ..core import InputError, MissingPackage, multiplies_bfloat16
 from ..guidance import KiwiAttnProcessor, attend, find_wan, hooked
 
 # %% auto #0
-__all__ = ['logger', 'APPROXIMATIONS', 'Approximation', 'approximately', 'magnitude_ratios', 'FlowUniPC', 'parallelise']
+__all__ = ['logger', 'APPROXIMATIONS', 'Approximation', 'check_approximations', 'approximately', 'magnitude_ratios', 'FlowUniPC',
+           'parallelise']
 
 # %% ../../nbs/library/50_approximations.ipynb #04021a01
 logger = logging.getLogger(__name__)
@@ -92,6 +93,23 @@ def _way_back(pipe):
     return back
 
 
+def check_approximations(
+    chosen: dict[str, dict],  # name -> options
+):
+    "Raise where one is not of `APPROXIMATIONS`, or has no such option."
+    for name, given in chosen.items():
+        if name not in APPROXIMATIONS:
+            raise InputError(f"`chosen` has to be among {', '.join(APPROXIMATIONS)} but is {name!r}.")
+        known = APPROXIMATIONS[name].options
+        if not isinstance(given, dict):
+            raise InputError(
+                f'`chosen` has to have options for {name!r} such as {{"steps": 8}} but they are {given!r}.'
+            )
+        if unknown := sorted(set(given) - set(known)):
+            listed = ", ".join(known) or "none"
+            raise InputError(f"`options` of {name!r} have to be among {listed} but hold {unknown[0]!r}.")
+
+
 def approximately(
     pipe,  # `KiwiEditPipeline`
     chosen: str | dict[str, dict],  # a name of `APPROXIMATIONS`, or several with the options of each
@@ -99,13 +117,7 @@ def approximately(
 ) -> ExitStack:  # as the context of a `with`, or `close()`: all is as before; thrown away, it stays so for good
     "Let the edits of a pipeline be approximate in the chosen ways."
     chosen = {chosen: options} if isinstance(chosen, str) else chosen
-    for name, given in chosen.items():
-        if name not in APPROXIMATIONS:
-            raise InputError(f"`chosen` has to be among {', '.join(APPROXIMATIONS)} but is {name!r}.")
-        known = APPROXIMATIONS[name].options
-        if unknown := sorted(set(given) - set(known)):
-            listed = ", ".join(known) or "none"
-            raise InputError(f"`options` of {name!r} have to be among {listed} but hold {unknown[0]!r}.")
+    check_approximations(chosen)
     with ExitStack() as undo:
         undo.callback(_way_back(pipe))
         for name in sorted(chosen, key=lambda name: name != "compiled"):  # caches hook into what is compiled

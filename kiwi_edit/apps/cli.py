@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import contextlib
+import inspect as inspection
 import json
 import logging
-import math
 import os
 import re
 import signal
@@ -18,21 +18,18 @@ import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import List, Optional
 
 # %% auto #0
-__all__ = ['app', 'FLAGS', 'rank', 'say', 'tidy_signals', 'stop_if_asked', 'hush', 'loudness', 'hush_bars', 'load', 'bar', 'edit',
-           'edit_list', 'demo', 'evaluate', 'parse_parameters', 'measure_model', 'evaluate_rows', 'make_rows',
-           'choose_stages', 'parse_data', 'check_data', 'check_model', 'bench_scores', 'check_trainer', 'parse_bases',
-           'check_run', 'free_memory', 'check_memory', 'options_table', 'find_tracker', 'train', 'dry', 'parse_parts',
-           'cache', 'table_source', 'stage_sources', 'fill_caches', 'kiwi_synthesizer', 'parse_numbers', 'parse_actors',
-           'synthesize', 'inspect', 'convert', 'usage_line', 'main']
+__all__ = ['app', 'tidy_signals', 'stop_if_asked', 'load', 'bar', 'main']
 
 # %% ../../nbs/library/52_cli.ipynb #6b6a4eb3
 import typer
 
 from .. import __version__
-from ..core import InputError, MissingPackage, asset, check_local, require, settings
+from .options import COMMANDS
+from ..core import InputError, check_local, require, settings
 
 # %% ../../nbs/library/52_cli.ipynb #4c2fa40d
 app = typer.Typer(
@@ -53,97 +50,69 @@ def _root(version: bool = typer.Option(False, "--version", help="Show the versio
         raise typer.Exit()
 
 # %% ../../nbs/library/52_cli.ipynb #001c6c2c
-FLAGS = {
-    name: "--" + name.replace("_", "-")
-    for name in (
-        "instruction",
-        "reference",
-        "model",
-        "out",
-        "overwrite",
-        "seed",
-        "steps",
-        "frames",
-        "whole",
-        "size",
-        "device",
-        "strength",
-        "guidance_scale",
-        "host",
-        "port",
-        "tasks",
-        "samples",
-        "difficulty",
-        "preset",
-        "stage",
-        "minutes",
-        "resume",
-        "data",
-        "cache",
-        "start",
-        "base",
-        "score",
-        "keep",
-        "track",
-        "dry_run",
-        "seconds_per_step",
-        "options",
-        "num_frames",
-        "max_pixels",
-        "dtype",
-        "workers",
-        "parts",
-        "prune",
-        "engine",
-        "actors",
-        "root",
-        "vlm",
-        "sam",
-        "editor",
-        "embedder",
-        "shard",
-        "batch",
-        "max_failures",
-        "skip_bad",
-        "row",
-        "to",
-        "transformer",
-        "vae",
-        "mllm",
-        "heads",
-    )
-}
-FLAGS |= dict(
-    pairs="PAIRS",
-    columns="--column",
-    thresholds="--threshold",
-    sheets="PAIRS",
-    video="VIDEO",
-    name="--model",
-    prompt="--instruction",
-    folder="--out",
-    metadata="--data",
-    dataset="--data",
-    trackers="--track",
-    memory="free memory",
-    checkpoint="SOURCE",
-    destination="DESTINATION",
-    source="SOURCE",
-    transformer_config="--heads",
-    overrides="--model",
+_KINDS = dict(str=str, int=int, float=float, path=Path, flag=bool)
+
+
+def _parameter(option):
+    "An option as Typer reads it from a signature."
+    about = dict(help=option.help, metavar=option.metavar)
+    default = ... if option.required else option.default
+    made = typer.Option(default, *option.flags, **about) if option.flags else typer.Argument(default, **about)
+    kind = List[_KINDS[option.kind]] if option.many else _KINDS[option.kind]
+    if default is None:
+        kind = Optional[kind]
+    return inspection.Parameter(option.name, inspection.Parameter.KEYWORD_ONLY, default=made, annotation=kind)
+
+
+def _command(function):
+    "Make a command of a function of one namespace, with the options that the table has for its name."
+    name = function.__name__.strip("_")
+    parameters = [_parameter(option) for option in COMMANDS[name]]
+
+    def run(**given):
+        for option in COMMANDS[name]:
+            option.check(given[option.name])
+        return function(SimpleNamespace(**given))
+
+    run.__doc__, run.__signature__ = function.__doc__, inspection.Signature(parameters)
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    app.command(name)(run)
+    return function
+
+# %% ../../nbs/library/52_cli.ipynb #8cf7d720
+_ALIASES = dict(  # what modules of the kit call it -> the command's option
+    columns="column",
+    sheets="pairs",
+    name="model",
+    prompt="instruction",
+    folder="out",
+    metadata="data",
+    dataset="data",
+    trackers="track",
+    checkpoint="source",
+    transformer_config="heads",
+    overrides="model",
+    extra="parameter",
+    chosen="approximate",
 )
 
+
+def _flags(command):
+    "What a command's user calls the arguments of what it runs."
+    labels = {option.name: option.label for name in (*COMMANDS, command) for option in COMMANDS.get(name, ())}
+    own = {option.name for option in COMMANDS.get(command, ())}
+    labels |= {name: labels[to] for name, to in _ALIASES.items() if name not in own}
+    return labels | dict(memory="free memory", path={"edit": "VIDEO"}.get(command, "`path`"))
+
 # %% ../../nbs/library/52_cli.ipynb #9ee31343
-def rank() -> int:
+def _rank():
     "Which of several processes this is, as `accelerate launch` and `torchrun` number them; 0 where it is alone."
     return int(os.environ.get("RANK", 0))
 
 
-def say(
-    line: str,  # for standard error
-):
-    "Print a line once, however many processes there are."
-    if not rank():
+def _say(line):
+    "Print a line for standard error once, however many processes there are."
+    if not _rank():
         typer.echo(line, err=True)
 
 # %% ../../nbs/library/52_cli.ipynb #1f79d891
@@ -152,22 +121,22 @@ _stopping = []  # exit code of the signal that came
 
 @contextlib.contextmanager
 def tidy_signals():
-    "SIGINT and SIGTERM end the block by `SystemExit`, once. Only a process's main thread hears signals; helpers of the first process, which write nothing, just end."
+    "SIGINT and SIGTERM end the block by `SystemExit`, once. Helpers of the first process, which write nothing, just end."
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield  # only the main thread hears signals
         return
     last = -10.0
 
     def stop(number, frame):
         nonlocal last
         _stopping[:] = [128 + number]
-        now, before, last = time.monotonic(), last, time.monotonic()
+        now, before = time.monotonic(), last
+        last = now
         if now - before > 1:
             raise SystemExit(128 + number)
 
-    previous = {
-        number: signal.signal(number, signal.SIG_DFL if rank() else stop) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    handler = signal.SIG_DFL if _rank() else stop
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
@@ -181,8 +150,23 @@ def stop_if_asked():
     if _stopping:
         raise SystemExit(_stopping[0])
 
+
+@contextlib.contextmanager
+def _left(words):
+    "An interrupted block says what is left of it."
+    try:
+        yield
+    except SystemExit as stop:
+        stop.left = words
+        raise
+
 # %% ../../nbs/library/52_cli.ipynb #2b667ea1
-def hush():
+class _Plain(logging.Formatter):
+    def format(self, record):
+        return f"{record.levelname.lower()}: " * (record.levelno > logging.INFO) + record.getMessage()
+
+
+def _hush():
     "Show warnings of the kit, and no chatter of the libraries below it."
     warnings.filterwarnings("ignore", module=r"(?!kiwi_edit)")
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "TORCH_CPP_LOG_LEVEL"):
@@ -192,31 +176,11 @@ def hush():
     if not log.handlers:
         log.addHandler(logging.StreamHandler())
         log.handlers[0].setFormatter(_Plain())
-    if rank():
+    if _rank():
         log.setLevel(logging.ERROR)
 
 
-class _Plain(logging.Formatter):
-    def format(self, record):
-        return f"{record.levelname.lower()}: " * (record.levelno > logging.INFO) + record.getMessage()
-
-
-@contextlib.contextmanager
-def loudness(
-    name: str,  # of a logger
-    level: int,  # the least that it says
-):
-    "Within it, a logger says more or less than usual."
-    log = logging.getLogger(name)
-    before = log.level
-    log.setLevel(level)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
-
-
-def hush_bars():
+def _hush_bars():
     "No bars of the libraries that read weights. Importing them takes seconds, so this is for commands that need them."
     import diffusers, transformers
 
@@ -232,7 +196,7 @@ def load(
     "The pipeline, loaded without bars of libraries."
     from kiwi_edit.data.files import load_model
 
-    hush_bars()
+    _hush_bars()
     return load_model(model, device, check, say=lambda line: typer.echo(line, err=True))
 
 # %% ../../nbs/library/52_cli.ipynb #04157cce
@@ -244,135 +208,129 @@ def bar(
     "A progress bar that `run_edit` and its like report to."
     from tqdm import tqdm
 
-    width = 9 if unit == "steps" else 18
-    with tqdm(
-        total=1,
-        file=sys.stderr,
-        delay=delay,
-        bar_format="{desc:%d} {percentage:3.0f}%%|{bar:40}| {n_fmt}/{total_fmt} %s, {elapsed}" % (width, unit),
-    ) as line:
-        drawn, pause = time.monotonic() + delay - 0.1, 0 if unit == "steps" else 0.1
+    width, pause = (9, 0) if unit == "steps" else (18, 0.1)
+    shape = f"{{desc:{width}}} {{percentage:3.0f}}%|{{bar:40}}| {{n_fmt}}/{{total_fmt}} {unit}, {{elapsed}}"
+    drawn = time.monotonic() + delay - 0.1
+    with tqdm(total=1, file=sys.stderr, delay=delay, bar_format=shape) as line:
 
         def report(done, total, what):
             nonlocal drawn
             stop_if_asked()
             line.total, line.n = total, done
             line.set_description_str(what, refresh=False)
-            if time.monotonic() - drawn < pause:
-                return
-            line.refresh()
-            drawn = time.monotonic()
+            if time.monotonic() - drawn >= pause:
+                line.refresh()
+                drawn = time.monotonic()
 
         yield report
 
 # %% ../../nbs/library/52_cli.ipynb #1cfd0496
-@app.command()
-def edit(
-    video: Path = typer.Argument(
-        ..., metavar="VIDEO", help="Video, GIF, image, or folder of images; or a list of edits (.jsonl)."
-    ),
-    instruction: Optional[str] = typer.Option(
-        None, "--instruction", "-i", help="What to edit, in words. Only a list may do without."
-    ),
-    reference: Optional[List[Path]] = typer.Option(
-        None, "--reference", "-r", help="Image of what it should look like; may be given several times."
-    ),
-    model: Optional[str] = typer.Option(None, help="Bundled name, folder or hub id. [the settings' checkpoint]"),
-    out: Optional[Path] = typer.Option(
-        None,
-        "--out",
-        "-o",
-        help="File for the result, or folder for those of a list. [VIDEO's name with -edited, in the settings' output_dir]",
-    ),
-    compare: bool = typer.Option(False, "--compare", help="Also write source and result side by side."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Replace files that exist."),
-    seed: Optional[int] = typer.Option(None, help="Of the noise that the edit starts from. [the settings' seed]"),
-    steps: Optional[int] = typer.Option(None, help="Denoising steps. [the model's own number]"),
-    frames: Optional[int] = typer.Option(
-        None,
-        help="Edit at most so many frames, 4k+1, in windows where the model takes fewer at once. [as many as the model takes]",
-    ),
-    whole: bool = typer.Option(False, "--whole", help="Edit all frames, in windows."),
-    size: Optional[str] = typer.Option(
-        None,
-        metavar="WIDTHxHEIGHT",
-        help="Size at which the model works; the result has the source's. [as large as the model takes]",
-    ),
-    device: Optional[str] = typer.Option(None, help="auto, cpu, cuda, cuda:1 or mps. [the settings' device]"),
-    strength: float = typer.Option(1.0, help="Below 1: start from the source under noise, and stay closer to it."),
-    guidance_scale: float = typer.Option(1.0, help="Above 1: follow the instruction more closely, at twice the time."),
-    workers: int = typer.Option(1, help="Of a list: processes that edit, each with the model."),
-    skip_bad: bool = typer.Option(False, "--skip-bad", help="Of a list: do the good rows where there are bad ones."),
-):
+def _pairs(texts, name, form, read=str):
+    "NAME=VALUE texts as a dict; `form` says in an error what was expected, `read` may raise a ValueError."
+    found = {}
+    for text in texts or ():
+        key, sign, value = text.partition("=")
+        try:
+            if not sign or not key.strip() or not value:
+                raise ValueError
+            found[key.strip()] = read(value)
+        except ValueError:
+            raise InputError(f"`{name}` has to be {form} but is {text!r}.") from None
+    return found
+
+
+def _json_or_text(value):
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def _parse_approximations(texts):
+    "Name -> options; raise where there is no such approximation."
+    found = {text.partition("=")[0].strip(): text.partition("=")[2] for text in texts or ()}
+    if not found:
+        return {}
+    from kiwi_edit.apps.approximations import check_approximations
+
+    chosen = {name: _json_or_text(options) if options else {} for name, options in found.items()}
+    check_approximations(chosen)
+    return chosen
+
+
+def _parse_parts(text):
+    "(part from 0, parts) of such as 2/8."
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text.strip())
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise InputError(f"`parts` has to be I/N with I from 1 to N, such as 2/8, but is {text!r}.")
+    return int(match[1]) - 1, int(match[2])
+
+# %% ../../nbs/library/52_cli.ipynb #50180eaf
+@_command
+def _edit(o):
     "Edit a clip, an image, or a list of them."
     from kiwi_edit.data.files import parse_size, plan_edit, run_edit
 
-    for name, paths in dict(video=[video], reference=reference or ()).items():
+    for name, paths in dict(video=[o.video], reference=o.reference or ()).items():
         for path in paths:
             check_local(path, name)
-    options = dict(
-        compare=compare,
-        seed=seed,
-        steps=steps,
-        frames=frames,
-        whole=whole,
-        size=parse_size(size),
-        strength=strength,
-        guidance_scale=guidance_scale,
-    )
-    if video.suffix.lower() == ".jsonl" and not video.is_dir():
-        return edit_list(
-            video,
-            out,
-            model,
-            device,
-            workers,
-            overwrite,
-            skip_bad,
-            instruction=instruction,
-            reference=reference,
-            **options,
-        )
-    if instruction is None:
+    names = "instruction", "compare", "seed", "steps", "frames", "whole", "strength", "guidance_scale"
+    options = dict(size=parse_size(o.size)) | {name: getattr(o, name) for name in names}
+    listed = o.video.suffix.lower() == ".jsonl" and not o.video.is_dir()
+    if not listed and o.instruction is None:
         raise _Missing("Missing option '--instruction' / '-i'.")
-    for name, value in dict(workers=workers > 1, skip_bad=skip_bad).items():
+    wrong = dict(approximate=o.approximate) if listed else dict(workers=o.workers > 1, skip_bad=o.skip_bad)
+    for name, value in wrong.items():
         if value:
-            raise InputError(f"`{name}` has to be left out unless VIDEO is a list (.jsonl) but that is {str(video)!r}.")
-    plan = plan_edit(video, instruction, reference or (), out, overwrite=overwrite, **options)
-    pipe = load(model, device, plan.check)
-    with bar() as report:
-        done = run_edit(pipe, plan, report)
-    if done.note:
-        typer.echo(re.sub(r"`(\w+)`", lambda match: FLAGS[match[1]], done.note))
-    what = f"{done.frames} frames" if done.frames > 1 else "1 frame"
-    typer.echo(
-        f"result:     {done.path}  ({what} of {done.size[0]}x{done.size[1]}, edited at {done.work_size[0]}x{done.work_size[1]} in {done.seconds:.1f} s)"
-    )
-    typer.echo(f"film strip: {done.strip}")
-    if done.comparison:
-        typer.echo(f"comparison: {done.comparison}")
+            where = "where" if listed else "unless"
+            raise InputError(
+                f"`{name}` has to be left out {where} VIDEO is a list (.jsonl) but that is {str(o.video)!r}."
+            )
+    if listed:
+        return _edit_list(o, options | dict(reference=o.reference))
+    chosen = _parse_approximations(o.approximate)
+    plan = plan_edit(o.video, options.pop("instruction"), o.reference or (), o.out, overwrite=o.overwrite, **options)
+    pipe = load(o.model, o.device, plan.check)
+    if chosen:
+        from kiwi_edit.apps.approximations import approximately
 
-# %% ../../nbs/library/52_cli.ipynb #b17ec001
+        approximately(pipe, chosen)
+    with bar() as report:
+        _show_edit(run_edit(pipe, plan, report))
+
+
 class _Missing(typer.BadParameter):  # as typer says it, which cannot know that only a list does without
     def format_message(self):
         return self.message
 
 
-def edit_list(
-    path: Path,  # of the list
-    out: Path | None,  # folder of the results
-    model: str | None,  # bundled name, folder or hub id; None takes the settings'
-    device: str | None,  # None takes the settings'
-    workers: int,  # processes
-    overwrite: bool,  # whether results of other edits may be replaced
-    skip_bad: bool,  # whether the good rows are done where there are bad ones
-    **defaults,  # for rows that say nothing of it
-):
-    "Do a list of edits and say what has become of it."
+def _show_edit(done):
+    "Say what has come out of an edit."
+    if done.note:
+        typer.echo(re.sub(r"`(\w+)`", lambda match: _flags("edit")[match[1]], done.note))
+    what = f"{done.frames} frames" if done.frames > 1 else "1 frame"
+    (width, height), (w, h) = done.size, done.work_size
+    typer.echo(f"result:     {done.path}  ({what} of {width}x{height}, edited at {w}x{h} in {done.seconds:.1f} s)")
+    typer.echo(f"film strip: {done.strip}")
+    if done.comparison:
+        typer.echo(f"comparison: {done.comparison}")
+
+# %% ../../nbs/library/52_cli.ipynb #b17ec001
+def _some(lines, most=20):
+    "Print the first of many lines."
+    for line in lines[:most]:
+        _say(line)
+    if len(lines) > most:
+        _say(f"and {len(lines) - most} more")
+
+
+def _edit_list(o, defaults):
+    "Do a list of edits and say what has become of it; `defaults` are for rows that say nothing else."
     from tqdm import tqdm
     from kiwi_edit.data.files import BadEdits, read_edits, run_edits
 
-    seen, shown = None, 20
+    say = lambda line: tqdm.write(line, file=sys.stderr)
+    seen = None
 
     def watched(done, total, what):
         nonlocal seen
@@ -381,25 +339,13 @@ def edit_list(
 
     try:
         with bar("rows", delay=2) as report:
-            edits = read_edits(path, out, report, **defaults)
-        edits.check(skip_bad)
-        hush_bars()
+            edits = read_edits(o.video, o.out, report, **defaults)
+        edits.check(o.skip_bad)
+        _hush_bars()
         with bar("rows") as report:
-            run = run_edits(
-                edits,
-                model,
-                device,
-                workers,
-                overwrite,
-                skip_bad,
-                watched,
-                lambda line: tqdm.write(line, file=sys.stderr),
-            )
+            run = run_edits(edits, o.model, o.device, o.workers, o.overwrite, o.skip_bad, watched, say)
     except BadEdits as error:
-        for bad in error.bad[:shown]:
-            say(str(bad).replace("`overwrite`", "--overwrite"))
-        if len(error.bad) > shown:
-            say(f"and {len(error.bad) - shown} more")
+        _some([str(bad).replace("`overwrite`", "--overwrite") for bad in error.bad])
         raise InputError(
             f"`path` has to be a list of edits that can be done, unless `skip_bad` is set, but {len(error.bad)} of {error.total} rows are bad."
         ) from error
@@ -408,10 +354,7 @@ def edit_list(
             stop.left = f"{seen[0]} of {seen[1]} rows are done; the same command goes on from here"
         raise
     wrong = [record for record in run.records if record["status"] != "done"]
-    for record in wrong[:shown]:
-        say(f"row {record['row']} {record['status']}: {record['error']}")
-    if len(wrong) > shown:
-        say(f"and {len(wrong) - shown} more")
+    _some([f"row {record['row']} {record['status']}: {record['error']}" for record in wrong])
     typer.echo(run.summary())
     if part := sum(bool(record["note"]) for record in run.records):
         typer.echo(f"edited in part: {part} of them, in results.jsonl it says which frames")
@@ -420,269 +363,137 @@ def edit_list(
         raise typer.Exit(1)
 
 # %% ../../nbs/library/52_cli.ipynb #727d1be7
-@app.command()
-def demo(
-    host: Optional[str] = typer.Option(
-        None, help="Address to listen at; 0.0.0.0 lets other machines in. [the settings' demo_host]"
-    ),
-    port: Optional[int] = typer.Option(None, help="[the settings' demo_port]"),
-    model: Optional[str] = typer.Option(None, help="Bundled name, folder or hub id. [the settings' checkpoint]"),
-    share: bool = typer.Option(False, "--share", help="Also at a public address, through Gradio's servers."),
-):
+@_command
+def _demo(o):
     "Open a page on which clips are edited in the browser."
     require("gradio")
     from kiwi_edit.apps.demo import launch
 
-    hush_bars()
+    _hush_bars()
     try:
-        launch(host, port, model, say=typer.echo, share=share)
+        launch(o.host, o.port, o.model, say=typer.echo, share=o.share)
     except SystemExit:
         typer.echo("\nstopped", err=True)  # by Ctrl-C, as one stops a server
 
 # %% ../../nbs/library/52_cli.ipynb #6deb3518
-FLAGS |= {name: f"--{name}" for name in ("bench", "videos", "judge", "limit", "concat")} | dict(extra="--parameter")
-
-
-@app.command()
-def evaluate(
-    bench: str = typer.Option("kit", help="kit, refvie, openve or imgedit."),
-    data: Optional[Path] = typer.Option(
-        None, help="Of a published bench: its own file, YAML of refvie, CSV of openve, JSON of imgedit."
-    ),
-    root: Optional[Path] = typer.Option(
-        None, help="Of a published bench: folder in which the paths of that file start. [the file's]"
-    ),
-    model: Optional[str] = typer.Option(None, help="Bundled name, folder or hub id. [the settings' checkpoint]"),
-    videos: Optional[Path] = typer.Option(None, help="Folder of finished videos that are scored instead of a model's."),
-    judge: Optional[str] = typer.Option(
-        None,
-        help="metrics, gemini[:MODEL], openai:MODEL[@URL] or transformers:PATH. [the settings' judge; the kit's bench is measured against its targets]",
-    ),
-    parameter: Optional[List[str]] = typer.Option(
-        None,
-        metavar="NAME=VALUE",
-        help="Further parameter of each request to an openai judge, such as temperature=1 or max_completion_tokens=4096; null leaves one out. May be given several times.",
-    ),
-    samples: int = typer.Option(32, help="Of the kit's bench: clips for each task."),
-    difficulty: str = typer.Option("full", help="Of the kit's bench: easy or full."),
-    tasks: Optional[str] = typer.Option(None, help="Of the kit's bench: tasks, separated by commas. [all that it has]"),
-    limit: Optional[int] = typer.Option(None, help="Only the first so many rows of a published bench."),
-    steps: Optional[int] = typer.Option(
-        None, help="Denoising steps. [50 for a published bench, else the model's own number]"
-    ),
-    concat: bool = typer.Option(False, "--concat", help="Also write source and result side by side."),
-    parts: str = typer.Option(
-        "1/1", metavar="I/N", help="Only make the videos of part I of N; a last run without it scores all."
-    ),
-    out: Optional[Path] = typer.Option(
-        None,
-        "--out",
-        "-o",
-        help="File for the report, .json, where targets are known; else folder of videos, scores and report. [report.json or evaluation-BENCH in the settings' output_dir]",
-    ),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Replace a report that exists."),
-    device: Optional[str] = typer.Option(None, help="auto, cpu, cuda, cuda:1 or mps. [the settings' device]"),
-):
+@_command
+def _evaluate(o):
     "Score a model, or finished videos, on the kit's own bench or on a published one."
     from kiwi_edit.world import DIFFICULTIES, TASKS
 
-    if difficulty not in DIFFICULTIES:
-        raise InputError(f"`difficulty` has to be of {', '.join(DIFFICULTIES)} but is {difficulty!r}.")
-    if bench not in ("kit", "refvie", "openve", "imgedit"):
-        raise InputError(f"`bench` has to be kit, refvie, openve or imgedit but is {bench!r}.")
-    chosen = [task.strip() for task in tasks.split(",")] if tasks is not None else list(TASKS)
-    for task in chosen:
-        if task not in TASKS:
-            raise InputError(f"`tasks` has to be of {', '.join(TASKS)} but holds {task!r}.")
-    for name, value in dict(samples=samples, steps=steps, limit=limit).items():
-        if value is not None and value < 1:
-            raise InputError(f"`{name}` has to be at least 1 but is {value}.")
-    kit, (part, number) = bench == "kit", parse_parts(parts)
-    if not kit and data is None:
-        raise InputError(f"`data` has to be the file of {bench} but is not given.")
-    unwanted = dict(data=data, root=root, limit=limit) if kit else dict(tasks=tasks)
-    if videos is not None:
-        unwanted |= dict(model=model, steps=steps, concat=concat or None, parts=parts if number > 1 else None)
-    if wrong := [name for name, value in unwanted.items() if value is not None]:
-        raise InputError(
-            f"`{wrong[0]}` has to be left out {'where finished videos are scored' if wrong[0] not in ('data', 'root', 'limit', 'tasks') else 'of the bench ' + bench} but is {unwanted[wrong[0]]}."
-        )
-    if kit and judge is None and videos is None:
-        for name, value in dict(concat=concat or None, extra=parameter, parts=parts if number > 1 else None).items():
-            if value is not None:
-                raise InputError(
-                    f"`{name}` has to be left out of the kit's bench unless `judge` is given but is {value}."
-                )
-        return measure_model(chosen, samples, difficulty, model, steps, out, overwrite, device)
-    if overwrite:
-        raise InputError(
-            "`overwrite` has to be left out where rows are scored one by one: a folder is gone on in, and what is there is kept."
-        )
-    with _going_on():
-        evaluate_rows(
-            bench,
-            data,
-            root,
-            chosen,
-            samples,
-            difficulty,
-            limit,
-            model,
-            videos,
-            judge or {"embedded": "metrics"}.get(settings().judge, settings().judge),
-            steps,
-            concat,
-            part,
-            number,
-            out,
-            device,
-            parse_parameters(parameter),
-        )
+    tasks = list(TASKS) if o.tasks is None else [task.strip() for task in o.tasks.split(",")]
+    for name, values, known in (
+        ("difficulty", [o.difficulty], DIFFICULTIES),
+        ("bench", [o.bench], ("kit", "refvie", "openve", "imgedit")),
+        ("tasks", tasks, TASKS),
+    ):
+        for value in values:
+            if value not in known:
+                raise InputError(f"`{name}` has to be of {', '.join(known)} but is {value!r}.")
+    o.part, o.number = _parse_parts(o.parts)
+    o.extra = _pairs(o.parameter, "extra", "NAME=VALUE, such as temperature=1,", _json_or_text)
+    if o.bench != "kit" and o.data is None:
+        raise InputError(f"`data` has to be the file of {o.bench} but is not given.")
+    alone = o.bench == "kit" and o.judge is None and o.videos is None
+    unwanted = dict.fromkeys(("data", "root", "limit") if o.bench == "kit" else ("tasks",), f"of the bench {o.bench}")
+    if o.videos is not None:
+        unwanted |= dict.fromkeys(("model", "steps", "concat", "parts"), "where finished videos are scored")
+    if alone:
+        unwanted |= dict.fromkeys(("concat", "parameter", "parts"), "of the kit's bench unless `judge` is given")
+    else:
+        unwanted["overwrite"] = "where rows are scored one by one: a folder is gone on in, and what is there is kept"
+    for name, where in unwanted.items():
+        if (value := getattr(o, name)) not in (None, False, "1/1", []):
+            raise InputError(f"`{name}` has to be left out {where} but is {value!r}.")
+    o.tasks = tasks
+    if alone:
+        return _measure_model(o)
+    with _left("the same command goes on from here"):
+        _score_rows(o)
 
-
-def parse_parameters(
-    texts: list | None,  # such as ["temperature=1", "chat_template_kwargs={\"enable_thinking\": false}"]
-) -> dict:  # name -> value
-    "Parameters of requests; values are JSON where they can be, else text."
-    found = {}
-    for text in texts or ():
-        name, sign, value = text.partition("=")
-        if not sign or not name.strip():
-            raise InputError(f"`extra` has to be NAME=VALUE, such as temperature=1, but is {text!r}.")
-        try:
-            found[name.strip()] = json.loads(value)
-        except ValueError:
-            found[name.strip()] = value
-    return found
-
-
-def measure_model(
-    tasks: list,  # of the kit's bench
-    samples: int,  # of each
-    difficulty: str,  # of the world
-    model: str | None,  # None takes the settings'
-    steps: int | None,  # None takes the model's own number
-    out: Path | None,  # report.json
-    overwrite: bool,
-    device: str | None,
-):
+# %% ../../nbs/library/52_cli.ipynb #e7a10001
+def _measure_model(o):
     "Measure a model against the targets of the kit's bench."
     from kiwi_edit.data.files import check_outputs
 
-    if out is None:
-        out = settings().output_dir / "report.json"
-        out.parent.mkdir(parents=True, exist_ok=True)
-    if out.suffix.lower() != ".json":
-        raise InputError(f"`out` has to end in .json but is {str(out)!r}.")
-    check_outputs([out], [], overwrite)
-    pipe = load(model, device)
+    if o.out is None:
+        o.out = settings().output_dir / "report.json"
+        o.out.parent.mkdir(parents=True, exist_ok=True)
+    if o.out.suffix.lower() != ".json":
+        raise InputError(f"`out` has to end in .json but is {str(o.out)!r}.")
+    check_outputs([o.out], [], o.overwrite)
+    pipe = load(o.model, o.device)
     from kiwi_edit.eval.benchmark import run_benchmark
 
-    report = run_benchmark(pipe, tasks=tuple(tasks), samples=samples, steps=steps, difficulty=difficulty, progress=True)
-    report.save(out)
+    options = dict(samples=o.samples, steps=o.steps, difficulty=o.difficulty)
+    report = run_benchmark(pipe, tasks=tuple(o.tasks), progress=True, **options)
+    report.save(o.out)
     typer.echo(report._repr_markdown_())
-    typer.echo(f"report: {out}")
-
-# %% ../../nbs/library/52_cli.ipynb #e7a10001
-@contextlib.contextmanager
-def _going_on():
-    "An interrupted block can be taken up again."
-    try:
-        yield
-    except SystemExit as stop:
-        stop.left = "the same command goes on from here"
-        raise
+    typer.echo(f"report: {o.out}")
 
 
-def evaluate_rows(
-    bench: str,  # "kit", "refvie", "openve" or "imgedit"
-    data: Path | None,  # file of a published bench
-    root: Path | None,  # where its paths start
-    tasks: list,  # of the kit's bench
-    samples: int,  # of each
-    difficulty: str,  # of the kit's bench
-    limit: int | None,  # rows at most
-    model: str | None,  # None takes the settings'
-    videos: Path | None,  # folder of finished results; None: the model makes them
-    judge: str,  # see `judge_of`
-    steps: int | None,  # None takes 50 on a published bench, else the model's own number
-    concat: bool,  # also side by side
-    part: int,  # from 0
-    number: int,  # of parts
-    out: Path | None,  # folder
-    device: str | None,
-    extra: dict,  # parameters of requests to a judge
-):
+def _score_rows(o):
     "Make the videos of a bench, or take them, and have them scored."
     from kiwi_edit.data.files import renamed
 
-    out = (settings().output_dir / f"evaluation-{bench}" if out is None else out).expanduser()
+    out = (o.out or settings().output_dir / f"evaluation-{o.bench}").expanduser()
     if out.suffix.lower() == ".json" or out.is_file():
         raise InputError(f"`out` has to be a folder where rows are scored one by one but is {str(out)!r}.")
-    if videos is not None and not videos.expanduser().is_dir():
-        raise FileNotFoundError(f"`videos` has to be a folder of results but {str(videos)!r} is none.")
-    from kiwi_edit.eval.published import edit_rows, judge_of, read_bench, score_rows, world_rows, write_imgedit_list
+    if o.videos is not None and not o.videos.expanduser().is_dir():
+        raise FileNotFoundError(f"`videos` has to be a folder of results but {str(o.videos)!r} is none.")
+    from kiwi_edit.eval.published import judge_of, read_bench, score_rows, world_rows
 
-    later = judge.startswith("transformers:")  # it would lie in memory while the videos are made
-    if later and extra:
-        raise InputError(f"`extra` has to be left out unless the judge is openai:MODEL but is {extra!r}.")
-    asked = None if later else judge_of(judge, bench, extra=extra)
-    if bench == "kit":
-        rows = world_rows(tasks, samples, difficulty=difficulty)
+    name = o.judge or {"embedded": "metrics"}.get(settings().judge, settings().judge)
+    later = name.startswith("transformers:")  # it would lie in memory while the videos are made
+    if later and o.extra:
+        raise InputError(f"`extra` has to be left out unless the judge is openai:MODEL but is {o.extra!r}.")
+    judge = None if later else judge_of(name, o.bench, extra=o.extra)
+    if o.bench == "kit":
+        rows = world_rows(o.tasks, o.samples, difficulty=o.difficulty)
     else:
         with renamed("`path`", "`data`"):
-            rows = read_bench(bench, data, root)[:limit]
-    about, folder = None, videos and videos.expanduser()
-    if videos is None:
-        folder = out / "videos"
-        made, about = make_rows(rows, folder, model, steps, concat, part, number, device, bench)
-        if bench == "imgedit":
-            write_imgedit_list(rows, folder)
-        for failure in made.failed[:20]:
-            say(f"row {failure['id']} failed: {failure['error']}")
-        typer.echo(str(made))
-        if number > 1:
-            return typer.echo(f"part {part + 1} of {number}; without --parts the same command scores all")
-    elif (mark := folder / "bench.json").is_file():
-        about = json.loads(mark.read_text(encoding="utf-8"))["about"]
-    report = score_rows(
-        rows,
-        folder,
-        asked or judge_of(judge, bench, device or settings().device, extra),
-        out,
-        about=about,
-        say=say,
-        progress=True,
-    )
+            rows = read_bench(o.bench, o.data, o.root)[: o.limit]
+    folder = out / "videos" if o.videos is None else o.videos.expanduser()
+    about = _make_rows(o, rows, folder) if o.videos is None else _made_with(folder)
+    if o.number > 1:
+        return typer.echo(f"part {o.part + 1} of {o.number}; without --parts the same command scores all")
+    judge = judge or judge_of(name, o.bench, o.device or settings().device, o.extra)
+    report = score_rows(rows, folder, judge, out, about=about, say=_say, progress=True)
     typer.echo(report._repr_markdown_())
     typer.echo(f"report: {out / 'report.html'}")
     if report.counts["scored"] < len(rows):
         raise typer.Exit(1)
 
 
-def make_rows(rows, folder, model, steps, concat, part, number, device, bench):
-    "The videos, and what they were made with."
-    from kiwi_edit.eval.benchmark import provenance
-    from kiwi_edit.data.files import find_model
-    from kiwi_edit.eval.published import Making, edit_rows
+def _made_with(folder):
+    "What finished videos were made with, where it is written."
+    mark = folder / "bench.json"
+    return json.loads(mark.read_text(encoding="utf-8"))["about"] if mark.is_file() else None
 
-    pipe = load(model, device)
-    making = Making(steps=steps or (pipe.config.default_steps if bench == "kit" else 50), concat=concat)
-    about = dict(model=str(model or settings().checkpoint), steps=making.steps, seed=making.seed) | provenance(
-        pipe._execution_device, find_model(model)
-    )
-    return edit_rows(pipe, rows, folder, making, part, number, about), about
+
+def _make_rows(o, rows, folder):
+    "Make the videos; what they were made with comes back."
+    from kiwi_edit.data.files import find_model
+    from kiwi_edit.eval.benchmark import provenance
+    from kiwi_edit.eval.published import Making, edit_rows, write_imgedit_list
+
+    pipe = load(o.model, o.device)
+    making = Making(steps=o.steps or (pipe.config.default_steps if o.bench == "kit" else 50), concat=o.concat)
+    about = dict(model=str(o.model or settings().checkpoint), steps=making.steps, seed=making.seed)
+    about |= provenance(pipe._execution_device, find_model(o.model))
+    made = edit_rows(pipe, rows, folder, making, o.part, o.number, about)
+    if o.bench == "imgedit":
+        write_imgedit_list(rows, folder)
+    _some([f"row {failure['id']} failed: {failure['error']}" for failure in made.failed])
+    typer.echo(str(made))
+    return about
 
 # %% ../../nbs/library/52_cli.ipynb #8a704044
-def choose_stages(
-    preset: str,  # "tiny", "wan2.2-5b" or "wan2.1-14b"
-    names: list | None,  # of stages; None takes all of tiny's
-    official_defects: bool = False,  # see `as_official`
-) -> list:  # of Stage
-    "The stages that are asked for."
+def _choose_stages(preset, names, official_defects=False):
+    "The stages that are asked for; all of tiny's where none is named."
     from kiwi_edit.core import preset as get_preset
-    from kiwi_edit.train.curriculum import OFFICIAL, STAGES, as_official, find_stage
     from kiwi_edit.data.files import renamed
+    from kiwi_edit.train.curriculum import OFFICIAL, STAGES, as_official, find_stage
 
     get_preset(preset)
     if not names and preset != "tiny":
@@ -694,20 +505,17 @@ def choose_stages(
     return [as_official(stage) if official_defects else stage for stage in stages]
 
 
-def parse_data(
-    texts: list | None,  # such as ["image=pictures.csv", "video=clips"]
-    default: str = "",  # mode of a file that names none; empty where it has to
-) -> dict:  # mode -> path of a metadata file
-    "What `MODE=METADATA` says."
+def _parse_data(texts, default=""):
+    "Mode -> metadata file, of MODE=METADATA; `default` is the mode of a file that names none."
     if not texts:
         return {}
     from kiwi_edit.encoder import MODES
 
     data = {}
     for text in texts:
-        mode, sign, path = text.partition("=")
+        mode, _, path = text.partition("=")
         if mode not in MODES and default:
-            mode, sign, path = default, "=", text
+            mode, path = default, text
         if mode not in MODES or not path:
             raise InputError(
                 f"`data` has to be MODE=METADATA, where MODE is one of {', '.join(MODES)}, but is {text!r}."
@@ -718,13 +526,8 @@ def parse_data(
     return data
 
 # %% ../../nbs/library/52_cli.ipynb #402c0c28
-def check_data(
-    stages: list,  # of Stage
-    data: dict,  # mode -> metadata file
-    factor: int,  # sides of frames become multiples of it
-):
-    "Raise unless the files give what the stages learn from."
-    from kiwi_edit.data.dataset import BadRow
+def _check_data(stages, data, factor):
+    "Raise unless the files (mode -> path) give what the stages learn from."
     from kiwi_edit.train.engine import stage_data
 
     wanted = dict.fromkeys(mode for stage in stages for mode in stage.mix)
@@ -733,37 +536,34 @@ def check_data(
             f"`data` has to be left out for stages that draw their own samples but names {', '.join(data)}."
         )
     if set(data) != set(wanted):
-        raise InputError(
-            f"`data` has to name a metadata file for {', '.join(wanted)} but names {', '.join(data) or 'none'}."
-        )
+        named = ", ".join(data) or "none"
+        raise InputError(f"`data` has to name a metadata file for {', '.join(wanted)} but names {named}.")
     seen = {}
     for stage in stages:
         seen |= stage_data(stage, {mode: data[mode] for mode in stage.mix}, factor) if stage.mix else {}
     for mode, (dataset, _) in seen.items():
-        bad, tried = None, min(8, len(dataset))
-        for i in range(tried):
-            try:
-                sample = dataset[i]
-            except BadRow as error:
-                bad = bad or error
-            else:
-                break
-        else:
-            raise InputError(
-                f"`data` of {mode} has to have a good row among its first {tried} but {str(data[mode])!r} has none: {bad}"
-            )
+        sample = _good_row(dataset, f"`data` of {mode}", data[mode])
         if (sample.reference is not None) != (mode == "ref"):
-            raise InputError(
-                f"`data` of {mode} has to have {'a reference (ref_image or ref_image_bytes)' if mode == 'ref' else 'no references'} but {sample.id} has {'none' if mode == 'ref' else 'one'}."
-            )
+            needs = "a reference (ref_image or ref_image_bytes)" if mode == "ref" else "no references"
+            has = "none" if mode == "ref" else "one"
+            raise InputError(f"`data` of {mode} has to have {needs} but {sample.id} has {has}.")
+
+
+def _good_row(dataset, name, path):
+    "The first row that can be read, of the first eight."
+    from kiwi_edit.data.dataset import BadRow
+
+    bad = []
+    for i in range(min(8, len(dataset))):
+        try:
+            return dataset[i]
+        except BadRow as error:
+            bad.append(error)
+    raise InputError(f"{name} has to have a good row among its first {len(bad)} but {str(path)!r} has none: {bad[0]}")
 
 # %% ../../nbs/library/52_cli.ipynb #e44dd7e9
-def check_model(
-    name: str | Path,  # bundled name, folder or hub id
-    preset,  # Preset
-    argument: str,  # that named it
-) -> Path:  # its folder
-    "Raise unless a model is there and has a preset's sizes; one on the hub is downloaded."
+def _check_model(name, preset, argument):
+    "The folder of a model that has a preset's sizes; one on the hub is downloaded. `argument` is what named it."
     if str(name).endswith(".safetensors"):
         raise InputError(
             f"`{argument}` has to be a model on its own but {str(name)!r} is a trainer's checkpoint, which needs its bases: `kiwi-edit convert` puts them together."
@@ -776,32 +576,14 @@ def check_model(
     found = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
     for size in ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels"):
         if found.get(size) != preset.transformer[size]:
+            wanted = f"{size} {preset.transformer[size]}"
             raise InputError(
-                f"`{argument}` has to be a model of the sizes of {preset.name}, with {size} {preset.transformer[size]}, but {str(name)!r} has {found.get(size)}."
+                f"`{argument}` has to be a model of the sizes of {preset.name}, with {wanted}, but {str(name)!r} has {found.get(size)}."
             )
     return folder
 
 
-def bench_scores(
-    pipe,  # KiwiEditPipeline
-    samples: int,  # of each task
-    difficulty: str = "full",  # of the world
-) -> dict:  # "bench/subject", ... -> share of the edit done
-    "What joins the validation log of a run."
-    from kiwi_edit.eval.benchmark import run_benchmark
-
-    return {
-        f"bench/{task}": row["pooled"]
-        for task, row in run_benchmark(
-            pipe, samples=samples, difficulty=difficulty, keep=0, progress=False
-        ).rows.items()
-    }
-
-
-def check_trainer(
-    start: str,  # step-N.safetensors
-    bases: dict,  # part -> file, folder or hub id
-):
+def _check_trainer(start, bases):
     "Raise unless a trainer's checkpoint and what it builds on are there."
     from kiwi_edit.weights.checkpoints import find_base
 
@@ -816,32 +598,23 @@ def check_trainer(
         find_base(part, source)
 
 
-def parse_bases(
-    texts: list | None,  # such as ["vae=Wan2.2_VAE.pth", "mllm=Qwen/Qwen2.5-VL-3B-Instruct"]
-) -> dict:  # part -> file, folder or hub id
-    "What `PART=SOURCE` says."
-    bases = {}
+def _parse_bases(texts):
+    "Part -> file, folder or hub id."
+    form = "PART=SOURCE, where PART is transformer, vae or mllm,"
     for text in texts or ():
-        part, _, source = text.partition("=")
-        if part not in ("transformer", "vae", "mllm") or not source:
-            raise InputError(f"`base` has to be PART=SOURCE, where PART is transformer, vae or mllm, but is {text!r}.")
-        bases[part] = source
-    return bases
+        if text.partition("=")[0] not in ("transformer", "vae", "mllm"):
+            raise InputError(f"`base` has to be {form} but is {text!r}.")
+    return _pairs(texts, "base", form)
+
+# %% ../../nbs/library/52_cli.ipynb #4fe0b251
+def _sharded():
+    "Whether Accelerate shares weights out."
+    return any(os.environ.get(f"ACCELERATE_USE_{kind}", "false") == "true" for kind in ("FSDP", "DEEPSPEED"))
 
 
-def check_run(
-    out: Path,  # folder of the run
-    stages: list,  # of Stage
-    start: str | None,  # model to begin with
-    resume: bool,
-    bases: dict,  # part -> base model of a trainer's checkpoint
-):
-    "Raise unless the stages can be run there by this many processes; say where a stage misses what it builds on."
-    from kiwi_edit.core import preset as get_preset
-    from kiwi_edit.train.engine import find_model
-
-    preset, processes = get_preset(stages[0].preset), int(os.environ.get("WORLD_SIZE", 1))
-    sharded = any(os.environ.get(f"ACCELERATE_USE_{kind}", "false") == "true" for kind in ("FSDP", "DEEPSPEED"))
+def _check_stages(out, stages, resume):
+    "Raise unless the stages can be run in that folder by this many processes."
+    processes = int(os.environ.get("WORLD_SIZE", 1))
     if out.exists() and not out.is_dir():
         raise InputError(f"`out` has to be a folder but {str(out)!r} is a file.")
     for stage in stages:
@@ -849,7 +622,7 @@ def check_run(
             raise FileExistsError(
                 f"`out` has to hold no run of stage {stage.name!r} unless `resume` is given but {str(out)!r} does."
             )
-        if sharded and stage.optimizer == "muon":
+        if _sharded() and stage.optimizer == "muon":
             raise InputError(
                 f"`stage` has to be one that AdamW trains where weights are sharded, because Muon needs whole matrices, but is {stage.name!r}."
             )
@@ -858,33 +631,36 @@ def check_run(
                 raise InputError(
                     f"`stage` {stage.name!r} has batches of {bucket.batch_size} samples, which {processes} processes cannot share equally."
                 )
-    model = find_model(out)
+
+
+def _check_start(out, stage, start, resume, bases):
+    "Raise unless there is a model to begin with; say where a stage misses what it builds on."
+    from kiwi_edit.core import preset as get_preset
+    from kiwi_edit.train.engine import find_model
+
+    preset, model, trainer = get_preset(stage.preset), find_model(out), str(start).endswith(".safetensors")
     if model and start and not resume:
         raise InputError(
             f"`start` has to be left out where `out` holds a model that the run goes on from, but it is {start!r} and {str(out)!r} does."
         )
-    if bases and not (start and start.endswith(".safetensors")):
+    if bases and not trainer:
         raise InputError(
             f"`base` has to be left out unless `start` is a trainer's checkpoint, but names {', '.join(bases)}."
         )
-    if not model and start and start.endswith(".safetensors"):
-        check_trainer(start, bases)
+    if not model and trainer:
+        _check_trainer(start, bases)
     elif model or start:
-        check_model(model or start, preset, "out" if model else "start")
+        _check_model(model or start, preset, "out" if model else "start")
     elif preset.name != "tiny":
         raise InputError(
             f"`start` has to be given for {preset.name}, as `out` holds no model yet: a folder, a hub id or a released repository."
         )
-    elif stages[0].follows:
-        say(
-            f"warning: stage {stages[0].name} starts from a random model, without {stages[0].follows}, which it builds on"
-        )
+    elif stage.follows:
+        _say(f"warning: stage {stage.name} starts from a random model, without {stage.follows}, which it builds on")
 
 # %% ../../nbs/library/52_cli.ipynb #2eb7071c
-def free_memory(
-    device,  # torch.device
-) -> int:  # bytes
-    "What is free on a device, for this process."
+def _free_memory(device):
+    "Bytes that are free on a device, for this process."
     import psutil
     import torch
 
@@ -895,12 +671,8 @@ def free_memory(
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def check_memory(
-    stage,  # Stage
-    online: bool,  # the frozen networks run in each step
-    memory: int,  # bytes
-):
-    "Raise where a stage needs more."
+def _check_memory(stage, online, memory):
+    "Raise where a stage needs more bytes; `online` says whether the frozen networks run in each step."
     from kiwi_edit.train.curriculum import estimate
 
     alone = estimate(replace(stage, buckets=(), mix=(), shares=()), online=online, progress=False)
@@ -909,300 +681,177 @@ def check_memory(
         estimate(stage, online=online).check_fits(memory)
 
 # %% ../../nbs/library/52_cli.ipynb #c09c695d
-def options_table(
-    whole,  # Estimate
-) -> str:  # markdown
-    "Memory of the fullest kind of batch under other choices, one at a time."
+def _options_table(whole):
+    "Memory of the fullest kind of batch of an `Estimate` under other choices, one at a time, as markdown."
     from kiwi_edit.train.curriculum import estimate
 
     stage, preset = whole.stage, whole.preset
     fullest = max(whole.batches, key=lambda cost: sum(whole.memory_of(cost).values())).shape
-    buckets = [
-        b
-        for b in stage.buckets
-        if (b.mode, b.num_frames, b.batch_size, *sorted((b.height, b.width)))
-        == (fullest.mode, fullest.num_frames, fullest.batch_size, fullest.height, fullest.width)
-    ]
-    one = replace(
-        stage,
-        buckets=tuple(buckets[:1]),
-        mix=(fullest.mode,) if stage.mix else (),
-        shares=(1.0,) if stage.shares else (),
-    )
+
+    def shape(b):
+        return b.mode, b.num_frames, b.batch_size, *sorted((b.height, b.width))
+
+    buckets = [b for b in stage.buckets if shape(b) == shape(fullest)]
+    mix = dict(mix=(fullest.mode,), shares=(1.0,) if stage.shares else ()) if stage.mix else {}
+    one = replace(stage, buckets=tuple(buckets[:1]), **mix)
     other = ("transformer", "language_model") if not stage.checkpointing else ()
+    kept = estimate(one, preset, whole.online, checkpointing=other)
     choices = {
         "as above": whole,
-        "online" if not whole.online else "from a cache": estimate(one, preset, not whole.online),
-        "checkpointing of both networks" if other else "no checkpointing": estimate(
-            one, preset, whole.online, checkpointing=other
-        ),
+        "from a cache" if whole.online else "online": estimate(one, preset, not whole.online),
+        "checkpointing of both networks" if other else "no checkpointing": kept,
         "optimizer in the host's memory": replace(whole, offload_optimizer=True),
     }
     kinds = ("weights", "gradients", "optimizer", "activations")
-    rows = [
-        f"| {name.ljust(30)} | "
-        + " | ".join(f"{size / 1e9:11.2f}" for size in (*map(found.memory.get, kinds), found.peak))
-        + " |"
-        for name, found in choices.items()
-    ]
-    return "\n".join(
-        [
-            f"| {'choice, GB'.ljust(30)} | " + " | ".join(name.ljust(11) for name in (*kinds, "all")) + " |",
-            f"|{'-' * 32}|" + f"{'-' * 13}|" * 5,
-            *rows,
-        ]
-    )
+    lines = [f"| {'choice, GB':30} | " + " | ".join(f"{name:11}" for name in (*kinds, "all")) + " |"]
+    lines.append(f"|{'-' * 32}|" + f"{'-' * 13}|" * 5)
+    for name, found in choices.items():
+        sizes = [*map(found.memory.get, kinds), found.peak]
+        lines.append(f"| {name:30} | " + " | ".join(f"{size / 1e9:11.2f}" for size in sizes) + " |")
+    return "\n".join(lines)
 
 # %% ../../nbs/library/52_cli.ipynb #3683c664
-def find_tracker(
-    track: str | None,  # "tensorboard", "wandb" or "none"; None is TensorBoard where it is installed
-) -> tuple:  # of names that Accelerate knows
-    "The trackers of a run."
+def _find_tracker(track):
+    "The trackers of a run, by names that Accelerate knows; TensorBoard where it is installed and nothing is said."
     from importlib.util import find_spec
 
-    if track is None:
-        return ("tensorboard",) if find_spec("tensorboard") else ()
-    if track not in ("tensorboard", "wandb", "none"):
+    if track not in (None, "tensorboard", "wandb", "none"):
         raise InputError(f"`track` has to be tensorboard, wandb or none but is {track!r}.")
-    if track != "none" and find_spec(track) is None:
-        raise MissingPackage(f"`{track}` has to be installed to track with it but is not: pip install {track}")
-    return () if track == "none" else (track,)
+    name = track or "tensorboard"
+    if name == "none" or track is None and find_spec(name) is None:
+        return ()
+    require(name)
+    return (name,)
 
 # %% ../../nbs/library/52_cli.ipynb #67026be1
-@app.command()
-def train(
-    preset: Optional[str] = typer.Option(
-        None, help="Sizes and curriculum: tiny, wan2.2-5b or wan2.1-14b. [the settings' preset]"
-    ),
-    stage: Optional[List[str]] = typer.Option(
-        None, help="Stage of the curriculum; may be given several times. [all of tiny's, in their order]"
-    ),
-    data: Optional[List[str]] = typer.Option(
-        None,
-        metavar="MODE=METADATA",
-        help="Samples of a mode (image, video or ref): .csv, .json, .jsonl, .parquet, or a folder of such shards; once for each mode of the stages.",
-    ),
-    cache: Optional[Path] = typer.Option(
-        None,
-        help="Folder of caches, as `kiwi-edit cache` makes them. [computed on the way; those of tiny are kept in the run's folder]",
-    ),
-    minutes: Optional[float] = typer.Option(None, help="End each stage after so many minutes. [the stage's own time]"),
-    steps: Optional[int] = typer.Option(None, help="End each stage after so many steps. [the stage's own number]"),
-    out: Path = typer.Option(
-        Path("runs"),
-        "--out",
-        "-o",
-        help="Folder of the run: every stage finds there what the stages before it have made.",
-    ),
-    resume: bool = typer.Option(False, "--resume", help="Continue the run in that folder."),
-    start: Optional[str] = typer.Option(
-        None,
-        help="Model to begin with: bundled name, folder, hub id, released repository, or a trainer's step-N.safetensors. [a random one, for tiny]",
-    ),
-    base: Optional[List[str]] = typer.Option(
-        None,
-        metavar="PART=SOURCE",
-        help="What a trainer's checkpoint builds on: vae and mllm, and transformer if it holds no whole denoiser; file, folder or hub id.",
-    ),
-    device: Optional[str] = typer.Option(None, help="auto, cpu, cuda, cuda:1 or mps. [the settings' device]"),
-    seed: Optional[int] = typer.Option(None, help="Of data order, noise and random weights. [the settings' seed]"),
-    keep: int = typer.Option(2, help="Checkpoints of each stage that stay."),
-    score: Optional[int] = typer.Option(
-        None,
-        help="Held-out samples of each task that the kit's benchmark scores after every checkpoint, for tiny. [none]",
-    ),
-    track: Optional[str] = typer.Option(None, help="tensorboard, wandb or none. [tensorboard, where it is installed]"),
-    official_defects: bool = typer.Option(
-        False, "--official-defects", help="With the defects of the official trainer, to compare with it."
-    ),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Say what each stage would need; load and write nothing."),
-    seconds_per_step: Optional[float] = typer.Option(
-        None, help="Measured, for the hours of a dry run. [as fast as plain matrix products are on the device]"
-    ),
-    options: bool = typer.Option(
-        False, "--options", help="A dry run also says what other choices would need; it takes about twice as long."
-    ),
-):
+@_command
+def _train(o):
     "Train a model, stage by stage. Under `accelerate launch`, by several processes."
-    preset, seed, trackers = preset or settings().preset, settings().seed if seed is None else seed, find_tracker(track)
-    stages = choose_stages(preset, stage, official_defects)
-    for option, value, least in (
-        ("minutes", minutes, 0),
-        ("steps", steps, 0),
-        ("seconds_per_step", seconds_per_step, 0),
-        ("keep", keep, 0),
-        ("score", score, 0),
-        ("seed", seed, -1),
-    ):
-        if value is not None and not least < value < math.inf:
-            raise InputError(f"`{option}` has to be {'0 or more' if least else 'above 0'} but is {value}.")
-    for option, value in (("seconds_per_step", seconds_per_step), ("options", options)):
-        if value and not dry_run:
+    preset, seed = o.preset or settings().preset, settings().seed if o.seed is None else o.seed
+    trackers = _find_tracker(o.track)
+    stages = _choose_stages(preset, o.stage, o.official_defects)
+    for option in ("seconds_per_step", "options"):
+        if getattr(o, option) and not o.dry_run:
             raise InputError(f"`{option}` has to come with `dry_run`, which it is for.")
-    if score and preset != "tiny":
+    if o.score and preset != "tiny":
         raise InputError(
-            f"`score` has to be left out for {preset}, whose models are not of the benchmark's world, but is {score}."
+            f"`score` has to be left out for {preset}, whose models are not of the benchmark's world, but is {o.score}."
         )
-    found, bases = parse_data(data), parse_bases(base)
-    if steps or minutes:
-        stages = [replace(s, minutes=minutes, steps=steps or s.steps) for s in stages]
+    data, bases = _parse_data(o.data), _parse_bases(o.base)
+    if o.steps or o.minutes:
+        stages = [replace(s, minutes=o.minutes, steps=o.steps or s.steps) for s in stages]
     from kiwi_edit.core import choose_device
 
-    where = choose_device(device or settings().device)
-    if dry_run:
-        return dry(stages, cache, where, seconds_per_step, options)
+    where = choose_device(o.device or settings().device)
+    if o.dry_run:
+        return _dry(o, stages, where)
+    _check_train(o, stages, data, bases, where)
+    from kiwi_edit.train.engine import train
+
+    _hush_bars()
+    given = dict(bases=bases, seed=seed, device=str(where), keep=o.keep, trackers=trackers)
+    for s in stages:
+        _say(f"stage {s.name}")
+        files = {mode: data[mode] for mode in s.mix}
+        train(s, o.out, o.start, files, o.cache, evaluate=_scorer(s, o.score), **given)
+    if not _rank():
+        typer.echo(f"model: {o.out / 'model'}")
+
+
+def _check_train(o, stages, data, bases, where):
+    "Everything that can be said before weights are read."
+    from kiwi_edit.core import preset as get_preset
+
     for s in stages:
         if s.steps is None:
-            raise InputError(f"`steps` has to be given for stage {s.name!r} of {preset}, whose recipe does not say.")
-    if not rank():
-        from kiwi_edit.core import preset as get_preset
-
-        check_data(stages, found, get_preset(preset).size_multiple)
-        check_run(out, stages, start, resume, bases)
-        if not any(os.environ.get(f"ACCELERATE_USE_{kind}", "false") == "true" for kind in ("FSDP", "DEEPSPEED")):
-            for s in stages:
-                check_memory(s, bool(s.mix) and cache is None, free_memory(where))
-    from kiwi_edit.train.engine import train as train_stage
-
-    hush_bars()
-    for s in stages:
-        say(f"stage {s.name}")
-        train_stage(
-            s,
-            out,
-            start,
-            {mode: found[mode] for mode in s.mix},
-            cache,
-            bases=bases,
-            seed=seed,
-            device=str(where),
-            keep=keep,
-            evaluate=(lambda pipe: bench_scores(pipe, score, s.buckets[0].difficulty if s.buckets else "full"))
-            if score
-            else None,
-            trackers=trackers,
-        )
-    if not rank():
-        typer.echo(f"model: {out / 'model'}")
+            raise InputError(f"`steps` has to be given for stage {s.name!r} of {s.preset}, whose recipe does not say.")
+    if _rank():
+        return
+    _check_data(stages, data, get_preset(stages[0].preset).size_multiple)
+    _check_stages(o.out, stages, o.resume)
+    _check_start(o.out, stages[0], o.start, o.resume, bases)
+    for s in () if _sharded() else stages:
+        _check_memory(s, bool(s.mix) and o.cache is None, _free_memory(where))
 
 
-def dry(
-    stages: list,  # of Stage
-    cache,  # folder of caches, where there is one
-    where,  # torch.device
-    seconds_per_step: float | None,  # measured
-    options: bool,  # what other choices would need, too
-):
+def _scorer(stage, samples):
+    "What joins the validation log of a run: the share of the edit done, of held-out samples of each task."
+    if not samples:
+        return None
+    difficulty = stage.buckets[0].difficulty if stage.buckets else "full"
+
+    def score(pipe):
+        from kiwi_edit.eval.benchmark import run_benchmark
+
+        report = run_benchmark(pipe, samples=samples, difficulty=difficulty, keep=0, progress=False)
+        return {f"bench/{task}": row["pooled"] for task, row in report.rows.items()}
+
+    return score
+
+
+def _dry(o, stages, where):
     "Print what stages would need."
     from kiwi_edit.train.curriculum import estimate
     from kiwi_edit.train.engine import measure_flops
 
-    rate = None if seconds_per_step else measure_flops(where)
+    rate = None if o.seconds_per_step else measure_flops(where)
+    speed = dict(seconds_per_step=o.seconds_per_step, flops_per_second=rate)
     for stage in stages:
-        found = estimate(
-            stage, online=bool(stage.mix) and cache is None, seconds_per_step=seconds_per_step, flops_per_second=rate
-        )
+        found = estimate(stage, online=bool(stage.mix) and o.cache is None, **speed)
         typer.echo(found)
-        if options and found.batches:
-            typer.echo(f"\n{options_table(found)}")
+        if o.options and found.batches:
+            typer.echo(f"\n{_options_table(found)}")
         typer.echo("")
     if rate:
         typer.echo(
             f"Steps are counted as fast as plain matrix products are on {where}, {rate / 1e12:.3g} TFLOP/s; real ones are slower. --seconds-per-step takes a measured time."
         )
 
-# %% ../../nbs/library/52_cli.ipynb #f731a104
-def parse_parts(
-    text: str,  # such as "2/8"
-) -> tuple:  # (part from 0, parts)
-    "Which of how many parts."
-    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text.strip())
-    if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise InputError(f"`parts` has to be I/N with I from 1 to N, such as 2/8, but is {text!r}.")
-    return int(match[1]) - 1, int(match[2])
-
-# %% ../../nbs/library/52_cli.ipynb #bf576ed6
-@app.command()
-def cache(
-    data: Optional[List[str]] = typer.Argument(
-        None,
-        metavar="[MODE=METADATA]...",
-        help="Samples of a mode (image, video or ref): .csv, .json, .jsonl, .parquet, or a folder of such shards. [the kit's own world, for a stage of tiny]",
-    ),
-    out: Path = typer.Option(..., "--out", "-o", help="Folder of the caches: what `kiwi-edit train` takes as --cache."),
-    preset: Optional[str] = typer.Option(None, help="tiny, wan2.2-5b or wan2.1-14b. [the settings' preset]"),
-    stage: Optional[str] = typer.Option(None, help="Stage that is going to learn from it and says how rows are made."),
-    num_frames: Optional[int] = typer.Option(None, help="Without a stage: most frames of a clip, 4k+1. [the preset's]"),
-    max_pixels: Optional[int] = typer.Option(None, help="Without a stage: most pixels of a frame. [the preset's]"),
-    dtype: Optional[str] = typer.Option(None, help="Without a stage: float32, bfloat16 or float16. [bfloat16]"),
-    model: Optional[str] = typer.Option(
-        None, help="The model that the run starts from: bundled name, folder or hub id. [the preset's checkpoint]"
-    ),
-    workers: int = typer.Option(0, help="Processes that read samples ahead."),
-    parts: str = typer.Option(
-        "1/1", metavar="I/N", help="Compute only part I of N; a last run without it completes the cache."
-    ),
-    prune: bool = typer.Option(False, "--prune", help="Delete what this model and these files do not use any more."),
-    device: Optional[str] = typer.Option(None, help="auto, cpu, cuda, cuda:1 or mps. [the settings' device]"),
-    official_defects: bool = typer.Option(False, "--official-defects", help="As in `kiwi-edit train`."),
-):
+# %% ../../nbs/library/52_cli.ipynb #18aaa1f5
+@_command
+def _cache(o):
     "Compute once what frozen networks make of training samples."
     from kiwi_edit.core import PRESETS, choose_device, preset as get_preset
 
-    name, (part, number) = preset or settings().preset, parse_parts(parts)
-    sizes = get_preset(name)
-    if workers < 0:
-        raise InputError(f"`workers` has to be 0 or more but is {workers}.")
-    if prune and number > 1:
-        raise InputError(f"`prune` has to be left to a run over all rows but `parts` is {parts}.")
-    where = choose_device(device or settings().device)
-    if stage is None:
-        sources, dtype = table_source(data, sizes, num_frames, max_pixels, dtype or "bfloat16")
+    preset = o.preset or settings().preset
+    sizes = get_preset(preset)
+    part, parts = _parse_parts(o.parts)
+    if o.prune and parts > 1:
+        raise InputError(f"`prune` has to be left to a run over all rows but `parts` is {o.parts}.")
+    where = choose_device(o.device or settings().device)
+    if o.stage is None:
+        o.dtype = o.dtype or "bfloat16"
+        sources = _table_source(o, sizes)
     else:
-        for option, value in (("num_frames", num_frames), ("max_pixels", max_pixels), ("dtype", dtype)):
-            if value is not None:
-                raise InputError(f"`{option}` has to be left to `stage` where one is given but is {value}.")
-        chosen = choose_stages(name, [stage], official_defects)[0]
-        sources, dtype = stage_sources(data, chosen, sizes), chosen.dtype
-    model = model or (settings().checkpoint if name == settings().preset else PRESETS[name].checkpoint)
+        for name in ("num_frames", "max_pixels", "dtype"):
+            if getattr(o, name) is not None:
+                raise InputError(f"`{name}` has to be left to `stage` where one is given but is {getattr(o, name)}.")
+        stage = _choose_stages(preset, [o.stage], o.official_defects)[0]
+        sources, o.dtype = _stage_sources(o.data, stage, sizes), stage.dtype
+    model = o.model or (settings().checkpoint if preset == settings().preset else PRESETS[preset].checkpoint)
     if not model:
-        raise InputError(f"`model` has to be given for {name}, for which no weights are published.")
-    folder = check_model(model, sizes, "model")
-    fill_caches(folder, sources, out, where, dtype, workers, part, number, prune)
+        raise InputError(f"`model` has to be given for {preset}, for which no weights are published.")
+    _fill_caches(o, _check_model(model, sizes, "model"), sources, where, part, parts)
 
-# %% ../../nbs/library/52_cli.ipynb #18aaa1f5
-def table_source(
-    data: list | None,  # one [MODE=]METADATA
-    sizes,  # Preset
-    num_frames: int | None,  # None takes the preset's, here and below
-    max_pixels: int | None,
-    dtype: str,
-) -> tuple:  # ({folder: (dataset, RowSettings)}, number format)
-    "A table by itself."
-    from kiwi_edit.train.cache import RowSettings
+
+def _table_source(o, sizes):
+    "A table by itself, as {folder: (dataset, RowSettings)}; what is not given is the preset's."
     from kiwi_edit.data.dataset import MetadataDataset
+    from kiwi_edit.train.cache import RowSettings
 
-    if not data or len(data) != 1:
+    if not o.data or len(o.data) != 1:
         raise InputError(
-            f"`data` has to be one metadata file where no `stage` is given but there are {len(data or ())}."
+            f"`data` has to be one metadata file where no `stage` is given but there are {len(o.data or ())}."
         )
-    frames = sizes.num_frames if num_frames is None else num_frames
-    [(mode, path)] = parse_data(data, "image" if frames == 1 else "video").items()
-    dataset = MetadataDataset(
-        path,
-        num_frames=frames,
-        max_pixels=sizes.max_pixels if max_pixels is None else max_pixels,
-        factor=sizes.size_multiple,
-    )
-    return {mode: (dataset, RowSettings(dtype, (0.7, 1.0)))}, dtype
+    frames = sizes.num_frames if o.num_frames is None else o.num_frames
+    pixels = sizes.max_pixels if o.max_pixels is None else o.max_pixels
+    [(mode, path)] = _parse_data(o.data, "image" if frames == 1 else "video").items()
+    dataset = MetadataDataset(path, num_frames=frames, max_pixels=pixels, factor=sizes.size_multiple)
+    return {mode: (dataset, RowSettings(o.dtype, (0.7, 1.0)))}
 
 
-def stage_sources(
-    data: list | None,  # of MODE=METADATA; the mode may be left out where the stage has one
-    stage,  # Stage
-    sizes,  # Preset
-) -> dict:  # folder -> (dataset, RowSettings)
-    "What a stage learns from, or the modes of it that are named."
+def _stage_sources(data, stage, sizes):
+    "What a stage learns from, or the modes of it that are named, as {folder: (dataset, RowSettings)}."
     from kiwi_edit.train.engine import stage_data
 
     if not (stage.buckets or stage.mix):
@@ -1213,54 +862,53 @@ def stage_sources(
         raise InputError(
             f"`data` has to be left out for stage {stage.name!r}, which learns from the kit's own world, but is {' '.join(data)!r}."
         )
-    found = parse_data(data, stage.mix[0] if len(stage.mix) == 1 else "")
+    found = _parse_data(data, stage.mix[0] if len(stage.mix) == 1 else "")
     if stage.mix and not (found and set(found) <= set(stage.mix)):
-        raise InputError(
-            f"`data` has to be of {', '.join(stage.mix)} for stage {stage.name!r} but is {', '.join(found) or 'missing'}."
-        )
+        named = ", ".join(found) or "missing"
+        raise InputError(f"`data` has to be of {', '.join(stage.mix)} for stage {stage.name!r} but is {named}.")
     stage = replace(stage, mix=tuple(found), alternation="round_robin", shares=())
-    check_data([stage], found, sizes.size_multiple)
+    _check_data([stage], found, sizes.size_multiple)
     return stage_data(stage, found, sizes.size_multiple)
 
+# %% ../../nbs/library/52_cli.ipynb #75272048
+@contextlib.contextmanager
+def _loudness(name, level):
+    "Within it, a logger says more or less than usual."
+    log = logging.getLogger(name)
+    before = log.level
+    log.setLevel(level)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
-def fill_caches(
-    folder: Path,  # of the model
-    sources: dict,  # folder -> (dataset, RowSettings)
-    out: Path,  # folder of all of them
-    where,  # torch.device
-    dtype: str,  # of the networks
-    workers: int,  # processes that read ahead
-    part: int,  # from 0, which of
-    parts: int,
-    prune: bool,
-):
+
+def _fill_caches(o, folder, sources, where, part, parts):
     "Say what is there, name what is bad, compute what is missing."
     import torch
-    from kiwi_edit.train.cache import build_cache, survey_cache
     from kiwi_edit.pipeline import KiwiEditPipeline
+    from kiwi_edit.train.cache import build_cache, survey_cache
     from kiwi_edit.train.engine import cast_weights
 
-    hush_bars()
-    say(f"loading {folder.name} ({where}, {dtype})")
-    pipe = cast_weights(KiwiEditPipeline.from_pretrained(folder), getattr(torch, dtype)).to(
-        where
-    )  # as training does, for the same numbers
+    _hush_bars()
+    _say(f"loading {folder.name} ({where}, {o.dtype})")
+    pipe = KiwiEditPipeline.from_pretrained(folder)
+    pipe = cast_weights(pipe, getattr(torch, o.dtype)).to(where)  # as training does, for the same numbers
     for name, (dataset, row_settings) in sources.items():
-        with loudness("kiwi_edit.train.cache", logging.INFO):  # what is reused, what is stale, which rows are bad
-            made = build_cache(pipe, dataset, out / name, row_settings, workers=workers, part=part, parts=parts)
-        typer.echo(
-            f"{name}: part {part + 1} of {parts} is done"
-            if made is None
-            else f"{name}: {len(made)} rows, {len(made.bad)} bad, in {made.folder}"
-        )
-        if not prune:
-            continue
-        with loudness("kiwi_edit.train.cache", logging.ERROR):
-            stale = survey_cache(pipe, dataset, out / name, row_settings)
-        typer.echo(f"{name}: {stale.prune() / 2**20:.1f} MiB deleted")
+        place = o.out / name
+        with _loudness("kiwi_edit.train.cache", logging.INFO):  # what is reused, what is stale, which rows are bad
+            made = build_cache(pipe, dataset, place, row_settings, workers=o.workers, part=part, parts=parts)
+        done = f"part {part + 1} of {parts} is done"
+        if made is not None:
+            done = f"{len(made)} rows, {len(made.bad)} bad, in {made.folder}"
+        typer.echo(f"{name}: {done}")
+        if o.prune:
+            with _loudness("kiwi_edit.train.cache", logging.ERROR):
+                stale = survey_cache(pipe, dataset, place, row_settings)
+            typer.echo(f"{name}: {stale.prune() / 2**20:.1f} MiB deleted")
 
 # %% ../../nbs/library/52_cli.ipynb #c0ffee11
-def kiwi_synthesizer(model: str | None, device: str | None):
+def _kiwi_synthesizer(model, device):
     "The kit's own model as a maker of references; for `model_stages`."
     from kiwi_edit.data.backends import KiwiSynthesizer
 
@@ -1269,242 +917,134 @@ def kiwi_synthesizer(model: str | None, device: str | None):
     return KiwiSynthesizer(pipe)
 
 
-def parse_numbers(
-    texts: list | None,  # such as ["verify.quality=8"]
-) -> dict:  # name -> number
-    "Names with numbers."
-    found = {}
-    for text in texts or ():
-        name, _, number = text.partition("=")
-        try:
-            found[name.strip()] = float(number)
-        except ValueError:
-            raise InputError(
-                f"`thresholds` has to be STAGE.SCORE=NUMBER, such as verify.quality=8, but is {text!r}."
-            ) from None
-    return found
+def _parse_thresholds(texts):
+    return _pairs(texts, "thresholds", "STAGE.SCORE=NUMBER, such as verify.quality=8,", float)
 
 
-def parse_actors(
-    texts: list | None,  # such as ["segment=2x0.5"]
-) -> dict:  # stage -> `Actors`
-    "Stages with a number of actors and the GPUs of each."
+def _parse_actors(texts):
+    "Stage -> its number of actors and the GPUs of each."
     from kiwi_edit.data.synthesis import Actors
 
-    found = {}
-    for text in texts or ():
-        match = re.fullmatch(r"(\w+)=(\d+)x(\d*\.?\d+)", text.strip())
-        if not match:
-            raise InputError(f"`actors` has to be STAGE=NUMBERxGPUS, such as segment=2x0.5, but is {text!r}.")
-        found[match[1]] = Actors(int(match[2]), gpus=float(match[3]))
-    return found
+    def read(value):
+        number, gpus = value.split("x")
+        return Actors(int(number), gpus=float(gpus))
+
+    return _pairs(texts, "actors", "STAGE=NUMBERxGPUS, such as segment=2x0.5,", read)
 
 
-@app.command()
-def synthesize(
-    pairs: str = typer.Argument(
-        ...,
-        metavar="PAIRS",
-        help=".csv, .json, .jsonl, .parquet; folder of shards or clips; data set of the hub as owner/name[:split]; or world:2000.",
-    ),
-    out: Path = typer.Option(
-        ..., "--out", "-o", help="Folder for shards, data card and report; a run that was stopped goes on there."
-    ),
-    root: Optional[Path] = typer.Option(None, help="Folder that the table's paths start from. [the table's own]"),
-    column: Optional[List[str]] = typer.Option(
-        None,
-        metavar="WHAT=COLUMN",
-        help="Where the table has other names: source, edited, instruction, reference, task, id, licence.",
-    ),
-    workers: int = typer.Option(0, help="Processes. [0: this one]"),
-    engine: str = typer.Option("local", help="local, or ray for many machines."),
-    actors: Optional[List[str]] = typer.Option(
-        None, metavar="STAGE=NUMBERxGPUS", help="With ray: actors of a stage and GPUs of each, such as segment=2x0.5."
-    ),
-    vlm: Optional[str] = typer.Option(
-        None,
-        help="Model that scores, grounds and verifies: hub id, openai:MODEL[@URL] or gemini:MODEL. [embedded, without weights]",
-    ),
-    parameter: Optional[List[str]] = typer.Option(
-        None,
-        metavar="NAME=VALUE",
-        help="Further parameter of each request to an openai model, such as temperature=1 or max_completion_tokens=4096; null leaves one out. May be given several times.",
-    ),
-    sam: Optional[str] = typer.Option(None, help="SAM that segments: hub id or folder. [embedded]"),
-    editor: Optional[str] = typer.Option(
-        None,
-        help="Image editor that draws references: hub id or folder of diffusers, or kiwi[:MODEL]. [cut out of the clip]",
-    ),
-    embedder: Optional[str] = typer.Option(
-        None, help="DINOv2 or CLIP that finds doubles: hub id or folder. [embedded]"
-    ),
-    thresholds: Optional[List[str]] = typer.Option(
-        None, "--threshold", metavar="STAGE.SCORE=NUMBER", help="Such as verify.quality=8; may be given several times."
-    ),
-    copy: bool = typer.Option(False, "--copy", help="Copy the clips into the folder. [refer to them]"),
-    authentic: bool = typer.Option(False, "--authentic", help="Keep references that came with the pairs."),
-    shard: int = typer.Option(256, help="Pairs that are finished together."),
-    batch: Optional[int] = typer.Option(None, help="Pairs that a stage sees at once. [8 with models, else 1]"),
-    max_failures: float = typer.Option(
-        0.5, help="Share of rows that may be unreadable or unanswered before the run stops."
-    ),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Throw an earlier run with other settings away."),
-    device: Optional[str] = typer.Option(
-        None, help="Of models: auto, cpu, cuda, cuda:1 or mps. [the settings' device]"
-    ),
-):
+@_command
+def _synthesize(o):
     "Make quadruplets (source, instruction, reference, target) out of editing pairs."
     from functools import partial
-    from kiwi_edit.data.synthesis import SynthesisOptions, model_stages, read_pairs, synthesize as run
+    from kiwi_edit.data.synthesis import SynthesisOptions, model_stages, read_pairs, synthesize
 
+    clips = "copy" if o.copy else "refer"
+    batch = o.batch
     if batch is None:
-        batch = 8 if vlm or sam or embedder else 1
-    options = SynthesisOptions(
-        shard=shard,
-        batch=batch,
-        workers=workers,
-        engine=engine,
-        clips="copy" if copy else "refer",
-        authentic=authentic,
-        max_failures=max_failures,
-    )
-    columns = {}
-    for text in column or ():
-        what, _, name = text.partition("=")
-        if not name:
-            raise InputError(f"`columns` has to be WHAT=COLUMN but is {text!r}.")
-        columns[what] = name
-    kiwi = re.fullmatch(r"kiwi(?::(.+))?", editor or "")
-    chosen = dict(
-        vlm=vlm,
-        sam=sam,
-        editor=partial(kiwi_synthesizer, kiwi[1], device) if kiwi else editor,
-        embedder=embedder,
-        device=device or settings().device,
-        thresholds=parse_numbers(thresholds) or None,
-    )
-    if extra := parse_parameters(parameter):
+        batch = 8 if o.vlm or o.sam or o.embedder else 1
+    same = {name: getattr(o, name) for name in ("shard", "workers", "engine", "authentic", "max_failures")}
+    options = SynthesisOptions(batch=batch, clips=clips, **same)
+    columns = _pairs(o.column, "columns", "WHAT=COLUMN")
+    kiwi = re.fullmatch(r"kiwi(?::(.+))?", o.editor or "")
+    chosen = dict(vlm=o.vlm, sam=o.sam, embedder=o.embedder, device=o.device or settings().device)
+    chosen["editor"] = partial(_kiwi_synthesizer, kiwi[1], o.device) if kiwi else o.editor
+    chosen["thresholds"] = _parse_thresholds(o.thresholds) or None
+    if extra := _pairs(o.parameter, "extra", "NAME=VALUE, such as temperature=1,", _json_or_text):
         chosen["extra"] = extra  # only then: it is a part of what names a run
-    if extra and not (vlm or "").startswith("openai:"):
-        raise InputError(f"`extra` has to be left out unless --vlm is openai:MODEL but is {' '.join(parameter)!r}.")
-    if thresholds:
+        if not (o.vlm or "").startswith("openai:"):
+            raise InputError(
+                f"`extra` has to be left out unless --vlm is openai:MODEL but is {' '.join(o.parameter)!r}."
+            )
+    if o.thresholds:
         model_stages(thresholds=chosen["thresholds"])  # wrong names are said before anything is loaded
-    result = run(
-        read_pairs(pairs, root, columns), out, partial(model_stages, **chosen), options, parse_actors(actors), overwrite
-    )
+    pairs, stages = read_pairs(o.pairs, o.root, columns), partial(model_stages, **chosen)
+    result = synthesize(pairs, o.out, stages, options, _parse_actors(o.actors), o.overwrite)
     typer.echo(result._repr_markdown_())
-    typer.echo(f"report: {out / 'report.html'}")
+    typer.echo(f"report: {o.out / 'report.html'}")
 
-
-@app.command()
-def inspect(
-    folder: Path = typer.Argument(..., metavar="DIR", help="Folder that `synthesize` has made."),
-    row: Optional[str] = typer.Option(None, help="Id of a pair: what every stage said of it."),
-    thresholds: Optional[List[str]] = typer.Option(
-        None, "--threshold", metavar="STAGE.SCORE=NUMBER", help="How many would be left with a stricter threshold."
-    ),
-):
+# %% ../../nbs/library/52_cli.ipynb #82d8d575
+@_command
+def _inspect(o):
     "Show what is in a data set of quadruplets, and whether it is whole."
     from kiwi_edit.data.synthesis import inspect_folder
 
-    result = inspect_folder(folder)
-    if row is not None:
-        found = next((r for r in result.rows if r["iid"] == row), None)
-        if found is None:
-            raise InputError(
-                f"`row` has to be the id of a pair but {row!r} is none; the first is {result.rows[0]['iid']!r}."
-            )
-        typer.echo(
-            f"{found['iid']}: {found['prompt']}\nedit: {found['edit_type'] or 'not grounded'}, subject: {found['subject'] or 'none'}"
-        )
-        for v in found["verdicts"]:
-            scores = ", ".join(
-                f"{k.split('.', 1)[1]} {x:.3g}" for k, x in found["scores"].items() if k.startswith(v["stage"] + ".")
-            )
-            typer.echo(
-                f"{v['stage']:12} {'passed' if v['passed'] else 'dropped'}  {v['reason']}{'  ' if v['reason'] and scores else ''}{scores}  [{v['backend'] or 'error'}]"
-            )
-        return
+    result = inspect_folder(o.folder)
+    if o.row is not None:
+        return _show_row(result.rows, o.row)
     typer.echo(result._repr_markdown_())
-    typer.echo(
-        "\nkinds (kept of all): " + ", ".join(f"{kind} {kept} of {n}" for kind, (kept, n) in result.mix().items())
-    )
-    if thresholds:
-        typer.echo(
-            "with these thresholds: "
-            + ", ".join(f"{stage} {n}" for stage, n in result.funnel(parse_numbers(thresholds)).items())
-        )
-    typer.echo(f"report: {folder / 'report.html'}")
+    kinds = ", ".join(f"{kind} {kept} of {n}" for kind, (kept, n) in result.mix().items())
+    typer.echo(f"\nkinds (kept of all): {kinds}")
+    if o.thresholds:
+        left = result.funnel(_parse_thresholds(o.thresholds))
+        typer.echo("with these thresholds: " + ", ".join(f"{stage} {n}" for stage, n in left.items()))
+    typer.echo(f"report: {o.folder / 'report.html'}")
+
+
+def _show_row(rows, iid):
+    "Say what every stage said of a pair."
+    found = next((row for row in rows if row["iid"] == iid), None)
+    if found is None:
+        raise InputError(f"`row` has to be the id of a pair but {iid!r} is none; the first is {rows[0]['iid']!r}.")
+    typer.echo(f"{iid}: {found['prompt']}")
+    typer.echo(f"edit: {found['edit_type'] or 'not grounded'}, subject: {found['subject'] or 'none'}")
+    for verdict in found["verdicts"]:
+        stage = verdict["stage"]
+        own = {name.split(".", 1)[1]: x for name, x in found["scores"].items() if name.startswith(f"{stage}.")}
+        scores = ", ".join(f"{name} {x:.3g}" for name, x in own.items())
+        said = "  ".join(filter(None, (verdict["reason"], scores)))
+        passed = "passed" if verdict["passed"] else "dropped"
+        typer.echo(f"{stage:12} {passed}  {said}  [{verdict['backend'] or 'error'}]")
 
 # %% ../../nbs/library/52_cli.ipynb #c0ffee02
-@app.command()
-def convert(
-    source: str = typer.Argument(
-        ...,
-        metavar="SOURCE",
-        help="Bundled name, folder or hub id, in the kit's or a released layout; or a trainer's step-N.safetensors.",
-    ),
-    destination: Path = typer.Argument(..., metavar="DESTINATION", help="Folder to write."),
-    to: str = typer.Option("kit", help="Layout: kit, official or trainer."),
-    dtype: Optional[str] = typer.Option(
-        None, help="Number format of the written weights: float32, bfloat16 or float16. [the source's]"
-    ),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Replace DESTINATION if it exists."),
-    transformer: Optional[str] = typer.Option(
-        None,
-        help="Base denoiser of a trainer checkpoint: file, folder or hub id. [none, where the checkpoint has all of it]",
-    ),
-    vae: Optional[str] = typer.Option(None, help="Autoencoder of a trainer checkpoint: file, folder or hub id."),
-    mllm: Optional[str] = typer.Option(None, help="Qwen2.5-VL of a trainer checkpoint: folder or hub id."),
-    heads: Optional[int] = typer.Option(
-        None,
-        help="Attention heads of a trainer checkpoint's denoiser, where they are not of 128 channels and no config.json says so.",
-    ),
-    ref_pad_first: Optional[bool] = typer.Option(
-        None,
-        "--ref-pad-first/--ref-pad-last",
-        help="Where a trainer checkpoint expects reference tokens. [as it records or is named, else last]",
-    ),
-):
+@_command
+def _convert(o):
     "Write a model in another layout."
-    if to not in ("kit", "official", "trainer"):
-        raise InputError(f"`to` has to be kit, official or trainer but is {to!r}.")
-    base = dict(
-        transformer=transformer,
-        vae=vae,
-        mllm=mllm,
-        ref_pad_first=ref_pad_first,
-        transformer_config=None if heads is None else dict(num_attention_heads=heads),
-    )
-    given = {name: value for name, value in base.items() if value is not None}
-    trainer = source.endswith(".safetensors") or any(Path(source).glob("step-*.safetensors"))
+    if o.to not in ("kit", "official", "trainer"):
+        raise InputError(f"`to` has to be kit, official or trainer but is {o.to!r}.")
+    given = {name: getattr(o, name) for name in ("transformer", "vae", "mllm", "ref_pad_first")}
+    given["transformer_config"] = None if o.heads is None else dict(num_attention_heads=o.heads)
+    given = {name: value for name, value in given.items() if value is not None}
+    trainer = o.source.endswith(".safetensors") or any(Path(o.source).glob("step-*.safetensors"))
     if given and not trainer:
         raise InputError(
-            f"`{min(given)}` has to be left out unless SOURCE is a trainer checkpoint, which {source!r} is not."
+            f"`{min(given)}` has to be left out unless SOURCE is a trainer checkpoint, which {o.source!r} is not."
         )
-    from kiwi_edit.weights.checkpoints import convert as write
     from kiwi_edit.core import choose_dtype
+    from kiwi_edit.weights.checkpoints import convert
 
-    say("reading and writing the weights")
-    hush_bars()
-    write(source, destination, to, None if dtype is None else choose_dtype(dtype), overwrite, **given)
-    size = sum(file.stat().st_size for file in destination.rglob("*") if file.is_file())
-    typer.echo(f"{to}: {destination} ({size / 1e6:,.1f} MB)")
+    _say("reading and writing the weights")
+    _hush_bars()
+    dtype = None if o.dtype is None else choose_dtype(o.dtype)
+    convert(o.source, o.destination, o.to, dtype, o.overwrite, **given)
+    size = sum(file.stat().st_size for file in o.destination.rglob("*") if file.is_file())
+    typer.echo(f"{o.to}: {o.destination} ({size / 1e6:,.1f} MB)")
 
 # %% ../../nbs/library/52_cli.ipynb #4f5f5fdf
-def usage_line(
-    message: str,  # typer's
-    arguments: list,  # that it is about
-) -> str:
-    "A usage error on one line, with the value that was typed."
+def _usage_line(message, arguments):
+    "Typer's message about the arguments on one line, with the value that was typed."
     message = " ".join(message.split())
     flag = re.search(r"'(?:-\w / )?(--[\w-]+)'", message)
-    typed = [b for a, b in zip(arguments, arguments[1:]) if flag and a == flag[1]] + [
-        a.split("=", 1)[1] for a in arguments if flag and a.startswith(flag[1] + "=")
-    ]
+    typed = [b for a, b in zip(arguments, arguments[1:]) if flag and a == flag[1]]
+    typed += [a.split("=", 1)[1] for a in arguments if flag and a.startswith(flag[1] + "=")]
     return message if not typed or typed[-1] in message else f"{message.rstrip('.')}: {typed[-1]!r}"
 
+
+def _error_line(error, command, arguments):
+    "(message, exit code) of an error; no message where it is a fault of the kit."
+    if hasattr(error, "format_message"):  # typer's own: unknown flags, missing ones, values of the wrong type
+        return _usage_line(error.format_message(), arguments), 2
+    if isinstance(error, FloatingPointError):  # a loss that is no number
+        return " ".join(str(error).split()), 1
+    from kiwi_edit.data.files import one_line
+
+    return one_line(error, _flags(command), "`size` and `frames` have" if command == "edit" else f"`{command}` has"), 1
+
 # %% ../../nbs/library/52_cli.ipynb #c7cdb1ae
+_GOES_ON = dict(train="`--resume` goes on from the last checkpoint") | dict.fromkeys(
+    ("cache", "synthesize"), "the same command goes on from here"
+)
+
+
 def main(
     arguments: list | None = None,  # None takes those of the process
 ):
@@ -1514,43 +1054,23 @@ def main(
     for stream in (sys.stdout, sys.stderr):  # a name that the console has no letters for must not end a command
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    hush()
+    _hush()
     try:
         with tidy_signals():
             status = app(args=arguments, prog_name="kiwi-edit", standalone_mode=False) or 0
     except SystemExit as stop:
         status = stop.code if stop.code is not None else 0
-        left = getattr(stop, "left", None) or dict(
-            train="`--resume` goes on from the last checkpoint",
-            cache="the same command goes on from here",
-            synthesize="the same command goes on from here",
-        ).get(command, "no partial file is left")
         if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-            say(f"\nerror: interrupted; {left}")
+            left = getattr(stop, "left", None) or _GOES_ON.get(command, "no partial file is left")
+            _say(f"\nerror: interrupted; {left}")
     except Exception as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             typer.echo(error.format_message(), err=True)
             raise SystemExit(2) from None
-        from kiwi_edit.data.files import one_line
-
-        usage = hasattr(error, "format_message")  # typer's own: unknown flags, missing ones, values of the wrong type
-        names = FLAGS | dict(
-            cache=dict.fromkeys(("data", "metadata", "dataset"), "DATA"),
-            inspect=dict(folder="DIR"),
-            edit=dict(path="VIDEO"),
-        ).get(command, {})
-        if usage:
-            message = usage_line(error.format_message(), arguments)
-        else:
-            message = (
-                " ".join(str(error).split())
-                if isinstance(error, FloatingPointError)
-                else one_line(error, names, "`size` and `frames` have" if command == "edit" else f"`{command}` has")
-            )  # a loss that is no number
+        message, status = _error_line(error, command, arguments)
         if message is None:
             raise
-        typer.echo(f"error{f' in process {rank()}' if rank() else ''}: {message}", err=True)
-        status = 2 if usage else 1
+        typer.echo(f"error{f' in process {_rank()}' if _rank() else ''}: {message}", err=True)
     raise SystemExit(status)
 
 # %% ../../nbs/library/52_cli.ipynb #0cf43619
