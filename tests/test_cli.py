@@ -187,6 +187,17 @@ def test_references_and_options_reach_the_model(edit, clip, tmp_path):
     assert not [(a, b) for i, a in enumerate(names) for b in names[:i] if np.array_equal(results[a], results[b])]
 
 
+def test_approximations_are_chosen_by_name(kiwi, clip, random_model, tmp_path):
+    command = "edit", clip, "-i", "x", "--model", random_model, "--out", tmp_path / "new.mp4", "--approximate"
+    refused(kiwi(*command, "magic"), "--approximate has to be among", "'magic'")
+    refused(kiwi(*command, 'fewer steps={"threshold": 1}'), "--approximate", "'threshold'")
+    refused(
+        kiwi("edit", tmp_path / "list.jsonl", "--approximate", "bfloat16"), "--approximate has to be left out where"
+    )
+    status, _, err = kiwi(*command, 'fewer steps={"steps": 3}')
+    assert status == 0 and "3/3 steps" in err
+
+
 def test_the_result_goes_to_the_settings_folder(edit, clip, tmp_path):
     status, out, _ = edit(clip)
     assert status == 0 and (tmp_path / "outputs" / "clip-edited.mp4").is_file()
@@ -855,7 +866,7 @@ def test_train_runs_stages_one_after_the_other_from_what_cache_has_made(kiwi, sm
     assert [len(lines(run / name / "log.jsonl")) for name in ("small", "files")] == [2, 2]
     assert list(json.loads((run / "model" / "stages.json").read_text())) == ["small", "files"]
     assert "loss/ref" in lines(run / "files" / "log.jsonl")[1]
-    refused(kiwi(*command), "--out has to hold no run of stage 'small' unless --resume is given", "run")
+    refused(kiwi(*command), "--out has to hold no run of stage 'small' unless --resume is given")
     before = (run / "model" / "stages.json").stat().st_mtime_ns
     assert kiwi(*command, "--resume")[0] == 0 and (run / "model" / "stages.json").stat().st_mtime_ns == before
     status, out, err = kiwi("train", *command[3:], "--resume", "--steps", 3)

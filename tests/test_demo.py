@@ -132,6 +132,11 @@ def test_a_clip_is_edited_and_the_reference_counts(predict, files):
     assert "5 frames of 40x32" in note and "Edited frames 0 to 4 of 9" in note
     other = predict(video=files / "clip.mp4", references=[files / "red.png", files / "blue.png"])[0]
     assert not np.array_equal(read_video(other).frames, read_video(result).frames), "the reference counts"
+    exact, near = (
+        read_video(predict(video=files / "clip.mp4", steps=3, approximate=names)[0]).frames
+        for names in ([], ["fewer steps"])
+    )
+    assert not np.array_equal(exact, near) and np.abs(exact.astype(int) - near).mean() < 64, "another solver"
 
 
 def test_an_image_is_edited(predict, tmp_path):

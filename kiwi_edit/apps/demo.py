@@ -125,7 +125,8 @@ def _describe(model, limits):
     if limits:
         side, frames = round(limits.max_pixels**0.5), limits.max_frames
         lines.append(
-            f"**{name}** edits the first **{frames} frames** of a clip, or an image, at about **{side}x{side} pixels**, and enlarges the result to the size of yours."
+            f"**{name}** edits the first **{frames} frames** of a clip, or an image, at about "
+            f"**{side}x{side} pixels**, and enlarges the result to the size of yours."
         )
     return "\n\n".join(lines + [_OF_TINY] * (name == "kiwi-edit-tiny"))
 
@@ -206,7 +207,7 @@ class _Visitors:
 
     @contextlib.contextmanager
     def results(self, session):
-        "A fresh folder. If the block ends well, older results go, and what others left long ago; if not, the fresh one goes."
+        "A fresh folder. If the block ends well, older results go; if not, the fresh one goes."
         home = self.place(session)
         home.mkdir(exist_ok=True)
         fresh = Path(tempfile.mkdtemp(dir=home))
@@ -389,7 +390,7 @@ class _Watched:
 
 # %% ../../nbs/library/51_demo.ipynb #d0000016
 def _running(job, stop):
-    'What a job tells by the function that it is called with, as ("told", value), and at last ("done", result); it runs in a thread.'
+    'What a job in a thread tells, as ("told", value), and at last ("done", result).'
     told = queue.Queue()
 
     def go():
@@ -467,7 +468,7 @@ def _call_as_python(model, source, instruction, references, out, approximate=(),
 
 
 def _make_downloads(edit):
-    "Paths of the files that a visitor may take: beside the result a GIF and all frames where it moves, and the call as Python."
+    "Paths of the files that a visitor may take: the result, where it moves a GIF and all frames, the call as Python."
     result = Path(edit.edited)
     program = result.with_name("edit.py")
     with replacing(program, overwrite=True) as temporary:
@@ -507,8 +508,9 @@ def _make_editor(load, visitors):
         request: gr.Request = None,
     ):
         """Edit a clip, or an image, by an instruction and reference pictures.
-        video: the clip; image: instead of a clip; instruction: what to change, in words; references: none, one or several pictures; steps: of denoising; seed: of the noise;
-        size: WIDTHxHEIGHT at which the model works, empty for what fits; model: of the page's list; approximate: names of approximations, none for the exact edit.
+        video: the clip; image: instead of a clip; instruction: what to change, in words; references: none, one or several pictures;
+        steps: of denoising; seed: of the noise; size: WIDTHxHEIGHT at which the model works, empty for what fits;
+        model: of the page's list; approximate: names of approximations, none for the exact edit.
         What comes back: the edited clip or the edited image, a film strip, and a line about what was done."""
         session, wait = getattr(request, "session_hash", None) or "local", (gr.skip(),) * 2
         with _messages("Not edited"), visitors.editing(session) as stop, visitors.results(session) as folder:
@@ -607,7 +609,8 @@ def _show_looks(pipe, source, instruction, references, steps, seed):
         tokens, even, features = (100 * shares[name] for name in ("reference", "even", "features"))
         text = (
             f"The clip's tokens give **{tokens:.0f} %** of their self-attention to the tokens of the reference (evenly "
-            f"spread it would be {even:.0f} %) and **{features:.0f} %** of their cross-attention to its features. {text}"
+            f"spread it would be {even:.0f} %) and **{features:.0f} %** of their cross-attention to its features. "
+            + text
         )
     return _to_picture(draw_looks(looks, frames, edited, fitted)), text
 
@@ -667,7 +670,7 @@ def _data_sets():
 
 
 def _world_set(number, first_seed=0):
-    "Pairs of the procedural world, every fourth spoilt, with what the embedded pipeline says of them; none is dropped for a low score, so that thresholds can be tried."
+    "Pairs of the procedural world, every fourth spoilt, judged by the embedded pipeline but not dropped for a low score."
     from kiwi_edit.data.synthesis import PlantedPairs, model_stages, synthesize
 
     stages = partial(model_stages, thresholds={name: 0 for name in _THRESHOLDS})
@@ -687,7 +690,8 @@ def _read_set(name):
 
 # %% ../../nbs/library/51_demo.ipynb #d000002b
 _BAR = """<div style="display:flex;gap:.6em;align-items:center"><span style="width:7.5em">{stage}</span>
-<span style="flex:1;background:linear-gradient(90deg,#3a7d44 {after:.1f}%,#b7d3bb 0 {before:.1f}%,#ececec 0);height:1.1em"></span>
+<span style="flex:1;height:1.1em;
+background:linear-gradient(90deg,#3a7d44 {after:.1f}%,#b7d3bb 0 {before:.1f}%,#ececec 0)"></span>
 <span style="width:5.5em">{left} of {total}</span></div>"""
 
 
@@ -761,7 +765,7 @@ def _judge_edit(judge, kind, source, edited, reference, instruction):
     picture = None if case.reference is None else picture_of(case.reference)
     numbers = asked.measure(*clip_arrays(case), picture, None, None)
     rows = [[n, "–" if np.isnan(numbers[n]) else f"{numbers[n]:.3g}", what] for n, what in CLIP_METRICS.items()]
-    note = "No model has looked at the clips: the numbers measure what changed and how steadily, not whether it was asked for."
+    note = "No model has looked at the clips: the numbers say what changed and how steadily, not whether it should."
     parts.append(Table("", ["number", "value", "what it is"], rows, note=note)._repr_markdown_())
     return "\n\n".join(parts)
 
@@ -971,20 +975,22 @@ def _guidance_tab(load, given):
         return load(model=model), source, check_instruction(instruction or ""), paths, steps, seed
 
     def look(video=None, image=None, instruction="", references=None, steps=1, seed=0, model=None):
-        """Edit, and draw where the denoiser looked: at the tokens of the reference, at its features in the context, at each query.
+        """Edit, and draw where the denoiser looked: at the tokens of the reference, at its features, at each query.
         The arguments are those of the edit. What comes back: a picture, and what it says."""
         with _messages("Nothing to see"):
             return _show_looks(*prepared(video, image, instruction, references, steps, seed, model))
 
     def take_away(video=None, image=None, instruction="", references=None, steps=1, seed=0, model=None, away=None):
         """Edit with all that guides it, and without some of it.
-        The arguments are those of the edit, and away: what is taken away. What comes back: a picture, and what it says."""
+        The arguments are those of the edit, and away: what is taken away. What comes back: a picture, and what
+        it says."""
         with _messages("Nothing to see"):
             return _show_without(*prepared(video, image, instruction, references, steps, seed, model), away)
 
     def versus(video=None, image=None, instruction="", references=None, steps=1, seed=0, model=None, other=None):
         """Edit with the first reference, with another one, and with both at once.
-        The arguments are those of the edit, and other: the second reference. What comes back: a picture, and what it says."""
+        The arguments are those of the edit, and other: the second reference. What comes back: a picture, and
+        what it says."""
         with _messages("Nothing to see"):
             return _show_versus(*prepared(video, image, instruction, references, steps, seed, model), other)
 
@@ -1020,7 +1026,8 @@ def _data_tab():
 
     def pairs(number=6, first_seed=0):
         """Send pairs of the procedural world, every fourth of them spoilt, through the embedded pipeline.
-        number: of pairs, 1 to 24; first_seed: of the world. What comes back: a line, the funnel and the pairs with verdicts and scores as HTML, and the pipeline's own thresholds."""
+        number: of pairs, 1 to 24; first_seed: of the world. What comes back: a line, the funnel and the pairs with
+        verdicts and scores as HTML, and the pipeline's own thresholds."""
         with _messages("No pairs"):
             made = _world_set(_whole(number, "number", 1, 24), _whole(first_seed, "first_seed", 0, _MOST))
             return shown(made, [own for _, _, _, own, _ in _THRESHOLDS.values()])
@@ -1033,7 +1040,8 @@ def _data_tab():
 
     def funnel(result, *least):
         """The funnel of this session's pairs with other thresholds; nothing is computed anew.
-        The arguments are the least values of the edit score, the grounding confidence, and the consistency and the quality of the reference."""
+        The arguments are the least values of the edit score, the grounding confidence, and the consistency and the
+        quality of the reference."""
         with _messages("No funnel"):
             if result is None:
                 raise InputError("`number` has to be chosen first: make or open some pairs.")
@@ -1080,7 +1088,8 @@ def _judge_tab(last):
 
     def judge(source=None, edited=None, reference=None, instruction="", kind="any edit", judge=_METRICS):
         """Score an edit.
-        source and edited: clips or images; reference: a picture or none; instruction: what was asked for; kind: of edit, which decides what is scored; judge: who scores. What comes back is a text with tables."""
+        source and edited: clips or images; reference: a picture or none; instruction: what was asked for;
+        kind: of edit, which decides what is scored; judge: who scores. What comes back is a text with tables."""
         with _messages("Not judged"):
             return _judge_edit(judge, kind, source, edited, reference, instruction)
 
@@ -1108,8 +1117,8 @@ _THEME = gr.themes.Default(
     primary_hue="green", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
 )
 _COLORS = {
-    _DARK: "color_accent slider_color checkbox_background_color_selected checkbox_border_color_selected link_text_color "
-    "button_primary_background_fill button_primary_background_fill_dark",
+    _DARK: "color_accent slider_color checkbox_background_color_selected checkbox_border_color_selected "
+    "link_text_color button_primary_background_fill button_primary_background_fill_dark",
     _SUBDUED: "body_text_color_subdued block_info_text_color block_label_text_color",
     "#24542d": "button_primary_background_fill_hover",
     "#3f3f46": "block_title_text_color",
@@ -1147,7 +1156,7 @@ def _readable(read):
 def make_demo(
     pipe=None,  # a loaded `KiwiEditPipeline`; None loads one at the first edit
     model: str | None = None,  # which: bundled name, folder or hub id; None takes the settings'
-    any_model: bool = False,  # whether visitors may name other models than those of the list: folders of this machine, anything on the hub
+    any_model: bool = False,  # whether visitors may name models that the page does not list
 ) -> gr.Blocks:
     "The page."
     load, visitors = _LazyPipeline(pipe, str(model or settings().checkpoint), any_model), _Visitors()

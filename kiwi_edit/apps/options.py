@@ -184,7 +184,8 @@ convert: source destination to dtype overwrite transformer vae mllm heads ref_pa
 # %% ../../nbs/library/50_options.ipynb #21b1a1f4
 _ROW = re.compile(
     r"(?P<argument>@?)(?:(?P<command>\w+)\.)?(?P<name>\w+)(?P<flags>/\S+)? "
-    r"(?P<kind>str|int|float|path|flag)(?P<many>s?)(?P<required>!?)(?P<maybe>\??)(?:>(?P<closed>=?)(?P<least>\d+))?(?:=(?P<default>\S+?))?"
+    r"(?P<kind>str|int|float|path|flag)(?P<many>s?)(?P<required>!?)(?P<maybe>\??)"
+    r"(?:>(?P<closed>=?)(?P<least>\d+))?(?:=(?P<default>\S+?))?"
     r"(?: <(?P<metavar>.*)>)?: (?P<help>.*)"
 )
 _MAKE = dict(int=int, float=float)
