@@ -347,7 +347,7 @@ def _edit_list(o, defaults):
     except BadEdits as error:
         _some([str(bad).replace("`overwrite`", "--overwrite") for bad in error.bad])
         raise InputError(
-            f"`path` has to hold good rows only, unless `skip_bad` is set, but {len(error.bad)} of {error.total} rows are bad."
+            f"`path` has to hold good rows unless `skip_bad` is set but {len(error.bad)} of {error.total} rows are bad."
         ) from error
     except SystemExit as stop:
         if seen:
@@ -564,7 +564,7 @@ def _check_model(name, preset, argument):
     "The folder of a model that has a preset's sizes; one on the hub is downloaded. `argument` is what named it."
     if str(name).endswith(".safetensors"):
         raise InputError(
-            f"`{argument}` has to be a whole model, which `kiwi-edit convert` makes of checkpoints, but is {str(name)!r}."
+            f"`{argument}` has to be a model, which `kiwi-edit convert` makes of checkpoints, but is {str(name)!r}."
         )
     from kiwi_edit.data.files import renamed
     from kiwi_edit.pipeline import find_checkpoint
@@ -574,9 +574,9 @@ def _check_model(name, preset, argument):
     found = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
     for size in ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels"):
         if found.get(size) != preset.transformer[size]:
-            wanted = f"{size} {preset.transformer[size]}"
+            wanted, has = f"{size} {preset.transformer[size]}", found.get(size)
             raise InputError(
-                f"`{argument}` has to be a model of the sizes of {preset.name}, with {wanted}, but has {found.get(size)}."
+                f"`{argument}` has to be a model of the sizes of {preset.name}, with {wanted}, but has {has}."
             )
     return folder
 

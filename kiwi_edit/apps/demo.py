@@ -508,8 +508,8 @@ def _make_editor(load, visitors):
         request: gr.Request = None,
     ):
         """Edit a clip, or an image, by an instruction and reference pictures.
-        video: the clip; image: instead of a clip; instruction: what to change, in words; references: none, one or several pictures;
-        steps: of denoising; seed: of the noise; size: WIDTHxHEIGHT at which the model works, empty for what fits;
+        video: the clip; image: instead of a clip; instruction: what to change, in words; references: none, one or several
+        pictures; steps: of denoising; seed: of the noise; size: WIDTHxHEIGHT at which the model works, empty for what fits;
         model: of the page's list; approximate: names of approximations, none for the exact edit.
         What comes back: the edited clip or the edited image, a film strip, and a line about what was done."""
         session, wait = getattr(request, "session_hash", None) or "local", (gr.skip(),) * 2
@@ -670,7 +670,7 @@ def _data_sets():
 
 
 def _world_set(number, first_seed=0):
-    "Pairs of the procedural world, every fourth spoilt, judged by the embedded pipeline but not dropped for a low score."
+    "Pairs of the procedural world, every fourth spoilt, judged by the embedded pipeline, none dropped for a score."
     from kiwi_edit.data.synthesis import PlantedPairs, model_stages, synthesize
 
     stages = partial(model_stages, thresholds={name: 0 for name in _THRESHOLDS})
