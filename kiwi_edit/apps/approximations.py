@@ -107,7 +107,7 @@ def check_approximations(
             )
         if unknown := sorted(set(given) - set(known)):
             listed = ", ".join(known) or "none"
-            raise InputError(f"`options` of {name!r} have to be among {listed} but hold {unknown[0]!r}.")
+            raise InputError(f"`chosen` has to give {name!r} options among {listed} but gives {unknown[0]!r}.")
 
 
 def approximately(
@@ -212,7 +212,7 @@ def magnitude_ratios(
     pipe,  # `KiwiEditPipeline`
     edit: Callable,  # runs one edit of as many steps as later ones will have
 ) -> list[float]:  # one for each step
-    "How much larger the blocks' contribution is than at the step before: what `magnitude cache` has to know of a model."
+    "How much larger the blocks' contribution is than at the step before; `magnitude cache` has to know it of a model."
     blocks, ratios, last = find_wan(pipe.transformer).blocks, [], {}
 
     def after(module, args, out):
@@ -334,7 +334,7 @@ def _tiled(pipe, tile: int = 256, overlap: float = 0.25):
 
 # %% ../../nbs/library/50_approximations.ipynb #04e86b15
 class _Held(NamedTuple):
-    "What a compiled block receives in place of its `encoder_hidden_states`: keys, values (B, N, heads, head_dim), mask."
+    "What a compiled block gets as `encoder_hidden_states`: keys and values (B, N, heads, head_dim), and a mask."
 
     key: torch.Tensor
     value: torch.Tensor
@@ -376,7 +376,7 @@ def _check_compiler(device):
     compiler = os.environ.get("CXX") or {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
         raise RuntimeError(
-            f"`compiled` needs a C++ compiler but {compiler!r} is not found; install one, or name another by the environment variable CXX."
+            f"`compiled` needs a C++ compiler but {compiler!r} is not found; the environment variable CXX names another."
         )
 
 
@@ -405,7 +405,7 @@ def parallelise(
     pipe,  # `KiwiEditPipeline`
     ring: int = 1,  # processes among which keys and values go round; the others share out heads
 ) -> ExitStack:  # `close()` ends it
-    "Share the denoising of each edit among the processes of a `torchrun`; each makes the same calls and gets the whole result."
+    "Share each edit's denoising among the processes of a `torchrun`; all make the same calls and get the whole result."
     wan, device = find_wan(pipe.transformer), pipe._execution_device
     if not distributed.is_initialized():
         if "RANK" not in os.environ:
@@ -419,7 +419,8 @@ def parallelise(
     backend = str(wan.blocks[0].attn1.processor._attention_backend or "native")
     if ring > 1 and backend == "native":
         raise InputError(
-            "`ring` has to be 1 with PyTorch's own attention, which does not give the sums that a ring joins; `pipe.transformer.set_attention_backend('flash')` or another first."
+            "`ring` has to be 1 with PyTorch's own attention, which does not give the sums that a ring joins; "
+            "`pipe.transformer.set_attention_backend('flash')` or another first."
         )
     context = ContextParallelConfig(ring_degree=ring, ulysses_degree=world // ring, ulysses_anything=ring == 1)
     mesh = distributed.device_mesh.init_device_mesh(

@@ -508,9 +508,9 @@ def _make_editor(load, visitors):
         request: gr.Request = None,
     ):
         """Edit a clip, or an image, by an instruction and reference pictures.
-        video: the clip; image: instead of a clip; instruction: what to change, in words; references: none, one or several
-        pictures; steps: of denoising; seed: of the noise; size: WIDTHxHEIGHT at which the model works, empty for what fits;
-        model: of the page's list; approximate: names of approximations, none for the exact edit.
+        video: the clip; image: instead of a clip; instruction: what to change, in words; references: none, one or
+        several pictures; steps: of denoising; seed: of the noise; size: WIDTHxHEIGHT at which the model works, empty
+        for what fits; model: of the page's list; approximate: names of approximations, none for the exact edit.
         What comes back: the edited clip or the edited image, a film strip, and a line about what was done."""
         session, wait = getattr(request, "session_hash", None) or "local", (gr.skip(),) * 2
         with _messages("Not edited"), visitors.editing(session) as stop, visitors.results(session) as folder:
