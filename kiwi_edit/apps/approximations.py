@@ -376,7 +376,7 @@ def _check_compiler(device):
     compiler = os.environ.get("CXX") or {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
         raise RuntimeError(
-            f"`compiled` needs a C++ compiler but {compiler!r} is not found; the environment variable CXX names another."
+            f"`compiled` needs a C++ compiler but {compiler!r} is not found; CXX in the environment names another."
         )
 
 
