@@ -27,7 +27,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from fastcore.basics import patch_to
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from .core import InputError, InputTypeError, Preset, assets_dir, check_local, preset as get_preset
+from .core import InputError, InputTypeError, Preset, assets_dir, check_instruction, check_local
+from .core import preset as get_preset
 from kiwi_edit.encoder import (
     KiwiProcessor,
     collate_inputs,
@@ -328,9 +329,8 @@ def _check(holds, name, rule, value, kind=InputError):
 def _check_call(pipe, prompt, negative_prompt, height, width, num_frames, steps, sigmas, guidance_scale, strength,
                 generator, output_type, tensors, window_overlap, video):  # fmt: skip
     "Raise before anything is computed where an argument of an edit cannot be right."
-    for name, text in dict(prompt=prompt, negative_prompt=negative_prompt).items():
-        _check(isinstance(text, str), name, "be a string", text, InputTypeError)
-    _check(prompt.strip(), "prompt", "say what to edit", prompt)
+    check_instruction(prompt, "prompt")
+    _check(isinstance(negative_prompt, str), "negative_prompt", "be a string", negative_prompt, InputTypeError)
     for name, side in dict(height=height, width=width).items():
         fits = side is None or side > 0 and side % pipe.size_multiple == 0
         _check(fits, name, f"be a multiple of {pipe.size_multiple}", side)

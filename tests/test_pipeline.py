@@ -684,6 +684,7 @@ def test_preset_and_tokenizer_have_to_fit():
         (dict(strength=0), "`strength` has to lie above 0 and up to 1 but is 0"),
         (dict(output_type="gif"), "`output_type` has to be .* but is 'gif'"),
         (dict(generator=0), "`generator` has to be a torch.Generator.* but is 0"),
+        (dict(prompt="a\0b"), "`prompt` has to be .* without NUL"),
         (dict(reference=""), "`reference` has to be an image.* but is ''"),
         (dict(reference=[None]), "`reference` has to be an image.* but is None"),
         (dict(reference=b"no picture"), "`reference` has to be an image"),
