@@ -466,7 +466,7 @@ class Difficulty:
 
 DIFFICULTIES = dict(
     full=Difficulty(),
-    easy=Difficulty(max_objects=1, motion=0.5, occlusion=False, reference_change=0.3, reference_in_place=True),
+    easy=Difficulty(max_objects=1, motion=0.5, occlusion=False, reference_change=0.1, reference_in_place=True),
 )
 
 # %% ../nbs/01_world.ipynb #10d0027

@@ -81,8 +81,8 @@ def benchmark_samples(
 BENCH_SAMPLES = 48  # of each task, 5 frames of 96x96
 BENCH_DIGESTS = dict(  # difficulty -> task -> digest
     easy=dict(
-        subject="43c7b3b8278d2722",
-        background="841d346618c9926e",
+        subject="8ed0324f177e4571",
+        background="17cca7b221e0715c",
         add="546b1c1f594ea6fd",
         remove="ed45a6604445f290",
         change="467f3aea724c6a48",
