@@ -560,15 +560,15 @@ class _Jobs(Mapping):
 
     def __init__(self, pairs, bounds, missing, options):
         self.pairs, self.sheets = pairs, options.sheets
-        self.keys_ = [
+        self.jobs = [
             (k, a, min(a + options.batch, bounds[k][1])) for k in missing for a in range(*bounds[k], options.batch)
         ]
 
     def __len__(self):
-        return len(self.keys_)
+        return len(self.jobs)
 
     def __iter__(self):
-        return iter(self.keys_)
+        return iter(self.jobs)
 
     def __getitem__(self, key):
         turn = lambda i: i * self.sheets // len(self.pairs)
