@@ -909,7 +909,7 @@ def _sweep(folder):
             file.unlink(missing_ok=True)
 
 
-def _do_rows(todo, path, model, device, workers, stage, say):
+def _do_rows(todo, path, model, where, workers, stage, say):
     "The outcomes of rows, by this process or by several."
     import torch
 
@@ -918,10 +918,9 @@ def _do_rows(todo, path, model, device, workers, stage, say):
     if number == 0:
         return {}
     if number == 1:
-        pipe = load_model(model, device, say=say)
+        pipe = load_model(model, where, say=say)
         work = lambda row: _edit_row(row, model, pipe, lambda done, total, what: stage(f"row {row.number}: {what}"))
         return run_rows(todo, work, path, label="", each=each)
-    where, folder = choose_device(device or settings().device), find_model(model)
     several = where.type == "cuda" and where.index is None
     devices = [f"cuda:{k}" for k in range(torch.cuda.device_count())] if several else [str(where)]
     pool = partial(_Pool, number, devices, max(1, torch.get_num_threads() // number))
@@ -929,7 +928,7 @@ def _do_rows(todo, path, model, device, workers, stage, say):
         say(f"loading {model} in {number} processes ({where})")
     others = multiprocessing.active_children()
     try:
-        work = partial(_edit_in_worker, model=model, folder=folder)
+        work = partial(_edit_in_worker, model=model, folder=find_model(model))
         return run_rows(todo, work, path, pool, ahead=number, label="", each=each)
     finally:
         for process in set(multiprocessing.active_children()).difference(others):
@@ -952,7 +951,7 @@ def run_edits(
         raise InputError(f"`workers` has to be at least 1 but is {workers}.")
     began, edits, path = time.perf_counter(), replace(edits), edits.folder / "results.jsonl"
     edits.check(skip_bad)
-    model = str(model or settings().checkpoint)
+    where, model = choose_device(device or settings().device), str(model or settings().checkpoint)
     folder = find_model(model)
     limits = Limits.read(folder)
     for row in list(edits.rows) if limits else ():
@@ -979,7 +978,7 @@ def run_edits(
                 progress(done, total, what)
 
         stage("loading")
-        outcomes = _do_rows(todo, path, model, device, workers, stage, say)
+        outcomes = _do_rows(todo, path, model, where, workers, stage, say)
         for row in edits.rows:
             key = keys[row.number]
             last[row.name] = _record(row, key, model) | outcomes.get(key, last.get(row.name)) | {"row": row.number}
