@@ -157,13 +157,13 @@ def test_results_that_no_list_has_written_are_left_alone(folder, text):
 
 def test_names_of_results_fit(tmp_path):
     for stem in ("a" * 240, "é" * 120, "視" * 84, os.fsdecode(b"\xe9" * 240)):
-        names = [files.file_name(stem + more, "-edited.mp4") for more in ("", "b")]
+        names = [files._file_name(stem + more, "-edited.mp4") for more in ("", "b")]
         assert len(set(names)) == 2 and all(
             name.startswith(stem[:50]) and name.endswith("-edited.mp4") for name in names
         )
         for name in names:
             (tmp_path / f"{Path(name).stem}-compare.mp4").touch()  # the longest that is written beside it
-    assert files.file_name("clip", "-edited.mp4") == "clip-edited.mp4"
+    assert files._file_name("clip", "-edited.mp4") == "clip-edited.mp4"
 
 
 def test_a_long_name_has_a_default_output(folder):

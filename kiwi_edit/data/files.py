@@ -24,10 +24,9 @@ from functools import partial
 from pathlib import Path, PureWindowsPath
 
 # %% auto #0
-__all__ = ['IMAGE_SUFFIXES', 'VIDEO_SUFFIXES', 'sampled_digest', 'Limits', 'renamed', 'one_line', 'check_outputs', 'file_name',
-           'EditPlan', 'plan_edit', 'find_model', 'load_model', 'EditedFile', 'edited_span', 'write_edit', 'run_edit',
-           'edit_file', 'parse_size', 'parse_row', 'EditRow', 'BadEdit', 'BadEdits', 'EditList', 'read_edits',
-           'EditRun', 'run_edits']
+__all__ = ['IMAGE_SUFFIXES', 'VIDEO_SUFFIXES', 'sampled_digest', 'Limits', 'renamed', 'one_line', 'check_outputs', 'EditPlan',
+           'plan_edit', 'find_model', 'load_model', 'EditedFile', 'run_edit', 'edit_file', 'parse_size', 'EditRow',
+           'BadEdit', 'BadEdits', 'EditList', 'read_edits', 'EditRun', 'run_edits']
 
 # %% ../../nbs/library/13_files.ipynb #d05f5ccf
 import numpy as np
@@ -157,11 +156,8 @@ def _suffix(video, info):
     return video.suffix.lower() if video.suffix.lower() in IMAGE_SUFFIXES else ".png"
 
 
-def file_name(
-    stem: str,  # of the source
-    ending: str,  # with the suffix
-) -> str:  # at most as long as file systems take, with what is added to it for a comparison
-    "A name for a result. Of a long one only the beginning is taken, and eight digits that tell it from its like."
+def _file_name(stem, ending):
+    "A name for a result that file systems take: of a long one the beginning, and eight digits that tell it apart."
     room = 255 - len("-compare") - len(ending)
     if len(os.fsencode(stem)) <= room:
         return stem + ending
@@ -266,7 +262,7 @@ def _planned(video, instruction, references, out, **options):
     with renamed("`path`", "`reference`"):
         images = tuple(map(read_image, references))
     if out is None:
-        name = file_name(video.stem, f"-edited{_suffix(video, info)}")
+        name = _file_name(video.stem, f"-edited{_suffix(video, info)}")
         out = _make_folder(settings().output_dir, "output_dir") / name
     plan = EditPlan(video, info, instruction, images, Path(out).expanduser(), **options)
     return plan, [video, *(r for r in references if isinstance(r, Path))]
@@ -336,12 +332,8 @@ class EditedFile:
         return self.strip.read_bytes()
 
 # %% ../../nbs/library/13_files.ipynb #ae403559
-def edited_span(
-    plan: EditPlan,
-    count: int,  # frames that are edited
-    limits: Limits,  # of the model
-) -> str:  # one line, empty if it is all of the source
-    "Which frames of the source are edited, and why no more."
+def _edited_span(plan, count, limits):
+    "Which frames of the source are edited, and why no more; empty if it is all of them."
     there = plan.info.frames
     if count >= there:
         return ""
@@ -377,14 +369,8 @@ def _write(path, frames, fps, sound):
         write_video(path, frames, fps, audio_from=sound, overwrite=True)
 
 
-def write_edit(
-    plan: EditPlan,
-    source,  # `Clip` of the frames before the edit; of a stream those that the film strip shows
-    edited,  # (T,H,W,3) uint8, the frames after it, or an iterator of pieces of them
-    picks: list = (),  # of a stream, the numbers of the frames that the film strip shows
-    progress: Callable | None = None,  # of a stream, called as (frames done, what) along the way
-):
-    "Write result, film strip and comparison, all of them or none."
+def _write_edit(plan, source, edited, picks=(), progress=None):
+    "Write result, film strip and comparison, all of them or none. Of a stream `source` holds only the frames `picks`."
     from kiwi_edit.pipeline import fit_reference
 
     streamed, shown = not isinstance(edited, np.ndarray), []
@@ -470,11 +456,11 @@ def run_edit(
     report(total, total, "writing")
     if streamed:
         sized = (resize_frames(piece, clip.width, clip.height, mode="stretch") for piece in edited)
-        write_edit(plan, clip, sized, picks, passed)
+        _write_edit(plan, clip, sized, picks, passed)
         count = written["writing"]
     else:
-        write_edit(plan, clip, resize_frames(edited, clip.width, clip.height, mode="stretch"))
-    size, note, seconds = (clip.width, clip.height), edited_span(plan, count, limits), time.perf_counter() - began
+        _write_edit(plan, clip, resize_frames(edited, clip.width, clip.height, mode="stretch"))
+    size, note, seconds = (clip.width, clip.height), _edited_span(plan, count, limits), time.perf_counter() - began
     return EditedFile(plan.out, plan.strip, plan.comparison, count, size, (width, height), note, seconds)
 
 # %% ../../nbs/library/13_files.ipynb #4e1dc629
@@ -545,10 +531,8 @@ def _once(pairs):
     return dict(pairs)
 
 
-def parse_row(
-    line: bytes,  # of a list
-) -> dict:  # "video", "instruction", "reference", "out" and options, as far as they are given
-    "What a line says, in the names and kinds of `plan_edit`."
+def _parse_row(line):
+    "What a line of a list says, in the names and kinds of `plan_edit`."
     try:
         row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
@@ -659,7 +643,7 @@ def _check_row(number, row, path, folder):
     name = row.get("out")
     if name is None:
         with renamed("`path`", "`video`"):
-            name = file_name(f"{number:04d}-{video.stem}", _suffix(video, video_info(video)))
+            name = _file_name(f"{number:04d}-{video.stem}", _suffix(video, video_info(video)))
     elif {Path(name).name, PureWindowsPath(name).name} != {name} or name.startswith(".") or not name.isprintable():
         raise InputError(f"`out` has to be the name of a file in the folder of results but is {name!r}.")
     plan, read = _planned(video, row["instruction"], references, folder / name, **options)
@@ -676,7 +660,7 @@ def _checked(number, line, found, path, defaults, taken):
     "Put a line among the rows of a list, or among the bad ones."
     own = {}
     try:
-        own = parse_row(line)
+        own = _parse_row(line)
         row = _check_row(number, defaults | own, path, found.folder)
         for file in row.plan.files:
             if other := taken.get(file.name.casefold()):
@@ -703,7 +687,7 @@ def read_edits(
     if wrong := [name for name in defaults if name not in known]:
         raise InputTypeError(f"`defaults` have to be of {', '.join(known)} but hold {wrong[0]}.")
     path = Path(path).expanduser().absolute()
-    folder = Path(out).expanduser() if out is not None else settings().output_dir / file_name(path.stem, "-edited")
+    folder = Path(out).expanduser() if out is not None else settings().output_dir / _file_name(path.stem, "-edited")
     folder = folder.absolute()
     defaults = {name: value for name, value in defaults.items() if value is not None}
     if reference := defaults.pop("reference", None):
