@@ -161,6 +161,14 @@ class WorldDataset:
             self.tasks[i],
         )
 
+# %% ../../nbs/library/10_dataset.ipynb #6cc80b00
+@patch
+def shape(self: WorldDataset, i: int) -> tuple:  # (frames, height, width, has a reference)
+    "What the samples of a batch have in common, without drawing the sample."
+    task = self.tasks[range(len(self))[i]]
+    frames = 1 if task in ("isolate", "plate") else self.num_frames
+    return frames, self.world.height, self.world.width, task in ("subject", "background")
+
 # %% ../../nbs/library/10_dataset.ipynb #035b429a
 class BadRow(InputError):
     "A row that gives no sample."
@@ -680,6 +688,21 @@ def key(self: MetadataDataset, i: int) -> str:  # 64 hexadecimal digits
             files,
             data and hashlib.sha256(data).hexdigest(),
         )
+
+    return self._of_row(i, make)
+
+# %% ../../nbs/library/10_dataset.ipynb #a4f43c00
+@patch
+def shape(self: MetadataDataset, i: int) -> tuple:  # (frames, height, width, has a reference)
+    "What the samples of a batch have in common, from the headers of the files: nothing is decoded."
+
+    def make(row, name):
+        source, target = (self._plan(row, column)[1:] for column in ("src_video", "tgt_video"))
+        if source != target:
+            raise InputError(f"`src_video` and `tgt_video` have to come out alike but are {source} and {target}.")
+        (width, height), frames = source
+        values = [x for column in ("ref_image_bytes", "ref_image") for x in held(row.get(column), self.root)]
+        return frames, height, width, not all(map(_blank, values))
 
     return self._of_row(i, make)
 
