@@ -901,7 +901,7 @@ def check_memory(
     memory: int,  # bytes
 ):
     "Raise where a stage needs more."
-    from kiwi_edit.train.curriculum import estimate
+    from kiwi_edit.train.estimate import estimate
 
     alone = estimate(replace(stage, buckets=(), mix=(), shares=()), online=online, progress=False)
     alone.check_fits(memory)
@@ -913,7 +913,7 @@ def options_table(
     whole,  # Estimate
 ) -> str:  # markdown
     "Memory of the fullest kind of batch under other choices, one at a time."
-    from kiwi_edit.train.curriculum import estimate
+    from kiwi_edit.train.estimate import estimate
 
     stage, preset = whole.stage, whole.preset
     fullest = max(whole.batches, key=lambda cost: sum(whole.memory_of(cost).values())).shape
@@ -1094,7 +1094,7 @@ def dry(
     options: bool,  # what other choices would need, too
 ):
     "Print what stages would need."
-    from kiwi_edit.train.curriculum import estimate
+    from kiwi_edit.train.estimate import estimate
     from kiwi_edit.train.engine import measure_flops
 
     rate = None if seconds_per_step else measure_flops(where)
