@@ -16,7 +16,6 @@ __all__ = ['PARTS', 'WORDS', 'PICTURES', 'STAGES', 'OFFICIAL', 'COMPONENTS', 'Lo
 
 # %% ../../nbs/library/30_curriculum.ipynb #9dddc6d8
 from ..core import InputError
-from ..records import Table
 
 # %% ../../nbs/library/30_curriculum.ipynb #b89fda6e
 _OF_GUIDANCE = "image_queries video_queries ref_queries connector ref_connector source_embedder ref_embedder"
@@ -256,8 +255,10 @@ def _row(stage):
 
 def stage_table(
     stages: dict,  # name -> Stage: `STAGES`, or one of `OFFICIAL`
-) -> Table:
+):  # `Table`
     "The stages of a curriculum side by side."
+    from kiwi_edit.records import Table  # here, since it loads NumPy, and stages are asked for by those in a hurry
+
     columns = ["stage", "trains", "LoRA", "data", "frames / pixels", "rate", "batches a step", "steps"]
     return Table("", columns, [_row(stage) for stage in stages.values()])
 
