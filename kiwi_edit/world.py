@@ -273,20 +273,22 @@ def thing_reference(
     thing: Thing,
     rng: np.random.Generator,
     short: int = 120,  # shorter side of the canvas, pixels
-    change: float = 1.0,  # 0: upright, centred, evenly lit on white; 1: the full change of view
+    change: float = 1.0,  # 0: evenly lit on white, exactly as it stands; 1: the full change of view
+    in_place: bool = False,  # keep place, size and tilt about as they are, instead of large, upright and in the middle
 ) -> np.ndarray:  # (h, w, 3) uint8
     "Photograph a thing again, alone."
+    stand = thing if in_place else replace(thing, size=0.66, center=(0.5, 0.5), angle=0.0)
     height, width = _canvas_size(rng, short, change)
     paper = 255 - rng.uniform(0, 70, 3) * change * (rng.random() < 0.5)
     canvas = np.empty((height, width, 3), np.float32)
     canvas[:] = paper
     dx, dy = rng.uniform(-0.08, 0.08, 2) * change
     view = replace(
-        thing,
-        size=0.66 + rng.uniform(-0.16, 0.14) * change,
-        center=(0.5 + dx, 0.5 + dy),
+        stand,
+        size=stand.size + rng.uniform(-0.16, 0.14) * change,
+        center=(stand.center[0] + dx, stand.center[1] + dy),
         path=(0.0, 0.0),
-        angle=rng.uniform(-0.3, 0.3) * change,
+        angle=stand.angle + rng.uniform(-0.3, 0.3) * change,
         turn=0.0,
     )
     _draw_thing(canvas, view, 0.0, shadow=0.0)
@@ -298,17 +300,18 @@ def plate_reference(
     plate: np.ndarray,  # (h, w, 3) float32
     rng: np.random.Generator,
     short: int = 120,  # shorter side, pixels
-    change: float = 1.0,  # 0: the whole plate, straight; 1: nearer, turned and in another light
+    change: float = 1.0,  # 0: straight; 1: nearer, turned and in another light
+    size: tuple | None = None,  # (height, width) of the part in the middle that is shown; None shows the whole plate
 ) -> np.ndarray:  # (h, w, 3) uint8
     "Photograph a place again."
     import cv2
 
-    high, wide = plate.shape[:2]
+    high, wide = size or plate.shape[:2]
     height, width = round(high * short / min(high, wide)), round(wide * short / min(high, wide))
     angle, light = rng.uniform(-0.1, 0.1) * change, (rng.uniform(0, 0.3) * change, rng.uniform(0, 2 * math.pi))
     scale = short / min(high, wide) * (1 + rng.uniform(0, 0.12) * change)
     cos, sin = scale * math.cos(angle), scale * math.sin(angle)
-    cx, cy = (wide - 1) / 2, (high - 1) / 2
+    cx, cy = (plate.shape[1] - 1) / 2, (plate.shape[0] - 1) / 2
     matrix = np.array(
         [[cos, -sin, (width - 1) / 2 - cos * cx + sin * cy], [sin, cos, (height - 1) / 2 - sin * cx - cos * cy]]
     )
@@ -450,6 +453,9 @@ class Difficulty:
     motion: float = 1.0  # how far things and camera move; 4/3 at most
     occlusion: bool = True  # may things stand before each other
     reference_change: float = 1.0  # 0: the reference is a straight frontal view
+    reference_in_place: bool = (
+        False  # a reference shows its thing about where it will stand, a place as the camera does
+    )
 
     def __post_init__(self):
         if self.max_objects < 1:
@@ -459,7 +465,8 @@ class Difficulty:
 
 
 DIFFICULTIES = dict(
-    full=Difficulty(), easy=Difficulty(max_objects=1, motion=0.5, occlusion=False, reference_change=0.3)
+    full=Difficulty(),
+    easy=Difficulty(max_objects=1, motion=0.5, occlusion=False, reference_change=0.1, reference_in_place=True),
 )
 
 # %% ../nbs/01_world.ipynb #10d0027
@@ -663,14 +670,17 @@ def _edit_subject(self: World, scene, words, rng):
         new = Thing(index, center=PLACES[place], mirrored=mirrored)
         text, edited, before = self._say("subject add", words, place=place), _joined(scene, new), None
     after = len(scene.things) if before is None else before
-    reference = thing_reference(new, rng, self._short, self.difficulty.reference_change)
+    level = self.difficulty
+    reference = thing_reference(new, rng, self._short, level.reference_change, level.reference_in_place)
     return _Edit(edited, text, reference, before, after)
 
 # %% ../nbs/01_world.ipynb #10d002d
 @patch
 def _edit_background(self: World, scene, words, rng):
     plate, name = self._plate(rng)
-    reference = plate_reference(plate, rng, self._short, self.difficulty.reference_change)
+    level = self.difficulty
+    size = (self.height, self.width) if level.reference_in_place else None
+    reference = plate_reference(plate, rng, self._short, level.reference_change, size)
     return _Edit(replace(scene, plate=plate, plate_name=name), self._say("background", words), reference, before="all")
 
 # %% ../nbs/01_world.ipynb #10d002e
@@ -727,7 +737,9 @@ def _edit_style(self: World, scene, words, rng):
 def _edit_isolate(self: World, scene, words, rng):
     i, x = self._pick(scene, rng)
     canvas = np.full((self.height, self.width, 3), 255, np.float32)
-    alone = replace(scene.things[i], size=0.66, center=(0.5, 0.5), path=(0.0, 0.0), angle=0.0, turn=0.0)
+    alone = replace(scene.things[i], path=(0.0, 0.0), turn=0.0)
+    if not self.difficulty.reference_in_place:
+        alone = replace(alone, size=0.66, center=(0.5, 0.5), angle=0.0)
     _draw_thing(canvas, alone, 0.0, shadow=0.0)
     picture = np.clip(canvas[None] + 0.5, 0, 255).astype(np.uint8)
     name = with_article(scene.things[i].name)

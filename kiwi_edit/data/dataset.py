@@ -63,7 +63,7 @@ class Sample:
         return video.film_strip(rows, title=self.instruction.replace("$", r"\$"))._repr_png_()
 
 # %% ../../nbs/library/10_dataset.ipynb #63d5ddb5
-VERSIONS = dict(world=2, metadata=2)  # raised whenever the same settings give other pixels; part of every key
+VERSIONS = dict(world=3, metadata=2)  # raised whenever the same settings give other pixels; part of every key
 
 # %% ../../nbs/library/10_dataset.ipynb #6cc80a0b
 class WorldDataset:
