@@ -634,7 +634,7 @@ class _Run:
     def step(self, batches, save_every):
         "One step of the optimiser; what there is to say of it."
         start, stage, several = time.monotonic(), self.stage, self.accelerator.num_processes > 1
-        factor = learning_rate(self.done(), self.state["step"], stage.schedule, stage.warmup, stage.floor, stage.lr_dip)
+        factor = learning_rate(stage, self.done(), self.state["step"])
         if self.zero:
             self.optimizers.set_rate(factor)  # before the step, which is taken within `backward`
         found = [self.forward_backward(next(batches), j) for j in range(stage.accumulation)]
