@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 from ..core import InputError, Preset, preset as get_preset
 from ..encoder import collate_inputs, encode_context, make_tokenizer, prepare_sample, vision_features
 from ..guidance import EditCache, denoise
-from ..pipeline import KiwiEditPipeline, in_tiles
+from ..latents import in_tiles
+from ..pipeline import KiwiEditPipeline
 from ..records import Table
 from .cache import Batch
 from .curriculum import COMPONENTS, PARTS, Stage, part_parameters, select
