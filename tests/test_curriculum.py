@@ -1,6 +1,5 @@
 """The stages as data, what they train, and what the dry run says of them."""
 
-import copy
 import math
 import subprocess
 import sys

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 import kiwi_edit.train.engine
-from kiwi_edit.weights.checkpoints import convert, load_trainer_checkpoint, merge_lora
+from kiwi_edit.weights.checkpoints import load_trainer_checkpoint, merge_lora
 from kiwi_edit.core import preset
 from kiwi_edit.train.curriculum import Bucket, Lora, Loss, Stage, add_lora, find_stage, part_parameters, select
 from kiwi_edit.data.dataset import WorldDataset, save_dataset, write_metadata
