@@ -34,7 +34,7 @@ _MODES = ("image", "video", "ref")  # kinds of samples: one frame, a clip, a cli
 # %% ../../nbs/library/30_curriculum.ipynb #688c9b25
 @dataclass(frozen=True)
 class Lora:
-    "Low-rank matrices beside the linear layers of a part; their alpha is their rank, so that they are added as they are."
+    "Low-rank matrices beside the linear layers of a part; their alpha is their rank."
 
     rank: int
     targets: tuple  # how the names of the layers end

@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -107,7 +107,7 @@ class FlowMatching(torch.nn.Module):
 
 # %% ../../nbs/library/33_engine.ipynb #d5c79e37
 def _part_of(name):
-    "The part that a parameter belongs to: `mllm.model.language_model.layers.0.mlp.up_proj.weight` is of `language_model`."
+    "The part of a parameter: `mllm.model.language_model.layers.0.mlp.up_proj.weight` is of `language_model`."
     found = [part for part, path in PARTS.items() if f"{name}.".startswith(f"{path}.")]
     return max(found, key=lambda part: len(PARTS[part])) if found else name.split(".")[0]
 
@@ -123,7 +123,7 @@ def _is_matrix(name, p):
 
 
 class _InFloat32(TorchFunctionMode):
-    "Within it, what asks for bfloat16 gets float32: Muon casts its matrices, which is slow where such products are emulated."
+    "Within it, what asks for bfloat16 gets float32: Muon casts its matrices, which is slow where that is emulated."
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return args[0].float() if function is torch.Tensor.bfloat16 else function(*args, **(kwargs or {}))
@@ -323,7 +323,7 @@ def checkpoints(
 
 
 def _save_checkpoint(folder, files, state, keep=2, write=True):
-    "Write a checkpoint (name -> tensors, or what gathers them) so that a kill at any moment leaves the older ones whole."
+    "Write a checkpoint of name -> tensors, or what gathers them; a kill at any moment leaves the older ones whole."
     whole = {name: _gathered(tensors, write) for name, tensors in files.items()}
     if not write:
         return
@@ -453,7 +453,8 @@ def make_accelerator(
 
 @contextmanager
 def _main_first(accelerator):
-    "Within it the main process runs first, and the others follow. They wait for days where need be: a barrier of Accelerate gives up with the timeout of its process group, in minutes."
+    "Within it the main process runs first, and the others follow."
+    # they wait for days where need be: a barrier of Accelerate gives up with its process group's timeout, in minutes
     if accelerator.num_processes == 1:
         yield
         return
@@ -617,7 +618,8 @@ class _Run:
             names = gather_object(names)
         raise FloatingPointError(
             f"the loss is {loss:.4g} and the gradient norm {norm:.4g} at step {step} of stage {self.stage.name!r} "
-            f"(mean loss so far {mean}); its samples: {', '.join(names) or 'without names'}. The last checkpoint is kept."
+            f"(mean loss so far {mean}); its samples: {', '.join(names) or 'without names'}. "
+            "The last checkpoint is kept."
         )
 
     @torch.no_grad()
@@ -687,7 +689,7 @@ class _Run:
 # %% ../../nbs/library/33_engine.ipynb #19e1f9aa
 def fit(
     model: torch.nn.Module,  # its forward takes a batch and gives (losses (B,), dict of numbers to log)
-    batch_fn: Callable,  # (number, part, parts) -> that part of the batch; a pure function, so that a resumed run sees the same
+    batch_fn: Callable,  # (number, part, parts) -> that part of the batch; pure, so that a resumed run sees the same
     folder: str | Path,  # log.jsonl and the checkpoints go here
     stage: Stage,  # rates, steps, minutes, optimiser, accumulation, average
     seed: int = 0,
@@ -886,7 +888,7 @@ def stage_batches(
     seed: int = 0,
     progress: bool = True,
 ) -> Callable:  # (number, part, parts) -> (Batch, Dice)
-    "The batches of a stage that denoises, out of caches that are filled where they are not yet, with all that chance decides."
+    "The batches of a stage that denoises, with all that chance decides; caches are filled where they are not yet."
     sources = []
     for name, (dataset, settings) in stage_data(stage, data, pipe.size_multiple).items():
         if cache is None:
@@ -898,6 +900,8 @@ def stage_batches(
         plan = [b.batch_size for b in stage.buckets], "weighted", [b.weight for b in stage.buckets], seed
     else:
         plan = stage.batch_size * parts, stage.alternation, list(stage.shares) or None, seed
+    if not sources:
+        raise InputError(f"`stage` has to have buckets or a mix to learn edits from but {stage.name!r} has neither.")
     batches = Batches(sources, *plan)
     shift, rounded = pipe.scheduler.config.shift, pipe.guidance.config.round_timestep
 
@@ -955,7 +959,8 @@ def _find_stages(folder):
 # %% ../../nbs/library/33_engine.ipynb #a51de0f1
 @contextmanager
 def _frozen_aside(pipe, cached=False):
-    "Within it, what wraps, shards or moves the encoder does not see its vision tower; and what is `cached` lies in the host's memory."
+    "Within it, what wraps, shards or moves the encoder does not see its vision tower."
+    # what is `cached` is asked for nothing and lies in the host's memory
     model, visual, device = pipe.mllm.model, pipe.mllm.model.visual, pipe.vae.device
     vars(model)["visual"] = visual  # found by its name at any moment, for a thread may be making rows
     del model._modules["visual"]
@@ -1067,7 +1072,7 @@ def train(
     stage: str | Stage,  # one of `STAGES`, or any other stage
     folder: str | Path,  # of the whole run: `model` holds the weights, each stage its own log, checkpoints and strips
     start: str
-    | None = None,  # model to begin with where `folder` has none: name, folder, hub id or step-N.safetensors; None is a random one
+    | None = None,  # where `folder` has no model: a name, folder, hub id or step-N.safetensors; None is a random one
     data: dict | None = None,  # mode -> metadata file, for a stage that has a mix of modes
     cache: str
     | Path
@@ -1144,7 +1149,7 @@ def train(
 def draw_stages(
     logs: dict,  # stage -> records of its log
 ) -> Figure:
-    "What each stage has learned over its minutes: decibels of the autoencoder, next tokens of the encoder, loss of the denoiser."
+    "What each stage has learned over its minutes: decibels, next tokens that are right, or loss."
     figure = Figure(figsize=(11, 2.8))
     panels = figure.subplots(1, 3)
     kinds = dict(psnr="autoencoder, dB", accuracy="encoder, next tokens right", loss="denoiser, loss")
@@ -1189,7 +1194,7 @@ def publish(
     destination: str | Path,  # folder of the model to ship; what else lies there stays
     points: int = 300,  # of each curve
 ) -> None:
-    "Write a run's model in half precision, and under `training` its thinned logs, curves, and first and last film strips."
+    "Write a run's model in half precision, and under `training` its thinned logs, curves and film strips."
     folder, training = Path(folder), Path(destination) / "training"
     KiwiEditPipeline.from_pretrained(folder / "model").to(torch.float16).save_pretrained(destination)
     training.mkdir(exist_ok=True)
