@@ -67,7 +67,7 @@ class Looks:
 
     def summary(self) -> dict:  # of shares in 0..1, means over the whole edit
         "The edit in three numbers; `even` is what the references would get if nobody preferred anything."
-        r, (h, w), f = self.reference.shape[2], self.places.shape[3:], self.features.shape[2]
+        r, f = self.reference.shape[2], self.features.shape[2]
         return dict(
             reference=float(self.reference.sum(2).mean()) if r else 0.0,
             even=r / (r + f),
