@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 # %% auto #0
 __all__ = ['logger', 'digest', 'append_line', 'read_lines', 'replacing_folder', 'describe_fault', 'run_rows', 'Value', 'Table',
-           'image_tag', 'page']
+           'png_bytes', 'image_tag', 'page']
 
 # %% ../nbs/library/02_records.ipynb #2ec00004
 import numpy as np
@@ -301,6 +301,17 @@ figure{{margin:1.2rem 0;padding-top:.6rem;border-top:1px solid #ddd}}</style></h
 {body}
 </body></html>
 """
+
+
+def png_bytes(
+    picture: np.ndarray,  # (h, w, 3) uint8
+) -> bytes:
+    "A picture as a PNG file, without loss."
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def image_tag(

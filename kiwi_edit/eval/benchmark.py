@@ -81,13 +81,13 @@ def benchmark_samples(
 BENCH_SAMPLES = 48  # of each task, 5 frames of 96x96
 BENCH_DIGESTS = dict(  # difficulty -> task -> digest
     easy=dict(
-        subject="82eed523c753cd60",
-        background="6863a93bc03d41ee",
+        subject="8ed0324f177e4571",
+        background="17cca7b221e0715c",
         add="546b1c1f594ea6fd",
         remove="ed45a6604445f290",
         change="467f3aea724c6a48",
         style="314c5046c99eed03",
-        isolate="8fbd665fdaf0ae8f",
+        isolate="a1acc22d0c509435",
         plate="d616eaa9b87ecee8",
     ),
     full=dict(
