@@ -257,8 +257,8 @@ _tiny = Preset(
     name="tiny",
     checkpoint="kiwi-edit-tiny",
     transformer=dict(
-        _WAN_TRANSFORMER, num_layers=6, num_attention_heads=4, attention_head_dim=64, ffn_dim=768, freq_dim=64,
-        text_dim=32, in_channels=32, out_channels=32,
+        _WAN_TRANSFORMER, patch_size=(1, 1, 1), num_layers=6, num_attention_heads=4, attention_head_dim=64, ffn_dim=768,
+        freq_dim=64, text_dim=32, in_channels=32, out_channels=32,
     ),
     vae=dict(
         base_dim=32, decoder_base_dim=40, z_dim=32, dim_mult=[1, 2, 2], num_res_blocks=1, attn_scales=[],
@@ -281,7 +281,7 @@ _tiny = Preset(
         tie_word_embeddings=True,  # the ids of its special tokens come from its own tokenizer
     ),
     guidance=dict(
-        hidden_size=192, dim=256, in_channels=32, patch_size=(1, 2, 2), num_image_queries=16, num_video_queries=16,
+        hidden_size=192, dim=256, in_channels=32, patch_size=(1, 1, 1), num_image_queries=16, num_video_queries=16,
         num_ref_queries=16, max_object_token=16, max_pixels_per_frame=112 * 112, min_pixels_per_frame=112 * 112,
         max_image_pixels=112 * 112, min_image_pixels=112 * 112, ref_pad_first=False, zero_init=False,
         query_read_out="queries", round_timestep=False, round_pixels=False, names="edit",

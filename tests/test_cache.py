@@ -247,7 +247,7 @@ def test_what_cannot_be_kept_is_named(pipe):
         assert encode_samples(pipe, [sample], RowSettings("bfloat16"))[0]["target"].isfinite().all()
     finally:
         pipe.vae.register_to_config(latents_mean=mean)
-    with pytest.raises(ValueError, match="multiples of 16 .*world train seed 1000 is 20x32"):
+    with pytest.raises(ValueError, match="multiples of 8 .*world train seed 1000 is 20x32"):
         encode_samples(pipe, [replace(sample, source=sample.source[:, :, :20], target=sample.target[:, :, :20])])
     for wrong, name in (
         (dict(dtype="int8"), "dtype"),

@@ -604,7 +604,7 @@ def test_wrong_arguments_are_refused_before_weights_are_read(kiwi, clip, tmp_pat
     refused(kiwi(*base, "no-such-model"), "--model has to be a model that ships with the kit", "no-such-model")
     refused(kiwi(*base, tmp_path / "nowhere"), "--model has to be", "nowhere")
     refused(kiwi(*base, tmp_path), "--model has to be a model folder")
-    refused(kiwi(*base, random_model, "--size", "60x64"), "--size has to be multiples of 16", "60x64")
+    refused(kiwi(*base, random_model, "--size", "60x64"), "--size has to be multiples of 8", "60x64")
     refused(kiwi(*base, random_model, "--device", "tpu"), "--device has to be", "tpu")
     refused(kiwi(*base, random_model, "--device", "cuda:99"), "--device has to be there", "cuda:99")
 

@@ -72,7 +72,7 @@ def test_sizes_of_the_published_models():
     )
     sizes = count_weights(preset("wan2.1-14b"))
     assert round(sizes["transformer"] / 1e9, 2) == 14.29 and round(sizes["vae"] / 1e6) == 127
-    assert [PRESETS[n].size_multiple for n in ("tiny", "wan2.2-5b", "wan2.1-14b")] == [16, 32, 16]
+    assert [PRESETS[n].size_multiple for n in ("tiny", "wan2.2-5b", "wan2.1-14b")] == [8, 32, 16]
 
 
 def test_released_guidance_keeps_the_released_habits_and_tiny_does_not():

@@ -133,7 +133,7 @@ def test_what_is_wrong_with_the_whole_list_is_said_once(folder, monkeypatch):
     from kiwi_edit import pipeline
 
     monkeypatch.setattr(pipeline.KiwiEditPipeline, "from_pretrained", lambda *a, **k: pytest.fail("weights were read"))
-    with pytest.raises(files.BadEdits, match="row 2: `size` has to be multiples of 16"):
+    with pytest.raises(files.BadEdits, match="row 2: `size` has to be multiples of 8"):
         run_edits(read_edits(write(folder, *rows(1), *rows(1, size="60x64", out="b.mp4")), folder / "out"), MODEL)
     assert not (folder / "out").exists()
 

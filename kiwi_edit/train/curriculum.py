@@ -174,13 +174,13 @@ _edits = partial(
     autocast=True,
     loss=Loss(few=1, pixel_metric=0.75),
 )
-_small, _large = _buckets(1, 20_000, 24), _buckets(5, 6_000, 12)
+_small, _large = _buckets(1, 20_000, 8), _buckets(5, 6_000, 4)
 _stages = (
     _pictures("autoencoder-start", minutes=6, lr=2e-3, floor=0.3, linear=True),
     _pictures("autoencoder", minutes=118, lr=1.5e-3, follows="autoencoder-start"),
     _tiny("encoder", ("mllm",), minutes=14, lr=1.5e-3, follows="autoencoder", learns="words"),
-    _edits("pictures", minutes=33, lr=2e-3, follows="encoder", floor=0.5, buckets=_small),
-    _edits("clips", minutes=21, lr=1.5e-3, follows="pictures", floor=0.02, first_seed=400_000, buckets=_large),
+    _edits("pictures", minutes=75, lr=1.5e-3, follows="encoder", floor=0.2, buckets=_small),
+    _edits("clips", minutes=36, lr=1.2e-3, follows="pictures", floor=0.02, first_seed=400_000, buckets=_large),
 )
 STAGES = {stage.name: stage for stage in _stages}
 
