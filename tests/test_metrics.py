@@ -78,9 +78,7 @@ def test_a_batch_is_its_clips_one_by_one(samples):
     noisy = np.clip(target + np.random.default_rng(0).normal(0, 20, target.shape), 0, 255).astype(np.uint8)
     alone = [edit_done(noisy[i], source[i], target[i], mask[i]) for i in range(6)]
     np.testing.assert_allclose(edit_done(noisy, source, target, mask), alone, rtol=1e-12)
-    np.testing.assert_allclose(
-        psnr(noisy, source, ~mask)[:5], [psnr(noisy[i], source[i], ~mask[i]) for i in range(5)]
-    )
+    np.testing.assert_allclose(psnr(noisy, source, ~mask)[:5], [psnr(noisy[i], source[i], ~mask[i]) for i in range(5)])
 
 
 def test_unsigned_bytes_do_not_wrap():

@@ -5,36 +5,55 @@
 # %% ../../nbs/library/41_judge.ipynb #41a00003
 from __future__ import annotations
 
-import base64, hashlib, html, json, logging, math, mimetypes, random, re, tempfile, threading, time
+import base64
+import html
+import json
+import logging
+import math
+import mimetypes
+import random
+import re
+import tempfile
+import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 from urllib.parse import quote
 
 # %% auto #0
-__all__ = ['logger', 'RUBRICS', 'BENCHES', 'MEDIA', 'SCALES', 'PUBLISHED', 'Criterion', 'Rubric', 'rubric_for', 'load_rubric',
-           'released_scores', 'read_scores', 'capped', 'Case', 'case_digest', 'Judgement', 'Judge', 'picture_of',
-           'numbered_frames', 'question_of', 'Pace', 'Memory', 'parameters_of', 'ChatJudge', 'Scale', 'metric_scores',
-           'clip_arrays', 'MetricJudge', 'Summary', 'aggregate', 'Published', 'krippendorff_alpha', 'Agreement',
-           'agreement', 'save_score_page', 'read_scores_file']
+__all__ = ['logger', 'RUBRICS', 'WORTH', 'SCALES', 'PUBLISHED', 'Criterion', 'Rubric', 'load_rubric', 'rubric_for',
+           'released_scores', 'read_scores', 'capped', 'Case', 'case_digest', 'Judgement', 'failed', 'scored',
+           'picture_of', 'question_of', 'Pace', 'ChatJudge', 'metric_scores', 'clip_arrays', 'MetricJudge', 'Summary',
+           'aggregate', 'Published', 'krippendorff_alpha', 'Agreement', 'agreement', 'save_score_page',
+           'read_scores_file']
 
 # %% ../../nbs/library/41_judge.ipynb #41a00004
 import cv2
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..core import InputError
+from ..core import InputError, asset
 from ..data.backends import Chat, GeminiChat, Question, VideoPart, parse_json, png_bytes, without_thoughts
 from ..metrics import bootstrap, measure_clip
 from ..quadruplets import BackendError
+from ..records import Table, Value, append_line, digest, read_lines, run_rows
 from ..video import DEFAULT_FPS, read_image, read_video, replacing, sample_indices, video_info, write_video
 
 logger = logging.getLogger(__name__)
 
 # %% ../../nbs/library/41_judge.ipynb #41a00007
+_OPENING = """You judge edits of videos. You are shown a clip before an edit, the clip after it, and the instruction \
+that the editor was given; where there is a reference picture, it comes first. Some clips are given as numbered frames.
+Judge what you see, not what was meant, and use the whole scale. There are {count} criteria, each scored with a whole \
+number from 1 to 5."""
+_CLOSING = """Say in at most three sentences what speaks for and against the edit. Then write these lines, with a \
+number in place of each n, and nothing after them:
+"""
+
+
 @dataclass(frozen=True)
 class Criterion:
     "One thing that is scored from 1 to 5."
@@ -67,220 +86,84 @@ class Rubric:
                 "\n".join([f"{c.name}. {c.asks}", *(f"  {i} = {text}" for i, text in enumerate(c.anchors, 1))])
             )
         if self.capped:
-            parts.append(
-                f"The first criterion decides: no other score may be higher than that of {self.criteria[0].name}."
-            )
+            parts.append(f"The first criterion decides: no other score may be higher than that of {self.names[0]}.")
         return "\n\n".join([*parts, _CLOSING + "\n".join(f"{name}: n" for name in self.names)])
 
     def _repr_markdown_(self):
-        rows = [f"| **{c.name}** {c.asks} | " + " | ".join(c.anchors or [""] * 5) + " |" for c in self.criteria]
-        return "\n".join(
-            [
-                f"{self.name}" + (", capped by the first" if self.capped else ""),
-                "",
-                "| criterion | 1 | 2 | 3 | 4 | 5 |",
-                "|---|---|---|---|---|---|",
-                *rows,
-            ]
-        )
-
-
-_OPENING = """You judge edits of videos. You are shown a clip before an edit, the clip after it, and the instruction that the editor was given; where there is a reference picture, it comes first. Some clips are given as numbered frames.
-Judge what you see, not what was meant, and use the whole scale. There are {count} criteria, each scored with a whole number from 1 to 5."""
-_CLOSING = "Say in at most three sentences what speaks for and against the edit. Then write these lines, with a number in place of each n, and nothing after them:\n"
+        rows = [[f"**{c.name}** {c.asks}", *(c.anchors or [""] * 5)] for c in self.criteria]
+        title = self.name + ", capped by the first" * self.capped
+        return Table(title, ["criterion", "1", "2", "3", "4", "5"], rows)._repr_markdown_()
 
 # %% ../../nbs/library/41_judge.ipynb #41a0000a
-RUBRICS = {
-    r.name: r
-    for r in (
-        Rubric(
-            "refvie-subject",
-            (
-                Criterion(
-                    "Identity Consistency & Compliance",
-                    "Is what came in the very thing of the reference picture, put where the instruction wants it?",
-                    (
-                        "The instruction is not followed, or nothing of the reference is there.",
-                        "Something of the right kind, but plainly another one.",
-                        "Recognisably the same thing, with wrong details that catch the eye.",
-                        "The same thing; one small detail differs.",
-                        "The same thing in everything that the reference shows, exactly where it was asked for.",
-                    ),
-                ),
-                Criterion(
-                    "Temporal Consistency & Texture Fidelity",
-                    "Does it keep its shape, colours and surface from frame to frame, as sharp as the clip around it?",
-                    (
-                        "It flickers, melts or changes into something else.",
-                        "It is blurred or changes visibly through most of the clip.",
-                        "It holds, with some frames that flicker or lose their texture.",
-                        "It is steady and sharp, with a flaw that one has to look for.",
-                        "It is steady and sharp in every frame.",
-                    ),
-                ),
-                Criterion(
-                    "Physical Integration & Tracking",
-                    "Does it belong to the scene in light, shadow, size and what covers what, move as the scene moves, and leave the rest alone?",
-                    (
-                        "It floats over the picture, or the rest of the scene is damaged.",
-                        "It slides, or light and size are plainly wrong.",
-                        "It follows the scene, with visible slips or a missing shadow.",
-                        "It sits well; a slip or a change elsewhere is hard to see.",
-                        "It could have been filmed, and all else is as it was.",
-                    ),
-                ),
-            ),
-        ),
-        Rubric(
-            "refvie-background",
-            (
-                Criterion(
-                    "Reference Fidelity & Preservation",
-                    "Is the new background the scene of the reference picture, and are the people and things in front the same as before?",
-                    (
-                        "The background is not that of the reference, or what stood in front is lost.",
-                        "Alike in theme only, or what stands in front is another one now.",
-                        "The scene of the reference with wrong parts, or visible changes in front.",
-                        "The scene of the reference; a small detail differs there or in front.",
-                        "The scene of the reference, and everything in front as it was.",
-                    ),
-                ),
-                Criterion(
-                    "Matting Quality & Temporal Stability",
-                    "Is the border between front and background clean, and steady over time?",
-                    (
-                        "Large pieces are cut off or left over, or the picture boils.",
-                        "Halos or flicker along most of the border.",
-                        "A mostly clean border with rough spots or some flicker.",
-                        "Clean and steady; a flaw shows on close look, in hair for instance.",
-                        "Clean and steady everywhere.",
-                    ),
-                ),
-                Criterion(
-                    "Visual Harmony & Perspective",
-                    "Do light, colour, sharpness, viewpoint and camera motion of front and background go together?",
-                    (
-                        "Two pictures that have nothing to do with each other.",
-                        "Light or perspective plainly contradict each other.",
-                        "Believable at a glance, with a mismatch of light, scale or motion.",
-                        "They go together; a small mismatch remains.",
-                        "It could have been filmed there.",
-                    ),
-                ),
-            ),
-        ),
-        Rubric(
-            "openve",
-            (
-                Criterion(
-                    "Instruction Compliance",
-                    "Is what the instruction asks for done, all of it and nothing else?",
-                    (
-                        "Not done, or something else was done.",
-                        "Attempted, with the larger part missing or wrong.",
-                        "Done in the main, with a part missing, too much or in the wrong place.",
-                        "Done, with a small deviation.",
-                        "Done exactly.",
-                    ),
-                ),
-                Criterion(
-                    "Visual Quality & Stability",
-                    "Is the result sharp, free of artefacts and steady over time?",
-                    (
-                        "Broken pictures, or flicker throughout.",
-                        "Artefacts or flicker that spoil it.",
-                        "Watchable, with faults that are seen at once.",
-                        "Good; a fault shows on close look.",
-                        "As good and as steady as the clip before.",
-                    ),
-                ),
-                Criterion(
-                    "Consistency & Detail Fidelity",
-                    "Is everything that was not to change as it was, down to the details, and does the new fit what is around it?",
-                    (
-                        "The rest of the scene is another one.",
-                        "Much of it is changed or lost.",
-                        "The scene is kept, with visible changes.",
-                        "Kept, but for small details.",
-                        "Kept to the last detail, and the new fits in.",
-                    ),
-                ),
-            ),
-        ),
-    )
-}
-_SUBJECT, _BACKGROUND = RUBRICS["refvie-subject"].names, RUBRICS["refvie-background"].names
-
-BENCHES = ("refvie", "openve", "imgedit", "kit")
+def _is_text(value):
+    return isinstance(value, str) and bool(value.strip())
 
 
-def rubric_for(
-    bench: str,  # of `BENCHES`
-    edit_type: str,  # as the bench writes it
-) -> Rubric:
-    "The rubric for a row of a benchmark."
-    if bench not in BENCHES:
-        raise InputError(f"`bench` has to be one of {', '.join(BENCHES)} but is {bench!r}.")
-    if bench == "refvie":
-        return RUBRICS["refvie-subject" if edit_type == "subject" else "refvie-background"]
-    return RUBRICS.get(f"refvie-{edit_type}" if bench == "kit" else "openve", RUBRICS["openve"])
-
-# %% ../../nbs/library/41_judge.ipynb #41a0000d
 def load_rubric(
     path,  # YAML or JSON: name, criteria (names, or mappings of name, asks and anchors), and if wanted capped and system
 ) -> Rubric:
-    "A rubric in somebody's own words."
-    import yaml
-
+    "Read a rubric, one of the kit's or one in your own words."
     path = Path(path)
 
-    def bad(rule, value):
-        return InputError(f"`path` has to hold {rule} but {path.name} has {value!r}.")
+    def check(good, rule, value):
+        if not good:
+            raise InputError(f"`path` has to hold {rule} but {path.name} has {value!r}.")
 
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"`path` has to hold YAML or JSON but {path.name} does not: {' '.join(str(error).split())[:160]}."
-        ) from None
-    if not isinstance(found, dict):
-        raise bad("a mapping with `name` and `criteria`", type(found).__name__)
-    if extra := sorted(map(str, found.keys() - {"name", "criteria", "capped", "system"})):
-        raise bad("`name`, `criteria`, `capped` and `system` only", extra)
-    name, system, capped, criteria = (
-        found.get("name"),
-        found.get("system", ""),
-        found.get("capped", True),
-        found.get("criteria"),
-    )
-    if not isinstance(name, str) or not name.strip():
-        raise bad("a `name`", name)
-    if not isinstance(system, str):
-        raise bad("words under `system`", system)
-    if type(capped) is not bool:
-        raise bad("true or false under `capped`", capped)
-    if not isinstance(criteria, list) or not criteria:
-        raise bad("a list with at least one entry under `criteria`", criteria)
-    criteria = tuple(_criterion(c, bad) for c in criteria)
-    if len({c.name.casefold() for c in criteria}) < len(criteria):
-        raise bad("criteria of different names", [c.name for c in criteria])
-    if not system and (silent := [c.name for c in criteria if not c.asks]):
-        raise bad("a `system` text, or `asks` for each criterion", silent)
-    return Rubric(name, criteria, capped, system)
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text) if path.suffix == ".json" else _read_yaml(text)
+    except ValueError as error:
+        check(False, "YAML or JSON", " ".join(str(error).split())[:160])
+    check(isinstance(found, dict), "a mapping with `name` and `criteria`", type(found).__name__)
+    found = dict(capped=True, system="", name=None, criteria=None) | found
+    extra = sorted(map(str, found.keys() - {"name", "criteria", "capped", "system"}))
+    check(not extra, "`name`, `criteria`, `capped` and `system` only", extra)
+    check(_is_text(found["name"]), "a `name`", found["name"])
+    check(isinstance(found["system"], str), "words under `system`", found["system"])
+    check(type(found["capped"]) is bool, "true or false under `capped`", found["capped"])
+    check(isinstance(found["criteria"], list) and found["criteria"], "a list under `criteria`", found["criteria"])
+    criteria = tuple(_criterion(c, check) for c in found["criteria"])
+    names = [c.name.casefold() for c in criteria]
+    check(len(set(names)) == len(names), "criteria of different names", names)
+    silent = [c.name for c in criteria if not found["system"] and not c.asks]
+    check(not silent, "a `system` text, or `asks` for each criterion", silent)
+    return Rubric(found["name"], criteria, found["capped"], found["system"])
 
 
-def _criterion(found, bad):
+def _read_yaml(text):
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+
+
+def _criterion(found, check):
     found = dict(name=found) if isinstance(found, str) else found
-    if not isinstance(found, dict) or found.keys() - {"name", "asks", "anchors"}:
-        raise bad("criteria with `name`, `asks` and `anchors` only", found)
-    name, anchors = found.get("name"), found.get("anchors", [])
-    if not isinstance(name, str) or not re.search(r"\w", name) or ":" in name or "\n" in name:
-        raise bad("criteria with a name of one line without a colon", name)
-    if not isinstance(found.get("asks", ""), str):
-        raise bad("words under `asks`", found["asks"])
-    if not isinstance(anchors, list) or len(anchors) not in (0, 5) or not all(isinstance(a, str) for a in anchors):
-        raise bad("five sentences under `anchors`, for 1 to 5", anchors)
-    return Criterion(name.strip(), found.get("asks", ""), tuple(anchors))
+    known = isinstance(found, dict) and not found.keys() - {"name", "asks", "anchors"}
+    check(known, "criteria with `name`, `asks` and `anchors` only", found)
+    name, asks, anchors = found.get("name"), found.get("asks", ""), found.get("anchors", [])
+    named = _is_text(name) and re.search(r"\w", name) and not re.search(r"[:\n]", name)
+    check(named, "criteria with a name of one line without a colon", name)
+    check(isinstance(asks, str), "words under `asks`", asks)
+    five = isinstance(anchors, list) and len(anchors) in (0, 5) and all(isinstance(a, str) for a in anchors)
+    check(five, "five sentences under `anchors`, for 1 to 5", anchors)
+    return Criterion(name.strip(), asks, tuple(anchors))
+
+
+RUBRICS = {r.name: r for r in map(load_rubric, sorted(asset("rubrics").glob("*.json")))}
+_SUBJECT, _BACKGROUND = RUBRICS["refvie-subject"].names, RUBRICS["refvie-background"].names
+
+
+def rubric_for(
+    bench: str,  # "refvie", "openve", "imgedit" or "kit"
+    edit_type: str,  # as the bench writes it
+) -> Rubric:
+    "The rubric for a row of a benchmark."
+    if bench == "refvie":
+        return RUBRICS["refvie-subject" if edit_type == "subject" else "refvie-background"]
+    return RUBRICS.get(f"refvie-{edit_type}" if bench == "kit" else "openve", RUBRICS["openve"])
 
 # %% ../../nbs/library/41_judge.ipynb #41a00010
 def released_scores(
@@ -311,22 +194,17 @@ _FILL = r"(?:[\s*_~\"'`:\uff1a=>|(\[\u2013\u2014]|-(?!\d))*"
 _VALUE = r"(-?\d+(?:\.\d+)?)(?![\w%]|\.\d)(?:\s*(?:/|out of|of)\s*(\d+))?"
 _HEAD = re.compile(rf"{_FILL}(?:(?:score|rating)\b{_FILL})?{_VALUE}", re.I)
 _TAIL = re.compile(rf"[:\uff1a=]{_FILL}{_VALUE}[\s*_~.,;|)\]}}\"'`]*$", re.I)
-_RANGE = re.compile(
-    r"^\s*[(\[](?:score\s*)?(?:1\s*(?:-|\u2013|to)\s*5|/\s*5|(?:out )?of 5)[)\]]", re.I
-)  # the scale, said once more
+# the scale, said once more
+_RANGE = re.compile(r"^\s*[(\[](?:score\s*)?(?:1\s*(?:-|\u2013|to)\s*5|/\s*5|(?:out )?of 5)[)\]]", re.I)
 _DOUBT = re.compile(r"\s*(?:or|to|and|[-\u2013\u2014~,])\s*-?\d", re.I)
 
 
 def _names_pattern(names):
     "Finds criteria in text whatever their case and punctuation, the longest first."
-    words = {
-        name: r"[\W_]+(?:and[\W_]+)?".join(re.escape(w) for w in re.findall(r"[^\W_]+", name) if w.casefold() != "and")
-        for name in names
-    }
     ordered = sorted(names, key=len, reverse=True)
-    return re.compile(
-        r"(?<![^\W_])(?:" + "|".join(f"({words[name]})" for name in ordered) + r")(?![^\W_])", re.I
-    ), ordered
+    words = [[re.escape(w) for w in re.findall(r"[^\W_]+", name) if w.casefold() != "and"] for name in ordered]
+    groups = ("(" + r"[\W_]+(?:and[\W_]+)?".join(w) + ")" for w in words)
+    return re.compile(r"(?<![^\W_])(?:" + "|".join(groups) + r")(?![^\W_])", re.I), ordered
 
 
 class _BadScore(ValueError):
@@ -343,12 +221,14 @@ def _said(name, segment):
     "The score in what follows a name; None where it is only talked about."
     first, _, rest = _RANGE.sub("", segment, count=1).partition("\n")
     if not re.sub(_FILL, "", first):
-        first = rest.partition("\n")[0] if re.fullmatch(rf"{_FILL}{_VALUE}[\s*_~.|]*", rest.partition("\n")[0]) else ""
+        following = rest.partition("\n")[0]
+        first = following if re.fullmatch(rf"{_FILL}{_VALUE}[\s*_~.|]*", following) else ""
     if match := _HEAD.match(first):
         if _DOUBT.match(first, match.end()):
             raise _BadScore(f"{name} has to be one score but is {first.strip()[:30]!r}")
         return _number(name, match)
-    return _number(name, match) if (match := _TAIL.search(first)) else None
+    match = _TAIL.search(first)
+    return match and _number(name, match)
 
 
 def _said_in_json(found, pattern, ordered):
@@ -382,13 +262,8 @@ def _said_in_text(text, pattern, ordered):
 def read_scores(
     text: str,  # a reply
     rubric: Rubric,
-    strict: bool = False,  # read as the released code does; see `released_scores`
-) -> dict | list:  # criterion -> score in the rubric's order; strict: integers as the released code stores them
+) -> dict:  # criterion -> score in the rubric's order
     "The scores of a reply; ValueError where there are none to be had without guessing."
-    if strict:
-        if not (scores := released_scores(text, rubric)):
-            raise ValueError("the released parser finds no scores")
-        return scores
     text, (pattern, ordered) = without_thoughts(text), _names_pattern(rubric.names)
     try:
         found = list(_said_in_json(parse_json(text), pattern, ordered)) if "{" in text else []
@@ -412,9 +287,7 @@ def capped(
     rubric: Rubric,
 ) -> tuple[dict, bool]:  # the scores, and whether any was lowered
     "No score above the first one, where the rubric says so."
-    if not rubric.capped:
-        return dict(scores), False
-    most = scores[rubric.names[0]]
+    most = scores[rubric.names[0]] if rubric.capped else 5
     lowered = {name: min(score, most) for name, score in scores.items()}
     return lowered, lowered != scores
 
@@ -433,37 +306,21 @@ class Case:
     mask: np.ndarray | None = None  # (T, H, W) bool, the edited region, where it is known
     target: np.ndarray | None = None  # (T, H, W, 3) uint8, what should have come out, where it is known
 
+    @property
+    def missing(self) -> list[str]:  # names
+        "Files that are not there."
+        media = self.reference, self.source, self.edited
+        return [Path(m).name for m in media if _is_path(m) and not Path(m).exists()]
+
 
 def _is_path(media):
     return isinstance(media, (str, Path))
 
 
-def _digest(*things):
-    "Of what things hold: files by their bytes, arrays by their values."
-    total = hashlib.sha256()
-    for thing in things:
-        if isinstance(thing, Path):
-            data = thing.read_bytes() if thing.is_file() else b"".join(p.read_bytes() for p in sorted(thing.iterdir()))
-        elif isinstance(thing, np.ndarray):
-            data = f"{thing.dtype}{thing.shape}".encode() + np.ascontiguousarray(thing).tobytes()
-        else:
-            data = json.dumps(thing, ensure_ascii=False).encode()
-        total.update(hashlib.sha256(data).digest())
-    return total.hexdigest()
-
-
 def case_digest(case: Case) -> str:
-    "A fingerprint of all that a judge is told and shown; the id is not among it."
+    "A fingerprint of all that a judge is told and shown, files by what they hold; the id is not among it."
     media = [Path(m) if _is_path(m) else m for m in (case.reference, case.source, case.edited)]
-    return _digest(
-        case.instruction,
-        case.edit_type,
-        case.rubric.name,
-        case.rubric.names,
-        case.rubric.capped,
-        case.rubric.instruction(),
-        *media,
-    )
+    return digest(case.instruction, case.edit_type, case.rubric.instruction(), asdict(case.rubric), media)
 
 # %% ../../nbs/library/41_judge.ipynb #41a00023
 @dataclass
@@ -481,6 +338,13 @@ class Judgement:
     seconds: float = 0.0
     edit_type: str = ""
 
+    def __post_init__(self):
+        values = list(self.scores.values()) if isinstance(self.scores, dict) else []
+        if self.ok and not (values and all(type(v) in (int, float) and 1 <= v <= 5 for v in values)):
+            raise InputError(
+                f"`scores` have to be from 1 to 5, by criterion, where all is well but are {self.scores!r}."
+            )
+
     @property
     def ok(self):
         return not self.error
@@ -493,52 +357,28 @@ class Judgement:
     def mean(self):
         return float(np.mean(list(self.scores.values()))) if self.ok else float("nan")
 
-    def to_dict(self):
-        return asdict(self)
 
-    @classmethod
-    def from_dict(cls, found: dict):
-        "From a line of a file; what breaks the rules of a judgement is a ValueError."
-        if not isinstance(found, dict) or (missing := {"id", "judge", "rubric", "scores"} - found.keys()):
-            raise InputError(
-                f"`found` has to have the keys of a judgement but lacks {sorted(missing) if isinstance(found, dict) else 'all'}."
-            )
-        if extra := found.keys() - cls.__dataclass_fields__.keys():
-            raise InputError(f"`found` has to have the keys of a judgement only but has {sorted(extra)}.")
-        made = cls(**found)
-        if not isinstance(made.scores, dict):
-            raise InputError(f"`scores` has to be a mapping but is {made.scores!r}.")
-        values = list(made.scores.values())
-        if made.ok and (not values or not all(type(v) in (int, float) and 1 <= v <= 5 for v in values)):
-            raise InputError(f"`scores` have to be numbers from 1 to 5 where there is no error but are {values}.")
-        return made
+def failed(
+    case: Case,
+    judge: str,  # its name
+    error: str,  # its kind, a colon and the reason
+    **facts,  # further fields
+) -> Judgement:
+    "A case that has no scores, with the reason."
+    scores, error = dict.fromkeys(case.rubric.names), " ".join(error.split())
+    return Judgement(case.id, judge, case.rubric.name, scores, error, edit_type=case.edit_type, **facts)
 
 
-def _failed(case, judge, error, **facts):
-    return Judgement(
-        case.id,
-        judge,
-        case.rubric.name,
-        dict.fromkeys(case.rubric.names),
-        " ".join(error.split()),
-        edit_type=case.edit_type,
-        **facts,
-    )
-
-
-def _scored(case, judge, scores, **facts):
+def scored(
+    case: Case,
+    judge: str,  # its name
+    scores: dict,  # criterion -> 1..5
+    **facts,  # further fields
+) -> Judgement:
+    "A case with its scores, capped where the rubric says so."
+    made = Judgement(case.id, judge, case.rubric.name, scores, edit_type=case.edit_type, **facts)
     scores, lowered = capped(scores, case.rubric)
-    return Judgement(case.id, judge, case.rubric.name, scores, "", lowered, edit_type=case.edit_type, **facts)
-
-
-class Judge(Protocol):
-    "Gives each case a judgement, in their order."
-
-    name: str
-    is_model: bool  # whether a learned model looks at the clips
-
-    def judge(self, cases: Sequence[Case], progress: bool = True) -> list[Judgement]: ...
-    def estimate(self, cases: Sequence[Case]) -> dict: ...  # before: calls, input_tokens, and cost in USD or None
+    return replace(made, scores=scores, capped=lowered)
 
 # %% ../../nbs/library/41_judge.ipynb #41a00027
 _VIDEOS = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi")
@@ -562,15 +402,11 @@ def picture_of(media) -> np.ndarray:  # (h, w, 3) uint8
     return np.asarray(read_image(media)) if _is_path(media) else media
 
 
-def numbered_frames(
-    media,  # path, or (T, H, W, 3) uint8
-    count: int,  # frames, evenly spaced
-    side: int,  # pixels; larger frames are shrunk to this longer side
-) -> tuple:  # words and (h, w, 3) uint8 pictures in turn
-    "Frames of a clip, each under its number."
+def _numbered_frames(media, count, side):
+    "Frames of a clip, evenly spaced, each under its number."
     at = sample_indices(_size(media)[0], count)
     frames = read_video(media, indices=at).frames if _is_path(media) else media[at]
-    return sum(((f"Frame {i + 1}:", _shrunk(frame, side)) for i, frame in zip(at, frames)), ())
+    return [part for i, frame in zip(at, frames) for part in (f"Frame {i + 1}:", _shrunk(frame, side))]
 
 
 def _video_part(media, path):
@@ -585,21 +421,19 @@ def question_of(
     folder: Path | None = None,  # where clips in memory become files: clips are sent as video; None sends frames
     frames: int = 8,  # of each clip
     side: int = 512,  # pixels, longer side of pictures
-    max_tokens: int = 1024,  # of the reply
 ) -> Question:
     "What a model is asked about a case: the rubric as its instruction, then reference, source and edited clip."
     parts = [] if case.reference is None else ["Reference picture:", _shrunk(picture_of(case.reference), side)]
     for name, media in (("before", case.source), ("after", case.edited)):
         still = _size(media)[0] == 1
-        parts += [f"The picture {name} the edit:" if still else f"The clip {name} the edit:"]
-        parts += (
-            [_video_part(media, folder / f"{name}.mp4")]
-            if folder and not still
-            else numbered_frames(media, frames, side)
-        )
+        parts.append(f"The picture {name} the edit:" if still else f"The clip {name} the edit:")
+        if folder and not still:
+            parts.append(_video_part(media, folder / f"{name}.mp4"))
+        else:
+            parts += _numbered_frames(media, frames, side)
     kind = f"Kind of edit: {case.edit_type.replace('_', ' ')}. " if case.edit_type else ""
-    parts += [f"{kind}Instruction: {json.dumps(case.instruction, ensure_ascii=False)}"]
-    return Question(tuple(parts), case.rubric.instruction(), lambda text: read_scores(text, case.rubric), max_tokens)
+    parts.append(f"{kind}Instruction: {json.dumps(case.instruction, ensure_ascii=False)}")
+    return Question(tuple(parts), case.rubric.instruction(), lambda text: read_scores(text, case.rubric), 1024)
 
 # %% ../../nbs/library/41_judge.ipynb #41a0002a
 class Pace:
@@ -608,64 +442,22 @@ class Pace:
     def __init__(self, rate: float):  # calls a minute
         if not (math.isfinite(rate) and rate > 0):
             raise InputError(f"`rate` has to be above 0 requests a minute but is {rate}.")
-        self.gap, self._next = 60 / rate, 0.0
+        self.gap, self._next, self._lock = 60 / rate, 0.0, threading.Lock()
 
     def __call__(self):
-        with _LOCK:
+        with self._lock:
             at = self._next = max(self._next + self.gap, time.monotonic())
         time.sleep(max(0.0, at - time.monotonic()))
-
-
-_LOCK = threading.Lock()
-
-
-class Memory:
-    "Judgements in a file of lines, by what was judged, against what and by whom; without a folder it remembers nothing."
-
-    def __init__(self, folder):
-        self.path, self._rows = folder and Path(folder).expanduser() / "judgements.jsonl", {}
-        if self.path and self.path.exists():
-            self._rows = dict(self._read(self.path.read_text(encoding="utf-8", errors="replace")))
-
-    def _read(self, text):
-        *whole, tail = text.split("\n")  # what follows the last line's end was cut off while it was written
-        if tail:
-            logger.warning("%s ends in half a line, which is left out.", self.path.name)
-        for number, line in enumerate(whole, 1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                row = None
-            if row is None:
-                logger.warning("%s: line %d is no JSON and is left out.", self.path.name, number)
-            else:
-                yield row.pop("key"), Judgement.from_dict(row)
-
-    def get(self, key):
-        "The judgement of a key where one has scores."
-        found = self._rows.get(key)
-        return found if found and found.ok else None
-
-    def add(self, key, judgement):
-        if not self.path:
-            return
-        with _LOCK:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a+b") as file:
-                if file.seek(0, 2) and (file.seek(-1, 2), file.read(1))[1] != b"\n":
-                    file.write(b"\n")  # after half a line
-                file.write(json.dumps(dict(key=key) | judgement.to_dict(), ensure_ascii=False).encode() + b"\n")
-            self._rows[key] = judgement
 
 
 class _Brake:
     "Remembers whether a judge has failed so often in a row, for reasons of its own, that asking on makes no sense."
 
     def __init__(self, most):
-        self.most, self.count, self.last = most, 0, ""
+        self.most, self.count, self.last, self._lock = most, 0, "", threading.Lock()
 
     def saw(self, judgement):
-        with _LOCK:
+        with self._lock:
             if judgement.error.startswith(("endpoint:", "quota:", "time-out:")):
                 self.count, self.last = self.count + 1, judgement.error
             elif not judgement.error.startswith("not asked:"):
@@ -675,14 +467,7 @@ class _Brake:
         return f"not asked: {self.count} failures in a row, the last one {self.last}" if self.count >= self.most else ""
 
 # %% ../../nbs/library/41_judge.ipynb #41a0002d
-MEDIA = ("auto", "frames", "video")
 _REPLY = 300  # tokens of a reply that gives its reasons, for estimates
-
-
-def parameters_of(judge) -> list:  # of one dict, or empty
-    "The parameters of a judge's requests, where there are any: with others it may give other scores."
-    extra = getattr(getattr(judge, "chat", None), "extra", None)
-    return [extra] if extra else []
 
 
 class ChatJudge:
@@ -692,8 +477,8 @@ class ChatJudge:
 
     def __init__(
         self,
-        chat: Chat,  # of notebook 13: `GeminiChat`, `OpenAIChat` or `TransformersChat`
-        attempts: int = 3,  # replies that cannot be read after which a case has failed; for servers that are busy or down the chat has its own `retry`
+        chat: Chat,  # `GeminiChat`, `OpenAIChat` or `TransformersChat`
+        attempts: int = 3,  # replies that cannot be read after which a case has failed; busy servers are the chat's matter
         frames: int = 8,  # of each clip, where frames are sent
         side: int = 512,  # pixels, longer side of pictures
         media: str = "auto",  # "frames", "video", or "auto": video for Gemini, frames for all others; vLLM takes either
@@ -704,81 +489,93 @@ class ChatJudge:
         for name, value in dict(attempts=attempts, frames=frames, side=side).items():
             if value < 1:
                 raise InputError(f"`{name}` has to be at least 1 but is {value}.")
-        if media not in MEDIA:
-            raise InputError(f"`media` has to be one of {', '.join(MEDIA)} but is {media!r}.")
+        if media not in ("auto", "frames", "video"):
+            raise InputError(f"`media` has to be auto, frames or video but is {media!r}.")
         if prices is not None and (len(prices) != 2 or min(prices) < 0):
             raise InputError(f"`prices` has to be two numbers of at least 0, for input and output, but is {prices}.")
-        self.chat, self.name, self.attempts, self.frames, self.side, self.prices, self.folder = (
-            chat,
-            chat.name,
-            attempts,
-            frames,
-            side,
-            prices,
-            folder,
-        )
+        self.chat, self.name, self.attempts, self.prices, self.folder = chat, chat.name, attempts, prices, folder
+        self.frames, self.side = frames, side
         self.video = isinstance(chat, GeminiChat) if media == "auto" else media == "video"
-        self.pace = Pace(rate) if rate else None
+        self.pace = Pace(rate) if rate is not None else None
 
     def __repr__(self):
         return f"ChatJudge({self.chat!r}, {'video' if self.video else f'{self.frames} frames'})"
 
+    @property
+    def settings(self) -> list:
+        "All that makes this judge another one: name, how clips are shown, parameters of requests."
+        return [self.name, self.video or self.frames, self.side, getattr(self.chat, "extra", None) or {}]
+
+    def judge(self, cases: Sequence[Case], progress: bool = True) -> list[Judgement]:  # in the order of the cases
+        "Ask about each case that is not remembered; several are under way at once."
+        cases, known = list(cases), self._remembered()
+        keys = [self._key(case) for case in cases]
+        found = [replace(known[key], id=case.id) if key in known else None for key, case in zip(keys, cases)]
+        left = [i for i, judgement in enumerate(found) if judgement is None]
+        size, workers = getattr(self.chat, "batch_size", 1), getattr(self.chat, "concurrency", 1)
+        brake = _Brake(max(8, 2 * workers))
+
+        def ask(rows):
+            return dict(judgements=self._ask([cases[i] for i in rows], brake))
+
+        def keep(record):
+            rows = batches[record["key"]]
+            broken = [failed(cases[i], self.name, f"broken: {record['error']}") for i in rows]
+            for i, judgement in zip(rows, record.get("judgements", broken)):
+                found[i] = judgement
+                if path and keys[i]:
+                    append_line(path, dict(key=keys[i]) | asdict(judgement))
+
+        path = self._path()
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        batches = {start: left[start : start + size] for start in range(0, len(left), size)}
+        pool = None if workers == 1 else lambda: ThreadPoolExecutor(workers)
+        run_rows(batches, ask, pool=pool, ahead=2 * workers, label=self.name if progress else "", each=keep)
+        return found
+
+    def _path(self):
+        return self.folder and Path(self.folder).expanduser() / "judgements.jsonl"
+
+    def _remembered(self):
+        "Judgements of earlier runs with their scores, by key."
+        found, names = {}, Judgement.__dataclass_fields__
+        for row in read_lines(self._path()) if self.folder else ():
+            try:
+                judgement = Judgement(**{name: value for name, value in row.items() if name in names})
+            except (TypeError, ValueError) as error:
+                logger.warning("%s: left out a line that is no judgement: %s", self._path().name, error)
+                continue
+            if judgement.ok:
+                found[row.get("key")] = judgement
+        return found
+
     def _key(self, case):
-        "None where the case cannot be read; it will fail when it is asked about."
+        "None where nothing is remembered, or where the case cannot be read; it will fail when it is asked about."
         try:
-            return _digest(
-                case_digest(case),
-                self.name,
-                self.video,
-                *([] if self.video else [self.frames]),
-                self.side,
-                *parameters_of(self),
-            )
+            return digest(case_digest(case), self.settings) if self.folder else None
         except OSError:
             return None
 
-    def judge(self, cases, progress=True):
-        "A judgement for each case, in their order; several are under way at once."
-        cases, memory, size = list(cases), Memory(self.folder), getattr(self.chat, "batch_size", 1)
-        keys = [self._key(case) for case in cases] if self.folder else [None] * len(cases)
-        found = [memory.get(key) for key in keys]
-        found = [known and replace(known, id=case.id) for known, case in zip(found, cases)]
-        left = [i for i, known in enumerate(found) if known is None]
-        workers = getattr(self.chat, "concurrency", 1)
-        brake = _Brake(max(8, 2 * workers))
-        with ThreadPoolExecutor(workers) as pool, tqdm(total=len(left), desc=self.name, disable=not progress) as bar:
-
-            def ask(rows):
-                judgements = self._ask([cases[i] for i in rows], brake)
-                for i, judgement in zip(rows, judgements):
-                    found[i] = judgement
-                    brake.saw(judgement)
-                    if keys[i]:
-                        memory.add(keys[i], judgement)
-                bar.update(len(rows))
-
-            for _ in pool.map(ask, [left[i : i + size] for i in range(0, len(left), size)]):
-                pass
-        return found
-
     def _ask(self, cases, brake):
         if why := brake.reason():
-            return [_failed(case, self.name, why) for case in cases]
+            return [failed(case, self.name, why) for case in cases]
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             asked = [self._question(case, Path(folder) / str(i)) for i, case in enumerate(cases)]
-            exchanges = iter(self.chat.ask([q for q in asked if isinstance(q, Question)], self.attempts, self.pace))
+            questions = [q for q in asked if isinstance(q, Question)]
+            exchanges = iter(self.chat.ask(questions, self.attempts, self.pace))
             pairs = [(case, next(exchanges) if isinstance(q, Question) else q) for case, q in zip(cases, asked)]
-        return [self._judgement(case, found, (time.perf_counter() - start) / len(cases)) for case, found in pairs]
+        seconds = round((time.perf_counter() - start) / len(cases), 3)
+        judgements = [self._judgement(case, found, seconds) for case, found in pairs]
+        for judgement in judgements:
+            brake.saw(judgement)
+        return judgements
 
     def _question(self, case, folder):
         "The question, or why there is none."
-        if absent := [
-            str(Path(m).name)
-            for m in (case.reference, case.source, case.edited)
-            if _is_path(m) and not Path(m).exists()
-        ]:
-            return f"missing: {', '.join(absent)}"
+        if case.missing:
+            return f"missing: {', '.join(case.missing)}"
         folder.mkdir()
         try:
             return question_of(case, folder if self.video else None, self.frames, self.side)
@@ -787,28 +584,23 @@ class ChatJudge:
 
     def _judgement(self, case, found, seconds):
         if isinstance(found, str):
-            return _failed(case, self.name, found)
-        tokens = [sum(getattr(a, name) for a in found.attempts) for name in ("input_tokens", "output_tokens")]
-        facts = dict(
-            replies=[a.text for a in found.attempts],
-            usage=dict(
-                input_tokens=tokens[0], output_tokens=tokens[1], calls=len(found.attempts), cost=self._cost(*tokens)
-            ),
-            seconds=round(seconds, 3),
-        )
+            return failed(case, self.name, found)
+        shown, said = (sum(getattr(a, name) for a in found.attempts) for name in ("input_tokens", "output_tokens"))
+        calls, cost = len(found.attempts), self._cost(shown, said)
+        usage = dict(input_tokens=shown, output_tokens=said, calls=calls, cost=cost)
+        facts = dict(replies=[a.text for a in found.attempts], usage=usage, seconds=seconds)
         if isinstance(found.answer, BackendError):
-            return _failed(case, self.name, str(found.answer), **facts)
-        return _scored(case, self.name, found.answer, **facts)
+            return failed(case, self.name, str(found.answer), **facts)
+        return scored(case, self.name, found.answer, **facts)
 
     def _cost(self, shown, said):
         return None if self.prices is None else (shown * self.prices[0] + said * self.prices[1]) / 1e6
 
-    def estimate(self, cases):
-        "What it will take: calls, input_tokens, and cost in USD or None. Of what is remembered nothing is asked. Rough: a picture as Qwen counts it or as Gemini does, whichever is more."
-        memory, calls, tokens = Memory(self.folder), 0, 0
+    def estimate(self, cases: Sequence[Case]) -> dict:  # calls, input_tokens, and cost in USD or None
+        "What it will take. Of what is remembered nothing is asked. A picture counts as for Qwen or for Gemini, whichever is more."
+        known, calls, tokens = self._remembered(), 0, 0
         for case in cases:
-            key = self._key(case) if self.folder else None
-            if memory.get(key):
+            if self._key(case) in known:
                 continue
             try:
                 tokens += self._tokens(case)
@@ -822,78 +614,63 @@ class ChatJudge:
         pictures = [] if case.reference is None else [(1, *picture_of(case.reference).shape[:2])]
         for frames, h, w, seconds in map(_size, (case.source, case.edited)):
             pictures.append((min(frames, max(1, round(2 * seconds)) if self.video else self.frames), h, w))
-        return words + sum(
-            math.ceil(n * max(258, h * w * min(1.0, self.side / max(h, w)) ** 2 / 784)) for n, h, w in pictures
-        )
+        area = lambda h, w: h * w * min(1.0, self.side / max(h, w)) ** 2
+        return words + sum(math.ceil(n * max(258, area(h, w) / 784)) for n, h, w in pictures)
 
 # %% ../../nbs/library/41_judge.ipynb #41a00041
-@dataclass(frozen=True)
-class Scale:
-    "How a number of `measure_clip` becomes a score from 1 to 5: on a line, cut at both ends."
-
-    metric: str
-    worst: float  # its value at 1
-    best: float  # its value at 5
-
-    def score(self, value: float) -> float:
-        return float(np.clip(1 + 4 * (value - self.worst) / (self.best - self.worst), 1, 5))
-
-
-_DONE, _LIKE = (Scale("changed", 0.0, 0.015), Scale("edit_done", 0.0, 0.8)), Scale("reference", 0.1, 0.8)
-_STEADY = (Scale("flicker", 4.0, 0.1), Scale("warp_error", 5.0, 0.3), Scale("sharpness", 0.05, 0.5))
-_FROZEN, _MOVES, _IN_PLACE, _KEPT = (
-    Scale("frozen", 0.5, 0.1),
-    Scale("motion", 0.0, 0.8),
-    Scale("shift", 0.04, 0.005),
-    Scale("psnr_outside", 15.0, 45.0),
+WORTH = dict(  # number of `measure_clip` -> its value that is worth 1, and that which is worth 5
+    changed=(0.0, 0.015),
+    edit_done=(0.0, 0.8),
+    reference=(0.1, 0.8),
+    flicker=(4.0, 0.1),
+    warp_error=(5.0, 0.3),
+    sharpness=(0.05, 0.5),
+    frozen=(0.5, 0.1),
+    motion=(0.0, 0.8),
+    shift=(0.04, 0.005),
+    psnr_outside=(15.0, 45.0),
 )
-
-SCALES = {  # rubric -> criterion -> numbers, the worst of which decides
-    "refvie-subject": dict(zip(_SUBJECT, ((*_DONE, _LIKE), _STEADY, (_IN_PLACE, _KEPT, _MOVES, _FROZEN)))),
-    "refvie-background": dict(zip(_BACKGROUND, ((*_DONE, _LIKE), (*_STEADY, _FROZEN), (_IN_PLACE, _MOVES)))),
-    "openve": dict(zip(RUBRICS["openve"].names, (_DONE, (*_STEADY, _FROZEN), (_IN_PLACE, _KEPT)))),
+_DONE, _STEADY = ("changed", "edit_done"), ("flicker", "warp_error", "sharpness")
+SCALES = {  # rubric -> for each criterion the numbers, the worst of which decides
+    "refvie-subject": ((*_DONE, "reference"), _STEADY, ("shift", "psnr_outside", "motion", "frozen")),
+    "refvie-background": ((*_DONE, "reference"), (*_STEADY, "frozen"), ("shift", "motion")),
+    "openve": (_DONE, (*_STEADY, "frozen"), ("shift", "psnr_outside")),
 }
 
 
 def metric_scores(
-    measured: dict,  # name -> number, from `measure_clip`
-    rubric: Rubric,
+    measured: dict,  # name -> number, from `measure_clip`; NaN where it has nothing to stand on
+    rubric: Rubric,  # one of `SCALES`
 ) -> dict:  # criterion -> 1..5
-    "The score of each criterion: that of its worst number. Numbers that have nothing to stand on are left out; a criterion without any is a ValueError."
+    "The score of each criterion: that of its worst number on a line between worth 1 and worth 5, cut at both ends."
     if rubric.name not in SCALES:
-        raise InputError(
-            f"`rubric` has to be one of {', '.join(SCALES)}, whose criteria have numbers, but is {rubric.name!r}; a model can judge by it."
-        )
-    table, scores = SCALES[rubric.name], {}
-    for name in rubric.names:
-        known = [scale.score(measured[scale.metric]) for scale in table[name] if not np.isnan(measured[scale.metric])]
+        raise InputError(f"`rubric` has to be one of {', '.join(SCALES)} unless a model judges but is {rubric.name!r}.")
+    scores = {}
+    for name, numbers in zip(rubric.names, SCALES[rubric.name]):
+        known = [(measured[number], *WORTH[number]) for number in numbers if not np.isnan(measured[number])]
         if not known:
             raise ValueError(f"{name} has nothing to be measured by")
-        scores[name] = min(known)
+        worst = min(float(np.clip(1 + 4 * (value - one) / (five - one), 1, 5)) for value, one, five in known)
+        scores[name] = round(worst, 3)
     return scores
 
 # %% ../../nbs/library/41_judge.ipynb #41a00043
 def clip_arrays(
     case: Case,
-    side: int = 256,  # pixels; files are read at this longer side, but at their own size where the case has a mask or a target
+    side: int = 256,  # pixels; files are read at this longer side, but whole where the case has a mask or a target
 ) -> tuple:  # source and edited (T, H, W, 3) uint8 of one size and length
-    "Both clips of a case, the edited one stretched to the size of the source where it has another, and both cut to the shorter one."
+    "Both clips of a case, the edited one stretched to the source's size, and both cut to the shorter one."
     h, w = _size(case.source)[1:3]
-    scale = (
-        1.0
-        if case.mask is not None or case.target is not None or not _is_path(case.source)
-        else min(1.0, side / max(h, w))
-    )
+    whole = case.mask is not None or case.target is not None or not _is_path(case.source)
+    scale = 1.0 if whole else min(1.0, side / max(h, w))
     size = max(1, round(w * scale)), max(1, round(h * scale))
 
     def read(media):
         if _is_path(media):
             return read_video(media, size=size, mode="stretch", fast=Path(media).suffix.lower() in _VIDEOS).frames
-        return (
-            media
-            if media.shape[1:3] == size[::-1]
-            else np.stack([cv2.resize(f, size, interpolation=cv2.INTER_AREA) for f in media])
-        )
+        if media.shape[1:3] == size[::-1]:
+            return media
+        return np.stack([cv2.resize(f, size, interpolation=cv2.INTER_AREA) for f in media])
 
     source, edited = read(case.source), read(case.edited)
     shared = min(len(source), len(edited))
@@ -903,50 +680,47 @@ def clip_arrays(
 class MetricJudge:
     "Scores from measured numbers; no model, and no understanding of what was asked."
 
-    name, is_model = "metrics (no model)", False
+    name, is_model, folder = "metrics (no model)", False, None
 
-    def judge(self, cases, progress=True):
+    @property
+    def settings(self) -> list:
+        "All that makes this judge another one."
+        return [self.name, SCALES, WORTH]
+
+    def judge(self, cases: Sequence[Case], progress: bool = True) -> list[Judgement]:  # in the order of the cases
+        "Measure the clips of each case and score what comes out."
         return [self._judge(case) for case in tqdm(cases, desc=self.name, disable=not progress)]
 
-    def estimate(self, cases):
-        return dict(calls=0, input_tokens=0, cost=0.0)
-
     def _judge(self, case):
-        start = time.perf_counter()
-        if absent := [
-            Path(m).name for m in (case.reference, case.source, case.edited) if _is_path(m) and not Path(m).exists()
-        ]:
-            return _failed(case, self.name, f"missing: {', '.join(absent)}")
+        if case.missing:
+            return failed(case, self.name, f"missing: {', '.join(case.missing)}")
         try:
-            source, edited = clip_arrays(case)
             reference = None if case.reference is None else picture_of(case.reference)
+            source, edited = clip_arrays(case)
         except (OSError, ValueError) as error:
-            return _failed(case, self.name, f"unreadable: {error}")
+            return failed(case, self.name, f"unreadable: {error}")
+        cut = [None if x is None else x[: len(source)] for x in (case.mask, case.target)]
+        return self.score(case, lambda: self.measure(source, edited, reference, *cut))
+
+    def score(
+        self,
+        case: Case,
+        measure,  # gives the numbers of `measure_clip`
+    ) -> Judgement:
+        "The judgement that follows from numbers."
+        start = time.perf_counter()
         try:
-            scores = metric_scores(self.measure(source, edited, reference, case.mask, case.target), case.rubric)
+            scores = metric_scores(measure(), case.rubric)
         except ValueError as error:
-            return _failed(case, self.name, f"unmeasured: {error}")
-        return _scored(
-            case,
-            self.name,
-            {name: round(score, 3) for name, score in scores.items()},
-            usage=dict(input_tokens=0, output_tokens=0, calls=0, cost=0.0),
-            seconds=round(time.perf_counter() - start, 3),
-        )
+            return failed(case, self.name, f"unmeasured: {error}")
+        usage = dict(input_tokens=0, output_tokens=0, calls=0, cost=0.0)
+        return scored(case, self.name, scores, usage=usage, seconds=round(time.perf_counter() - start, 3))
 
     def measure(self, source, edited, reference, mask, target):
         "The numbers that are scored; a subclass may have others."
-        shared = len(source)
-        found = measure_clip(
-            edited,
-            source,
-            reference,
-            mask if mask is None else mask[:shared],
-            target if target is None else target[:shared],
-        )
-        return (
-            found | dict(psnr_outside=math.nan) if found["changed"] > 0.9 else found
-        )  # of a picture that is new as a whole nothing is outside
+        found = measure_clip(edited, source, reference, mask, target)
+        # of a picture that is new as a whole nothing is outside
+        return found | dict(psnr_outside=math.nan) if found["changed"] > 0.9 else found
 
 # %% ../../nbs/library/41_judge.ipynb #41a00051
 def _column_mean(column):
@@ -954,70 +728,47 @@ def _column_mean(column):
     return known.mean() if len(known) else np.nan
 
 
-def _estimated(columns):  # list of (N,) arrays with NaN -> mean of the column means, with its interval over rows
-    statistic = lambda *drawn: np.mean(
-        [mean for c in drawn if not np.isnan(mean := _column_mean(c))]
-    )  # a draw may miss a rare type
+def _estimated(columns):  # arrays (N,) with NaN -> mean of the column means, with its interval over rows
+    # a draw may miss a rare type
+    statistic = lambda *drawn: np.mean([m for m in map(_column_mean, drawn) if not np.isnan(m)])
     there = ~np.isnan(columns).all(0)
     columns = [c[there] for c in columns]
-    value = float(statistic(*columns))
-    return (
-        (value, *bootstrap(*columns, statistic=statistic, resamples=1000))
-        if len(columns[0]) > 1
-        else (value, math.nan, math.nan)
-    )
+    interval = bootstrap(*columns, statistic=statistic, resamples=1000) if len(columns[0]) > 1 else (None, None)
+    return float(statistic(*columns)), *interval
 
 
 @dataclass(frozen=True)
 class Summary:
-    "Scores of many cases by one judge, in every way in which they are put together; numbers come as (value, low, high) with 95% intervals over the cases."
+    "Scores of many cases by one judge, in every way in which they are put together: (value, low, high) each, 95% intervals."
 
     judge: str
     columns: dict  # (rubric, criterion) -> mean of its scores
     subtasks: dict  # rubric -> mean of its criteria
     types: dict  # edit type -> mean of all its scores
-    micro: (
-        tuple | None
-    )  # mean over the rows: what RefVIE-Bench's released code prints as overall; None where nothing is scored
+    micro: tuple | None  # mean over the rows: what RefVIE-Bench's released code prints as overall; None without scores
     six: tuple | None  # mean of the columns: the overall of the published table of RefVIE-Bench
     macro: tuple | None  # mean of the types: the overall of OpenVE-Bench
-    scored: int
-    failed: int
-    missing: int
+    counts: dict  # how many are "scored", "failed" and "missing"
     reasons: dict  # kind of failure -> how many
     capped: int  # rows in which a score was lowered
     usage: dict  # input_tokens, output_tokens, calls, cost (None where it is not known)
 
-    def to_dict(self):
-        return asdict(self) | dict(columns=[[*key, *value] for key, value in self.columns.items()])
+    @property
+    def counted(self) -> str:
+        "The counts in words."
+        return ", ".join(f"{n} {state}" for state, n in self.counts.items())
 
     def _repr_markdown_(self):
-        said = lambda v: f"{v[0]:.2f}" + ("" if math.isnan(v[1]) else f" ({v[1]:.2f} to {v[2]:.2f})")
-        rows = [f"| {rubric} | {criterion} | {said(v)} |" for (rubric, criterion), v in self.columns.items()]
-        rows += [f"| {rubric} | **mean** | {said(v)} |" for rubric, v in self.subtasks.items()]
-        if len(self.types) > 1:
-            rows += [f"| edit type | {name} | {said(v)} |" for name, v in self.types.items()]
-        rows += [
-            f"| all | {name} | {said(v)} |"
-            for name, v in (
-                ("mean of the rows", self.micro),
-                ("mean of the columns", self.six),
-                ("mean of the types", self.macro),
-            )
-            if v
-        ]
+        rows = [[*key, v] for key, v in self.columns.items()] + [[r, "mean", v] for r, v in self.subtasks.items()]
+        rows += [["edit type", name, v] for name, v in self.types.items()] if len(self.types) > 1 else []
+        means = {"mean of the rows": self.micro, "mean of the columns": self.six, "mean of the types": self.macro}
+        rows += [["all", name, v] for name, v in means.items() if v]
         lost = f" ({', '.join(f'{kind} {n}' for kind, n in self.reasons.items())})" if self.reasons else ""
-        return "\n".join(
-            [
-                f"**{self.judge}**: {self.scored} scored, {self.failed} failed, {self.missing} missing{lost}; {self.capped} capped",
-                "",
-                "| | | mean, 95% interval |",
-                "|---|---|--:|",
-                *rows,
-            ]
-        )
+        rows = [[*words, Value(*found)] for *words, found in rows]
+        title = f"{self.judge}: {self.counted}{lost}; {self.capped} capped"
+        return Table(title, ["rubric", "criterion", "mean, 95% interval"], rows)._repr_markdown_()
 
-
+# %% ../../nbs/library/41_judge.ipynb #41a00d51
 def aggregate(
     judgements: Sequence[Judgement],  # of one judge
 ) -> Summary:
@@ -1029,45 +780,42 @@ def aggregate(
         raise InputError(f"`judgements` have to be of different cases but {double[0]} is there more than once.")
     good = [j for j in judgements if j.ok]
     keys = list(dict.fromkeys((j.rubric, name) for j in good for name in j.scores))
-    column = lambda rubric, name: np.array([j.scores.get(name, np.nan) if j.rubric == rubric else np.nan for j in good])
+
+    def column(rubric, name):
+        return np.array([j.scores.get(name, np.nan) if j.rubric == rubric else np.nan for j in good])
+
     rows = np.array([j.mean for j in good])
-    by_type = {
-        t: [np.where([j.edit_type == t for j in good], rows, np.nan)]
-        for t in dict.fromkeys(j.edit_type for j in good)
-        if t
-    }
-    subtasks = {
-        rubric: _estimated([column(*key) for key in keys if key[0] == rubric])
-        for rubric in dict.fromkeys(r for r, _ in keys)
-    }
+    kinds = dict.fromkeys(j.edit_type for j in good if j.edit_type)
+    types = {kind: np.where([j.edit_type == kind for j in good], rows, np.nan) for kind in kinds}
+    rubrics = {rubric: [column(*key) for key in keys if key[0] == rubric] for rubric, _ in keys}
     costs = [j.usage.get("cost") for j in judgements if j.usage]
-    usage = {
-        name: sum(j.usage.get(name, 0) for j in judgements) for name in ("input_tokens", "output_tokens", "calls")
-    } | dict(cost=None if None in costs else sum(costs))
+    usage = {n: sum(j.usage.get(n, 0) for j in judgements) for n in ("input_tokens", "output_tokens", "calls")}
     return Summary(
         names[0],
-        {key: _estimated([column(*key)]) for key in keys},
-        subtasks,
-        {t: _estimated(c) for t, c in by_type.items()},
-        _estimated([rows]) if good else None,
-        _estimated([column(*key) for key in keys]) if good else None,
-        _estimated([c for (c,) in by_type.values()]) if by_type else None,
-        len(good),
-        sum(j.state == "failed" for j in judgements),
-        sum(j.state == "missing" for j in judgements),
-        dict(Counter(j.error.split(":")[0] for j in judgements if not j.ok)),
-        sum(j.capped for j in judgements),
-        usage,
+        columns={key: _estimated([column(*key)]) for key in keys},
+        subtasks={rubric: _estimated(columns) for rubric, columns in rubrics.items()},
+        types={kind: _estimated([values]) for kind, values in types.items()},
+        micro=_estimated([rows]) if good else None,
+        six=_estimated([column(*key) for key in keys]) if good else None,
+        macro=_estimated(list(types.values())) if types else None,
+        counts={state: sum(j.state == state for j in judgements) for state in ("scored", "failed", "missing")},
+        reasons=dict(Counter(j.error.split(":")[0] for j in judgements if not j.ok)),
+        capped=sum(j.capped for j in judgements),
+        usage=usage | dict(cost=None if None in costs else sum(costs)),
     )
 
 # %% ../../nbs/library/41_judge.ipynb #41a00054
+_TYPES = dict(  # column of OpenVE-Bench's table -> its name in the bench's file
+    style="global_style", background="background_change", change="local_change", remove="local_remove", add="local_add"
+)
+
+
 @dataclass(frozen=True)
 class Published:
     "A published table, and what it was made with."
 
     bench: str
     judge: str
-    source: str
     columns: tuple
     rows: dict  # system -> numbers in the order of the columns, None where there is none
 
@@ -1075,87 +823,54 @@ class Published:
         self,
         summary: Summary,
         name: str,  # of the row
-    ):
+    ) -> Table:
         "The same table with one more row."
         if self.bench == "refvie":
-            values = [
-                summary.columns.get((rubric, criterion), (None,))[0]
-                for rubric in ("refvie-subject", "refvie-background")
-                for criterion in RUBRICS[rubric].names
-            ]
-            values.append(summary.six and summary.six[0])
+            keys = [(rubric, c) for rubric in ("refvie-subject", "refvie-background") for c in RUBRICS[rubric].names]
+            own = [*(summary.columns.get(key) for key in keys), summary.six]
         else:
-            values = [summary.macro and summary.macro[0]]
-            values += [
-                next((summary.types[t][0] for t in (column, *_OPENVE_TYPES[column]) if t in summary.types), None)
-                for column in self.columns[1:]
-            ]
-        return replace(
-            self,
-            rows=self.rows
-            | {
-                f"{name} (judge: {summary.judge}; {summary.scored} scored, {summary.failed} failed, {summary.missing} missing)": tuple(
-                    values
-                )
-            },
-        )
-
-    def _repr_markdown_(self):
-        rows = [
-            f"| {name} | " + " | ".join("" if v is None else f"{v:.2f}" for v in values) + " |"
-            for name, values in self.rows.items()
-        ]
-        return "\n".join(
-            [
-                f"| {self.bench} | " + " | ".join(self.columns) + " |",
-                "|---|" + "--:|" * len(self.columns),
-                *rows,
-                "",
-                f"Published rows: {self.source}, judged by {self.judge}.",
-            ]
+            types = [summary.types.get(kind, summary.types.get(_TYPES[kind])) for kind in self.columns[1:]]
+            own = [summary.macro, *types]
+        own = [found and found[0] for found in own]
+        rows = self.rows | {f"{name} (judge: {summary.judge}; {summary.counted})": own}
+        note = f"Published rows: Kiwi-Edit: Versatile Video Editing via Instruction and Reference Guidance (2026), judged by {self.judge}."
+        return Table(
+            f"Beside the published table, whose judge was {self.judge}",
+            ["system", *self.columns],
+            [[system, *map(Value, values)] for system, values in rows.items()],
+            note=note,
         )
 
 
-_OPENVE_TYPES = dict(
-    style=("global_style",),
-    background=("background_change",),
-    change=("local_change",),
-    remove=("local_remove",),
-    add=("local_add",),
-)
-_PAPER = "Kiwi-Edit: Versatile Video Editing via Instruction and Reference Guidance (2026)"
+# fmt: off
 PUBLISHED = dict(
     refvie=Published(
         "refvie",
         "gemini-3-flash-preview",
-        _PAPER,
         ("Identity", "Temporal", "Physical", "Ref. fidelity", "Matting", "Harmony", "Overall"),
         {
-            "Runway Aleph": (3.79, 3.65, 3.58, 3.33, 2.81, 2.58, 3.29),
-            "Kling-O1": (4.75, 4.66, 4.60, 3.95, 3.21, 2.75, 3.99),
-            "Kiwi-Edit, all data": (3.51, 2.96, 2.91, 3.40, 2.58, 2.40, 2.96),
+            "Runway Aleph":              (3.79, 3.65, 3.58, 3.33, 2.81, 2.58, 3.29),
+            "Kling-O1":                  (4.75, 4.66, 4.60, 3.95, 3.21, 2.75, 3.99),
+            "Kiwi-Edit, all data":       (3.51, 2.96, 2.91, 3.40, 2.58, 2.40, 2.96),
             "Kiwi-Edit, reference only": (3.98, 3.40, 3.34, 3.72, 2.90, 2.51, 3.31),
-            "ReCo_Ref": (2.90, 2.64, 2.49, 2.65, 2.00, 1.58, 2.48),
+            "ReCo_Ref":                  (2.90, 2.64, 2.49, 2.65, 2.00, 1.58, 2.48),
         },
     ),
     openve=Published(
         "openve",
         "gemini-2.5-pro",
-        _PAPER,
         ("overall", "style", "background", "change", "remove", "add"),
         {
-            name: (overall, *rest)
-            for name, overall, rest in (
-                ("Lucy-Edit 5B", 2.22, [None] * 5),
-                ("Ditto 14B", 2.13, [None] * 5),
-                ("VACE 14B", 1.57, [None] * 5),
-                ("OpenVE-Edit 5B", 2.50, [None] * 5),
-                ("Kiwi-Edit, stage 3", 3.02, (3.64, 2.64, 3.83, 2.63, 2.36)),
-                ("Runway Aleph", 3.49, [None] * 5),
-            )
+            "Lucy-Edit 5B":       (2.22, *[None] * 5),
+            "Ditto 14B":          (2.13, *[None] * 5),
+            "VACE 14B":           (1.57, *[None] * 5),
+            "OpenVE-Edit 5B":     (2.50, *[None] * 5),
+            "Kiwi-Edit, stage 3": (3.02, 3.64, 2.64, 3.83, 2.63, 2.36),
+            "Runway Aleph":       (3.49, *[None] * 5),
         },
     ),
 )
+# fmt: on
 
 # %% ../../nbs/library/41_judge.ipynb #41a00061
 def krippendorff_alpha(
@@ -1163,8 +878,6 @@ def krippendorff_alpha(
     level: str = "ordinal",  # "ordinal" or "interval": what the distance of two scores is
 ) -> float:  # 1 agreement, 0 chance, below 0 contradiction; NaN where all scores are the same or no case has two
     "Krippendorff's alpha: one minus the disagreement that is there over the disagreement that chance would bring."
-    if level not in ("ordinal", "interval"):
-        raise InputError(f"`level` has to be ordinal or interval but is {level!r}.")
     ratings = np.asarray(ratings, float)
     ratings = ratings[:, (~np.isnan(ratings)).sum(0) > 1]  # a score without a second one has nothing to agree with
     values = np.unique(ratings[~np.isnan(ratings)])
@@ -1172,43 +885,40 @@ def krippendorff_alpha(
     share = counts / (counts.sum(1, keepdims=True) - 1)
     together = counts.T @ share - np.diag(share.sum(0))  # how often two values meet in a case
     total = together.sum(1)
-    if level == "interval":
-        distance = values[:, None] - values
-    else:
-        upto = np.cumsum(total) - total / 2  # as many scores lie between two values as lie between their middles
-        distance = upto[:, None] - upto
-    chance = (np.outer(total, total) * distance**2).sum() / (total.sum() - 1) if len(values) else 0.0
-    return 1 - float((together * distance**2).sum() / chance) if chance else float("nan")
+    # ordinal: as many scores lie between two values as lie between their middles
+    place = values if level == "interval" else np.cumsum(total) - total / 2
+    distance = (place[:, None] - place) ** 2
+    chance = (np.outer(total, total) * distance).sum() / (total.sum() - 1) if len(values) else 0.0
+    return 1 - float((together * distance).sum() / chance) if chance else float("nan")
 
 # %% ../../nbs/library/41_judge.ipynb #41a00064
+_MEASURES = {
+    "tau": "Kendall tau-b",
+    "rho": "Spearman rho",
+    "ordinal": "alpha, ordinal",
+    "interval": "alpha, interval",
+    "close": "within a point",
+}
+
+
 @dataclass(frozen=True)
 class Agreement:
-    "How far two judges agree, criterion by criterion; numbers come as (value, low, high)."
+    "How far two judges agree, criterion by criterion."
 
     judges: tuple[str, str]
-    rows: dict  # criterion -> dict(n, tau, rho, ordinal, interval, close)
+    rows: dict  # criterion -> dict(n, tau, rho, ordinal, interval, close), (value, low, high) each
     left_out: int  # cases that only one of them has, or has scored
 
     def _repr_markdown_(self):
-        said = lambda v: "" if math.isnan(v[0]) else f"{v[0]:.2f} ({v[1]:.2f} to {v[2]:.2f})"
-        rows = [
-            f"| {name} | {r['n']} | " + " | ".join(said(r[k]) for k in _MEASURES) + " |"
-            for name, r in self.rows.items()
-            if r["n"] > 2
-        ]
-        few = f"; {n} criteria have fewer than 3 cases" if (n := len(self.rows) - len(rows)) else ""
-        return "\n".join(
-            [
-                f"**{self.judges[0]}** and **{self.judges[1]}**; {self.left_out} cases are not scored by both{few}",
-                "",
-                "| criterion | cases | Kendall tau-b | Spearman rho | alpha, ordinal | alpha, interval | within a point |",
-                "|---|--:|--:|--:|--:|--:|--:|",
-                *rows,
-            ]
-        )
+        many = {name: row for name, row in self.rows.items() if row["n"] > 2}
+        cells = [[name, row["n"], *(_value(row[key]) for key in _MEASURES)] for name, row in many.items()]
+        few = f"; {n} criteria have fewer than 3 cases" if (n := len(self.rows) - len(many)) else ""
+        title = f"{self.judges[0]} and {self.judges[1]}; {self.left_out} cases are not scored by both{few}"
+        return Table(title, ["criterion", "cases", *_MEASURES.values()], cells)._repr_markdown_()
 
 
-_MEASURES = ("tau", "rho", "ordinal", "interval", "close")
+def _value(found):
+    return None if math.isnan(found[0]) else Value(*found)
 
 
 def _measures(a, b):  # (cases, criteria) with NaN each -> the five numbers
@@ -1216,14 +926,11 @@ def _measures(a, b):  # (cases, criteria) with NaN each -> the five numbers
 
     both = ~np.isnan(a) & ~np.isnan(b)
     a, b = a[both], b[both]
-    varied = np.ptp(a) and np.ptp(b)
-    tau, rho = (
-        (kendalltau(a, b, method="asymptotic").statistic, spearmanr(a, b).statistic) if varied else (math.nan, math.nan)
-    )
-    pair = np.stack([a, b])
-    return np.array(
-        [tau, rho, krippendorff_alpha(pair), krippendorff_alpha(pair, "interval"), (np.abs(a - b) <= 1).mean()]
-    )
+    tau = rho = math.nan
+    if np.ptp(a) and np.ptp(b):
+        tau, rho = kendalltau(a, b, method="asymptotic").statistic, spearmanr(a, b).statistic
+    alphas = [krippendorff_alpha(np.stack([a, b]), level) for level in ("ordinal", "interval")]
+    return np.array([tau, rho, *alphas, (np.abs(a - b) <= 1).mean()])
 
 
 def _agreed(a, b, resamples):
@@ -1232,9 +939,7 @@ def _agreed(a, b, resamples):
         return found | dict.fromkeys(_MEASURES, (math.nan,) * 3)  # nothing can be said
     drawn = np.random.default_rng(0).integers(len(a), size=(resamples, len(a)))
     low, high = np.quantile([np.nan_to_num(_measures(a[rows], b[rows])) for rows in drawn], (0.025, 0.975), axis=0)
-    return found | {
-        name: (float(value), float(l), float(h)) for name, value, l, h in zip(_MEASURES, _measures(a, b), low, high)
-    }
+    return found | dict(zip(_MEASURES, zip(_measures(a, b).tolist(), low.tolist(), high.tolist())))
 
 
 def agreement(
@@ -1242,241 +947,125 @@ def agreement(
     b: Sequence[Judgement],  # of another, about the same cases
     resamples: int = 200,  # draws of cases for the 95% intervals
 ) -> Agreement:
-    "Agreement on the cases that both have scored. A draw in which one of them says the same of everything shows none and counts as 0."
+    "Agreement on the cases that both have scored. A draw in which one says the same of everything counts as 0."
     sides = []
     for name, judgements in (("a", a), ("b", b)):
         found, judges = {(j.id, j.rubric): j for j in judgements}, {j.judge for j in judgements}
         if len(found) < len(judgements) or len(judges) != 1:
-            raise InputError(
-                f"`{name}` has to be one judge's judgements of different cases but has {len(judges)} judges and {len(found)} cases in {len(judgements)} judgements."
-            )
+            rule = f"`{name}` has to be one judge's judgements of different cases"
+            raise InputError(f"{rule} but has {len(judges)} judges, {len(found)} cases, {len(judgements)} judgements.")
         sides.append(found)
     keys = [key for key in sides[0] if key in sides[1] and sides[0][key].ok and sides[1][key].ok]
     names = list(dict.fromkeys(name for key in keys for name in sides[0][key].scores))
-    table = np.array(
-        [[[side[key].scores.get(name, np.nan) for name in names] for key in keys] for side in sides], float
-    ).reshape(2, len(keys), len(names))
+    table = [[[side[key].scores.get(name, np.nan) for name in names] for key in keys] for side in sides]
+    table = np.array(table, float).reshape(2, len(keys), len(names))
     rows = {}
     for i, name in enumerate(names):
         there = ~np.isnan(table[:, :, i]).any(0)
         rows[name] = _agreed(table[0, there, i : i + 1], table[1, there, i : i + 1], resamples)
     if len(names) > 1:
         rows["all"] = _agreed(*table, resamples)
-    return Agreement(
-        tuple(next(iter(side.values())).judge for side in sides),
-        rows,
-        len(sides[0].keys() | sides[1].keys()) - len(keys),
-    )
-
-# %% ../../nbs/library/41_judge.ipynb #41a00071
-_PAGE = r"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>@title@</title>
-<style>
-:root { color-scheme: light dark; --line: #8886; --mark: #2a7; }
-body { font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 74rem; padding: 0 1rem 2rem; }
-header, nav { display: flex; flex-wrap: wrap; gap: .6rem 1rem; align-items: center; }
-header { position: sticky; top: 0; z-index: 1; padding: .6rem 0; border-bottom: 1px solid var(--line); background: Canvas; }
-h1 { font-size: 1.1rem; margin: 0 auto 0 0; } h2 { font-size: 1.1rem; margin: .9rem 0 .4rem; }
-input[type=text], button { font: inherit; padding: .3rem .7rem; } progress { width: 9rem; height: .7rem; appearance: none; border: 1px solid var(--line); border-radius: .35rem; overflow: hidden; background: none; }
-progress::-webkit-progress-bar { background: none; } progress::-webkit-progress-value { background: var(--mark); } progress::-moz-progress-bar { background: var(--mark); }
-blockquote { margin: .4rem 0 .8rem; padding: .2rem .9rem; border-left: 4px solid var(--mark); font-size: 1.1rem; white-space: pre-wrap; }
-.clips { display: flex; flex-wrap: wrap; gap: .8rem; margin-bottom: .6rem; } figure { margin: 0; flex: 1 1 0; min-width: 11rem; } figcaption { font-weight: 600; }
-video, .clips img { display: block; width: 100%; max-height: 46vh; object-fit: contain; object-position: left top; image-rendering: auto; background: #8882; }
-fieldset { border: 1px solid var(--line); border-radius: .4rem; margin: .5rem 0; padding: .3rem .8rem .6rem; } fieldset:focus-within { border-color: var(--mark); }
-legend { font-weight: 600; padding: 0 .3rem; } fieldset p { margin: 0 0 .3rem; } fieldset.open legend::after { content: " (not scored yet)"; font-weight: 400; opacity: .7; }
-.scale { display: grid; grid-template-columns: repeat(5, 1fr); gap: .5rem; } .scale label { display: block; border: 1px solid var(--line); border-radius: .3rem; padding: .3rem .5rem; font-size: .85rem; cursor: pointer; }
-.scale label:has(input:checked) { border-color: var(--mark); background: color-mix(in srgb, var(--mark) 18%, transparent); } .scale b { font-size: 1rem; }
-nav { margin: .8rem 0; } .hint { font-size: .85rem; opacity: .8; } section[hidden] { display: none; }
-@media (max-width: 40rem) { .scale { grid-template-columns: 1fr; } }
-</style></head><body>
-<header><h1>@title@</h1><label>Your name <input type="text" id="person" autocomplete="name" maxlength="60"></label>
-<span aria-live="polite" id="count"></span><progress id="bar" value="0" max="1" aria-label="scored"></progress><button id="save">Save scores</button></header>
-<p class="hint">Look at both clips, then score each criterion from 1 to 5. Keys: 1 to 5 score the marked criterion and go to the next one, Tab moves, N and P go to the next and the previous edit, R plays the clips from the start. What you choose is kept in this browser; at the end, save it to a file and send that back.</p>
-<main>
-@sections@
-</main>
-<nav><button id="back">Previous</button><span id="place"></span><button id="next">Next</button><button id="replay">Play from the start</button></nav>
-<script type="application/json" id="facts">@facts@</script>
-<script>
-"use strict";
-const facts = JSON.parse(document.getElementById("facts").textContent), key = "kiwi-edit scores " + facts.page;
-const find = id => document.getElementById(id), sections = [...document.querySelectorAll("section")];
-let kept = {person: "", scores: {}, at: 0};
-try { kept = Object.assign(kept, JSON.parse(localStorage.getItem(key) || "{}")); } catch (e) { find("count").title = "This browser keeps nothing: save before you close the page."; }
-function keep() { try { localStorage.setItem(key, JSON.stringify(kept)); } catch (e) {} }
-function fields(i) { return [...sections[i].querySelectorAll("fieldset")]; }
-function chosen(i) { return fields(i).map(f => { const r = f.querySelector("input:checked"); return r ? Number(r.value) : null; }); }
-function count() {
-  const done = sections.filter((s, i) => chosen(i).every(v => v !== null)).length;
-  find("count").textContent = done + " of " + sections.length + " scored"; find("bar").value = done / sections.length;
-  sections.forEach((s, i) => fields(i).forEach(f => f.classList.toggle("open", !f.querySelector("input:checked"))));
-}
-function play(i) { const clips = [...sections[i].querySelectorAll("video")]; clips.forEach(v => { v.currentTime = 0; v.play().catch(() => {}); }); }
-function show(i, focus) {
-  kept.at = Math.max(0, Math.min(sections.length - 1, i)); keep();
-  sections.forEach((s, n) => { s.hidden = n !== kept.at; if (s.hidden) s.querySelectorAll("video").forEach(v => v.pause()); });
-  find("place").textContent = "Edit " + (kept.at + 1) + " of " + sections.length;
-  find("back").disabled = kept.at === 0; find("next").disabled = kept.at === sections.length - 1;
-  play(kept.at); if (focus) { window.scrollTo(0, 0); const f = fields(kept.at)[0]; (f.querySelector("input:checked") || f.querySelector("input")).focus({preventScroll: true}); }
-}
-function take(i) { kept.scores[facts.cases[i].place] = chosen(i); keep(); count(); }
-sections.forEach((s, i) => { (kept.scores[facts.cases[i].place] || []).forEach((v, c) => { const r = v && fields(i)[c] && fields(i)[c].querySelector("input[value='" + v + "']"); if (r) r.checked = true; }); s.addEventListener("change", () => take(i)); });
-find("person").value = kept.person; find("person").addEventListener("input", e => { kept.person = e.target.value; keep(); });
-find("next").onclick = () => show(kept.at + 1, true); find("back").onclick = () => show(kept.at - 1, true); find("replay").onclick = () => play(kept.at);
-document.addEventListener("keydown", e => {
-  if (e.target.type === "text" || e.ctrlKey || e.metaKey || e.altKey) return;
-  if (e.key === "n") return show(kept.at + 1, true); if (e.key === "p") return show(kept.at - 1, true); if (e.key === "r") return play(kept.at);
-  if (!"12345".includes(e.key)) return;
-  const all = fields(kept.at), here = Math.max(0, all.findIndex(f => f.contains(document.activeElement))), r = all[here].querySelector("input[value='" + e.key + "']");
-  r.checked = true; take(kept.at); (here + 1 < all.length ? all[here + 1].querySelector("input:checked") || all[here + 1].querySelector("input") : r).focus(); e.preventDefault();
-});
-find("save").onclick = () => {
-  if (!kept.person.trim()) { find("person").focus(); find("person").setCustomValidity("Whose scores are these?"); find("person").reportValidity(); find("person").setCustomValidity(""); return; }
-  const rows = facts.cases.map((c, i) => JSON.stringify({id: c.id, judge: kept.person.trim(), rubric: c.rubric, edit_type: c.edit_type, capped: c.capped, criteria: c.criteria, scores: chosen(i)}));
-  const link = document.createElement("a"); link.href = URL.createObjectURL(new Blob([rows.join("\n") + "\n"], {type: "application/jsonl"}));
-  link.download = "scores-" + kept.person.trim().replace(/[^\p{L}\p{N}]+/gu, "-") + ".jsonl"; link.click(); setTimeout(() => URL.revokeObjectURL(link.href), 1000);
-};
-count(); show(kept.at, false);
-</script></body></html>
-"""
+    judges = tuple(next(iter(side.values())).judge for side in sides)
+    return Agreement(judges, rows, len(sides[0].keys() | sides[1].keys()) - len(keys))
 
 # %% ../../nbs/library/41_judge.ipynb #41a00072
+def _bytes_of(media, still, path):
+    "A clip or picture as a file that browsers play, and its ending."
+    suffix = Path(media).suffix.lower() if _is_path(media) else ""
+    if suffix in (".mp4", ".webm") or suffix and still:
+        return Path(media).read_bytes(), suffix
+    if still:
+        return png_bytes(media), ".png"
+    return write_video(path, read_video(media) if _is_path(media) else media, crf=10).read_bytes(), ".mp4"
+
+
 def _shown_media(media, name, files, number, folder):
     "HTML of one clip or picture: inside the page, or as a file beside it."
-    still = (
-        media.ndim == 3
-        if not _is_path(media)
-        else Path(media).suffix.lower() not in _VIDEOS and video_info(media).frames == 1
-    )
-    if (
-        not _is_path(media) or not still and Path(media).suffix.lower() not in (".mp4", ".webm")
-    ):  # browsers play these two
-        if still:
-            data, suffix = png_bytes(media), ".png"
-        else:
-            data, suffix = (
-                write_video(
-                    folder / f"{number}-{name}.mp4", read_video(media) if _is_path(media) else media, crf=10
-                ).read_bytes(),
-                ".mp4",
-            )
+    if _is_path(media):
+        still = Path(media).suffix.lower() not in _VIDEOS and video_info(media).frames == 1
     else:
-        data, suffix = Path(media).read_bytes(), Path(media).suffix.lower()
+        still = media.ndim == 3
+    data, suffix = _bytes_of(media, still, folder / f"{number}-{name}.mp4")
     if files is None:
         place = f"data:{mimetypes.guess_type('x' + suffix)[0]};base64,{base64.b64encode(data).decode()}"
     else:
         files.mkdir(parents=True, exist_ok=True)
         with replacing(files / f"{number}-{name}{suffix}", overwrite=True) as temporary:
             temporary.write_bytes(data)
-        place = quote(f"{files.name}/{number}-{name}{suffix}")
-    what = html.escape(place)
-    shown = (
-        f'<img src="{what}" alt="{name}">'
-        if still
-        else f'<video src="{what}" controls loop muted playsinline preload="metadata" aria-label="{name}"></video>'
-    )
+        place = html.escape(quote(f"{files.name}/{number}-{name}{suffix}"))
+    if still:
+        shown = f'<img src="{place}" alt="{name}">'
+    else:
+        shown = f'<video src="{place}" controls loop muted playsinline preload="metadata" aria-label="{name}"></video>'
     return f"<figure><figcaption>{name.capitalize()}</figcaption>{shown}</figure>"
 
 
+_CAP = '<p class="hint">The first criterion decides: what you give to the others counts at most as much as that.</p>'
+
+
 def _section(case, number, files, folder):
-    media = [("reference", picture_of(case.reference))] if case.reference is not None else []
-    figures = "".join(
-        _shown_media(m, name, files, number, folder)
-        for name, m in [*media, ("before", case.source), ("after", case.edited)]
-    )
+    media = dict(reference=case.reference, before=case.source, after=case.edited)
+    if case.reference is not None:
+        media["reference"] = picture_of(case.reference)
+    figures = [_shown_media(m, name, files, number, folder) for name, m in media.items() if m is not None]
     sets = []
     for c, criterion in enumerate(case.rubric.criteria):
-        labels = "".join(
-            f'<label><input type="radio" name="s{number}-{c}" value="{i}"> <b>{i}</b> {html.escape(text)}</label>'
-            for i, text in enumerate(criterion.anchors or [""] * 5, 1)
-        )
-        sets.append(
-            f'<fieldset><legend>{html.escape(criterion.name)}</legend><p>{html.escape(criterion.asks)}</p><div class="scale">{labels}</div></fieldset>'
-        )
-    cap = (
-        '<p class="hint">The first criterion decides: what you give to the others counts at most as much as that.</p>'
-        if case.rubric.capped
-        else ""
-    )
-    return f'<section hidden><div class="clips">{figures}</div><h2>The instruction was</h2><blockquote>{html.escape(case.instruction)}</blockquote>{cap}{"".join(sets)}</section>'
+        words = [f"<b>{i}</b> {html.escape(text)}" for i, text in enumerate(criterion.anchors or [""] * 5, 1)]
+        button = '<label><input type="radio" name="s{}-{}" value="{}"> {}</label>'
+        labels = "".join(button.format(number, c, i, text) for i, text in enumerate(words, 1))
+        asked = f"<legend>{html.escape(criterion.name)}</legend><p>{html.escape(criterion.asks)}</p>"
+        sets.append(f'<fieldset>{asked}<div class="scale">{labels}</div></fieldset>')
+    said = f"<h2>The instruction was</h2><blockquote>{html.escape(case.instruction)}</blockquote>"
+    clips = f'<div class="clips">{"".join(figures)}</div>'
+    return f"<section hidden>{clips}{said}{_CAP * case.rubric.capped}{''.join(sets)}</section>"
 
 
 def save_score_page(
     cases: Sequence[Case],
     path,  # .html, may exist
-    seed: int
-    | None = None,  # shuffles the order, and nothing on the page says which case is which; None keeps the order
+    seed: int | None = None,  # shuffles the order, and the page does not say which case is which; None keeps the order
     embed: bool = True,  # whether clips are inside the page; else they lie in a folder beside it, as large clips should
     title: str = "Scores for edited clips",
 ) -> Path:
     "A page on which a person scores cases; `read_scores_file` reads what it saves."
     cases, path = list(cases), Path(path).expanduser()
-    if not cases:
-        raise InputError("`cases` has to hold at least one case but is empty.")
-    if len({c.id for c in cases}) < len(cases):
-        raise InputError("`cases` have to have different ids but some share one.")
+    if not cases or len({c.id for c in cases}) < len(cases):
+        raise InputError(f"`cases` have to be one or more with different ids but are {[c.id for c in cases]}.")
     if path.suffix.lower() != ".html":
         raise InputError(f"`path` has to end in .html but is {path.name!r}.")
     if seed is not None:
         random.Random(seed).shuffle(cases)
-    files = None if embed else path.with_name(path.stem + "_files")
+    files, facts = None if embed else path.with_name(path.stem + "_files"), []
     with tempfile.TemporaryDirectory() as folder:
         sections = "\n".join(_section(c, n, files, Path(folder)) for n, c in enumerate(cases, 1))
-    facts = [
-        dict(
-            place=n,
-            id=c.id,
-            rubric=c.rubric.name,
-            edit_type=c.edit_type,
-            capped=c.rubric.capped,
-            criteria=c.rubric.names,
-        )
-        for n, c in enumerate(cases, 1)
-    ]
-    page = dict(page=hashlib.sha256((json.dumps(facts) + sections).encode()).hexdigest()[:16], cases=facts)
-    filled = dict(
-        title=html.escape(title), sections=sections, facts=json.dumps(page, ensure_ascii=False).replace("<", "\\u003c")
-    )
+    for place, c in enumerate(cases, 1):
+        known = dict(place=place, id=c.id, edit_type=c.edit_type)
+        facts.append(known | dict(rubric=c.rubric.name, capped=c.rubric.capped, criteria=c.rubric.names))
+    facts = json.dumps(dict(page=digest(facts, sections)[:16], cases=facts), ensure_ascii=False)
+    filled = dict(title=html.escape(title), sections=sections, facts=facts.replace("<", "\\u003c"))
+    template = asset("score_page.html").read_text(encoding="utf-8")
     with replacing(path, overwrite=True) as temporary:
-        temporary.write_text(re.sub("@(title|sections|facts)@", lambda m: filled[m[1]], _PAGE), encoding="utf-8")
+        temporary.write_text(re.sub("@(title|sections|facts)@", lambda m: filled[m[1]], template), encoding="utf-8")
     return path
 
 # %% ../../nbs/library/41_judge.ipynb #41a00075
 def read_scores_file(
-    path,  # what the page saved, or a JSON list of the same rows
+    path,  # what the page saved: lines of JSON
 ) -> list[Judgement]:
     "The scores of a person as judgements; a case without all its scores is a failure, as from any judge."
-    path = Path(path)
-    text, found = path.read_text(encoding="utf-8"), []
-    try:
-        rows = (
-            json.loads(text)
-            if text.lstrip().startswith("[")
-            else [json.loads(line) for line in text.splitlines() if line.strip()]
-        )
-    except json.JSONDecodeError as error:
-        raise InputError(f"`path` has to hold lines of JSON or a list but {path.name} does not: {error}.") from None
-    for number, row in enumerate(rows, 1):
-        keys = ("id", "judge", "rubric", "criteria", "scores")
-        if (
-            not isinstance(row, dict)
-            or not all(key in row for key in keys)
-            or not isinstance(row["scores"], list)
-            or len(row["scores"]) != len(row["criteria"])
-        ):
+    path, found = Path(path), []
+    for number, line in enumerate(filter(str.strip, path.read_text(encoding="utf-8").splitlines()), 1):
+        try:
+            row = json.loads(line)
+            rubric = Rubric(row["rubric"], tuple(map(Criterion, row["criteria"])), bool(row.get("capped")))
+            case = Case(row["id"], "", None, None, None, rubric, row.get("edit_type", ""))
+            scores = dict(zip(rubric.names, row["scores"], strict=True))
+            if silent := [name for name, score in scores.items() if score is None]:
+                found.append(failed(case, row["judge"], f"incomplete: {', '.join(silent)}"))
+            else:
+                found.append(scored(case, row["judge"], scores))
+        except (ValueError, TypeError, KeyError) as error:
             raise InputError(
-                f"`path` has to hold rows with {', '.join(keys)} but row {number} of {path.name} is {str(row)[:80]}."
-            )
-        if wrong := [s for s in row["scores"] if s is not None and (type(s) is not int or not 1 <= s <= 5)]:
-            raise InputError(f"`scores` have to be from 1 to 5 but row {number} of {path.name} has {wrong[0]!r}.")
-        rubric = Rubric(row["rubric"], tuple(map(Criterion, row["criteria"])), bool(row.get("capped")))
-        case, open_ = (
-            Case(row["id"], "", None, None, None, rubric, row.get("edit_type", "")),
-            [n for n, s in zip(row["criteria"], row["scores"]) if s is None],
-        )
-        found.append(
-            _failed(case, row["judge"], f"incomplete: {', '.join(open_)}")
-            if open_
-            else _scored(case, row["judge"], dict(zip(row["criteria"], map(float, row["scores"]))))
-        )
+                f"`path` has to hold what the page saved but line {number} of {path.name} is {line[:80]!r}: {error}."
+            ) from None
     return found
