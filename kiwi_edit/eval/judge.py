@@ -645,6 +645,8 @@ def metric_scores(
     "The score of each criterion: that of its worst number on a line between worth 1 and worth 5, cut at both ends."
     if rubric.name not in SCALES:
         raise InputError(f"`rubric` has to be one of {', '.join(SCALES)} unless a model judges but is {rubric.name!r}.")
+    if measured["changed"] > 0.9:  # of a picture that is new as a whole nothing is outside
+        measured = measured | dict(psnr_outside=math.nan)
     scores = {}
     for name, numbers in zip(rubric.names, SCALES[rubric.name]):
         known = [(measured[number], *WORTH[number]) for number in numbers if not np.isnan(measured[number])]
@@ -700,27 +702,20 @@ class MetricJudge:
         except (OSError, ValueError) as error:
             return failed(case, self.name, f"unreadable: {error}")
         cut = [None if x is None else x[: len(source)] for x in (case.mask, case.target)]
-        return self.score(case, lambda: self.measure(source, edited, reference, *cut))
+        return self.score(case, measure_clip(edited, source, reference, *cut))
 
     def score(
         self,
         case: Case,
-        measure,  # gives the numbers of `measure_clip`
+        measured: dict,  # by `measure_clip`
     ) -> Judgement:
         "The judgement that follows from numbers."
-        start = time.perf_counter()
         try:
-            scores = metric_scores(measure(), case.rubric)
+            scores = metric_scores(measured, case.rubric)
         except ValueError as error:
             return failed(case, self.name, f"unmeasured: {error}")
         usage = dict(input_tokens=0, output_tokens=0, calls=0, cost=0.0)
-        return scored(case, self.name, scores, usage=usage, seconds=round(time.perf_counter() - start, 3))
-
-    def measure(self, source, edited, reference, mask, target):
-        "The numbers that are scored; a subclass may have others."
-        found = measure_clip(edited, source, reference, mask, target)
-        # of a picture that is new as a whole nothing is outside
-        return found | dict(psnr_outside=math.nan) if found["changed"] > 0.9 else found
+        return scored(case, self.name, scores, usage=usage)
 
 # %% ../../nbs/library/41_judge.ipynb #41a00051
 def _column_mean(column):

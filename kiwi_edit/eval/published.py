@@ -5,47 +5,53 @@
 # %% ../../nbs/library/42_published.ipynb #c4500004
 from __future__ import annotations
 
-import base64
 import csv
-import hashlib
 import html
 import io
 import json
 import logging
 import math
 import re
-import time
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import PIL.Image
+import torch
 import yaml
-from tqdm.auto import tqdm
 
 from ..core import InputError
-from .benchmark import BENCH_SAMPLES, BENCHMARK_TASKS, benchmark_samples, provenance
-from ..data.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, one_line, renamed, sampled_digest
+from ..data.backends import GeminiChat
+from ..data.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, renamed
+from kiwi_edit.eval.benchmark import (
+    BENCH_SAMPLES,
+    Report,
+    Scene,
+    benchmark_samples,
+    by_task,
+    measure,
+    reconstruct,
+    write_text,
+)
 from kiwi_edit.eval.judge import (
     PUBLISHED,
-    RUBRICS,
-    SCALES,
     Case,
+    ChatJudge,
     Judgement,
     MetricJudge,
     Summary,
     aggregate,
-    parameters_of,
+    failed,
     rubric_for,
 )
-from ..metrics import bootstrap, measure_clip
+from ..metrics import measure_clip, perceptual_features
+from ..records import Table, Value, append_line, digest, image_tag, page, read_lines, run_rows
 from kiwi_edit.video import (
     VideoError,
     as_frames,
     compare,
-    film_strip,
     fit_size,
     nearest_frame_count,
     read_image,
@@ -56,16 +62,15 @@ from kiwi_edit.video import (
     video_info,
     write_video,
 )
-from ..world import EVAL_SEED, World
+from ..world import EVAL_SEED, TASKS, Quadruplet, World
 
 logger = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'LAYOUTS', 'BATCH', 'PATIENCE', 'TITLES', 'PUBLISHED_LINES', 'PUBLISHED_JUDGES', 'BenchRow', 'Layout',
-           'safe_name', 'output_name', 'read_bench', 'world_rows', 'Making', 'source_frames', 'edit_row', 'Made',
-           'edit_rows', 'write_imgedit_list', 'Beside', 'lay_beside', 'row_key', 'row_case', 'examine_row', 'ask_judge',
-           'mean_row', 'mean_metrics', 'BenchReport', 'published_lines', 'strip_jpeg', 'report_page', 'score_rows',
-           'judge_of']
+__all__ = ['logger', 'LAYOUTS', 'SETTINGS', 'TITLES', 'PUBLISHED_LINES', 'PUBLISHED_JUDGES', 'BenchRow', 'Layout', 'output_name',
+           'read_bench', 'world_rows', 'source_frames', 'edit_row', 'Made', 'edit_rows', 'write_imgedit_list', 'Beside',
+           'lay_beside', 'row_key', 'row_case', 'measure_row', 'BenchReport', 'published_lines', 'report_page',
+           'score_rows', 'judge_of']
 
 # %% ../../nbs/library/42_published.ipynb #c4500007
 @dataclass(frozen=True, eq=False)
@@ -81,10 +86,16 @@ class BenchRow:
     bench: str  # "kit", "refvie", "openve" or "imgedit"
     fields: dict = field(default_factory=dict, repr=False)  # the row as its file has it
     note: str = ""  # what is unusual about it, such as a name that had to be changed
-    mask: np.ndarray | None = field(
-        default=None, repr=False
-    )  # (T, H, W) bool, where the edit may act; only the kit's own bench knows
-    target: np.ndarray | None = field(default=None, repr=False)  # (T, H, W, 3) uint8; likewise
+    world: World | None = field(default=None, repr=False)  # of the kit's own bench, which alone knows mask and target
+    sample: Quadruplet | None = field(default=None, repr=False)  # likewise
+
+    @property
+    def mask(self) -> np.ndarray | None:  # (T, H, W) bool
+        return self.sample and self.sample.mask
+
+    @property
+    def target(self) -> np.ndarray | None:  # (T, H, W, 3) uint8
+        return self.sample and self.sample.target
 
 # %% ../../nbs/library/42_published.ipynb #c450000a
 @dataclass(frozen=True)
@@ -104,12 +115,11 @@ def _read_yaml(data):
 
 
 def _read_csv(data):
-    reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
-    rows = [(str(number), row) for number, row in enumerate(reader)]
-    for number, row in rows:
+    rows = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True))
+    for number, row in enumerate(rows):
         if None in row:
             raise ValueError(f"row {number} has {len(row[None])} more fields than the header has columns")
-    return rows
+    return [(str(number), row) for number, row in enumerate(rows)]
 
 
 def _read_json(data):
@@ -139,16 +149,9 @@ LAYOUTS = dict(
 )
 
 # %% ../../nbs/library/42_published.ipynb #c450000d
-def safe_name(
-    text: str,  # part of a file name
-) -> str:
+def _safe(text):
     "Text with `_` for what separates paths and for what some file systems refuse."
     return re.sub(r'[\\/:*?"<>|\x00-\x1f\x7f]', "_", text)
-
-
-def _base(path):
-    "The last part of a path of either kind of slash."
-    return PurePosixPath(path.replace("\\", "/")).name
 
 
 def output_name(
@@ -157,26 +160,23 @@ def output_name(
     row: dict,  # "source", "instruction", "edit_type"
 ) -> tuple[str, str]:  # name below the folder of results, and what had to be changed about the published one
     "The published name of a result."
-    base = _base(row["source"])
-    stem, dot, suffix = base.rpartition(".")
-    if kind == "openve":
-        wanted = f"{stem if dot and stem else base}_edited.mp4"
-    elif kind == "refvie":
-        wanted = f"{name}_{row['instruction'][:10]}_{base}"
-    else:
-        wanted = f"{name}{base}"
-    folder, made = row["edit_type"] + "/" if kind == "imgedit" else "", safe_name(wanted)
-    for part in (folder.rstrip("/") or "-", base, made):
-        if part in (".", "..") or safe_name(part) != part or not part or len(part.encode("utf-8", "replace")) > 240:
+    base = PurePosixPath(row["source"].replace("\\", "/")).name
+    stem, dot, _ = base.rpartition(".")
+    wanted = dict(
+        openve=f"{stem if dot and stem else base}_edited.mp4",
+        refvie=f"{name}_{row['instruction'][:10]}_{base}",
+        imgedit=f"{name}{base}",
+    )[kind]
+    still, made = kind == "imgedit", _safe(wanted)
+    for part in (row["edit_type"] if still else "-", base, made):
+        if part in ("", ".", "..") or _safe(part) != part or len(part.encode("utf-8", "replace")) > 240:
             raise ValueError(f"has to give a file name but gives {part!r}")
-    allowed = IMAGE_SUFFIXES if kind == "imgedit" else VIDEO_SUFFIXES
     note = f"the published name {wanted!r} holds what file names cannot" if made != wanted else ""
-    if Path(made).suffix.lower() not in allowed:
-        made, note = (
-            made + (".png" if kind == "imgedit" else ".mp4"),
-            f"no {'picture' if kind == 'imgedit' else 'video'} can be written as {Path(made).suffix or 'a file without an ending'}",
-        )
-    return folder + made, note
+    if Path(made).suffix.lower() not in (IMAGE_SUFFIXES if still else VIDEO_SUFFIXES):
+        ending = Path(made).suffix or "a file without an ending"
+        note = f"no {'picture' if still else 'video'} can be written as {ending}"
+        made += ".png" if still else ".mp4"
+    return f"{row['edit_type']}/{made}" if still else made, note
 
 # %% ../../nbs/library/42_published.ipynb #c4500010
 def read_bench(
@@ -196,9 +196,8 @@ def read_bench(
     try:
         found = layout.read(path.read_bytes())
     except (ValueError, csv.Error, yaml.YAMLError, RecursionError) as error:
-        raise InputError(
-            f"`path` has to be {kind}'s file but {path.name!r} is not: {' '.join(str(error).split())}."
-        ) from error
+        why = " ".join(str(error).split())
+        raise InputError(f"`path` has to be {kind}'s file but {path.name!r} is not: {why}.") from error
     rows, taken = [], {}
     for name, fields in found:
         row = _checked(layout, path, name, fields)
@@ -208,141 +207,95 @@ def read_bench(
             output, note = output_name(kind, name, row)
         except ValueError as error:
             raise InputError(f"`path` {error}: {path.name!r}, row {name}.") from None
-        unique = _own_name(output, taken, name)
-        if unique != output:
-            note = f"the published name {output!r} is that of row {taken[_folded(output)]}, too"
-        reference = row.get("reference")
-        rows.append(
-            BenchRow(
-                name,
-                root / row["source"],
-                row["instruction"],
-                root / reference if reference else None,
-                row["edit_type"],
-                unique,
-                kind,
-                fields,
-                note,
-            )
-        )
+        unique, twin = _own_name(output, taken, name)
+        note = f"the published name {output!r} is that of row {twin}, too" if twin is not None else note
+        source, reference = root / row["source"], root / row["reference"] if row.get("reference") else None
+        rows.append(BenchRow(name, source, row["instruction"], reference, row["edit_type"], unique, kind, fields, note))
     if not rows:
         raise InputError(f"`path` has to hold at least one row to edit but {path.name!r} holds none.")
     if not any(row.source.exists() for row in rows):
         raise FileNotFoundError(
-            f"`root` has to be where the {len(rows)} sources of {path.name!r} are but none is there, the first is {str(rows[0].source)!r}."
+            f"`root` has to be where the {len(rows)} sources of {path.name!r} are but none is there, "
+            f"the first is {str(rows[0].source)!r}."
         )
     if changed := [row for row in rows if row.note]:
-        logger.warning(
-            "%d of %d results get another name than the published one; row %s: %s.",
-            len(changed),
-            len(rows),
-            changed[0].id,
-            changed[0].note,
-        )
+        first, counts = changed[0], f"{len(changed)} of {len(rows)} results"
+        logger.warning("%s get another name than the published one; row %s: %s.", counts, first.id, first.note)
     return rows
 
 
 def _checked(layout, path, name, fields):
     "The row with the names that are used here."
+    where = f"row {name} of {path.name!r}"
     if not isinstance(fields, dict):
-        raise InputError(
-            f"`path` has to hold rows with {', '.join(layout.columns.values())} but row {name} of {path.name!r} is {str(fields)[:60]!r}."
-        )
+        columns = ", ".join(layout.columns.values())
+        raise InputError(f"`path` has to hold rows with {columns} but {where} is {str(fields)[:60]!r}.")
     found = {}
     for what, column in layout.columns.items():
         value = fields.get(column)
         if what == "reference" and value in (None, ""):
             continue
-        good = (
-            isinstance(value, str)
-            and value.strip()
-            and value.encode("utf-8", "replace").decode() == value
-            and "\0" not in value
-        )
-        if not good:
-            raise InputError(
-                f"`path` has to have text in the column {column!r} but row {name} of {path.name!r} has {value!r}."
-            )
+        text = isinstance(value, str) and value.strip() and "\0" not in value
+        if not text or value.encode("utf-8", "replace").decode() != value:
+            raise InputError(f"`path` has to have text in the column {column!r} but {where} has {value!r}.")
         found[what] = value
     return found
 
 
-def _folded(name):
-    return unicodedata.normalize("NFC", name).casefold()  # as file systems compare names that do not tell case
-
-
 def _own_name(output, taken, row):
-    "A name that no row before has."
-    unique, number = output, 1
-    while _folded(unique) in taken:
+    "A name that no row before has, and the row that has the one that was wanted, if any."
+    # as file systems compare names that do not tell case
+    folded = lambda name: unicodedata.normalize("NFC", name).casefold()
+    unique, number, (stem, _, suffix) = output, 1, output.rpartition(".")
+    while folded(unique) in taken:
         number += 1
-        unique = f"{output.rpartition('.')[0]}_{number}.{output.rpartition('.')[2]}"
-    taken[_folded(unique)] = row
-    return unique
+        unique = f"{stem}_{number}.{suffix}"
+    twin = taken.get(folded(output))
+    taken[folded(unique)] = row
+    return unique, twin
 
 # %% ../../nbs/library/42_published.ipynb #c4500015
 def world_rows(
-    tasks: Sequence[str] = BENCHMARK_TASKS,
+    tasks: Sequence[str] = TASKS,
     samples: int = BENCH_SAMPLES,  # of each task
     seed: int = EVAL_SEED,  # of the first scene
     difficulty: str = "full",  # of the world; the results of another one have a folder of their own
 ) -> list[BenchRow]:
     "The kit's own bench, drawn in memory."
-    world, folder = World(split="eval", difficulty=difficulty), "" if difficulty == "full" else f"{difficulty}/"
-    return [
-        BenchRow(
-            f"{task}-{s.meta['seed']}",
-            s.source,
-            s.instruction,
-            s.reference,
-            task,
-            f"{folder}{task}/{s.meta['seed']}{'.mp4' if len(s.source) > 1 else '.png'}",
-            "kit",
-            dict(task=task, seed=s.meta["seed"], difficulty=difficulty),
-            mask=s.mask,
-            target=s.target,
-        )
-        for task in tasks
-        for s in benchmark_samples(world, task, samples, seed)
-    ]
+    world, folder, rows = (
+        World(split="eval", difficulty=difficulty),
+        "" if difficulty == "full" else f"{difficulty}/",
+        [],
+    )
+    for task in tasks:
+        for s in benchmark_samples(world, task, samples, seed):
+            number = s.meta["seed"]
+            output = f"{folder}{task}/{number}{'.mp4' if len(s.source) > 1 else '.png'}"
+            fields = dict(task=task, seed=number, difficulty=difficulty)
+            asked = (f"{task}-{number}", s.source, s.instruction, s.reference, task, output, "kit", fields)
+            rows.append(BenchRow(*asked, world=world, sample=s))
+    return rows
 
 # %% ../../nbs/library/42_published.ipynb #c4500018
-@dataclass(frozen=True)
-class Making:
-    "How the videos of a bench are made. The defaults are the published settings."
-
-    steps: int = 50  # denoising steps
-    seed: int = 0  # of the noise of every row
-    num_frames: int = 81  # at most, 4k+1
-    max_pixels: int = 921_600  # width * height at most
-    fps: float = 15.0  # of the files
-    concat: bool = False  # whether a second file shows source and result side by side
-
-    def __post_init__(self):
-        for name in ("steps", "num_frames", "max_pixels"):
-            if getattr(self, name) < 1:
-                raise InputError(f"`{name}` has to be at least 1 but is {getattr(self, name)}.")
+# of every row, as published
+SETTINGS = dict(seed=0, num_frames=81, max_pixels=921_600, fps=15.0)
 
 
 def source_frames(
     pipe,  # its limits count where it has a `config`
     row: BenchRow,
-    making: Making = Making(),
 ) -> np.ndarray:  # (T, H, W, 3) uint8
     "What of a source is edited: the first 4k+1 frames, cut and shrunk to what the bench and the model allow."
     config = getattr(pipe, "config", None)
-    count, pixels = (
-        min(getattr(making, name), getattr(config, limit, math.inf))
-        for name, limit in (("num_frames", "max_frames"), ("max_pixels", "max_pixels"))
-    )
+    count = min(SETTINGS["num_frames"], getattr(config, "max_frames", math.inf))
+    pixels = min(SETTINGS["max_pixels"], getattr(config, "max_pixels", math.inf))
     if isinstance(row.source, np.ndarray):
         return row.source[: nearest_frame_count(min(count, len(row.source)))]
     with renamed("`path`", "`source`"):
         info = video_info(row.source)
         size = fit_size(info.width, info.height, pixels, getattr(pipe, "size_multiple", 32))
-        clip = read_video(
-            row.source, num_frames=nearest_frame_count(min(count, info.frames)), size=size, mode="inference"
-        )
+        count = nearest_frame_count(min(count, info.frames))
+        clip = read_video(row.source, num_frames=count, size=size, mode="inference")
     return clip.frames[: nearest_frame_count(len(clip))]  # a damaged file holds fewer than it says
 
 # %% ../../nbs/library/42_published.ipynb #c450001a
@@ -350,37 +303,32 @@ def edit_row(
     pipe,  # called as `KiwiEditPipeline` is
     row: BenchRow,
     out: Path,  # folder of results
-    making: Making = Making(),
-) -> Path:  # of the result
+    steps: int = 50,  # denoising steps
+    concat: bool = False,  # whether a second file shows source and result side by side
+) -> np.ndarray:  # (T, H, W, 3) uint8, what was written
     "Make one video. It appears when it is complete, and after its side by side."
-    import torch
-
-    frames = source_frames(pipe, row, making)
+    frames = source_frames(pipe, row)
     with renamed("`path`", "`reference`"):
         reference = None if row.reference is None else read_image(row.reference)
-    edited = as_frames(
-        pipe(
-            row.instruction,
-            video=frames,
-            reference=reference,
-            num_inference_steps=making.steps,
-            generator=torch.Generator().manual_seed(making.seed),
-        ).frames[0]
-    )
+    # scenes of the kit's bench have noise of their own, there as here
+    noise = torch.Generator().manual_seed(row.fields["seed"] if row.sample else SETTINGS["seed"])
+    settings = dict(video=frames, reference=reference, num_inference_steps=steps, generator=noise)
+    edited = as_frames(pipe(row.instruction, **settings).frames[0])
     path = out / row.output
     path.parent.mkdir(parents=True, exist_ok=True)
-    if making.concat:
-        _write(path.with_name("concat_" + path.name), compare(frames, edited), making.fps)
-    return _write(path, edited, making.fps)
+    if concat:
+        _write(path.with_name("concat_" + path.name), compare(frames, edited))
+    _write(path, edited)
+    return edited
 
 
-def _write(path, frames, fps):
+def _write(path, frames):
     "A picture or a video, as its name says."
     if path.suffix.lower() not in IMAGE_SUFFIXES:
-        return write_video(path, frames, fps, overwrite=True)
+        write_video(path, frames, SETTINGS["fps"], overwrite=True)
+        return
     with replacing(path, True) as temporary:
         PIL.Image.fromarray(frames[0]).save(temporary, IMAGE_SUFFIXES[path.suffix.lower()], quality=95)
-    return path
 
 # %% ../../nbs/library/42_published.ipynb #c450001d
 @dataclass(frozen=True)
@@ -393,105 +341,66 @@ class Made:
     failed: list  # of dicts: id, output, error
 
     def __str__(self):
-        return (
-            f"{self.made + self.before} of {self.rows} videos there"
-            + f", {self.before} of them before" * bool(self.before)
-            + f", {len(self.failed)} failed" * bool(self.failed)
-        )
+        text = f"{self.made + self.before} of {self.rows} videos there"
+        text += f", {self.before} of them before" * bool(self.before)
+        return text + f", {len(self.failed)} failed" * bool(self.failed)
 
 
 def edit_rows(
     pipe,  # called as `KiwiEditPipeline` is
     rows: Sequence[BenchRow],
     out: str | Path,  # folder of results, made if missing
-    making: Making = Making(),
+    steps: int = 50,  # denoising steps
+    concat: bool = False,  # see `edit_row`
     part: int = 0,  # which rows: those whose number leaves it when divided by `parts`
     parts: int = 1,
     about: dict | None = None,  # what says which model it is, see `provenance`
     progress: bool = True,
 ) -> Made:
     "Make the videos that are missing."
-    if not rows:
-        raise InputError("`rows` has to hold at least one row but is empty.")
+    if not rows or steps < 1:
+        raise InputError(f"`rows` and `steps` have to be at least 1 but are {len(rows)} and {steps}.")
     if not 0 <= part < parts:
         raise InputError(f"`part` has to be from 0 to {parts - 1}, one less than `parts`, but is {part}.")
     out = Path(out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
-    _claim(out, dict(making=asdict(making), model=(about or {}).get("checkpoint")), about)
-    own, known, failed = (
-        list(rows)[part::parts],
-        {record["output"]: record for record in _lines(out / "made.jsonl")},
-        [],
-    )
+    making = dict(steps=steps, **SETTINGS, concat=concat)
+    _claim(out, dict(making=making, model=(about or {}).get("checkpoint")), about)
+    own, known = list(rows)[part::parts], {record["output"]: record for record in read_lines(out / "made.jsonl")}
+    asked = lambda row: dict(id=row.id, output=row.output, instruction=row.instruction, edit_type=row.edit_type)
     for row in own:
-        if known.get(row.output, asked := _asked(row)) != asked:
+        if (before := known.get(row.output, {}).get("instruction", row.instruction)) != row.instruction:
             raise FileExistsError(
-                f"`out` has to hold nothing but results of these rows but {row.output!r} was made for {known[row.output]['instruction']!r}."
+                f"`out` has to hold nothing but results of these rows but {row.output!r} was made for {before!r}."
             )
-    todo = [row for row in own if not (out / row.output).is_file()]
-    for row in tqdm(todo, unit="edit", disable=not progress):
-        began = time.perf_counter()
-        try:
-            edit_row(pipe, row, out, making)
-            _append(out / "made.jsonl", _asked(row))
-        except Exception as fault:  # the other rows have nothing to do with it
-            error = one_line(fault) or f"{type(fault).__name__}: {' '.join(str(fault).split())}"
-            failed.append(
-                dict(id=row.id, output=row.output, error=error, seconds=round(time.perf_counter() - began, 3))
-            )
-            _append(out / "failures.jsonl", failed[-1])
-    return Made(len(own), len(todo) - len(failed), len(own) - len(todo), failed)
+    todo = {row.output: row for row in own if not (out / row.output).is_file()}
+    work = lambda row: dict(numbers=_against_target(pipe, row, edit_row(pipe, row, out, steps, concat)))
+    keep = lambda record: append_line(out / "made.jsonl", asked(todo[record["key"]]) | record)
+    done = run_rows(todo, work, each=keep, label="edits" if progress else "")
+    faults = [asked(row) | done[row.output] for row in own if row.output in done and done[row.output]["error"]]
+    return Made(len(own), len(todo) - len(faults), len(own) - len(todo), faults)
 
 
-def _asked(row):
-    return dict(output=row.output, instruction=row.instruction, edit_type=row.edit_type)
-
-
-def _append(path, record):
-    "A line at the end of a file, in one write."
-    line = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-    with open(path, "a+b") as file:
-        if file.seek(0, io.SEEK_END):
-            file.seek(-1, io.SEEK_END)
-            if file.read(1) != b"\n":
-                line = b"\n" + line  # a run has ended in the middle of its line
-        file.write(line)
-
-
-def _lines(path):
-    "The records of a file of lines; those that were cut are left out."
-    if not path.is_file():
-        return []
-    *lines, rest = path.read_bytes().split(b"\n")
-    records = []
-    for line in filter(bytes.strip, lines):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            logger.warning(
-                "a line of %s is cut and counts for nothing: %s", path.name, line[:60].decode("utf-8", "replace")
-            )
-    if lines and not records:
-        raise InputError(
-            f"`out` has to be a folder whose {path.name} was written by this kit, but none of its lines is JSON."
-        )
-    return records
+def _against_target(pipe, row, edited):
+    "What is measured of an edit whose target is known."
+    if row.sample is None or edited.shape != row.target.shape:
+        return {}
+    vae = getattr(pipe, "vae", None)
+    rebuilt = None if vae is None else reconstruct(vae, row.target[None])[0]
+    features = perceptual_features("cpu" if vae is None else str(vae.device))
+    return measure([Scene(row.world, row.sample, rebuilt, features)], edited[None])[0]
 
 
 def _claim(out, settings, about):
     "Make the folder that of these settings, or say whose it is."
-    mark, settings = out / "bench.json", json.loads(json.dumps(settings))
+    mark = out / "bench.json"
     if not mark.is_file():
-        with replacing(mark, True) as temporary:
-            Path(temporary).write_text(
-                json.dumps(dict(settings=settings, about=about), indent=1) + "\n", encoding="utf-8"
-            )
-        return
+        write_text(mark, json.dumps(dict(settings=settings, about=about), indent=1) + "\n")
     there = json.loads(mark.read_text(encoding="utf-8"))["settings"]
-    if there != settings:
-        wrong = [name for name in settings if there.get(name) != settings[name]]
+    if wrong := [name for name in settings if there.get(name) != settings[name]]:
+        held = ", ".join(str(there.get(name)) for name in wrong)
         raise FileExistsError(
-            f"`out` has to be new or of the same {', '.join(wrong)} but {str(out)!r} holds videos of {', '.join(str(there.get(name)) for name in wrong)}."
+            f"`out` has to be new or of the same {', '.join(wrong)} but {str(out)!r} holds videos of {held}."
         )
 
 # %% ../../nbs/library/42_published.ipynb #c4500020
@@ -500,15 +409,9 @@ def write_imgedit_list(
     out: str | Path,  # folder of results
 ) -> Path:
     "`image_edit_out.jsonl`: one line for each picture that is there."
-    path = Path(out) / "image_edit_out.jsonl"
-    lines = [
-        json.dumps(dict(key=row.id) | row.fields | dict(output=row.output), ensure_ascii=False)
-        for row in rows
-        if (Path(out) / row.output).is_file()
-    ]
-    with replacing(path, True) as temporary:
-        Path(temporary).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return path
+    there = [row for row in rows if (Path(out) / row.output).is_file()]
+    lines = [json.dumps(dict(key=r.id) | r.fields | dict(output=r.output), ensure_ascii=False) + "\n" for r in there]
+    return write_text(Path(out) / "image_edit_out.jsonl", "".join(lines))
 
 # %% ../../nbs/library/42_published.ipynb #c4500031
 @dataclass(frozen=True, eq=False)
@@ -526,457 +429,210 @@ def lay_beside(
     row: BenchRow,
     path: Path,  # of the result
     side: int = 256,  # pixels of the longer side at most
-    num_frames: int = 81,  # at most
 ) -> Beside:
     "Read a result and what it was made from."
+    drawn = isinstance(row.source, np.ndarray)
     with renamed("`path`", "`result`"):
         info = video_info(path)
     with renamed("`path`", "`source`"):
-        there, width, height = (
-            (len(row.source), *row.source.shape[2:0:-1]) if isinstance(row.source, np.ndarray) else _about(row.source)
-        )
+        about = None if drawn else video_info(row.source)
+    there, height, width = row.source.shape[:3] if drawn else (about.frames, about.height, about.width)
+    _check_result(row, info, there, width, height)
+    count, scale = min(info.frames, SETTINGS["num_frames"]), min(1, side / max(info.width, info.height))
+    size = max(1, round(info.width * scale)), max(1, round(info.height * scale))
+    with renamed("`path`", "`result`"):
+        edited = read_video(path, num_frames=count, size=size, mode="stretch", fast=True).frames
+    with renamed("`path`", "`source`"):
+        if drawn:
+            source = resize_frames(row.source[:count], *size, mode="inference")
+        else:
+            source = read_video(row.source, num_frames=count, size=size, mode="inference", fast=True).frames
+    for name, frames in dict(result=edited, source=source).items():
+        if len(frames) < count:
+            raise VideoError(f"`{name}` has to be whole but of {count} frames {len(frames)} decode.")
+    with renamed("`path`", "`reference`"):
+        reference = None if row.reference is None else np.asarray(read_image(row.reference))
+    notes = []
+    if info.frames < nearest_frame_count(min(there, SETTINGS["num_frames"])):
+        notes.append(f"{info.frames} frames for {there} of the source")
+    if abs(math.log(info.width * height / (info.height * width))) > 0.1:
+        notes.append(f"{info.width}x{info.height} for a source of {width}x{height}")
+    return Beside(source, edited, reference, (info.frames, there), "; ".join(notes))
+
+
+def _check_result(row, info, there, width, height):
     if info.frames > there:
         raise VideoError(f"`result` has to have at most the {there} frames of its source but has {info.frames}.")
     if info.frames == 1 and there > 4:
         raise VideoError(f"`result` has to be a clip for a source of {there} frames but is one picture.")
-    if row.mask is not None and (info.width, info.height) != (width, height):
-        raise VideoError(
-            f"`result` has to have the {width}x{height} pixels of its scene but has {info.width}x{info.height}."
-        )
-    count, scale = min(info.frames, num_frames), min(1, side / max(info.width, info.height))
-    size = max(1, round(info.width * scale)), max(1, round(info.height * scale))
-    with renamed("`path`", "`result`"):
-        edited = read_video(path, num_frames=count, size=size, mode="stretch", fast=True).frames
-    if len(edited) < count:
-        raise VideoError(f"`result` has to be whole but of {count} frames {len(edited)} decode.")
-    with renamed("`path`", "`source`"):
-        source = (
-            resize_frames(row.source[:count], *size, mode="inference")
-            if isinstance(row.source, np.ndarray)
-            else read_video(row.source, num_frames=count, size=size, mode="inference", fast=True).frames
-        )
-    if len(source) < count:
-        raise VideoError(f"`source` has to be whole but of {count} frames {len(source)} decode.")
-    with renamed("`path`", "`reference`"):
-        reference = None if row.reference is None else np.asarray(read_image(row.reference))
-    notes = [f"{info.frames} frames for {there} of the source"] * (info.frames < nearest_frame_count(min(there, 81)))
-    notes += [f"{info.width}x{info.height} for a source of {width}x{height}"] * (
-        abs(math.log(info.width * height / (info.height * width))) > 0.1
-    )
-    return Beside(source, edited, reference, (info.frames, there), "; ".join(notes))
-
-
-def _about(path):
-    info = video_info(path)
-    return info.frames, info.width, info.height
+    if row.sample is not None and (info.width, info.height) != (width, height):
+        found = f"{info.width}x{info.height}"
+        raise VideoError(f"`result` has to have the {width}x{height} pixels of its scene but has {found}.")
 
 # %% ../../nbs/library/42_published.ipynb #c4500034
-def _content(value):
-    "Digest of a file or of an array."
-    if value is None:
-        return None
-    if isinstance(value, np.ndarray):
-        return hashlib.sha256(f"{value.shape}".encode() + np.ascontiguousarray(value).tobytes()).hexdigest()
-    return sampled_digest(Path(value))
-
-
 def row_key(
     row: BenchRow,
     path: Path,  # of the result
     judge,  # see `kiwi_edit.eval.judge`
 ) -> str:  # 24 hexadecimal digits
     "Another one for another instruction, clip, reference, rubric or judge."
-    rubric = rubric_for(row.bench, row.edit_type)
-    settings = (
-        [getattr(judge, name, None) for name in ("frames", "side", "video")]
-        if judge.is_model
-        else [repr(SCALES[rubric.name])]
-    )  # how a model is shown clips; how numbers become scores
-    settings += [rubric.instruction(), *parameters_of(judge)]
-    parts = [
-        row.bench,
-        row.id,
-        row.instruction,
-        row.edit_type,
-        judge.name,
-        *settings,
-        _content(row.source),
-        _content(path),
-        _content(row.reference),
-    ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+    asked = row.bench, row.id, row.instruction, row.edit_type, rubric_for(row.bench, row.edit_type).instruction()
+    media = [str(m) if isinstance(m, Path) and not m.exists() else m for m in (row.source, path, row.reference)]
+    return digest(asked, judge.settings, media)[:24]
 
 
 def row_case(
     row: BenchRow,
     path: Path,  # of the result
-    beside: Beside,
-    judge,
+    frames: tuple,  # of the result, of the source
 ) -> Case:
-    "What a judge is shown: a model the files themselves, metrics the small clips."
-    source, edited, count = beside.source, beside.edited, len(beside.edited)
-    if judge.is_model:
-        edited, (n, there) = path, beside.frames
-        if isinstance(row.source, np.ndarray):
-            source = row.source[:n]
-        else:
-            source = row.source if n >= 0.9 * min(there, 81) else read_video(row.source, num_frames=n).frames
-    return Case(
-        row.id,
-        row.instruction,
-        source,
-        edited,
-        row.reference if judge.is_model else beside.reference,
-        rubric_for(row.bench, row.edit_type),
-        row.edit_type,
-        None if row.mask is None else row.mask[:count],
-        None if row.target is None else row.target[:count],
-    )
+    "What a judge is shown: the files, and of a result that is much shorter the part of the source that it is of."
+    n, there = frames
+    if isinstance(row.source, np.ndarray):
+        source = row.source[:n]
+    else:
+        whole = n >= 0.9 * min(there, SETTINGS["num_frames"])
+        source = row.source if whole else read_video(row.source, num_frames=n).frames
+    rubric = rubric_for(row.bench, row.edit_type)
+    return Case(row.id, row.instruction, source, path, row.reference, rubric, row.edit_type)
 
 # %% ../../nbs/library/42_published.ipynb #c4500036
-BATCH, PATIENCE = (
-    16,
-    5,
-)  # cases that a model judges at once; judgements in a row without a connection, after which the rest is not asked
-
-
-def examine_row(
+def measure_row(
     row: BenchRow,
     path: Path,  # of the result
-    judge,
-    known: dict | None = None,  # key -> record of an earlier run
-    missing: str = "no such file",  # why it is missing, where that is known
-) -> tuple[dict, Case | None]:
-    "What is written down of a row, and its case where a judge has to be asked."
+    judge,  # whose scores follow from what is measured, unless it is a model
+) -> dict:  # "metrics", "frames", "note", and "judgement" where no model has to be asked
+    "Measure a result beside its source."
+    beside = lay_beside(row, path)
+    cut = [None if x is None else x[: len(beside.edited)] for x in (row.mask, row.target)]
+    found = measure_clip(beside.edited, beside.source, beside.reference, *cut)
     record = dict(
-        id=row.id,
-        output=row.output,
-        edit_type=row.edit_type,
-        instruction=row.instruction,
-        rubric=rubric_for(row.bench, row.edit_type).name,
-        status="missing",
-        scores={},
-        metrics={},
-        error=missing,
-        note=row.note,
-    )
-    if not path.is_file():
-        return record, None
-    try:
-        key = row_key(row, path, judge)
-        before = (known or {}).get(key)
-        if before and before["status"] == "scored":
-            return before, None
-        beside = lay_beside(row, path)
-        case = row_case(row, path, beside, judge)
-        metrics = before["metrics"] if before else _measured(row, beside)
-    except (ValueError, OSError) as error:
-        return record | dict(status="failed", error=one_line(error) or str(error)), None
-    return record | dict(
-        status="waiting",
-        error="",
-        key=key,
-        metrics=metrics,
+        metrics={name: round(float(v), 6) if math.isfinite(v) else None for name, v in found.items()},
         frames=list(beside.frames),
         note="; ".join(filter(None, (row.note, beside.note))),
-    ), case
-
-
-def _measured(row, beside):
-    "What `measure_clip` finds, as JSON has it."
-    count = len(beside.edited)
-    found = measure_clip(
-        beside.edited,
-        beside.source,
-        beside.reference,
-        None if row.mask is None else row.mask[:count],
-        None if row.target is None else row.target[:count],
     )
-    return {name: round(float(value), 6) if math.isfinite(value) else None for name, value in found.items()}
-
-
-def ask_judge(
-    judge,
-    waiting: list,  # of (record, case); the records are completed
-    log: Path,  # file of lines to which each finished record is added
-    progress: bool = True,
-):
-    "Have cases judged, a few at a time."
-    unheard, size = 0, BATCH if judge.is_model else 1
-    with tqdm(total=len(waiting), desc="judged", unit="row", disable=not progress) as bar:
-        for start in range(0, len(waiting), size):
-            batch = waiting[start : start + size]
-            if unheard >= PATIENCE:
-                for record, _ in batch:
-                    record.update(
-                        status="failed", error=f"not asked: the judge could not be reached {unheard} times in a row"
-                    )
-                continue
-            for (record, _), judgement in zip(batch, judge.judge([case for _, case in batch], progress=False)):
-                record.update(
-                    status="scored" if judgement.ok else "failed",
-                    scores=dict(judgement.scores) if judgement.ok else {},
-                    error=judgement.error,
-                    judgement=judgement.to_dict(),
-                )
-                unheard = unheard + 1 if re.match("endpoint|time-out|quota|not asked", judgement.error) else 0
-                _append(log, record)
-            bar.update(len(batch))
-
-# %% ../../nbs/library/42_published.ipynb #c4500039
-def mean_row(
-    records: list[dict],  # of one rubric
-) -> dict:  # counts, criterion -> (mean, low, high), "mean"; one row alone has no interval
-    "What a group of rows comes to."
-    scored = [record for record in records if record["status"] == "scored"]
-    counts = {
-        status: sum(record["status"] == status for record in records) for status in ("scored", "failed", "missing")
-    }
-    names = list(dict.fromkeys(name for record in scored for name in record["scores"]))
-    columns = {name: np.array([record["scores"][name] for record in scored], dtype=np.float64) for name in names}
-    means = {
-        name: (float(values.mean()), *(bootstrap(values) if len(scored) > 1 else (None, None)))
-        for name, values in columns.items()
-    }
-    return dict(
-        rows=len(records),
-        **counts,
-        criteria=means,
-        mean=float(np.mean([m for m, _, _ in means.values()])) if means else None,
-    )
-
-
-def mean_metrics(records: list[dict]) -> dict[str, float | None]:
-    "Means of what was measured, over the rows where it could be."
-    names = list(dict.fromkeys(name for record in records for name in record["metrics"]))
-    values = {
-        name: [record["metrics"][name] for record in records if record["metrics"].get(name) is not None]
-        for name in names
-    }
-    return {name: float(np.mean(v)) if v else None for name, v in values.items()}
-
-
-def _number(value, digits=2):
-    return "" if value is None or math.isnan(value) else f"{value:.{digits}f}".replace("-", "−")
-
-
-def _interval(mean, low, high):
-    return _number(mean) + (f" ({_number(low)} to {_number(high)})" if _number(low) else "")
+    if not judge.is_model:
+        case = row_case(row, path, beside.frames)
+        record["judgement"] = asdict(judge.score(case, found))
+    return record
 
 # %% ../../nbs/library/42_published.ipynb #c450003b
 TITLES = dict(kit="The kit's own bench", refvie="RefVIE-Bench", openve="OpenVE-Bench", imgedit="ImgEdit")
 
 
-@dataclass
-class BenchReport:
-    "What a judge made of a folder of results."
+def _value(found, digits=2):
+    return None if found is None else Value(*found, digits=digits)
 
-    bench: str  # of `TITLES`
-    judge: str  # its name
-    is_model: bool  # whether the judge is a model
-    records: list[dict] = field(repr=False)  # of all rows
+
+def _score_table(rubric, groups):
+    "Scores of one rubric, a line for each group of judgements."
+    names = list(dict.fromkeys(name for s in groups.values() for _, name in s.columns))
+    cells = []
+    for kind, summary in groups.items():
+        means = [_value(summary.columns.get((rubric, name))) for name in names]
+        rows = sum(summary.counts.values())
+        cells.append([kind, rows, *summary.counts.values(), *means, _value(summary.subtasks.get(rubric))])
+    columns = ["edit type", "rows", "scored", "failed", "missing", *names, "mean"]
+    return Table(f"Scores, rubric {rubric}", columns, cells)
+
+
+@dataclass
+class BenchReport(Report):
+    "What a judge made of a folder of results, beside what was measured of them."
+
+    bench: str = "kit"  # of `TITLES`
+    judge: str = ""  # its name
+    is_model: bool = False  # whether the judge is a model
     about: dict = field(default_factory=dict, repr=False)  # what the results were made with, see `provenance`
-    difficulty: str = ""  # of the world, for the kit's own bench
 
     @property
-    def counts(self) -> dict:
-        return {
-            status: sum(record["status"] == status for record in self.records)
-            for status in ("scored", "failed", "missing")
-        }
+    def judgements(self) -> list[Judgement]:
+        "What the judge said, row by row."
+        return [Judgement(**record["judgement"]) for record in self.records]
 
     @property
     def summary(self) -> Summary:
         "All rows put together in the published ways, see `aggregate`."
-
-        def judged(record):
-            if "judgement" in record:
-                return Judgement.from_dict(record["judgement"])
-            return Judgement(
-                record["id"],
-                self.judge,
-                record["rubric"],
-                dict.fromkeys(RUBRICS[record["rubric"]].names),
-                f"{record['status']}: {record['error']}",
-                edit_type=record["edit_type"],
-            )
-
-        return aggregate([judged(record) for record in self.records])
+        return aggregate(self.judgements)
 
     @property
-    def groups(self) -> dict[str, dict[str, dict]]:  # rubric -> edit type, and "all" -> `mean_row`
-        "Scores by rubric and edit type."
-        found = {}
-        for rubric in dict.fromkeys(record["rubric"] for record in self.records):
-            own = [record for record in self.records if record["rubric"] == rubric]
-            types = list(dict.fromkeys(record["edit_type"] for record in own))
-            found[rubric] = {
-                kind: mean_row([record for record in own if record["edit_type"] == kind]) for kind in types
-            } | ({"all": mean_row(own)} if len(types) > 1 else {})
-        return found
+    def counts(self) -> dict:  # how many rows are "scored", "failed" and "missing"
+        return self.summary.counts
 
     @property
     def reasons(self) -> list[tuple[str, int]]:
         "Why rows were not scored, the most frequent reason first. Names of files count as one."
-        reasons = [re.sub(r"'[^']*'", "…", record["error"]) for record in self.records if record["status"] != "scored"]
+        reasons = [re.sub(r"'[^']*'", "…", r["reason"]) for r in self.records if r["status"] != "scored"]
         return sorted(((reason, reasons.count(reason)) for reason in dict.fromkeys(reasons)), key=lambda item: -item[1])
 
-    def tables(self) -> list[tuple[str, list[str], list[list[str]]]]:  # title, header, rows
-        "All tables as text."
-        tables = []
-        for rubric, types in self.groups.items():
-            names = next((list(row["criteria"]) for row in types.values() if row["criteria"]), [])
-            cells = [
-                [
-                    kind,
-                    *(str(row[c]) for c in ("rows", "scored", "failed", "missing")),
-                    *(_interval(*values) for values in row["criteria"].values()),
-                    *[""] * (len(names) - len(row["criteria"])),
-                    _number(row["mean"]),
-                ]
-                for kind, row in types.items()
-            ]
-            tables.append(
-                (
-                    f"Scores, rubric {rubric}",
-                    ["edit type", "rows", "scored", "failed", "missing", *names, "mean"],
-                    cells,
-                )
-            )
-        summary = self.summary
-        overall = dict(zip(("rows", "criteria", "edit types"), (summary.micro, summary.six, summary.macro)))
-        if summary.scored:
-            tables.append(
-                (
-                    "Overall, as a mean of",
-                    ["", "mean"],
-                    [[name, _interval(*values)] for name, values in overall.items()],
-                )
-            )
-        if (
-            summary.scored and self.is_model and self.bench in PUBLISHED
-        ):  # scores of what is no model cannot stand beside those of one
-            beside = PUBLISHED[self.bench].beside(summary, str(self.about.get("model", "these results")))
-            tables.append(
-                (
-                    f"Beside the published table, whose judge was {beside.judge}",
-                    ["system", *beside.columns],
-                    [[name, *map(_number, values)] for name, values in beside.rows.items()],
-                )
-            )
-        measured = {
-            kind: mean_metrics([r for r in self.records if r["edit_type"] == kind])
-            for kind in dict.fromkeys(r["edit_type"] for r in self.records)
-        }
-        names = list(
-            dict.fromkeys(name for means in measured.values() for name, value in means.items() if value is not None)
-        )
-        if names:
-            tables.append(
-                (
-                    "Measured, without a judge",
-                    ["edit type", *names],
-                    [[kind, *(_number(means.get(name), 3) for name in names)] for kind, means in measured.items()],
-                )
-            )
+    def conditions(self) -> list[str]:
+        "What the results were made with."
+        notes = [f"world: {self.difficulty}"] if self.difficulty else []
+        for name, value in self.about.items():
+            for k, v in value.items() if isinstance(value, dict) else [(name, value)]:
+                notes += [f"{k} {v}"] if v is not None else []
+        return notes
+
+    def tables(self) -> list[Table]:
+        "All tables."
+        summary, judgements, tables = self.summary, self.judgements, super().tables()
+        for rubric in dict.fromkeys(j.rubric for j in judgements):
+            own = [j for j in judgements if j.rubric == rubric]
+            kinds = dict.fromkeys(j.edit_type for j in own)
+            groups = {kind: aggregate([j for j in own if j.edit_type == kind]) for kind in kinds}
+            tables.append(_score_table(rubric, groups | (dict(all=aggregate(own)) if len(kinds) > 1 else {})))
+        if summary.counts["scored"]:
+            means = {"rows": summary.micro, "criteria": summary.six, "edit types": summary.macro}
+            cells = [[name, _value(found)] for name, found in means.items()]
+            tables.append(Table("Overall, as a mean of", ["what", "mean"], cells))
+            # scores of what is no model cannot stand beside those of one
+            if self.is_model and self.bench in PUBLISHED:
+                tables.append(PUBLISHED[self.bench].beside(summary, self.model))
+        measured = {}
+        for kind, records in by_task(self.records).items():
+            for name in dict.fromkeys(name for record in records for name in record["metrics"]):
+                known = [r["metrics"][name] for r in records if r["metrics"].get(name) is not None]
+                measured.setdefault(kind, {})[name] = (np.mean(known),) if known else None
+        if names := list(dict.fromkeys(name for means in measured.values() for name, v in means.items() if v)):
+            cells = [[kind, *(_value(means.get(name), 3) for name in names)] for kind, means in measured.items()]
+            tables.append(Table("Measured, without a judge", ["edit type", *names], cells))
         if self.reasons:
-            tables.append(("Not scored", ["reason", "rows"], [[reason, str(n)] for reason, n in self.reasons[:20]]))
+            tables.append(Table("Not scored", ["reason", "rows"], [list(item) for item in self.reasons[:20]]))
         return tables
 
     @property
     def lead(self) -> str:
-        "Counts, judge and conditions in two sentences."
-        counts, notes = self.counts, sum(bool(record["note"]) for record in self.records)
-        text = (
-            f"{TITLES[self.bench]}{f', world: {self.difficulty}' * bool(self.difficulty)}: of {len(self.records)} rows {counts['scored']} scored, {counts['failed']} failed, {counts['missing']} missing"
-            + f"; {notes} with a note" * bool(notes)
-        )
-        return (
-            text
-            + f". Judge: {self.judge}, which is {'a model' if self.is_model else 'no model'}. Scale 1 to 5; intervals hold 95%."
-        )
-
-    @property
-    def conditions(self) -> str:
-        "What the results were made with."
-        flat = {
-            k: v
-            for name, value in self.about.items()
-            for k, v in (value.items() if isinstance(value, dict) else [(name, value)])
-            if v is not None
-        }
-        return ", ".join(f"{k} {v}" for k, v in flat.items())
+        "Counts and judge in two sentences."
+        notes, world = sum(bool(r["note"]) for r in self.records), f", world: {self.difficulty}" * bool(self.difficulty)
+        text = f"{TITLES[self.bench]}{world}: of {len(self.records)} rows {self.summary.counted}"
+        text += f"; {notes} with a note" * bool(notes)
+        kind = "a model" if self.is_model else "no model"
+        return f"{text}. Judge: {self.judge}, which is {kind}. Scale 1 to 5; intervals hold 95%."
 
     def _repr_markdown_(self) -> str:
-        escape = lambda text: text.replace("|", "\\|").replace("\n", " ")
-        parts = [self.lead]
-        for title, header, rows in self.tables():
-            parts.append(
-                f"**{title}**\n\n"
-                + "\n".join(
-                    ["| " + " | ".join(header) + " |", "|---|" + "--:|" * (len(header) - 1)]
-                    + ["| " + " | ".join(map(escape, row)) + " |" for row in rows]
-                )
-            )
-        return "\n\n".join(parts + [self.conditions] * bool(self.conditions))
+        return "\n\n".join([self.lead, super()._repr_markdown_(), ", ".join(self.conditions())])
 
-    def save(
+    def write(
         self,
         out: str | Path,  # folder
         rows: dict[str, BenchRow],  # id -> row
         folder: Path,  # of the results
     ) -> Path:  # of the page
         "Write report.json, the page report.html, and the scores in the published format where there is one."
-        out = Path(out)
-        files = {"report.json": self.to_json(), "report.html": report_page(self, rows, folder)}
+        self.save(Path(out) / "report.json")
         if self.bench in PUBLISHED_LINES:
-            files[f"{self.bench}_scores.jsonl"] = "".join(
-                json.dumps(line, ensure_ascii=False) + "\n" for line in published_lines(self, rows)
-            )
-        for name, text in files.items():
-            with replacing(out / name, True) as temporary:
-                Path(temporary).write_text(text, encoding="utf-8", errors="backslashreplace")
-        return out / "report.html"
-
-    def to_json(self) -> str:
-        "All of it."
-        data = dict(
-            bench=self.bench,
-            difficulty=self.difficulty,
-            judge=self.judge,
-            is_model=self.is_model,
-            counts=self.counts,
-            groups=self.groups,
-            about=self.about,
-            records=self.records,
-        )
-        return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-    @classmethod
-    def load(
-        cls,
-        path: str | Path,  # report.json
-    ) -> BenchReport:
-        "Read a report."
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(data, dict) or not {"bench", "judge", "is_model", "records"} <= set(data):
-            raise InputError(f"`path` has to be a report.json of `score_rows` but {str(path)!r} is none.")
-        return cls(
-            data["bench"], data["judge"], data["is_model"], data["records"], data["about"], data.get("difficulty", "")
-        )
+            lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in published_lines(self, rows)]
+            write_text(Path(out) / f"{self.bench}_scores.jsonl", "".join(lines))
+        return write_text(Path(out) / "report.html", report_page(self, rows, folder))
 
 # %% ../../nbs/library/42_published.ipynb #c450003d
-def _openve_line(row, record, scores, said):
+def _openve_line(row, scores, said):
     return dict(scores=scores, prompt=row.instruction, edited_type=row.edit_type, result=said)
 
 
-def _refvie_line(row, record, scores, said):
-    return dict(
-        scores=scores,
-        result=said,
-        meta_info=row.fields,
-        subtask="subject" if row.edit_type == "subject" else "background",
-    )
+def _refvie_line(row, scores, said):
+    subtask = "subject" if row.edit_type == "subject" else "background"
+    return dict(scores=scores, result=said, meta_info=row.fields, subtask=subtask)
 
 
 PUBLISHED_LINES = dict(openve=_openve_line, refvie=_refvie_line)
@@ -988,40 +644,22 @@ def published_lines(
 ) -> list[dict]:
     "The scored rows as the released tools write them."
     lines = []
-    for record in report.records:
-        if record["status"] != "scored":
-            continue
-        said = (
-            record["judgement"].get("replies")
-            or ["\n".join(f"{name}: {score:g}" for name, score in record["scores"].items())]
-        )[-1]
-        lines.append(PUBLISHED_LINES[report.bench](rows[record["id"]], record, list(record["scores"].values()), said))
+    for judgement in report.judgements:
+        if judgement.ok:
+            written = "\n".join(f"{name}: {score:g}" for name, score in judgement.scores.items())
+            said = (judgement.replies or [written])[-1]
+            scores = list(judgement.scores.values())
+            lines.append(PUBLISHED_LINES[report.bench](rows[judgement.id], scores, said))
     return lines
 
 # %% ../../nbs/library/42_published.ipynb #c4500040
-_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title><style>
-body{{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}}.wide{{overflow-x:auto}}table{{border-collapse:collapse;margin:.5rem 0 1.5rem}}
-td,th{{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:right;vertical-align:top}}td:first-child,th:first-child{{text-align:left}}th{{font-weight:600}}
-figure{{margin:1.5rem 0;padding-top:.7rem;border-top:1px solid #ddd}}img{{max-width:100%}}figcaption{{overflow-wrap:anywhere}}small{{color:#555}}.failed{{color:#a12622}}</style></head><body>
-{body}
-</body></html>
-"""
-
-
-def strip_jpeg(
-    clips: dict[str, np.ndarray],  # name -> (T, h, w, 3) uint8, drawn in rows
-    height: int = 90,  # pixels of a frame
-    columns: int = 6,  # frames of a clip
-) -> bytes:
-    "Frames of clips below each other, as a small JPEG."
-    rows = [
-        [
-            np.asarray(PIL.Image.fromarray(f).resize((max(1, round(f.shape[1] * height / f.shape[0])), height)))
-            for f in clip[sample_indices(len(clip), columns)]
-        ]
-        for clip in clips.values()
-    ]
-    lines = [np.concatenate(row, axis=1) for row in rows]
+def _strip_jpeg(clips, height=90, columns=6):
+    "Frames of clips (T, h, w, 3) below each other, as a small JPEG."
+    lines = []
+    for clip in clips:
+        size = max(1, round(clip.shape[2] * height / clip.shape[1])), height
+        frames = clip[sample_indices(len(clip), columns)]
+        lines.append(np.concatenate([np.asarray(PIL.Image.fromarray(f).resize(size)) for f in frames], axis=1))
     width = max(line.shape[1] for line in lines)
     lines = [np.pad(line, ((0, 3), (0, width - line.shape[1]), (0, 0)), constant_values=255) for line in lines]
     buffer = io.BytesIO()
@@ -1029,27 +667,20 @@ def strip_jpeg(
     return buffer.getvalue()
 
 
-def _table(title, header, rows):
-    cell = lambda tag, text: f"<{tag}>{html.escape(text)}</{tag}>"
-    lines = ["<tr>" + "".join(cell("th", text) for text in header) + "</tr>"] + [
-        "<tr>" + "".join(cell("td", text) for text in row) + "</tr>" for row in rows
-    ]
-    return f'<h2>{html.escape(title)}</h2><div class="wide"><table>' + "\n".join(lines) + "</table></div>"
-
-
 def _figure(row, record, path):
     "A scored row as a film strip with its numbers."
     beside = lay_beside(row, path)
-    clips = dict(source=beside.source, edited=beside.edited) | (
-        {} if beside.reference is None else dict(reference=beside.reference[None])
-    )
+    clips = [beside.source, beside.edited] + ([] if beside.reference is None else [beside.reference[None]])
     scores = ", ".join(f"{name} {score:g}" for name, score in record["scores"].items())
-    metrics = ", ".join(f"{name} {value:.3f}" for name, value in record["metrics"].items() if value is not None)
-    said = "\n".join(record["judgement"].get("replies") or [])[:1500]
-    words = f"<b>{html.escape(record['id'])}</b> {html.escape(record['edit_type'])}: {html.escape(row.instruction)}<br>{html.escape(scores)}<br><small>{html.escape(metrics)}{'; ' + html.escape(record['note']) if record['note'] else ''}</small>"
-    if said:
-        words += f"<details><summary>What the judge said</summary><pre style='white-space:pre-wrap'>{html.escape(said)}</pre></details>"
-    return f'<figure><img alt="Source above, result below{", then the reference" if beside.reference is not None else ""}" src="data:image/jpeg;base64,{base64.b64encode(strip_jpeg(clips)).decode()}"><figcaption>{words}</figcaption></figure>'
+    numbers = ", ".join(f"{name} {value:.3f}" for name, value in record["metrics"].items() if value is not None)
+    said = html.escape("\n".join(record["judgement"]["replies"])[:1500])
+    words = f"<b>{html.escape(record['id'])}</b> {html.escape(f'{row.edit_type}: {row.instruction}')}"
+    words += f"<br>{html.escape(scores)}<br><small>{html.escape('; '.join(filter(None, (numbers, record['note']))))}"
+    words += (
+        f"</small><details><summary>What the judge said</summary><pre>{said}</pre></details>" if said else "</small>"
+    )
+    picture = image_tag(_strip_jpeg(clips), "Source above, result below, then the reference if there is one")
+    return f"<figure>{picture}<figcaption>{words}</figcaption></figure>"
 
 
 def report_page(
@@ -1059,34 +690,49 @@ def report_page(
     strips: int = 16,  # scored rows that are shown, evenly from the worst to the best
 ) -> str:  # one page without links
     "The report for a browser."
-    scored = sorted(
-        (r for r in report.records if r["status"] == "scored"), key=lambda r: np.mean(list(r["scores"].values()))
-    )
+    scored = [record for record in report.records if record["status"] == "scored"]
+    scored.sort(key=lambda record: np.mean(list(record["scores"].values())))
     shown = [scored[i] for i in sample_indices(len(scored), strips)] if scored else []
-    body = [
-        f"<h1>{html.escape(TITLES[report.bench])}, judged by {html.escape(report.judge)}</h1><p>{html.escape(report.lead)}</p>",
-        *(_table(*table) for table in report.tables()),
-    ]
+    parts = [f"<p>{html.escape(report.lead)}</p>", *report.tables()]
     if shown:
-        body.append(
-            f"<h2>{len(shown)} of {len(scored)} scored rows, the worst first</h2><p>Source above, result below it, then the reference where there is one.</p>"
-        )
-    body += [_figure(rows[record["id"]], record, folder / record["output"]) for record in shown]
-    failed = [record for record in report.records if record["status"] != "scored"]
-    if failed:
-        body.append(
-            _table(
-                "Rows that were not scored",
-                ["row", "status", "result", "reason"],
-                [[r["id"], r["status"], r["output"], r["error"]] for r in failed],
-            )
-        )
-    return _PAGE.format(
-        title=html.escape(f"{TITLES[report.bench]}: report"),
-        body="\n".join(body + [f"<p><small>{html.escape(report.conditions)}</small></p>"]),
-    )
+        parts.append(f"<h2>{len(shown)} of {len(scored)} scored rows, the worst first</h2>")
+    parts += [_figure(rows[record["id"]], record, folder / record["output"]) for record in shown]
+    if lost := [
+        [r[k] for k in ("id", "status", "output", "reason")] for r in report.records if r["status"] != "scored"
+    ]:
+        parts.append(Table("Rows that were not scored", ["row", "status", "result", "reason"], lost))
+    parts.append(f"<p><small>{html.escape(', '.join(report.conditions()))}</small></p>")
+    return page(f"{TITLES[report.bench]}, judged by {report.judge}", *parts)
 
 # %% ../../nbs/library/42_published.ipynb #c4500043
+def _ask(judge, rows, measured, folder, out, say, progress):
+    "Judgements of a model about all rows that could be measured, by id."
+    cases = []
+    for row in rows:
+        if measured.get(row.id, {}).get("error", "none") is None:
+            cases.append(row_case(row, folder / row.output, measured[row.id]["frames"]))
+    if judge.folder is None:
+        judge.folder = out
+    plan = judge.estimate(cases)
+    if say and plan["calls"]:
+        say(f"{judge.name}: " + _cost(plan, "about "))
+    found = {judgement.id: judgement for judgement in judge.judge(cases, progress)}
+    if say and plan["calls"]:
+        say(f"{judge.name}: " + _cost(aggregate(found.values()).usage))
+    return found
+
+
+def _record(row, measured, judgement, made):
+    "What is written down of a row."
+    record = dict(
+        id=row.id, task=row.edit_type, instruction=row.instruction, output=row.output, metrics={}, note=row.note
+    )
+    record |= {name: measured[name] for name in ("metrics", "frames", "note") if name in measured}
+    scores = judgement.scores if judgement.ok else {}
+    record |= dict(status=judgement.state, scores=scores, reason=judgement.error.removeprefix("missing: "))
+    return record | made.get("numbers", {}) | dict(judgement=asdict(judgement))
+
+
 def score_rows(
     rows: Sequence[BenchRow],
     folder: str | Path,  # of the results
@@ -1096,41 +742,44 @@ def score_rows(
     say: Callable | None = None,  # called with a line on the cost before and after a model is asked
     progress: bool = True,
 ) -> BenchReport:
-    "Score every row. What earlier runs have scored is kept."
+    "Score every row. What earlier runs have measured or scored is kept."
     if not rows:
         raise InputError("`rows` has to hold at least one row but is empty.")
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"`folder` has to be that of the results but {str(folder)!r} is none.")
     out.mkdir(parents=True, exist_ok=True)
-    log, records, waiting = out / "scores.jsonl", [], []
-    known = {record["key"]: record for record in _lines(log)}
-    _mend(log)
-    failures = {record["output"]: record["error"] for record in _lines(folder / "failures.jsonl")}
-    for row in tqdm(rows, desc="measured", unit="row", disable=not progress):
-        record, case = examine_row(row, folder / row.output, judge, known, failures.get(row.output, "no such file"))
-        records.append(record)
-        if case is None:
-            continue
-        if judge.is_model:
-            waiting.append((record, case))  # asked later, all together, when it is known what that costs
+    made = {record["output"]: record for record in read_lines(folder / "made.jsonl")}
+    keys = {row.id: row_key(row, folder / row.output, judge) for row in rows if (folder / row.output).is_file()}
+    there = {keys[row.id]: row for row in rows if row.id in keys}
+    work = lambda row: measure_row(row, folder / row.output, judge)
+    found = run_rows(there, work, out / "scores.jsonl", label="measured" if progress else "")
+    measured = {id: found[key] for id, key in keys.items()}
+    asked = _ask(judge, rows, measured, folder, out, say, progress) if judge.is_model else {}
+    records = []
+    for row in rows:
+        known, before = measured.get(row.id, {}), made.get(row.output, {})
+        case = Case(row.id, row.instruction, None, None, None, rubric_for(row.bench, row.edit_type), row.edit_type)
+        if row.id in asked:
+            judgement = asked[row.id]
+        elif "judgement" in known:
+            judgement = Judgement(**known["judgement"])
+        elif known:
+            judgement = failed(case, judge.name, known["error"])
         else:
-            ask_judge(judge, [(record, case)], log, progress=False)
-    if say and waiting:
-        say(f"{judge.name}: " + _cost(judge.estimate([case for _, case in waiting]), "about "))
-    if waiting:
-        ask_judge(judge, waiting, log, progress)
+            judgement = failed(case, judge.name, f"missing: {before.get('error') or 'no such file'}")
+        records.append(_record(row, known, judgement, before))
+    kit = rows[0].bench == "kit"
     report = BenchReport(
-        rows[0].bench,
-        judge.name,
-        judge.is_model,
+        str((about or {}).get("model", "these results")),
         records,
-        about or {},
-        rows[0].fields.get("difficulty", "") if rows[0].bench == "kit" else "",
+        difficulty=rows[0].fields["difficulty"] if kit else "",
+        bench=rows[0].bench,
+        judge=judge.name,
+        is_model=judge.is_model,
+        about=about or {},
     )
-    if say and waiting:
-        say(f"{judge.name}: " + _cost(report.summary.usage))
-    report.save(out, {row.id: row for row in rows}, folder)
+    report.write(out, {row.id: row for row in rows}, folder)
     return report
 
 
@@ -1139,15 +788,8 @@ def _cost(usage, about=""):
     cost = "at prices that are not known here" if usage.get("cost") is None else f"{usage['cost']:.2f} USD"
     return f"{about}{usage['calls']} calls, {about}{usage['input_tokens']:,} tokens in, {cost}"
 
-
-def _mend(log):
-    "Cut off half a line that a killed run has left."
-    if log.is_file() and (data := log.read_bytes()) and not data.endswith(b"\n"):
-        with open(log, "r+b") as file:
-            file.truncate(data.rfind(b"\n") + 1)
-
 # %% ../../nbs/library/42_published.ipynb #c4500047
-PUBLISHED_JUDGES = dict(refvie="gemini-3-flash-preview", openve="gemini-2.5-pro")
+PUBLISHED_JUDGES = {bench: table.judge for bench, table in PUBLISHED.items()}
 
 
 def judge_of(
@@ -1157,26 +799,18 @@ def judge_of(
     extra: dict | None = None,  # further parameters of the requests to a server, see `OpenAIChat`
 ):
     "The judge that a word names."
-    from kiwi_edit.data.backends import GeminiChat
-    from kiwi_edit.eval.judge import ChatJudge
     from kiwi_edit.data.synthesis import chat_of
 
     kind, _, rest = text.partition(":")
     if extra and kind != "openai":
-        raise InputError(
-            f"`extra` has to be left out unless requests go to a server, openai:MODEL, but is {extra} for {text!r}."
-        )
+        raise InputError(f"`extra` has to be left out unless the judge is openai:MODEL but is {extra} for {text!r}.")
     if text == "metrics":
         return MetricJudge()
     if text != "gemini" and (kind not in ("gemini", "openai", "transformers") or not rest.strip("@")):
-        raise InputError(
-            f"`judge` has to be metrics, gemini, gemini:MODEL, openai:MODEL, openai:MODEL@URL or transformers:PATH but is {text!r}."
-        )
+        words = "metrics, gemini, gemini:MODEL, openai:MODEL, openai:MODEL@URL or transformers:PATH"
+        raise InputError(f"`judge` has to be {words} but is {text!r}.")
     with renamed("`api_key` has to be given, or be", "`judge` has to have its key"):
-        if kind == "gemini":
-            chat = GeminiChat(
-                rest or PUBLISHED_JUDGES.get(bench, PUBLISHED_JUDGES["refvie"]), thinking=None
-            )  # these two think as they like
-        else:
-            chat = chat_of(text if kind == "openai" else rest, device, extra)
-    return ChatJudge(chat)
+        if kind == "gemini":  # the published ones think as they like
+            published = PUBLISHED_JUDGES.get(bench, PUBLISHED_JUDGES["refvie"])
+            return ChatJudge(GeminiChat(rest or published, thinking=None))
+        return ChatJudge(chat_of(text if kind == "openai" else rest, device, extra))
