@@ -464,7 +464,7 @@ def evaluate(
         help="Further parameter of each request to an openai judge, such as temperature=1 or max_completion_tokens=4096; null leaves one out. May be given several times.",
     ),
     samples: int = typer.Option(32, help="Of the kit's bench: clips for each task."),
-    difficulty: str = typer.Option("full", help="Of the kit's bench: easy or full."),
+    difficulty: Optional[str] = typer.Option(None, help="Of the kit's bench: easy or full. [full]"),
     tasks: Optional[str] = typer.Option(None, help="Of the kit's bench: tasks, separated by commas. [all that it has]"),
     limit: Optional[int] = typer.Option(None, help="Only the first so many rows of a published bench."),
     steps: Optional[int] = typer.Option(
@@ -486,7 +486,7 @@ def evaluate(
     "Score a model, or finished videos, on the kit's own bench or on a published one."
     from kiwi_edit.world import DIFFICULTIES, TASKS
 
-    if difficulty not in DIFFICULTIES:
+    if difficulty not in (None, *DIFFICULTIES):
         raise InputError(f"`difficulty` has to be of {', '.join(DIFFICULTIES)} but is {difficulty!r}.")
     if bench not in ("kit", "refvie", "openve", "imgedit"):
         raise InputError(f"`bench` has to be kit, refvie, openve or imgedit but is {bench!r}.")
@@ -500,13 +500,14 @@ def evaluate(
     kit, (part, number) = bench == "kit", parse_parts(parts)
     if not kit and data is None:
         raise InputError(f"`data` has to be the file of {bench} but is not given.")
-    unwanted = dict(data=data, root=root, limit=limit) if kit else dict(tasks=tasks)
+    unwanted = dict(data=data, root=root, limit=limit) if kit else dict(tasks=tasks, difficulty=difficulty)
     if videos is not None:
         unwanted |= dict(model=model, steps=steps, concat=concat or None, parts=parts if number > 1 else None)
     if wrong := [name for name, value in unwanted.items() if value is not None]:
         raise InputError(
-            f"`{wrong[0]}` has to be left out {'where finished videos are scored' if wrong[0] not in ('data', 'root', 'limit', 'tasks') else 'of the bench ' + bench} but is {unwanted[wrong[0]]}."
+            f"`{wrong[0]}` has to be left out {'where finished videos are scored' if wrong[0] not in ('data', 'root', 'limit', 'tasks', 'difficulty') else 'of the bench ' + bench} but is {unwanted[wrong[0]]}."
         )
+    difficulty = difficulty or "full"
     if kit and judge is None and videos is None:
         for name, value in dict(concat=concat or None, extra=parameter, parts=parts if number > 1 else None).items():
             if value is not None:
@@ -664,14 +665,13 @@ def make_rows(rows, folder, model, steps, concat, part, number, device, bench):
     "The videos, and what they were made with."
     from kiwi_edit.eval.benchmark import provenance
     from kiwi_edit.data.files import find_model
-    from kiwi_edit.eval.published import Making, edit_rows
+    from kiwi_edit.eval.published import SETTINGS, edit_rows
 
     pipe = load(model, device)
-    making = Making(steps=steps or (pipe.config.default_steps if bench == "kit" else 50), concat=concat)
-    about = dict(model=str(model or settings().checkpoint), steps=making.steps, seed=making.seed) | provenance(
-        pipe._execution_device, find_model(model)
-    )
-    return edit_rows(pipe, rows, folder, making, part, number, about), about
+    steps = steps or (pipe.config.default_steps if bench == "kit" else 50)
+    about = dict(model=str(model or settings().checkpoint), steps=steps, seed=SETTINGS["seed"])
+    about |= provenance(pipe._execution_device, find_model(model))
+    return edit_rows(pipe, rows, folder, steps, concat, part, number, about), about
 
 # %% ../../nbs/library/52_cli.ipynb #8a704044
 def choose_stages(

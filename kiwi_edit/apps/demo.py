@@ -863,6 +863,7 @@ def judge_edit(
 ) -> str:  # markdown
     "Scores of an edit, and the numbers behind them."
     from kiwi_edit.eval.judge import RUBRICS, Case, MetricJudge, clip_arrays, picture_of
+    from kiwi_edit.metrics import measure_clip
     from kiwi_edit.eval.published import judge_of
 
     if judge not in judge_names():
@@ -889,9 +890,8 @@ def judge_edit(
         lines += ["", "No score may exceed the first one, so some were lowered to it."]
     if judge != METRICS:
         return "\n".join([*lines, "", *(html.escape(reply) for reply in found.replies[-1:])])
-    numbers = asked.measure(
-        *clip_arrays(case), None if case.reference is None else picture_of(case.reference), None, None
-    )
+    before, after = clip_arrays(case)
+    numbers = measure_clip(after, before, None if case.reference is None else picture_of(case.reference))
     lines += [
         "",
         "| number | value | what it is |",

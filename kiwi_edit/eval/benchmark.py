@@ -243,6 +243,7 @@ class Editor:
 
     name: str
     edit_samples: Callable  # (samples, steps, seeds) -> (B, T, H, W, 3) uint8
+    vae: "AutoencoderKLWan | None" = None  # which a report holds it against
 
 
 @torch.no_grad()
@@ -260,7 +261,7 @@ def oracle(vae: "AutoencoderKLWan") -> Editor:
     def edit_samples(samples, steps=None, seeds=None):
         return reconstruct(vae, np.stack([sample.target for sample in samples]))
 
-    return Editor("autoencoder of the target", edit_samples)
+    return Editor("autoencoder of the target", edit_samples, vae)
 
 # %% ../../nbs/library/40_benchmark.ipynb #b0420005
 def frame_by_frame(pipe: KiwiEditPipeline) -> Editor:
