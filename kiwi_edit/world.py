@@ -10,6 +10,7 @@ __all__ = ['SPLITS', 'LEFT_OUT', 'COLORS', 'WINDOW', 'STYLES', 'TASKS', 'WORDING
 # %% ../nbs/01_world.ipynb #10d0003
 import io
 import math
+import re
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -33,33 +34,14 @@ def read_table(
     return tuple(row for row in rows if row["id"] not in LEFT_OUT)
 
 # %% ../nbs/01_world.ipynb #10d0008
+_THIN = """
+sh3d-scopia-tournevis gcompris-screw-driver2 gcompris-spoons gcompris-scissors1 sh3d-scopia-step-ladder-metal
+gcompris-hammer5 sh3d-cc0-toiletbrush gcompris-hammer7 sh3d-scopia-living-lamp sh3d-scopia-marteau
+gcompris-wrench1 sh3d-scopia-scooter sh3d-cc0-seesaw gcompris-hammer8 sh3d-scopia-glasses gcompris-hammer1
+sh3d-scopia-hammock sh3d-scopia-kitchen-stool sh3d-scopia-pince-coupante gcompris-plier3 sh3d-scopia-pelle
+"""
 LEFT_OUT = {  # id -> why
-    **dict.fromkeys(
-        (
-            "sh3d-scopia-tournevis",
-            "gcompris-screw-driver2",
-            "gcompris-spoons",
-            "gcompris-scissors1",
-            "sh3d-scopia-step-ladder-metal",
-            "gcompris-hammer5",
-            "sh3d-cc0-toiletbrush",
-            "gcompris-hammer7",
-            "sh3d-scopia-living-lamp",
-            "sh3d-scopia-marteau",
-            "gcompris-wrench1",
-            "sh3d-scopia-scooter",
-            "sh3d-cc0-seesaw",
-            "gcompris-hammer8",
-            "sh3d-scopia-glasses",
-            "gcompris-hammer1",
-            "sh3d-scopia-hammock",
-            "sh3d-scopia-kitchen-stool",
-            "sh3d-scopia-pince-coupante",
-            "gcompris-plier3",
-            "sh3d-scopia-pelle",
-        ),
-        "thinner than a pixel or two at working size",
-    ),
+    **dict.fromkeys(_THIN.split(), "thinner than a pixel or two at working size"),
     "sh3d-scopia-air-mattress": "a pale plank",
     "sh3d-cc0-childswing": "hardly more than four lines",
 }
@@ -83,17 +65,12 @@ def _picture(kind, index):
     return np.asarray(image.convert("RGBA" if kind == "objects" else "RGB"))
 
 # %% ../nbs/01_world.ipynb #10d000e
+# fmt: off
 COLORS = dict(
-    red=(214, 40, 40),
-    orange=(240, 130, 30),
-    yellow=(245, 210, 50),
-    green=(50, 165, 70),
-    blue=(45, 90, 220),
-    purple=(130, 60, 180),
-    pink=(240, 120, 180),
-    white=(240, 240, 240),
-    black=(45, 45, 45),
+    red=(214, 40, 40), orange=(240, 130, 30), yellow=(245, 210, 50), green=(50, 165, 70), blue=(45, 90, 220),
+    purple=(130, 60, 180), pink=(240, 120, 180), white=(240, 240, 240), black=(45, 45, 45),
 )
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -296,20 +273,22 @@ def thing_reference(
     thing: Thing,
     rng: np.random.Generator,
     short: int = 120,  # shorter side of the canvas, pixels
-    change: float = 1.0,  # 0: upright, centred, evenly lit on white; 1: the full change of view
+    change: float = 1.0,  # 0: evenly lit on white, exactly as it stands; 1: the full change of view
+    in_place: bool = False,  # keep place, size and tilt about as they are, instead of large, upright and in the middle
 ) -> np.ndarray:  # (h, w, 3) uint8
     "Photograph a thing again, alone."
+    stand = thing if in_place else replace(thing, size=0.66, center=(0.5, 0.5), angle=0.0)
     height, width = _canvas_size(rng, short, change)
     paper = 255 - rng.uniform(0, 70, 3) * change * (rng.random() < 0.5)
     canvas = np.empty((height, width, 3), np.float32)
     canvas[:] = paper
     dx, dy = rng.uniform(-0.08, 0.08, 2) * change
     view = replace(
-        thing,
-        size=0.66 + rng.uniform(-0.16, 0.14) * change,
-        center=(0.5 + dx, 0.5 + dy),
+        stand,
+        size=stand.size + rng.uniform(-0.16, 0.14) * change,
+        center=(stand.center[0] + dx, stand.center[1] + dy),
         path=(0.0, 0.0),
-        angle=rng.uniform(-0.3, 0.3) * change,
+        angle=stand.angle + rng.uniform(-0.3, 0.3) * change,
         turn=0.0,
     )
     _draw_thing(canvas, view, 0.0, shadow=0.0)
@@ -321,17 +300,18 @@ def plate_reference(
     plate: np.ndarray,  # (h, w, 3) float32
     rng: np.random.Generator,
     short: int = 120,  # shorter side, pixels
-    change: float = 1.0,  # 0: the whole plate, straight; 1: nearer, turned and in another light
+    change: float = 1.0,  # 0: straight; 1: nearer, turned and in another light
+    size: tuple | None = None,  # (height, width) of the part in the middle that is shown; None shows the whole plate
 ) -> np.ndarray:  # (h, w, 3) uint8
     "Photograph a place again."
     import cv2
 
-    high, wide = plate.shape[:2]
+    high, wide = size or plate.shape[:2]
     height, width = round(high * short / min(high, wide)), round(wide * short / min(high, wide))
     angle, light = rng.uniform(-0.1, 0.1) * change, (rng.uniform(0, 0.3) * change, rng.uniform(0, 2 * math.pi))
     scale = short / min(high, wide) * (1 + rng.uniform(0, 0.12) * change)
     cos, sin = scale * math.cos(angle), scale * math.sin(angle)
-    cx, cy = (wide - 1) / 2, (high - 1) / 2
+    cx, cy = (plate.shape[1] - 1) / 2, (plate.shape[0] - 1) / 2
     matrix = np.array(
         [[cos, -sin, (width - 1) / 2 - cos * cx + sin * cy], [sin, cos, (height - 1) / 2 - sin * cx - cos * cy]]
     )
@@ -340,193 +320,95 @@ def plate_reference(
 
 # %% ../nbs/01_world.ipynb #10d0020
 TASKS = ("subject", "background", "add", "remove", "change", "style", "isolate", "plate")
-WORDINGS = {
-    "subject": dict(
-        train=(
-            "Replace {x} with the object in the reference image.",
-            "Swap {x} for the thing shown in the reference.",
-            "Turn {x} into the object from the reference image.",
-            "Put the object from the reference in place of {x}.",
-            "Change {x} to what the reference image shows.",
-            "Exchange {x} for the object in the picture.",
-        ),
-        eval=(
-            "Replace {x} with what the reference shows.",
-            "Swap {x} for the object in the reference image.",
-            "Put the thing shown in the picture in place of {x}.",
-        ),
-    ),
-    "subject add": dict(
-        train=(
-            "Add the object from the reference image at {place}.",
-            "Place the thing shown in the reference at {place}.",
-            "Insert the object in the picture at {place} of the video.",
-        ),
-        eval=("Insert the object from the reference at {place}.", "Add the thing shown in the picture at {place}."),
-    ),
-    "background": dict(
-        train=(
-            "Replace the background with the reference image.",
-            "Use the reference image as the new background.",
-            "Change the background to the scene in the reference.",
-            "Swap the backdrop for the picture.",
-            "Put everything in front of the scene shown in the reference.",
-            "Set the scene of the reference behind the objects.",
-        ),
-        eval=(
-            "Change the background to the reference image.",
-            "Swap the background for the scene shown in the reference.",
-            "Use the picture as the new backdrop.",
-        ),
-    ),
-    "add": dict(
-        train=(
-            "Add {a} at {place}.",
-            "Place {a} at {place}.",
-            "Insert {a} at {place} of the video.",
-            "Put {a} at {place}, please.",
-            "There should be {a} at {place}.",
-        ),
-        eval=("Put {a} at {place} of the video.", "Insert {a} at {place}.", "Add {a} at {place}, please."),
-    ),
-    "remove": dict(
-        train=(
-            "Remove {x}.",
-            "Delete {x} from the video.",
-            "Erase {x}.",
-            "Take {x} out of the clip.",
-            "Get rid of {x}.",
-            "Make {x} disappear, please.",
-        ),
-        eval=("Delete {x}.", "Erase {x} from the clip.", "Take {x} out of the video, please."),
-    ),
-    "change color": dict(
-        train=(
-            "Make {x} {color}.",
-            "Change the color of {x} to {color}.",
-            "Paint {x} {color}.",
-            "Turn {x} {color}, please.",
-            "Recolor {x} in {color}.",
-        ),
-        eval=("Paint {x} in {color}.", "Make the color of {x} {color}.", "Turn the color of {x} to {color}."),
-    ),
-    "change thing": dict(
-        train=(
-            "Turn {x} into {a}.",
-            "Change {x} into {a}.",
-            "Make {x} {a}.",
-            "Replace {x} with {a}.",
-            "Transform {x} into {a}, please.",
-        ),
-        eval=("Swap {x} for {a}.", "Change {x} to {a}.", "Put {a} in place of {x}."),
-    ),
-    "change size": dict(
-        train=("Make {x} {size}.", "Let {x} be {size}.", "Turn {x} into a {size} one."),
-        eval=("Change {x} to a {size} one.", "Make {x} a {size} one."),
-    ),
-    "style": dict(
-        train=(
-            "Apply the {style} style to this video.",
-            "Make the video look {style}.",
-            "Turn the clip into a {style} version.",
-            "Give the whole video a {style} look.",
-            "Render everything in {style} style.",
-            "Change the style to {style}.",
-        ),
-        eval=(
-            "Give this clip a {style} style.",
-            "Make everything look {style}.",
-            "Turn the whole video into {style} style.",
-        ),
-    ),
-    "isolate": dict(
-        train=(
-            "Show only {x} on a white canvas.",
-            "Cut out {x} and place it on white.",
-            "Isolate {x} on a clean white background.",
-        ),
-        eval=("Isolate {x} on a white canvas.", "Place only {x} on white."),
-    ),
-    "plate": dict(
-        train=(
-            "Show the scene without any objects.",
-            "Remove every object and keep the background.",
-            "Show only the empty background.",
-        ),
-        eval=("Show the background without any objects.", "Remove every object and keep the empty scene."),
-    ),
-}
+_WORDINGS = """
+subject, train: Replace {x} with the object in the reference image. Swap {x} for the thing shown in the reference.
+  Turn {x} into the object from the reference image. Put the object from the reference in place of {x}. Change {x}
+  to what the reference image shows. Exchange {x} for the object in the picture.
+subject, eval: Replace {x} with what the reference shows. Swap {x} for the object in the reference image. Put the
+  thing shown in the picture in place of {x}.
+subject add, train: Add the object from the reference image at {place}. Place the thing shown in the reference at
+  {place}. Insert the object in the picture at {place} of the video.
+subject add, eval: Insert the object from the reference at {place}. Add the thing shown in the picture at {place}.
+background, train: Replace the background with the reference image. Use the reference image as the new background.
+  Change the background to the scene in the reference. Swap the backdrop for the picture. Put everything in front of
+  the scene shown in the reference. Set the scene of the reference behind the objects.
+background, eval: Change the background to the reference image. Swap the background for the scene shown in the
+  reference. Use the picture as the new backdrop.
+add, train: Add {a} at {place}. Place {a} at {place}. Insert {a} at {place} of the video. Put {a} at {place},
+  please. There should be {a} at {place}.
+add, eval: Put {a} at {place} of the video. Insert {a} at {place}. Add {a} at {place}, please.
+remove, train: Remove {x}. Delete {x} from the video. Erase {x}. Take {x} out of the clip. Get rid of {x}. Make {x}
+  disappear, please.
+remove, eval: Delete {x}. Erase {x} from the clip. Take {x} out of the video, please.
+change color, train: Make {x} {color}. Change the color of {x} to {color}. Paint {x} {color}. Turn {x} {color},
+  please. Recolor {x} in {color}.
+change color, eval: Paint {x} in {color}. Make the color of {x} {color}. Turn the color of {x} to {color}.
+change thing, train: Turn {x} into {a}. Change {x} into {a}. Make {x} {a}. Replace {x} with {a}. Transform {x} into
+  {a}, please.
+change thing, eval: Swap {x} for {a}. Change {x} to {a}. Put {a} in place of {x}.
+change size, train: Make {x} {size}. Let {x} be {size}. Turn {x} into a {size} one.
+change size, eval: Change {x} to a {size} one. Make {x} a {size} one.
+style, train: Apply the {style} style to this video. Make the video look {style}. Turn the clip into a {style}
+  version. Give the whole video a {style} look. Render everything in {style} style. Change the style to {style}.
+style, eval: Give this clip a {style} style. Make everything look {style}. Turn the whole video into {style} style.
+isolate, train: Show only {x} on a white canvas. Cut out {x} and place it on white. Isolate {x} on a clean white
+  background.
+isolate, eval: Isolate {x} on a white canvas. Place only {x} on white.
+plate, train: Show the scene without any objects. Remove every object and keep the background. Show only the empty
+  background.
+plate, eval: Show the background without any objects. Remove every object and keep the empty scene.
+"""
+
+
+def _read_wordings(text):
+    wordings = {}
+    for entry in re.split(r"\n(?! )", text.strip()):
+        head, _, lines = entry.partition(": ")
+        kind, split = head.split(", ")
+        wordings.setdefault(kind, {})[split] = tuple(re.split(r"(?<=\.) ", " ".join(lines.split())))
+    return wordings
+
+
+WORDINGS = _read_wordings(_WORDINGS)  # kind -> split -> sentences
+# fmt: off
 STYLE_WORDS = dict(
-    grayscale=("grayscale", "black and white"),
-    sepia=("sepia", "old photo"),
-    negative=("negative", "inverted"),
-    night=("night", "dark night"),
-    sunset=("sunset", "warm sunset"),
-    snowy=("snowy", "snow-covered"),
-    poster=("poster", "posterized"),
-    sketch=("sketch", "pencil drawing"),
+    grayscale=("grayscale", "black and white"), sepia=("sepia", "old photo"), negative=("negative", "inverted"),
+    night=("night", "dark night"), sunset=("sunset", "warm sunset"), snowy=("snowy", "snow-covered"),
+    poster=("poster", "posterized"), sketch=("sketch", "pencil drawing"),
 )
 PLACES = {
-    "the top left": (0.27, 0.3),
-    "the top": (0.5, 0.3),
-    "the top right": (0.73, 0.3),
-    "the left": (0.27, 0.5),
-    "the center": (0.5, 0.5),
-    "the right": (0.73, 0.5),
-    "the bottom left": (0.27, 0.7),
-    "the bottom": (0.5, 0.7),
-    "the bottom right": (0.73, 0.7),
+    "the top left": (0.27, 0.3), "the top": (0.5, 0.3), "the top right": (0.73, 0.3),
+    "the left": (0.27, 0.5), "the center": (0.5, 0.5), "the right": (0.73, 0.5),
+    "the bottom left": (0.27, 0.7), "the bottom": (0.5, 0.7), "the bottom right": (0.73, 0.7),
 }
 PATHS = {
-    "": (0.0, 0.0),
-    " moving right": (0.2, 0.0),
-    " moving left": (-0.2, 0.0),
-    " moving up": (0.0, -0.2),
-    " moving down": (0.0, 0.2),
+    "": (0.0, 0.0), " moving right": (0.2, 0.0), " moving left": (-0.2, 0.0),
+    " moving up": (0.0, -0.2), " moving down": (0.0, 0.2),
 }
+# fmt: on
 SIZES = dict(larger=1.4, smaller=1 / 1.4)
 
 # %% ../nbs/01_world.ipynb #10d0022
-NAMED = tuple(
-    """airplane, alarm clock, anchor, avocado, balloon, banana, bee, birthday cake, broccoli, butterfly, camera, carrot, castle,
-cheese, cookie, crown, diamond, dolphin, doughnut, elephant, flamingo, fox, frog, ghost, giraffe, helicopter, lemon, lion, mushroom,
-octopus, owl, penguin, pineapple, pizza slice, pumpkin, robot, rocket, sailboat, snail, star, strawberry, sunflower, television,
-top hat, turtle, umbrella, violin, zebra""".replace("\n", " ").split(", ")
-)
+_NAMES = """
+airplane, alarm clock, anchor, avocado, balloon, banana, bee, birthday cake, broccoli, butterfly, camera,
+carrot, castle, cheese, cookie, crown, diamond, dolphin, doughnut, elephant, flamingo, fox, frog, ghost,
+giraffe, helicopter, lemon, lion, mushroom, octopus, owl, penguin, pineapple, pizza slice, pumpkin, robot,
+rocket, sailboat, snail, star, strawberry, sunflower, television, top hat, turtle, umbrella, violin, zebra
+"""
+NAMED = tuple(" ".join(_NAMES.split()).split(", "))
 
 
 @lru_cache(maxsize=1)
 def named_objects() -> dict:  # name -> place in `read_table("objects")`
     "What each name of `NAMED` looks like."
-    return {
-        read_table("objects")[i]["name"]: i
-        for i in ids_of("objects", "train")
-        if read_table("objects")[i]["name"] in NAMED
-    }
+    names = {read_table("objects")[i]["name"]: i for i in ids_of("objects", "train")}
+    return {name: i for name, i in names.items() if name in NAMED}
 
 
-_PLURALS = (
-    "blueberries",
-    "boots",
-    "cherries",
-    "clothes",
-    "cutters",
-    "fries",
-    "glasses",
-    "goggles",
-    "grapes",
-    "headphones",
-    "jeans",
-    "keys",
-    "pancakes",
-    "pliers",
-    "scissors",
-    "shoes",
-    "shorts",
-    "sneakers",
-    "sunglasses",
-    "fishes",
-)
+_PLURALS = """
+blueberries boots cherries clothes cutters fries glasses goggles grapes headphones jeans keys pancakes pliers
+scissors shoes shorts sneakers sunglasses fishes
+""".split()
 
 
 def with_article(
@@ -558,15 +440,9 @@ class Quadruplet:
     def _repr_png_(self):
         from kiwi_edit.video import film_strip
 
-        rows = {"source": self.source, "reference": [self.reference], "target": self.target}
-        if self.reference is None:
-            del rows["reference"]
-        figure, buffer = film_strip(rows, title=f"{self.task}: {self.instruction}"), io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=60, bbox_inches="tight")
-        import matplotlib.pyplot as plt
-
-        plt.close(figure)
-        return buffer.getvalue()
+        reference = {} if self.reference is None else {"reference": self.reference}
+        rows = {"source": self.source} | reference | {"target": self.target}
+        return film_strip(rows, title=f"{self.task}: {self.instruction}", dpi=60)._repr_png_()
 
 
 @dataclass(frozen=True)
@@ -577,6 +453,9 @@ class Difficulty:
     motion: float = 1.0  # how far things and camera move; 4/3 at most
     occlusion: bool = True  # may things stand before each other
     reference_change: float = 1.0  # 0: the reference is a straight frontal view
+    reference_in_place: bool = (
+        False  # a reference shows its thing about where it will stand, a place as the camera does
+    )
 
     def __post_init__(self):
         if self.max_objects < 1:
@@ -586,7 +465,8 @@ class Difficulty:
 
 
 DIFFICULTIES = dict(
-    full=Difficulty(), easy=Difficulty(max_objects=1, motion=0.5, occlusion=False, reference_change=0.3)
+    full=Difficulty(),
+    easy=Difficulty(max_objects=1, motion=0.5, occlusion=False, reference_change=0.1, reference_in_place=True),
 )
 
 # %% ../nbs/01_world.ipynb #10d0027
@@ -790,14 +670,17 @@ def _edit_subject(self: World, scene, words, rng):
         new = Thing(index, center=PLACES[place], mirrored=mirrored)
         text, edited, before = self._say("subject add", words, place=place), _joined(scene, new), None
     after = len(scene.things) if before is None else before
-    reference = thing_reference(new, rng, self._short, self.difficulty.reference_change)
+    level = self.difficulty
+    reference = thing_reference(new, rng, self._short, level.reference_change, level.reference_in_place)
     return _Edit(edited, text, reference, before, after)
 
 # %% ../nbs/01_world.ipynb #10d002d
 @patch
 def _edit_background(self: World, scene, words, rng):
     plate, name = self._plate(rng)
-    reference = plate_reference(plate, rng, self._short, self.difficulty.reference_change)
+    level = self.difficulty
+    size = (self.height, self.width) if level.reference_in_place else None
+    reference = plate_reference(plate, rng, self._short, level.reference_change, size)
     return _Edit(replace(scene, plate=plate, plate_name=name), self._say("background", words), reference, before="all")
 
 # %% ../nbs/01_world.ipynb #10d002e
@@ -854,7 +737,9 @@ def _edit_style(self: World, scene, words, rng):
 def _edit_isolate(self: World, scene, words, rng):
     i, x = self._pick(scene, rng)
     canvas = np.full((self.height, self.width, 3), 255, np.float32)
-    alone = replace(scene.things[i], size=0.66, center=(0.5, 0.5), path=(0.0, 0.0), angle=0.0, turn=0.0)
+    alone = replace(scene.things[i], path=(0.0, 0.0), turn=0.0)
+    if not self.difficulty.reference_in_place:
+        alone = replace(alone, size=0.66, center=(0.5, 0.5), angle=0.0)
     _draw_thing(canvas, alone, 0.0, shadow=0.0)
     picture = np.clip(canvas[None] + 0.5, 0, 255).astype(np.uint8)
     name = with_article(scene.things[i].name)

@@ -1,51 +1,23 @@
-"Differences to the official implementation, as the golden tests find them, in one table at the end of a run; and tests shared out to two processes."
+"Differences to the official implementation, as the golden tests find them, in one table at the end of a run."
 
 import logging
-import os
-import sys
-from functools import cache
-from pathlib import Path
 
 import pytest
 
 FOUND = {}  # (case, quantity) -> largest relative difference
-TAKEN = os.environ.get(
-    "KIT_TESTS_TAKEN"
-)  # folder in which processes that share the tests mark the files that they take; the second one begins at the end
 
 
-@cache
-def _mine(path):
-    try:
-        (Path(TAKEN) / path.stem).mkdir()
-    except FileExistsError:
-        return False
-    return True
+def pytest_sessionfinish(session):
+    "A process that shares the tests with others tells the first one what it has found."
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["found"] = [[*key, value] for key, value in FOUND.items()]
 
 
-def pytest_collection_modifyitems(items):
-    if TAKEN and os.environ.get("KIT_TESTS_SECOND"):
-        items.sort(key=lambda item: item.path, reverse=True)  # stable, so within a file the order stays
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item):
-    if TAKEN and not _mine(item.path):
-        return True  # the other process runs it
-
-
-def pytest_sessionfinish(session, exitstatus):
-    session.config.verdict = int(exitstatus)
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_unconfigure(config):
-    "Where tests are shared out, a process ends with the verdict of its tests, and not with what threads of libraries do while an interpreter goes down."
-    if TAKEN and hasattr(config, "verdict"):
-        config.get_terminal_writer().flush()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(config.verdict)
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    FOUND.update(
+        {(case, quantity): value for case, quantity, value in getattr(node, "workeroutput", {}).get("found", ())}
+    )
 
 
 @pytest.fixture(scope="session")

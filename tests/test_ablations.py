@@ -1,14 +1,21 @@
 "The experiments' cells: what a recipe shuts stays shut, the order is the only difference of curricula, and the tables say what the numbers say."
 
-import json
+import runpy
 
 import numpy as np
 import pytest
 import torch
 
-from kiwi_edit import ablations
 from kiwi_edit.train import foundations
-from kiwi_edit.ablations import (
+from kiwi_edit.train.cache import OnlineRows, RowSettings
+from kiwi_edit.core import asset
+from kiwi_edit.train.curriculum import STAGES
+from kiwi_edit.guidance import denoise
+from kiwi_edit.world import EVAL_SEED
+
+SCRIPT = runpy.run_path(str(asset("benchmarks/ablations.py")))
+experiment = SCRIPT["read_experiment"]()  # from here on a module by this name
+from experiment import (
     RECIPES,
     REFERENCES,
     TRAIN_SEED,
@@ -23,18 +30,9 @@ from kiwi_edit.ablations import (
     fresh_model,
     gated,
     halved,
-    main,
-    make_references,
-    measure_edits,
     run_cell,
     scenes,
 )
-from kiwi_edit.train.cache import OnlineRows, RowSettings
-from kiwi_edit.core import asset
-from kiwi_edit.train.curriculum import STAGES
-from kiwi_edit.guidance import denoise
-from kiwi_edit.quadruplets import BackendError, CutoutSynthesizer
-from kiwi_edit.world import EVAL_SEED, World
 
 FOUNDATIONS = str(asset("kiwi-edit-tiny"))  # any model will do
 
@@ -44,10 +42,10 @@ def few_words():
     "The tokenizer of a random model, which no cell takes over, is made of a few sentences."
     texts = foundations.world_texts
     foundations.world_texts = lambda: texts(50)
-    ablations._start.cache_clear()
+    experiment._start.cache_clear()
     yield
     foundations.world_texts = texts
-    ablations._start.cache_clear()
+    experiment._start.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -144,17 +142,6 @@ def test_all_recipes_learn_from_the_same_samples_and_noise(data):
     assert [i for pair in zip(*halves) for i in pair] == a(4, 0, 1)[0].ids
 
 
-def test_seeds_differ_and_foundations_do_not():
-    a, b, again = (fresh_model(FOUNDATIONS, seed) for seed in (0, 1, 0))
-    first = lambda pipe: next(p for p in pipe.transformer.parameters() if p.ndim > 1)
-    assert torch.equal(first(a), first(again)) and not torch.equal(first(a), first(b))
-    assert all(torch.equal(p, q) for p, q in zip(a.mllm.parameters(), b.mllm.parameters()))
-    assert not a.transformer.proj_out.weight.any() and all(
-        torch.equal(p, q)
-        for p, q in zip(a.transformer.parameters(), foundations.start_model("tiny", 0).transformer.parameters())
-    )
-
-
 def test_scenes_are_those_of_no_stage_and_of_no_evaluation():
     used = [
         range(stage.first_seed + 100_000 * i, stage.first_seed + 100_000 * i + bucket.samples)
@@ -169,37 +156,19 @@ def test_scenes_are_those_of_no_stage_and_of_no_evaluation():
             assert one.stop <= other.start or other.stop <= one.start, (one, other)
 
 
-def test_a_plan_is_checked_and_names_its_difficulty():
-    with pytest.raises(ValueError, match="`pairs` has to be at most 40000"):
-        Plan(pairs=40_001)
-    with pytest.raises(ValueError, match="`difficulty` has to be one of full, easy but is 'hard'"):
-        Plan(difficulty="hard")
-    assert Plan(difficulty="full").key != Plan().key and Plan(edit_steps=3).loss.few == 3
-    for difficulty in ("full", "easy"):
-        (q,) = scenes(dict(subject=1.0), 1, EVAL_SEED, "eval", difficulty)
-        small = halved(q, 48)
-        assert small.meta["difficulty"] == difficulty and measure_edits([small], small.target[None])["told_apart"] == [
-            1.0
-        ]
-        assert (
-            f"world: {difficulty}"
-            in Ablation(dict(batch_size=2, size=32, difficulty=difficulty), dict(both=runs(0.3, 0.5)))._small_print()
-        )
-
-
 def test_a_cell_is_run_once_and_goes_on_after_a_stop(data, tmp_path, monkeypatch):
     plan = Plan(size=16, steps=3, batch_size=2, scenes=2, edit_steps=1)
-    monkeypatch.setattr("kiwi_edit.ablations.make_foundations", lambda *args: FOUNDATIONS)
+    monkeypatch.setattr(experiment, "make_foundations", lambda *args: FOUNDATIONS)
 
     def stop(*args):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("kiwi_edit.ablations.measure_edits", stop)  # trained, not tested
+        patch.setattr(experiment, "measure_edits", stop)  # trained, not tested
         run_cell("both", 1, plan, tmp_path, data, progress=False)
     assert not list(tmp_path.rglob("result.json"))
     with monkeypatch.context() as patch:
-        patch.setattr("kiwi_edit.ablations.batches_of", lambda *args: stop)  # no batch is asked for again
+        patch.setattr(experiment, "batches_of", lambda *args: stop)  # no batch is asked for again
         result = run_cell("both", 1, plan, tmp_path, data, progress=False)
     assert result["steps"] == 3 and set(result["scores"]) == {
         "subject / authentic",
@@ -210,34 +179,6 @@ def test_a_cell_is_run_once_and_goes_on_after_a_stop(data, tmp_path, monkeypatch
     assert run_cell("both", 1, plan, tmp_path, None) == result
     with pytest.raises(ValueError, match="`name` has to be one of both"):
         run_cell("all", 1, plan, tmp_path, data)
-
-
-def test_references_are_made_once_and_a_failure_leaves_its_scene_out(tmp_path):
-    whole = scenes(WITH_REFERENCE, 3, TRAIN_SEED["references"])
-
-    class Moody(CutoutSynthesizer):
-        name, asked = "moody", 0
-
-        def synthesize(self, records):
-            Moody.asked += len(records)
-            return [BackendError("refused") if i == 1 else made for i, made in enumerate(super().synthesize(records))]
-
-    made = make_references(whole, tmp_path, {"moody": Moody()}, progress=False)
-    assert [bool(found) for found in made] == [True, False, True] and Moody.asked == 3
-    again = make_references(whole, tmp_path, {"moody": Moody()}, progress=False)
-    assert (
-        Moody.asked == 3
-        and np.array_equal(again[0]["moody"], made[0]["moody"])
-        and again[0]["authentic"] is whole[0].reference
-    )
-
-
-def test_measures_of_targets_and_sources(pairs):
-    held = [halved(q, 32) for q in scenes(dict(subject=1.0), 4, EVAL_SEED, "eval")]
-    perfect = measure_edits(held, np.stack([q.target for q in held]))
-    lazy = measure_edits(held, np.stack([q.source for q in held]))
-    assert perfect["error"] == [0] * 4 and all(perfect["told_apart"]) and np.allclose(perfect["edges"], 1, atol=0.2)
-    assert lazy["error"] == lazy["distance"] and lazy["outside"] == [0] * 4
 
 
 def runs(error, told, seeds=3, scenes=40):
@@ -298,5 +239,5 @@ def test_the_committed_results_are_whole():
 )
 def test_the_command_says_what_is_wrong_before_it_works(arguments, said, capsys):
     with pytest.raises(SystemExit):
-        main(arguments)
+        SCRIPT["main"](arguments)
     assert said in capsys.readouterr().err

@@ -12,13 +12,15 @@ from kiwi_edit.core import (
     Settings,
     asset,
     assets_dir,
+    InputError,
+    InputTypeError,
+    check_instruction,
     choose_device,
     choose_dtype,
     count_weights,
     multiplies_bfloat16,
     preset,
     read_settings,
-    set_seed,
     settings,
 )
 
@@ -212,7 +214,7 @@ def test_settings_are_read_once(monkeypatch):
         settings.cache_clear()
 
 
-# device, number format, seed
+# device, number format
 
 
 def test_devices():
@@ -235,23 +237,16 @@ def test_dtypes():
         choose_dtype("half")
 
 
-def test_seed():
-    import random
+# what is asked for
 
-    import numpy as np
 
-    def draw():
-        return random.random(), np.random.rand(), torch.rand(1).item()
-
-    set_seed(1)
-    one = draw()
-    set_seed(2)
-    two = draw()
-    set_seed(1)
-    assert draw() == one and all(a != b for a, b in zip(one, two))
-    for wrong in (-1, 2**32, 1.0, True, None):
-        with pytest.raises(ValueError, match="`seed` has to be a whole number"):
-            set_seed(wrong)
+def test_an_instruction_is_text():
+    assert check_instruction(" 把背景换成雪山\n") == "把背景换成雪山"
+    for wrong in ("", " \n", "snow\0y", "snow\ud800y"):
+        with pytest.raises(InputError, match="`prompt` has to"):
+            check_instruction(wrong, "prompt")
+    with pytest.raises(InputTypeError, match="`instruction` has to be a string but is a list"):
+        check_instruction(["snow"])
 
 
 # assets, start-up

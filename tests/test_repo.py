@@ -249,8 +249,6 @@ def test_module_imports_only_what_stands_above_it(path):
     assert name in rank, "every module comes out of a notebook"
     found = set(imported(ast.parse(path.read_text(encoding="utf-8")), name.split(".")[:-1]))
     assert found <= rank.keys() | {"__version__"}
-    if name == "ablations":  # moves into its notebook
-        return
     assert not {m for m in found if m in rank and rank[m] >= rank[name]}
     assert "." in name or not {m for m in found if "." in m}, "a lesson imports ground and lessons only"
 

@@ -134,7 +134,7 @@ def test_a_row_with_more_fields_than_the_header_is_named(tmp_path):
     with pytest.raises(ValueError, match="row 1 of '.*t.csv' has 1 more; text with a comma needs quotes"):
         read_pairs(path)
     path.write_text("src_video,tgt_video,prompt\na.mp4,b.mp4," + "x" * 140000 + "\n")
-    with pytest.raises(ValueError, match="`pairs` has to be a readable .csv but '.*t.csv' is not: field larger"):
+    with pytest.raises(ValueError, match="`pairs` has to be readable UTF-8 .csv but '.*t.csv' is not: field larger"):
         read_pairs(path)
 
 
@@ -329,7 +329,7 @@ def test_keys_of_a_world_know_its_difficulty_and_its_pictures(monkeypatch):
         and WorldPairs(6, world=World(difficulty=Difficulty())).key in keys
         and PlantedPairs(6).key not in keys
     )
-    monkeypatch.setattr("kiwi_edit.data.synthesis._world_digest", lambda: "other pictures")
+    monkeypatch.setattr("kiwi_edit.data.synthesis.asset", lambda name: Path(__file__))
     assert WorldPairs(6).key not in keys
 
 
@@ -361,7 +361,7 @@ def test_keys_of_a_list_know_references_and_where_it_is_from():
 
 LAMBDAS = """
 import functools, sys
-from kiwi_edit.data.synthesis import _digest, _named, model_stages, embedded_stages
+from kiwi_edit.data.synthesis import _named, digest, model_stages, embedded_stages
 least = 7.
 def mine(): return model_stages(thresholds={"verify.quality": least}) if "a" in {"a", "b", "c"} else None
 def of(n): return lambda: model_stages(thresholds={"verify.quality": n})
@@ -369,9 +369,9 @@ class Chat: pass
 def itself(n): return lambda: (itself, n)
 made = [lambda: 1, lambda: 2, of(1), of(2), lambda n=1: n, lambda n=2: n, lambda: least, lambda: of, mine, functools.partial(model_stages, editor=lambda: 1), functools.partial(model_stages, editor=lambda: 2),
         of(Chat()), itself(3), embedded_stages]
-found = [_digest(_named(m)) for m in made]
+found = [digest(_named(m)) for m in made]
 least = 8.
-print(*found, _digest(_named(mine)), _digest(_named(of(1))))
+print(*found, digest(_named(mine)), digest(_named(of(1))))
 """
 
 

@@ -516,6 +516,21 @@ def test_reference_change_of_a_world_reaches_its_references():
         assert (plain.sample(seed, "subject").reference[0] == 255).all()
 
 
+def test_an_easy_reference_stands_where_its_thing_will_stand():
+    def middle(pixels):  # of what is not the canvas
+        y, x = np.nonzero(np.ptp(pixels.astype(int), -1) + 255 - pixels.min(-1) > 60)
+        return np.array([x.mean() / pixels.shape[1], y.mean() / pixels.shape[0]])
+
+    view = Thing(5, size=0.4, center=(0.3, 0.6))
+    near = middle(thing_reference(view, np.random.default_rng(0), change=0.0, in_place=True))
+    apart = middle(thing_reference(view, np.random.default_rng(0), change=0.0))
+    assert np.abs(near - (0.3, 0.6)).max() < 0.08 and np.abs(apart - 0.5).max() < 0.08
+    plate = np.zeros((130, 200, 3), np.float32)
+    plate[17:113, 52:148] = 200  # the 96 pixels in the middle
+    seen = plate_reference(plate, np.random.default_rng(0), change=0.0, size=(96, 96))
+    assert seen.shape == (120, 120, 3) and seen[4:-4, 4:-4].min() > 190
+
+
 @pytest.mark.parametrize("difficulty, name", (("full", "full"), ("easy", "easy"), (Difficulty(), "custom")))
 def test_a_sample_says_how_hard_its_world_is(difficulty, name):
     world = World(16, 16, 1, difficulty=difficulty)

@@ -4,13 +4,20 @@
 
 # %% auto #0
 __all__ = ['logger', 'VERSIONS', 'COLUMNS', 'FORMATS', 'Sample', 'WorldDataset', 'BadRow', 'GoodSamples', 'write_metadata',
-           'ParquetCell', 'read_metadata', 'held', 'file_of', 'save_dataset', 'MetadataDataset', 'shrink_reference']
+           'ParquetCell', 'read_rows', 'read_metadata', 'held', 'file_of', 'save_dataset', 'MetadataDataset',
+           'shrink_reference']
 
 # %% ../../nbs/library/10_dataset.ipynb #8d284d39
-import csv, hashlib, io, itertools, json, logging, math, os, re, reprlib
+import csv
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import reprlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 # %% ../../nbs/library/10_dataset.ipynb #605e5288
@@ -23,21 +30,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from .. import video
 from ..core import InputError, asset, settings, shortened
-from kiwi_edit.video import (
-    DEFAULT_FPS,
-    IMAGE_FORMATS,
-    check_frame_count,
-    film_strip,
-    fit_size,
-    flatten_image,
-    read_video,
-    replacing,
-    resize_frames,
-    usable_frames,
-    video_info,
-    write_video,
-)
+from ..records import digest
 from ..world import EVAL_SEED, TASKS, World
 
 # %% ../../nbs/library/10_dataset.ipynb #e42e300f
@@ -58,41 +53,17 @@ class Sample:
     @property
     def mode(self) -> str:
         "`ref` with a reference, else `image` or `video`."
-        return "ref" if self.reference is not None else "image" if len(self.source) == 1 else "video"
+        if self.reference is not None:
+            return "ref"
+        return "image" if len(self.source) == 1 else "video"
 
     def _repr_png_(self):
-        rows = (
-            {"source": self.source}
-            | ({} if self.reference is None else {"reference": self.reference})
-            | {"target": self.target}
-        )
-        return film_strip(rows, title=self.instruction.replace("$", r"\$"))._repr_png_()
+        reference = {} if self.reference is None else {"reference": self.reference}
+        rows = {"source": self.source} | reference | {"target": self.target}
+        return video.film_strip(rows, title=self.instruction.replace("$", r"\$"))._repr_png_()
 
 # %% ../../nbs/library/10_dataset.ipynb #63d5ddb5
-VERSIONS = dict(world=2, metadata=2)  # raised whenever the same settings give other pixels; part of every key
-
-
-def _digest(*parts) -> str:  # 64 hexadecimal digits
-    "SHA-256 of anything that JSON can write."
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _file_digest(
-    path: Path,  # file, or folder of frames
-) -> str:  # 64 hexadecimal digits
-    "SHA-256 of a file's bytes; of a folder, of the names and bytes in it."
-    if path.is_dir():
-        return _digest([[str(f.relative_to(path)), _file_digest(f)] for f in sorted(path.rglob("*")) if f.is_file()])
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-@lru_cache(maxsize=1)
-def _world_digest():
-    return _digest([_file_digest(asset(f"world/{kind}.parquet")) for kind in ("objects", "scenes")])
+VERSIONS = dict(world=3, metadata=2)  # raised whenever the same settings give other pixels; part of every key
 
 # %% ../../nbs/library/10_dataset.ipynb #6cc80a0b
 class WorldDataset:
@@ -111,66 +82,48 @@ class WorldDataset:
     ):
         if not tasks or set(tasks) - set(TASKS):
             raise InputError(f"`tasks` have to be some of {', '.join(TASKS)} but are {', '.join(tasks) or 'none'}.")
-        if not all(0 < share < math.inf for share in tasks.values()):
+        if not all(0 < share < float("inf") for share in tasks.values()):
             raise InputError(f"`tasks` have to have shares above 0 but have {tasks}.")
         if samples < 1:
             raise InputError(f"`samples` has to be at least 1 but is {samples}.")
-        if first_seed < 0 or (first_seed < EVAL_SEED if split == "eval" else first_seed + samples > EVAL_SEED):
+        low, high = (EVAL_SEED, float("inf")) if split == "eval" else (0, EVAL_SEED)
+        if first_seed < low or first_seed + samples > high:
             raise InputError(
-                f"`first_seed` has to leave all seeds {'from ' if split == 'eval' else 'below '}{EVAL_SEED} for the {split} split but is {first_seed} with {samples} samples."
+                f"`first_seed` has to leave all seeds of the {split} split between {low} and {high} "
+                f"but is {first_seed} with {samples} samples."
             )
-        self.num_frames, self.first_seed, shares = (
-            check_frame_count(num_frames),
-            first_seed,
-            np.array(list(tasks.values()), float),
-        )
+        self.num_frames, self.first_seed = video.check_frame_count(num_frames), first_seed
         self.world = World(height, width, num_frames, split, difficulty)
-        self.tasks = [
-            list(tasks)[k]
-            for k in np.random.default_rng(first_seed).choice(len(tasks), size=samples, p=shares / shares.sum())
-        ]
+        shares = np.array(list(tasks.values()), float)
+        drawn = np.random.default_rng(first_seed).choice(len(tasks), size=samples, p=shares / shares.sum())
+        self.tasks = [list(tasks)[k] for k in drawn]
 
     def __len__(self):
         return len(self.tasks)
 
     def __getitem__(self, i: int) -> Sample:
         i = range(len(self))[i]
-        q = self.world.sample(self.first_seed + i, self.tasks[i])
-        return Sample(
-            q.source,
-            q.target,
-            q.instruction,
-            q.reference,
-            q.task,
-            f"world {self.world.split} seed {self.first_seed + i}",
-        )
+        q, name = self.world.sample(self.first_seed + i, self.tasks[i]), f"world {self.world.split} seed"
+        return Sample(q.source, q.target, q.instruction, q.reference, q.task, f"{name} {self.first_seed + i}")
+
+    def shape(self, i: int) -> tuple:  # (frames, height, width, has a reference)
+        "What the sample's shape is going to be, without drawing it."
+        frames = 1 if self.tasks[i] in ("isolate", "plate") else self.num_frames
+        return frames, self.world.height, self.world.width, self.tasks[i] in ("subject", "background")
 
     def key(self, i: int) -> str:  # 64 hexadecimal digits
         "Changes when the sample does."
         i, w = range(len(self))[i], self.world
-        return _digest(
-            "world",
-            VERSIONS["world"],
-            _world_digest(),
-            w.split,
-            w.difficulty_name,
-            self.num_frames,
-            w.height,
-            w.width,
-            self.first_seed + i,
-            self.tasks[i],
-        )
+        pictures = [asset(f"world/{kind}.parquet") for kind in ("objects", "scenes")]
+        size = self.num_frames, w.height, w.width
+        seed = self.first_seed + i
+        return digest("world", VERSIONS["world"], pictures, w.split, w.difficulty_name, size, seed, self.tasks[i])
 
 # %% ../../nbs/library/10_dataset.ipynb #035b429a
 class BadRow(InputError):
-    "A row that gives no sample."
+    'A row that gives no sample: its index in the dataset, its name ("meta.csv row 12") and the reason, one line.'
 
-    def __init__(
-        self,
-        index: int,  # in the dataset, from 0
-        name: str,  # "meta.csv row 12"; rows count from 0, as in `dataset[12]`
-        reason: str,  # one line
-    ):
+    def __init__(self, index, name, reason):
         super().__init__(index, name, reason)
         self.index, self.name, self.reason = index, name, shortened(reason, 298 - len(name))
 
@@ -204,7 +157,8 @@ class GoodSamples:
         order: Iterable[int] | None = None,  # indices; None goes through all from the first to the last
         workers: int = 0,  # processes that read ahead; 0 reads in this one
     ):
-        self.dataset, self.order, self.workers = dataset, list(range(len(dataset)) if order is None else order), workers
+        self.dataset, self.workers = dataset, workers
+        self.order = list(range(len(dataset)) if order is None else order)
         if wrong := [i for i in self.order if not 0 <= i < len(dataset)]:
             raise InputError(f"`order` has to hold indices from 0 to {len(dataset) - 1} but holds {wrong[0]}.")
         self.kept: list[int] = []  # indices of the samples that the last walk has given so far
@@ -219,8 +173,8 @@ class GoodSamples:
             sampler=self.order,
             num_workers=self.workers,
             collate_fn=_as_it_is,
-            generator=torch.Generator(),
-        )  # its own, or to start it would draw from the global one
+            generator=torch.Generator(),  # its own: to start a loader would draw from the global one
+        )
         for i, item in zip(self.order, loader):
             if isinstance(item, BadRow):
                 self.skipped.append(item)
@@ -237,16 +191,17 @@ FORMATS = (".csv", ".json", ".jsonl", ".parquet")
 
 
 def _check_columns(columns, path):
-    missing = [c for c in COLUMNS if c not in columns]
-    if missing:
+    if missing := [c for c in COLUMNS if c not in columns]:
+        there = shortened(", ".join(map(str, columns)), 100)
         raise InputError(
-            f"`metadata` has to have the columns {', '.join(COLUMNS)} but {str(path)!r} lacks {', '.join(missing)}; it has {shortened(', '.join(map(str, columns)), 100)}."
+            f"`metadata` has to have the columns {', '.join(COLUMNS)} "
+            f"but {str(path)!r} lacks {', '.join(missing)}; it has {there}."
         )
 
 
-def _check_suffix(path):
+def _suffix(path, what="metadata"):
     if path.suffix.lower() not in FORMATS:
-        raise InputError(f"`metadata` has to end in {', '.join(FORMATS)} but is {str(path)!r}.")
+        raise InputError(f"`{what}` has to end in {', '.join(FORMATS)} but is {str(path)!r}.")
     return path.suffix.lower()
 
 # %% ../../nbs/library/10_dataset.ipynb #3b2a5d50
@@ -256,16 +211,16 @@ def write_metadata(
     overwrite: bool = False,  # whether an existing file may be replaced
 ) -> Path:
     "Write a table of rows."
-    path, columns = Path(path).expanduser(), list(dict.fromkeys(itertools.chain.from_iterable(rows)))
-    suffix = _check_suffix(path)
+    path, columns = Path(path).expanduser(), _columns(rows)
+    suffix = _suffix(path)
     if not rows:
         raise InputError("`rows` has to hold at least one row but is empty.")
     _check_columns(columns, path)
     if suffix != ".parquet" and any(isinstance(value, bytes) for row in rows for value in row.values()):
         raise InputError(f"`rows` have to be text for {suffix} but hold bytes, which only .parquet keeps.")
-    with replacing(path, overwrite) as temporary:
+    with video.replacing(path, overwrite) as temporary:
         if suffix == ".parquet":
-            types = {c: pa.binary() if c == "ref_image_bytes" else None for c in columns}
+            types = dict.fromkeys(columns) | {"ref_image_bytes": pa.binary()}
             table = pa.table({c: pa.array([row.get(c) for row in rows], type=types[c]) for c in columns})
             pq.write_table(table, temporary, row_group_size=64)
         elif suffix == ".csv":
@@ -274,11 +229,14 @@ def write_metadata(
                 writer.writeheader()
                 writer.writerows(rows)
         else:
-            lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-            temporary.write_text(
-                "\n".join(lines) + "\n" if suffix == ".jsonl" else "[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8"
-            )
+            start, between, end = ("", "\n", "\n") if suffix == ".jsonl" else ("[\n", ",\n", "\n]\n")
+            lines = between.join(json.dumps(row, ensure_ascii=False) for row in rows)
+            temporary.write_text(start + lines + end, encoding="utf-8")
     return path
+
+
+def _columns(rows):
+    return list(dict.fromkeys(column for row in rows for column in row))
 
 # %% ../../nbs/library/10_dataset.ipynb #849c237f
 class _Stream:
@@ -286,9 +244,8 @@ class _Stream:
 
     def __init__(self, path, group, column):
         self.start, self.batch = 0, ()
-        self.batches = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False).iter_batches(
-            8, row_groups=[group], columns=[column], use_threads=False
-        )
+        file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+        self.batches = file.iter_batches(8, row_groups=[group], columns=[column], use_threads=False)
 
     def __getitem__(self, row):  # not one of an earlier batch
         while row >= self.start + len(self.batch):
@@ -320,7 +277,8 @@ class ParquetCell:
             return _streams[of][self.row]
         except (StopIteration, IndexError, KeyError, OSError, pa.ArrowException) as error:
             raise InputError(
-                f"`{self.column}` has to be where it was when the table was read but {str(self.path)!r} has changed or is damaged."
+                f"`{self.column}` has to be where it was when the table was read "
+                f"but {str(self.path)!r} has changed or is damaged."
             ) from error
 
 # %% ../../nbs/library/10_dataset.ipynb #e09b4a12
@@ -332,24 +290,23 @@ def _read_csv(path):
 
 def _read_json(path):
     text = path.read_text(encoding="utf-8-sig")
-    if path.suffix.lower() == ".json":
-        rows = json.loads(text)
-    else:
-        rows = []
-        for number, line in enumerate(text.split("\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from error
+    rows = json.loads(text) if path.suffix.lower() == ".json" else list(_lines(text))
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError("every row has to be an object with named values")
-    return list(dict.fromkeys(itertools.chain.from_iterable(rows))), rows
+    return _columns(rows), rows
+
+
+def _lines(text):
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            if line.strip():
+                yield json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from error
 
 
 def _holds_files(kind):
-    "Whether values of an arrow type are files: bytes, {bytes, path} as `datasets` writes an image or a video, or lists of these."
+    "Whether a type is that of files: bytes, {bytes, path} as `datasets` writes an image or a video, or lists of these."
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return _holds_files(kind.value_type)
     if pa.types.is_struct(kind):
@@ -370,33 +327,39 @@ def _read_parquet(path):
 
 _READERS = {".csv": _read_csv, ".json": _read_json, ".jsonl": _read_json, ".parquet": _read_parquet}
 
+
+def read_rows(
+    path: Path,  # .csv, .json, .jsonl or .parquet
+    what: str = "metadata",  # the argument that errors speak of
+) -> tuple[list, list[dict]]:  # columns, rows; what a .parquet holds of files as `ParquetCell`
+    "One table, whatever its columns are."
+    suffix = _suffix(path, what)
+    try:
+        return _READERS[suffix](path)
+    except (ValueError, OSError, csv.Error, pa.ArrowException) as error:
+        kind = suffix if suffix == ".parquet" else f"UTF-8 {suffix}"
+        reason = shortened(str(error), 200)
+        raise InputError(f"`{what}` has to be readable {kind} but {str(path)!r} is not: {reason}.") from error
+
 # %% ../../nbs/library/10_dataset.ipynb #84e9f223
+def _natural(path):
+    return [(int(number or 0), text) for number, text in re.findall(r"(\d*)(\D*)", path.name)]
+
+
 def _named_rows(metadata):
     "(name, row) of all rows of a file or a folder of shards."
-    path = Path(metadata).expanduser()
+    path, rows = Path(metadata).expanduser(), []
     if not path.exists():
         raise FileNotFoundError(
             f"`metadata` has to be an existing file or a folder of parquet shards but {str(path)!r} does not exist."
         )
-    files = (
-        [path]
-        if not path.is_dir()
-        else sorted(
-            (f for f in path.glob("*.parquet") if not f.name.startswith(".")),
-            key=lambda f: [(int(n) if n else 0, text) for n, text in re.findall(r"(\d*)(\D*)", f.name)],
-        )
-    )
-    if not files:
-        raise InputError(f"`metadata` has to be a folder with .parquet files but {str(path)!r} has none.")
-    rows = []
+    files = [path]
+    if path.is_dir():
+        files = sorted((f for f in path.glob("*.parquet") if not f.name.startswith(".")), key=_natural)
+        if not files:
+            raise InputError(f"`metadata` has to be a folder with .parquet files but {str(path)!r} has none.")
     for file in files:
-        suffix = _check_suffix(file)
-        try:
-            columns, found = _READERS[suffix](file)
-        except (ValueError, OSError, csv.Error, pa.ArrowException) as error:
-            raise InputError(
-                f"`metadata` has to be readable {'UTF-8 ' if suffix != '.parquet' else ''}{suffix} but {str(file)!r} is not: {' '.join(str(error).split())[:200]}."
-            ) from error
+        columns, found = read_rows(file)
         if found or columns:
             _check_columns(columns, file)
         rows += [(f"{file.name} row {i}", row) for i, row in enumerate(found)]
@@ -411,12 +374,12 @@ def read_metadata(
     "The rows of a table, or of all shards in the natural order of their names."
     return [row for _, row in _named_rows(metadata)]
 
-
+# %% ../../nbs/library/10_dataset.ipynb #10dac001
 def held(
     value,  # of a row
     root: Path,  # where relative paths start
 ) -> tuple:  # bytes of a file or None, and the path of a file, or whatever else the value is
-    "What a row says of a file. Tables of `datasets` give {bytes, path}: the path of bytes is no more than a name, others may start from the working directory."
+    "What a row says of a file: bytes, a path, or {bytes, path} as `datasets` writes them, where bytes only have a name."
     if isinstance(value, ParquetCell):
         value = value.read()
         if isinstance(value, list) and len(value) < 2:
@@ -429,7 +392,7 @@ def held(
     if not isinstance(data, (bytes, type(None))) or not isinstance(path, (str, type(None))):
         return None, value
     if not data and path and not os.path.exists(root / path) and os.path.exists(path):
-        path = str(Path(path).absolute())
+        path = str(Path(path).absolute())  # `datasets` starts from the working directory
     return data if data or not path else None, path
 
 
@@ -445,6 +408,11 @@ def file_of(
         _save_bytes(path, data)
     return path
 
+
+def _save_bytes(path, data):
+    with video.replacing(path, overwrite=True) as temporary:
+        temporary.write_bytes(data)
+
 # %% ../../nbs/library/10_dataset.ipynb #0cf4c582
 def _png(pixels):
     buffer = io.BytesIO()
@@ -452,9 +420,11 @@ def _png(pixels):
     return buffer.getvalue()
 
 
-def _save_bytes(path, data):
-    with replacing(path, overwrite=True) as temporary:
-        temporary.write_bytes(data)
+def _save_clip(path, frames, fps):
+    if path.suffix == ".png":
+        _save_bytes(path, _png(frames[0]))
+    else:
+        video.write_video(path, frames, fps, overwrite=True, crf=12)
 
 
 def save_dataset(
@@ -462,38 +432,33 @@ def save_dataset(
     folder: str | Path,  # made if missing; without a table so far
     number: int | None = None,  # samples from the first; all when None
     format: str = "parquet",  # of the table: "parquet", "csv", "json" or "jsonl"
-    fps: float = DEFAULT_FPS,  # of the clips, frames a second
+    fps: float = video.DEFAULT_FPS,  # of the clips, frames a second
     progress: bool = True,
 ) -> Path:  # the table
     "Write samples as video and image files with a table of the published columns."
-    folder = Path(folder).expanduser()
-    table, number = folder / f"metadata.{format}", len(dataset) if number is None else number
-    _check_suffix(table)
+    folder, number = Path(folder).expanduser(), len(dataset) if number is None else number
+    table, rows = folder / f"metadata.{format}", []
+    _suffix(table)
     if not 1 <= number <= len(dataset):
         raise InputError(f"`number` has to be from 1 to the dataset's {len(dataset)} but is {number}.")
     if there := sorted(folder.glob("metadata.*")):
         raise FileExistsError(f"`folder` has to be without a dataset but has {str(there[0])!r}.")
     (folder / "clips").mkdir(parents=True, exist_ok=True)
-    good, rows = GoodSamples(dataset, range(number)), []
+    good = GoodSamples(dataset, range(number))
     for sample in tqdm(good, total=number, desc="saving", disable=not progress, mininterval=2):
         name, suffix = f"{good.kept[-1]:06d}", ".png" if len(sample.source) == 1 else ".mp4"
-        row = dict(
-            iid=name,
-            prompt=sample.instruction,
-            src_video=f"clips/{name}-source{suffix}",
-            tgt_video=f"clips/{name}-target{suffix}",
-            task=sample.task,
-        )
-        for path, frames in ((row["src_video"], sample.source), (row["tgt_video"], sample.target)):
-            if suffix == ".png":
-                _save_bytes(folder / path, _png(frames[0]))
-            else:
-                write_video(folder / path, frames, fps, overwrite=True, crf=12)
+        paths = {
+            f"{short}_video": f"clips/{name}-{side}{suffix}" for short, side in (("src", "source"), ("tgt", "target"))
+        }
+        _save_clip(folder / paths["src_video"], sample.source, fps)
+        _save_clip(folder / paths["tgt_video"], sample.target, fps)
+        row = dict(iid=name, prompt=sample.instruction, **paths, task=sample.task)
+        reference = None if sample.reference is None else _png(sample.reference)
         if format == "parquet":
-            row["ref_image_bytes"] = None if sample.reference is None else _png(sample.reference)
-        elif sample.reference is not None:
+            row["ref_image_bytes"] = reference
+        elif reference:
             row["ref_image"] = f"clips/{name}-reference.png"
-            _save_bytes(folder / row["ref_image"], _png(sample.reference))
+            _save_bytes(folder / row["ref_image"], reference)
         rows.append(row)
     return write_metadata(table, rows)
 
@@ -509,31 +474,27 @@ class MetadataDataset:
         max_pixels: int = 921600,  # of a frame: width * height
         factor: int = 32,  # both sides become multiples of it
         crop_reference: bool = False,  # True: size and crop the reference like a frame, as the official trainer does
-        enlarge_narrow: bool = True,  # False: a picture that the official size rule reduces to nothing makes a bad row
     ):
         self.metadata = Path(metadata).expanduser()
         self.names, self.rows = zip(*_named_rows(metadata))
-        self.root = (
-            Path(root).expanduser()
-            if root is not None
-            else self.metadata
-            if self.metadata.is_dir()
-            else self.metadata.parent
-        )
+        if root is None:
+            root = self.metadata if self.metadata.is_dir() else self.metadata.parent
+        self.root = Path(root).expanduser()
         if not self.root.is_dir():
             raise FileNotFoundError(f"`root` has to be an existing folder but {str(self.root)!r} is none.")
         if factor < 1:
             raise InputError(f"`factor` has to be at least 1 but is {factor}.")
         if max_pixels < factor**2:
             raise InputError(f"`max_pixels` has to be at least factor*factor = {factor**2} but is {max_pixels}.")
-        self.num_frames, self.max_pixels, self.factor = check_frame_count(num_frames), max_pixels, factor
-        self.crop_reference, self.enlarge_narrow = crop_reference, enlarge_narrow
+        self.num_frames, self.max_pixels, self.factor = video.check_frame_count(num_frames), max_pixels, factor
+        self.crop_reference = crop_reference
 
     def __len__(self):
         return len(self.rows)
 
     def __repr__(self):
-        return f"MetadataDataset({self.metadata.name!r}, {len(self)} rows, at most {self.num_frames} frames of {self.max_pixels} pixels)"
+        limits = f"at most {self.num_frames} frames of {self.max_pixels} pixels"
+        return f"MetadataDataset({self.metadata.name!r}, {len(self)} rows, {limits})"
 
 # %% ../../nbs/library/10_dataset.ipynb #d50e91d2
 def _blank(value):
@@ -541,11 +502,12 @@ def _blank(value):
 
 
 def _text(row, column):
-    "A row's text, or a `ValueError` that says why there is none."
+    "A row's text, or an `InputError` that says why there is none."
     value = row.get(column)
     if None in row:
-        raise ValueError(
-            f"the row has to have as many fields as the header but has {len(row[None])} more; text with a comma needs quotes."
+        raise InputError(
+            f"the row has to have as many fields as the header but has {len(row[None])} more; "
+            "text with a comma needs quotes."
         )
     if _blank(value):
         raise InputError(f"`{column}` has to be given but is missing.")
@@ -557,19 +519,6 @@ def _text(row, column):
 
 # %% ../../nbs/library/10_dataset.ipynb #6dd4b7cf
 @patch
-def _size(self: MetadataDataset, width, height):
-    "The size at which a picture is used."
-    if (
-        not self.enlarge_narrow
-        and int(min(width, height) / max(1, math.sqrt(width * height / self.max_pixels))) < self.factor
-    ):
-        raise ValueError(
-            f"the picture has to keep at least {self.factor} pixels on each side at `max_pixels` {self.max_pixels} but is {width}x{height}."
-        )
-    return fit_size(width, height, self.max_pixels, self.factor)
-
-
-@patch
 def _clip(self: MetadataDataset, row, column):
     "The file of a clip."
     data, name = held(row.get(column), self.root)
@@ -577,29 +526,41 @@ def _clip(self: MetadataDataset, row, column):
 
 
 @patch
-def _plan(self: MetadataDataset, row, column):
-    "Path, (width, height) and number of frames of a clip, from its header."
-    path = self._clip(row, column)
-    try:
-        info = video_info(path)
-    except (ValueError, OSError) as error:
-        raise ValueError(str(error).replace("`path`", f"`{column}`")) from error
-    return path, self._size(info.width, info.height), usable_frames(info.frames, self.num_frames)
+def _size(self: MetadataDataset, width, height):
+    return video.fit_size(width, height, self.max_pixels, self.factor)
 
 
-def _frames(path, size, count, column):
-    "The first frames of a clip, all of them."
+@patch
+def _plan(self: MetadataDataset, row):
+    "The files of both clips, and the (width, height) and number of frames at which they are read."
+    found = {}
+    for column in ("src_video", "tgt_video"):
+        path = self._clip(row, column)
+        try:
+            info = video.video_info(path)
+        except (ValueError, OSError) as error:
+            raise InputError(f"`{column}`: {error}") from error
+        plan = self._size(info.width, info.height), video.usable_frames(info.frames, self.num_frames)
+        found[column] = path, *plan
+    (_, (w, h), n), (_, (w2, h2), n2) = found.values()
+    if (w, h, n) != (w2, h2, n2):
+        raise InputError(
+            "`src_video` and `tgt_video` have to come out with one size and length "
+            f"but are {w}x{h} with {n} frames and {w2}x{h2} with {n2}."
+        )
+    return found
+
+
+def _frames(column, path, size, count):
     try:
-        return read_video(path, indices=range(count), size=size).frames
+        return video.read_video(path, indices=range(count), size=size).frames
     except (ValueError, OSError) as error:
-        raise ValueError(
-            str(error).replace("`path`", f"`{column}`").replace("`indices`", f"the first {count} frames of `{column}`")
-        ) from error
+        raise InputError(f"`{column}`: {error}") from error
 
 # %% ../../nbs/library/10_dataset.ipynb #b2351c57
 @patch
 def _reference_bytes(self: MetadataDataset, row):
-    "The file or the bytes of a row's reference, or None."
+    "The bytes of a row's reference, or None."
     for column in ("ref_image_bytes", "ref_image"):
         data, value = held(row.get(column), self.root)
         if data is not None:
@@ -618,30 +579,16 @@ def _reference_bytes(self: MetadataDataset, row):
 def _reference(self: MetadataDataset, data):
     "The image in these bytes."
     try:
-        pixels = np.array(flatten_image(Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)))
+        pixels = np.array(video.flatten_image(Image.open(io.BytesIO(data), formats=video.IMAGE_FORMATS)))
     except Exception as error:  # decoders of images raise what they like
-        raise ValueError(
+        raise InputError(
             f"the reference has to be a complete image but its {len(data)} bytes are not one that can be decoded."
         ) from error
-    return resize_frames(pixels[None], *self._size(*pixels.shape[1::-1]))[0] if self.crop_reference else pixels
+    if not self.crop_reference:
+        return pixels
+    return video.resize_frames(pixels[None], *self._size(*pixels.shape[1::-1]))[0]
 
 # %% ../../nbs/library/10_dataset.ipynb #669b2cef
-@patch
-def _sample(self: MetadataDataset, row, name):
-    "The sample of a row, or a `ValueError` or `OSError`."
-    prompt = _text(row, "prompt")
-    plans = [self._plan(row, column) for column in ("src_video", "tgt_video")]
-    (_, (w, h), n), (_, (w2, h2), n2) = plans
-    if (w, h, n) != (w2, h2, n2):
-        raise InputError(
-            f"`src_video` and `tgt_video` have to come out with one size and length but are {w}x{h} with {n} frames and {w2}x{h2} with {n2}."
-        )
-    data = self._reference_bytes(row)
-    reference = None if data is None else self._reference(data)
-    source, target = (_frames(*plan, column) for plan, column in zip(plans, ("src_video", "tgt_video")))
-    return Sample(source, target, prompt, reference, "" if _blank(row.get("task")) else str(row["task"]), name)
-
-
 @patch
 def _of_row(self: MetadataDataset, i, make):
     "What `make` makes of row i; its errors become a `BadRow`."
@@ -654,32 +601,37 @@ def _of_row(self: MetadataDataset, i, make):
 
 @patch
 def __getitem__(self: MetadataDataset, i: int) -> Sample:
-    return self._of_row(i, self._sample)
+    def make(row, name):
+        prompt, plan, data = _text(row, "prompt"), self._plan(row), self._reference_bytes(row)
+        reference = None if data is None else self._reference(data)
+        source, target = (_frames(column, *how) for column, how in plan.items())
+        return Sample(source, target, prompt, reference, "" if _blank(row.get("task")) else str(row["task"]), name)
+
+    return self._of_row(i, make)
+
+
+@patch
+def shape(self: MetadataDataset, i: int) -> tuple:  # (frames, height, width, has a reference)
+    "What the sample's shape is going to be, from the headers of its files."
+
+    def make(row, name):
+        _text(row, "prompt")
+        _, (width, height), frames = self._plan(row)["src_video"]
+        return frames, height, width, self._reference_bytes(row) is not None
+
+    return self._of_row(i, make)
 
 # %% ../../nbs/library/10_dataset.ipynb #a4f43bb6
 @patch
 def key(self: MetadataDataset, i: int) -> str:  # 64 hexadecimal digits
-    "Changes when the sample does: with the bytes of its files, its words and the settings. Not with where the files are."
+    "Changes with the bytes of a row's files, its words and the settings. Not with where the files are."
 
     def make(row, name):
-        files = [_file_digest(self._clip(row, column)) for column in ("src_video", "tgt_video")]
+        clips = [Path(self._clip(row, column)) for column in ("src_video", "tgt_video")]
         data = self._reference_bytes(row)
-        settings = (
-            self.num_frames,
-            self.max_pixels,
-            self.factor,
-            self.enlarge_narrow,
-            data is not None and self.crop_reference,
-        )
-        return _digest(
-            "metadata",
-            VERSIONS["metadata"],
-            settings,
-            _text(row, "prompt"),
-            str(row.get("task") or ""),
-            files,
-            data and hashlib.sha256(data).hexdigest(),
-        )
+        settings = self.num_frames, self.max_pixels, self.factor, data is not None and self.crop_reference
+        words = _text(row, "prompt"), str(row.get("task") or "")
+        return digest("metadata", VERSIONS["metadata"], settings, words, clips, data)
 
     return self._of_row(i, make)
 

@@ -27,9 +27,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..core import InputError, require, settings, shortened
+from ..core import InputError, asset, require, settings, shortened
 from .backends import png_bytes
-from .dataset import FORMATS, ParquetCell, _READERS, _digest, _file_digest, _world_digest, file_of, held
+from .dataset import FORMATS, ParquetCell, file_of, held, read_rows
+from ..records import digest
 from kiwi_edit.quadruplets import (
     STAGES,
     FingerprintStage,
@@ -135,26 +136,17 @@ class FilePairs(Sequence):
 
     @property
     def key(self) -> str:  # changes with the rows
-        files = functools.cache(_file_digest)
-        return _digest(
-            [
-                self.columns,
-                str(self.root),
-                self.ids,
-                [[_in_key(row.get(c), files) for c in self.columns.values()] for row in self.rows],
-            ]
-        )
+        rows = [[_in_key(row.get(c)) for c in self.columns.values()] for row in self.rows]
+        return digest(self.columns, str(self.root), self.ids, rows)
 
 
-def _in_key(value, files=_file_digest):
-    "A value as a key holds it: what is large by its digest."
+def _in_key(value):
+    "A value as a key holds it: of what stays in a file, the file and the place."
     if isinstance(value, ParquetCell):
-        return [files(value.path), value.group, value.row]
-    if isinstance(value, dict):
-        return {k: _in_key(v, files) for k, v in value.items()}
-    if isinstance(value, np.ndarray):
-        return [value.shape, hashlib.sha256(value.tobytes()).hexdigest()]
-    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)
+        return [value.path, value.group, value.row]
+    if isinstance(value, (dict, bytes, np.ndarray)):
+        return value
+    return str(value)
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400009
 def _columns(names, given, where):
@@ -238,15 +230,7 @@ def read_pairs(
         )
     rows, names = [], []
     for table in tables:
-        suffix = table.suffix.lower()
-        if suffix not in FORMATS:
-            raise InputError(f"`pairs` has to end in {', '.join(FORMATS)} but is {str(table)!r}.")
-        try:
-            header, found = _READERS[suffix](table)
-        except (ValueError, OSError, csv.Error, pa.ArrowException) as error:
-            raise InputError(
-                f"`pairs` has to be a readable {suffix} but {str(table)!r} is not: {' '.join(str(error).split())[:200]}."
-            ) from error
+        header, found = read_rows(table, "pairs")
         for i, row in enumerate(found):
             if None in row:
                 raise InputError(
@@ -316,7 +300,7 @@ class WorldPairs(Sequence):
     @property
     def key(self) -> str:
         w = self.world
-        return _digest(
+        return digest(
             [
                 "world",
                 self.number,
@@ -327,7 +311,7 @@ class WorldPairs(Sequence):
                 w.num_frames,
                 w.split,
                 asdict(w.difficulty),
-                _world_digest(),
+                *(asset(f"world/{kind}.parquet") for kind in ("objects", "scenes")),
             ]
         )
 
@@ -590,7 +574,7 @@ def _part_is_good(path, key, ids, most):
 def _sums(folder):
     "SHA-256 of all tables, as sha256sum writes them."
     return "".join(
-        f"{_file_digest(path)}  {path.relative_to(folder)}\n"
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder)}\n"
         for path in sorted([*folder.glob("chunk_*.parquet"), *folder.glob("verdicts/*.parquet")])
     )
 
@@ -996,7 +980,7 @@ def _named(value, above=()):
         *(value.__defaults__ or ()),
         *(v for v in known if isinstance(v, (str, int, float, list, tuple, dict)) or hasattr(v, "__qualname__")),
     ]
-    return [name, _digest(_code(value.__code__), [_named(v, (*above, value)) for v in held])]
+    return [name, digest(_code(value.__code__), [_named(v, (*above, value)) for v in held])]
 
 
 def _settings_of(pairs, make_stages, options):
@@ -1004,7 +988,7 @@ def _settings_of(pairs, make_stages, options):
     kept = {k: v for k, v in asdict(options).items() if k not in ("batch", "workers", "engine", "max_failures")}
     return dict(
         pairs=getattr(pairs, "key", None)
-        or _digest(
+        or digest(
             [[p.id, p.instruction, p.task, p.origin, *map(_in_key, (p.source, p.edited, p.reference))] for p in pairs]
         ),
         stages=_named(make_stages),
@@ -1037,7 +1021,7 @@ def synthesize(
     if not len(pairs):
         raise InputError("`pairs` has to hold at least one pair but is empty.")
     folder, wanted = Path(out).expanduser(), _settings_of(pairs, make_stages, options)
-    key = _digest(wanted)
+    key = digest(wanted)
     _claim(folder, key, overwrite)
     if (folder / "SHA256SUMS").is_file():
         return inspect_folder(folder)
@@ -1397,7 +1381,7 @@ class PlantedPairs(WorldPairs):
 
     @property
     def key(self):
-        return _digest(["planted", super().key])
+        return digest(["planted", super().key])
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400056
 def measure_pipeline(

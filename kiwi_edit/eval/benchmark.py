@@ -74,8 +74,8 @@ def benchmark_samples(
 # %% ../../nbs/library/40_benchmark.ipynb #b0420002
 BENCH_SAMPLES = 48  # of each task, 5 frames of 96x96
 _DIGESTS = """
-easy 82eed523c753cd60 6863a93bc03d41ee 546b1c1f594ea6fd ed45a6604445f290
-     467f3aea724c6a48 314c5046c99eed03 8fbd665fdaf0ae8f d616eaa9b87ecee8
+easy 8ed0324f177e4571 17cca7b221e0715c 546b1c1f594ea6fd ed45a6604445f290
+     467f3aea724c6a48 314c5046c99eed03 a1acc22d0c509435 d616eaa9b87ecee8
 full 186a3213d7a276da f233d3d533fc3bd0 f12f4d6e94e001df 675d63ad5e7954ed
      8ca60e27f6c6fb40 b423691084677e99 834f328755e43065 b986b379a715aea7
 """.split()

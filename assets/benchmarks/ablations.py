@@ -1,0 +1,55 @@
+"""`./kit ablations a`: run an experiment of nbs/10_what_mattered.ipynb out of the notebook's own cells, and write its results."""
+
+from __future__ import annotations  # for the cells too, which `compile` reads as this file is read
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+NOTEBOOK = Path(__file__).resolve().parents[2] / "nbs" / "10_what_mattered.ipynb"
+
+
+def read_experiment() -> ModuleType:
+    "What the notebook's cells marked `#| experiment` define."
+    module = sys.modules["experiment"] = ModuleType("experiment")
+    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code" and re.match(r"#\|\s*experiment\b", source):
+            exec(compile(source, f"{NOTEBOOK.name}, cell {cell['id']}", "exec"), vars(module))
+    return module
+
+
+def main(arguments: list[str] | None = None) -> int:
+    experiment = read_experiment()
+    parser = argparse.ArgumentParser(
+        "./kit ablations",
+        description="What drives the result: guidance, curriculum, references (a); synthesised against authentic references (b).",
+    )
+    add = parser.add_argument
+    add("experiment", choices=(*experiment.EXPERIMENTS, "all"))
+    add("--folder", type=Path, default=Path("outputs/ablations"), help="for the runs; a stopped command goes on there")
+    add("--seeds", type=int, default=experiment.Plan.seeds, help="runs of each cell")
+    add("--steps", type=int, default=experiment.Plan.steps, help="training steps of each cell")
+    add("--out", type=Path, help="results, .json [results-EXPERIMENT.json in the folder]")
+    given = parser.parse_args(arguments)
+    out = given.out or given.folder / f"results-{given.experiment}.json"
+    if out.suffix != ".json":
+        parser.error(f"--out has to be a .json file but is {out}")
+    try:
+        plan = experiment.Plan(steps=given.steps, seeds=given.seeds)
+    except ValueError as error:
+        parser.error(str(error))
+    result = experiment.run_experiment(given.experiment, given.folder, plan)
+    result.save(out)
+    tables = [result.transfer_table()]
+    if given.experiment != "b":
+        tables = [result.guidance_table(), result.difference_table()]
+    print("\n\n".join([*tables, f"results: {out}"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
