@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from .core import InputError
-from .guidance import KiwiAttnProcessor, find_wan, halve, hooked, rotate, Rope
+from .guidance import KiwiAttnProcessor, find_wan, hooked
 from .pipeline import KiwiEditPipeline
 from .video import as_frames
 
@@ -82,33 +82,16 @@ class WatchingProcessor(KiwiAttnProcessor):
     def __init__(
         self,
         usual: KiwiAttnProcessor,  # whose work it does
-        saw,  # called as (layer, whether it is self-attention, query, key, mask) after each call
+        saw,  # called as (layer, whether it is self-attention, query, key, mask) in each call
     ):
         self.__dict__.update(usual.__dict__)
         self.saw = saw
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
-        out = super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
-        alone, query = (
-            encoder_hidden_states is None,
-            attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1)),
-        )
-        cache = None if alone else encoder_hidden_states.key_values
-        if cache:
-            key = cache[self.layer][0]
-        else:
-            key = attn.norm_k(attn.to_k(hidden_states if alone else encoder_hidden_states.hidden_states)).unflatten(
-                2, (attn.heads, -1)
-            )
-        if alone:
-            rope = rotary_emb if isinstance(rotary_emb, Rope) else halve(*rotary_emb)
-            query, key, mask = rotate(query, rope.cos, rope.sin), rotate(key, rope.cos, rope.sin), rope.mask
-        else:
-            mask = encoder_hidden_states.mask
-        self.saw(
-            self.layer, alone, query[-1], key[-1], None if mask is None else mask[-1, 0, 0]
-        )  # the last of a batch follows the instruction
-        return out
+    def project(self, attn, hidden_states, context, mask, rotary_emb):
+        query, key, value, mask = super().project(attn, hidden_states, context, mask, rotary_emb)
+        last = None if mask is None else mask[-1, 0, 0]  # of a batch; it follows the instruction
+        self.saw(self.layer, context is None, query[-1], key[-1], last)
+        return query, key, value, mask
 
 # %% ../nbs/07_where_it_looks.ipynb #a270000f
 class Recorder:
@@ -119,27 +102,22 @@ class Recorder:
         guidance,  # the pipeline's `KiwiGuidance`
         scheduler,  # the pipeline's, which knows the step
     ):
-        self.guidance, self.config, self.scheduler, self.features, self.at = (
-            guidance,
-            guidance.config,
-            scheduler,
-            False,
-            None,
-        )
-        self.references, self.grid, self.timesteps, self.seen = 0, None, [], {}
+        self.guidance, self.scheduler = guidance, scheduler
+        self.features, self.references, self.grid, self.at = False, 0, None, None
+        self.timesteps, self.seen = [], []  # of each step: (layer, whether it is self-attention) -> shares
 
     def connected(self, module, args, context):
         self.features = module is self.guidance.ref_connector  # called last, where there are any
 
     def begin(self, module, args):  # before the denoiser embeds the time
-        "A step begins."
+        "A step begins. A layer that a step cache leaves out has its shares of the step before."
         at = self.scheduler.step_index  # None until the first step of an edit is done
         if self.timesteps and at in (None, self.at):
-            raise InputError(
-                "`video` has to be edited once and as a whole where its attention is recorded but comes in windows, or is the second."
-            )
+            rule = "`video` has to be edited once and as a whole where its attention is recorded"
+            raise InputError(f"{rule} but comes in windows, or is the second.")
         self.at = at
         self.timesteps.append(float(args[0].flatten()[-1]))
+        self.seen.append(dict(self.seen[-1]) if self.seen else {})
 
     def embedded(self, module, args, references):
         self.references = references.shape[2]
@@ -148,53 +126,39 @@ class Recorder:
         self.grid = tuple(patches.shape[2:])  # frames and references, rows, columns
 
     def saw(self, layer, alone, query, key, mask):
-        "Attention has done its work."
+        "Attention is about to do its work."
         (f, h, w), r = self.grid, self.references
-        area, first = h * w, self.config.ref_pad_first
-        video = slice(r * area, None) if first else slice(0, (f - r) * area)
-        begin = 0 if first else (f - r) * area
+        area, first = h * w, self.guidance.config.ref_pad_first
+        begin = 0 if first else (f - r) * area  # of the references
+        video = slice(r * area, None) if first else slice(0, begin)
         if alone:
             groups = [slice(begin + i * area, begin + (i + 1) * area) for i in range(r)]
         else:
             groups = [slice(0, len(key) - self.num_queries(f - r))]
-        if not groups:
-            shares, received = query.new_zeros(0, (f - r) * area), query.new_zeros(len(key))
-        else:
+        if groups:
             shares, received = attention_shares(query[video], key, groups, mask)
+        else:
+            shares, received = query.new_zeros(0, (f - r) * area), query.new_zeros(len(key))
         kept = received[begin : begin + r * area].view(r, h, w) if alone else received
-        self.seen[len(self.timesteps) - 1, layer, alone] = (
-            shares.view(-1, f - r, h, w).float().cpu().numpy(),
-            kept.float().cpu().numpy(),
-        )
+        maps = shares.view(-1, f - r, h, w)
+        self.seen[-1][layer, alone] = (maps.float().cpu().numpy(), kept.float().cpu().numpy())
 
     def num_queries(self, frames):
         mode = "ref" if self.features else "image" if frames == 1 else "video"
-        return getattr(self.config, f"num_{mode}_queries")
+        return getattr(self.guidance.config, f"num_{mode}_queries")
 
     def looks(self) -> Looks:
-        "All of it."
+        "What was seen of the whole edit."
         if not self.timesteps:
             raise InputError("`recorder` has to have seen an edit but has seen none.")
+        layers = 1 + max(layer for layer, _ in self.seen[0])
 
         def stack(alone, part):
-            return np.stack(
-                [
-                    np.stack([self.seen[step, layer, alone][part] for layer in range(layers)])
-                    for step in range(len(self.timesteps))
-                ]
-            )
+            return np.stack([[step[layer, alone][part] for layer in range(layers)] for step in self.seen])
 
-        layers = 1 + max(layer for _, layer, _ in self.seen)
-        tokens = stack(False, 1)
-        frames = self.grid[0] - self.references
-        return Looks(
-            self.timesteps,
-            stack(True, 0),
-            stack(True, 1),
-            stack(False, 0)[:, :, 0],
-            tokens,
-            tokens.shape[2] - self.num_queries(frames),
-        )
+        tokens, features = stack(False, 1), stack(False, 0)[:, :, 0]
+        num_features = tokens.shape[2] - self.num_queries(self.grid[0] - self.references)
+        return Looks(self.timesteps, stack(True, 0), stack(True, 1), features, tokens, num_features)
 
 # %% ../nbs/07_where_it_looks.ipynb #a2700010
 @contextmanager
@@ -228,14 +192,9 @@ def watch_edit(
     steps: int | None = None,  # None takes the model's own
 ) -> tuple[np.ndarray, Looks]:  # (T, H, W, 3) uint8
     "An edit, and where the denoiser looked."
+    noise = torch.Generator().manual_seed(seed)
     with recording(pipe) as recorder:
-        out = pipe(
-            prompt,
-            video=video,
-            reference=reference,
-            num_inference_steps=steps,
-            generator=torch.Generator().manual_seed(seed),
-        )
+        out = pipe(prompt, video=video, reference=reference, num_inference_steps=steps, generator=noise)
     return as_frames(out.frames[0]), recorder.looks()
 
 # %% ../nbs/07_where_it_looks.ipynb #a2700017
@@ -275,22 +234,18 @@ def draw_looks(
     "What was looked at, as a matplotlib figure."
     from matplotlib.figure import Figure
 
-    r, columns = looks.reference.shape[2], np.linspace(0, len(source) - 1, min(5, len(source))).round().astype(int)
+    over = lambda maps: lay_over(edited, spread(maps, source.shape[:3]))
     rows = [("source", source), ("result", edited)]
     for i, maps in enumerate(looks.reference.mean((0, 1))):
-        rows.append(
-            (
-                f"looks at reference {i + 1}" if r > 1 else "looks at\nthe reference",
-                lay_over(edited, spread(maps, source.shape[:3])),
-            )
-        )
+        many = looks.reference.shape[2] > 1
+        rows.append((f"looks at reference {i + 1}" if many else "looks at\nthe reference", over(maps)))
     if looks.num_features:
-        rows.append(("looks at\nits features", lay_over(edited, spread(looks.features.mean((0, 1)), source.shape[:3]))))
+        rows.append(("looks at\nits features", over(looks.features.mean((0, 1)))))
+    columns = np.linspace(0, len(source) - 1, min(5, len(source))).round().astype(int)
     height = max(len(rows), 2 * len(references))
     figure, split = Figure(figsize=(7.4, 1.25 * height + 2.6), dpi=80), 2.3 / (1.25 * height + 2.6)
-    grid = figure.add_gridspec(
-        height, 6, left=0.09, right=0.99, top=1 - 0.06 * split, bottom=split, hspace=0.08, wspace=0.05
-    )
+    sides = dict(left=0.09, right=0.99)
+    grid = figure.add_gridspec(height, 6, top=1 - 0.06 * split, bottom=split, hspace=0.08, wspace=0.05, **sides)
     for i, (name, frames) in enumerate(rows):
         for j, at in enumerate(columns):
             _picture(figure.add_subplot(grid[i, j]), frames[at], label="" if j else name)
@@ -298,18 +253,14 @@ def draw_looks(
         heat = spread(looks.places.mean((0, 1))[i][None], (1, *image.shape[:2]))
         _picture(figure.add_subplot(grid[2 * i, 5]), image, "reference")
         _picture(figure.add_subplot(grid[2 * i + 1, 5]), lay_over(image[None], heat)[0], "what is looked at")
-    grid = figure.add_gridspec(1, 3, left=0.09, right=0.99, top=0.76 * split, bottom=0.2 * split, wspace=0.35)
-    for i, (name, maps) in enumerate(
-        {
-            "the reference's tokens": looks.reference.sum(2).mean((2, 3, 4)),
-            "its features": looks.features.mean((2, 3, 4)),
-        }.items()
-    ):
+    grid = figure.add_gridspec(1, 3, top=0.76 * split, bottom=0.2 * split, wspace=0.35, **sides)
+    shares = {"the reference's tokens": looks.reference.sum(2), "its features": looks.features}
+    for i, (name, maps) in enumerate(shares.items()):
         ax = _panel(figure.add_subplot(grid[0, i]), f"share for {name}", "layer", "step")
-        figure.colorbar(ax.imshow(maps, cmap="inferno", vmin=0, aspect="auto"), ax=ax).ax.tick_params(labelsize=6)
-    _panel(figure.add_subplot(grid[0, 2]), "share for each query", "query").bar(
-        range(len(looks.queries)), looks.queries, color="#3a7d44"
-    )
+        shown = ax.imshow(maps.mean((2, 3, 4)), cmap="inferno", vmin=0, aspect="auto")
+        figure.colorbar(shown, ax=ax).ax.tick_params(labelsize=6)
+    ax = _panel(figure.add_subplot(grid[0, 2]), "share for each query", "query")
+    ax.bar(range(len(looks.queries)), looks.queries, color="#3a7d44")
     return figure
 
 
@@ -325,11 +276,9 @@ def _panel(ax, title, x, y=""):
 
 def _picture(ax, image, title="", label=""):
     ax.imshow(image, interpolation="nearest")
-    ax.set_xticks([])
-    ax.set_yticks([])
+    ax.set(xticks=[], yticks=[])
     ax.set_title(title, fontsize=7, pad=2)
     ax.set_ylabel(label, fontsize=7)
-    return ax
 
 # %% ../nbs/07_where_it_looks.ipynb #a2700020
 PARTS = dict(
@@ -357,16 +306,13 @@ def without(
 
 def _encode_without(pipe, parts, prompts, frames, references=(), device=None):
     context, mask = pipe.encode_prompt(prompts, frames, references, device)
-    count = len(pipe.guidance.queries("ref" if len(references) else "image" if len(frames) == 1 else "video"))
-    number = torch.arange(context.shape[1], device=context.device) - (
-        mask.sum(1, keepdim=True) - count
-    )  # of the query; below 0 for features
-    if wrong := [part for part in parts if isinstance(part, int) and not 0 <= part < count]:
+    mode = "ref" if len(references) else "image" if len(frames) == 1 else "video"
+    count, queries = len(pipe.guidance.queries(mode)), [part for part in parts if isinstance(part, int)]
+    if wrong := [query for query in queries if not 0 <= query < count]:
         raise InputError(f"`parts` has to have numbers of queries from 0 to {count - 1} but has {wrong[0]}.")
-    gone = torch.isin(
-        number,
-        torch.tensor([part for part in parts if isinstance(part, int)], device=number.device, dtype=number.dtype),
-    )
+    # of the query; below 0 for features
+    number = torch.arange(context.shape[1], device=context.device) - (mask.sum(1, keepdim=True) - count)
+    gone = torch.isin(number, torch.tensor(queries, device=number.device, dtype=number.dtype))
     if "features" in parts:
         gone = gone | (number < 0)
     if "queries" in parts:

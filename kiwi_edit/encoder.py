@@ -24,8 +24,8 @@ from .latents import fire_hooks
 # %% auto #0
 __all__ = ['SYSTEM_PROMPT', 'REFERENCE_SUFFIX', 'QUERY_TOKEN', 'IMAGE_TOKEN', 'VIDEO_TOKEN', 'MODES', 'SPECIAL_TOKENS',
            'CHAT_TEMPLATE', 'make_tokenizer', 'sample_frames', 'video_sizes', 'resize_for_encoder', 'patchify_frames',
-           'KiwiProcessor', 'chat_text', 'mrope_positions', 'EncoderInputs', 'collate_inputs', 'check_prompt',
-           'prepare_sample', 'prepare_inputs', 'token_counts', 'vision_features', 'encode_hidden', 'encode_context']
+           'KiwiProcessor', 'chat_text', 'mrope_positions', 'EncoderInputs', 'collate_inputs', 'prepare_sample',
+           'prepare_inputs', 'vision_features', 'encode_hidden', 'encode_context']
 
 # %% ../nbs/04_encoder.ipynb #e04d1ef3
 SYSTEM_PROMPT = (
@@ -135,23 +135,11 @@ def patchify_frames(
 ) -> tuple[torch.Tensor, tuple[int, int, int]]:  # (t*gh*gw, 3*temporal*patch*patch) float, grid (t, gh, gw)
     "Frames cut into the rows that Qwen's vision tower reads; the patches of one merged token lie side by side."
     missing = -len(pixels) % temporal_patch_size
-    if missing:
-        pixels = torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)])
-    n, channels, height, width = pixels.shape
-    t, gh, gw = n // temporal_patch_size, height // patch_size, width // patch_size
-    rows = pixels.reshape(
-        t,
-        temporal_patch_size,
-        channels,
-        gh // merge_size,
-        merge_size,
-        patch_size,
-        gw // merge_size,
-        merge_size,
-        patch_size,
-    )
-    rows = rows.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * gh * gw, -1)
-    return rows, (t, gh, gw)
+    pixels = torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)])
+    t, gh, gw = len(pixels) // temporal_patch_size, pixels.shape[2] // patch_size, pixels.shape[3] // patch_size
+    tall, wide = (gh // merge_size, merge_size, patch_size), (gw // merge_size, merge_size, patch_size)
+    rows = pixels.reshape(t, temporal_patch_size, pixels.shape[1], *tall, *wide)
+    return rows.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * gh * gw, -1), (t, gh, gw)
 
 # %% ../nbs/04_encoder.ipynb #722b5797
 class KiwiProcessor(ProcessorMixin):
@@ -174,17 +162,15 @@ class KiwiProcessor(ProcessorMixin):
 
     def image_patches(self, image: PIL.Image.Image, min_pixels: int, max_pixels: int):
         "One image as patch rows (P, 1176) and its grid (1, gh, gw)."
-        out = self.image_processor(
-            image, size={"shortest_edge": min_pixels, "longest_edge": max_pixels}, return_tensors="pt"
-        )
+        size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+        out = self.image_processor(image, size=size, return_tensors="pt")
         return out["pixel_values"], tuple(out["image_grid_thw"][0].tolist())
 
     def video_patches(self, frames: np.ndarray, min_pixels: int, max_pixels: int | None):
         "A clip (T, H, W, 3) uint8 as patch rows (P, 1176) and its grid (t, gh, gw); at most 16 frames are looked at."
         p = self.image_processor
         pixels = resize_for_encoder(frames[sample_frames(len(frames))], max_pixels, min_pixels).float()
-        mean = torch.tensor(p.image_mean).view(1, 3, 1, 1) * (1 / p.rescale_factor)
-        std = torch.tensor(p.image_std).view(1, 3, 1, 1) * (1 / p.rescale_factor)
+        mean, std = (torch.tensor(x).view(1, 3, 1, 1) * (1 / p.rescale_factor) for x in (p.image_mean, p.image_std))
         return patchify_frames((pixels - mean) / std, p.patch_size, p.merge_size, p.temporal_patch_size)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs):
@@ -223,24 +209,20 @@ def mrope_positions(
     merge_size: int = 2,
     temporal_step: int = 2,  # positions between two temporal patches of a video
 ) -> torch.Tensor:  # (3, L) long: temporal, height, width
-    "Positions of Qwen2.5-VL: text counts on, a picture spans a box, and the text after it starts beyond its largest side."
-    length = len(is_vision)
+    "Positions of Qwen2.5-VL: text counts on, a picture spans a box, text after it starts beyond its largest side."
+    length, flags = len(is_vision), is_vision.tolist()
     positions, here, start = torch.zeros(3, length, dtype=torch.long), 0, 0
-    flags = is_vision.tolist()
     for t, gh, gw in grids:
         first = flags.index(True, here)
         positions[:, here:first] = torch.arange(start, start + first - here)
         start += first - here
-        h, w = gh // merge_size, gw // merge_size
-        box = torch.stack(
-            torch.meshgrid(torch.arange(t) * temporal_step, torch.arange(h), torch.arange(w), indexing="ij")
-        )
-        here = first + t * h * w
+        sides = (torch.arange(t) * temporal_step, torch.arange(gh // merge_size), torch.arange(gw // merge_size))
+        box = torch.stack(torch.meshgrid(*sides, indexing="ij")).flatten(1)
+        here = first + box.shape[1]
         if not all(flags[first:here]):
-            raise InputError(
-                f"`is_vision` has to mark {t * h * w} tokens from position {first} on for the grid {(t, gh, gw)}."
-            )
-        positions[:, first:here] = box.reshape(3, -1) + start
+            rule = f"`is_vision` has to mark {box.shape[1]} tokens from position {first} on"
+            raise InputError(f"{rule} for the grid {(t, gh, gw)}.")
+        positions[:, first:here] = box + start
         start += int(box.max()) + 1
     positions[:, here:] = torch.arange(start, start + length - here)
     return positions
@@ -255,9 +237,7 @@ class EncoderInputs:
     lengths: torch.Tensor  # (B,) long, tokens of each row
     modes: list[str]  # per row: "image", "video" or "ref"
     grids: list[list[tuple[int, int, int]]]  # per row: (t, gh, gw) of its pictures, in order
-    pixel_values: (
-        torch.Tensor | None
-    )  # (P, 1176) patch rows of all pictures, row after row; None where features are cached
+    pixel_values: torch.Tensor | None  # (P, 1176) patch rows of all pictures in order; None where features are cached
     token_ids: dict[str, int]  # ids of "query", "image", "video", "pad"
 
     def __len__(self):
@@ -266,40 +246,22 @@ class EncoderInputs:
     def __repr__(self):
         return f"EncoderInputs({', '.join(f'{m} of {n} tokens' for m, n in zip(self.modes, self.lengths.tolist()))})"
 
-    def _repr_markdown_(self) -> str:
-        rows = [
-            f"| {m} | {n} | {', '.join('x'.join(map(str, g)) for g in grids)} |"
-            for m, n, grids in zip(self.modes, self.lengths.tolist(), self.grids)
-        ]
-        return "| mode | tokens | pictures, in patches (time x height x width) |\n|---|---|---|\n" + "\n".join(rows)
-
     def __getitem__(self, i: int) -> EncoderInputs:
         "The i-th sample alone, without padding."
         if not -len(self) <= i < len(self):
             raise IndexError(i)
-        i, n = i % len(self), int(self.lengths[i])
-        sizes = [sum(math.prod(g) for g in row) for row in self.grids]
-        pixels = None if self.pixel_values is None else self.pixel_values[sum(sizes[:i]) : sum(sizes[: i + 1])]
-        return EncoderInputs(
-            self.input_ids[i : i + 1, :n],
-            self.position_ids[:, i : i + 1, :n],
-            self.lengths[i : i + 1],
-            [self.modes[i]],
-            [self.grids[i]],
-            pixels,
-            self.token_ids,
-        )
+        i = i % len(self)
+        row, n, pixels = slice(i, i + 1), int(self.lengths[i]), self.pixel_values
+        if pixels is not None:
+            pixels = pixels.split([sum(math.prod(g) for g in grids) for grids in self.grids])[i]
+        text = (self.input_ids[row, :n], self.position_ids[:, row, :n], self.lengths[row])
+        return EncoderInputs(*text, self.modes[row], self.grids[row], pixels, self.token_ids)
 
     def to(self, device: torch.device | str) -> EncoderInputs:
         "The same inputs on another device."
-        pixels = None if self.pixel_values is None else self.pixel_values.to(device)
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            position_ids=self.position_ids.to(device),
-            lengths=self.lengths.to(device),
-            pixel_values=pixels,
-        )
+        names = ("input_ids", "position_ids", "lengths", "pixel_values")
+        moved = {name: getattr(self, name).to(device) for name in names if getattr(self, name) is not None}
+        return replace(self, **moved)
 
     def without_pixels(self) -> EncoderInputs:
         "The same inputs to be used with cached vision features."
@@ -309,36 +271,22 @@ class EncoderInputs:
 def collate_inputs(
     inputs: list[EncoderInputs],  # of one or more samples each
 ) -> EncoderInputs:
-    "One right-padded batch out of several; the features that `vision_features` gave are joined with `+`, they are lists."
+    "One right-padded batch out of several; lists of features from `vision_features` are joined with `+`."
     if not inputs:
         raise InputError("`inputs` has to hold at least one sample but is empty.")
-    longest = max(x.input_ids.shape[1] for x in inputs)
     pad = inputs[0].token_ids["pad"]
-    ids = torch.cat([F.pad(x.input_ids, (0, longest - x.input_ids.shape[1]), value=pad) for x in inputs])
-    positions = torch.cat([F.pad(x.position_ids, (0, longest - x.position_ids.shape[2])) for x in inputs], dim=1)
-    pixels = None
-    if all(x.pixel_values is not None for x in inputs):
-        pixels = torch.cat([x.pixel_values for x in inputs])
+    longest = max(x.input_ids.shape[1] for x in inputs)
+    missing = [(0, longest - x.input_ids.shape[1]) for x in inputs]
+    with_pixels = all(x.pixel_values is not None for x in inputs)
     return EncoderInputs(
-        ids,
-        positions,
+        torch.cat([F.pad(x.input_ids, more, value=pad) for x, more in zip(inputs, missing)]),
+        torch.cat([F.pad(x.position_ids, more) for x, more in zip(inputs, missing)], dim=1),
         torch.cat([x.lengths for x in inputs]),
         sum((x.modes for x in inputs), []),
         sum((x.grids for x in inputs), []),
-        pixels,
+        torch.cat([x.pixel_values for x in inputs]) if with_pixels else None,
         inputs[0].token_ids,
     )
-
-# %% ../nbs/04_encoder.ipynb #31de9cfc
-def check_prompt(
-    prompt: str,  # the instruction of one edit
-):
-    "Raise if an instruction is no string or would be read as a placeholder."
-    if not isinstance(prompt, str):
-        raise InputTypeError(f"`prompt` has to be a string but is a {type(prompt).__name__}.")
-    found = [t for t in SPECIAL_TOKENS if t in prompt]
-    if found:
-        raise InputError(f"`prompt` has to be plain text but holds the special token {found[0]!r}.")
 
 # %% ../nbs/04_encoder.ipynb #2748cab7
 def prepare_sample(
@@ -349,32 +297,33 @@ def prepare_sample(
     references: list[PIL.Image.Image] = (),  # the encoder sees the first; all of them reach the denoiser as latents
 ) -> EncoderInputs:
     "Ids, positions and pixels of one edit."
-    check_prompt(prompt)
-    c, p = guidance_config, processor.image_processor
+    if not isinstance(prompt, str):
+        raise InputTypeError(f"`prompt` has to be a string but is a {type(prompt).__name__}.")
+    if found := [t for t in SPECIAL_TOKENS if t in prompt]:
+        raise InputError(f"`prompt` has to be plain text but holds the special token {found[0]!r}.")
+    c, p, tokenizer = guidance_config, processor.image_processor, processor.tokenizer
     source = np.asarray(source)
     if source.ndim != 4 or source.shape[-1] != 3 or source.dtype != np.uint8 or not len(source):
         raise InputError(f"`source` has to be (T, H, W, 3) uint8 with T >= 1 but is {source.shape} {source.dtype}.")
     mode = "ref" if len(references) else "image" if len(source) == 1 else "video"
-    pictures = []  # (patch rows, grid) in the order of the text
     if mode == "image":
-        pictures.append(processor.image_patches(PIL.Image.fromarray(source[0]), c.min_image_pixels, c.max_image_pixels))
+        image = PIL.Image.fromarray(source[0])
+        pictures = {IMAGE_TOKEN: processor.image_patches(image, c.min_image_pixels, c.max_image_pixels)}
     else:
-        pictures.append(processor.video_patches(source, c.min_pixels_per_frame, c.max_pixels_per_frame))
+        pictures = {VIDEO_TOKEN: processor.video_patches(source, c.min_pixels_per_frame, c.max_pixels_per_frame)}
     if mode == "ref":
-        pictures.append(
-            processor.image_patches(references[0].convert("RGB"), c.min_image_pixels, 28 * 28 * c.max_object_token)
-        )
-    text = chat_text(processor, mode, prompt, getattr(c, f"num_{mode}_queries"))
-    grids = [grid for _, grid in pictures]
-    for i, grid in enumerate(grids):  # one placeholder becomes as many as the picture has merged tokens
-        token = IMAGE_TOKEN if mode == "image" or i == 1 else VIDEO_TOKEN
-        text = text.replace(token, "\0" * (math.prod(grid) // p.merge_size**2), 1).replace("\0", token)
-    ids = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    names = {"query": QUERY_TOKEN, "image": IMAGE_TOKEN, "video": VIDEO_TOKEN, "pad": processor.tokenizer.pad_token}
-    token_ids = {k: processor.tokenizer.convert_tokens_to_ids(v) for k, v in names.items()}
+        image, limit = references[0].convert("RGB"), 28 * 28 * c.max_object_token
+        pictures[IMAGE_TOKEN] = processor.image_patches(image, c.min_image_pixels, limit)
+    text, grids = chat_text(processor, mode, prompt, getattr(c, f"num_{mode}_queries")), []
+    for token, (_, grid) in pictures.items():  # its placeholder becomes as many as the picture has merged tokens
+        text = text.replace(token, token * (math.prod(grid) // p.merge_size**2))
+        grids.append(grid)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    names = dict(query=QUERY_TOKEN, image=IMAGE_TOKEN, video=VIDEO_TOKEN, pad=tokenizer.pad_token)
+    token_ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
     is_vision = (ids[0] == token_ids["image"]) | (ids[0] == token_ids["video"])
     positions = mrope_positions(is_vision, grids, p.merge_size, c.temporal_step)
-    pixels = torch.cat([rows for rows, _ in pictures])
+    pixels = torch.cat([rows for rows, _ in pictures.values()])
     if c.round_pixels:
         pixels = pixels.bfloat16().float()
     return EncoderInputs(ids, positions[:, None], torch.tensor([ids.shape[1]]), [mode], [grids], pixels, token_ids)
@@ -390,22 +339,10 @@ def prepare_inputs(
     "Ids, positions and pixels of a batch of edits."
     references = references or [[] for _ in prompts]
     if not len(prompts) == len(sources) == len(references):
-        raise InputError(
-            f"`prompts`, `sources` and `references` have to be of one length but have {len(prompts)}, "
-            f"{len(sources)} and {len(references)} items."
-        )
-    return collate_inputs(
-        [prepare_sample(processor, guidance_config, *sample) for sample in zip(prompts, sources, references)]
-    )
-
-# %% ../nbs/04_encoder.ipynb #20w00001
-def token_counts(inputs: EncoderInputs) -> list[dict[str, int]]:  # for each row: "words", "image", "video", "query"
-    "What the rows are made of; `image` is a reference, or a source of one frame."
-    rows = []
-    for ids, length in zip(inputs.input_ids, inputs.lengths.tolist()):
-        found = {name: int((ids == inputs.token_ids[name]).sum()) for name in ("image", "video", "query")}
-        rows.append(dict(words=length - sum(found.values())) | found)
-    return rows
+        counts = f"{len(prompts)}, {len(sources)} and {len(references)} items"
+        raise InputError(f"`prompts`, `sources` and `references` have to be of one length but have {counts}.")
+    samples = zip(prompts, sources, references)
+    return collate_inputs([prepare_sample(processor, guidance_config, *sample) for sample in samples])
 
 # %% ../nbs/04_encoder.ipynb #5474d8e3
 def vision_features(
@@ -414,9 +351,8 @@ def vision_features(
 ) -> list[torch.Tensor]:  # per sample (tokens, hidden): its pictures in the order of the text
     "Merged features of all pictures of a batch, a list with one tensor for each sample, to be cached or passed on."
     if inputs.pixel_values is None:
-        raise InputError(
-            "`inputs.pixel_values` has to hold the pictures but is None; pass cached features as `vision`."
-        )
+        mend = "pass cached features as `vision`"
+        raise InputError(f"`inputs.pixel_values` has to hold the pictures but is None; {mend}.")
     fire_hooks(mllm)
     visual = mllm.model.visual
     grid = torch.tensor([g for row in inputs.grids for g in row], device=inputs.input_ids.device)
@@ -439,17 +375,14 @@ def encode_hidden(
     features = torch.cat([f.to(embeds.device, embeds.dtype) for f in features])
     queries = torch.cat([guidance.queries(mode).to(embeds.dtype) for mode in inputs.modes])
     is_vision = (ids == tokens["image"]) | (ids == tokens["video"])
-    is_query = ids == tokens["query"]
-    for name, mask, values in (("vision", is_vision, features), ("queries", is_query, queries)):
+    for name, mask, values in (("vision", is_vision, features), ("queries", ids == tokens["query"], queries)):
         if int(mask.sum()) != len(values):
-            raise InputError(
-                f"`{name}` has to hold one row for each placeholder, {int(mask.sum())}, but holds {len(values)}."
-            )
-    embeds = embeds.masked_scatter(is_vision[..., None], features).masked_scatter(is_query[..., None], queries)
+            rule = f"hold one row for each placeholder, {int(mask.sum())},"
+            raise InputError(f"`{name}` has to {rule} but holds {len(values)}.")
+        embeds = embeds.masked_scatter(mask[..., None], values)
     # Attention is causal and the padding is on the right: no real token sees it, so no mask is needed.
-    return mllm.model.language_model(
-        inputs_embeds=embeds, position_ids=inputs.position_ids, use_cache=False
-    ).last_hidden_state
+    reader = mllm.model.language_model
+    return reader(inputs_embeds=embeds, position_ids=inputs.position_ids, use_cache=False).last_hidden_state
 
 # %% ../nbs/04_encoder.ipynb #9a447143
 def encode_context(

@@ -5,6 +5,7 @@
 # %% ../nbs/05_guidance.ipynb #27ccecd3
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -15,18 +16,19 @@ import torch
 from diffusers import ConfigMixin, ModelMixin, WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import nn
 
 from .core import InputError, InputTypeError
 from .latents import ramp
 
 # %% auto #0
-__all__ = ['NAMES', 'connector', 'embedder', 'to_velocity', 'KiwiGuidance', 'Rope', 'EditCache', 'Context', 'rotate', 'halve',
-           'position_likeness', 'attend', 'KiwiAttnProcessor', 'find_wan', 'hooked', 'rounded_sigma', 'check_shapes',
-           'denoise', 'Window', 'latent_windows', 'denoise_windows', 'window_caches']
+__all__ = ['NAMES', 'to_velocity', 'KiwiGuidance', 'Rope', 'EditCache', 'Context', 'rotate', 'halve', 'attend',
+           'KiwiAttnProcessor', 'find_wan', 'hooked', 'rounded_sigma', 'denoise', 'Window', 'latent_windows',
+           'denoise_windows', 'window_caches']
 
 # %% ../nbs/05_guidance.ipynb #af144d2b
-def connector(hidden_size: int, dim: int, zero_init: bool) -> nn.Sequential:
+def _connector(hidden_size, dim, zero_init):
     "Linear, GELU, Linear from the encoder's width to the denoiser's; with `zero_init` it starts by saying nothing."
     layers = nn.Sequential(nn.Linear(hidden_size, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
     if zero_init:
@@ -35,7 +37,7 @@ def connector(hidden_size: int, dim: int, zero_init: bool) -> nn.Sequential:
     return layers
 
 # %% ../nbs/05_guidance.ipynb #67f88a7a
-def embedder(in_channels: int, dim: int, patch_size: tuple[int, int, int], zero_init: bool) -> nn.Conv3d:
+def _embedder(in_channels, dim, patch_size, zero_init):
     "A patch embedding for conditions; with `zero_init` it starts by adding nothing."
     conv = nn.Conv3d(in_channels, dim, kernel_size=tuple(patch_size), stride=tuple(patch_size))
     if zero_init:
@@ -98,10 +100,10 @@ class KiwiGuidance(ModelMixin, ConfigMixin):
         self.image_queries = nn.Parameter(torch.randn(num_image_queries, hidden_size) * 0.02)
         self.video_queries = nn.Parameter(torch.randn(num_video_queries, hidden_size) * 0.02)
         self.ref_queries = nn.Parameter(torch.randn(num_ref_queries, hidden_size) * 0.02)
-        self.connector = connector(hidden_size, dim, zero_init)
-        self.ref_connector = connector(hidden_size, dim, zero_init)
-        self.source_embedder = embedder(in_channels, dim, patch_size, zero_init)
-        self.ref_embedder = embedder(in_channels, dim, patch_size, zero_init)
+        self.connector = _connector(hidden_size, dim, zero_init)
+        self.ref_connector = _connector(hidden_size, dim, zero_init)
+        self.source_embedder = _embedder(in_channels, dim, patch_size, zero_init)
+        self.ref_embedder = _embedder(in_channels, dim, patch_size, zero_init)
 
     def queries(self, mode: str) -> torch.Tensor:  # (N, hidden_size)
         'The learnable queries of a mode: "image", "video" or "ref".'
@@ -140,31 +142,17 @@ class Context:
 # %% ../nbs/05_guidance.ipynb #639b76c1
 def rotate(
     x: torch.Tensor,  # (B, S, heads, head_dim)
-    cos: torch.Tensor,
-    sin: torch.Tensor,  # (1, S, 1, head_dim/2)
+    rope: Rope,
 ) -> torch.Tensor:
     "Rotary position embedding on neighbouring pairs."
     x1, x2 = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1).flatten(-2).type_as(x)
+    turned = [x1 * rope.cos - x2 * rope.sin, x1 * rope.sin + x2 * rope.cos]
+    return torch.stack(turned, dim=-1).flatten(-2).type_as(x)
 
 # %% ../nbs/05_guidance.ipynb #ea8c75db
 def halve(cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None = None) -> Rope:
     "Wan's tables hold each value twice, side by side; once is enough."
     return Rope(cos[..., 0::2].contiguous(), sin[..., 1::2].contiguous(), mask)
-
-# %% ../nbs/05_guidance.ipynb #21a0c001
-def position_likeness(
-    rope: nn.Module,  # of a Wan transformer
-    frames: int,  # latent frames of the clip
-    references: int = 1,
-    first: bool = False,  # references stand in front of the clip instead of behind it
-) -> torch.Tensor:  # (references, frames) in -1..1
-    "How near rotary positions put each reference to each frame: the mean cosine of the angles between tokens at the same place of the picture."
-    _, height, width = rope.patch_size
-    cos, sin = halve(*rope(torch.empty(1, 1, frames + references, height, width)))[:2]
-    likeness = torch.einsum("bqhd,bkhd->qk", cos, cos) + torch.einsum("bqhd,bkhd->qk", sin, sin)
-    likeness /= cos.shape[-1]
-    return likeness[:references, references:] if first else likeness[frames:, :frames]
 
 # %% ../nbs/05_guidance.ipynb #ed0c21bf
 def attend(
@@ -175,14 +163,11 @@ def attend(
     backend=None,  # of diffusers' attention dispatcher
     parallel=None,  # diffusers' `ParallelConfig` where tokens are shared out over devices
 ) -> torch.Tensor:  # (B, S, heads, head_dim)
-    "Attention by diffusers' dispatcher; short sequences in bfloat16 with gradients on a CPU are written out, three times as fast there."
-    written_out = (
-        parallel is None and query.device.type == "cpu" and query.dtype == torch.bfloat16 and torch.is_grad_enabled()
-    )
-    if not written_out or query.shape[1] * key.shape[1] > 2**20:
-        return dispatch_attention_fn(
-            query, key, value, attn_mask=mask, dropout_p=0.0, is_causal=False, backend=backend, parallel_config=parallel
-        )
+    "Attention by diffusers' dispatcher; short bfloat16 sequences with gradients on a CPU are written out, which is faster."
+    on_cpu = parallel is None and query.device.type == "cpu" and query.dtype == torch.bfloat16
+    if not on_cpu or not torch.is_grad_enabled() or query.shape[1] * key.shape[1] > 2**20:
+        options = dict(dropout_p=0.0, is_causal=False, backend=backend, parallel_config=parallel)
+        return dispatch_attention_fn(query, key, value, attn_mask=mask, **options)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
     if mask is not None:
@@ -191,7 +176,7 @@ def attend(
 
 # %% ../nbs/05_guidance.ipynb #018f3506
 class KiwiAttnProcessor:
-    "Wan attention with masks for what a batch lacks, and cross-attention keys and values computed once; stock inputs give stock results."
+    "Wan attention with masks for what a batch lacks, and keys and values of the context computed once; else as in diffusers."
 
     _attention_backend = None
     _parallel_config = None
@@ -199,43 +184,50 @@ class KiwiAttnProcessor:
     def __init__(self, layer: int):
         self.layer = layer
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
-        cache, parallel = (
-            None,
-            self._parallel_config if encoder_hidden_states is None else None,
-        )  # the context is whole on every device
-        if isinstance(encoder_hidden_states, Context):
-            attention_mask, cache = encoder_hidden_states.mask, encoder_hidden_states.key_values
-            encoder_hidden_states = encoder_hidden_states.hidden_states
+    def project(self, attn, hidden_states, context, mask, rotary_emb):
+        "Queries, keys and values of an attention, and the mask of its keys."
+        cache = None
+        if isinstance(context, Context):
+            context, mask, cache = context.hidden_states, context.mask, context.key_values
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
         if cache is not None and self.layer in cache:
             key, value = cache[self.layer]
         else:
-            memory = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+            memory = hidden_states if context is None else context
             key = attn.norm_k(attn.to_k(memory)).unflatten(2, (attn.heads, -1))
             value = attn.to_v(memory).unflatten(2, (attn.heads, -1))
             if cache is not None:
                 cache[self.layer] = (key, value)
         if rotary_emb is not None:
             rope = rotary_emb if isinstance(rotary_emb, Rope) else halve(*rotary_emb)
-            if rope.mask is not None:
-                attention_mask = rope.mask
-            query, key = rotate(query, rope.cos, rope.sin), rotate(key, rope.cos, rope.sin)
-        out = attend(query, key, value, attention_mask, self._attention_backend, parallel).flatten(2, 3).type_as(query)
+            query, key = rotate(query, rope), rotate(key, rope)
+            mask = mask if rope.mask is None else rope.mask
+        return query, key, value, mask
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        # the context is whole on every device
+        parallel = self._parallel_config if encoder_hidden_states is None else None
+        given = self.project(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        out = attend(*given, self._attention_backend, parallel).flatten(2, 3).type_as(given[0])
         return attn.to_out[1](attn.to_out[0](out))
 
 # %% ../nbs/05_guidance.ipynb #45641d1c
 def find_wan(transformer: nn.Module) -> WanTransformer3DModel:
-    "The Wan transformer itself, also inside DDP or PEFT wrappers; its attention processors are put in place."
+    "The Wan transformer itself, also inside DDP or PEFT wrappers. Its attention processors become the kit's."
     wan = next((m for m in transformer.modules() if isinstance(m, WanTransformer3DModel)), None)
     if wan is None:
-        raise InputTypeError(
-            f"`transformer` has to hold a WanTransformer3DModel but is a {type(transformer).__name__}."
-        )
+        found = type(transformer).__name__
+        raise InputTypeError(f"`transformer` has to hold a WanTransformer3DModel but is a {found}.")
     for i, block in enumerate(wan.blocks):
         for attn in (block.attn1, block.attn2):
-            if not isinstance(attn.processor, KiwiAttnProcessor):
-                attn.set_processor(KiwiAttnProcessor(i))
+            stock = attn.processor
+            if isinstance(stock, KiwiAttnProcessor):
+                continue
+            if type(stock) is not WanAttnProcessor:
+                rule = "`transformer` has to have diffusers' own attention processors, or ones made of `KiwiAttnProcessor`,"
+                raise InputTypeError(f"{rule} but block {i} has a {type(stock).__name__}.")
+            attn.set_processor(ours := KiwiAttnProcessor(i))
+            ours._attention_backend, ours._parallel_config = stock._attention_backend, stock._parallel_config
     return wan
 
 # %% ../nbs/05_guidance.ipynb #81647f3a
@@ -245,9 +237,8 @@ def hooked(
     before=(),  # (module, hook on what it is given)
 ):
     "Forward hooks for the length of one call."
-    handles = [module.register_forward_hook(hook) for module, hook in pairs] + [
-        module.register_forward_pre_hook(hook) for module, hook in before
-    ]
+    handles = [module.register_forward_hook(hook) for module, hook in pairs]
+    handles += [module.register_forward_pre_hook(hook) for module, hook in before]
     try:
         yield
     finally:
@@ -266,32 +257,36 @@ def rounded_sigma(
     return sigmas.to(rounded.device)[index]
 
 # %% ../nbs/05_guidance.ipynb #cef311d5
-def check_shapes(guidance, latents, context, context_mask, source_latents, reference_latents, reference_mask):
+def _check_shapes(guidance, latents, context, context_mask, source_latents, reference_latents, reference_mask):
     "Raise where the arguments of `denoise` do not fit each other."
-    c, (batch, channels, frames, height, width) = guidance.config, latents.shape
+    c, (batch, channels, _, height, width) = guidance.config, latents.shape
     _, ph, pw = c.patch_size
     if channels != c.in_channels or height % ph or width % pw:
-        raise InputError(
-            f"`latents` has to have {c.in_channels} channels and sides that are multiples of {(ph, pw)} but is {tuple(latents.shape)}."
-        )
-    if context.ndim != 3 or len(context) != batch or context.shape[2] != c.dim:
-        raise InputError(f"`context` has to be ({batch}, N, {c.dim}) but is {tuple(context.shape)}.")
-    if context_mask is not None and context_mask.shape != context.shape[:2]:
-        raise InputError(f"`context_mask` has to be {tuple(context.shape[:2])} but is {tuple(context_mask.shape)}.")
-    if source_latents is not None and source_latents.shape != latents.shape:
-        raise InputError(
-            f"`source_latents` has to be {tuple(latents.shape)} like `latents` but is {tuple(source_latents.shape)}."
-        )
-    if reference_latents is not None:
-        shape = reference_latents.shape
-        if len(shape) != 5 or shape[:2] != latents.shape[:2] or shape[3:] != latents.shape[3:]:
-            raise InputError(
-                f"`reference_latents` has to be ({batch}, {channels}, R, {height}, {width}) but is {tuple(shape)}."
-            )
-        if reference_mask is not None and reference_mask.shape != (batch, shape[2]):
-            raise InputError(f"`reference_mask` has to be {(batch, shape[2])} but is {tuple(reference_mask.shape)}.")
+        rule = f"`latents` has to have {c.in_channels} channels and sides that are multiples of {(ph, pw)}"
+        raise InputError(f"{rule} but is {tuple(latents.shape)}.")
+    references = 1 if reference_latents is None else reference_latents.shape[2]
+    wanted = dict(
+        context=(context, (batch, context.shape[1], c.dim)),
+        context_mask=(context_mask, context.shape[:2]),
+        source_latents=(source_latents, latents.shape),
+        reference_latents=(reference_latents, (batch, channels, references, height, width)),
+        reference_mask=(reference_mask, (batch, references)),
+    )
+    for name, (given, shape) in wanted.items():
+        if given is not None and given.shape != tuple(shape):
+            raise InputError(f"`{name}` has to be {tuple(shape)} but is {tuple(given.shape)}.")
 
 # %% ../nbs/05_guidance.ipynb #25cf95d1
+def _step_context(wan, cache, timestep, sigma):
+    "What a step cache of diffusers, which skips blocks, has to know of this call."
+    if cache is None or not wan.is_cache_enabled:
+        return nullcontext()
+    if not cache.steps and cache.name in ("edit", "window 0"):
+        wan._reset_stateful_cache()  # also of an edit that was cut off
+    now = dict(timestep=float(timestep[0]), sigma=float(sigma[0]))
+    return wan.cache_context(cache.name, step_index=cache.steps, num_inference_steps=cache.num_steps, **now)
+
+
 def denoise(
     transformer: nn.Module,  # WanTransformer3DModel, bare or wrapped
     guidance: KiwiGuidance,  # source and reference embedders
@@ -306,100 +301,67 @@ def denoise(
     cache: EditCache | None = None,  # of this edit, None in training
 ) -> torch.Tensor:  # (B, z, f, h, w) velocity, noise minus clean
     "One call of the denoiser under both kinds of guidance."
-    check_shapes(guidance, latents, context, context_mask, source_latents, reference_latents, reference_mask)
-    wan, first, noisy = find_wan(transformer), guidance.config.ref_pad_first, latents
-    batch, _, frames, height, width = latents.shape
+    _check_shapes(guidance, latents, context, context_mask, source_latents, reference_latents, reference_mask)
+    wan, first, kept = find_wan(transformer), guidance.config.ref_pad_first, cache or EditCache()
+    batch, channels, frames, height, width = latents.shape
     extra = 0 if reference_latents is None else reference_latents.shape[2]
-    if extra and reference_mask is not None:
-        if first:  # what is missing goes to the far end, so that a sample's own references are next to its video
-            order = reference_mask.int().argsort(dim=1, stable=True)
-            reference_mask = reference_mask.gather(1, order)
-            reference_latents = reference_latents.gather(2, order[:, None, :, None, None].expand_as(reference_latents))
-        if reference_mask.all():
-            reference_mask = None
-    if context_mask is not None and context_mask.all():
-        context_mask = None
-    if cache is not None and cache.source is not None:
-        source = cache.source
-    else:
-        source = None if source_latents is None else guidance.source_embedder(source_latents)
-    if cache is not None and cache.reference is not None:
-        reference = cache.reference
-    else:
-        reference = guidance.ref_embedder(reference_latents) if extra else None
-    if cache is not None:
-        cache.source, cache.reference = source, reference
+    if extra and reference_mask is not None and first:
+        # what is missing goes to the far end, so that a sample's own references are next to its video
+        order = reference_mask.int().argsort(dim=1, stable=True)
+        reference_mask = reference_mask.gather(1, order)
+        reference_latents = reference_latents.gather(2, order[:, None, :, None, None].expand_as(reference_latents))
+    if kept.source is None and source_latents is not None:
+        kept.source = guidance.source_embedder(source_latents)
+    if kept.reference is None and extra:
+        kept.reference = guidance.ref_embedder(reference_latents)
+
+    def beside(video, others, dim):
+        "A clip and what belongs to its references, in front of it or behind it."
+        return torch.cat([others, video] if first else [video, others], dim=dim)
+
+    def of_video(x, dim):
+        "The clip's part, in frames or in tokens."
+        unit = x.shape[dim] // (frames + extra)
+        return x.narrow(dim, extra * unit if first else 0, frames * unit)
 
     def conditions(module, args, embedded):
         "Add the source to the video's patches and put the references' patches beside them."
-        video = embedded[:, :, extra:] if first else embedded[:, :, : embedded.shape[2] - extra]
-        if source is not None:
-            video = video + source * sigma.to(source.dtype).view(-1, 1, 1, 1, 1)
-        if not extra:
-            return video
-        return torch.cat([reference, video] if first else [video, reference], dim=2)
+        video = of_video(embedded, 2)
+        if kept.source is not None:
+            video = video + kept.source * sigma.to(kept.source.dtype).view(-1, 1, 1, 1, 1)
+        return beside(video, kept.reference, 2) if extra else video
 
     def positions(module, args, tables):
         "Prepare the tables once, and add the mask of missing references."
-        if cache is not None and cache.rope is not None:
-            return cache.rope
-        mask = None
-        if extra and reference_mask is not None:
-            tokens = tables[0].shape[1] // (frames + extra)  # of one frame
-            video = reference_mask.new_ones(batch, frames)
-            mask = torch.cat([reference_mask, video] if first else [video, reference_mask], dim=1)
-            mask = mask.repeat_interleave(tokens, dim=1)[:, None, None]
-        rope = halve(*tables, mask)
-        if cache is not None:
-            cache.rope = rope
-        return rope
-
-    def of_video(module, args):
-        "The tokens of references have done their work: the head sees the video's alone."
-        tokens, kept = args[0], args[0].shape[1] // (frames + extra) * frames
-        return (tokens[:, -kept:] if first else tokens[:, :kept],)
+        if kept.rope is None:
+            mask = None
+            if extra and reference_mask is not None and not reference_mask.all():
+                mask = beside(reference_mask.new_ones(batch, frames), reference_mask, 1)
+                mask = mask.repeat_interleave(tables[0].shape[1] // (frames + extra), dim=1)[:, None, None]
+            kept.rope = halve(*tables, mask)
+        return kept.rope
 
     def of_all(module, args, velocity):
         "Zeros where references were, so that tokens can be put back into frames."
-        blank = velocity.new_zeros(batch, velocity.shape[1] // frames * extra, velocity.shape[2])
-        return torch.cat([blank, velocity] if first else [velocity, blank], dim=1)
+        tokens = velocity.shape[1] // frames * extra
+        return beside(velocity, velocity.new_zeros(batch, tokens, velocity.shape[2]), 1)
 
-    mask = None if context_mask is None else context_mask[:, None, None]
+    mask = None if context_mask is None or context_mask.all() else context_mask[:, None, None]
     blocks_see = Context(context, mask, None if cache is None else cache.key_values)
+    hooks, before, longer = [(wan.patch_embedding, conditions), (wan.rope, positions)], [], latents
+    hooks.append((wan.condition_embedder.text_embedder, lambda *_: blocks_see))
     if extra:
-        blank = latents.new_zeros(batch, latents.shape[1], extra, height, width)
-        latents = torch.cat([blank, latents] if first else [latents, blank], dim=2)
+        longer = beside(latents, latents.new_zeros(batch, channels, extra, height, width), 2)
+        hooks.append((wan.proj_out, of_all))
+        before.append((wan.norm_out, lambda module, args: (of_video(args[0], 1),)))  # the head sees the video alone
     text = latents.new_zeros(batch, 1, wan.config.text_dim)  # the stock text embedder runs on one blank token
     timestep = timestep.to(latents.device).expand(batch)
     if guidance.config.round_timestep:
         timestep = timestep.to(torch.bfloat16).float()
-    step_cache = nullcontext()
-    if cache is not None and wan.is_cache_enabled:  # one of diffusers', which skips blocks
-        if not cache.steps and cache.name in ("edit", "window 0"):
-            wan._reset_stateful_cache()  # also of an edit that was cut off
-        step_cache = wan.cache_context(
-            cache.name,
-            step_index=cache.steps,
-            num_inference_steps=cache.num_steps,
-            timestep=float(timestep[0]),
-            sigma=float(sigma[0]),
-        )
-    head = dict(before=[(wan.norm_out, of_video)]) if extra else {}
-    with (
-        step_cache,
-        hooked(
-            (wan.patch_embedding, conditions),
-            (wan.rope, positions),
-            (wan.condition_embedder.text_embedder, lambda *_: blocks_see),
-            *([(wan.proj_out, of_all)] if extra else []),
-            **head,
-        ),
-    ):
-        named = transformer(hidden_states=latents, timestep=timestep, encoder_hidden_states=text, return_dict=False)[0]
-    if cache is not None:
-        cache.steps += 1
-    named = named[:, :, extra:] if first else named[:, :, :frames]
-    return to_velocity(named, guidance.config.names, noisy, sigma, source_latents)
+    with _step_context(wan, cache, timestep, sigma), hooked(*hooks, before=before):
+        named = transformer(hidden_states=longer, timestep=timestep, encoder_hidden_states=text, return_dict=False)[0]
+    kept.steps += 1
+    return to_velocity(of_video(named, 2), guidance.config.names, latents, sigma, source_latents)
 
 # %% ../nbs/05_guidance.ipynb #02b10003
 class Window(NamedTuple):
@@ -422,25 +384,21 @@ def latent_windows(
     multiple: int = 1,  # windows begin at multiples of it, in rows and columns: the denoiser's patch
 ) -> list[Window]:  # all of one size
     "Evenly spread windows that cover a clip."
-    size = [min(side, length) for side, length in zip(size, shape)]
     spans = []
     for length, side, shared, unit in zip(shape, size, overlap, (1, multiple, multiple)):
+        side = min(side, length)
         if side < length and not 0 <= shared < side:
             raise InputError(f"`overlap` has to be from 0 to below the window's {side} but is {shared}.")
         count = 1 if side == length else math.ceil((length - shared) / (side - shared))
-        starts = [round(i * (length - side) / max(count - 1, 1) / unit) * unit for i in range(count)]
-        spans.append(
-            [
-                (slice(start, start + side), ramp(side, shared if count > 1 else 0, not i, i == count - 1))
-                for i, start in enumerate(starts)
-            ]
-        )
-    return [
-        Window(f, y, x, torch.minimum(torch.minimum(wf[:, None, None], wy[:, None]), wx))
-        for f, wf in spans[0]
-        for y, wy in spans[1]
-        for x, wx in spans[2]
-    ]
+        shared, span = shared if count > 1 else 0, []
+        for i in range(count):
+            start = round(i * (length - side) / max(count - 1, 1) / unit) * unit
+            span.append((slice(start, start + side), ramp(side, shared, i == 0, i == count - 1)))
+        spans.append(span)
+    windows = []
+    for (f, wf), (y, wy), (x, wx) in itertools.product(*spans):
+        windows.append(Window(f, y, x, torch.minimum(torch.minimum(wf[:, None, None], wy[:, None]), wx)))
+    return windows
 
 # %% ../nbs/05_guidance.ipynb #02b10006
 def denoise_windows(
@@ -454,9 +412,8 @@ def denoise_windows(
     velocity = total = None
     for window, cache in zip(windows, caches):
         weight = window.weight.to(latents.device)
-        part = call(
-            latents[window.place], None if source_latents is None else source_latents[window.place], cache
-        ).float()
+        source = None if source_latents is None else source_latents[window.place]
+        part = call(latents[window.place], source, cache).float()
         if velocity is None:
             velocity, total = part.new_zeros(len(part), *latents.shape[1:]), part.new_zeros(latents.shape[2:])
         velocity[window.place] += part * weight

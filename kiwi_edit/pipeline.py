@@ -5,46 +5,30 @@
 # %% ../nbs/06_pipeline.ipynb #b09791fa
 from __future__ import annotations
 
-import hashlib
-import inspect
 import io
 import json
 import logging
-import os
 import pkgutil
-import re
 import reprlib
 import shutil
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.loaders import WanLoraLoaderMixin
 from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from fastcore.basics import patch_to
-from huggingface_hub import HfApi, ModelCard, ModelCardData, constants, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils import httpx
-from safetensors import SafetensorError, safe_open
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from .core import PRESETS, InputError, InputTypeError, Preset, assets_dir, check_local, preset as get_preset
+from .core import InputError, InputTypeError, Preset, assets_dir, check_instruction, check_local
+from .core import preset as get_preset
 from kiwi_edit.encoder import (
     KiwiProcessor,
     collate_inputs,
@@ -53,45 +37,16 @@ from kiwi_edit.encoder import (
     sample_frames,
     vision_features,
 )
-from kiwi_edit.guidance import (
-    EditCache,
-    KiwiGuidance,
-    Window,
-    denoise,
-    denoise_windows,
-    latent_windows,
-    rounded_sigma,
-    window_caches,
-)
-from kiwi_edit.latents import (
-    decode_latents,
-    encode_frames,
-    in_tiles,
-    latent_statistics,
-    stream_frames,
-    stream_latents,
-    tile_starts,
-)
-from kiwi_edit.video import (
-    IMAGE_FORMATS,
-    VideoError,
-    as_frames,
-    check_frame_count,
-    fit_size,
-    nearest_frame_count,
-    read_image,
-    read_video,
-    resize_frames,
-    stream_video,
-    video_info,
-)
+from .guidance import EditCache, KiwiGuidance, Window, denoise, denoise_windows, latent_windows
+from .guidance import rounded_sigma, window_caches
+from .latents import decode_latents, encode_frames, stream_frames, stream_latents
+from .records import digest
+from .video import IMAGE_FORMATS, VideoError, as_frames, check_frame_count, fit_size, nearest_frame_count
+from .video import read_image, read_video, resize_frames, stream_video, video_info
 
 # %% auto #0
-__all__ = ['logger', 'SCHEDULES', 'VARIANTS', 'LAYOUTS', 'DIFFUSERS_OPTIONS', 'PARTS', 'fit_reference', 'flow_sigmas', 'noised',
-           'bundled_models', 'hub_reason', 'hub_errors', 'read_index', 'faults', 'check_folder', 'find_checkpoint',
-           'KiwiEditOutput', 'EditMemory', 'content_key', 'weights_key', 'KiwiEditPipeline', 'check_dtype', 'dtype_of',
-           'channels_last', 'picture_of', 'Footage', 'lora_names', 'check_lora', 'raw_lora', 'model_entries',
-           'put_in_place', 'put_back', 'model_card']
+__all__ = ['logger', 'SCHEDULES', 'fit_reference', 'flow_sigmas', 'bundled_models', 'find_checkpoint', 'KiwiEditOutput',
+           'EditMemory', 'KiwiEditPipeline', 'picture_of', 'Footage', 'walk']
 
 # %% ../nbs/06_pipeline.ipynb #cc5b9d34
 logger = logging.getLogger(__name__)
@@ -111,10 +66,8 @@ def fit_reference(
     return np.asarray(canvas)
 
 # %% ../nbs/06_pipeline.ipynb #17aa0176
-SCHEDULES = {
-    "native": 0.0,
-    "diffusers": 0.003 / 1.002,
-}  # where the even spacing ends: in the official trainer's inference, and in the pipeline of released repositories
+# where the even spacing ends: in the official trainer's inference, and in the pipeline of released repositories
+SCHEDULES = {"native": 0.0, "diffusers": 0.003 / 1.002}
 
 
 def flow_sigmas(
@@ -126,188 +79,26 @@ def flow_sigmas(
         raise InputError(f"`schedule` has to be one of {', '.join(SCHEDULES)} but is {schedule!r}.")
     return np.linspace(1, SCHEDULES[schedule], num_inference_steps + 1)[:-1].tolist()
 
-# %% ../nbs/06_pipeline.ipynb #22w00001
-@torch.no_grad()
-def noised(
-    frames: np.ndarray,  # (T, H, W, 3) uint8
-    vae: AutoencoderKLWan,
-    sigma: float,  # noise level, 0..1
-    seed: int = 0,
-) -> np.ndarray:  # (T, H, W, 3) uint8
-    "A clip under noise as the denoiser has it before it, decoded so that one can look."
-    latents = encode_frames(vae, frames)
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
-    return decode_latents(vae, torch.lerp(latents, noise, sigma))[0]
-
 # %% ../nbs/06_pipeline.ipynb #c23e31e4
-VARIANTS = [
-    "*diffusion_pytorch_model.*.safetensors",
-    "*/model.*.safetensors",
-]  # files of a model's other number formats, as the hub has them beside the plain ones
-# a folder whose model_index.json names this component is read by that function
-LAYOUTS = {
-    "mllm_encoder": "kiwi_edit.weights.checkpoints:load_official",
-    "guidance": "kiwi_edit.weights.checkpoints:load_kit",
-}
+def _library(name):
+    "A function of the library's folder `weights`. A lesson may not import it, so we look it up when it is called."
+    return pkgutil.resolve_name(f"kiwi_edit.weights.{name}")
 
 # %% ../nbs/06_pipeline.ipynb #f5dc0098
 def bundled_models() -> list[str]:
     "Names of the models that ship with the kit."
     return sorted(p.parent.name for p in assets_dir().glob("[!.]*/model_index.json"))
 
-# %% ../nbs/06_pipeline.ipynb #026cb571
-def hub_reason(
-    error: Exception,  # of the hub's client
-    name: str,  # hub id
-    revision: str | None = None,
-) -> str:
-    "Why the hub did not do what it was asked for, in a line."
-    cause = error.__cause__  # says more, but where the hub calls a request bad, which is a ValueError too
-    if isinstance(cause, HfHubHTTPError) and not isinstance(cause, ValueError):
-        error = cause
-    if isinstance(cause, httpx.TransportError) and not isinstance(error, LocalEntryNotFoundError):
-        error = cause
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, GatedRepoError):
-        return f"it is gated: accept its licence at {constants.ENDPOINT}/{name}, then log in with `hf auth login` or give `token`"
-    if isinstance(error, RepositoryNotFoundError):
-        return "the hub has no such repository, or it is private and wants the `token` of somebody who may read it"
-    if isinstance(error, RevisionNotFoundError):
-        return f"it has no `revision` {revision!r}"
-    if status == 401:
-        return "the hub does not know the `token`, or wants one; log in with `hf auth login`"
-    if status == 403:
-        return "the `token` gives no right to do this"
-    if status and status >= 500:
-        return f"the hub at {constants.ENDPOINT} fails with status {status}"
-    if isinstance(error, LocalEntryNotFoundError):
-        if error.__cause__ is None or constants.is_offline_mode():
-            return "it is not in the cache, or not all of it, and `local_files_only` or HF_HUB_OFFLINE keeps it from being fetched"
-        return f"it is not in the cache, or not all of it, and the hub at {constants.ENDPOINT} cannot be reached"
-    if isinstance(error, httpx.TransportError):
-        return f"the connection to the hub at {constants.ENDPOINT} fails ({type(error).__name__})"
-    return next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
-
-@contextmanager
-def hub_errors(
-    rule: str,  # the beginning of the message
-    name: str,  # hub id
-    revision: str | None = None,
-    kind: type[OSError] = OSError,
-) -> Iterator[None]:
-    "Turn whatever the hub's client raises into one error of one line."
-    try:
-        yield
-    except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
-        logger.debug("The hub's client failed.", exc_info=True)
-        raise kind(f"{rule}: {hub_reason(error, name, revision)}.") from None
-
-# %% ../nbs/06_pipeline.ipynb #41fc065f
-def read_index(
-    folder: Path,
-    name: str | Path,  # what was asked for
-) -> dict:  # component -> (library, class), and numbers
-    "The model_index.json of a folder, if it is one of this pipeline."
-    rule = "`name` has to be a model folder with a model_index.json but"
-    try:
-        index = dict(json.loads((folder / "model_index.json").read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{rule} {str(name)!r} holds none.") from None
-    except (TypeError, ValueError):
-        raise FileNotFoundError(f"{rule} that of {str(name)!r} is no json object; it may have been cut off.") from None
-    if not set(LAYOUTS) & set(index):
-        raise FileNotFoundError(
-            f"`name` has to be a Kiwi-Edit model but the model_index.json of {str(name)!r} is that of {index.get('_class_name')!r}."
-        )
-    return index
-
-
-def faults(
-    part: Path,  # folder of a component
-) -> Iterator[str]:
-    "What of a component is missing or damaged, as far as names, sizes and headers tell."
-    if not part.is_dir():
-        return (yield f"{part.name}/ is missing")
-    there, wanted = {path.name for path in part.glob("*.safetensors")}, set()
-    for shards in part.glob("*.safetensors.index.json"):
-        try:
-            wanted |= set(json.loads(shards.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, TypeError, KeyError, AttributeError):
-            yield f"{part.name}/{shards.name} is cut off or damaged"
-    for file in there:
-        if match := re.fullmatch(
-            r"(.+-)\d{5}(-of-(\d{5})\.safetensors)", file
-        ):  # tells of its siblings where there is no index
-            wanted |= {f"{match[1]}{n:05}{match[2]}" for n in range(1, int(match[3]) + 1)}
-        try:
-            with safe_open(part / file, framework="pt"):
-                pass  # compares the header with the size
-        except SafetensorError:
-            yield f"{part.name}/{file} is cut off or damaged"
-    yield from (f"{part.name}/{file} is missing" for file in wanted - there)
-
-
-def check_folder(
-    folder: Path,
-    name: str | Path,  # what was asked for
-) -> None:
-    "Raise where a folder holds no model of this pipeline, or not all of it."
-    index = read_index(folder, name)
-    wrong = [f"{path.relative_to(folder).as_posix()} is half of a download" for path in folder.rglob("*.incomplete")]
-    for part in (
-        folder / key for key, value in index.items() if isinstance(value, list) and value[0] and not key.startswith("_")
-    ):
-        wrong += faults(part)
-        if "guidance" in index and part.is_dir():  # the kit's layout; others may have a part without weights
-            if not list(part.glob("*.json")):
-                wrong.append(f"the config of {part.name}/ is missing")
-            if (part / "config.json").exists() and not list(part.glob("*.safetensors*")):
-                wrong.append(f"the weights of {part.name}/ are missing")
-    if wrong:
-        raise FileNotFoundError(
-            f"`name` has to be a whole model but of {str(name)!r} {min(wrong)}; fetch or save it again."
-        )
-
-# %% ../nbs/06_pipeline.ipynb #3384c955
 def find_checkpoint(
     name: str | Path,  # bundled name, local folder or hub id
     variant: str | None = None,  # of the weights, such as "fp16"; those of another are not downloaded
     **hub,  # arguments of `huggingface_hub.snapshot_download`
 ) -> Path:  # folder with a model_index.json
     "Where a model lies; one on the hub is downloaded, its weights and configs and none of its code."
-    if Path(name).is_dir():
-        check_folder(Path(name), name)
-        return Path(name)
-    if str(name) in bundled_models():
+    if str(name) in bundled_models() and not Path(name).is_dir():
         return assets_dir() / name
-    known = ", ".join(
-        dict.fromkeys([*bundled_models(), *(p.checkpoint for p in PRESETS.values() if "/" in p.checkpoint)])
-    )
-    if not isinstance(name, str) or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(
-            f"`name` has to be a model that ships with the kit, a folder or a hub id such as owner/model but is {str(name)!r}; known are: {known}."
-        )
-    asked = (
-        f"`name` has to be a model that can be fetched from the hub but {name!r} cannot",
-        name,
-        hub.get("revision"),
-        FileNotFoundError,
-    )
-    with hub_errors(*asked):
-        folder = Path(snapshot_download(name, allow_patterns=["model_index.json"], **hub))
-    read_index(folder, name)  # before gigabytes of something else are fetched
-    with hub_errors(*asked):
-        folder = Path(
-            snapshot_download(
-                name,
-                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"],
-                ignore_patterns=None if variant else VARIANTS,
-                **hub,
-            )
-        )
-    check_folder(folder, name)
-    return folder
+    return _library("hub:fetch")(name, variant, **hub)
 
 # %% ../nbs/06_pipeline.ipynb #aa4659df
 @dataclass
@@ -328,13 +119,17 @@ class EditMemory:
 
     def get(
         self,
-        key: tuple
-        | None,  # names content, module and settings; None is not remembered, nor is anything while gradients are recorded
+        module: torch.nn.Module,  # that makes the tensor: other weights, another tensor
+        about: tuple,  # digests of contents, and settings
         make: Callable,  # gives the tensor where nothing is remembered
     ) -> torch.Tensor:
-        "What belongs to a key."
-        if key is None or torch.is_grad_enabled():
+        "What a module makes of some content. Nothing is kept while gradients are recorded or the weights are elsewhere."
+        weights = list(module.parameters())
+        if torch.is_grad_enabled() or any(p.is_meta for p in weights):
             return make()
+        version = sum(0 if p.is_inference() else p._version for p in weights)
+        sample = torch.stack([p.detach().flatten()[0].float() for p in weights if p.numel()])
+        key = (id(module), str(weights[0].dtype), str(weights[0].device), version, digest(sample), *about)
         if key not in self.kept:
             self.kept[key] = make()
         self.kept.move_to_end(key)
@@ -346,27 +141,6 @@ class EditMemory:
     def clear(self):
         "Forget it all."
         self.kept.clear()
-
-
-def content_key(array) -> bytes:  # of an array or a tensor on the CPU
-    "A digest of what an array holds."
-    array = np.ascontiguousarray(array)
-    return hashlib.blake2b(array, digest_size=16, person=str(array.shape).encode()[:16]).digest()
-
-
-def weights_key(module: torch.nn.Module) -> tuple | None:
-    "Changes when the weights of a module do; None where they are not here to be looked at."
-    weights = list(module.parameters())
-    if any(p.is_meta for p in weights):
-        return None
-    sample = torch.stack([p.detach().flatten()[0].float() for p in weights if p.numel()]).cpu().numpy().tobytes()
-    return (
-        id(module),
-        str(weights[0].dtype),
-        str(weights[0].device),
-        sum(0 if p.is_inference() else p._version for p in weights),
-        sample,
-    )
 
 # %% ../nbs/06_pipeline.ipynb #14df2e28
 class KiwiEditPipeline(DiffusionPipeline, WanLoraLoaderMixin):
@@ -449,18 +223,13 @@ class KiwiEditPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         "A model of a preset's sizes with random weights, ready to be trained."
         preset = get_preset(preset)
         config = Qwen2_5_VLConfig(**preset.mllm)
-        for name, token in (
-            ("image_token_id", "<|image_pad|>"),
-            ("video_token_id", "<|video_pad|>"),
-            ("vision_start_token_id", "<|vision_start|>"),
-            ("vision_end_token_id", "<|vision_end|>"),
-        ):
-            setattr(config, name, tokenizer.convert_tokens_to_ids(token))
+        for token in ("image_pad", "video_pad", "vision_start", "vision_end"):
+            name = token.replace("pad", "token") + ("" if "pad" in token else "_token")
+            setattr(config, f"{name}_id", tokenizer.convert_tokens_to_ids(f"<|{token}|>"))
         text = config.text_config
         if len(tokenizer) > text.vocab_size:
-            raise InputError(
-                f"`tokenizer` has to have at most the {text.vocab_size} tokens of the preset but has {len(tokenizer)}."
-            )
+            size = f"the {text.vocab_size} tokens of the preset"
+            raise InputError(f"`tokenizer` has to have at most {size} but has {len(tokenizer)}.")
         text.bos_token_id = text.pad_token_id = tokenizer.pad_token_id
         text.eos_token_id = tokenizer.eos_token_id
         return cls(
@@ -480,96 +249,41 @@ class KiwiEditPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     def from_pretrained(
         cls,
         name: str | Path,  # bundled name, local folder or hub id, in the kit's layout or a released one
-        torch_dtype: torch.dtype
-        | str
-        | dict
-        | None = torch.float32,  # of the loaded weights: a type or its name, "auto" as they are on disk, or these by part and "default"
+        torch_dtype=torch.float32,  # of the loaded weights: a type or its name, "auto" as on disk, or a dict of these by part
         variant: str
-        | None = None,  # of the files, such as "fp16": where a part has it, it is read instead of the plain files
+        | None = None,  # of the files, such as "fp16": where a part has it, it is read instead of the plain ones
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         token: str | None = None,
         local_files_only: bool = False,
         force_download: bool = False,  # as in huggingface_hub
-        **kwargs,  # parts that are loaded already, and what the loader of the layout or diffusers' takes
+        **options,  # parts that are loaded already, and what the loader of the layout or diffusers' takes
     ) -> KiwiEditPipeline:
         "Load a model; no code that comes with it is run."
-        torch_dtype = kwargs.pop("dtype", torch_dtype)  # the newer name of the same argument
-        check_dtype(torch_dtype)
-        folder = find_checkpoint(
-            name,
-            variant,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-            force_download=force_download,
-        )
-        parts = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        loader = pkgutil.resolve_name(next(loader for part, loader in LAYOUTS.items() if part in parts))
-        known = {
-            *inspect.signature(loader).parameters,
-            *(inspect.signature(cls).parameters if "guidance" in parts else inspect.signature(KiwiGuidance).parameters),
-        }
-        known -= {"folder", "kwargs", "overrides"}
-        if unknown := sorted(kwargs.keys() - known - (DIFFUSERS_OPTIONS if "guidance" in parts else set())):
-            raise InputTypeError(
-                f"`{unknown[0]}` has to be left out: `from_pretrained` has no such argument for this model, but it is {reprlib.repr(kwargs[unknown[0]])}."
-            )
-        return loader(folder, torch_dtype=torch_dtype, **(kwargs | dict(variant=variant) if variant else kwargs))
+        hub = dict(revision=revision, cache_dir=cache_dir, token=token)
+        hub |= dict(local_files_only=local_files_only, force_download=force_download)
+        return _library("hub:load_model")(name, options.pop("dtype", torch_dtype), variant, hub, **options)
 
-# %% ../nbs/06_pipeline.ipynb #14df2e30
-DIFFUSERS_OPTIONS = {
-    "device_map",
-    "max_memory",
-    "low_cpu_mem_usage",
-    "use_safetensors",
-    "offload_folder",
-    "offload_state_dict",
-    "quantization_config",
-}  # of its loader
-PARTS = ("transformer", "vae", "mllm", "guidance")  # with weights
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict,  # file, folder, hub id, or a dict of tensors
+        adapter_name: str | None = None,
+        **kwargs,  # of diffusers' `load_lora_weights`: weight_name, subfolder, revision, token, ...
+    ) -> None:
+        "Put a LoRA beside the denoiser's weights; `fuse_lora`, `set_adapters`, `unload_lora_weights` are diffusers' own."
+        _library("hub:load_lora")(self, pretrained_model_name_or_path_or_dict, adapter_name, **kwargs)
 
-
-def check_dtype(
-    torch_dtype,  # see `KiwiEditPipeline.from_pretrained`
-) -> None:
-    "Raise unless this names number formats."
-    if isinstance(torch_dtype, dict):
-        if unknown := [part for part in torch_dtype if part not in (*PARTS, "default")]:
-            raise InputError(f"`torch_dtype` has to be of {', '.join(PARTS)} or default but names {unknown[0]!r}.")
-        for value in torch_dtype.values():
-            check_dtype(value)
-        return
-    if isinstance(torch_dtype, str) and torch_dtype != "auto":
-        torch_dtype = getattr(torch, torch_dtype.removeprefix("torch."), torch_dtype)
-    if torch_dtype not in (None, "auto", torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise InputError(
-            f'`torch_dtype` has to be float16, bfloat16, float32 or float64 of torch, its name, "auto" or a dict of these but is {torch_dtype!r}.'
-        )
-
-
-def dtype_of(
-    torch_dtype,  # see `KiwiEditPipeline.from_pretrained`
-    part: str,  # of `PARTS`
-    stored: torch.dtype = torch.float32,  # what "auto" is
-) -> torch.dtype:
-    "The number format of a part."
-    if isinstance(torch_dtype, dict):
-        torch_dtype = torch_dtype.get(part, torch_dtype.get("default"))
-    if torch_dtype == "auto":
-        return stored
-    return (
-        getattr(torch, torch_dtype.removeprefix("torch."))
-        if isinstance(torch_dtype, str)
-        else torch_dtype or torch.float32
-    )
+    def push_to_hub(
+        self,
+        repo_id: str,  # made where it is missing; without an owner it is yours
+        **options,  # commit_message, private, token, create_pr, max_shard_size, license: see `weights.hub.push`
+    ) -> str:  # address of the commit
+        "Upload the model and a card; of a card that is there only a named `license` changes."
+        return _library("hub:push")(self, repo_id, **options)
 
 # %% ../nbs/06_pipeline.ipynb #14df2e31
-def channels_last(
-    array,  # array or tensor, of one picture or a clip
-) -> np.ndarray:
-    "A picture or a clip with its channels at the end; a batch of one is taken out of it. Tensors may have them first, as is usual."
+def _channels_last(array):
+    "A picture or a clip with its channels at the end. Tensors may have them first, and a batch of one is taken out."
     if array.ndim == 5 and len(array) == 1:
         array = array[0]
     if not isinstance(array, torch.Tensor):
@@ -589,81 +303,55 @@ def picture_of(
     if isinstance(image, (bytes, bytearray)):
         image = io.BytesIO(image)
     if isinstance(image, (np.ndarray, torch.Tensor)):
-        image = channels_last(image)
-        if image.ndim == 4 and len(image) == 1:
-            image = image[0]
+        image = _channels_last(image)
+        image = image[0] if image.ndim == 4 and len(image) == 1 else image
+    kinds = (str, Path, PIL.Image.Image, np.ndarray)
+    if not hasattr(image, "read") and not isinstance(image, kinds) or isinstance(image, str) and not image:
+        kinds = "a path, bytes, a file, a picture of PIL, an array or a tensor"
+        raise InputTypeError(f"`{name}` has to be an image: {kinds}, but is {reprlib.repr(image)}.")
     try:
-        if hasattr(image, "read"):
-            return read_image(PIL.Image.open(image, formats=IMAGE_FORMATS))
-        if isinstance(image, (PIL.Image.Image, np.ndarray)) or isinstance(image, (str, Path)) and Path(image) != Path():
-            return read_image(image)
-    except VideoError as error:
-        raise VideoError(str(error).replace("`path`", f"`{name}`").replace("`frames`", f"`{name}`")) from error
-    except FileNotFoundError as error:
-        raise FileNotFoundError(str(error).replace("`path`", f"`{name}`")) from error
+        return read_image(PIL.Image.open(image, formats=IMAGE_FORMATS) if hasattr(image, "read") else image)
     except (MemoryError, PermissionError):
         raise
+    except (VideoError, FileNotFoundError) as error:
+        raise type(error)(str(error).replace("`path`", f"`{name}`").replace("`frames`", f"`{name}`")) from error
     except Exception as error:  # decoders of images raise what they like
         raise VideoError(
             f"`{name}` has to be an image ({', '.join(IMAGE_FORMATS)}) but is none that can be read: {type(error).__name__}."
         ) from error
-    raise InputTypeError(
-        f"`{name}` has to be an image: a path, bytes, a file, a picture of PIL, an array or a tensor, but is {reprlib.repr(image)}."
-    )
 
 # %% ../nbs/06_pipeline.ipynb #50157f31
-@patch_to(KiwiEditPipeline)
-def check_inputs(
-    self,
-    prompt,
-    negative_prompt,
-    height,
-    width,
-    num_frames,
-    num_inference_steps,
-    sigmas,
-    guidance_scale,
-    strength,
-    generator,
-    output_type,
-    callback_on_step_end_tensor_inputs,
-):
-    "Raise before anything is computed where an argument cannot be right."
-    for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-        if not isinstance(text, str):
-            raise InputTypeError(f"`{name}` has to be a string but is a {type(text).__name__}.")
-    if not prompt.strip():
-        raise InputError(f"`prompt` has to say what to edit but is {prompt!r}.")
-    for name, side in (("height", height), ("width", width)):
-        if side is not None and (side < 1 or side % self.size_multiple):
-            raise InputError(f"`{name}` has to be a multiple of {self.size_multiple} but is {side}.")
-    if (height is None) != (width is None):
-        raise InputError(f"`height` and `width` have to be given together but are {height} and {width}.")
+def _check(holds, name, rule, value, kind=InputError):
+    if not holds:
+        raise kind(f"`{name}` has to {rule} but is {reprlib.repr(value)}.")
+
+
+def _check_call(pipe, prompt, negative_prompt, height, width, num_frames, steps, sigmas, guidance_scale, strength,
+                generator, output_type, tensors, window_overlap, video):  # fmt: skip
+    "Raise before anything is computed where an argument of an edit cannot be right."
+    check_instruction(prompt, "prompt")
+    _check(isinstance(negative_prompt, str), "negative_prompt", "be a string", negative_prompt, InputTypeError)
+    for name, side in dict(height=height, width=width).items():
+        fits = side is None or side > 0 and side % pipe.size_multiple == 0
+        _check(fits, name, f"be a multiple of {pipe.size_multiple}", side)
+    _check((height is None) == (width is None), "height", "be given together with `width`, or neither", height)
     if num_frames is not None:
         check_frame_count(num_frames)
-    if num_inference_steps < 1:
-        raise InputError(f"`num_inference_steps` has to be at least 1 but is {num_inference_steps}.")
-    if sigmas is not None and (not len(sigmas) or min(sigmas) <= 0 or max(sigmas) > 1):
-        raise InputError(f"`sigmas` has to hold noise levels above 0 and up to 1 but is {sigmas}.")
-    if guidance_scale < 1:
-        raise InputError(f"`guidance_scale` has to be at least 1, which is off, but is {guidance_scale}.")
-    if not 0 < strength <= 1:
-        raise InputError(f"`strength` has to lie above 0 and up to 1 but is {strength}.")
-    if not all(
-        isinstance(one, torch.Generator)
-        for one in (generator if isinstance(generator, list) and len(generator) == 1 else [generator])
-        if one is not None
-    ):
-        raise InputTypeError(
-            f"`generator` has to be a torch.Generator but is {reprlib.repr(generator)}; a seed makes one: torch.Generator().manual_seed(seed)."
-        )
-    if output_type not in ("pil", "np", "pt", "latent", "stream"):
-        raise InputError(f'`output_type` has to be "pil", "np", "pt", "latent" or "stream" but is {output_type!r}.')
-    unknown = [k for k in callback_on_step_end_tensor_inputs if k not in self._callback_tensor_inputs]
-    if unknown:
-        raise InputError(
-            f"`callback_on_step_end_tensor_inputs` has to be of {self._callback_tensor_inputs} but holds {unknown}."
-        )
+    _check(steps >= 1, "num_inference_steps", "be at least 1", steps)
+    levels = sigmas is None or len(sigmas) and min(sigmas) > 0 and max(sigmas) <= 1
+    _check(levels, "sigmas", "hold noise levels above 0 and up to 1", sigmas)
+    _check(guidance_scale >= 1, "guidance_scale", "be at least 1, which is off,", guidance_scale)
+    _check(0 < strength <= 1, "strength", "lie above 0 and up to 1", strength)
+    one = generator[0] if isinstance(generator, list) and len(generator) == 1 else generator
+    rule = "be a torch.Generator, such as torch.Generator().manual_seed(seed),"
+    _check(one is None or isinstance(one, torch.Generator), "generator", rule, generator, InputTypeError)
+    forms = ("pil", "np", "pt", "latent", "stream")
+    _check(output_type in forms, "output_type", f"be one of {', '.join(forms)}", output_type)
+    known = set(tensors) <= set(pipe._callback_tensor_inputs)
+    rule = f"be of {', '.join(pipe._callback_tensor_inputs)}"
+    _check(known, "callback_on_step_end_tensor_inputs", rule, tensors)
+    _check(0 <= window_overlap < 1, "window_overlap", "be from 0 to below 1", window_overlap)
+    _check(video is not None, "video", "be a clip or an image", video)
 
 # %% ../nbs/06_pipeline.ipynb #f7c65a03
 @dataclass
@@ -681,28 +369,22 @@ class Footage:
         "What the encoder reads."
         if self.frames is not None:
             return self.frames
-        return read_video(
-            self.path, indices=sample_frames(self.count), size=(self.width, self.height), mode=self.mode
-        ).frames
+        size = (self.width, self.height)
+        return read_video(self.path, indices=sample_frames(self.count), size=size, mode=self.mode).frames
 
     def chunks(self) -> Iterator[np.ndarray]:  # (n, height, width, 3) uint8
         "All frames, in pieces."
         if self.frames is not None:
-            yield self.frames
-        else:
-            yield from map(
-                as_frames, stream_video(self.path, self.count, size=(self.width, self.height), mode=self.mode)
-            )
+            return iter([self.frames])
+        return map(as_frames, stream_video(self.path, self.count, size=(self.width, self.height), mode=self.mode))
 
     @property
-    def key(self) -> tuple:
+    def key(self) -> str:
         "Another one for other content."
-        if self.frames is not None:
-            return content_key(self.frames), self.frames.shape
-        stat = Path(self.path).stat()
-        return str(self.path), stat.st_mtime_ns, stat.st_size, self.count, self.width, self.height, self.mode
+        content = Path(self.path) if self.frames is None else self.frames
+        return digest(content, self.count, self.width, self.height, self.mode)
 
-
+# %% ../nbs/06_pipeline.ipynb #06a1b2c1
 @patch_to(KiwiEditPipeline)
 def prepare_video(
     self,
@@ -719,35 +401,51 @@ def prepare_video(
         with tempfile.TemporaryDirectory() as folder:
             (file := Path(folder) / "video").write_bytes(video)
             return self.prepare_video(file, height, width, num_frames)
-    if isinstance(video, (list, tuple)):
-        video = [frame if isinstance(frame, np.ndarray) else np.asarray(picture_of(frame, "video")) for frame in video]
-    if isinstance(video, (np.ndarray, torch.Tensor)):
-        video = channels_last(video)
-    if isinstance(video, (str, Path)):
+    in_file = isinstance(video, (str, Path))
+    if in_file:
         info = video_info(video)
         source_width, source_height, there = info.width, info.height, info.frames
     else:
-        frames = as_frames(video)
+        if isinstance(video, (list, tuple)):
+            video = [f if isinstance(f, np.ndarray) else np.asarray(picture_of(f, "video")) for f in video]
+        frames = as_frames(_channels_last(video) if isinstance(video, (np.ndarray, torch.Tensor)) else video)
         there, source_height, source_width = frames.shape[:3]
     if height is None:
         width, height = fit_size(source_width, source_height, self.config.max_pixels, self.size_multiple)
     count = nearest_frame_count(min(there, num_frames or self.config.max_frames))
-    if isinstance(video, (str, Path)):
+    if in_file:
         frames = read_video(video, num_frames=count, size=(width, height), mode="inference").frames
         frames = frames[: nearest_frame_count(len(frames))]  # a damaged file holds fewer than it says
     else:
         frames = resize_frames(frames[:count], width, height, mode="inference")
     if len(frames) < there or (source_width, source_height) != (width, height):
-        logger.info(
-            "Editing frames 1 to %d of %d at %dx%d; the source is %dx%d.",
-            len(frames),
-            there,
-            width,
-            height,
-            source_width,
-            source_height,
-        )
+        edited, source = f"frames 1 to {len(frames)} of {there} at {width}x{height}", f"{source_width}x{source_height}"
+        logger.info("Editing %s; the source is %s.", edited, source)
     return frames
+
+# %% ../nbs/06_pipeline.ipynb #06a1b2c5
+@patch_to(KiwiEditPipeline)
+def check_references(self, reference) -> list[PIL.Image.Image]:
+    "References of an edit, read; none where the model was trained without."
+    if reference is None:
+        return []
+    images = reference if isinstance(reference, (list, tuple)) else [reference]
+    if images and not self.guidance.config.takes_reference:
+        rule = "`reference` has to be None for this model, which was trained on instructions alone,"
+        raise InputError(f"{rule} but has {len(images)} image{'s' * (len(images) > 1)}.")
+    return [picture_of(image) for image in images]
+
+
+@patch_to(KiwiEditPipeline)
+def check_footage(self, video, height, width, num_frames) -> Footage:
+    "The source of an edit as it will be edited."
+    if not isinstance(video, Footage):
+        frames = self.prepare_video(video, height, width, num_frames)
+        return Footage(len(frames), frames.shape[2], frames.shape[1], frames)
+    own = dict(height=video.height, width=video.width, num_frames=video.count)
+    for name, value in dict(height=height, width=width, num_frames=num_frames).items():
+        _check(value in (None, own[name]), name, f"be None or the footage's {own[name]}", value)
+    return video
 
 # %% ../nbs/06_pipeline.ipynb #1712f583
 @patch_to(KiwiEditPipeline)
@@ -759,28 +457,25 @@ def encode_prompt(
     device: torch.device | None = None,  # None asks the pipeline, which looks through all of its modules
 ) -> tuple[torch.Tensor, torch.Tensor]:  # context (B, N, dim), mask (B, N)
     "Contexts of several instructions about one clip; the pictures are looked at once, and remembered."
-    config, n, device = self.guidance.config, len(prompts), device or self._execution_device
-    inputs = [prepare_inputs(self.processor, config, [prompt], [frames], [references]) for prompt in prompts]
-    mark, features, rows = weights_key(self.mllm.model.visual), [], inputs[0].pixel_values
+    device = device or self._execution_device
+    inputs = [prepare_inputs(self.processor, self.guidance.config, [p], [frames], [references]) for p in prompts]
+    features, rows = [], inputs[0].pixel_values
     for grid in inputs[0].grids[0]:
         size = grid[0] * grid[1] * grid[2]
         one, rows = replace(inputs[0], grids=[[grid]], pixel_values=rows[:size]), rows[size:]
-        key = mark and ("vision", mark, content_key(one.pixel_values.numpy()), grid)
-        features.append(self.memory.get(key, lambda: vision_features(self.mllm, one.to(device))[0]).to(device))
-    return encode_context(self.mllm, self.guidance, collate_inputs(inputs).to(device), [torch.cat(features)] * n)
+        look = lambda: vision_features(self.mllm, one.to(device))[0]
+        features.append(self.memory.get(self.mllm.model.visual, (digest(one.pixel_values), grid), look).to(device))
+    vision = [torch.cat(features)] * len(prompts)
+    return encode_context(self.mllm, self.guidance, collate_inputs(inputs).to(device), vision)
 
 # %% ../nbs/06_pipeline.ipynb #f6e58b7d
-def _encoder_key(pipe, kind, content):  # of latents that the autoencoder makes as it is set now
-    mark, vae = weights_key(pipe.vae), pipe.vae
-    settings = (
-        vae.use_slicing,
-        vae.use_tiling,
-        vae.tile_sample_min_height,
-        vae.tile_sample_min_width,
-        vae.tile_sample_stride_height,
-        vae.tile_sample_stride_width,
-    )
-    return mark and (kind, mark, settings, content)
+def _latents_of(pipe, content, make, device):
+    "Latents of some content, which the autoencoder makes as it is set now, or has made before."
+    vae = pipe.vae
+    tile = (vae.tile_sample_min_height, vae.tile_sample_min_width)
+    stride = (vae.tile_sample_stride_height, vae.tile_sample_stride_width)
+    about = (vae.use_slicing, vae.use_tiling, tile, stride, content)
+    return pipe.memory.get(vae, about, make).to(device)  # they may have been made elsewhere
 
 
 @patch_to(KiwiEditPipeline)
@@ -788,16 +483,14 @@ def encode_source(
     self, footage: Footage, device: torch.device | None = None
 ) -> torch.Tensor:  # (1, z, f, h, w) float32
     "Latents of the source; what is longer than the model takes flows through in pieces."
-    place = device or self._execution_device
+    device = device or self._execution_device
 
     def make():
         if footage.count <= self.config.max_frames and footage.frames is not None:
-            return encode_frames(self.vae, footage.frames, place)
-        return torch.cat(list(stream_latents(self.vae, footage.chunks(), place, drop_rest=True)), dim=2)
+            return encode_frames(self.vae, footage.frames, device)
+        return torch.cat(list(stream_latents(self.vae, footage.chunks(), device, drop_rest=True)), dim=2)
 
-    return self.memory.get(_encoder_key(self, "source", footage.key), make).to(
-        place
-    )  # they may have been made elsewhere
+    return _latents_of(self, footage.key, make, device)
 
 
 @patch_to(KiwiEditPipeline)
@@ -811,16 +504,12 @@ def encode_references(
     "Latents of all references, one latent frame each."
     if not references:
         return None
-    padded, place = (
-        np.stack([fit_reference(image, width, height)[None] for image in references]),
-        device or self._execution_device,
-    )
-    return self.memory.get(
-        _encoder_key(self, "references", content_key(padded)),
-        lambda: encode_frames(self.vae, padded, place).transpose(0, 2),
-    ).to(place)
+    device = device or self._execution_device
+    padded = np.stack([fit_reference(image, width, height)[None] for image in references])
+    make = lambda: encode_frames(self.vae, padded, device).transpose(0, 2)
+    return _latents_of(self, "references " + digest(padded), make, device)
 
-
+# %% ../nbs/06_pipeline.ipynb #06a1b2c2
 @patch_to(KiwiEditPipeline)
 def windows(
     self,
@@ -830,40 +519,110 @@ def windows(
     window_overlap: float = 0.25,  # the least share of a window that its neighbour has too
 ) -> list[Window] | None:  # None: one window is enough
     "The windows in which a clip is denoised that is longer or larger than the model takes."
-    vae, patch = self.vae.config, self.transformer.config.patch_size[-1]
-    window_width, window_height = fit_size(width, height, self.config.max_pixels, self.size_multiple)
-    if frames <= self.config.max_frames and (window_width, window_height) == (width, height):
+    vae = self.vae.config
+    inner_width, inner_height = fit_size(width, height, self.config.max_pixels, self.size_multiple)
+    if frames <= self.config.max_frames and (inner_width, inner_height) == (width, height):
         return None
-    to_latents = lambda t, h, w: (
-        (t - 1) // vae.scale_factor_temporal + 1,
-        h // vae.scale_factor_spatial,
-        w // vae.scale_factor_spatial,
-    )
-    shape, size = (
-        to_latents(frames, height, width),
-        to_latents(min(frames, self.window_frames), window_height, window_width),
-    )
+
+    def in_latents(frames, height, width):
+        spatial = vae.scale_factor_spatial
+        return (frames - 1) // vae.scale_factor_temporal + 1, height // spatial, width // spatial
+
+    shape = in_latents(frames, height, width)
+    size = in_latents(min(frames, self.window_frames), inner_height, inner_width)
     overlap = [
         0 if side == length else min(side - 1, max(1, round(side * window_overlap)))
         for side, length in zip(size, shape)
     ]
-    windows = latent_windows(shape, size, overlap, patch)
+    windows = latent_windows(shape, size, overlap, self.transformer.config.patch_size[-1])
     return windows if len(windows) > 1 else None
 
 # %% ../nbs/06_pipeline.ipynb #f730182f
 @patch_to(KiwiEditPipeline)
 def prepare_latents(self, source_latents, sigma, strength, generator, latents):
     "Noise, or with a `strength` below 1 the source under as much noise as the first step expects."
+    shape, device = source_latents.shape, source_latents.device
     if latents is None:
-        latents = randn_tensor(
-            source_latents.shape, generator=generator, device=source_latents.device, dtype=torch.float32
-        )
-    if latents.shape != source_latents.shape:
-        raise InputError(
-            f"`latents` has to be {tuple(source_latents.shape)} for this clip but is {tuple(latents.shape)}."
-        )
-    latents = latents.to(source_latents.device, torch.float32)
+        latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+    if latents.shape != shape:
+        raise InputError(f"`latents` has to be {tuple(shape)} for this clip but is {tuple(latents.shape)}.")
+    latents = latents.to(device, torch.float32)
     return latents if strength == 1 else sigma * latents + (1 - sigma) * source_latents
+
+# %% ../nbs/06_pipeline.ipynb #06a1b2c4
+@patch_to(KiwiEditPipeline)
+def decode(
+    self,
+    latents: torch.Tensor,  # (1, z, f, h, w)
+    output_type: str,  # as in a call
+    in_pieces: bool = False,  # memory does not grow with the clip
+):
+    "Latents in the form that a call asks for."
+    if output_type == "latent":
+        return latents
+    if output_type == "stream":
+        return [stream_frames(self.vae, latents)]
+    if in_pieces:
+        frames = np.concatenate(list(stream_frames(self.vae, latents)))[None]
+    else:
+        frames = decode_latents(self.vae, latents)
+    if output_type == "np":
+        return frames.astype(np.float32) / 255
+    if output_type == "pt":
+        return torch.from_numpy(frames).permute(0, 1, 4, 2, 3).float() / 255
+    return [[PIL.Image.fromarray(frame) for frame in clip] for clip in frames]
+
+# %% ../nbs/06_pipeline.ipynb #06a1b2c3
+def walk(
+    pipe: KiwiEditPipeline,
+    scheduler: FlowMatchEulerDiscreteScheduler,  # its timesteps set
+    latents: torch.Tensor,  # (B, z, f, h, w) float32, noise
+    context: torch.Tensor,  # (B, N, dim); (2, N, dim) with a negative prompt in front
+    context_mask: torch.Tensor | None,  # (B, N) bool
+    source_latents: torch.Tensor,  # (B, z, f, h, w)
+    reference_latents: torch.Tensor | None = None,  # (B, z, R, h, w)
+    reference_mask: torch.Tensor | None = None,  # (B, R) bool, False where a sample has fewer references
+    windows: list[Window] | None = None,  # of one clip that is longer or larger than the model takes
+    each: Callable | None = None,  # called as (step, timestep, latents, context), gives the last two as they go on
+) -> torch.Tensor:  # (B, z, f, h, w) latents of the edited clips
+    "From noise to clips: one call of the denoiser after the other, and Euler's step after each."
+    dtype, begin, seen = pipe.transformer.dtype, scheduler.begin_index or 0, None
+    levels, timesteps = scheduler.sigmas.to(latents.device), scheduler.timesteps
+
+    def call(latents, source, cache):
+        step, text = (t.expand(len(context)), sigma.expand(len(context))), context.to(dtype)
+        given = (latents, *step, text, context_mask, source, reference, reference_mask)
+        return denoise(pipe.transformer, pipe.guidance, *given, cache=cache)
+
+    for i, t in enumerate(timesteps[begin:]):
+        if len(context) > len(latents) and not pipe.do_classifier_free_guidance:  # a callback has turned it off
+            context, context_mask = context[-1:], context_mask[-1:]
+        if seen is None or seen.data_ptr() != context.data_ptr() or len(seen) != len(context):
+            seen, left = context, len(timesteps) - begin - i
+            cache = EditCache(num_steps=left) if windows is None else window_caches(windows, left)
+            source, reference = (_as_many(x, seen, dtype) for x in (source_latents, reference_latents))
+        sigma = levels[begin + i]
+        if pipe.guidance.config.round_timestep:
+            sigma = rounded_sigma(t[None], timesteps, levels)
+        noisy = _as_many(latents, context, dtype)
+        if windows is None:
+            velocity = call(noisy, source, cache).float()
+        else:
+            velocity = denoise_windows(windows, call, noisy, source, cache).float()
+        if len(velocity) > len(latents):
+            without, velocity = velocity.chunk(2)
+            velocity = without + pipe.guidance_scale * (velocity - without)
+        latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
+        if each is not None:
+            latents, context = each(i, t, latents, context)
+            context_mask = context_mask[-len(context) :]
+            if pipe.interrupt:
+                break
+    return latents
+
+
+def _as_many(x, context, dtype):
+    return None if x is None else x.to(dtype).expand(len(context), -1, -1, -1, -1)
 
 # %% ../nbs/06_pipeline.ipynb #f16a78c2
 @patch_to(KiwiEditPipeline)
@@ -871,13 +630,12 @@ def prepare_latents(self, source_latents, sigma, strength, generator, latents):
 def __call__(
     self,
     prompt: str,  # what to edit, in words
-    video=None,  # path, bytes or file object of a video, `Clip`, `Footage`, (T, H, W, 3) array, (T, 3, H, W) tensor, or list of images; one frame is image editing
+    video=None,  # a video as path, bytes or file object, `Clip`, `Footage`, array (T, H, W, 3), tensor (T, 3, H, W), or images; one is image editing
     reference=None,  # image as path, bytes, file object, PIL image, array or tensor, or a list of these
     height: int | None = None,
     width: int | None = None,  # of the edit in pixels; None keeps the source's where it fits
-    num_frames: int
-    | None = None,  # 4k+1, at most as many as there are; None stops at the model's number, more are denoised in windows
-    window_overlap: float = 0.25,  # of the windows in which a clip is denoised that is longer or larger than the model takes: the least share in common
+    num_frames: int | None = None,  # 4k+1; None stops at the model's number, more are denoised in windows
+    window_overlap: float = 0.25,  # of these windows: the least share in common
     num_inference_steps: int | None = None,  # None takes the model's own
     sigmas: list[float] | None = None,  # noise levels before the shift; None spaces them evenly from 1 to 0
     guidance_scale: float = 1.0,  # above 1: away from what `negative_prompt` gives, at twice the time
@@ -885,347 +643,73 @@ def __call__(
     strength: float = 1.0,  # below 1: start from the source under noise instead of from noise
     generator: torch.Generator | None = None,  # of the noise
     latents: torch.Tensor | None = None,  # (1, z, f, h, w) the noise itself
-    output_type: str = "pil",  # "pil" images, "np" (T, H, W, 3) float32 in [0, 1], "pt" (T, 3, H, W) in [0, 1], "latent", "stream" an iterator of (n, H, W, 3) uint8
+    output_type: str = "pil",  # "pil", "np" (T, H, W, 3) in [0, 1], "pt" (T, 3, H, W), "latent", "stream" of (n, H, W, 3) uint8
     return_dict: bool = True,
     callback_on_step_end: Callable
-    | PipelineCallback
-    | MultiPipelineCallbacks
-    | None = None,  # called as (pipeline, step, timestep, tensors); `latents` and `prompt_embeds` in the dict that it returns replace the edit's
+    | None = None,  # called as (pipeline, step, timestep, tensors), may return `latents` and `prompt_embeds`
     callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
 ) -> KiwiEditOutput | tuple:
     "Edit a clip."
     # 1. Check
-    if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-        callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+    tensors = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
     steps = self.config.default_steps if num_inference_steps is None else num_inference_steps
-    self.check_inputs(
-        prompt,
-        negative_prompt,
-        height,
-        width,
-        num_frames,
-        steps,
-        sigmas,
-        guidance_scale,
-        strength,
-        generator,
-        output_type,
-        callback_on_step_end_tensor_inputs,
-    )
-    if not 0 <= window_overlap < 1:
-        raise InputError(f"`window_overlap` has to be from 0 to below 1 but is {window_overlap}.")
-    if video is None:
-        raise InputError("`video` has to be a clip or an image but is None.")
-    references = [] if reference is None else reference if isinstance(reference, (list, tuple)) else [reference]
-    references = [picture_of(image) for image in references]
-    if references and not self.guidance.config.takes_reference:
-        raise InputError(
-            f"`reference` has to be None for this model, which was trained on instructions alone, but has {len(references)} image{'s' * (len(references) > 1)}."
-        )
-    if isinstance(video, Footage):
-        for name, value, own in (
-            ("height", height, video.height),
-            ("width", width, video.width),
-            ("num_frames", num_frames, video.count),
-        ):
-            if value not in (None, own):
-                raise InputError(f"`{name}` has to be None or the footage's {own} but is {value}.")
-    else:
-        frames = self.prepare_video(video, height, width, num_frames)
-        video = Footage(*(frames.shape[i] for i in (0, 2, 1)), frames)
-    device, height, width = self._execution_device, video.height, video.width
+    _check_call(self, prompt, negative_prompt, height, width, num_frames, steps, sigmas, guidance_scale, strength,
+                generator, output_type, tensors, window_overlap, video)  # fmt: skip
+    references = self.check_references(reference)
+    footage = self.check_footage(video, height, width, num_frames)
 
     # 2. Encode
-    self._guidance_scale, self._interrupt = guidance_scale, False
-    context, context_mask = self.encode_prompt(
-        [negative_prompt, prompt] if self.do_classifier_free_guidance else [prompt],
-        video.looked_at(),
-        references,
-        device,
-    )
-    source_latents, factor = self.encode_source(video, device), self.vae.config.scale_factor_spatial
-    windows = self.windows(
-        (source_latents.shape[2] - 1) * self.vae.config.scale_factor_temporal + 1, height, width, window_overlap
-    )
-    sides = (height, width) if windows is None else [factor * side for side in windows[0].weight.shape[1:]]
+    device, self._guidance_scale, self._interrupt = self._execution_device, guidance_scale, False
+    prompts = [negative_prompt, prompt] if self.do_classifier_free_guidance else [prompt]
+    context, context_mask = self.encode_prompt(prompts, footage.looked_at(), references, device)
+    source_latents, vae = self.encode_source(footage, device), self.vae.config
+    frames, sides = (source_latents.shape[2] - 1) * vae.scale_factor_temporal + 1, (footage.height, footage.width)
+    windows = self.windows(frames, *sides, window_overlap)
+    if windows:
+        sides = [vae.scale_factor_spatial * side for side in windows[0].weight.shape[1:]]
     reference_latents = self.encode_references(references, *sides, device)
 
-    # 3. Timesteps
-    self.scheduler.set_timesteps(
-        sigmas=flow_sigmas(steps, self.config.schedule) if sigmas is None else list(sigmas), device=device
-    )
-    timesteps, table = self.scheduler.timesteps, self.scheduler.sigmas.to(device)
-    start = len(timesteps) - max(1, int(len(timesteps) * strength))
+    # 3. Schedule
+    levels = flow_sigmas(steps, self.config.schedule) if sigmas is None else list(sigmas)
+    self.scheduler.set_timesteps(sigmas=levels, device=device)
+    start = len(levels) - max(1, int(len(levels) * strength))
     self.scheduler.set_begin_index(start)
+    self._num_timesteps = len(levels) - start
 
     # 4. Latents
-    latents = self.prepare_latents(source_latents, table[start], strength, generator, latents)
+    sigma = self.scheduler.sigmas.to(device)[start]
+    latents = self.prepare_latents(source_latents, sigma, strength, generator, latents)
 
-    # 5. Loop
-    dtype, seen, num_steps = self.transformer.dtype, None, len(timesteps) - start
-    self._num_timesteps = num_steps
-    with self.progress_bar(total=num_steps) as progress:
-        for i, t in enumerate(timesteps[start:]):
-            if self.interrupt:
-                break
-            self._current_timestep = t
-            if not self.do_classifier_free_guidance:
-                context, context_mask = context[-1:], context_mask[-1:]  # a callback may have turned it off
-            if (
-                seen is None or seen.data_ptr() != context.data_ptr() or len(seen) != len(context)
-            ):  # at first, or a callback has changed it
-                seen, batch = context, len(context)
-                cache, caches = EditCache(num_steps=num_steps - i), windows and window_caches(windows, num_steps - i)
-                source, reference = [
-                    None if x is None else x.to(dtype).expand(batch, -1, -1, -1, -1)
-                    for x in (source_latents, reference_latents)
-                ]
-            timestep = t.expand(batch)
-            sigma = (
-                rounded_sigma(timestep, timesteps, table)
-                if self.guidance.config.round_timestep
-                else table[start + i].expand(batch)
-            )
-            call = lambda noisy, source, cache: denoise(
-                self.transformer,
-                self.guidance,
-                noisy,
-                timestep,
-                sigma,
-                context.to(dtype),
-                context_mask,
-                source,
-                reference,
-                cache=cache,
-            )
-            noisy = latents.to(dtype).expand(batch, -1, -1, -1, -1)
-            velocity = (
-                call(noisy, source, cache) if windows is None else denoise_windows(windows, call, noisy, source, caches)
-            ).float()
-            if batch == 2:
-                without, velocity = velocity.chunk(2)
-                velocity = without + self.guidance_scale * (velocity - without)
-            latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
-            if callback_on_step_end is not None:
-                here = dict(
-                    latents=latents,
-                    prompt_embeds=context,
-                    context=context,
-                    source_latents=source_latents,
-                    reference_latents=reference_latents,
-                )
-                changed = callback_on_step_end(self, i, t, {k: here[k] for k in callback_on_step_end_tensor_inputs})
-                latents = (changed or {}).get("latents", latents)
-                context = next(
-                    (
-                        x
-                        for x in map((changed or {}).get, ("prompt_embeds", "context"))
-                        if x is not None and x is not context
-                    ),
-                    context,
-                )
-                context_mask = context_mask[-len(context) :]
-            progress.update()
+    # 5. Denoise
+    def each(i, t, latents, context):
+        self._current_timestep = t
+        progress.update()
+        if callback_on_step_end is None:
+            return latents, context
+        here = dict(latents=latents, prompt_embeds=context, context=context)
+        here |= dict(source_latents=source_latents, reference_latents=reference_latents)
+        changed = callback_on_step_end(self, i, t, {name: here[name] for name in tensors}) or {}
+        contexts = [changed.get(name) for name in ("prompt_embeds", "context")]
+        new = [x for x in contexts if x is not None and x is not context]
+        return changed.get("latents", latents), (new or [context])[0]
+
+    with self.progress_bar(total=self._num_timesteps) as progress:
+        given = (latents, context, context_mask, source_latents, reference_latents)
+        latents = walk(self, self.scheduler, *given, windows=windows, each=each)
 
     # 6. Decode
-    if output_type == "latent":
-        edited = latents
-    elif output_type == "stream":
-        edited = [stream_frames(self.vae, latents)]
-    elif windows is None:
-        edited = decode_latents(self.vae, latents)
-    else:
-        edited = np.concatenate(list(stream_frames(self.vae, latents)))[None]
-    if output_type == "pil":
-        edited = [[PIL.Image.fromarray(frame) for frame in clip] for clip in edited]
-    if output_type == "np":
-        edited = edited.astype(np.float32) / 255
-    if output_type == "pt":
-        edited = torch.from_numpy(edited).permute(0, 1, 4, 2, 3).float() / 255
+    edited = self.decode(latents, output_type, windows is not None)
     self._current_timestep = None
     self.maybe_free_model_hooks()
     return KiwiEditOutput(frames=edited) if return_dict else (edited,)
-
-# %% ../nbs/06_pipeline.ipynb #f16a78c4
-_LORA_PREFIX = re.compile(r"^(?:pipe\.)?(?:transformer|(?:model\.)?diffusion_model|dit)\.")
-_NATIVE = re.compile(
-    r"\.(?:self_attn|cross_attn)\.|\.ffn\.[02]\.|^(?:head\.head|time_projection|time_embedding|text_embedding)\."
-)
-
-
-def lora_names(
-    weights: dict,  # name -> tensor, of a LoRA file
-) -> dict:
-    "The same under names that diffusers' converters know, each `alpha` multiplied in."
-    spellings = ((".lora_down.", ".lora_A."), (".lora_up.", ".lora_B."), (".default.weight", ".weight"))
-    named = {}
-    for name, tensor in weights.items():
-        for theirs, ours in spellings:
-            name = name.replace(theirs, ours)
-        name = re.sub(
-            r"^lora_unet_blocks_(\d+)_(self_attn|cross_attn|ffn)_(\w+)\.", r"blocks.\1.\2.\3.", name
-        )  # of musubi-tuner
-        named[_LORA_PREFIX.sub("", name)] = tensor
-    for name in [name for name in named if name.endswith(".alpha")]:
-        down = f"{name.removesuffix('.alpha')}.lora_A.weight"
-        if down in named:
-            named[down] = named[down] * (float(named.pop(name)) / named[down].shape[0])
-    prefix = "diffusion_model." if any(map(_NATIVE.search, named)) else "transformer."
-    return {prefix + name: tensor for name, tensor in named.items()}
-
-
-def check_lora(
-    transformer: WanTransformer3DModel,
-    weights: dict,  # name -> tensor, in diffusers' names
-    name: str,  # what was asked for
-) -> None:
-    "Raise unless all of a LoRA has its place in a denoiser."
-    layers, sides, wrong = dict(transformer.named_modules()), {}, []
-    for key, tensor in weights.items():
-        found = re.fullmatch(r"transformer\.(.+)\.lora_(A|B)\.(weight|bias)", key)
-        layer = found and layers.get(found[1])
-        layer = getattr(layer, "base_layer", layer)
-        if not isinstance(layer, torch.nn.Linear):
-            wrong.append(key)
-        elif found[3] == "weight":
-            sides.setdefault(found[1], {})[found[2]] = tensor
-            if tensor.ndim != 2 or tensor.shape[found[2] == "A"] != (
-                layer.in_features if found[2] == "A" else layer.out_features
-            ):
-                wrong.append(f"{key} of {list(tensor.shape)}")
-    wrong += [f"{layer} without one of its two matrices" for layer, pair in sides.items() if len(pair) < 2]
-    wrong += [
-        f"{layer} with matrices of two ranks"
-        for layer, pair in sides.items()
-        if len(pair) == 2 and pair["A"].shape[0] != pair["B"].shape[-1]
-    ]
-    if wrong or not sides:
-        said = (
-            f"{len(wrong)} of its tensors have no place there, such as {wrong[0]}"
-            if wrong
-            else "it holds no LoRA matrices"
-        )
-        raise InputError(
-            f"`pretrained_model_name_or_path_or_dict` has to be a LoRA of this model's denoiser but of {name} {said}."
-        )
-
-
-@patch_to(KiwiEditPipeline)
-def load_lora_weights(
-    self,
-    pretrained_model_name_or_path_or_dict,  # file, folder, hub id, or a dict of tensors
-    adapter_name: str | None = None,
-    **kwargs,  # of diffusers' `load_lora_weights`: weight_name, subfolder, revision, token, ...
-) -> None:
-    "Put a LoRA beside the denoiser's weights; `fuse_lora`, `set_adapters` and `unload_lora_weights` are diffusers' own."
-    source = pretrained_model_name_or_path_or_dict
-    name = "the given dict" if isinstance(source, dict) else repr(str(source))
-    check_local(source, "pretrained_model_name_or_path_or_dict")
-    if (
-        not isinstance(source, dict)
-        and not Path(source).exists()
-        and (str(source).count("/") != 1 or str(source).endswith(".safetensors"))
-    ):
-        raise FileNotFoundError(
-            f"`pretrained_model_name_or_path_or_dict` has to be an existing file or folder, a hub id or a dict but {name} is none."
-        )
-    options = {key: kwargs.pop(key) for key in ("low_cpu_mem_usage", "hotswap") if key in kwargs}
-    if unknown := kwargs.keys() - _LORA_SOURCE:
-        raise InputTypeError(f"`{min(unknown)}` has to be left out: `load_lora_weights` has no such argument.")
-    with hub_errors(
-        f"`pretrained_model_name_or_path_or_dict` has to be a LoRA that can be read but {name} cannot", name
-    ):
-        try:
-            weights, metadata = raw_lora(source, kwargs)
-        except SafetensorError as error:
-            raise OSError(f"it is no whole safetensors file ({error})") from None
-        except LookupError:
-            raise OSError("it holds no file that diffusers takes for a LoRA") from None
-    if scaled := [key for key in weights if "dora_scale" in key or key.endswith(".diff")]:
-        raise InputError(f"`pretrained_model_name_or_path_or_dict` has to be a plain LoRA but {name} has {scaled[0]}.")
-    try:
-        weights = WanLoraLoaderMixin.lora_state_dict(lora_names(weights))
-    except (ValueError, LookupError, AttributeError) as error:
-        raise InputError(
-            f"`pretrained_model_name_or_path_or_dict` has to be a LoRA of this model's denoiser but {name} has names that are none of it: {reprlib.repr(str(error))}."
-        ) from None
-    check_lora(self.transformer, weights, name)
-    self.load_lora_into_transformer(
-        weights, self.transformer, adapter_name=adapter_name, metadata=metadata, _pipeline=self, **options
-    )
-
-
-_LORA_SOURCE = {
-    "weight_name",
-    "local_files_only",
-    "cache_dir",
-    "proxies",
-    "token",
-    "revision",
-    "subfolder",
-}  # where a hub has it
-
-
-def raw_lora(
-    source,  # file, folder, hub id, or a dict of tensors
-    options: dict,  # of `_LORA_SOURCE`
-) -> tuple[dict, dict | None]:  # name -> tensor, and what diffusers notes of its scale
-    "A LoRA file as it is."
-    from diffusers.loaders.lora_base import _fetch_state_dict
-
-    if isinstance(source, dict):
-        return dict(source), None
-    found = {key: options.get(key) for key in _LORA_SOURCE}
-    return _fetch_state_dict(
-        str(source), use_safetensors=True, force_download=False, user_agent={}, allow_pickle=False, **found
-    )
-
-# %% ../nbs/06_pipeline.ipynb #d6084b8b
-def model_entries(folder: Path) -> list[Path]:
-    "What lies in a model's folder; the index, which makes it a model, comes last."
-    return sorted(folder.iterdir(), key=lambda path: (path.name == "model_index.json", path.name))
-
-
-def put_in_place(
-    fresh: Path,  # a whole model, moved from here
-    folder: Path,  # to here, where what is no part of a model stays
-    old: Path,  # where the parts that are replaced lie meanwhile
-) -> None:
-    "Replace a model so that its folder is at any moment the old one, the new one or none."
-    parts = model_entries(fresh)
-    old.mkdir()
-    try:
-        for part in reversed(parts):
-            if (folder / part.name).exists():
-                (folder / part.name).rename(old / part.name)
-        for part in parts:
-            part.rename(folder / part.name)
-    except BaseException:
-        put_back(old, folder)
-        raise
-    shutil.rmtree(old)
-
-
-def put_back(old: Path, folder: Path) -> None:
-    "Undo a replacement that was cut off."
-    for part in model_entries(old):
-        there = folder / part.name
-        if there.is_dir():
-            shutil.rmtree(there)
-        part.replace(there)
-    old.rmdir()
 
 # %% ../nbs/06_pipeline.ipynb #6efd1cd1
 @patch_to(KiwiEditPipeline)
 def check_saveable(self) -> None:
     "Raise where LoRA layers stand beside the weights: no folder of the layout holds them."
     for part, module in self.components.items():
-        layers = (
-            [name for name, layer in module.named_modules() if hasattr(layer, "lora_A")]
-            if isinstance(module, torch.nn.Module)
-            else []
-        )
-        if layers:
+        modules = module.named_modules() if isinstance(module, torch.nn.Module) else ()
+        if layers := [name for name, layer in modules if hasattr(layer, "lora_A")]:
             raise InputError(
                 f"`{part}` has to have its LoRA layers merged (`kiwi_edit.weights.checkpoints.merge_lora`) before it is saved "
                 f"but has {len(layers)} beside its weights, the first at {layers[0]}."
@@ -1236,22 +720,14 @@ def check_saveable(self) -> None:
 def save_pretrained(
     self,
     save_directory: str | Path,  # gets the kit's layout; what else lies there stays
-    max_shard_size: int
-    | str
-    | None = None,  # of a file of weights, such as "5GB"; None takes the default of diffusers and transformers
+    max_shard_size: int | str | None = None,  # of a file of weights, such as "5GB"; None takes the libraries' default
 ) -> None:
     "Write the model, weights as safetensors; an error or a kill on the way leaves no half of it."
     self.check_saveable()
     folder = Path(save_directory).resolve()
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"`save_directory` has to be a folder but {str(save_directory)!r} is a file.")
-    home = folder if os.path.ismount(folder) else folder.parent  # things are moved within one disk
-    fresh, old = home / f".{folder.name}.new", home / f".{folder.name}.old"
-    if old.exists():  # a kill came while parts were moved, or just after
-        if (folder / "model_index.json").exists():
-            shutil.rmtree(old)
-        else:
-            put_back(old, folder)
+    fresh, is_new = folder / ".new", not folder.exists()
     shutil.rmtree(fresh, ignore_errors=True)
     try:
         super(KiwiEditPipeline, self).save_pretrained(fresh, max_shard_size=max_shard_size)
@@ -1259,101 +735,12 @@ def save_pretrained(
             values = json.loads(path.read_text(encoding="utf-8"))
             if values.pop("_name_or_path", None) is not None:
                 path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        if folder.exists():
-            put_in_place(fresh, folder, old)
-        else:
-            fresh.rename(folder)
+        parts = sorted(fresh.iterdir(), key=lambda path: path.name == "model_index.json")
+        (folder / "model_index.json").unlink(missing_ok=True)  # without it a folder is no model
+        for part in parts:
+            shutil.rmtree(folder / part.name, ignore_errors=True)
+            part.replace(folder / part.name)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-
-# %% ../nbs/06_pipeline.ipynb #710e74ea
-def model_card(pipe: KiwiEditPipeline, repo_id: str) -> ModelCard:
-    "What a reader of the hub wants to know first: the parts and their sizes, how to load them, what to expect."
-    c, dit, vae, text, ours = (
-        pipe.config,
-        pipe.transformer.config,
-        pipe.vae.config,
-        pipe.mllm.config.text_config,
-        pipe.guidance.config,
-    )
-    sizes = dict(
-        transformer=f"denoiser, {dit.num_layers} layers of width {dit.num_attention_heads * dit.attention_head_dim}",
-        vae=f"autoencoder, {vae.scale_factor_spatial}x{vae.scale_factor_spatial} pixels of {vae.scale_factor_temporal} frame{'s' * (vae.scale_factor_temporal > 1)} to {vae.z_dim} channels",
-        mllm=f"encoder, {text.num_hidden_layers} layers of width {text.hidden_size}",
-        guidance=f"connectors and embedders, {ours.num_image_queries}, {ours.num_video_queries} and {ours.num_ref_queries} queries for image, video and reference",
-    )
-    rows = []
-    for part, size in sizes.items():
-        module = getattr(pipe, part)
-        weights = sum(p.numel() for p in module.parameters()) / 1e6
-        rows.append(
-            f"| `{part}` | `{type(module).__name__}` | {size} | {weights:,.2f}M, {str(module.dtype).removeprefix('torch.')} |"
-        )
-    data = ModelCardData(
-        library_name="kiwi-edit", pipeline_tag="video-to-video", tags=["video-editing", "image-editing"]
-    )
-    return ModelCard(f"""---
-{data.to_yaml()}
----
-
-# {repo_id.split("/")[-1]}
-
-Edits a video, or a single image, as an instruction says and, where one is given, after a reference picture. The model is in the layout of the kiwi-edit kit, whose code runs it.
-
-| part | class | what | weights |
-|---|---|---|---|
-{chr(10).join(rows)}
-
-## Use
-
-```python
-from kiwi_edit.pipeline import KiwiEditPipeline
-pipe = KiwiEditPipeline.from_pretrained("{repo_id}")
-frames = pipe("Make it snow", video="clip.mp4").frames[0]
-```
-
-## Limits
-
-- At most {c.max_frames:,} frames of {c.max_pixels:,} pixels at once, sides in multiples of {pipe.size_multiple}. Unless a call says otherwise longer clips are cut and larger frames are shrunk; with `num_frames`, `height` and `width` they are denoised in overlapping windows.
-- {c.default_steps} denoising step{"s" * (c.default_steps > 1)} unless a call names another number.
-- What an edit leaves alone goes through the autoencoder too, so it comes back close to the source and not equal to it.
-- How well it edits depends on what it was trained on, which this card does not know: look at edits of your own clips before you rely on them.
-""")
-
-# %% ../nbs/06_pipeline.ipynb #d6fbff18
-@patch_to(KiwiEditPipeline)
-def push_to_hub(
-    self,
-    repo_id: str,  # made where it is missing; without an owner it is yours
-    commit_message: str = "Upload KiwiEditPipeline",
-    private: bool | None = None,  # of a new repository; None takes its owner's default
-    token: str | None = None,  # None takes that of `hf auth login`
-    create_pr: bool = False,  # propose the commit instead of writing it
-    max_shard_size: int | str | None = None,  # of a file of weights
-    license: str | None = None,  # for the card, such as "mit"
-) -> str:  # address of the commit
-    "Upload the model and a card; of a card that is there only a named `license` changes."
-    self.check_saveable()
-    hub, asked = (
-        HfApi(token=token),
-        (f"`repo_id` has to be a repository that can be written to but {repo_id!r} cannot", repo_id),
-    )
-    with hub_errors(*asked):
-        repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        try:
-            card = ModelCard.load(repo_id, token=token)
-        except EntryNotFoundError:
-            card = model_card(self, repo_id)
-    if license:
-        card.data.license = license
-    with tempfile.TemporaryDirectory() as folder:
-        self.save_pretrained(Path(folder) / "model", max_shard_size)
-        card.save(Path(folder) / "model" / "README.md")
-        with hub_errors(*asked):  # shards that the model had before are deleted
-            return hub.upload_folder(
-                repo_id=repo_id,
-                folder_path=Path(folder) / "model",
-                commit_message=commit_message,
-                create_pr=create_pr,
-                delete_patterns=[f"{part}/*" for part in self.components],
-            )
+        if is_new and folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()

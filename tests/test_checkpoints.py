@@ -24,7 +24,8 @@ from kiwi_edit.weights.checkpoints import (
     stored_dtype,
 )
 from kiwi_edit.core import asset
-from kiwi_edit.pipeline import KiwiEditPipeline, decode_latents, in_tiles, latent_statistics
+from kiwi_edit.latents import decode_latents, in_tiles, latent_statistics
+from kiwi_edit.pipeline import KiwiEditPipeline
 from kiwi_edit.world import EVAL_SEED, World
 
 GOLDEN = Path(os.environ.get("KIWI_EDIT_GOLDEN", Path(__file__).parent / "golden"))
@@ -269,7 +270,6 @@ def test_an_error_while_writing_leaves_nothing_and_keeps_the_old(tmp_path, monke
     before = weights_of(tmp_path / "model")
 
     def fail(pipe, folder, size):
-        folder.mkdir()
         (folder / "half").write_text("half")
         raise OSError("disk full")
 

@@ -187,6 +187,17 @@ def test_references_and_options_reach_the_model(edit, clip, tmp_path):
     assert not [(a, b) for i, a in enumerate(names) for b in names[:i] if np.array_equal(results[a], results[b])]
 
 
+def test_approximations_are_chosen_by_name(kiwi, clip, random_model, tmp_path):
+    command = "edit", clip, "-i", "x", "--model", random_model, "--out", tmp_path / "new.mp4", "--approximate"
+    refused(kiwi(*command, "magic"), "--approximate has to be among", "'magic'")
+    refused(kiwi(*command, 'fewer steps={"threshold": 1}'), "--approximate", "'threshold'")
+    refused(
+        kiwi("edit", tmp_path / "list.jsonl", "--approximate", "bfloat16"), "--approximate has to be left out where"
+    )
+    status, _, err = kiwi(*command, 'fewer steps={"steps": 3}')
+    assert status == 0 and "3/3 steps" in err
+
+
 def test_the_result_goes_to_the_settings_folder(edit, clip, tmp_path):
     status, out, _ = edit(clip)
     assert status == 0 and (tmp_path / "outputs" / "clip-edited.mp4").is_file()
@@ -367,7 +378,7 @@ def test_parameters_reach_a_judge_of_ones_own(kiwi, tmp_path):
 def test_evaluate_says_what_is_wrong_first(kiwi, bench, tmp_path, monkeypatch):
     for name in ("OPENAI_API_KEY", "GEMINI_API_KEY", "GOOGLE_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-    refused(kiwi("evaluate", "--bench", "vbench"), "--bench has to be kit, refvie, openve or imgedit", "'vbench'")
+    refused(kiwi("evaluate", "--bench", "vbench"), "--bench has to be of kit, refvie, openve, imgedit", "'vbench'")
     refused(kiwi("evaluate", "--bench", "openve"), "--data has to be the file of openve")
     refused(
         kiwi("evaluate", "--bench", "openve", "--data", tmp_path / "lost.csv"),
@@ -375,7 +386,7 @@ def test_evaluate_says_what_is_wrong_first(kiwi, bench, tmp_path, monkeypatch):
         "lost.csv",
     )
     refused(kiwi("evaluate", "--bench", "openve", *bench[2:]), "--data has to", "'original_video'")
-    refused(kiwi("evaluate", *bench, "--limit", 0), "--limit has to be at least 1 but is 0")
+    refused(kiwi("evaluate", *bench, "--limit", 0), "--limit has to be 1 or more but is 0")
     refused(kiwi("evaluate", *bench, "--parts", "3/2"), "--parts has to be I/N")
     refused(kiwi("evaluate", *bench, "--tasks", "add"), "--tasks has to be left out of the bench refvie")
     for difficulty in ("easy", "full"):
@@ -858,7 +869,7 @@ def test_train_runs_stages_one_after_the_other_from_what_cache_has_made(kiwi, sm
     assert [len(lines(run / name / "log.jsonl")) for name in ("small", "files")] == [2, 2]
     assert list(json.loads((run / "model" / "stages.json").read_text())) == ["small", "files"]
     assert "loss/ref" in lines(run / "files" / "log.jsonl")[1]
-    refused(kiwi(*command), "--out has to hold no run of stage 'small' unless --resume is given", "run")
+    refused(kiwi(*command), "--out has to hold no run of stage 'small' unless --resume is given")
     before = (run / "model" / "stages.json").stat().st_mtime_ns
     assert kiwi(*command, "--resume")[0] == 0 and (run / "model" / "stages.json").stat().st_mtime_ns == before
     status, out, err = kiwi("train", *command[3:], "--resume", "--steps", 3)
@@ -1060,7 +1071,7 @@ def test_too_little_memory_is_said_first(kiwi, small, random_model, monkeypatch,
         (2e7, "activations 0 GB"),
         (1.15e8, "activations 0."),
     ):  # weights, gradients and moments take 109 MB, activations 13
-        monkeypatch.setattr(cli, "free_memory", lambda device: int(free))
+        monkeypatch.setattr(cli, "_free_memory", lambda device: int(free))
         line = one_error(
             "\n".join(part for part in re.split(r"[\r\n]+", kiwi(*command)[2]) if not part.startswith("dry run"))
         )
@@ -1075,9 +1086,9 @@ def test_too_little_memory_is_said_first(kiwi, small, random_model, monkeypatch,
 def test_free_memory_is_shared_by_the_processes_of_a_machine(monkeypatch):
     import torch
 
-    alone = cli.free_memory(torch.device("cpu"))
+    alone = cli._free_memory(torch.device("cpu"))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert 1e8 < alone and abs(4 * cli.free_memory(torch.device("cpu")) / alone - 1) < 0.2
+    assert 1e8 < alone and abs(4 * cli._free_memory(torch.device("cpu")) / alone - 1) < 0.2
 
 
 def test_a_stage_without_what_it_builds_on_warns_and_a_loss_that_is_no_number_is_one_line(
@@ -1176,12 +1187,13 @@ def test_trackers(monkeypatch):
     there = {"tensorboard"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in there or None)
     assert (
-        cli.find_tracker(None) == cli.find_tracker("tensorboard") == ("tensorboard",) and cli.find_tracker("none") == ()
+        cli._find_tracker(None) == cli._find_tracker("tensorboard") == ("tensorboard",)
+        and cli._find_tracker("none") == ()
     )
     with pytest.raises(ImportError, match="`wandb` has to be installed"):
-        cli.find_tracker("wandb")
+        cli._find_tracker("wandb")
     there.clear()
-    assert cli.find_tracker(None) == ()
+    assert cli._find_tracker(None) == ()
 
 
 # accelerate's files
@@ -1211,7 +1223,7 @@ def test_accelerate_reads_its_files(name):
         header,
     )[1]
     flags = dict(re.findall(r"(--preset|--stage) (\S+)", shown))
-    assert cli.choose_stages(flags.get("--preset", "tiny"), [flags["--stage"]])
+    assert cli._choose_stages(flags.get("--preset", "tiny"), [flags["--stage"]])
 
 
 def test_sharding_wraps_layers_that_exist(random_model):
@@ -1346,13 +1358,21 @@ def test_the_bundled_model_edits_the_sample(kiwi, tmp_path):
         (["synthesize", "somebody/pairs", "--out", "out"], "datasets", "scale"),
     ],
 )
-def test_a_missing_package_is_one_line_that_names_the_extra(kiwi, monkeypatch, tmp_path, arguments, module, extra):
+@pytest.mark.parametrize("noticed", ["before", "at its import"])
+def test_a_missing_package_is_one_line_that_names_the_extra(
+    kiwi, monkeypatch, tmp_path, arguments, module, extra, noticed
+):
     import importlib.util
 
     real = importlib.util.find_spec
     monkeypatch.setenv("GEMINI_API_KEY", "x")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: None if name == module else real(name, *args))
+    if noticed == "before":
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, *rest: None if name == module else real(name, *rest)
+        )
+    else:
+        monkeypatch.setitem(sys.modules, module, None)
     refused(kiwi(*arguments), f"pip install 'kiwi-edit[{extra}]'")
 
 

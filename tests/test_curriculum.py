@@ -34,7 +34,8 @@ from kiwi_edit.train.curriculum import (
 )
 from kiwi_edit.encoder import collate_inputs, encode_context, make_tokenizer, prepare_sample
 from kiwi_edit.guidance import EditCache, denoise
-from kiwi_edit.pipeline import KiwiEditPipeline, in_tiles
+from kiwi_edit.latents import in_tiles
+from kiwi_edit.pipeline import KiwiEditPipeline
 from kiwi_edit.train.engine import allocated_by, stage_data
 from kiwi_edit.world import EVAL_SEED, TASKS
 

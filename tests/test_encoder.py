@@ -204,6 +204,13 @@ def test_gradients_reach_queries_and_connectors_under_autocast(pipe):
     assert pipe.mllm.model.language_model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
 
 
+def test_no_character_of_an_instruction_becomes_a_picture(pipe):
+    clip, plain = np.zeros((5, 64, 64, 3), np.uint8), "a b"
+    pictures = lambda inputs: int((inputs.input_ids == inputs.token_ids["video"]).sum())
+    ours, theirs = (prepare_inputs(pipe.processor, pipe.guidance.config, [text], [clip]) for text in (plain, "a\0b"))
+    assert pictures(ours) == pictures(theirs) > 0
+
+
 # bad input
 
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from kiwi_edit.weights.checkpoints import load_official, load_trainer_checkpoint, open_weights, trainer_name
 from kiwi_edit.encoder import encode_context, encode_hidden, prepare_inputs
 from kiwi_edit.guidance import EditCache, denoise, rounded_sigma
-from kiwi_edit.pipeline import decode_latents, encode_frames, fit_reference, flow_sigmas, in_tiles, latent_statistics
+from kiwi_edit.latents import decode_latents, encode_frames, in_tiles, latent_statistics
+from kiwi_edit.pipeline import fit_reference, flow_sigmas
 from kiwi_edit.train.engine import training_table
 
 GOLDEN = Path(os.environ.get("KIWI_EDIT_GOLDEN", Path(__file__).parent / "golden"))

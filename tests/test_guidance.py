@@ -222,6 +222,23 @@ def test_wrapped_transformers_work():
         denoise(torch.nn.Linear(2, 2), guidance, **args)
 
 
+def test_what_a_user_has_set_on_attention_stays():
+    transformer, guidance = models()
+    transformer.set_attention_backend("native")
+    with torch.no_grad():
+        denoise(transformer, guidance, **arguments())
+    assert {attn.processor._attention_backend for b in transformer.blocks for attn in (b.attn1, b.attn2)} == {"native"}
+
+    class Own:
+        def __call__(self, attn, hidden_states, *args):
+            return hidden_states
+
+    transformer.blocks[1].attn1.set_processor(own := Own())
+    with pytest.raises(TypeError, match="attention processors.* but block 1 has a Own"):
+        denoise(transformer, guidance, **arguments())
+    assert transformer.blocks[1].attn1.processor is own
+
+
 def test_gradient_checkpointing_gives_the_same_gradients():
     transformer, guidance = models()
     args = arguments()
@@ -293,9 +310,9 @@ def test_wrong_shapes():
     for change, message in (
         ({"latents": torch.zeros(3, 5, 2, 4, 6)}, "`latents` has to have 4 channels"),
         ({"latents": torch.zeros(3, 4, 2, 4, 5)}, "multiples of"),
-        ({"context": torch.zeros(3, 5, 8)}, r"`context` has to be \(3, N, 24\) but is \(3, 5, 8\)"),
+        ({"context": torch.zeros(3, 5, 8)}, r"`context` has to be \(3, 5, 24\) but is \(3, 5, 8\)"),
         ({"context_mask": torch.ones(3, 4, dtype=torch.bool)}, "`context_mask` has to be"),
-        ({"source_latents": torch.zeros(3, 4, 1, 4, 6)}, "`source_latents` has to be .* like `latents`"),
+        ({"source_latents": torch.zeros(3, 4, 1, 4, 6)}, "`source_latents` has to be"),
         ({"reference_latents": torch.zeros(3, 4, 1, 2, 2)}, "`reference_latents` has to be"),
         ({"reference_mask": torch.ones(3, 1, dtype=torch.bool)}, "`reference_mask` has to be"),
     ):

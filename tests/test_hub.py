@@ -304,34 +304,29 @@ def test_a_kill_while_saving(pipe, saved, tmp_path, monkeypatch, where):
     (folder / "README.md").write_text("a card")
 
     def die_at(path, *_):
-        if path.parent.name == ".model.new" and path.name == where:
+        if path.parent.name == ".new" and path.name == where:
             os.kill(os.getpid(), signal.SIGKILL)
-        return rename(path, *_)
+        return replace(path, *_)
 
     child = os.fork()
     if not child:
-        rename = Path.rename
+        replace = Path.replace
         if where == "processor":
             pipe.processor.save_pretrained = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
         else:
-            Path.rename = die_at
+            Path.replace = die_at
         pipe.save_pretrained(folder)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     monkeypatch.setattr(kiwi_edit.pipeline, "assets_dir", lambda: tmp_path)
-    assert bundled_models() == (
-        ["model"] if where == "processor" else []
-    )  # what a kill leaves beside the folder is no model
-    if where == "processor":
+    whole = where == "processor"  # the folder is the old model, or none: never a mixture
+    assert bundled_models() == (["model"] if whole else [])
+    if whole:
         assert find_checkpoint(folder) == folder
     else:
         assert "holds none" in refused(folder)
-    broken = copy.copy(pipe)
-    broken.mllm = copy.deepcopy(pipe.mllm).to("meta")
-    with pytest.raises(Exception):
-        broken.save_pretrained(folder)  # even a save that fails puts back what was there
+    pipe.save_pretrained(folder)
     assert listing(folder) == listing(saved) | {"README.md": b"a card"}
-    assert {p.name for p in tmp_path.iterdir()} - {"cache"} == {"model"}
 
 
 def test_lora_beside_the_weights_is_refused(pipe, hub, tmp_path):

@@ -18,7 +18,8 @@ from kiwi_edit.train.curriculum import Loss
 from kiwi_edit.data.dataset import shrink_reference
 from kiwi_edit.encoder import prepare_inputs, vision_features
 from kiwi_edit.guidance import denoise, rounded_sigma
-from kiwi_edit.pipeline import KiwiEditPipeline, encode_frames, fit_reference, flow_sigmas, latent_statistics
+from kiwi_edit.latents import encode_frames, latent_statistics
+from kiwi_edit.pipeline import KiwiEditPipeline, fit_reference, flow_sigmas
 from kiwi_edit.train.engine import (
     Batch,
     Dice,

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from kiwi_edit import pipeline as module
 from kiwi_edit.core import InputError, preset
 from kiwi_edit.encoder import make_tokenizer
+from kiwi_edit.guidance import KiwiGuidance
 from kiwi_edit.pipeline import (
     Footage,
     KiwiEditPipeline,
@@ -23,6 +24,7 @@ from kiwi_edit.pipeline import (
     picture_of,
 )
 from kiwi_edit.video import as_frames, read_video, write_video
+from kiwi_edit.weights import hub
 
 PROMPT = "Replace the red fox with the object in the reference."
 
@@ -645,15 +647,11 @@ def test_bundled_names_and_foreign_layouts(pipe, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="model_index.json"):
         KiwiEditPipeline.from_pretrained(tmp_path / "empty")
     (tmp_path / "empty/model_index.json").write_text(json.dumps({"mllm_encoder": ["a", "b"]}))
-    monkeypatch.setitem(module.LAYOUTS, "mllm_encoder", f"{__name__}:reader")
+    monkeypatch.setitem(hub.LAYOUTS, "mllm_encoder", (lambda folder, torch_dtype: (folder, torch_dtype), KiwiGuidance))
     assert KiwiEditPipeline.from_pretrained(tmp_path / "empty", torch_dtype=torch.bfloat16) == (
         tmp_path / "empty",
         torch.bfloat16,
     )
-
-
-def reader(folder, torch_dtype):
-    return folder, torch_dtype
 
 
 def test_hub_ids_that_cannot_be_fetched_are_one_line():
@@ -678,14 +676,15 @@ def test_preset_and_tokenizer_have_to_fit():
         (dict(prompt="  "), "`prompt` has to say what to edit but is '  '"),
         (dict(prompt=None), None),
         (dict(height=60, width=64), "`height` has to be a multiple of 16 but is 60"),
-        (dict(height=64), "`height` and `width` have to be given together"),
+        (dict(height=64), "`height` has to be given together with `width`"),
         (dict(num_frames=4), r"`num_frames` has to be 4k\+1 .* but is 4; the nearest are 1 and 5"),
         (dict(num_inference_steps=0), "`num_inference_steps` has to be at least 1 but is 0"),
         (dict(sigmas=[1.0, 0.0]), "`sigmas` has to hold noise levels"),
         (dict(guidance_scale=0.5), "`guidance_scale` has to be at least 1"),
         (dict(strength=0), "`strength` has to lie above 0 and up to 1 but is 0"),
         (dict(output_type="gif"), "`output_type` has to be .* but is 'gif'"),
-        (dict(generator=0), "`generator` has to be a torch.Generator but is 0"),
+        (dict(generator=0), "`generator` has to be a torch.Generator.* but is 0"),
+        (dict(prompt="a\0b"), "`prompt` has to be .* without NUL"),
         (dict(reference=""), "`reference` has to be an image.* but is ''"),
         (dict(reference=[None]), "`reference` has to be an image.* but is None"),
         (dict(reference=b"no picture"), "`reference` has to be an image"),

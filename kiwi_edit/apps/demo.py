@@ -5,64 +5,63 @@
 # %% ../../nbs/library/51_demo.ipynb #641cab61
 from __future__ import annotations
 
-import atexit, base64, contextlib, errno, gc, hashlib, html, json, logging, os, queue, re, shutil, socket, tempfile, threading, time, zipfile
-from collections.abc import Callable, Iterator
+import atexit
+import contextlib
+import errno
+import gc
+import hashlib
+import html
+import logging
+import math
+import os
+import queue
+import re
+import shutil
+import socket
+import tempfile
+import threading
+import time
+import zipfile
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['UPLOADS', 'logger', 'SUGGESTIONS', 'PEAKS', 'KEEP', 'UPLOAD', 'LONGEST', 'LARGEST', 'MOST', 'LABELS', 'AWAY',
-           'THRESHOLDS', 'METRICS', 'KINDS', 'DEVICE', 'GLUE', 'QUICK', 'LOOK', 'sample_examples', 'weights_in',
-           'memory_note', 'describe', 'LazyPipeline', 'alive', 'sweep', 'Visitors', 'check_source', 'check_references',
-           'whole', 'Stopped', 'messages', 'crop', 'clean_guess', 'Watched', 'running', 'time_left', 'Edit',
-           'frame_pair', 'difference_map', 'call_as_python', 'make_downloads', 'make_editor', 'to_picture',
-           'show_looks', 'show_without', 'show_versus', 'data_sets', 'world_set', 'read_set', 'funnel_html', 'set_html',
-           'judge_names', 'judge_edit', 'source_fields', 'crop_fields', 'result_fields', 'compare_fields',
-           'model_fields', 'edit_tab', 'guidance_tab', 'data_tab', 'judge_tab', 'guard_fields', 'make_demo',
-           'free_port', 'launch', 'close']
+__all__ = ['UPLOADS', 'logger', 'KEEP', 'UPLOAD', 'LONGEST', 'LARGEST', 'DEVICE', 'LOOK', 'make_demo', 'launch', 'close']
 
 # %% ../../nbs/library/51_demo.ipynb #dd6a8ad3
-os.environ.setdefault(
-    "GRADIO_ANALYTICS_ENABLED", "False"
-)  # before the import: the page talks to nobody but the browser,
-os.environ.setdefault("GRADIO_RUN_HISTORY", "False")  # and keeps no list of what was edited
+# before the import: the page talks to nobody but the browser, and keeps no list of what was edited
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ.setdefault("GRADIO_RUN_HISTORY", "False")
 _PREFIX = "kiwi-edit-page-"  # of temporary folders, before the number of the process
-UPLOADS = Path(
-    os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(tempfile.gettempdir()) / f"{_PREFIX}{os.getpid()}-uploads"))
-)  # goes with the process
+_OWN = str(Path(tempfile.gettempdir()) / f"{_PREFIX}{os.getpid()}-uploads")  # goes with the process
+UPLOADS = Path(os.environ.setdefault("GRADIO_TEMP_DIR", _OWN))
 import gradio as gr
 import numpy as np
 import PIL.Image
 
+from .options import OPTIONS
 from ..core import InputError, PRESETS, assets_dir, choose_device, choose_dtype, count_weights, settings
 from ..data.files import Limits, edit_file, find_model, load_model, one_line, parse_size
 from ..metrics import CLIP_METRICS
+from ..records import Table, image_tag, read_lines
 from ..video import as_frames, film_strip, read_image, read_video, replacing, video_info, write_video
 
 logger = logging.getLogger(__name__)
 
 # %% ../../nbs/library/51_demo.ipynb #51874866
-def sample_examples(
-    folder: Path | None = None,  # with an examples.jsonl; None takes the kit's own samples
-) -> list:  # rows of clip, image, instruction and references
-    "The sample clip with each of its instructions."
-    folder = assets_dir() / "samples" if folder is None else Path(folder)
-    if not (folder / "examples.jsonl").is_file():
-        return []
-    rows = [json.loads(line) for line in (folder / "examples.jsonl").read_text(encoding="utf-8").splitlines()]
+def _sample_examples():
+    "The sample clip with each of its instructions: rows of clip, image, instruction and references."
+    folder = assets_dir() / "samples"
+    path = lambda name: str(folder / name)
+    rows = read_lines(folder / "examples.jsonl")
     return [
-        [
-            str(folder / row["video"]),
-            None,
-            row["instruction"],
-            [str(folder / row["reference"])] if row["reference"] else None,
-        ]
+        [path(row["video"]), None, row["instruction"], [path(row["reference"])] if row["reference"] else None]
         for row in rows
     ]
 
 
-SUGGESTIONS = (
+_SUGGESTIONS = (
     "Make everything look snowy.",
     "Swap the background for the scene shown in the reference.",
     "Replace the flamingo with what the reference shows.",
@@ -72,114 +71,97 @@ SUGGESTIONS = (
 )
 
 # %% ../../nbs/library/51_demo.ipynb #d0000001
-def weights_in(
-    folder: Path,  # of a model, in any layout
-) -> int:  # numbers
-    "How many weights a model folder holds, from the headers of its files."
+def _weights_in(folder):
+    "How many weights a model folder in any layout holds, from the headers of its files."
+    from safetensors import safe_open
+
     total = 0
     for file in Path(folder).rglob("*.safetensors"):
-        with open(file, "rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        total += sum(
-            int(np.prod(tensor["shape"], dtype=np.int64)) for name, tensor in header.items() if name != "__metadata__"
-        )
+        with safe_open(file, "np") as weights:
+            total += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())
     return total
 
+
+def _is_here(model):
+    "Whether a model lies on this machine."
+    return Path(model).is_dir() or (assets_dir() / model / "model_index.json").is_file()
+
 # %% ../../nbs/library/51_demo.ipynb #d0000003
-PEAKS = {
+_PEAKS = {
     "tiny": (0.07, "5 frames of 96x96, float32"),
     "wan2.2-5b": (23.5, "81 frames of 832x480, bfloat16"),
 }  # GB, and of which edit: `curriculum.edit_cost`
 
 
 @lru_cache
-def memory_note(
-    model: str,  # bundled name, folder or hub id
-) -> str:  # one sentence
-    "What a model needs in memory, without loading or fetching it."
+def _memory_note(model):
+    "What a model needs in memory, without loading or fetching it, as one sentence."
     known = next((preset for preset in PRESETS.values() if preset.checkpoint == model), None)
-    here = Path(model).is_dir() or (assets_dir() / model / "model_index.json").is_file()
+    here = _is_here(model)
     if not here and not known:
         return "What it needs in memory is known once it is fetched, at the first edit."
     device = choose_device(settings().device)
     dtype = choose_dtype(settings().dtype, device)
-    number = weights_in(find_model(model)) if here else sum(count_weights(known).values())
-    peak = (
-        f"; an edit of {PEAKS[known.name][1]} takes {PEAKS[known.name][0]:g} GB with all that it works with"
-        if known and known.name in PEAKS
-        else ""
-    )
-    fetched = "" if here else " It is fetched at the first edit."
-    return f"Its {number / 1e6:,.1f} million weights take {number * dtype.itemsize / 1e9:.2f} GB on this {device.type.upper()} in {str(dtype).removeprefix('torch.')}{peak}.{fetched}"
+    number = _weights_in(find_model(model)) if here else sum(count_weights(known).values())
+    size, kind = number * dtype.itemsize / 1e9, str(dtype).removeprefix("torch.")
+    note = f"Its {number / 1e6:,.1f} million weights take {size:.2f} GB on this {device.type.upper()} in {kind}"
+    if known and known.name in _PEAKS:
+        peak, edit = _PEAKS[known.name]
+        note += f"; an edit of {edit} takes {peak:g} GB with all that it works with"
+    return f"{note}." if here else f"{note}. It is fetched at the first edit."
 
 # %% ../../nbs/library/51_demo.ipynb #37c2abe7
-def describe(
-    model: str,  # name or folder
-    limits: Limits | None,  # what it takes at once; None if only the loaded model knows
-) -> str:  # markdown
-    "What can be expected of a model."
-    lines = []
+_OF_TINY = (
+    "It is small enough to travel with the kit and was trained on the kit's own procedural world: cut-out things that "
+    "move on photographs. There it restyles, swaps backgrounds, and adds, removes, recolours and replaces things, some "
+    "better than others. It knows the words of that world and no others. On footage of the real world it does little "
+    "beyond styles, and everything comes out soft."
+)
+
+
+def _describe(model, limits):
+    "What can be expected of a model that takes so much at once, as markdown; `limits` is None where nobody knows yet."
+    lines, name = [], Path(model).name
     if limits:
-        side = round(limits.max_pixels**0.5)
+        side, frames = round(limits.max_pixels**0.5), limits.max_frames
         lines.append(
-            f"**{Path(model).name}** edits the first **{limits.max_frames} frames** of a clip, or an image, at about **{side}x{side} pixels**, and enlarges the result to the size of yours."
+            f"**{name}** edits the first **{frames} frames** of a clip, or an image, at about "
+            f"**{side}x{side} pixels**, and enlarges the result to the size of yours."
         )
-    if Path(model).name == "kiwi-edit-tiny":
-        lines.append(
-            "It is small enough to travel with the kit and was trained on the kit's own procedural world: cut-out things that move on photographs. There it restyles, swaps backgrounds, and adds, removes, "
-            "recolours and replaces things, some better than others. It knows the words of that world and no others. On footage of the real world it does little beyond styles, and everything comes out soft."
-        )
-    return "\n\n".join(lines)
+    return "\n\n".join(lines + [_OF_TINY] * (name == "kiwi-edit-tiny"))
 
 # %% ../../nbs/library/51_demo.ipynb #a199d9fa
-class LazyPipeline:
-    "A pipeline that is loaded when it is first asked for."
+class _LazyPipeline:
+    "A pipeline that is loaded when it is first asked for; another model that is chosen takes its place."
 
-    def __init__(
-        self,
-        pipe=None,  # one that is loaded
-        model: str | None = None,  # which to load; bundled name, folder or hub id
-        any_model: bool = False,  # whether others than those of `names` may be asked for
-    ):
-        self.pipe, self.model, self.any_model, self.own, self.lock = (
-            pipe,
-            model,
-            any_model,
-            pipe is None,
-            threading.Lock(),
-        )
-        known = (
-            [preset.checkpoint for preset in PRESETS.values() if preset.checkpoint] if self.own and any_model else []
-        )
-        self.names = list(dict.fromkeys([model, *known]))  # to choose from
+    def __init__(self, pipe=None, model=None, any_model=False):
+        self.pipe, self.model, self.any_model = pipe, model, any_model
+        self.own, self.lock = pipe is None, threading.Lock()
+        known = [preset.checkpoint for preset in PRESETS.values()] if self.own and any_model else []
+        self.names = list(dict.fromkeys([model, *filter(None, known)]))  # to choose from
 
-    def __call__(
-        self,
-        model: str | None = None,  # None takes the one that is there
-    ):
-        model = model or self.model
-        if model != self.model and (not self.own or model not in self.names and not self.any_model):
+    def check(self, model):
+        "Raise where a visitor may not have a model."
+        if model != self.model and not (self.own and (model in self.names or self.any_model)):
             raise InputError(
                 f"`model` has to be of the page's list, {', '.join(map(str, self.names))}, but is {model!r}."
             )
+
+    def __call__(self, model=None):
+        model = model or self.model
+        self.check(model)
         with self.lock:
             if model != self.model:
-                self._switch(model)
+                find_model(model)  # or an error, and the old one stays
+                self.pipe, self.model = None, model  # there may be no room for both
+                gc.collect()
             if self.pipe is None:
                 self.pipe = load_model(self.model)
             return self.pipe
 
-    def _switch(self, model):
-        find_model(model)  # or an error, and the old one stays
-        self.pipe = None  # there may be no room for both
-        self.model = model
-        gc.collect()
-
-    def limits(self) -> Limits | None:
+    def limits(self):
         "What the model takes, read from its folder where it isn't loaded."
-        if self.pipe is not None:
-            return Limits.of(self.pipe)
-        return Limits.read(find_model(self.model))
+        return Limits.read(find_model(self.model)) if self.pipe is None else Limits.of(self.pipe)
 
 # %% ../../nbs/library/51_demo.ipynb #d0000007
 KEEP = 600, 3600  # seconds: how often files are looked through, and from what age they go
@@ -187,47 +169,45 @@ if _PREFIX in UPLOADS.name:
     atexit.register(shutil.rmtree, UPLOADS, ignore_errors=True)
 
 
-def alive(
-    pid: int,  # of a process of this machine
-) -> bool:
-    "Whether it runs."
+def _alive(pid):
+    "Whether a process of this machine runs."
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
+        pass
     return True
 
 
-def sweep(
-    folder: Path | None = None,  # in which pages make their own; None takes the system's for temporary files
-):
-    "Delete what pages of processes that were killed have left."
+def _sweep(folder=None):
+    "Delete what pages of processes that were killed have left among the temporary files."
     for left in Path(folder or tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         pid = left.name.removeprefix(_PREFIX).split("-")[0]
-        if pid.isdigit() and not alive(int(pid)):
+        if pid.isdigit() and not _alive(int(pid)):
             shutil.rmtree(left, ignore_errors=True)
 
 
-class Visitors:
+def _is_old(path):
+    return time.time() - path.stat().st_mtime > KEEP[1]
+
+# %% ../../nbs/library/51_demo.ipynb #bff01bfb
+class _Visitors:
     "A folder and a switch for everybody who has the page open."
 
     def __init__(self):
-        sweep()
-        self.root, self.stops = (
-            tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{os.getpid()}-", ignore_cleanup_errors=True),
-            {},
-        )
+        _sweep()
+        self.root = tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{os.getpid()}-", ignore_cleanup_errors=True)
+        self.stops = {}  # session -> `threading.Event`
         self.kept = set()  # paths below `UPLOADS` that stay: those of the examples
 
-    def place(self, session: str) -> Path:
+    def place(self, session):
         "The visitor's folder. The name that a browser sends is not used for a path as it is."
         return Path(self.root.name) / hashlib.sha256(session.encode("utf-8", "replace")).hexdigest()[:24]
 
     @contextlib.contextmanager
-    def results(self, session: str):
-        "A fresh folder. If the block ends well, older results go, and what others left long ago; if not, the fresh one goes."
+    def results(self, session):
+        "A fresh folder. If the block ends well, older results go; if not, the fresh one goes."
         home = self.place(session)
         home.mkdir(exist_ok=True)
         fresh = Path(tempfile.mkdtemp(dir=home))
@@ -236,11 +216,7 @@ class Visitors:
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)
             raise
-        forgotten = [
-            other
-            for other in Path(self.root.name).iterdir()
-            if other != home and time.time() - other.stat().st_mtime > KEEP[1]
-        ]
+        forgotten = [other for other in Path(self.root.name).iterdir() if other != home and _is_old(other)]
         for old in [*home.iterdir(), *forgotten]:
             if old != fresh:
                 shutil.rmtree(old, ignore_errors=True)
@@ -248,18 +224,18 @@ class Visitors:
     def tidy(self):
         "Delete uploads, and Gradio's copies of results, that are old; Gradio itself forgets some."
         for file in UPLOADS.rglob("*") if _PREFIX in UPLOADS.name else ():
-            if str(file) not in self.kept and file.is_file() and time.time() - file.stat().st_mtime > KEEP[1]:
+            if str(file) not in self.kept and file.is_file() and _is_old(file):
                 file.unlink(missing_ok=True)
 
-    def begin(self, session: str):
+    def begin(self, session):
         self.stops[session] = threading.Event()
 
-    def stop(self, session: str):
+    def stop(self, session):
         if session in self.stops:
             self.stops[session].set()
 
     @contextlib.contextmanager
-    def editing(self, session: str):
+    def editing(self, session):
         "The switch of the edit that is made in the block; it may have been set while the edit waited for its turn."
         if session not in self.stops:
             self.begin(session)
@@ -268,7 +244,7 @@ class Visitors:
         finally:
             self.stops.pop(session, None)
 
-    def leave(self, session: str):
+    def leave(self, session):
         "The visitor is gone."
         self.tidy()
         self.stop(session)
@@ -278,139 +254,105 @@ class Visitors:
 # %% ../../nbs/library/51_demo.ipynb #d000000a
 UPLOAD = "100mb"
 LONGEST, LARGEST = 120, 4096 * 2304  # seconds of a clip, pixels of a frame or picture
-MOST = 2**63 - 1  # of a seed
+_MOST = 2**63 - 1  # of a seed
 
 
-def check_source(
-    path: Path,  # of a clip or an image
-):
-    "Raise where a source is more than the page takes."
+def _check_source(path):
+    "Raise where a clip or an image is more than the page takes."
     from kiwi_edit.data.files import renamed
 
     with renamed("`path`", "`video`"):
         info = video_info(path)
     if round(info.duration) > LONGEST and info.frames > 1:
         raise InputError(f"`video` has to be at most {LONGEST} s long but is {info.duration:.0f} s.")
-    if info.width * info.height > LARGEST:
-        raise InputError(
-            f"`video` has to have at most {LARGEST / 1e6:.1f} million pixels a frame but has {info.width}x{info.height}."
-        )
+    _check_pixels("`video` has to have at most {} million pixels a frame", info.width, info.height)
 
 
-def check_references(
-    paths: list,  # of images
-):
+def _check_pixels(rule, width, height):
+    if width * height > LARGEST:
+        raise InputError(f"{rule.format(f'{LARGEST / 1e6:.1f}')} but has {width}x{height}.")
+
+
+def _check_references(paths):
     "Raise where a reference is larger than the page takes, or there are too many."
     if len(paths) > 8:
         raise InputError(f"`references` have to be at most 8 but are {len(paths)}.")
     for path in paths:
         try:
             with PIL.Image.open(path) as image:
-                width, height = image.size
+                size = image.size
         except (OSError, ValueError, PIL.Image.DecompressionBombError):
             continue  # the reader says it better
-        if width * height > LARGEST:
-            raise InputError(
-                f"`reference` has to have at most {LARGEST / 1e6:.1f} million pixels but has {width}x{height}."
-            )
+        _check_pixels("`reference` has to have at most {} million pixels", *size)
 
 
-def whole(
-    value: float | None,  # of a number field; None where it was emptied
-    name: str,  # of the argument
-    least: int,
-    most: int,
-) -> int:
-    "A whole number out of a field."
+def _whole(value, name, least, most):
+    "A whole number out of a number field, which is None where it was emptied."
     if value is None or not least <= value <= most or int(value) != value:
-        raise InputError(
-            f"`{name}` has to be a whole number from {least:,} to {most:,} but is {'empty' if value is None else value}."
-        )
+        found = "empty" if value is None else value
+        raise InputError(f"`{name}` has to be a whole number from {least:,} to {most:,} but is {found}.")
     return int(value)
 
 # %% ../../nbs/library/51_demo.ipynb #925274c6
-LABELS = dict(
-    video="The clip",
-    instruction="The instruction",
-    reference="A reference",
-    references="The references",
-    seed="The seed",
-    steps="The number of steps",
-    model="The model",
-    name="The model",
-    prompt="The instruction",
-    out="The result",
-    size="The size",
-    frames="the number of frames",
-    device="The device",
-    number="The number of pairs",
-    which="The number of the reference",
-    first_seed="The first seed",
-    folder="The data set",
-    judge="The judge",
-)
+_LABELS = """
+video clip | instruction instruction | seed seed | steps number of steps | model model | name model | prompt instruction
+out result | size size | device device | number number of pairs | which number of the reference | first_seed first seed
+folder data set | judge judge | references references | chosen approximations
+"""
+_LABELS = {
+    name: f"The {words}"
+    for name, _, words in (pair.strip().partition(" ") for pair in re.split(r"[|\n]", _LABELS.strip()))
+} | dict(reference="A reference", frames="the number of frames")
 
 
-class Stopped(Exception):
+class _Stopped(Exception):
     "The visitor has stopped an edit."
 
 
+def _told(title, message, **more):
+    "A message on the page."
+    return gr.Error(message, title=title, print_exception=False, **more)
+
+
 @contextlib.contextmanager
-def messages(
-    title: str,  # above the message
-):
+def _messages(title):
     "What goes wrong in the block becomes a message of one line on the page."
     try:
         yield
     except gr.Error:
         raise
-    except Stopped:
-        raise gr.Error("The edit was cancelled.", title="Cancelled", duration=10, print_exception=False) from None
+    except _Stopped:
+        raise _told("Cancelled", "The edit was cancelled.", duration=10) from None
     except Exception as error:
-        message = one_line(error, LABELS)
+        message = one_line(error, _LABELS)
         if message is None:
             logger.exception("A fault behind the page.")
             message = f"There is a fault in the kit ({type(error).__name__}); the server's log says more."
         message = re.sub(r"'[^'\n]*[/\\]([^'/\\]+)'", r"'\1'", message)
-        raise gr.Error(html.escape(message, quote=False), title=title, duration=None, print_exception=False) from error
+        raise _told(title, html.escape(message, quote=False), duration=None) from error
 
 # %% ../../nbs/library/51_demo.ipynb #d000000f
-def crop(
-    image: PIL.Image.Image,
-    left: float,
-    right: float,
-    top: float,
-    bottom: float,  # where the part begins and ends, in percent of the sides
-) -> PIL.Image.Image:
-    "A part of a picture."
+def _crop(image, left, right, top, bottom):
+    "A part of a picture that begins and ends at these percents of the sides."
     if not (0 <= left < right <= 100 and 0 <= top < bottom <= 100):
+        asked = f"{left:g} to {right:g} and {top:g} to {bottom:g} %"
         raise InputError(
-            f"`reference` has to be cut where left is before right and top above bottom but {left:g} to {right:g} and {top:g} to {bottom:g} % is asked for."
+            f"`reference` has to be cut where left is before right and top above bottom but {asked} is asked for."
         )
     w, h = image.width / 100, image.height / 100
-    box = int(left * w), int(top * h), int(np.ceil(right * w)), int(np.ceil(bottom * h))
-    return image.crop((box[0], box[1], max(box[2], box[0] + 1), max(box[3], box[1] + 1)))
+    x, y = int(left * w), int(top * h)
+    return image.crop((x, y, max(math.ceil(right * w), x + 1), max(math.ceil(bottom * h), y + 1)))
 
 # %% ../../nbs/library/51_demo.ipynb #d0000012
-def clean_guess(
-    before,
-    after,  # latents before and after a step
-    noise_before: float,
-    noise_after: float,  # their noise levels, 0..1
-):
-    "Where a step's line ends when the noise is gone."
+def _clean_guess(before, after, noise_before, noise_after):
+    "Where the line of a step between two latents ends when the noise is gone."
     return after - noise_after * (before - after) / (noise_before - noise_after)
 
 # %% ../../nbs/library/51_demo.ipynb #d0000014
-class Watched:
-    "A pipeline that shows what it is doing and can be stopped at each step."
+class _Watched:
+    "A pipeline that shows what it is doing (frames side by side, uint8) and can be stopped at each step."
 
-    def __init__(
-        self,
-        pipe,  # `KiwiEditPipeline`
-        show: Callable,  # called with (h, w, 3) uint8, frames side by side
-        stop: threading.Event,  # set to stop
-    ):
+    def __init__(self, pipe, show, stop):
         self.pipe, self.show, self.stop = pipe, show, stop
 
     def __getattr__(self, name):
@@ -421,37 +363,34 @@ class Watched:
 
         def stepped(pipe, step, timestep, tensors):
             nonlocal before, free
-            if self.stop.is_set():
-                raise Stopped
+            self._go_on()
             sigmas, at, latents = pipe.scheduler.sigmas.tolist(), pipe.scheduler.step_index, tensors["latents"]
+            began = time.monotonic()
             if (
-                before is not None and sigmas[at] > 0 and time.monotonic() >= free
+                before is not None and sigmas[at] > 0 and began >= free
             ):  # the last one is the result, which comes anyway
-                began = time.monotonic()
-                self.show(self._picture(clean_guess(before, latents, sigmas[at - 1], sigmas[at])))
+                self.show(self._picture(_clean_guess(before, latents, sigmas[at - 1], sigmas[at])))
                 free = time.monotonic() + 3 * (time.monotonic() - began)  # looking takes a quarter of the time at most
             before = latents.clone()
             return callback_on_step_end(pipe, step, timestep, tensors)
 
-        if self.stop.is_set():
-            raise Stopped
+        self._go_on()
         return self.pipe(*args, callback_on_step_end=stepped, **kwargs)
+
+    def _go_on(self):
+        if self.stop.is_set():
+            raise _Stopped
 
     def _picture(self, latents):
         from kiwi_edit.latents import decode_latents
 
         vae = self.pipe.vae
-        frames = decode_latents(vae, latents[:, :, : 1 + 4 // vae.config.scale_factor_temporal])[0][
-            :5
-        ]  # the first five of the clip
-        return np.concatenate(list(frames), 1)
+        first = latents[:, :, : 1 + 4 // vae.config.scale_factor_temporal]
+        return np.concatenate(list(decode_latents(vae, first)[0][:5]), 1)  # the first five frames of the clip
 
 # %% ../../nbs/library/51_demo.ipynb #d0000016
-def running(
-    job: Callable,  # of one argument, a function that it calls with whatever it has to tell
-    stop: threading.Event,  # that the job looks at
-) -> Iterator:  # of ("told", value) and at last ("done", result)
-    "What a function tells and returns, while it runs in a thread."
+def _running(job, stop):
+    'What a job in a thread tells, as ("told", value), and at last ("done", result).'
     told = queue.Queue()
 
     def go():
@@ -475,12 +414,8 @@ def running(
         thread.join()
 
 # %% ../../nbs/library/51_demo.ipynb #d0000018
-def time_left(
-    seconds: float,  # since the first step began
-    done: int,
-    total: int,  # steps
-) -> str:
-    "How long it will still take, as people say it."
+def _time_left(seconds, done, total):
+    "How long it will still take, as people say it, so many seconds after the first step began."
     if not done:
         return ""
     left = seconds / done * (total - done)
@@ -488,7 +423,7 @@ def time_left(
 
 # %% ../../nbs/library/51_demo.ipynb #d000001b
 @dataclass
-class Edit:
+class _Edit:
     "What the page remembers of a visitor's last edit."
 
     source: str  # path
@@ -499,65 +434,65 @@ class Edit:
     call: str  # the same edit in Python
 
 
-def frame_pair(
-    edit: Edit,
-    index: int,  # of the frame
-) -> tuple:  # both (H, W, 3) uint8
-    "A frame before and after."
+def _frame_pair(edit, index):
+    "A frame before and after, (H, W, 3) uint8."
     index = min(max(int(index), 0), edit.frames - 1)
     before, after = (read_video(path, indices=[index]).frames[0] for path in (edit.source, edit.edited))
-    return before, after[
-        : before.shape[0], : before.shape[1]
-    ]  # H.264 has even sides: where a source has odd ones, the last row or column is there twice
+    return before, after[: before.shape[0], : before.shape[1]]  # H.264 has even sides, and doubles the last of odd ones
 
 
-def difference_map(
-    before: np.ndarray,
-    after: np.ndarray,  # (H, W, 3) uint8
-) -> tuple[np.ndarray, float]:  # (H, W, 3) uint8, and the largest difference in levels of 255
-    "Where two frames differ."
+def _difference_map(before, after):
+    "Where two frames differ as a frame, and the largest difference in levels of 255."
     from kiwi_edit.attention import lay_over
 
     apart = np.abs(before.astype(np.float32) - after).mean(-1)
     return lay_over(after[None], apart[None], max(float(apart.max()), 32.0))[0], float(apart.max())
 
 # %% ../../nbs/library/51_demo.ipynb #d000001e
-def call_as_python(
-    model: str,
-    source: str,
-    instruction: str,
-    references: list,  # paths; their names are used
-    out: str,  # name of the result
-    **options,  # of `edit_file`
-) -> str:
-    "An edit as a program."
+def _call_as_python(model, source, instruction, references, out, approximate=(), **options):
+    "An edit as a program; of files the names are used."
     if options.get("size") is None:
         options.pop("size", None)
     given = "".join(f", {name}={value!r}" for name, value in options.items())
-    return (
-        f"from kiwi_edit.data.files import edit_file, load_model\n\npipe = load_model({model!r})\n"
-        f"edit_file(pipe, {Path(source).name!r}, {instruction!r},\n          {[Path(r).name for r in references]!r}, out={out!r}{given})\n"
-    )
+    names = [Path(r).name for r in references]
+    lines = ["from kiwi_edit.data.files import edit_file, load_model", "", f"pipe = load_model({model!r})"]
+    if approximate:
+        lines.insert(0, "from kiwi_edit.apps.approximations import approximately")
+        lines.append(f"approximately(pipe, {dict.fromkeys(approximate, {})!r})")
+    lines += [
+        f"edit_file(pipe, {Path(source).name!r}, {instruction!r},",
+        f"          {names!r}, out={out!r}{given})",
+        "",
+    ]
+    return "\n".join(lines)
 
 
-def make_downloads(edit: Edit) -> list[str]:  # paths
-    "The files that a visitor may take: beside the result a GIF and all frames where it moves, and the call as Python."
+def _make_downloads(edit):
+    "Paths of the files that a visitor may take: the result, where it moves a GIF and all frames, the call as Python."
     result = Path(edit.edited)
-    files = [result, result.with_name("edit.py")]
-    with replacing(files[1], overwrite=True) as temporary:
+    program = result.with_name("edit.py")
+    with replacing(program, overwrite=True) as temporary:
         temporary.write_text(edit.call, encoding="utf-8")
-    if edit.frames > 1:
-        clip = read_video(result)
-        files[1:1] = [result.with_suffix(".gif"), result.with_name("frames.zip")]
-        write_video(files[1], clip, overwrite=True)
-        with replacing(files[2], overwrite=True) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-            for i, frame in enumerate(clip.frames):
-                with archive.open(f"frame-{i:04d}.png", "w") as entry:
-                    PIL.Image.fromarray(frame).save(entry, format="PNG")
-    return [str(file) for file in files]
+    if edit.frames == 1:
+        return [str(result), str(program)]
+    clip, gif, frames = read_video(result), result.with_suffix(".gif"), result.with_name("frames.zip")
+    write_video(gif, clip, overwrite=True)
+    with replacing(frames, overwrite=True) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for i, frame in enumerate(clip.frames):
+            with archive.open(f"frame-{i:04d}.png", "w") as entry:
+                PIL.Image.fromarray(frame).save(entry, format="PNG")
+    return [str(file) for file in (result, gif, frames, program)]
 
 # %% ../../nbs/library/51_demo.ipynb #d0000021
-def make_editor(load: LazyPipeline, visitors: Visitors):
+def _given_files(video, image, references):
+    "Paths of what is edited and of the references, checked."
+    source, paths = Path(video or image), [path for path, _ in references or []]
+    _check_source(source)
+    _check_references(paths)
+    return source, paths
+
+
+def _make_editor(load, visitors):
     "The function behind the button."
 
     def edit(
@@ -569,80 +504,82 @@ def make_editor(load: LazyPipeline, visitors: Visitors):
         seed=0,
         size="",
         model=None,
+        approximate=None,
         request: gr.Request = None,
     ):
         """Edit a clip, or an image, by an instruction and reference pictures.
-        video: the clip; image: instead of a clip; instruction: what to change, in words; references: none, one or several pictures; steps: of denoising; seed: of the noise;
-        size: WIDTHxHEIGHT at which the model works, empty for what fits; model: of the page's list.
+        video: the clip; image: instead of a clip; instruction: what to change, in words; references: none, one or
+        several pictures; steps: of denoising; seed: of the noise; size: WIDTHxHEIGHT at which the model works, empty
+        for what fits; model: of the page's list; approximate: names of approximations, none for the exact edit.
         What comes back: the edited clip or the edited image, a film strip, and a line about what was done."""
         session, wait = getattr(request, "session_hash", None) or "local", (gr.skip(),) * 2
-        with messages("Not edited"), visitors.editing(session) as stop, visitors.results(session) as folder:
+        with _messages("Not edited"), visitors.editing(session) as stop, visitors.results(session) as folder:
             if not video and not image:
-                raise gr.Error(
+                raise _told(
+                    "Nothing to edit",
                     "The clip is missing: drop a video or an image into the field on the left, or click an example.",
-                    title="Nothing to edit",
-                    print_exception=False,
                 )
-            source, paths, size = Path(video or image), [path for path, _ in references or []], parse_size(size or None)
-            check_source(source)
-            check_references(paths)
-            steps, seed = whole(steps, "steps", 1, 1000), whole(seed, "seed", 0, MOST)
+            source, paths = _given_files(video, image, references)
+            options = dict(
+                steps=_whole(steps, "steps", 1, 1000),
+                seed=_whole(seed, "seed", 0, _MOST),
+                size=parse_size(size or None),
+            )
+            out, began = folder / f"edited{'.mp4' if video else '.png'}", None
             yield *wait, gr.skip(), "Loading the model …", gr.skip()
             pipe = load(model)
-            out = folder / f"edited{'.mp4' if video else '.png'}"
 
             def job(tell):
-                watched = Watched(pipe, lambda picture: tell((picture, None)), stop)
-                return edit_file(
-                    watched,
-                    source,
-                    instruction or "",
-                    paths,
-                    out=out,
-                    overwrite=True,
-                    progress=lambda done, total, what: tell((None, (done, total, what))),
-                    steps=steps,
-                    seed=seed,
-                    size=size,
-                )
+                watched = _Watched(pipe, lambda picture: tell((picture, None)), stop)
+                options["progress"] = lambda *stage: tell((None, stage))
+                with _approximate(pipe, approximate):
+                    return edit_file(watched, source, instruction or "", paths, out=out, overwrite=True, **options)
 
-            began = None
-            for kind, value in running(job, stop):
+            for kind, value in _running(job, stop):
                 if kind == "done":
                     break
                 picture, stage = value
-                if stage and began is None and stage[2] == "looking":
-                    began = time.monotonic()
                 if picture is not None:
                     yield *wait, picture, gr.skip(), gr.skip()
-                else:
-                    yield (
-                        *wait,
-                        gr.skip(),
-                        f"{stage[2].capitalize()}: step {stage[0]} of {stage[1]}{time_left(time.monotonic() - (began or time.monotonic()), *stage[:2])}.",
-                        gr.skip(),
-                    )
-        what = f"{value.frames} frames" if value.frames > 1 else "1 frame"
-        note = f"{what} of {value.size[0]}x{value.size[1]}, edited at {value.work_size[0]}x{value.work_size[1]} in {value.seconds:.1f} s. {value.note[:1].upper()}{value.note[1:]}".strip()
-        call = call_as_python(
-            str(load.model), str(source), instruction, paths, out.name, seed=seed, steps=steps, size=size
-        )
+                    continue
+                done, total, what = stage
+                if began is None and what == "looking":
+                    began = time.monotonic()
+                left = _time_left(time.monotonic() - (began or time.monotonic()), done, total)
+                yield *wait, gr.skip(), f"{what.capitalize()}: step {done} of {total}{left}.", gr.skip()
         path = str(value.path)
+        options.pop("progress")
+        call = _call_as_python(str(load.model), source, instruction, paths, out.name, approximate or (), **options)
         yield (
             gr.update(value=path if video else None, visible=bool(video)),
             gr.update(value=None if video else path, visible=not video),
             str(value.strip),
-            note,
-            Edit(str(source), path, paths, instruction, value.frames, call),
+            _note(value),
+            _Edit(str(source), path, paths, instruction, value.frames, call),
         )
 
     return edit
 
+# %% ../../nbs/library/51_demo.ipynb #40b0d18e
+def _approximate(pipe, names):
+    "Within it, edits are approximate in these ways."
+    if not names:
+        return contextlib.nullcontext()
+    from kiwi_edit.apps.approximations import approximately
+
+    return approximately(pipe, {name: {} for name in names})
+
+
+def _note(done):
+    "A line about a finished edit."
+    what = f"{done.frames} frames" if done.frames > 1 else "1 frame"
+    (width, height), (w, h) = done.size, done.work_size
+    more = done.note[:1].upper() + done.note[1:]
+    return f"{what} of {width}x{height}, edited at {w}x{h} in {done.seconds:.1f} s. {more}".strip()
+
 # %% ../../nbs/library/51_demo.ipynb #d0000024
-def to_picture(
-    figure,  # of matplotlib
-) -> np.ndarray:  # (h, w, 3) uint8
-    "A figure as an image."
+def _to_picture(figure):
+    "A figure of matplotlib as an image."
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
@@ -650,48 +587,35 @@ def to_picture(
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _edit(pipe, frames, instruction, references, steps, seed):
+def _plain_edit(pipe, frames, instruction, references, steps, seed):
     import torch
 
-    return as_frames(
-        pipe(
-            instruction,
-            video=frames,
-            reference=references or None,
-            num_inference_steps=steps,
-            generator=torch.Generator().manual_seed(seed),
-        ).frames[0]
-    )
+    options = dict(num_inference_steps=steps, generator=torch.Generator().manual_seed(seed))
+    return as_frames(pipe(instruction, video=frames, reference=references or None, **options).frames[0])
 
 
-def show_looks(
-    pipe,  # `KiwiEditPipeline`
-    source: Path,
-    instruction: str,
-    references: list,  # as for an edit
-    steps: int,
-    seed: int,
-) -> tuple[np.ndarray, str]:  # picture and what it says, markdown
-    "Where the denoiser looks while it edits."
+def _show_looks(pipe, source, instruction, references, steps, seed):
+    "Where the denoiser looks while it edits: a picture and what it says, as markdown."
     from kiwi_edit.attention import draw_looks, watch_edit
     from kiwi_edit.pipeline import fit_reference
 
     frames, images = pipe.prepare_video(source), [read_image(r) for r in references]
     edited, looks = watch_edit(pipe, instruction, frames, images or None, seed, steps)
-    figure = draw_looks(
-        looks, frames, edited, [fit_reference(image, frames.shape[2], frames.shape[1]) for image in images]
-    )
+    fitted = [fit_reference(image, frames.shape[2], frames.shape[1]) for image in images]
     shares, most = looks.summary(), looks.queries.argsort()[::-1][:3]
-    text = f"Most looked at are the queries {', '.join(map(str, most))}, with {100 * looks.queries[most].sum():.0f} % of all cross-attention."
+    share, names = 100 * looks.queries[most].sum(), ", ".join(map(str, most))
+    text = f"Most looked at are the queries {names}, with {share:.0f} % of all cross-attention."
     if images:
+        tokens, even, features = (100 * shares[name] for name in ("reference", "even", "features"))
         text = (
-            f"The clip's tokens give **{100 * shares['reference']:.0f} %** of their self-attention to the tokens of the reference (evenly spread it would be {100 * shares['even']:.0f} %) "
-            f"and **{100 * shares['features']:.0f} %** of their cross-attention to its features. " + text
+            f"The clip's tokens give **{tokens:.0f} %** of their self-attention to the tokens of the reference (evenly "
+            f"spread it would be {even:.0f} %) and **{features:.0f} %** of their cross-attention to its features. "
+            + text
         )
-    return to_picture(figure), text
+    return _to_picture(draw_looks(looks, frames, edited, fitted)), text
 
 # %% ../../nbs/library/51_demo.ipynb #d0000026
-AWAY = {
+_AWAY = {
     "the reference": ("tokens", "features"),
     "only its tokens": ("tokens",),
     "only its features": ("features",),
@@ -699,59 +623,38 @@ AWAY = {
 }  # label -> parts, see `attention.without`
 
 
-def show_without(
-    pipe,  # `KiwiEditPipeline`
-    source: Path,
-    instruction: str,
-    references: list,  # as for an edit
-    steps: int,
-    seed: int,
-    away: str,  # of `AWAY`
-) -> tuple[np.ndarray, str]:  # picture and what it says
-    "An edit with all that guides it, and without some of it."
+def _show_without(pipe, source, instruction, references, steps, seed, away):
+    "An edit with all that guides it, and without some of it: a picture and what it says."
     from kiwi_edit.attention import apart, without
 
-    if away not in AWAY:
-        raise InputError(f"`away` has to be of {', '.join(AWAY)} but is {away!r}.")
+    if away not in _AWAY:
+        raise InputError(f"`away` has to be of {', '.join(_AWAY)} but is {away!r}.")
     if not references and away != "the queries":
         raise InputError("`reference` has to be there before it can be taken away: put one into the Edit tab.")
     frames, images = pipe.prepare_video(source), [read_image(r) for r in references]
-    full = _edit(pipe, frames, instruction, images, steps, seed)
-    less = _edit(without(pipe, *AWAY[away]), frames, instruction, images, steps, seed)
-    picture = to_picture(
-        film_strip({"source": frames, "with all": full, f"without {away.removeprefix('only ')}": less})
-    )
-    return (
-        picture,
-        f"Without {away.removeprefix('only ')} the result is {apart(full, less):.1f} levels of 255 away from the full one, which itself is {apart(full, frames):.1f} away from the source.",
-    )
+    full = _plain_edit(pipe, frames, instruction, images, steps, seed)
+    less = _plain_edit(without(pipe, *_AWAY[away]), frames, instruction, images, steps, seed)
+    what = f"without {away.removeprefix('only ')}"
+    text = f"{what.capitalize()} the result is {apart(full, less):.1f} levels of 255 away from the full one, "
+    text += f"which itself is {apart(full, frames):.1f} away from the source."
+    return _to_picture(film_strip({"source": frames, "with all": full, what: less})), text
 
 
-def show_versus(
-    pipe,  # `KiwiEditPipeline`
-    source: Path,
-    instruction: str,
-    references: list,  # as for an edit; the first reference counts
-    steps: int,
-    seed: int,
-    other: str,  # path of the second reference
-) -> tuple[np.ndarray, str]:  # picture and what it says
-    "Two references: each alone, then both at once."
+def _show_versus(pipe, source, instruction, references, steps, seed, other):
+    "Two references, the first of the list and another: each alone, then both at once; a picture and what it says."
     from kiwi_edit.attention import watch_edit
 
     if not references or not other:
         raise InputError("`references` have to be two: the first one of the Edit tab, and another one here.")
     frames, (one, two) = pipe.prepare_video(source), (read_image(path) for path in (references[0], other))
-    alone = [_edit(pipe, frames, instruction, [image], steps, seed) for image in (one, two)]
+    first, second = (_plain_edit(pipe, frames, instruction, [image], steps, seed) for image in (one, two))
     both, looks = watch_edit(pipe, instruction, frames, [one, two], seed, steps)
-    shares = looks.reference.mean((0, 1, 3, 4, 5)) * 100
-    return (
-        to_picture(film_strip({"source": frames, "first": alone[0], "second": alone[1], "both": both})),
-        f"Side by side, the first reference gets {shares[0]:.0f} % of the clip's self-attention and the second {shares[1]:.0f} %.",
-    )
+    a, b = looks.reference.mean((0, 1, 3, 4, 5)) * 100
+    text = f"Side by side, the first reference gets {a:.0f} % of the clip's self-attention and the second {b:.0f} %."
+    return _to_picture(film_strip({"source": frames, "first": first, "second": second, "both": both})), text
 
 # %% ../../nbs/library/51_demo.ipynb #d0000029
-THRESHOLDS = {
+_THRESHOLDS = {
     "score.edit": (0, 1, 0.01, 0.5, "Edit score"),
     "ground.confidence": (0, 1, 0.01, 0.3, "Grounding confidence"),
     "verify.consistency": (0, 10, 0.1, 4, "Consistency of the reference"),
@@ -759,185 +662,152 @@ THRESHOLDS = {
 }  # score -> least, most, step, the pipeline's own, label
 
 
-def data_sets(
-    root: Path | None = None,  # None takes the settings' data folder
-) -> dict:  # name -> folder
-    "The finished data sets in a folder."
-    root = Path(root or settings().data_dir)
-    return {
-        found.parent.relative_to(root).as_posix(): found.parent
-        for pattern in ("*/SHA256SUMS", "*/*/SHA256SUMS")
-        for found in sorted(root.glob(pattern))
-    }
+def _data_sets():
+    "The finished data sets in the settings' data folder, by name."
+    root = Path(settings().data_dir)
+    found = [path.parent for pattern in ("*/SHA256SUMS", "*/*/SHA256SUMS") for path in sorted(root.glob(pattern))]
+    return {folder.relative_to(root).as_posix(): folder for folder in found}
 
 
-def world_set(
-    number: int,  # of pairs
-    first_seed: int = 0,
-):  # `Synthesis`
-    "Pairs of the procedural world, every fourth spoilt, with what the embedded pipeline says of them; it drops none for a low score, so that thresholds can be tried."
+def _world_set(number, first_seed=0):
+    "Pairs of the procedural world, every fourth spoilt, judged by the embedded pipeline, none dropped for a score."
     from kiwi_edit.data.synthesis import PlantedPairs, model_stages, synthesize
 
-    if not 1 <= number <= 24:
-        raise InputError(f"`number` has to be from 1 to 24 but is {number}.")
-    if first_seed < 0:
-        raise InputError(f"`seed` has to be at least 0 but is {first_seed}.")
-    stages = partial(model_stages, thresholds={name: 0 for name in THRESHOLDS})
+    stages = partial(model_stages, thresholds={name: 0 for name in _THRESHOLDS})
     with tempfile.TemporaryDirectory() as folder:
         return synthesize(PlantedPairs(number, first_seed), Path(folder) / "set", stages, progress=False)
 
 
-def read_set(
-    name: str,  # of `data_sets`
-):  # `Synthesis`
-    "A data set by its name."
+def _read_set(name):
+    "A data set of the data folder by its name."
     from kiwi_edit.data.synthesis import inspect_folder
 
-    found = data_sets()
+    found = _data_sets()
     if name not in found:
-        raise InputError(
-            f"`folder` has to be of {', '.join(found) or 'the data folder, which holds none,'} but is {name!r}."
-        )
+        listed = ", ".join(found) or "the data folder, which holds none,"
+        raise InputError(f"`folder` has to be of {listed} but is {name!r}.")
     return inspect_folder(found[name])
 
 # %% ../../nbs/library/51_demo.ipynb #d000002b
-def funnel_html(
-    result,  # `Synthesis`
-    thresholds: dict | None = None,  # score -> least value
-) -> str:  # HTML
+_BAR = """<div style="display:flex;gap:.6em;align-items:center"><span style="width:7.5em">{stage}</span>
+<span style="flex:1;height:1.1em;
+background:linear-gradient(90deg,#3a7d44 {after:.1f}%,#b7d3bb 0 {before:.1f}%,#ececec 0)"></span>
+<span style="width:5.5em">{left} of {total}</span></div>"""
+
+
+def _funnel_html(result, thresholds=None):
     "How many pairs each stage leaves, as bars; pale what it left before the thresholds were raised."
-    before, after, total = result.funnel(), result.funnel(thresholds), max(len(result.rows), 1)
-    rows = [
-        f'<div style="display:flex;gap:.6em;align-items:center"><span style="width:7.5em">{html.escape(stage)}</span><span style="flex:1;background:linear-gradient(90deg,#3a7d44 {100 * after[stage] / total:.1f}%,#b7d3bb 0 {100 * n / total:.1f}%,#ececec 0);height:1.1em"></span>'
-        f'<span style="width:5.5em">{after[stage]} of {len(result.rows)}</span></div>'
+    before, after, total = result.funnel(), result.funnel(thresholds), len(result.rows)
+    share = 100 / max(total, 1)
+    bars = [
+        _BAR.format(
+            stage=html.escape(stage), after=share * after[stage], before=share * n, left=after[stage], total=total
+        )
         for stage, n in before.items()
     ]
-    return f'<div role="img" aria-label="{"; ".join(f"{stage}: {after[stage]} of {len(result.rows)} left" for stage in before)}">{"".join(rows)}</div>'
+    said = "; ".join(f"{stage}: {after[stage]} of {total} left" for stage in before)
+    return f'<div role="img" aria-label="{said}">{"".join(bars)}</div>'
 
 
-def set_html(
-    result,  # `Synthesis`
-    most: int = 64,  # pairs
-) -> str:  # HTML
+def _pair_html(row):
+    verdict = row["verdicts"][-1]
+    scores = {name.split(".")[1]: row["scores"][name] for name in _THRESHOLDS if name in row["scores"]}
+    said = "through all stages" if verdict["passed"] else f"dropped at {verdict['stage']}: {verdict['reason']}"
+    lines = [f"<b>{html.escape(row['prompt'])}</b>", html.escape(f"{row['iid']}: {said}")]
+    lines.append(", ".join(f"{name} {score:.2f}" for name, score in scores.items()))
+    sheet = row["sheet"] and image_tag(row["sheet"], "Source, edited clip, mask and reference as far as they were made")
+    return f"<figure>{sheet or ''}<figcaption>{'<br>'.join(lines)}</figcaption></figure>"
+
+
+def _set_html(result, most=64):
     "Of each pair source, edited clip, mask and reference side by side, what the pipeline says of it, and its scores."
-
-    def figure(row):
-        verdict, facts = (
-            row["verdicts"][-1],
-            ", ".join(
-                f"{name.split('.')[1]} {row['scores'][name]:.2f}" for name in THRESHOLDS if name in row["scores"]
-            ),
-        )
-        said = "through all stages" if verdict["passed"] else f"dropped at {verdict['stage']}: {verdict['reason']}"
-        image = (
-            f'<img style="max-width:100%;max-height:160px" alt="Source, edited clip, mask and reference as far as they were made" src="data:image/jpeg;base64,{base64.b64encode(row["sheet"]).decode()}">'
-            if row["sheet"]
-            else ""
-        )
-        return f'<figure style="margin:0 0 1.2em">{image}<figcaption><b>{html.escape(row["prompt"])}</b><br>{html.escape(row["iid"])}: {html.escape(said)}<br>{facts}</figcaption></figure>'
-
-    return "".join(figure(row) for row in result.rows[:most])
+    look = "<style>#sheets figure{margin:0 0 1.2em}#sheets img{max-width:100%;max-height:160px}</style>"
+    return look + "".join(map(_pair_html, result.rows[:most]))
 
 # %% ../../nbs/library/51_demo.ipynb #d000002f
-METRICS = "metrics, no model"
-KINDS = {
+_METRICS = "metrics, no model"
+_KINDS = {
     "any edit": "openve",
     "a subject from the reference": "refvie-subject",
     "a background from the reference": "refvie-background",
 }  # label -> rubric
 
 
-def judge_names() -> list[str]:
+def _judge_names():
     "Who can be asked."
     configured = settings().judge
-    return [METRICS] + [configured] * (configured not in ("embedded", "metrics"))
+    return [_METRICS] + [configured] * (configured not in ("embedded", "metrics"))
 
 
-def judge_edit(
-    judge: str,  # of `judge_names`
-    kind: str,  # of `KINDS`
-    source: str,
-    edited: str,  # paths
-    reference: str | None,  # path
-    instruction: str,
-) -> str:  # markdown
-    "Scores of an edit, and the numbers behind them."
+def _judge_edit(judge, kind, source, edited, reference, instruction):
+    "Scores of an edit, and the numbers behind them, as markdown."
     from kiwi_edit.eval.judge import RUBRICS, Case, MetricJudge, clip_arrays, picture_of
     from kiwi_edit.metrics import measure_clip
     from kiwi_edit.eval.published import judge_of
 
-    if judge not in judge_names():
-        raise InputError(f"`judge` has to be of {', '.join(judge_names())} but is {judge!r}.")
-    if kind not in KINDS:
-        raise InputError(f"`kind` has to be of {', '.join(KINDS)} but is {kind!r}.")
+    for name, value, known in (("judge", judge, _judge_names()), ("kind", kind, _KINDS)):
+        if value not in known:
+            raise InputError(f"`{name}` has to be of {', '.join(known)} but is {value!r}.")
     if not source or not edited:
         raise InputError("`video` has to be there before and after the edit: give both files, or take the last edit.")
     for path in (source, edited):
-        check_source(path)
-    case = Case("edit", instruction or "", source, edited, reference or None, RUBRICS[KINDS[kind]])
-    asked = MetricJudge() if judge == METRICS else judge_of(judge, device=settings().device)
+        _check_source(path)
+    case = Case("edit", instruction or "", source, edited, reference or None, RUBRICS[_KINDS[kind]])
+    asked = MetricJudge() if judge == _METRICS else judge_of(judge, device=settings().device)
     found = asked.judge([case], progress=False)[0]
     if not found.ok:
         raise InputError(f"`judge` has to be able to score this but is not: {found.error}.")
-    lines = [
-        f"### {found.mean:.2f} of 5, by {html.escape(found.judge)}",
-        "",
-        "| criterion | of 5 | what is asked |",
-        "|---|--:|---|",
-    ]
-    lines += [f"| {c.name} | {found.scores[c.name]:.2f} | {c.asks} |" for c in case.rubric.criteria]
-    if found.capped:
-        lines += ["", "No score may exceed the first one, so some were lowered to it."]
-    if judge != METRICS:
-        return "\n".join([*lines, "", *(html.escape(reply) for reply in found.replies[-1:])])
+    rows = [[c.name, f"{found.scores[c.name]:.2f}", c.asks] for c in case.rubric.criteria]
+    capped = "No score may exceed the first one, so some were lowered to it." if found.capped else ""
+    scores = Table("", ["criterion", "of 5", "what is asked"], rows, note=capped)
+    parts = [f"### {found.mean:.2f} of 5, by {html.escape(found.judge)}", scores._repr_markdown_()]
+    if judge != _METRICS:
+        return "\n\n".join([*parts, *map(html.escape, found.replies[-1:])])
+    picture = None if case.reference is None else picture_of(case.reference)
     before, after = clip_arrays(case)
-    numbers = measure_clip(after, before, None if case.reference is None else picture_of(case.reference))
-    lines += [
-        "",
-        "| number | value | what it is |",
-        "|---|--:|---|",
-        *(
-            f"| {name} | {'–' if np.isnan(numbers[name]) else format(numbers[name], '.3g')} | {what} |"
-            for name, what in CLIP_METRICS.items()
-        ),
-    ]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "No model has looked at the clips: the numbers measure what changed and how steadily, not whether it was asked for.",
-        ]
-    )
+    numbers = measure_clip(after, before, picture)
+    rows = [[n, "–" if np.isnan(numbers[n]) else f"{numbers[n]:.3g}", what] for n, what in CLIP_METRICS.items()]
+    note = "No model has looked at the clips: the numbers say what changed and how steadily, not whether it should."
+    parts.append(Table("", ["number", "value", "what it is"], rows, note=note)._repr_markdown_())
+    return "\n\n".join(parts)
 
 # %% ../../nbs/library/51_demo.ipynb #d0000032
 DEVICE = dict(concurrency_id="device", concurrency_limit=1)
-GLUE = dict(api_visibility="private")
-QUICK = dict(queue=False, show_progress="hidden")
-_REFERENCE = dict(image_mode=None, format="png", type="filepath", sources=["upload", "clipboard"])
+_GLUE = dict(api_visibility="private")
+_QUICK = dict(queue=False, show_progress="hidden")
+_PLAIN = dict(_GLUE, show_progress="hidden")
+_UPLOAD = partial(gr.Image, image_mode=None, format="png", type="filepath", sources=["upload", "clipboard"])
+_SHOWN = partial(gr.Image, interactive=False, format="png")
 
 
-def source_fields():
+def _about(name, explained=True):
+    "Label and explanation of a field, out of the table of options."
+    option = OPTIONS[name]
+    info = re.sub(r" *\[.*?\]$", "", option.help) if explained else None
+    return dict(label=option.name.capitalize().replace("_", " "), info=info, elem_id=name.replace("_", "-"))
+
+
+def _source_fields():
     "Fields for what is edited: a clip or an image."
     with gr.Tabs() as tabs:
         with gr.Tab("Clip", id="clip"):
             video = gr.Video(label="Clip", sources=["upload"], height=260, loop=True, elem_id="clip")
         with gr.Tab("Image", id="image"):
-            image = gr.Image(label="Image", height=260, elem_id="image", **_REFERENCE)
-    video.upload(lambda: None, outputs=image, **GLUE)  # there is one source
-    image.upload(lambda: None, outputs=video, **GLUE)
+            image = _UPLOAD(label="Image", height=260, elem_id="image")
+    video.upload(lambda: None, outputs=image, **_GLUE)  # there is one source
+    image.upload(lambda: None, outputs=video, **_GLUE)
     return tabs, video, image
 
 
-def crop_fields(references):
+def _crop_fields(references):
     "Fields that cut a part out of a reference."
 
     def part(references, which, left, right, top, bottom):
-        with messages("Not cut"):
+        with _messages("Not cut"):
             if not references:
                 raise InputError("`reference` has to be there before it can be cut but there is none.")
-            return crop(
-                read_image(references[whole(which, "which", 1, len(references)) - 1][0]), left, right, top, bottom
-            )
+            number = _whole(which, "which", 1, len(references))
+            return _crop(read_image(references[number - 1][0]), left, right, top, bottom)
 
     def put(references, which, *sides):
         cut = part(references, which, *sides)
@@ -947,27 +817,20 @@ def crop_fields(references):
         which = gr.Number(
             1, precision=0, minimum=1, label="Which reference", info="1 is the first.", elem_id="crop-which"
         )
-        with gr.Row():
-            left, right = (
-                gr.Slider(0, 100, value, step=1, label=f"{name} edge (%)", min_width=130)
-                for name, value in (("Left", 0), ("Right", 100))
-            )
-        with gr.Row():
-            top, bottom = (
-                gr.Slider(0, 100, value, step=1, label=f"{name} edge (%)", min_width=130)
-                for name, value in (("Top", 0), ("Bottom", 100))
-            )
-        preview = gr.Image(
-            label="The part", interactive=False, height=160, format="png", buttons=[], elem_id="crop-preview"
-        )
+        sides = []
+        for pair in (("Left", 0), ("Right", 100)), (("Top", 0), ("Bottom", 100)):
+            with gr.Row():
+                for name, value in pair:
+                    sides.append(gr.Slider(0, 100, value, step=1, label=f"{name} edge (%)", min_width=130))
+        preview = _SHOWN(label="The part", height=160, buttons=[], elem_id="crop-preview")
         button = gr.Button("Keep only this part", size="sm", elem_id="crop")
-    given = [references, which, left, right, top, bottom]
-    for slider in given[2:]:
-        slider.release(part, given, preview, **GLUE)
-    button.click(put, given, references, **GLUE)
+    given = [references, which, *sides]
+    for slider in sides:
+        slider.release(part, given, preview, **_GLUE)
+    button.click(put, given, references, **_GLUE)
 
 # %% ../../nbs/library/51_demo.ipynb #d0000033
-def result_fields():
+def _result_fields():
     "Fields for what comes out."
     video = gr.Video(label="Result", interactive=False, height=260, loop=True, autoplay=True, elem_id="result")
     image = gr.Image(label="Result", interactive=False, height=260, visible=False, elem_id="result-image")
@@ -976,80 +839,99 @@ def result_fields():
     return video, image, strip, note
 
 
-def compare_fields(last):
+def _compare_fields(last):
     "Fields that compare source and result, a frame at a time."
 
     def frame(edit, number=1):
         """A frame of this session's last edit: before and after, where they differ, and by how much.
         number: of the frame, from 1."""
-        with messages("No frame"):
+        with _messages("No frame"):
             if edit is None:
                 raise InputError("`out` has to be there first: edit something.")
-            before, after = frame_pair(edit, number - 1)
-            heat, most = difference_map(before, after)
+            before, after = _frame_pair(edit, number - 1)
+            heat, most = _difference_map(before, after)
             return (before, after), heat, f"Brightest: {max(most, 32):.0f} levels of 255 apart. Dark: the same."
 
     def first(edit):
         return gr.update(value=1, maximum=max(edit.frames, 2), visible=edit.frames > 1), *frame(edit, 1)
 
+    look = dict(interactive=False, format="png", buttons=["fullscreen"])
     number = gr.Slider(1, 100_000, 1, step=1, label="Frame", visible=False, elem_id="frame")
-    wipe = gr.ImageSlider(
-        label="Before and after: move the handle",
-        interactive=False,
-        format="png",
-        max_height=420,
-        buttons=["fullscreen"],
-        elem_id="wipe",
-    )
-    heat = gr.Image(
-        label="Where it differs", interactive=False, height=260, format="png", buttons=["fullscreen"], elem_id="heat"
-    )
+    wipe = gr.ImageSlider(label="Before and after: move the handle", max_height=420, elem_id="wipe", **look)
+    heat = gr.Image(label="Where it differs", height=260, elem_id="heat", **look)
     scale = gr.Markdown()
-    number.input(frame, [last, number], [wipe, heat, scale], api_name="frame", trigger_mode="always_last", **QUICK)
+    number.input(frame, [last, number], [wipe, heat, scale], api_name="frame", trigger_mode="always_last", **_QUICK)
     return first, [number, wipe, heat, scale]
 
 # %% ../../nbs/library/51_demo.ipynb #d0000034
-def model_fields(load, limits, about):
+def _model_fields(load, limits, about):
     "Fields for the numbers of an edit and for the model; `about` is where the page says what it can do."
+    from kiwi_edit.apps.approximations import APPROXIMATIONS
 
     def chosen(model):
-        with messages("Not chosen"):
-            if model not in load.names and not load.any_model:
-                raise InputError(f"`model` has to be of the page's list but is {model!r}.")
-            here = Path(model).is_dir() or (assets_dir() / model / "model_index.json").is_file()
-            limits = Limits.read(find_model(model)) if here else None
-            return "\n\n".join([describe(model, limits), memory_note(model)]), gr.update(
-                value=limits.steps if limits else 50
-            )
+        with _messages("Not chosen"):
+            load.check(model)
+            limits = Limits.read(find_model(model)) if _is_here(model) else None
+            steps = gr.update(value=limits.steps if limits else 50)
+            return f"{_describe(model, limits)}\n\n{_memory_note(model)}", steps
 
     with gr.Row():
-        steps = gr.Slider(
-            1, 100, value=limits.steps if limits else 50, step=1, label="Steps", min_width=160, elem_id="steps"
-        )
-        seed = gr.Number(settings().seed, precision=0, label="Seed", min_width=100, elem_id="seed")
-    size = gr.Textbox(
-        "",
-        label="Size",
-        placeholder="what fits, or 96x96",
-        info="At which the model works.",
-        max_lines=1,
-        max_length=20,
-        elem_id="size",
+        steps = gr.Slider(1, 100, limits.steps if limits else 50, step=1, min_width=160, **_about("steps"))
+        seed = gr.Number(settings().seed, precision=0, min_width=100, **_about("seed"))
+    size = gr.Textbox("", placeholder="what fits, or 96x96", max_lines=1, max_length=20, **_about("size"))
+    free = dict(allow_custom_value=load.any_model, interactive=load.own)
+    model = gr.Dropdown(load.names, value=load.model, **free, **_about("model", load.any_model))
+    known = [name for name in APPROXIMATIONS if name != "magnitude cache"]  # which has to be measured first
+    approximate = gr.Dropdown(
+        known,
+        value=[],
+        multiselect=True,
+        label="Approximate",
+        info="Nearly the same edit in less time or memory.",
+        elem_id="approximate",
     )
-    model = gr.Dropdown(
-        load.names,
-        value=load.model,
-        label="Model",
-        allow_custom_value=load.any_model,
-        interactive=load.own,
-        info="A bundled name, a folder or a hub id." if load.any_model else None,
-        elem_id="model",
-    )
-    model.change(chosen, model, [about, steps], **GLUE)
-    return steps, seed, size, model
+    model.change(chosen, model, [about, steps], **_GLUE)
+    return steps, seed, size, model, approximate
 
 # %% ../../nbs/library/51_demo.ipynb #d0000035
-def edit_tab(load, visitors):
+def _given_fields(load, limits, about):
+    "The left side of the *Edit* tab: what is edited and how."
+    tabs, video, image = _source_fields()
+    text = dict(placeholder="What to change, in words.", lines=2, max_length=2000, elem_id="instruction")
+    instruction = gr.Textbox(label="Instruction", **text)
+    suggestions = [[text] for text in _SUGGESTIONS]
+    gr.Examples(suggestions, instruction, label="Suggestions", elem_id="suggestions", **_GLUE)
+    references = gr.Gallery(
+        label="Reference images (none, one or several)",
+        file_types=["image"],
+        type="filepath",
+        format="png",
+        columns=3,
+        fit_columns=False,
+        height=180,
+        object_fit="contain",
+        interactive=True,
+        elem_id="references",
+    )
+    with gr.Row():
+        button = gr.Button("Edit", variant="primary", min_width=120, elem_id="edit")
+        halt = gr.Button("Cancel", interactive=False, min_width=120, elem_id="cancel")
+    steps, seed, size, model, approximate = _model_fields(load, limits, about)
+    _crop_fields(references)
+    given = [video, image, instruction, references, steps, seed, size, model, approximate]
+    return tabs, given, button, halt
+
+
+def _example_fields(tabs, given):
+    "The examples below."
+    video, image, instruction, references, *_ = given
+    look = dict(visible_columns=[0, 2, 3], cache_examples=False, elem_id="examples")
+    fields, label = [video, image, instruction, references], "Examples: click one, then Edit"
+    shown = gr.Examples(_sample_examples(), fields, label=label, **look, **_GLUE)
+    shown.load_input_event.then(lambda: (gr.Tabs(selected="clip"), None), outputs=[tabs, image], **_GLUE)
+
+# %% ../../nbs/library/51_demo.ipynb #9a818b58
+def _edit_tab(load, visitors):
     "The *Edit* tab; what the other tabs take from it comes back."
 
     def begin(request: gr.Request):
@@ -1061,78 +943,28 @@ def edit_tab(load, visitors):
         visitors.stop(request.session_hash)
 
     limits, last = load.limits(), gr.State(None)
-    about = gr.Markdown(
-        "\n\n".join([describe(load.model, limits)] + [memory_note(load.model)] * load.own), elem_id="about"
-    )
+    said = [_describe(load.model, limits)] + [_memory_note(load.model)] * load.own
+    about = gr.Markdown("\n\n".join(said), elem_id="about")
     with gr.Row():
         with gr.Column(min_width=320):
-            tabs, video, image = source_fields()
-            instruction = gr.Textbox(
-                label="Instruction",
-                placeholder="What to change, in words.",
-                lines=2,
-                max_length=2000,
-                elem_id="instruction",
-            )
-            gr.Examples(
-                [[text] for text in SUGGESTIONS],
-                instruction,
-                label="Suggestions",
-                elem_id="suggestions",
-                api_visibility="private",
-            )
-            references = gr.Gallery(
-                label="Reference images (none, one or several)",
-                file_types=["image"],
-                type="filepath",
-                format="png",
-                columns=3,
-                fit_columns=False,
-                height=180,
-                object_fit="contain",
-                interactive=True,
-                elem_id="references",
-            )
-            with gr.Row():
-                button = gr.Button("Edit", variant="primary", min_width=120, elem_id="edit")
-                halt = gr.Button("Cancel", interactive=False, min_width=120, elem_id="cancel")
-            steps, seed, size, model = model_fields(load, limits, about)
-            crop_fields(references)
+            tabs, given, button, halt = _given_fields(load, limits, about)
         with gr.Column(min_width=320):
-            results = result_fields()
-            first, compared = compare_fields(last)
+            results = _result_fields()
+            first, compared = _compare_fields(last)
             files = gr.File(label="Take it home", file_count="multiple", interactive=False, elem_id="downloads")
-    if rows := sample_examples():
-        shown = gr.Examples(
-            rows,
-            [video, image, instruction, references],
-            label="Examples: click one, then Edit",
-            cache_examples=False,
-            visible_columns=[0, 2, 3],
-            elem_id="examples",
-            api_visibility="private",
-        )
-        shown.load_input_event.then(lambda: (gr.Tabs(selected="clip"), None), outputs=[tabs, image], **GLUE)
-    given = [video, image, instruction, references, steps, seed, size, model]
-    done = gr.on([button.click, instruction.submit], begin, outputs=halt, **QUICK, **GLUE).then(
-        make_editor(load, visitors),
-        given,
-        [*results, last],
-        api_name="edit",
-        show_progress="minimal",
-        show_progress_on=results[3],
-        **DEVICE,
-    )
-    done.then(lambda: gr.update(interactive=False), outputs=halt, **QUICK, **GLUE)
-    done.failure(lambda: "Nothing was edited. What is shown is from before.", outputs=results[3], **QUICK, **GLUE)
-    done.success(first, last, compared, show_progress="hidden", **GLUE).success(
-        make_downloads, last, files, show_progress="hidden", **GLUE
-    )
-    halt.click(cancel, api_name="cancel", **QUICK)
-    return [video, image, instruction, references, steps, seed, model], last
+    _example_fields(tabs, given)
+    note, editor = results[3], _make_editor(load, visitors)
+    look = dict(api_name="edit", show_progress="minimal", show_progress_on=note)
+    done = gr.on([button.click, given[2].submit], begin, outputs=halt, **_QUICK, **_GLUE)
+    done = done.then(editor, given, [*results, last], **look, **DEVICE)
+    done.then(lambda: gr.update(interactive=False), outputs=halt, **_QUICK, **_GLUE)
+    done.failure(lambda: "Nothing was edited. What is shown is from before.", outputs=note, **_QUICK, **_GLUE)
+    done.success(first, last, compared, **_PLAIN).success(_make_downloads, last, files, **_PLAIN)
+    halt.click(cancel, api_name="cancel", **_QUICK)
+    return [*given[:6], given[7]], last
 
 # %% ../../nbs/library/51_demo.ipynb #d0000036
-def guidance_tab(load, given):
+def _guidance_tab(load, given):
     "The *Guidance* tab."
 
     def prepared(video, image, instruction, references, steps, seed, model):
@@ -1140,51 +972,40 @@ def guidance_tab(load, given):
 
         if not video and not image:
             raise InputError("`video` has to be in the Edit tab first: drop one there, or click an example.")
-        paths = [path for path, _ in references or []]
-        check_source(video or image)
-        check_references(paths)
-        return (
-            load(model=model),
-            Path(video or image),
-            check_instruction(instruction or ""),
-            paths,
-            whole(steps, "steps", 1, 1000),
-            whole(seed, "seed", 0, MOST),
-        )
+        source, paths = _given_files(video, image, references)
+        steps, seed = _whole(steps, "steps", 1, 1000), _whole(seed, "seed", 0, _MOST)
+        return load(model=model), source, check_instruction(instruction or ""), paths, steps, seed
 
     def look(video=None, image=None, instruction="", references=None, steps=1, seed=0, model=None):
-        """Edit, and draw where the denoiser looked: at the tokens of the reference, at its features in the context, at each query.
+        """Edit, and draw where the denoiser looked: at the tokens of the reference, at its features, at each query.
         The arguments are those of the edit. What comes back: a picture, and what it says."""
-        with messages("Nothing to see"):
-            return show_looks(*prepared(video, image, instruction, references, steps, seed, model))
+        with _messages("Nothing to see"):
+            return _show_looks(*prepared(video, image, instruction, references, steps, seed, model))
 
     def take_away(video=None, image=None, instruction="", references=None, steps=1, seed=0, model=None, away=None):
         """Edit with all that guides it, and without some of it.
-        The arguments are those of the edit, and away: what is taken away. What comes back: a picture, and what it says."""
-        with messages("Nothing to see"):
-            return show_without(*prepared(video, image, instruction, references, steps, seed, model), away)
+        The arguments are those of the edit, and away: what is taken away. What comes back: a picture, and what
+        it says."""
+        with _messages("Nothing to see"):
+            return _show_without(*prepared(video, image, instruction, references, steps, seed, model), away)
 
     def versus(video=None, image=None, instruction="", references=None, steps=1, seed=0, model=None, other=None):
         """Edit with the first reference, with another one, and with both at once.
-        The arguments are those of the edit, and other: the second reference. What comes back: a picture, and what it says."""
-        with messages("Nothing to see"):
-            return show_versus(*prepared(video, image, instruction, references, steps, seed, model), other)
+        The arguments are those of the edit, and other: the second reference. What comes back: a picture, and
+        what it says."""
+        with _messages("Nothing to see"):
+            return _show_versus(*prepared(video, image, instruction, references, steps, seed, model), other)
 
     gr.Markdown("Clip, instruction, references, steps and seed are those of the *Edit* tab. Each button edits anew.")
     with gr.Row():
         with gr.Column(min_width=300, scale=1):
             show = gr.Button("Where does it look?", variant="primary", elem_id="look")
-            away = gr.Radio(list(AWAY), label="Take away, with one click", elem_id="away")
-            other = gr.Image(label="Another reference", height=200, elem_id="other", **_REFERENCE)
+            away = gr.Radio(list(_AWAY), label="Take away, with one click", elem_id="away")
+            other = _UPLOAD(label="Another reference", height=200, elem_id="other")
             duel = gr.Button("One against the other", elem_id="versus")
         with gr.Column(min_width=320, scale=2):
-            picture = gr.Image(
-                label="What guided the edit",
-                interactive=False,
-                format="png",
-                buttons=["download", "fullscreen"],
-                elem_id="guidance-picture",
-            )
+            tools = ["download", "fullscreen"]
+            picture = _SHOWN(label="What guided the edit", buttons=tools, elem_id="guidance-picture")
             text = gr.Markdown(elem_id="guidance-text")
     for trigger, function, more in (
         (show.click, look, []),
@@ -1194,179 +1015,153 @@ def guidance_tab(load, given):
         trigger(function, given + more, [picture, text], api_name=function.__name__, show_progress_on=picture, **DEVICE)
 
 # %% ../../nbs/library/51_demo.ipynb #d0000037
-def data_tab():
+def _data_tab():
     "The *Data* tab."
 
     def shown(result, least):
-        return result, *counted(result, *least), set_html(result), *least
+        return result, *counted(result, *least), _set_html(result), *least
 
     def counted(result, *least):
-        chosen = dict(zip(THRESHOLDS, least))
-        return (
-            f"**{list(result.funnel(chosen).values())[-1]} of {len(result.rows)}** pairs become quadruplets.",
-            funnel_html(result, chosen),
-        )
+        chosen = dict(zip(_THRESHOLDS, least))
+        left = list(result.funnel(chosen).values())[-1]
+        return f"**{left} of {len(result.rows)}** pairs become quadruplets.", _funnel_html(result, chosen)
 
     def pairs(number=6, first_seed=0):
         """Send pairs of the procedural world, every fourth of them spoilt, through the embedded pipeline.
-        number: of pairs, 1 to 24; first_seed: of the world. What comes back: a line, the funnel and the pairs with verdicts and scores as HTML, and the pipeline's own thresholds."""
-        with messages("No pairs"):
-            return shown(
-                world_set(whole(number, "number", 1, 24), whole(first_seed, "first_seed", 0, MOST)),
-                [own for _, _, _, own, _ in THRESHOLDS.values()],
-            )
+        number: of pairs, 1 to 24; first_seed: of the world. What comes back: a line, the funnel and the pairs with
+        verdicts and scores as HTML, and the pipeline's own thresholds."""
+        with _messages("No pairs"):
+            made = _world_set(_whole(number, "number", 1, 24), _whole(first_seed, "first_seed", 0, _MOST))
+            return shown(made, [own for _, _, _, own, _ in _THRESHOLDS.values()])
 
     def open_set(folder):
         """Open a data set of `kiwi-edit synthesize` that lies in the settings' data folder.
         folder: its name. What comes back is as for /pairs, with thresholds that change nothing."""
-        with messages("Not opened"):
-            return shown(read_set(folder), [low for low, *_ in THRESHOLDS.values()])
+        with _messages("Not opened"):
+            return shown(_read_set(folder), [low for low, *_ in _THRESHOLDS.values()])
 
     def funnel(result, *least):
         """The funnel of this session's pairs with other thresholds; nothing is computed anew.
-        The arguments are the least values of the edit score, the grounding confidence, and the consistency and the quality of the reference."""
-        with messages("No funnel"):
+        The arguments are the least values of the edit score, the grounding confidence, and the consistency and the
+        quality of the reference."""
+        with _messages("No funnel"):
             if result is None:
                 raise InputError("`number` has to be chosen first: make or open some pairs.")
             return counted(result, *least)
 
-    result, sets = gr.State(None), list(data_sets())
+    result = gr.State(None)
     with gr.Row():
         with gr.Column(min_width=300, scale=1):
-            number = gr.Slider(1, 24, 6, step=1, label="Pairs of the procedural world", elem_id="pairs-number")
-            first = gr.Number(0, precision=0, label="First seed", minimum=0)
-            make = gr.Button("Run the pipeline", variant="primary", elem_id="pairs")
-            folder = gr.Dropdown(
-                sets,
-                value=None,
-                label="Or a data set",
-                info="Of the data folder." if sets else "The data folder holds none.",
-                elem_id="folder",
-            )
-            least = [
-                gr.Slider(low, high, own, step=step, label=f"{label}: at least", elem_id=name.replace(".", "-"))
-                for name, (low, high, step, own, label) in THRESHOLDS.items()
-            ]
+            number, first, make, folder, least = _set_fields()
         with gr.Column(min_width=320, scale=2):
             kept = gr.Markdown("Run the pipeline, or open a data set.", elem_id="kept")
-            bars = gr.HTML(elem_id="funnel")
-            pictures = gr.HTML(elem_id="sheets")
+            bars, pictures = gr.HTML(elem_id="funnel"), gr.HTML(elem_id="sheets")
     outputs = [result, kept, bars, pictures, *least]
     make.click(pairs, [number, first], outputs, api_name="pairs", show_progress_on=kept, **DEVICE)
     folder.input(open_set, folder, outputs, api_name="open_set", show_progress_on=kept, concurrency_limit=1)
-    gr.on(
-        [slider.input for slider in least],
-        funnel,
-        [result, *least],
-        [kept, bars],
-        api_name="funnel",
-        trigger_mode="always_last",
-        **QUICK,
-    )
+    moved = [slider.input for slider in least]
+    again = dict(api_name="funnel", trigger_mode="always_last")
+    gr.on(moved, funnel, [result, *least], [kept, bars], **again, **_QUICK)
+
+
+def _set_fields():
+    "Fields for which pairs are shown and which of them count."
+    sets = list(_data_sets())
+    number = gr.Slider(1, 24, 6, step=1, label="Pairs of the procedural world", elem_id="pairs-number")
+    first = gr.Number(0, precision=0, label="First seed", minimum=0)
+    make = gr.Button("Run the pipeline", variant="primary", elem_id="pairs")
+    info = "Of the data folder." if sets else "The data folder holds none."
+    folder = gr.Dropdown(sets, value=None, label="Or a data set", info=info, elem_id="folder")
+    least = [
+        gr.Slider(low, high, own, step=step, label=f"{label}: at least", elem_id=name.replace(".", "-"))
+        for name, (low, high, step, own, label) in _THRESHOLDS.items()
+    ]
+    return number, first, make, folder, least
 
 # %% ../../nbs/library/51_demo.ipynb #d0000038
-def judge_tab(last):
+def _judge_tab(last):
     "The *Judge* tab."
 
     def taken(edit):
-        with messages("Nothing to take"):
+        with _messages("Nothing to take"):
             if edit is None:
                 raise InputError("`out` has to be there first: edit something in the Edit tab.")
-            return edit.source, edit.edited, edit.references[0] if edit.references else None, edit.instruction
+            return edit.source, edit.edited, next(iter(edit.references), None), edit.instruction
 
-    def judge(source=None, edited=None, reference=None, instruction="", kind="any edit", judge=METRICS):
+    def judge(source=None, edited=None, reference=None, instruction="", kind="any edit", judge=_METRICS):
         """Score an edit.
-        source and edited: clips or images; reference: a picture or none; instruction: what was asked for; kind: of edit, which decides what is scored; judge: who scores. What comes back is a text with tables."""
-        with messages("Not judged"):
-            return judge_edit(judge, kind, source, edited, reference, instruction)
+        source and edited: clips or images; reference: a picture or none; instruction: what was asked for;
+        kind: of edit, which decides what is scored; judge: who scores. What comes back is a text with tables."""
+        with _messages("Not judged"):
+            return _judge_edit(judge, kind, source, edited, reference, instruction)
 
     kinds = [".mp4", ".mov", ".m4v", ".gif", ".webm", ".mkv", ".png", ".jpg", ".jpeg", ".webp"]
+    file = partial(gr.File, file_types=kinds, height=110)
     with gr.Row():
         with gr.Column(min_width=300, scale=1):
             take = gr.Button("Take the last edit", elem_id="take")
-            source = gr.File(
-                label="Before the edit (clip or image)", file_types=kinds, height=110, elem_id="judge-source"
-            )
-            edited = gr.File(label="After the edit", file_types=kinds, height=110, elem_id="judge-edited")
-            reference = gr.Image(
-                label="Reference, if there was one", height=160, elem_id="judge-reference", **_REFERENCE
-            )
+            source = file(label="Before the edit (clip or image)", elem_id="judge-source")
+            edited = file(label="After the edit", elem_id="judge-edited")
+            reference = _UPLOAD(label="Reference, if there was one", height=160, elem_id="judge-reference")
             instruction = gr.Textbox("", label="What was asked for", max_length=2000, elem_id="judge-instruction")
-            kind = gr.Radio(list(KINDS), value="any edit", label="What kind of edit", elem_id="kind")
-            who = gr.Dropdown(judge_names(), value=METRICS, label="Judge", elem_id="judge-who")
+            kind = gr.Radio(list(_KINDS), value="any edit", label="What kind of edit", elem_id="kind")
+            who = gr.Dropdown(_judge_names(), value=_METRICS, label="Judge", elem_id="judge-who")
             button = gr.Button("Judge", variant="primary", elem_id="judge")
         with gr.Column(min_width=320, scale=2):
             text = gr.Markdown("Nothing is judged yet.", elem_id="judgement", container=True)
     fields = [source, edited, reference, instruction]
-    take.click(taken, last, fields, **GLUE)
+    take.click(taken, last, fields, **_GLUE)
     button.click(judge, [*fields, kind, who], text, api_name="judge", **DEVICE)
 
 # %% ../../nbs/library/51_demo.ipynb #39e77cb9
 _DARK, _SUBDUED = "#2f6b3a", "#52525b"
+_THEME = gr.themes.Default(
+    primary_hue="green", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+)
+_COLORS = {
+    _DARK: "color_accent slider_color checkbox_background_color_selected checkbox_border_color_selected "
+    "link_text_color button_primary_background_fill button_primary_background_fill_dark",
+    _SUBDUED: "body_text_color_subdued block_info_text_color block_label_text_color",
+    "#24542d": "button_primary_background_fill_hover",
+    "#3f3f46": "block_title_text_color",
+    "white": "button_primary_text_color",
+}
 LOOK = dict(
-    theme=gr.themes.Default(
-        primary_hue="green", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-    ).set(
-        color_accent=_DARK,
-        slider_color=_DARK,
-        checkbox_background_color_selected=_DARK,
-        checkbox_border_color_selected=_DARK,
-        link_text_color=_DARK,
-        button_primary_background_fill=_DARK,
-        button_primary_background_fill_hover="#24542d",
-        button_primary_background_fill_dark=_DARK,
-        button_primary_text_color="white",
-        body_text_color_subdued=_SUBDUED,
-        block_info_text_color=_SUBDUED,
-        block_label_text_color=_SUBDUED,
-        block_title_text_color="#3f3f46",
-    )
+    theme=_THEME.set(**{name: color for color, names in _COLORS.items() for name in names.split()})
 )  # for `launch`
 
 
-def guard_fields(
-    page: gr.Blocks,  # all of whose fields are there
-):
-    "What Gradio does with a file before the kit sees it: addresses of files are not fetched, as nobody knows how much would come, and what is no picture gets a message."
+def _uploaded(move):
+    "Gradio's way of a file into its cache, but for addresses: nobody knows how much would come."
 
-    def uploaded(move):
-        async def moved(path):
-            if re.match("https?:", str(path), re.I):
-                raise gr.Error(
-                    "A file has to be uploaded, but an address is given.", title="Not fetched", print_exception=False
-                )
-            return await move(path)
+    async def moved(path):
+        if re.match("https?:", str(path), re.I):
+            raise _told("Not fetched", "A file has to be uploaded, but an address is given.")
+        return await move(path)
 
-        return moved
-
-    def readable(read):
-        def checked(payload):
-            try:
-                return read(payload)
-            except (PIL.UnidentifiedImageError, PIL.Image.DecompressionBombError):
-                raise gr.Error(
-                    "A picture has to be an image of moderate size, such as PNG or JPEG, but this file is none.",
-                    title="Not read",
-                    print_exception=False,
-                ) from None
-
-        return checked
-
-    for block in page.blocks.values():
-        if hasattr(block, "async_move_resource_to_block_cache"):
-            block.async_move_resource_to_block_cache = uploaded(block.async_move_resource_to_block_cache)
-        if isinstance(block, gr.Image):
-            block.preprocess = readable(block.preprocess)
+    return moved
 
 
+def _readable(read):
+    "Gradio's way of reading a picture, with a message where it is none."
+
+    def checked(payload):
+        try:
+            return read(payload)
+        except (PIL.UnidentifiedImageError, PIL.Image.DecompressionBombError):
+            message = "A picture has to be an image of moderate size, such as PNG or JPEG, but this file is none."
+            raise _told("Not read", message) from None
+
+    return checked
+
+# %% ../../nbs/library/51_demo.ipynb #d580fc08
 def make_demo(
     pipe=None,  # a loaded `KiwiEditPipeline`; None loads one at the first edit
     model: str | None = None,  # which: bundled name, folder or hub id; None takes the settings'
-    any_model: bool = False,  # whether visitors may name other models than those of the list: folders of this machine, anything on the hub
+    any_model: bool = False,  # whether visitors may name models that the page does not list
 ) -> gr.Blocks:
     "The page."
-    model = str(model or settings().checkpoint)
-    load, visitors = LazyPipeline(pipe, model, any_model), Visitors()
+    load, visitors = _LazyPipeline(pipe, str(model or settings().checkpoint), any_model), _Visitors()
 
     def leave(request: gr.Request):
         visitors.leave(request.session_hash)
@@ -1375,32 +1170,34 @@ def make_demo(
         gr.Markdown("# kiwi-edit\n\nEdit a clip by saying what to change and showing what it should look like.")
         with gr.Tabs():
             with gr.Tab("Edit"):
-                given, last = edit_tab(load, visitors)
+                given, last = _edit_tab(load, visitors)
             with gr.Tab("Guidance"):
-                guidance_tab(load, given)
+                _guidance_tab(load, given)
             with gr.Tab("Data"):
-                data_tab()
+                _data_tab()
             with gr.Tab("Judge"):
-                judge_tab(last)
+                _judge_tab(last)
         page.unload(leave)
-    guard_fields(page)
+    for block in page.blocks.values():
+        if hasattr(block, "async_move_resource_to_block_cache"):
+            block.async_move_resource_to_block_cache = _uploaded(block.async_move_resource_to_block_cache)
+        if isinstance(block, gr.Image):
+            block.preprocess = _readable(block.preprocess)
     page.queue(max_size=16, default_concurrency_limit=4)
     visitors.kept = {path for block in page.blocks.values() for path in getattr(block, "keep_in_cache", ())}
     page.visitors = visitors  # lives as long as the page
     return page
 
 # %% ../../nbs/library/51_demo.ipynb #b774e2eb
-def free_port(
-    host: str,  # address to listen at
-    port: int,  # 0 takes any that is free
-) -> int:
-    "The port, after a look whether it is free."
+def _free_port(host, port):
+    "The port, after a look whether it is free; 0 takes any that is."
     if not 0 <= port <= 65535:
         raise InputError(f"`port` has to lie between 0 and 65535 but is {port}.")
+    strange = InputError(f"`host` has to be an address of this machine but is {host!r}.")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError:
-        raise InputError(f"`host` has to be an address of this machine but is {host!r}.") from None
+        raise strange from None
     with socket.socket(family, kind) as probe:
         if os.name != "nt":
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -1412,7 +1209,7 @@ def free_port(
             ) from None
         except OSError as error:
             if error.errno == errno.EADDRNOTAVAIL:
-                raise InputError(f"`host` has to be an address of this machine but is {host!r}.") from None
+                raise strange from None
             raise InputError(f"`port` has to be free but {port} is taken; 0 takes any that is free.") from None
         return probe.getsockname()[1]
 
@@ -1428,7 +1225,7 @@ def launch(
 ) -> gr.Blocks:
     "Serve the page."
     host, port = settings().demo_host if host is None else host, settings().demo_port if port is None else port
-    port = free_port(host, port)
+    port = _free_port(host, port)
     page = make_demo(pipe, model, any_model=not share and host in ("127.0.0.1", "localhost", "::1"))
     page.launch(
         server_name=host,
@@ -1441,9 +1238,9 @@ def launch(
         enable_monitoring=False,
         footer_links=["api"],
         max_file_size=UPLOAD,
-        _frontend=False,
+        _frontend=False,  # don't wait three seconds for the page and take a busy machine for a closed door
         **LOOK,
-    )  # False: don't wait three seconds for the page and take a busy machine for a closed door
+    )
     if say:
         say(f"kiwi-edit is at {page.share_url or page.local_url} (Ctrl-C stops it)")
     try:

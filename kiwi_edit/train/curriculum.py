@@ -1007,7 +1007,7 @@ def edit_cost(
     from torch._subclasses.fake_tensor import FakeTensorMode
     from kiwi_edit.encoder import encode_context, prepare_sample, vision_features
     from kiwi_edit.guidance import EditCache, denoise
-    from kiwi_edit.pipeline import in_tiles
+    from kiwi_edit.latents import in_tiles
 
     preset, fake, number = get_preset(preset), FakeTensorMode(allow_non_fake_inputs=True), getattr(torch, dtype)
     pipe = fake_pipeline(preset, Stage("edit", (), 1.0, preset=preset.name, dtype=dtype), fake)

@@ -8,11 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import pickle
 import re
-import shutil
-import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,44 +27,52 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from ..core import InputError, PRESETS
 from ..encoder import KiwiProcessor
 from ..guidance import KiwiGuidance
-from ..pipeline import KiwiEditPipeline, dtype_of, find_checkpoint
+from ..pipeline import KiwiEditPipeline, find_checkpoint
+from ..records import replacing_folder
 
 # %% auto #0
 __all__ = ['logger', 'WAN_NAMES', 'VAE_NAMES', 'VAE_BLOCK_NAMES', 'TRAINER_NAMES', 'REFERENCE_PARTS', 'OFFICIAL_GUIDANCE',
-           'WRITERS', 'read_config', 'Stored', 'variant_of', 'weight_files', 'open_weights', 'common_dtype', 'compare',
-           'check_finite', 'fill', 'build', 'wan_name', 'native_wan_name', 'vae_name', 'native_vae_name', 'qwen_name',
-           'old_qwen_name', 'trainer_name', 'vae_config', 'load_official_vae', 'load_qwen', 'load_official_mllm',
-           'make_guidance', 'load_official', 'find_base', 'infer_transformer_config', 'infer_vae_config', 'split_lora',
-           'merged', 'add_adapters', 'merge_lora', 'load_transformer', 'load_vae', 'load_mllm',
-           'load_trainer_checkpoint', 'check_weights', 'load_kit', 'official_reasons', 'write_official',
-           'write_trainer', 'load_any', 'convert', 'stored_dtype']
+           'DIFFUSERS_OPTIONS', 'WRITERS', 'read_config', 'Stored', 'weight_files', 'open_weights', 'check_dtype',
+           'fill', 'build', 'wan_name', 'native_wan_name', 'native_vae_name', 'qwen_name', 'old_qwen_name',
+           'trainer_name', 'vae_config', 'load_official', 'find_base', 'merge_lora', 'load_transformer',
+           'load_trainer_checkpoint', 'load_kit', 'official_reasons', 'write_official', 'write_trainer', 'load_any',
+           'convert', 'stored_dtype']
 
 # %% ../../nbs/library/20_checkpoints.ipynb #7f8dc21b
 logger = logging.getLogger(__name__)
 
 # %% ../../nbs/library/20_checkpoints.ipynb #41773358
-def read_config(folder: Path, *names: str) -> dict:
+def read_config(
+    folder: str | Path,
+    *names: str,  # of folders and of the file below it
+    having: tuple = (),  # what it has to give
+) -> dict:
     "A json file below `folder`, without the private entries of diffusers."
     path = Path(folder).joinpath(*names)
+    where = f"{path.parent.name}/{path.name}"
     if not path.is_file():
         raise FileNotFoundError(f"`folder` has to hold {'/'.join(names)} but {str(folder)!r} does not.")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"`{path.parent.name}/{path.name}` has to be JSON but is not: {error}.") from None
+        raise InputError(f"`{where}` has to be JSON but is not: {error}.") from None
     if not isinstance(values, dict):
-        raise InputError(
-            f"`{path.parent.name}/{path.name}` has to hold names and values but holds a {type(values).__name__}."
-        )
-    return {k: v for k, v in values.items() if not k.startswith("_")}
+        raise InputError(f"`{where}` has to hold names and values but holds a {type(values).__name__}.")
+    if missing := [name for name in having if name not in values]:
+        raise InputError(f"`{where}` has to give {', '.join(missing)} but does not.")
+    return _public(values)
 
 
-def _having(config, origin, *names):
-    if missing := [name for name in names if name not in config]:
-        raise InputError(f"`{origin}` has to give {', '.join(missing)} but does not.")
-    return config
+def _public(config):
+    "A configuration as JSON has it, without private entries."
+    plain = {name: value for name, value in dict(config).items() if not name.startswith("_")}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
 # %% ../../nbs/library/20_checkpoints.ipynb #6fc43a96
+_FORMATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+_NAMES = {dtype: name for name, dtype in _FORMATS.items()}
+
+
 @dataclass(frozen=True)
 class Stored:
     "A tensor in a file, read when it is asked for."
@@ -78,22 +84,16 @@ class Stored:
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Stored:
         "The same for a tensor that is in memory."
-        return cls(
-            tuple(tensor.shape),
-            {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}.get(
-                tensor.dtype, str(tensor.dtype)
-            ),
-            lambda: tensor,
-        )
+        return cls(tuple(tensor.shape), _NAMES.get(tensor.dtype, str(tensor.dtype)), lambda: tensor)
 
 # %% ../../nbs/library/20_checkpoints.ipynb #6b6a3e64
-def _open_safetensors(file: Path) -> tuple[dict, dict]:  # name -> Stored, metadata
+def _open_safetensors(file):
+    "Tensors of a file as name -> Stored, and its metadata."
     try:
         handle = safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"`{file.name}` has to be a whole safetensors file but cannot be read ({error}); a download may have been cut short."
-        ) from None
+        short = f"cannot be read ({error}); a download may have been cut short"
+        raise InputError(f"`{file.name}` has to be a whole safetensors file but {short}.") from None
 
     def read(name):  # the file is opened again, so that what was read of it does not stay in memory
         with safe_open(file, framework="pt") as again:
@@ -106,17 +106,16 @@ def _open_safetensors(file: Path) -> tuple[dict, dict]:  # name -> Stored, metad
     return {name: stored(name) for name in handle.keys()}, handle.metadata() or {}
 
 
-def _open_pickle(file: Path) -> dict:  # name -> Stored
+def _open_pickle(file):
+    "Tensors of a file of torch as name -> Stored."
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise InputError(
-            f"`{file.name}` has to hold tensors alone but holds other objects, which are not loaded because that may run code: {str(error).splitlines()[0]}"
-        ) from None
+        harm = f"holds other objects, which are not loaded because that may run code: {str(error).splitlines()[0]}"
+        raise InputError(f"`{file.name}` has to hold tensors alone but {harm}") from None
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise InputError(
-            f"`{file.name}` has to be a whole file of torch but cannot be read: {str(error).splitlines()[0]}"
-        ) from None
+        reason = str(error).splitlines()[0]
+        raise InputError(f"`{file.name}` has to be a whole file of torch but cannot be read: {reason}") from None
     for nested in ("state_dict", "model_state"):
         if isinstance(tensors, dict) and isinstance(tensors.get(nested), dict):
             tensors = tensors[nested]
@@ -124,11 +123,9 @@ def _open_pickle(file: Path) -> dict:  # name -> Stored
         raise InputError(f"`{file.name}` has to hold names and tensors but holds a {type(tensors).__name__}.")
     return {name: Stored.of(tensor) for name, tensor in tensors.items()}
 
-
-def variant_of(
-    file: Path,  # of weights
-) -> str:  # "" for the plain ones
-    "Which of several number formats of one model a file holds, as diffusers and transformers write it: `model.fp16-00001-of-00002.safetensors`."
+# %% ../../nbs/library/20_checkpoints.ipynb #20c40001
+def _variant_of(file):
+    "Which of a model's number formats a file of weights holds, as in model.fp16-00001-of-00002.safetensors, or none."
     found = re.fullmatch(r"(?:diffusion_pytorch_model|model)\.(\w+)(?:-\d{5}-of-\d{5})?\.safetensors", file.name)
     return found[1] if found else ""
 
@@ -140,43 +137,28 @@ def weight_files(
     "The files of weights; of several variants of a model one."
     found = {}
     for file in sorted(Path(folder).glob("*.safetensors")):
-        found.setdefault(variant_of(file), []).append(file)
-    chosen = variant if variant in found else ""
-    if chosen not in found and len(found) > 1:
+        found.setdefault(_variant_of(file), []).append(file)
+    if variant not in found and "" not in found and len(found) > 1:
         raise InputError(f"`variant` has to be one of {', '.join(found)} for {Path(folder).name!r} but is {variant!r}.")
-    return found[chosen] if chosen in found else next(iter(found.values()), [])
+    return found.get(variant) or found.get("") or next(iter(found.values()), [])
 
 
 def open_weights(
     source: Path
-    | list,  # a .safetensors or .pth file, a folder of .safetensors files (shards, with their index), or several of these
+    | list,  # a .safetensors or .pth file, a folder of .safetensors files (shards, with their index), or several
     variant: str | None = None,  # of a folder's files
 ) -> dict[str, Stored]:
     "All tensors of files by name, unread; nothing but tensors is ever unpickled."
-    if isinstance(source, (list, tuple)):
-        files = [Path(file) for file in source]
-    elif Path(source).is_dir():
-        files = weight_files(source, variant)
-        kind = variant_of(files[0]) if files else ""
-        for index in Path(source).glob(f"*.safetensors.index.{kind}.json" if kind else "*.safetensors.index.json"):
-            shards = read_config(index.parent, index.name).get("weight_map", {})
-            absent = sorted({shard for shard in shards.values()} - {file.name for file in files})
-            if absent:
-                raise FileNotFoundError(
-                    f"`{index.parent.name}` has to hold the shards that {index.name} names but lacks {', '.join(absent)}."
-                )
-        if not files:
-            raise FileNotFoundError(f"`folder` has to hold .safetensors files but {str(source)!r} does not.")
-    else:
-        files = [Path(source)]
+    files = source if isinstance(source, (list, tuple)) else [source]
+    if len(files) == 1 and Path(files[0]).is_dir():
+        files = _whole(Path(files[0]), variant)
     found = {}
-    for file in files:
+    for file in map(Path, files):
         if not file.is_file():
             raise FileNotFoundError(f"`source` has to be a file or folder but {str(file)!r} is none.")
         if file.suffix.lower() == ".gguf":
-            raise InputError(
-                f"`source` has to be .safetensors or .pth but {file.name} is GGUF, whose weights are quantised; take the file that it was made of."
-            )
+            mend = "GGUF, whose weights are quantised; take the file that it was made of"
+            raise InputError(f"`source` has to be .safetensors or .pth but {file.name} is {mend}.")
         new = _open_pickle(file) if file.suffix in (".pth", ".pt", ".ckpt", ".bin") else _open_safetensors(file)[0]
         if twice := sorted(set(new) & set(found)):
             raise InputError(f"`source` has to name each tensor once but {file.name} repeats {_some(twice)}.")
@@ -184,61 +166,80 @@ def open_weights(
     return found
 
 
-def common_dtype(
-    weights: dict,  # name -> Stored
-) -> torch.dtype:
-    "The number format of most weights."
-    counts = {}
-    for stored in weights.values():
-        counts[stored.dtype] = counts.get(stored.dtype, 0) + math.prod(stored.shape)
-    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(max(counts, key=counts.get, default="F32"), torch.float32)
+def _whole(folder, variant):
+    "The files of a folder's weights; shards that its index names have to be among them."
+    files = weight_files(folder, variant)
+    if not files:
+        raise FileNotFoundError(f"`folder` has to hold .safetensors files but {str(folder)!r} does not.")
+    kind = _variant_of(files[0])
+    for index in folder.glob(f"*.safetensors.index.{kind}.json" if kind else "*.safetensors.index.json"):
+        shards = read_config(folder, index.name).get("weight_map", {})
+        if absent := sorted(set(shards.values()) - {file.name for file in files}):
+            named = f"the shards that {index.name} names but lacks {', '.join(absent)}"
+            raise FileNotFoundError(f"`{folder.name}` has to hold {named}.")
+    return files
 
 
 def _some(names, most=20):
-    names = list(names)
-    return ", ".join(map(str, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+    names = list(map(str, names))
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+# %% ../../nbs/library/20_checkpoints.ipynb #20c40002
+_KINDS = dict(
+    transformer=WanTransformer3DModel,
+    vae=AutoencoderKLWan,
+    mllm=Qwen2_5_VLForConditionalGeneration,
+    guidance=KiwiGuidance,
+)
+
+
+def _as_dtype(value):
+    "The type that a name stands for; anything else as it is."
+    is_name = isinstance(value, str) and value != "auto"
+    return getattr(torch, value.removeprefix("torch."), value) if is_name else value
+
+
+def check_dtype(
+    torch_dtype,  # see `KiwiEditPipeline.from_pretrained`
+) -> None:
+    "Raise unless this names number formats."
+    given = torch_dtype if isinstance(torch_dtype, dict) else dict(default=torch_dtype)
+    if unknown := given.keys() - {*_KINDS, "default"}:
+        raise InputError(f"`torch_dtype` has to be of {', '.join(_KINDS)} or default but names {min(unknown)!r}.")
+    for value in given.values():
+        if _as_dtype(value) not in (None, "auto", *_NAMES):
+            kinds = 'float16, bfloat16, float32 or float64 of torch, its name, "auto" or a dict of these'
+            raise InputError(f"`torch_dtype` has to be {kinds} but is {value!r}.")
+
+
+def _dtype_of(torch_dtype, part, weights):
+    'The number format in which a part is loaded; "auto" is that of most of its weights.'
+    if isinstance(torch_dtype, dict):
+        torch_dtype = torch_dtype.get(part, torch_dtype.get("default"))
+    return _common_dtype(weights) if torch_dtype == "auto" else _as_dtype(torch_dtype) or torch.float32
+
+
+def _common_dtype(weights):
+    counts = Counter()
+    for stored in weights.values():
+        counts[stored.dtype] += math.prod(stored.shape)
+    most = max(counts, key=counts.get, default="F32")
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(most, torch.float32)
 
 # %% ../../nbs/library/20_checkpoints.ipynb #5487dcce
-_FLOATS = ("F64", "F32", "F16", "BF16")
-
-
-def compare(
-    model: torch.nn.Module,
-    weights: dict,  # name -> Stored
-    ignore: tuple[str, ...] = (),  # how names begin that may be missing
-):
+def _compare(model, weights, ignore=()):
     "Raise and list what is missing, left over, of another shape or no floating-point number."
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    missing = [name for name in expected if name not in weights and not (ignore and name.startswith(tuple(ignore)))]
-    left_over = [name for name in weights if name not in expected]
-    shapes = [
-        f"{name} {list(weights[name].shape)} instead of {list(shape)}"
-        for name, shape in expected.items()
-        if name in weights and weights[name].shape != shape
-    ]
-    kinds = [f"{name} {stored.dtype}" for name, stored in weights.items() if stored.dtype not in _FLOATS]
-    wrong = [
-        f"{len(names)} {what} ({_some(names)})"
-        for names, what in (
-            (missing, "are missing"),
-            (left_over, "are left over"),
-            (shapes, "have another shape"),
-            (kinds, "are no floating-point numbers"),
-        )
-        if names
-    ]
+    both = [name for name in expected if name in weights and weights[name].shape != expected[name]]
+    faults = {
+        "are missing": [n for n in expected if n not in weights and not n.startswith(tuple(ignore))],
+        "are left over": [n for n in weights if n not in expected],
+        "have another shape": [f"{n} {list(weights[n].shape)} instead of {list(expected[n])}" for n in both],
+        "are no floating-point numbers": [f"{n} {s.dtype}" for n, s in weights.items() if s.dtype not in _FORMATS],
+    }
+    wrong = [f"{len(names)} {what} ({_some(names)})" for what, names in faults.items() if names]
     if wrong:
         raise InputError(f"`weights` of {type(model).__name__} have to match its tensors, but {', '.join(wrong)}.")
-
-
-def check_finite(
-    owner: str,  # for the message
-    name: str,
-    value: torch.Tensor,
-):
-    "Raise where a tensor holds NaN or infinity."
-    if not all(math.isfinite(extreme) for extreme in torch.aminmax(value.detach())):
-        raise InputError(f"`weights` of {owner} have to be finite but {name} holds NaN or infinity.")
 
 
 def fill(
@@ -249,15 +250,14 @@ def fill(
 ) -> torch.nn.Module:  # the same, on the CPU, in evaluation mode
     "Load weights one by one, after a look at all their names and shapes."
     weights = {name: value if isinstance(value, Stored) else Stored.of(value) for name, value in weights.items()}
-    compare(model, weights, ignore)
-    exact = tuple(
-        getattr(model, "_keep_in_fp32_modules", None) or ()
-    )  # diffusers keeps these in float32 whatever the rest is
+    _compare(model, weights, ignore)
+    exact = set(getattr(model, "_keep_in_fp32_modules", None) or ())  # diffusers keeps these whatever the rest is
     for name, stored in weights.items():
-        to = torch.float32 if any(part in name.split(".") for part in exact) else dtype
+        to = torch.float32 if exact & set(name.split(".")) else dtype
         value = stored.read().to(to, copy=True)
-        if value.numel():
-            check_finite(type(model).__name__, name, value)
+        if value.numel() and not all(math.isfinite(extreme) for extreme in torch.aminmax(value.detach())):
+            owner = type(model).__name__
+            raise InputError(f"`weights` of {owner} have to be finite but {name} holds NaN or infinity.")
         set_module_tensor_to_device(model, name, "cpu", value=value, dtype=to)
     return model.eval()
 
@@ -272,14 +272,13 @@ def build(
         with init_empty_weights():
             if kind is Qwen2_5_VLForConditionalGeneration:
                 return kind(Qwen2_5_VLConfig(**config))
-            return kind.from_config({name: value for name, value in config.items() if not name.startswith("_")})
+            return kind.from_config(_public(config))
     except Exception as error:  # whatever a wrong value may lead to
-        raise InputError(
-            f"`{origin}` has to describe a {kind.__name__} but does not: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        ) from error
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise InputError(f"`{origin}` has to describe a {kind.__name__} but does not: {reason}") from error
 
 # %% ../../nbs/library/20_checkpoints.ipynb #1141141b
-WAN_NAMES = (  # native name (regular expression), diffusers' name
+WAN_NAMES = (  # native name, diffusers' name
     ("blocks.N.self_attn.", "blocks.N.attn1."),
     ("blocks.N.cross_attn.", "blocks.N.attn2."),
     ("blocks.N.ffn.0.", "blocks.N.ffn.net.0.proj."),
@@ -299,14 +298,10 @@ _ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
 
 
 def _renamed(name, pairs):
-    "The first pair whose left side begins the name; N is a number."
-    for old, new in pairs:
-        found = re.match(
-            "^" + re.escape(old).replace("N", r"(\d+)", 1) if "blocks.N" in old else "^" + re.escape(old), name
-        )
-        if found:
-            return (new.replace("N", found[1], 1) if found.groups() else new) + name[found.end() :]
-    return None
+    "What becomes of a name whose beginning one of the pairs has; N is the number of a block."
+    block, plain = re.match(r"blocks\.\d+|", name)[0], re.sub(r"^blocks\.\d+", "blocks.N", name)
+    found = next((new + plain[len(old) :] for old, new in pairs if plain.startswith(old)), None)
+    return found and found.replace("blocks.N", block, 1)
 
 
 def wan_name(
@@ -323,7 +318,11 @@ def native_wan_name(
     "The name in the original release and in the trainer."
     back = {theirs: ours for ours, theirs in _ATTENTION.items()}
     name = re.sub(r"(\.attn[12]\.)(to_q|to_k|to_v|to_out\.0)\.", lambda m: f"{m[1]}{back[m[2]]}.", name)
-    return _renamed(name, [(new, old) for old, new in WAN_NAMES])
+    return _renamed(name, _turned(WAN_NAMES))
+
+
+def _turned(pairs):
+    return [(new, old) for old, new in pairs]
 
 # %% ../../nbs/library/20_checkpoints.ipynb #7c47a3a7
 VAE_NAMES = (  # below encoder and decoder: native name, AutoencoderKLWan's
@@ -343,44 +342,6 @@ VAE_BLOCK_NAMES = (
 )
 
 
-def _block(rest, pairs):
-    return next((new + rest[len(old) :] for old, new in pairs if rest.startswith(old)), rest)
-
-
-def _turned(pairs):
-    return [(new, old) for old, new in pairs]
-
-
-def vae_name(
-    name: str,  # a key of a native VAE file
-    num_res_blocks: int = 2,
-) -> str:
-    "The key that `AutoencoderKLWan` uses for a tensor of a native Wan VAE of either generation."
-    if name.startswith(("conv1.", "conv2.")):
-        return ("quant_conv." if name[4] == "1" else "post_quant_conv.") + name[6:]
-    part, _, rest = name.partition(".")
-    stage = re.match(r"(down|up)samples\.(\d+)\.(?:down|up)samples\.(\d+)\.(.*)", rest)
-    flat = re.match(r"(down|up)samples\.(\d+)\.(.*)", rest)
-    if stage:  # Wan 2.2: blocks grouped into stages
-        way, i, j, rest = stage.groups()
-        last = int(j) == num_res_blocks + (part == "decoder")
-        return (
-            f"{part}.{way}_blocks.{i}."
-            + (f"{way}sampler." if last else f"resnets.{j}.")
-            + _block(rest, VAE_BLOCK_NAMES)
-        )
-    if flat:  # Wan 2.1: one flat list; the decoder's is grouped by diffusers
-        way, i, rest = flat.groups()
-        rest = _block(rest, VAE_BLOCK_NAMES)
-        if part == "encoder":
-            return f"encoder.down_blocks.{i}.{rest}"
-        group, j = divmod(int(i), num_res_blocks + 2)
-        return f"decoder.up_blocks.{group}." + ("upsamplers.0." if j == num_res_blocks + 1 else f"resnets.{j}.") + rest
-    rest = _block(rest, VAE_NAMES)
-    place = re.match(r"(mid_block\.resnets\.\d\.)(.*)", rest)
-    return f"{part}." + (place[1] + _block(place[2], VAE_BLOCK_NAMES) if place else rest)
-
-
 def native_vae_name(
     name: str,  # a key of `AutoencoderKLWan`
     num_res_blocks: int = 2,
@@ -390,16 +351,25 @@ def native_vae_name(
     if name.startswith(("quant_conv.", "post_quant_conv.")):
         return ("conv1." if name[0] == "q" else "conv2.") + name.split(".", 1)[1]
     part, _, rest = name.partition(".")
-    last, names = num_res_blocks + (part == "decoder"), _turned(VAE_BLOCK_NAMES)
+    inner = lambda rest: _renamed(rest, _turned(VAE_BLOCK_NAMES)) or rest
     block = re.match(r"(down|up)_blocks\.(\d+)\.(?:resnets\.(\d+)\.|(?:down|up)samplers?\.(?:0\.)?)?(.*)", rest)
-    if block:
-        way, i, j, rest = block.groups()
-        j, rest = last if j is None else int(j), _block(rest, names)
-        if residual:
-            return f"{part}.{way}samples.{i}.{way}samples.{j}.{rest}"
-        return f"{part}.{way}samples.{i if part == 'encoder' else int(i) * (num_res_blocks + 2) + j}.{rest}"
-    place = re.match(r"(mid_block\.resnets\.\d\.)(.*)", rest)
-    return f"{part}." + _block(place[1] + _block(place[2], names) if place else rest, _turned(VAE_NAMES))
+    if not block:
+        place = re.match(r"mid_block\.resnets\.\d\.|", rest)[0]
+        rest = place + inner(rest[len(place) :]) if place else rest
+        return f"{part}.{_renamed(rest, _turned(VAE_NAMES)) or rest}"
+    way, i, j, rest = block.groups()
+    j = num_res_blocks + (part == "decoder") if j is None else int(j)
+    if residual:  # Wan 2.2: blocks grouped into stages
+        return f"{part}.{way}samples.{i}.{way}samples.{j}.{inner(rest)}"
+    # Wan 2.1: one flat list; the decoder's is grouped by diffusers
+    return f"{part}.{way}samples.{i if part == 'encoder' else int(i) * (num_res_blocks + 2) + j}.{inner(rest)}"
+
+
+def _native_vae(vae):
+    "The tensors of an autoencoder under their native names, and these names with diffusers'."
+    state, c = vae.state_dict(), vae.config
+    names = {native_vae_name(name, c.num_res_blocks, c.is_residual): name for name in state}
+    return {native: state[name] for native, name in names.items()}, names
 
 # %% ../../nbs/library/20_checkpoints.ipynb #5d871839
 def qwen_name(
@@ -434,27 +404,17 @@ def trainer_name(
 ) -> tuple[str, str] | None:  # component and its tensor's name here; None for a stranger
     "Where a tensor of a trainer checkpoint belongs; those of LoRA layers keep their ending."
     name = name.removeprefix("pipe.")
-    ours = next((new + name[len(old) :] for old, new in TRAINER_NAMES if name.startswith(old)), None)
-    if ours:
+    if ours := _renamed(name, TRAINER_NAMES):
         return "guidance", ours
     if name.startswith("mllm.model."):
-        return "mllm", "model.language_model." + re.sub(
-            r"^(model\.)?language_model\.", "", name.removeprefix("mllm.model.")
-        )
+        rest = re.sub(r"^(model\.)?language_model\.", "", name.removeprefix("mllm.model."))
+        return "mllm", "model.language_model." + rest
     found = wan_name(name.removeprefix("dit."))
     return found and ("transformer", found)
 
 # %% ../../nbs/library/20_checkpoints.ipynb #425bb276
-_VAE_CONFIG = (
-    "z_dim",
-    "dim_mult",
-    "num_res_blocks",
-    "attn_scales",
-    "temperal_downsample",
-    "dropout",
-    "latents_mean",
-    "latents_std",
-)
+_VAE_CONFIG = "z_dim dim_mult num_res_blocks attn_scales temperal_downsample dropout latents_mean latents_std".split()
+_SECOND_VAE = dict(in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16)
 
 
 def vae_config(
@@ -462,59 +422,26 @@ def vae_config(
     residual: bool,  # of the second generation
 ) -> dict:  # of `AutoencoderKLWan`
     "What diffusers' class has to know to be a native Wan autoencoder."
-    generation = (
-        dict(
-            decoder_base_dim=config.get("dec_dim", 256),
-            in_channels=12,
-            out_channels=12,
-            patch_size=2,
-            scale_factor_spatial=16,
-        )
-        if residual
-        else {}
-    )
-    return (
-        {name: config[name] for name in _VAE_CONFIG if name in config}
-        | dict(base_dim=config["dim"], is_residual=residual)
-        | generation
-    )
+    known = {name: config[name] for name in _VAE_CONFIG if name in config}
+    known |= dict(base_dim=config["dim"], is_residual=residual)
+    return known | dict(_SECOND_VAE, decoder_base_dim=config.get("dec_dim", 256)) if residual else known
 
 
-def _is_residual(weights):
-    return any(".downsamples.0.downsamples." in name for name in weights)
-
-
-def load_official_vae(
-    folder: Path,
-    torch_dtype: torch.dtype | str | dict = torch.float32,
-    variant: str | None = None,  # of the files
-) -> AutoencoderKLWan:
-    "The `vae` folder of a released repository, native names, as an `AutoencoderKLWan`."
-    config, weights = read_config(folder, "config.json"), open_weights(folder, variant)
-    dtype = dtype_of(torch_dtype, "vae", common_dtype(weights))
-    _having(config, "vae/config.json", "dim", "z_dim")
-    blocks = config.get("num_res_blocks", 2)
-    vae = build(AutoencoderKLWan, vae_config(config, _is_residual(weights)), "vae/config.json")
-    return fill(vae, {vae_name(k, blocks): v for k, v in weights.items()}, dtype=dtype)
+def _fill_vae(config, weights, origin, dtype):
+    "A native autoencoder of either generation as an `AutoencoderKLWan`."
+    residual = any(".downsamples.0.downsamples." in name for name in weights)
+    vae = build(AutoencoderKLWan, vae_config(config, residual), origin)
+    names = _native_vae(vae)[1]
+    return fill(vae, {names.get(name, name): stored for name, stored in weights.items()}, dtype=dtype)
 
 # %% ../../nbs/library/20_checkpoints.ipynb #7f3c7cb4
-def load_qwen(
-    config: dict,  # of Qwen2.5-VL, as published
-    weights: dict,  # name -> Stored
-    dtype: torch.dtype = torch.float32,
-    origin: str = "config.json",  # of the configuration, for messages
-) -> Qwen2_5_VLForConditionalGeneration:
+def _load_qwen(config, weights, dtype=torch.float32, origin="config.json"):
     "The multimodal language model; its head is the table of embeddings where the files have none."
     if "text_config" in config:  # beside it published files repeat the text model's fields in an older spelling
-        config = {
-            k: v
-            for k, v in config.items()
-            if k in ("text_config", "vision_config", "tie_word_embeddings") or k.endswith("_token_id")
-        }
-    model, weights = (
-        build(Qwen2_5_VLForConditionalGeneration, config, origin),
-        {qwen_name(k): v for k, v in weights.items()},
-    )
+        known = ("text_config", "vision_config", "tie_word_embeddings")
+        config = {k: v for k, v in config.items() if k in known or k.endswith("_token_id")}
+    model = build(Qwen2_5_VLForConditionalGeneration, config, origin)
+    weights = {qwen_name(name): stored for name, stored in weights.items()}
     fill(model, weights, ignore=("lm_head.",), dtype=dtype)
     if "lm_head.weight" not in weights:
         model.lm_head.weight = model.get_input_embeddings().weight
@@ -524,52 +451,38 @@ def load_qwen(
 _OURS = ("image_queries", "video_queries", "ref_queries", "connector.", "connetor.", "ref_connector.")
 
 
-def load_official_mllm(
-    folder: Path,
-    torch_dtype: torch.dtype | str | dict = torch.float32,
-    variant: str | None = None,  # of the files
-):
+def _load_official_mllm(folder, torch_dtype=torch.float32, variant=None):
     "The language model of a released repository and the tensors of ours that lie beside it."
-    weights = open_weights(Path(folder) / "mllm_encoder", variant)
-    dtype = dtype_of(torch_dtype, "mllm", common_dtype(weights))
-    ours = {
-        name.replace("connetor.", "connector."): stored for name, stored in weights.items() if name.startswith(_OURS)
-    }
+    weights, ours = open_weights(Path(folder) / "mllm_encoder", variant), {}
+    dtype = _dtype_of(torch_dtype, "mllm", weights)
+    for name in [name for name in weights if name.startswith(_OURS)]:
+        ours[name.replace("connetor.", "connector.")] = weights.pop(name)
     config = read_config(folder, "processor", "qwen_config.json")
-    return load_qwen(
-        config,
-        {name: stored for name, stored in weights.items() if not name.startswith(_OURS)},
-        dtype,
-        "processor/qwen_config.json",
-    ), ours
+    return _load_qwen(config, weights, dtype, "processor/qwen_config.json"), ours
 
 # %% ../../nbs/library/20_checkpoints.ipynb #74e6d8b1
 REFERENCE_PARTS = ("ref_queries", "ref_connector.", "ref_embedder.")  # of `KiwiGuidance`
-OFFICIAL_GUIDANCE = dict(
-    query_read_out="last_positions", round_timestep=True, round_pixels=True
-)  # how the official code runs whatever it loads
+# how the official code runs whatever it loads
+OFFICIAL_GUIDANCE = dict(query_read_out="last_positions", round_timestep=True, round_pixels=True)
+_ENCODER_FIELDS = """hidden_size num_image_queries num_video_queries num_ref_queries max_object_token
+    max_pixels_per_frame""".split()
 
 
-def make_guidance(
-    config: dict,
-    weights: dict,  # name -> Stored
-    dtype: torch.dtype,
-    optional: tuple = (),  # how names begin that may be missing: they stay as they start
-) -> KiwiGuidance:
-    "Queries, connectors and embedders."
+def _make_guidance(config, weights, dtype, optional=()):
+    "Queries, connectors and embedders; those that `optional` names may be missing and stay as they start."
     try:
         guidance = KiwiGuidance(**config)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"`config` has to describe KiwiGuidance but does not: {error}") from error
-    guidance = fill(guidance, weights, ignore=optional, dtype=dtype)
-    for p in guidance.parameters():
+    fill(guidance, weights, ignore=optional, dtype=dtype)
+    for p in guidance.parameters():  # also of those that were missing
         p.data = p.data.to(dtype)
     return guidance
 
 
 def load_official(
     folder: str | Path,  # a released repository in diffusers layout, as downloaded
-    torch_dtype: torch.dtype | str | dict = torch.float32,  # see `KiwiEditPipeline.from_pretrained`, and `variant` too
+    torch_dtype=torch.float32,  # see `KiwiEditPipeline.from_pretrained`, and `variant` too
     variant: str | None = None,
     schedule: str = "diffusers",  # noise levels: those of the pipeline that lies in such repositories, or "native"
     **overrides,  # fields of `KiwiGuidance` that differ from how the weights were trained
@@ -577,65 +490,43 @@ def load_official(
     "A released Kiwi-Edit repository as the kit's pipeline; none of the code it carries is run."
     folder = Path(folder)
     if "mllm_encoder" not in read_config(folder, "model_index.json"):
-        raise InputError(
-            f"`folder` has to be a released Kiwi-Edit repository but the model_index.json of {str(folder)!r} names no mllm_encoder."
-        )
-    mllm, weights = load_official_mllm(folder, torch_dtype, variant)
-    c = _having(
-        read_config(folder, "mllm_encoder", "config.json"),
-        "mllm_encoder/config.json",
-        "hidden_size",
-        "dit_dim",
-        "num_image_queries",
-        "num_video_queries",
-        "num_ref_queries",
-        "max_object_token",
-        "max_pixels_per_frame",
-    )
-    source = _having(
-        read_config(folder, "source_embedder", "config.json"),
-        "source_embedder/config.json",
-        "in_dim",
-        "patch_size",
-        "zero_init",
-    )
+        found = f"the model_index.json of {str(folder)!r} names no mllm_encoder"
+        raise InputError(f"`folder` has to be a released Kiwi-Edit repository but {found}.")
+    mllm, weights = _load_official_mllm(folder, torch_dtype, variant)
     takes_reference = any((folder / "ref_embedder").glob("*.safetensors"))
-    ref = read_config(folder, "ref_embedder", "config.json") if (folder / "ref_embedder/config.json").is_file() else {}
-    config = dict(
-        hidden_size=c["hidden_size"],
-        dim=c["dit_dim"],
-        in_channels=source["in_dim"],
-        patch_size=source["patch_size"],
-        num_image_queries=c["num_image_queries"],
-        num_video_queries=c["num_video_queries"],
-        num_ref_queries=c["num_ref_queries"],
-        max_object_token=c["max_object_token"],
-        max_pixels_per_frame=c["max_pixels_per_frame"],
-        temporal_step=mllm.config.vision_config.tokens_per_second,
-        ref_pad_first=ref.get("ref_pad_first", False),
-        zero_init=source["zero_init"],
-        takes_reference=takes_reference,
-        **OFFICIAL_GUIDANCE,
-    )
     for part in ("source_embedder", "ref_embedder")[: 1 + takes_reference]:
         weights |= {k.replace("patch_embedding", part): v for k, v in open_weights(folder / part, variant).items()}
-    denoiser, transformer = (
-        open_weights(folder / "transformer", variant),
-        build(WanTransformer3DModel, read_config(folder, "transformer", "config.json"), "transformer/config.json"),
-    )
-    return KiwiEditPipeline(
-        fill(transformer, denoiser, dtype=dtype_of(torch_dtype, "transformer", common_dtype(denoiser))),
-        load_official_vae(folder / "vae", torch_dtype, variant),
-        FlowMatchEulerDiscreteScheduler.from_config(read_config(folder, "scheduler", "scheduler_config.json")),
-        mllm,
-        KiwiProcessor.from_pretrained(folder / "processor"),
-        make_guidance(
-            {**config, **overrides},
-            weights,
-            dtype_of(torch_dtype, "guidance", common_dtype(weights)),
-            () if takes_reference else REFERENCE_PARTS,
-        ),
-        schedule=schedule,
+    config = _official_guidance(folder, mllm, takes_reference) | overrides
+    dtype, optional = _dtype_of(torch_dtype, "guidance", weights), () if takes_reference else REFERENCE_PARTS
+    guidance = _make_guidance(config, weights, dtype, optional)
+
+    vae_known = read_config(folder, "vae", "config.json", having=("dim", "z_dim"))
+    vae_weights, dit_weights = open_weights(folder / "vae", variant), open_weights(folder / "transformer", variant)
+    vae = _fill_vae(vae_known, vae_weights, "vae/config.json", _dtype_of(torch_dtype, "vae", vae_weights))
+    dit_known = read_config(folder, "transformer", "config.json")
+    transformer = build(WanTransformer3DModel, dit_known, "transformer/config.json")
+    fill(transformer, dit_weights, dtype=_dtype_of(torch_dtype, "transformer", dit_weights))
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(read_config(folder, "scheduler", "scheduler_config.json"))
+    processor = KiwiProcessor.from_pretrained(folder / "processor")
+    return KiwiEditPipeline(transformer, vae, scheduler, mllm, processor, guidance, schedule=schedule)
+
+
+def _official_guidance(folder, mllm, takes_reference):
+    "Fields of `KiwiGuidance` of a released repository."
+    having = (*_ENCODER_FIELDS, "dit_dim")
+    encoder = read_config(folder, "mllm_encoder", "config.json", having=having)
+    source = read_config(folder, "source_embedder", "config.json", having=("in_dim", "patch_size", "zero_init"))
+    has_reference = (folder / "ref_embedder/config.json").is_file()
+    reference = read_config(folder, "ref_embedder", "config.json") if has_reference else {}
+    return {name: encoder[name] for name in _ENCODER_FIELDS} | dict(
+        OFFICIAL_GUIDANCE,
+        dim=encoder["dit_dim"],
+        in_channels=source["in_dim"],
+        patch_size=source["patch_size"],
+        zero_init=source["zero_init"],
+        temporal_step=mllm.config.vision_config.tokens_per_second,
+        ref_pad_first=reference.get("ref_pad_first", False),
+        takes_reference=takes_reference,
     )
 
 # %% ../../nbs/library/20_checkpoints.ipynb #346622f5
@@ -653,21 +544,7 @@ def find_base(
     "Where the weights and the configuration of a base model lie."
     path = Path(source)
     if not path.exists():
-        owner, name, *inside = str(source).split("/") if str(source).count("/") else (str(source), "")
-        if not name or str(source).startswith((".", "/", "~")):
-            raise FileNotFoundError(f"`{part}` has to be a file, a folder or a hub id but {str(source)!r} is none.")
-        try:
-            path = Path(
-                snapshot_download(
-                    f"{owner}/{name}",
-                    allow_patterns=["/".join((*inside, p)) for p in (["*"] if inside else _PATTERNS[part])],
-                    ignore_patterns=["*.py"],
-                )
-            ).joinpath(*inside)
-        except Exception as error:
-            raise FileNotFoundError(
-                f"`{part}` has to be a file, a folder or a hub id that can be fetched but {str(source)!r} cannot: {str(error).strip().splitlines()[0]}"
-            ) from error
+        path = _fetched_base(part, str(source))
     if path.is_file():
         files, folder = [path], path.parent
     else:
@@ -678,92 +555,84 @@ def find_base(
         if part == "transformer":
             files = [file for file in files if "vae" not in file.name.lower()]
         if files and next(folder.glob("*.index.json"), None):
-            open_weights(folder)  # says which shards are missing
+            _whole(folder, None)  # says which shards are missing
     config = folder / "config.json"
     return files, config if config.is_file() else None
 
-# %% ../../nbs/library/20_checkpoints.ipynb #6ef8b1f3
-def infer_transformer_config(
-    weights: dict,  # diffusers' name -> Stored
-    num_attention_heads: int | None = None,  # None: as many as have 128 channels
-) -> dict:
-    "The configuration of a `WanTransformer3DModel` from the shapes of its tensors."
+
+def _fetched_base(part, source):
+    "The folder of a base model on the hub."
+    owner, name, *inside = source.split("/") if "/" in source else (source, "")
+    if not name or source.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"`{part}` has to be a file, a folder or a hub id but {source!r} is none.")
+    wanted = ["/".join((*inside, p)) for p in (["*"] if inside else _PATTERNS[part])]
     try:
-        dim, channels, *patch = weights["patch_embedding.weight"].shape
-        shape = lambda name: weights[name].shape
+        folder = snapshot_download(f"{owner}/{name}", allow_patterns=wanted, ignore_patterns=["*.py"])
+    except Exception as error:
+        rule = f"`{part}` has to be a file, a folder or a hub id that can be fetched but {source!r} cannot"
+        raise FileNotFoundError(f"{rule}: {str(error).strip().splitlines()[0]}") from error
+    return Path(folder).joinpath(*inside)
+
+# %% ../../nbs/library/20_checkpoints.ipynb #6ef8b1f3
+_WAN_KIND = dict(cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=1e-6)
+
+
+def _infer_transformer(weights, num_attention_heads=None):
+    "The configuration of a `WanTransformer3DModel` from the shapes of its tensors."
+    embedder, shapes = "condition_embedder", {name: stored.shape for name, stored in weights.items()}
+    try:
+        dim, channels, *patch = shapes["patch_embedding.weight"]
         config = dict(
+            _WAN_KIND,
             patch_size=patch,
             in_channels=channels,
-            out_channels=shape("proj_out.weight")[0] // math.prod(patch),
-            ffn_dim=shape("blocks.0.ffn.net.0.proj.weight")[0],
-            num_layers=1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
-            freq_dim=shape("condition_embedder.time_embedder.linear_1.weight")[1],
-            text_dim=shape("condition_embedder.text_embedder.linear_1.weight")[1],
-            cross_attn_norm="blocks.0.norm2.weight" in weights,
-            qk_norm="rms_norm_across_heads",
-            eps=1e-6,
+            out_channels=shapes["proj_out.weight"][0] // math.prod(patch),
+            ffn_dim=shapes["blocks.0.ffn.net.0.proj.weight"][0],
+            num_layers=1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")),
+            freq_dim=shapes[f"{embedder}.time_embedder.linear_1.weight"][1],
+            text_dim=shapes[f"{embedder}.text_embedder.linear_1.weight"][1],
         )
     except (KeyError, ValueError) as error:
-        raise InputError(
-            f"`transformer` has to hold a whole Wan denoiser, or come with a config.json, but lacks {error}."
-        ) from None
+        rule = "`transformer` has to hold a whole Wan denoiser, or come with a config.json,"
+        raise InputError(f"{rule} but lacks {error}.") from None
     heads = num_attention_heads or dim // 128
     if not heads or dim % heads:
-        raise InputError(
-            f"`transformer_config` has to give a num_attention_heads that divides the width {dim} but gives {num_attention_heads or 'none'}."
-        )
+        rule = f"`transformer_config` has to give a num_attention_heads that divides the width {dim}"
+        raise InputError(f"{rule} but gives {num_attention_heads or 'none'}.")
+    config["cross_attn_norm"] = "blocks.0.norm2.weight" in shapes
     return config | dict(num_attention_heads=heads, attention_head_dim=dim // heads)
 
 
-def _transformer_config(config):  # of diffusers, from its own or from the original release's
+def _transformer_config(config):
+    "A configuration of diffusers' denoiser, from its own or from the original release's."
     if "num_heads" not in config:
         return config
-    return dict(
-        patch_size=config.get("patch_size", [1, 2, 2]),
-        in_channels=config["in_dim"],
-        out_channels=config["out_dim"],
-        num_attention_heads=config["num_heads"],
-        attention_head_dim=config["dim"] // config["num_heads"],
-        ffn_dim=config["ffn_dim"],
-        num_layers=config["num_layers"],
-        freq_dim=config["freq_dim"],
-        text_dim=config.get("text_dim", 4096),
-        eps=config.get("eps", 1e-6),
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-    )
+    same = {name: config[name] for name in ("ffn_dim", "num_layers", "freq_dim")}
+    given = {name: config[name] for name in ("patch_size", "text_dim", "eps") if name in config}
+    sizes = dict(in_channels=config["in_dim"], out_channels=config["out_dim"], num_attention_heads=config["num_heads"])
+    sizes |= dict(attention_head_dim=config["dim"] // config["num_heads"])
+    return dict(_WAN_KIND, patch_size=[1, 2, 2], text_dim=4096) | same | given | sizes
 
 
-def infer_vae_config(
-    weights: dict,  # native name -> Stored
-) -> dict:  # as released: `dim`, `z_dim`, ...
-    "The configuration of a native Wan autoencoder, from the shapes of its tensors and, for what they do not show, from the released one with as many channels."
+def _infer_vae(weights):
+    "The released configuration of a native Wan autoencoder: from shapes, and from the preset with as many channels."
     try:
-        dim, z_dim, wide = (
-            weights["encoder.conv1.weight"].shape[0],
-            weights["conv2.weight"].shape[0],
-            weights["decoder.conv1.weight"].shape[0],
-        )
+        first, last, wide = (weights[f"{n}.weight"].shape[0] for n in ("encoder.conv1", "conv2", "decoder.conv1"))
     except KeyError as error:
-        raise InputError(
-            f"`vae` has to hold a native Wan autoencoder, or come with a config.json, but lacks {error}."
-        ) from None
-    alike = next((p.vae for p in PRESETS.values() if p.vae["z_dim"] == z_dim and p.name != "tiny"), None)
+        rule = "`vae` has to hold a native Wan autoencoder, or come with a config.json,"
+        raise InputError(f"{rule} but lacks {error}.") from None
+    alike = next((p.vae for p in PRESETS.values() if p.vae["z_dim"] == last and p.name != "tiny"), None)
     if alike is None:
-        raise InputError(f"`vae_config` has to be given for {z_dim} channels, which no released autoencoder has.")
-    return {name: alike[name] for name in _VAE_CONFIG if name in alike} | dict(
-        dim=dim, dec_dim=wide // alike["dim_mult"][-1]
-    )
+        raise InputError(f"`vae_config` has to be given for {last} channels, which no released autoencoder has.")
+    known = {name: alike[name] for name in _VAE_CONFIG if name in alike}
+    return known | dict(dim=first, dec_dim=wide // alike["dim_mult"][-1])
 
 # %% ../../nbs/library/20_checkpoints.ipynb #75c73ac6
-def split_lora(
-    weights: dict,  # name -> Stored
-) -> tuple[dict, dict]:  # plain weights, and name of a linear layer -> (A, B)
-    "Sort LoRA matrices from the rest."
+def _split_lora(weights):
+    "Plain weights, and LoRA matrices as name of a linear layer -> (A, B)."
     plain, pairs = {}, {}
     for name, stored in weights.items():
-        found = re.match(r"(.*)\.lora_(A|B)(?:\.default)?\.weight$", name)
-        if found:
+        if found := re.match(r"(.*)\.lora_(A|B)(?:\.default)?\.weight$", name):
             pairs.setdefault(found[1], {})[found[2]] = stored
         else:
             plain[name] = stored
@@ -772,39 +641,32 @@ def split_lora(
     return plain, {name: (pair["A"], pair["B"]) for name, pair in pairs.items()}
 
 
-def merged(
-    weights: dict,  # name -> Stored, of the base
-    lora: dict,  # from `split_lora`
-) -> dict:  # name -> Stored
+def _merged(weights, lora):
     "Weights with LoRA matrices added as they are read."
-    strangers = [name for name in lora if f"{name}.weight" not in weights]
-    if strangers:
+    if strangers := [name for name in lora if f"{name}.weight" not in weights]:
         raise InputError(f"`weights` have to hold the layers that LoRA matrices belong to but lack {_some(strangers)}.")
 
     def added(base, A, B):
         if (B.shape[0], A.shape[1]) != base.shape or A.shape[0] != B.shape[1]:
-            raise InputError(
-                f"`weights` have to match their LoRA matrices but {list(B.shape)} times {list(A.shape)} is added to {list(base.shape)}."
-            )
+            sizes = f"{list(B.shape)} times {list(A.shape)} is added to {list(base.shape)}"
+            raise InputError(f"`weights` have to match their LoRA matrices but {sizes}.")
         return replace(base, read=lambda: base.read().float() + B.read().float() @ A.read().float())
 
     return weights | {f"{name}.weight": added(weights[f"{name}.weight"], *pair) for name, pair in lora.items()}
 
 
-def add_adapters(
-    model: torch.nn.Module,  # changed in place
-    lora: dict,  # name of a linear layer -> (A, B)
-):
-    "LoRA matrices as PEFT layers beside the layers that they belong to."
+def _with_lora(make, weights, lora, merge):
+    "A model with LoRA matrices in its weights, or as PEFT layers beside them."
+    if merge or not lora:
+        return make(_merged(weights, lora))
     from peft import LoraConfig, inject_adapter_in_model
 
+    model = make(weights)
     ranks = {name: A.shape[0] for name, (A, _) in lora.items()}
     some = next(iter(ranks.values()))
     others = {name: rank for name, rank in ranks.items() if rank != some}
-    inject_adapter_in_model(
-        LoraConfig(r=some, lora_alpha=some, target_modules=list(ranks), rank_pattern=others, alpha_pattern=others),
-        model,
-    )
+    patterns = dict(target_modules=list(ranks), rank_pattern=others, alpha_pattern=others)
+    inject_adapter_in_model(LoraConfig(r=some, lora_alpha=some, **patterns), model)
     for name, pair in lora.items():
         layer = model.get_submodule(name)
         for side, stored in zip("AB", pair):
@@ -827,12 +689,10 @@ def merge_lora(
 
 # %% ../../nbs/library/20_checkpoints.ipynb #ee7a8ee6
 _METADATA = "kiwi_edit"  # under which a trainer file of ours notes what its format has no place for
-_RELEASED_QUERIES = dict(
-    num_image_queries=256, num_video_queries=512, num_ref_queries=768
-)  # of the trainer, where a checkpoint does not say
 
 
-def _base(part, source, config):  # name -> Stored, and what is known of the configuration
+def _base(part, source, config):
+    "Tensors of a base model, and what is known of its configuration."
     files, file = find_base(part, source) if source is not None else ([], None)
     return open_weights(files) if files else {}, (read_config(file.parent, file.name) if file else {}) | (config or {})
 
@@ -846,72 +706,48 @@ def load_transformer(
 ) -> WanTransformer3DModel:
     "A base denoiser with what was trained of it."
     base, given = _base("transformer", source, config)
-    plain, lora = split_lora(trained or {})
-    bare = {
-        re.sub(r"^(model\.)?diffusion_model\.", "", name): stored for name, stored in base.items()
-    }  # before which other programs put this
-    weights, given = (
-        {wan_name(name) or name: stored for name, stored in bare.items()} | plain,
-        _transformer_config(given),
-    )
+    plain, lora = _split_lora(trained or {})
+    # before which other programs put this
+    bare = {re.sub(r"^(model\.)?diffusion_model\.", "", name): stored for name, stored in base.items()}
+    weights, given = {wan_name(n) or n: stored for n, stored in bare.items()} | plain, _transformer_config(given)
     if "num_layers" not in given:
-        given = infer_transformer_config(weights, given.get("num_attention_heads")) | given
-    model = fill(
-        build(WanTransformer3DModel, given, "transformer"), merged(weights, lora) if merge else weights, dtype=dtype
-    )
-    return model if merge or not lora else add_adapters(model, lora)
+        given = _infer_transformer(weights, given.get("num_attention_heads")) | given
+    make = lambda weights: fill(build(WanTransformer3DModel, given, "transformer"), weights, dtype=dtype)
+    return _with_lora(make, weights, lora, merge)
 
 
-def load_vae(
-    source,  # file, folder or hub id, in native or diffusers' names
-    config: dict | None = None,  # fields of the configuration that no file gives, such as latents_mean
-    dtype: torch.dtype = torch.float32,
-) -> AutoencoderKLWan:
-    "A Wan autoencoder of either generation."
+def _load_vae(source, config, dtype):
+    "A Wan autoencoder of either generation, from a file, folder or hub id in native or diffusers' names."
     weights, given = _base("vae", source, config)
     if any(".down_blocks." in name for name in weights):
         return fill(build(AutoencoderKLWan, given, "vae"), weights, dtype=dtype)
-    given = infer_vae_config(weights) | {
-        name: value for name, value in given.items() if name in (*_VAE_CONFIG, "dim", "dec_dim")
-    }
-    return fill(
-        build(AutoencoderKLWan, vae_config(given, _is_residual(weights)), "vae"),
-        {vae_name(name, given["num_res_blocks"]): stored for name, stored in weights.items()},
-        dtype=dtype,
-    )
+    known = {name: value for name, value in given.items() if name in (*_VAE_CONFIG, "dim", "dec_dim")}
+    return _fill_vae(_infer_vae(weights) | known, weights, "vae", dtype)
 
 
-def load_mllm(
-    source,  # folder or hub id
-    trained: dict | None = None,  # name -> Stored, LoRA matrices
-    merge: bool = True,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[Qwen2_5_VLForConditionalGeneration, KiwiProcessor]:
+def _load_mllm(source, trained, merge, dtype):
     "A base Qwen2.5-VL with what was trained of it, and its processor."
     files, file = find_base("mllm", source)
     if not files or file is None:
-        raise FileNotFoundError(
-            f"`mllm` has to be a folder with .safetensors files and a config.json but {str(source)!r} is none."
-        )
-    plain, lora = split_lora(trained or {})
+        kinds = "a folder with .safetensors files and a config.json"
+        raise FileNotFoundError(f"`mllm` has to be {kinds} but {str(source)!r} is none.")
+    plain, lora = _split_lora(trained)
     weights = {qwen_name(name): stored for name, stored in open_weights(files).items()} | plain
-    config = (
-        Qwen2_5_VLConfig.from_pretrained(file.parent).to_dict()
-        if "text_config" not in read_config(file.parent, file.name)
-        else read_config(file.parent, file.name)
-    )
-    model = load_qwen(config, merged(weights, lora) if merge else weights, dtype)
-    return model if merge or not lora else add_adapters(model, lora), KiwiProcessor.from_pretrained(file.parent)
+    config = read_config(file.parent, file.name)
+    if "text_config" not in config:
+        config = Qwen2_5_VLConfig.from_pretrained(file.parent).to_dict()
+    model = _with_lora(lambda weights: _load_qwen(config, weights, dtype), weights, lora, merge)
+    return model, KiwiProcessor.from_pretrained(file.parent)
 
 # %% ../../nbs/library/20_checkpoints.ipynb #3daf76f0
 def load_trainer_checkpoint(
     checkpoint: str | Path,  # step-N.safetensors, saved with any of the trainer's prefixes
-    transformer=None,  # base denoiser: file, folder or hub id; None where the checkpoint has all of it, or looks for base/transformer beside it
+    transformer=None,  # base denoiser: file, folder or hub id; None where the checkpoint has all of it, or base/transformer lies beside it
     vae=None,  # autoencoder: likewise
     mllm=None,  # folder or hub id of Qwen2.5-VL: likewise
     merge: bool = True,  # LoRA matrices into the weights; False keeps them as PEFT adapters
     ref_pad_first: bool
-    | None = None,  # reference tokens before the video's; None: as recorded in the checkpoint or its name, else after them
+    | None = None,  # reference tokens first; None: as recorded in the checkpoint or its name, else last
     torch_dtype: torch.dtype = torch.float32,
     schedule: str = "native",  # noise levels, those of the trainer's own inference, or "diffusers"
     transformer_config: dict | None = None,  # what neither a file's shapes nor a config.json say
@@ -919,227 +755,154 @@ def load_trainer_checkpoint(
     **overrides,  # fields of `KiwiGuidance` that differ from how the official code runs: max_object_token, ...
 ) -> KiwiEditPipeline:
     "A checkpoint of the official trainer on its base models; strangers and gaps are errors."
-    checkpoint = Path(checkpoint)
-    beside = lambda part, given: (
-        given
-        if given is not None
-        else (checkpoint.parent / "base" / part if (checkpoint.parent / "base" / part).is_dir() else None)
-    )
-    transformer, vae, mllm = beside("transformer", transformer), beside("vae", vae), beside("mllm", mllm)
-    for name, value in (("vae", vae), ("mllm", mllm)):
-        if value is None:
-            raise InputError(
-                f"`{name}` has to name the base model, since a trainer checkpoint has no {name}, but is None."
-            )
+    checkpoint, bases = Path(checkpoint), dict(transformer=transformer, vae=vae, mllm=mllm)
+    for part, given in bases.items():
+        beside = checkpoint.parent / "base" / part
+        bases[part] = beside if given is None and beside.is_dir() else given
+        if bases[part] is None and part != "transformer":
+            rule = f"`{part}` has to name the base model, since a trainer checkpoint has no {part},"
+            raise InputError(f"{rule} but is None.")
+    trained = _trained_parts(checkpoint)
+    if bases["transformer"] is None and all("lora_" in name for name in trained["transformer"]):
+        rule = "`transformer` has to name the base model, since the checkpoint does not have the whole denoiser,"
+        raise InputError(f"{rule} but is None.")
+    noted = json.loads(_open_safetensors(checkpoint)[1].get(_METADATA, "{}"))
+    wan = load_transformer(bases["transformer"], transformer_config, trained["transformer"], merge, torch_dtype)
+    language, processor = _load_mllm(bases["mllm"], trained["mllm"], merge, torch_dtype)
+    known, absent = _trainer_guidance(checkpoint, trained["guidance"], wan, language)
+    known |= noted.get("guidance", {}) | overrides
+    if ref_pad_first is not None:
+        known["ref_pad_first"] = ref_pad_first
+    guidance = _make_guidance(known, trained["guidance"], torch_dtype, absent)
+    autoencoder = _load_vae(bases["vae"], vae_config, torch_dtype)
+    scheduler = FlowMatchEulerDiscreteScheduler(**(dict(shift=5.0) | noted.get("scheduler", {})))
+    numbers = dict(schedule=schedule) | noted.get("pipeline", {})
+    return KiwiEditPipeline(wan, autoencoder, scheduler, language, processor, guidance, **numbers)
+
+
+def _trained_parts(checkpoint):
+    "Tensors of a trainer checkpoint by component, under the names that they have here."
     parts, strangers = dict(transformer={}, mllm={}, guidance={}), []
     for name, stored in open_weights(checkpoint).items():
-        place = trainer_name(name)
-        if place:
+        if place := trainer_name(name):
             parts[place[0]][place[1]] = stored
         else:
             strangers.append(name)
     if strangers:
-        raise InputError(
-            f"`checkpoint` has to hold tensors of Kiwi-Edit's trainer but {len(strangers)} are none of them: {_some(strangers)}."
-        )
-    if transformer is None and not any("lora_" not in name for name in parts["transformer"]):
-        raise InputError(
-            "`transformer` has to name the base model, since the checkpoint does not have the whole denoiser, but is None."
-        )
-    noted = json.loads(_open_safetensors(checkpoint)[1].get(_METADATA, "{}"))
-    wan = load_transformer(transformer, transformer_config, parts["transformer"], merge, torch_dtype)
-    language, processor = load_mllm(mllm, parts["mllm"], merge, torch_dtype)
-    ours, config = parts["guidance"], wan.config
-    absent = tuple(
-        group
-        for group in ("video_queries", *REFERENCE_PARTS, "source_embedder.")
-        if not any(name.startswith(group) for name in ours)
-    )
-    takes_reference = not set(absent) & set(REFERENCE_PARTS)
+        found = f"{len(strangers)} are none of them: {_some(strangers)}"
+        raise InputError(f"`checkpoint` has to hold tensors of Kiwi-Edit's trainer but {found}.")
+    return parts
+
+
+def _trainer_guidance(checkpoint, ours, wan, language):
+    "Fields of `KiwiGuidance` as the official code runs a checkpoint, and the parts that it was trained without."
+    groups = ("video_queries", *REFERENCE_PARTS, "source_embedder.")
+    absent = tuple(group for group in groups if not any(name.startswith(group) for name in ours))
     if absent:
-        logger.info(
-            "%s was trained without %s; they stay as they start.",
-            checkpoint.name,
-            ", ".join(group.rstrip(".") for group in absent),
-        )
-    sizes = _RELEASED_QUERIES | {
-        f"num_{mode}_queries": ours[f"{mode}_queries"].shape[0]
-        for mode in ("image", "video", "ref")
-        if f"{mode}_queries" in ours
-    }
-    official = dict(
+        named = ", ".join(group.rstrip(".") for group in absent)
+        logger.info("%s was trained without %s; they stay as they start.", checkpoint.name, named)
+    sizes = dict(num_image_queries=256, num_video_queries=512, num_ref_queries=768)  # of the trainer
+    for mode in ("image", "video", "ref"):
+        if f"{mode}_queries" in ours:
+            sizes[f"num_{mode}_queries"] = ours[f"{mode}_queries"].shape[0]
+    return dict(
+        OFFICIAL_GUIDANCE,
+        **sizes,
         hidden_size=language.config.text_config.hidden_size,
-        dim=config.num_attention_heads * config.attention_head_dim,
-        in_channels=config.in_channels,
-        patch_size=list(config.patch_size),
+        dim=wan.config.num_attention_heads * wan.config.attention_head_dim,
+        in_channels=wan.config.in_channels,
+        patch_size=list(wan.config.patch_size),
         max_object_token=sizes["num_ref_queries"],
         temporal_step=language.config.vision_config.tokens_per_second,
         ref_pad_first="pad_first" in checkpoint.stem,
-        zero_init=True,
-        takes_reference=takes_reference,
-        **OFFICIAL_GUIDANCE,
-    )
-    chosen = (
-        official
-        | sizes
-        | noted.get("guidance", {})
-        | ({} if ref_pad_first is None else dict(ref_pad_first=ref_pad_first))
-        | overrides
-    )
-    return KiwiEditPipeline(
-        wan,
-        load_vae(vae, vae_config, torch_dtype),
-        FlowMatchEulerDiscreteScheduler(**(dict(shift=5.0) | noted.get("scheduler", {}))),
-        language,
-        processor,
-        make_guidance(chosen, ours, torch_dtype, absent),
-        **(dict(schedule=schedule) | noted.get("pipeline", {})),
-    )
+        takes_reference=not set(absent) & set(REFERENCE_PARTS),
+    ), absent
 
 # %% ../../nbs/library/20_checkpoints.ipynb #4b4ef809
-_KINDS = dict(
-    transformer=WanTransformer3DModel,
-    vae=AutoencoderKLWan,
-    mllm=Qwen2_5_VLForConditionalGeneration,
-    guidance=KiwiGuidance,
+# of diffusers' own loader, which reads a model that one of these is asked for
+DIFFUSERS_OPTIONS = set(
+    """device_map max_memory low_cpu_mem_usage use_safetensors offload_folder offload_state_dict
+    quantization_config""".split()
 )
-
-
-def check_weights(
-    folder: Path,  # in the kit's layout
-    parts: tuple = tuple(_KINDS),
-    variant: str | None = None,  # of the files
-):
-    "Raise and list what does not belong, before any weight is read."
-    for part in parts:
-        config, weights = read_config(folder, part, "config.json"), open_weights(folder / part, variant)
-        if part == "mllm":
-            weights = {qwen_name(name): stored for name, stored in weights.items()}
-        compare(build(_KINDS[part], config, f"{part}/config.json"), weights, ("lm_head.",) if part == "mllm" else ())
 
 
 def load_kit(
     folder: Path,
-    torch_dtype: torch.dtype | str | dict = torch.float32,  # see `KiwiEditPipeline.from_pretrained`, and `variant` too
+    torch_dtype=torch.float32,  # see `KiwiEditPipeline.from_pretrained`, and `variant` too
     variant: str | None = None,
     **kwargs,  # parts that are loaded already, and `DIFFUSERS_OPTIONS`
 ) -> KiwiEditPipeline:
     "A folder that `save_pretrained` wrote."
-    folder = Path(folder)
-    own = tuple(part for part in _KINDS if part not in kwargs)
-    if variant and not any(
-        variant == variant_of(file) for part in own for file in weight_files(folder / part, variant)
-    ):
+    folder, parts, dtypes = Path(folder), {}, dict(default=torch.float32)
+    own = {part: kind for part, kind in _KINDS.items() if part not in kwargs}
+    there = {_variant_of(file) for part in own for file in weight_files(folder / part, variant)}
+    if variant and variant not in there:
         raise FileNotFoundError(f"`variant` has to be one that files of the model have but is {variant!r}.")
-    if kwargs:
-        check_weights(folder, own, variant)
-        dtypes = {part: dtype_of(torch_dtype, part, common_dtype(open_weights(folder / part, variant))) for part in own}
-        return DiffusionPipeline.from_pretrained.__func__(
-            KiwiEditPipeline, str(folder), dtype=dtypes | dict(default=torch.float32), variant=variant, **kwargs
-        )
-    parts = {}
-    for part, kind in _KINDS.items():
+    for part, kind in own.items():
         config, weights = read_config(folder, part, "config.json"), open_weights(folder / part, variant)
-        dtype = dtype_of(torch_dtype, part, common_dtype(weights))
-        if part == "mllm":
-            parts[part] = load_qwen(config, weights, dtype, "mllm/config.json")
+        origin, dtype = f"{part}/config.json", _dtype_of(torch_dtype, part, weights)
+        dtypes[part] = dtype
+        if kwargs:  # diffusers' loader drops what does not belong, so we look before
+            if part == "mllm":
+                weights = {qwen_name(name): stored for name, stored in weights.items()}
+            _compare(build(kind, config, origin), weights, ("lm_head.",) if part == "mllm" else ())
+        elif part == "mllm":
+            parts[part] = _load_qwen(config, weights, dtype, origin)
         elif part == "guidance":
-            parts[part] = make_guidance(config, weights, dtype)
+            parts[part] = _make_guidance(config, weights, dtype)
         else:
-            parts[part] = fill(build(kind, config, f"{part}/config.json"), weights, dtype=dtype)
-    numbers = {
-        name: value for name, value in read_config(folder, "model_index.json").items() if not isinstance(value, list)
-    }
-    return KiwiEditPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler.from_config(
-            read_config(folder, "scheduler", "scheduler_config.json")
-        ),
-        processor=KiwiProcessor.from_pretrained(folder / "processor"),
-        **parts,
-        **numbers,
-    )
+            parts[part] = fill(build(kind, config, origin), weights, dtype=dtype)
+    if kwargs:
+        load = DiffusionPipeline.from_pretrained.__func__
+        return load(KiwiEditPipeline, str(folder), dtype=dtypes, variant=variant, **kwargs)
+    index = read_config(folder, "model_index.json")
+    numbers = {name: value for name, value in index.items() if not isinstance(value, list)}
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(read_config(folder, "scheduler", "scheduler_config.json"))
+    processor = KiwiProcessor.from_pretrained(folder / "processor")
+    return KiwiEditPipeline(scheduler=scheduler, processor=processor, **parts, **numbers)
 
 # %% ../../nbs/library/20_checkpoints.ipynb #5c1478c8
-_OFFICIAL_TRANSFORMER = (
-    "patch_size",
-    "in_channels",
-    "out_channels",
-    "num_attention_heads",
-    "attention_head_dim",
-    "text_dim",
-    "freq_dim",
-    "ffn_dim",
-    "num_layers",
-    "cross_attn_norm",
-    "qk_norm",
-    "eps",
-    "rope_max_seq_len",
-)
-_VIDEO_PROCESSOR = dict(
-    do_sample_frames=False,
-    max_frames=768,
-    min_frames=4,
-    video_processor_type="Qwen2VLVideoProcessor",
-    processor_class="Qwen2_5_VLProcessor",
-)
-
-
-def _plain(value):
-    return list(value) if isinstance(value, (tuple, list)) else value
+_OFFICIAL_TRANSFORMER = """patch_size in_channels out_channels num_attention_heads attention_head_dim text_dim freq_dim
+    ffn_dim num_layers cross_attn_norm qk_norm eps rope_max_seq_len""".split()
+# what the official code does whatever a configuration says
+_OFFICIAL_LIMITS = dict(min_pixels_per_frame=100352, max_image_pixels=16384 * 28 * 28, min_image_pixels=56 * 56)
 
 
 def _official_vae_config(vae):
-    c = vae.config
-    return (
-        {name: _plain(c[name]) for name in _VAE_CONFIG}
-        | dict(dim=c.base_dim, vae_pth="diffusion_pytorch_model.safetensors")
-        | (dict(dec_dim=c.decoder_base_dim) if c.is_residual and c.decoder_base_dim != 256 else {})
-    )
+    c = _public(vae.config)
+    known = {name: c[name] for name in _VAE_CONFIG}
+    known |= dict(dim=c["base_dim"], vae_pth="diffusion_pytorch_model.safetensors")
+    return known | (dict(dec_dim=c["decoder_base_dim"]) if c["is_residual"] and c["decoder_base_dim"] != 256 else {})
 
 
 def official_reasons(
     pipe: KiwiEditPipeline,
 ) -> list:  # of sentences without their full stop; empty where nothing is in the way
     "Why the released layout cannot hold a model."
-    g, vae, tower, reasons = pipe.guidance.config, pipe.vae.config, pipe.mllm.config.vision_config, []
-    held = dict(
-        OFFICIAL_GUIDANCE,
-        temporal_step=tower.tokens_per_second,
-        min_pixels_per_frame=100352,
-        max_image_pixels=16384 * 28 * 28,
-        min_image_pixels=56 * 56,
-    )
-    for name, value in held.items():
-        if g[name] != value:
-            reasons.append(f"its code always has {name} {value!r}, and this model has {g[name]!r}")
-    native = vae_config(_official_vae_config(pipe.vae), vae.is_residual)
-    stock = dict(AutoencoderKLWan.from_config({}).config)
-    differs = {
-        name: value
-        for name, value in vae.items()
-        if not name.startswith("_") and _plain(value) != _plain(native.get(name, stock.get(name)))
-    }
-    if len(vae.dim_mult) != 4:
-        differs["dim_mult"] = vae.dim_mult
+    g, vae, steps = pipe.guidance.config, _public(pipe.vae.config), pipe.mllm.config.vision_config.tokens_per_second
+    held = OFFICIAL_GUIDANCE | _OFFICIAL_LIMITS | dict(temporal_step=steps)
+    reasons = [
+        f"its code always has {name} {value!r}, and this model has {g[name]!r}"
+        for name, value in held.items()
+        if g[name] != value
+    ]
+    stock = _public(AutoencoderKLWan.from_config({}).config)
+    native = stock | vae_config(_official_vae_config(pipe.vae), vae["is_residual"])
+    differs = [f"{name} {value}" for name, value in sorted(vae.items()) if value != native.get(name)]
+    if len(vae["dim_mult"]) != 4:
+        differs.append(f"dim_mult {vae['dim_mult']}")
     if differs:
-        reasons.append(
-            "its autoencoder is one of the two native ones, and this model's differs in "
-            + ", ".join(f"{name} {_plain(value)}" for name, value in sorted(differs.items()))
-        )
+        which = "its autoencoder is one of the two native ones, and this model's differs in"
+        reasons.append(f"{which} {', '.join(differs)}")
     if pipe.transformer.config.image_dim is not None:
         reasons.append("its denoiser takes no image embedding, and this model's does")
     return reasons
 
-
+# %% ../../nbs/library/20_checkpoints.ipynb #20c40003
 def _save(tensors, folder, size, name="diffusion_pytorch_model"):
     folder.mkdir(parents=True, exist_ok=True)
-    pattern = f"{name}{{suffix}}.safetensors"
-    save_torch_state_dict(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
-        folder,
-        filename_pattern=pattern,
-        max_shard_size=size,
-    )
+    tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    save_torch_state_dict(tensors, folder, filename_pattern=f"{name}{{suffix}}.safetensors", max_shard_size=size)
 
 
 def _write(path, values):
@@ -1148,18 +911,45 @@ def _write(path, values):
 
 
 def _tied(mllm):
-    return {
-        name: p
-        for name, p in mllm.state_dict().items()
-        if not (name == "lm_head.weight" and p.data_ptr() == mllm.get_input_embeddings().weight.data_ptr())
-    }
+    "Tensors of the language model, without a head that is the table of embeddings."
+    state, table = mllm.state_dict(), mllm.get_input_embeddings().weight
+    if "lm_head.weight" in state and state["lm_head.weight"].data_ptr() == table.data_ptr():
+        del state["lm_head.weight"]
+    return state
 
 
-def _native_vae(vae):
-    return {
-        native_vae_name(name, vae.config.num_res_blocks, vae.config.is_residual): p
-        for name, p in vae.state_dict().items()
+def _official_configs(pipe):
+    "The configurations of a released repository: file -> values."
+    g, wan, flow = pipe.guidance.config, pipe.transformer.config, "FlowMatchEulerDiscreteScheduler"
+    index = dict(
+        _class_name=["pipeline_kiwi_edit", "KiwiEditPipeline"],
+        _diffusers_version="0.32.0",
+        processor=["transformers", "AutoProcessor"],
+        transformer=["diffusers", "WanTransformer3DModel"],
+        vae=["wan_video_vae", "VAE"],
+        scheduler=["diffusers", flow],
+        mllm_encoder=["mllm_encoder", "MLLMEncoder"],
+        source_embedder=["conditional_embedder", "ConditionalEmbedder"],
+    )
+    known = _public(wan)
+    encoder = dict(_class_name="MLLMEncoder", mllm_model_path=".", dit_dim=g.dim, max_frames=16)
+    embedder = dict(_class_name="ConditionalEmbedder", in_dim=g.in_channels, dim=g.dim, patch_size=list(g.patch_size))
+    embedder |= dict(zero_init=g.zero_init, ref_pad_first=g.ref_pad_first)
+    schedule = dict(_class_name=flow, shift=pipe.scheduler.config.shift, num_train_timesteps=1000)
+    configs = {
+        "model_index.json": index,
+        "transformer/config.json": {"_class_name": "WanTransformer3DModel"}
+        | {n: known[n] for n in _OFFICIAL_TRANSFORMER},
+        "vae/config.json": {"_class_name": "VAE"} | _official_vae_config(pipe.vae),
+        "scheduler/scheduler_config.json": schedule | dict(base_shift=0.5, max_shift=1.15),
+        "mllm_encoder/config.json": encoder | {name: g[name] for name in _ENCODER_FIELDS},
+        "source_embedder/config.json": embedder,
+        "processor/qwen_config.json": _public(pipe.mllm.config.to_dict()),
     }
+    if g.takes_reference:
+        index["ref_embedder"] = index["source_embedder"]
+        configs["ref_embedder/config.json"] = embedder
+    return configs
 
 
 def write_official(
@@ -1171,141 +961,62 @@ def write_official(
     if reasons := official_reasons(pipe):
         raise InputError(f"`to` has to be a layout that can hold this model but is 'official': {'; '.join(reasons)}.")
     if pipe.config.schedule != "diffusers":
-        logger.warning(
-            "The pipeline of released repositories has its own noise levels; this model was read with the %s ones.",
-            pipe.config.schedule,
-        )
-    folder, g = Path(folder), pipe.guidance.config
-    ours, wan = pipe.guidance.state_dict(), pipe.transformer.config
-    custom = dict(
-        processor=["transformers", "AutoProcessor"],
-        transformer=["diffusers", "WanTransformer3DModel"],
-        vae=["wan_video_vae", "VAE"],
-        scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        mllm_encoder=["mllm_encoder", "MLLMEncoder"],
-        source_embedder=["conditional_embedder", "ConditionalEmbedder"],
-    )
-    if g.takes_reference:
-        custom["ref_embedder"] = custom["source_embedder"]
-    _write(
-        folder / "model_index.json",
-        {"_class_name": ["pipeline_kiwi_edit", "KiwiEditPipeline"], "_diffusers_version": "0.32.0"} | custom,
-    )
-    _write(
-        folder / "transformer/config.json",
-        {"_class_name": "WanTransformer3DModel"} | {name: _plain(wan[name]) for name in _OFFICIAL_TRANSFORMER},
-    )
+        said = "The pipeline of released repositories has its own noise levels; this model was read with the %s ones."
+        logger.warning(said, pipe.config.schedule)
+    folder, ours, one_file = Path(folder), pipe.guidance.state_dict(), 10**15
+    for name, values in _official_configs(pipe).items():
+        _write(folder / name, values)
     _save(pipe.transformer.state_dict(), folder / "transformer", max_shard_size)
-    _write(folder / "vae/config.json", {"_class_name": "VAE"} | _official_vae_config(pipe.vae))
-    _save(_native_vae(pipe.vae), folder / "vae", 10**15)
-    _write(
-        folder / "scheduler/scheduler_config.json",
-        {
-            "_class_name": "FlowMatchEulerDiscreteScheduler",
-            "shift": pipe.scheduler.config.shift,
-            "num_train_timesteps": 1000,
-            "base_shift": 0.5,
-            "max_shift": 1.15,
-        },
-    )
-    _write(
-        folder / "mllm_encoder/config.json",
-        dict(
-            _class_name="MLLMEncoder",
-            mllm_model_path=".",
-            dit_dim=g.dim,
-            hidden_size=g.hidden_size,
-            num_image_queries=g.num_image_queries,
-            num_video_queries=g.num_video_queries,
-            num_ref_queries=g.num_ref_queries,
-            max_object_token=g.max_object_token,
-            max_frames=16,
-            max_pixels_per_frame=g.max_pixels_per_frame,
-        ),
-    )
-    _save({name: p for name, p in ours.items() if "embedder" not in name}, folder / "mllm_encoder", 10**15)
+    _save(_native_vae(pipe.vae)[0], folder / "vae", one_file)
+    _save({name: p for name, p in ours.items() if "embedder" not in name}, folder / "mllm_encoder", one_file)
+    for part in ("source_embedder", "ref_embedder")[: 1 + pipe.guidance.config.takes_reference]:
+        embedder = {name.replace(part, "patch_embedding"): p for name, p in ours.items() if name.startswith(part)}
+        _save(embedder, folder / part, one_file)
     qwen = {old_qwen_name(name): p for name, p in _tied(pipe.mllm).items()}
-    half = (
-        sum(p.numel() * p.element_size() for p in qwen.values()) // 2 + 1
-    )  # the official loader wants shards with an index
+    half = sum(p.numel() * p.element_size() for p in qwen.values()) // 2 + 1  # it has to be shards with an index
     _save(qwen, folder / "mllm_encoder", min(half, 5 * 10**9), "model")
     pipe.mllm.generation_config.save_pretrained(folder / "mllm_encoder")
-    for part in ("source_embedder", "ref_embedder")[: 1 + g.takes_reference]:
-        _write(
-            folder / part / "config.json",
-            dict(
-                _class_name="ConditionalEmbedder",
-                in_dim=g.in_channels,
-                dim=g.dim,
-                patch_size=list(g.patch_size),
-                zero_init=g.zero_init,
-                ref_pad_first=g.ref_pad_first,
-            ),
-        )
-        _save(
-            {name.replace(part, "patch_embedding"): p for name, p in ours.items() if name.startswith(part)},
-            folder / part,
-            10**15,
-        )
     pipe.processor.save_pretrained(folder / "processor")
     looks = read_config(folder / "processor", "preprocessor_config.json") | dict(processor_class="Qwen2_5_VLProcessor")
+    video = looks | dict(do_sample_frames=False, max_frames=768, min_frames=4)
+    video |= dict(video_processor_type="Qwen2VLVideoProcessor")
+    video.pop("image_processor_type", None)
     _write(folder / "processor/preprocessor_config.json", looks | dict(image_processor_type="Qwen2VLImageProcessor"))
-    _write(
-        folder / "processor/video_preprocessor_config.json",
-        {name: value for name, value in looks.items() if name != "image_processor_type"} | _VIDEO_PROCESSOR,
-    )
-    config = pipe.mllm.config.to_dict()
-    _write(
-        folder / "processor/qwen_config.json",
-        {name: value for name, value in config.items() if not name.startswith("_")},
-    )
+    _write(folder / "processor/video_preprocessor_config.json", video)
 
 # %% ../../nbs/library/20_checkpoints.ipynb #7b8de6d5
-def _plain_name(name):
-    return name.replace(".base_layer.", ".")
-
-
 def write_trainer(
     pipe: KiwiEditPipeline,
     folder: Path,  # new or empty
-    step: int = 0,  # for the file's name
     max_shard_size: str = "5GB",  # of the base models' files
 ):
-    "`step-N.safetensors` as the trainer saves it, and the base models under `base`."
-    folder, tensors, references = Path(folder), {}, pipe.guidance.config.takes_reference
+    "`step-0.safetensors` as the trainer saves it, and the base models under `base`."
+    folder, tensors, base = Path(folder), {}, dict(transformer={}, mllm={})
+    unused = () if pipe.guidance.config.takes_reference else REFERENCE_PARTS
     for name, p in pipe.guidance.state_dict().items():
-        if not references and name.startswith(REFERENCE_PARTS):
-            continue
-        back = next(old + name[len(new) :] for old, new in TRAINER_NAMES if name.startswith(new))
-        tensors[back] = p
-    adapted = any(hasattr(layer, "lora_A") for layer in pipe.transformer.modules())
-    base = {part: {} for part in ("transformer", "mllm")}
-    for part, prefix in (("transformer", "dit."), ("mllm", "mllm.model.")):
-        for name, p in (pipe.transformer.state_dict() if part == "transformer" else _tied(pipe.mllm)).items():
-            if ".lora_" in name:
-                tensors[prefix + (native_wan_name(name) if part == "transformer" else name)] = p
-            elif part == "transformer" and not adapted:
-                tensors[prefix + native_wan_name(name)] = p
-            else:
-                base[part][_plain_name(name)] = p
+        if not name.startswith(tuple(unused)):
+            tensors[_renamed(name, _turned(TRAINER_NAMES))] = p
+    state, adapted = pipe.transformer.state_dict(), any(".lora_" in name for name in pipe.transformer.state_dict())
+    for name, p in state.items():
+        if ".lora_" in name or not adapted:
+            tensors["dit." + native_wan_name(name)] = p
+        else:
+            base["transformer"][name.replace(".base_layer.", ".")] = p
+    for name, p in _tied(pipe.mllm).items():
+        if ".lora_" in name:
+            tensors["mllm.model." + name] = p
+        else:
+            base["mllm"][name.replace(".base_layer.", ".")] = p
+    numbers = ("max_pixels", "max_frames", "window_frames", "default_steps", "schedule")
     noted = dict(
-        guidance={name: _plain(value) for name, value in pipe.guidance.config.items() if not name.startswith("_")},
+        guidance=_public(pipe.guidance.config),
         scheduler=dict(shift=pipe.scheduler.config.shift),
-        pipeline={
-            name: pipe.config[name]
-            for name in ("max_pixels", "max_frames", "window_frames", "default_steps", "schedule")
-        },
+        pipeline={name: pipe.config[name] for name in numbers},
     )
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: p.contiguous() for name, p in tensors.items()},
-        folder / f"step-{step}.safetensors",
-        metadata={"format": "pt", _METADATA: json.dumps(noted)},
-    )
-    _write(
-        folder / "base/transformer/config.json",
-        {name: _plain(value) for name, value in pipe.transformer.config.items() if not name.startswith("_")},
-    )
+    tensors = {name: p.contiguous() for name, p in tensors.items()}
+    save_file(tensors, folder / "step-0.safetensors", metadata={"format": "pt", _METADATA: json.dumps(noted)})
+    _write(folder / "base/transformer/config.json", _public(pipe.transformer.config))
     if adapted:
         _save(base["transformer"], folder / "base/transformer", max_shard_size)
     pipe.vae.save_pretrained(folder / "base/vae")
@@ -1314,11 +1025,7 @@ def write_trainer(
     pipe.processor.save_pretrained(folder / "base/mllm")
 
 # %% ../../nbs/library/20_checkpoints.ipynb #6f7e1e74
-WRITERS = dict(
-    kit=lambda pipe, folder, size: pipe.save_pretrained(folder, max_shard_size=size),
-    official=write_official,
-    trainer=lambda pipe, folder, size: write_trainer(pipe, folder, max_shard_size=size),
-)
+WRITERS = dict(kit=KiwiEditPipeline.save_pretrained, official=write_official, trainer=write_trainer)
 
 
 def load_any(
@@ -1333,9 +1040,8 @@ def load_any(
         steps = sorted(Path(source).glob("step-*.safetensors"), key=lambda path: int(re.sub(r"\D", "", path.stem) or 0))
         if steps:
             source, trainer = steps[-1], True
-    if trainer:
-        return load_trainer_checkpoint(source, torch_dtype=torch_dtype, **options)
-    return KiwiEditPipeline.from_pretrained(source, torch_dtype=torch_dtype, **options)
+    load = load_trainer_checkpoint if trainer else KiwiEditPipeline.from_pretrained
+    return load(source, torch_dtype=torch_dtype, **options)
 
 
 def convert(
@@ -1354,20 +1060,11 @@ def convert(
     if to not in WRITERS:
         raise InputError(f"`to` has to be one of {', '.join(WRITERS)} but is {to!r}.")
     if destination.exists() and not overwrite and any(destination.iterdir()):
-        raise FileExistsError(
-            f"`destination` has to be new or empty but {str(destination)!r} is not; `overwrite` replaces it."
-        )
+        mend = f"{str(destination)!r} is not; `overwrite` replaces it"
+        raise FileExistsError(f"`destination` has to be new or empty but {mend}.")
     pipe = load_any(source, torch_dtype or stored_dtype(source), **options)
-    fresh = destination.with_name(f".{destination.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with replacing_folder(destination) as fresh:
         WRITERS[to](pipe, fresh, max_shard_size)
-        if destination.exists():
-            shutil.rmtree(destination)
-        fresh.rename(destination)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
     return destination
 
 
@@ -1376,9 +1073,6 @@ def stored_dtype(
 ) -> torch.dtype:
     "The number format of most of a model's weights on disk."
     path = Path(source) if Path(source).exists() else find_checkpoint(source)
-    files = (
-        [path]
-        if path.is_file()
-        else [file for folder in (path, *(p for p in path.rglob("*") if p.is_dir())) for file in weight_files(folder)]
-    )
-    return common_dtype({(file, name): stored for file in files for name, stored in _open_safetensors(file)[0].items()})
+    folders = [path, *(p for p in path.rglob("*") if p.is_dir())]
+    files = [path] if path.is_file() else [file for folder in folders for file in weight_files(folder)]
+    return _common_dtype({(file, name): s for file in files for name, s in _open_safetensors(file)[0].items()})

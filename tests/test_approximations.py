@@ -1,4 +1,4 @@
-"Every exact saving acts and changes nothing; every approximation acts, stays near, and leaves nothing behind."
+"Every approximation acts, stays near, and leaves nothing behind; the benchmark's exact savings act and change nothing."
 
 import os
 import subprocess
@@ -14,21 +14,16 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.overrides import TorchFunctionMode
 
 from kiwi_edit import guidance, latents, pipeline
-from kiwi_edit.apps import speed
+from kiwi_edit.apps.approximations import APPROXIMATIONS, FlowUniPC, approximately, magnitude_ratios, parallelise
 from kiwi_edit.core import asset
 from kiwi_edit.guidance import find_wan
 from kiwi_edit.pipeline import KiwiEditPipeline, flow_sigmas
-from kiwi_edit.apps.speed import (
-    APPROXIMATIONS,
-    SAVINGS,
-    FlowUniPC,
-    SpeedReport,
-    approximately,
-    magnitude_ratios,
-    recomputed,
-)
 from kiwi_edit.video import Clip, as_frames, read_video
 from kiwi_edit.world import World
+
+sys.path.insert(0, str(asset("benchmarks")))
+import speed  # noqa: E402
+from speed import SAVINGS, SpeedReport, recomputed  # noqa: E402
 
 SCENE = World(split="eval").sample(10_000_012, "background")
 CASES = {
@@ -48,6 +43,8 @@ def no_grad():
 def pipe():
     pipe = KiwiEditPipeline.from_pretrained("kiwi-edit-tiny")
     pipe.set_progress_bar_config(disable=True)
+    with recomputed(pipe, "language model"):  # at the first call that wants them transformers installs hooks that stay
+        edit(pipe, 1)
     return pipe
 
 
@@ -172,7 +169,6 @@ def amount(pipe, name):
     if name == "head":
         count(wan.proj_out, lambda module, args, out: args[0].shape[1])
     if name == "language model":
-        seen = []
         handle = pipe.mllm.model.language_model.register_forward_hook(
             lambda module, args, out: found.update(n=(out.past_key_values is not None) + len(out.hidden_states or ()))
         )
@@ -228,12 +224,6 @@ def test_streams_are_the_whole_in_pieces(pipe):
     assert np.abs(np.concatenate(pieces).astype(int) - whole[0]).max() <= 1
     grown = {row["frames"]: row for row in speed.stream_memory(pipe, (21, 61))}
     assert grown[61]["whole"] - grown[21]["whole"] > 10 * (grown[61]["streamed"] - grown[21]["streamed"])
-
-
-def test_recomputed_names(pipe):
-    with pytest.raises(ValueError, match="but hold 'luck'"):
-        with recomputed(pipe, "memory", "luck"):
-            pass
 
 
 @pytest.mark.parametrize("name", [*SAVINGS, "everything"])
@@ -456,7 +446,7 @@ def test_several_at_once_or_none(pipe):
     "chosen, options, message",
     [
         ("magic", {}, "`chosen` has to be among"),
-        ("fewer steps", dict(threshold=1), "steps, order but hold 'threshold'"),
+        ("fewer steps", dict(threshold=1), "among steps, order but gives 'threshold'"),
         ("fewer steps", dict(steps=0), "`steps` has to be at least 1 but is 0"),
         ("float8 weights", dict(steps=0), "among none"),
         ("tiled autoencoder", dict(tile=20), "multiple of 8 pixels but is 20"),
@@ -486,7 +476,7 @@ import sys
 import torch
 from kiwi_edit.core import asset
 from kiwi_edit.pipeline import KiwiEditPipeline
-from kiwi_edit.apps.speed import parallelise
+from kiwi_edit.apps.approximations import parallelise
 torch.set_num_threads(1)
 pipe = KiwiEditPipeline.from_pretrained("kiwi-edit-tiny"); pipe.set_progress_bar_config(disable=True)
 edit = lambda noise, **options: pipe("Make it snow.", asset("samples/clip.mp4"), generator=noise, output_type="latent", num_inference_steps=2, **options).frames
@@ -535,7 +525,7 @@ def test_parallel_in_two_processes(tmp_path):
 def test_parallel_alone(pipe, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(RuntimeError, match="`torchrun` but this is a single process"):
-        speed.parallelise(pipe)
+        parallelise(pipe)
 
 
 # -- the benchmark ---------------------------------------------------------------------------------------------------------------------------
@@ -636,14 +626,6 @@ def test_command_refuses(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         speed.main(arguments)
     assert stop.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_report_that_is_none(tmp_path):
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        SpeedReport.load(tmp_path / "none.json")
-    (tmp_path / "other.json").write_text('{"a": 1}')
-    with pytest.raises(ValueError, match="is none"):
-        SpeedReport.load(tmp_path / "other.json")
 
 
 def test_committed_report():
