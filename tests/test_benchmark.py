@@ -385,7 +385,7 @@ def test_comparison_in_pairs():
     "wrong, message",
     [
         (dict(tasks=("subject", "dance")), "`tasks` has to hold names of .* but holds 'dance'"),
-        (dict(tasks=()), "`tasks` has to hold names of .* but holds none"),
+        (dict(tasks=()), "`tasks` has to hold names of .* but holds 'none'"),
         (dict(samples=0), "`samples` has to be at least 1 but is 0"),
         (dict(batch_size=0), "`batch_size` has to be at least 1"),
         (dict(steps=0), "`steps` has to be at least 1"),

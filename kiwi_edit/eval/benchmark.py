@@ -141,7 +141,7 @@ def candidate_targets(
         if all(squared_error(other, target) > _VISIBLE for target in found):
             found.append(other)
         if turn > 50 * number:
-            raise InputError(f"`number` has to be at most {len(found)}, the targets of scene {seed}, but is {number}.")
+            raise InputError(f"`number` has to be at most the {len(found)} targets of scene {seed} but is {number}.")
     own = seed % number  # anywhere, so that nothing is won by always answering the same
     return np.stack(found[1 : own + 1] + found[:1] + found[own + 1 :]), own
 
@@ -701,10 +701,8 @@ def run_editors(
     keep: int = 4,  # samples of each task whose pictures the reports keep
 ) -> list[Report]:
     "Measure several editors on the same scenes, each of which is prepared once for all of them."
-    if not tasks or (wrong := set(tasks) - set(TASKS)):
-        raise InputError(
-            f"`tasks` has to hold names of {', '.join(TASKS)} but holds {', '.join(wrong) if tasks else 'none'}."
-        )
+    if wrong := [task for task in tasks or ["none"] if task not in TASKS]:
+        raise InputError(f"`tasks` has to hold names of {', '.join(TASKS)} but holds {wrong[0]!r}.")
     for argument, value in dict(samples=samples, batch_size=batch_size, steps=steps).items():
         if value is not None and value < 1:
             raise InputError(f"`{argument}` has to be at least 1 but is {value}.")
