@@ -105,7 +105,7 @@ def _recolored(pixels, color):
 
 @lru_cache(maxsize=1024)
 def _sprite(index, color, mirrored, side):
-    "An object with premultiplied alpha (h, w, 4) float32, colours in 0..255 and alpha in 0..1, its longer side at most `side`."
+    "An object with premultiplied alpha (h, w, 4) float32, colours in 0..255, its longer side at most `side`."
     import cv2
 
     picture = _picture("objects", index).astype(np.float32)
@@ -127,7 +127,7 @@ _SHADOW = 0.45  # how dark the middle of a shadow is
 
 
 def _draw_thing(frame, thing, time, shadow=_SHADOW):
-    "Draw a thing onto (H, W, 3) float32 in place. Returns where, and (h, w, 1) alpha of the thing and of its shadow there."
+    "Draw a thing onto (H, W, 3) float32. Returns where, and (h, w, 1) alpha of thing and shadow there."
     import cv2
 
     height, width = frame.shape[:2]
@@ -532,7 +532,7 @@ class World:
         )
 
     def _mask(self, task, source, before, after):
-        "Where the edit may act: the thing before and after, all but the things for a background, everywhere for a style."
+        "Where the edit may act: the thing before and after, all but things for a background, all for a style."
         if task in ("style", "isolate", "plate"):
             return np.ones(source.shape[:3], bool)
         if task == "background":

@@ -27,13 +27,12 @@ from kiwi_edit.train.cache import (
     collate_rows,
     draw_shrink,
     encode_samples,
-    fingerprint,
     frozen_digests,
     placeholder_ids,
     sample_shape,
     survey_cache,
 )
-from kiwi_edit.data.dataset import BadRow, Sample, WorldDataset
+from kiwi_edit.data.dataset import BadRow, MetadataDataset, WorldDataset, save_dataset
 from kiwi_edit.encoder import encode_context, make_tokenizer
 from kiwi_edit.guidance import denoise
 from kiwi_edit.pipeline import KiwiEditPipeline, decode_latents, fit_reference
@@ -219,10 +218,12 @@ def test_rows_are_made_while_another_thread_decodes(pipe, monkeypatch, one_threa
 
 
 def test_a_shrink_belongs_to_a_row_and_a_seed(pipe, tmp_path):
-    official = RowSettings(shrink=(0.7, 1.0))
-    drawn = np.array([draw_shrink(official, f"row {i}") for i in range(500)])
+    official, one = RowSettings(shrink=(0.7, 1.0)), world(1, ("subject",)).samples[0]
+    drawn = np.array([draw_shrink(official, replace(one, instruction=f"edit {i}")) for i in range(500)])
     assert 0.7 <= drawn.min() < 0.72 and 0.98 < drawn.max() <= 1 and abs(drawn.mean() - 0.85) < 0.02
-    assert draw_shrink(replace(official, seed=1), "row 0") != drawn[0] and draw_shrink(RowSettings(), "row 0") is None
+    assert draw_shrink(replace(official, seed=1), one) != draw_shrink(official, one)
+    assert draw_shrink(official, replace(one, source=one.target, id="another place")) == draw_shrink(official, one)
+    assert draw_shrink(RowSettings(), one) is None and draw_shrink(official, world(1).samples[0]) is None
     data = world(3, ("subject",))
     plain, shrunk = (build_cache(pipe, data, tmp_path, s, progress=False) for s in (RowSettings(), official))
     assert plain.folder != shrunk.folder and not torch.equal(plain.row(0)["reference"], shrunk.row(0)["reference"])
@@ -286,7 +287,13 @@ def test_a_batch_pads_the_words_and_goes_to_a_device(pipe):
 # fingerprints
 
 
-def test_fingerprint_covers_what_rows_depend_on_and_nothing_else(pipe, model, monkeypatch):
+def test_fingerprint_covers_what_rows_depend_on_and_nothing_else(pipe, model, tmp_path, monkeypatch):
+    data = world(1)
+
+    def fingerprint(pipe, settings=RowSettings(), single_frame=False):
+        data.num_frames = 1 if single_frame else 5
+        return survey_cache(pipe, data, tmp_path, settings, progress=False).folder.name
+
     now, images = fingerprint(pipe), fingerprint(pipe, single_frame=True)
     assert now == fingerprint(KiwiEditPipeline.from_pretrained(model)) != images  # saving and loading changes nothing
 
@@ -659,6 +666,29 @@ def test_bad_rows_met_online_leave_the_batch_and_never_stop_it(pipe, caplog):
         batches(0)
 
 
+@pytest.mark.parametrize("task, num_frames", [("subject", 5), ("add", 1), ("isolate", 5)])
+def test_online_rows_neither_decode_nor_hash_before_they_are_asked(pipe, tmp_path, monkeypatch, task, num_frames):
+    drawn = WorldDataset({task: 1.0}, num_frames, samples=2, **SMALL)
+    table = save_dataset(drawn, tmp_path, format="csv", progress=False)
+    files = MetadataDataset(table, num_frames=num_frames, max_pixels=32 * 32, factor=16)
+    shapes = [sample_shape(drawn[i]) for i in range(2)]
+    rows = [
+        OnlineRows(pipe, data, RowSettings(shrink=(0.7, 1.0)), progress=False).rows([0])[0] for data in (drawn, files)
+    ]
+    for data in (WorldDataset, MetadataDataset):
+        monkeypatch.setattr(data, "__getitem__", None)
+        monkeypatch.setattr(data, "key", None)
+    assert [OnlineRows(pipe, data, progress=False).shapes for data in (drawn, files)] == [shapes] * 2
+    assert [row["shape"] for row in rows] == [shapes[0]] * 2
+
+
+def test_clips_that_do_not_fit_together_are_no_part_of_the_plan(pipe, tmp_path):
+    table = save_dataset(WorldDataset(dict(add=1.0), 1, samples=2, **SMALL), tmp_path, format="csv", progress=False)
+    Image.new("RGB", (64, 32)).save(tmp_path / "clips/000001-target.png")
+    rows = OnlineRows(pipe, MetadataDataset(table, num_frames=1, max_pixels=64 * 64, factor=16), progress=False)
+    assert len(rows) == 1 and [error.index for error in rows.bad] == [1]
+
+
 def test_rows_that_the_headers_show_to_be_bad_are_no_part_of_the_plan(pipe):
     class Headers(Rows):
         def shape(self, i):
@@ -672,18 +702,3 @@ def test_rows_that_the_headers_show_to_be_bad_are_no_part_of_the_plan(pipe):
         and [e.index for e in rows.bad] == [0]
         and rows.rows([0])[0]["id"] == "world train seed 1001"
     )
-
-
-def test_plans_that_cannot_be_are_refused():
-    for arguments, name in (
-        (dict(shapes=[]), "shapes"),
-        (dict(shapes=[[SQUARE], []]), "shapes"),
-        (dict(batch_size=0), "batch_size"),
-        (dict(batch_size=[1, 2]), "batch_size"),
-        (dict(mix="random"), "mix"),
-        (dict(weights=[1.0]), "weights"),
-        (dict(mix="weighted", weights=[0.0]), "weights"),
-        (dict(mix="weighted", weights=[1.0, 2.0]), "weights"),
-    ):
-        with pytest.raises(ValueError, match=f"`{name}`"):
-            BatchPlan(**(dict(shapes=[[SQUARE]], batch_size=1) | arguments))

@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from kiwi_edit.eval import published
-from kiwi_edit.data.backends import OpenAIChat, Retry
+from kiwi_edit.data.backends import OpenAIChat
 from kiwi_edit.eval.judge import ChatJudge, MetricJudge
 from kiwi_edit.metrics import DAMAGES
 from kiwi_edit.core import InputError
@@ -676,12 +676,7 @@ def judge():
     def start(*replies):
         servers.append(Server(replies))
         chat = OpenAIChat(
-            "judge",
-            f"http://127.0.0.1:{servers[-1].server_port}/v1",
-            api_key=KEY,
-            timeout=5,
-            retry=Retry(2, first=0, sleep=lambda seconds: None),
-            concurrency=1,
+            "judge", f"http://127.0.0.1:{servers[-1].server_port}/v1", api_key=KEY, timeout=5, tries=2, concurrency=1
         )
         return ChatJudge(chat, attempts=2, frames=2, side=64, prices=(1.0, 4.0)), servers[-1]
 

@@ -18,7 +18,7 @@ from kiwi_edit.encoder import encode_context, encode_hidden, prepare_inputs
 from kiwi_edit.guidance import EditCache, denoise, rounded_sigma
 from kiwi_edit.latents import decode_latents, encode_frames, in_tiles, latent_statistics
 from kiwi_edit.pipeline import fit_reference, flow_sigmas
-from kiwi_edit.train.engine import training_table
+from kiwi_edit.training import training_table
 
 GOLDEN = Path(os.environ.get("KIWI_EDIT_GOLDEN", Path(__file__).parent / "golden"))
 FAMILIES = {

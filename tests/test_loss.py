@@ -17,13 +17,13 @@ from kiwi_edit.weights.checkpoints import load_official
 from kiwi_edit.train.curriculum import Loss
 from kiwi_edit.data.dataset import shrink_reference
 from kiwi_edit.encoder import prepare_inputs, vision_features
-from kiwi_edit.guidance import denoise, rounded_sigma
+from kiwi_edit.guidance import rounded_sigma
 from kiwi_edit.latents import encode_frames, latent_statistics
 from kiwi_edit.pipeline import KiwiEditPipeline, fit_reference, flow_sigmas
-from kiwi_edit.train.engine import (
-    Batch,
+from kiwi_edit.train.cache import Batch
+from kiwi_edit.train.engine import FlowMatching, _split_losses
+from kiwi_edit.training import (
     Dice,
-    FlowMatching,
     draw_noise,
     draw_noise_levels,
     drop_instructions,
@@ -31,7 +31,6 @@ from kiwi_edit.train.engine import (
     flow_matching_loss,
     metric_factor,
     pixel_metric,
-    split_losses,
     training_table,
 )
 from kiwi_edit.world import World
@@ -544,7 +543,7 @@ def test_pixel_metric_in_the_loss(tiny, batch, gram):
 
 
 def test_split_losses():
-    numbers = split_losses(
+    numbers = _split_losses(
         torch.tensor([1.0, 2.0, 3.0, 6.0]),
         torch.tensor([0.0, 0.3, 0.26, 1.0]),
         ["image", "ref", "ref", "video"],

@@ -665,7 +665,7 @@ def _free_memory(device):
 
 def _check_memory(stage, online, memory):
     "Raise where a stage needs more bytes; `online` says whether the frozen networks run in each step."
-    from kiwi_edit.train.curriculum import estimate
+    from kiwi_edit.train.estimate import estimate
 
     alone = estimate(replace(stage, buckets=(), mix=(), shares=()), online=online, progress=False)
     alone.check_fits(memory)
@@ -675,7 +675,7 @@ def _check_memory(stage, online, memory):
 # %% ../../nbs/library/52_cli.ipynb #c09c695d
 def _options_table(whole):
     "Memory of the fullest kind of batch of an `Estimate` under other choices, one at a time, as markdown."
-    from kiwi_edit.train.curriculum import estimate
+    from kiwi_edit.train.estimate import estimate
 
     stage, preset = whole.stage, whole.preset
     fullest = max(whole.batches, key=lambda cost: sum(whole.memory_of(cost).values())).shape
@@ -781,7 +781,7 @@ def _scorer(stage, samples):
 
 def _dry(o, stages, where):
     "Print what stages would need."
-    from kiwi_edit.train.curriculum import estimate
+    from kiwi_edit.train.estimate import estimate
     from kiwi_edit.train.engine import measure_flops
 
     rate = None if o.seconds_per_step else measure_flops(where)

@@ -4,21 +4,25 @@
 
 # %% auto #0
 __all__ = ['logger', 'FORMAT', 'TENSORS', 'SHARD_BYTES', 'RowSettings', 'draw_shrink', 'sample_shape', 'placeholder_ids',
-           'kept_share', 'encode_samples', 'Batch', 'collate_rows', 'frozen_digests', 'fingerprint', 'CacheState',
-           'survey_cache', 'build_cache', 'LatentCache', 'OnlineRows', 'BatchPlan', 'Batches']
+           'kept_share', 'encode_samples', 'Batch', 'collate_rows', 'frozen_digests', 'CacheState', 'survey_cache',
+           'build_cache', 'LatentCache', 'OnlineRows', 'BatchPlan', 'Batches']
 
 # %% ../../nbs/library/31_cache.ipynb #3a86645d
-import hashlib, json, logging, shutil, threading
+import json
+import logging
+import shutil
+import threading
 from collections import defaultdict
 from collections.abc import Iterable
 from copy import copy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 
 # %% ../../nbs/library/31_cache.ipynb #5fdfcd24
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -26,18 +30,11 @@ from tqdm.auto import tqdm
 
 from ..core import InputError
 from ..data.dataset import BadRow, GoodSamples, Sample, shrink_reference
-from kiwi_edit.encoder import (
-    IMAGE_TOKEN,
-    QUERY_TOKEN,
-    VIDEO_TOKEN,
-    EncoderInputs,
-    KiwiProcessor,
-    collate_inputs,
-    prepare_sample,
-    vision_features,
-)
+from ..encoder import EncoderInputs, collate_inputs, prepare_sample, vision_features
+from ..encoder import IMAGE_TOKEN, QUERY_TOKEN, VIDEO_TOKEN
 from ..latents import encode_frames
 from ..pipeline import fit_reference
+from ..records import digest
 from ..video import replacing
 
 # %% ../../nbs/library/31_cache.ipynb #0e6950ac
@@ -49,35 +46,31 @@ class RowSettings:
     "How rows are made; a cache and an online source with the same settings give the same rows."
 
     dtype: str = "float16"  # of latents and features: "float16", "bfloat16" or "float32"
-    shrink: tuple[float, float] | None = (
-        None  # range of the share of its canvas that a reference fills, drawn for each row; None fills it
-    )
-    seed: int = 0  # of those draws
+    shrink: tuple | None = None  # range of the share of its canvas that a reference fills; None fills it
+    seed: int = 0  # of the draws from that range
     batch: int = 1  # samples of one shape that go through the frozen parts together
 
     def __post_init__(self):
-        if self.dtype not in ("float16", "bfloat16", "float32"):
-            raise InputError(f"`dtype` has to be 'float16', 'bfloat16' or 'float32' but is {self.dtype!r}.")
         if self.shrink is not None:
             object.__setattr__(self, "shrink", tuple(self.shrink))
-            if len(self.shrink) != 2 or not 0 < self.shrink[0] <= self.shrink[1] <= 1:
-                raise InputError(f"`shrink` has to be two shares, 0 < smallest <= largest <= 1, but is {self.shrink}.")
-        if self.seed < 0:
-            raise InputError(f"`seed` has to be 0 or more but is {self.seed}.")
-        if self.batch < 1:
-            raise InputError(f"`batch` has to be at least 1 but is {self.batch}.")
+        low, high = self.shrink or (1, 1)
+        rules = {
+            "dtype": (self.dtype in ("float16", "bfloat16", "float32"), "be float16, bfloat16 or float32"),
+            "shrink": (0 < low <= high <= 1, "be two shares, 0 < smallest <= largest <= 1,"),
+            "seed": (self.seed >= 0, "be 0 or more"),
+            "batch": (self.batch >= 1, "be at least 1"),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise InputError(f"`{name}` has to {rule} but is {getattr(self, name)!r}.")
 
 # %% ../../nbs/library/31_cache.ipynb #1ed04573
-def draw_shrink(
-    settings: RowSettings,
-    key: str,  # of the row, as its dataset names it
-) -> float | None:  # None where references fill their canvas
-    "How much of its canvas a row's reference fills."
-    if settings.shrink is None:
+def draw_shrink(settings: RowSettings, sample: Sample) -> float | None:  # None where it fills the canvas
+    "How much of its canvas the reference of a sample fills."
+    if settings.shrink is None or sample.reference is None:
         return None
-    return float(
-        np.random.default_rng([settings.seed, *hashlib.sha256(key.encode()).digest()]).uniform(*settings.shrink)
-    )
+    drawn_from = int(digest(sample.instruction, sample.reference), 16)
+    return float(np.random.default_rng([settings.seed, drawn_from]).uniform(*settings.shrink))
 
 # %% ../../nbs/library/31_cache.ipynb #8236c5d3
 def sample_shape(sample: Sample) -> tuple:  # (frames, height, width, has a reference)
@@ -85,7 +78,7 @@ def sample_shape(sample: Sample) -> tuple:  # (frames, height, width, has a refe
     return (*sample.source.shape[:3], sample.reference is not None)
 
 
-def placeholder_ids(processor: KiwiProcessor) -> dict:  # "query", "image", "video", "pad" -> token id
+def placeholder_ids(processor) -> dict:  # "query", "image", "video", "pad" -> token id
     "The token ids that `EncoderInputs` has to know."
     names = dict(query=QUERY_TOKEN, image=IMAGE_TOKEN, video=VIDEO_TOKEN, pad=processor.tokenizer.pad_token)
     return {name: processor.tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
@@ -108,78 +101,68 @@ def kept_share(
 _frozen_in_use = threading.Lock()  # one thread at a time: two would compete for the same cores and memory
 
 
-def _encode_group(pipe, samples, shrinks, settings):
+def _canvas(sample, settings):
+    "The reference as the autoencoder sees it, (1, H, W, 3)."
+    height, width = sample.source.shape[1:3]
+    shrink = draw_shrink(settings, sample)
+    if shrink is None:
+        return fit_reference(Image.fromarray(sample.reference), width, height)[None]
+    return shrink_reference(sample.reference, width, height, shrink)[None]
+
+
+@torch.no_grad()
+def _run_frozen(pipe, samples, inputs, settings):
+    "Latents and features of samples of one shape; what misses of a full group are copies of the last one."
+    filled = lambda items: items + items[-1:] * (settings.batch - len(items))
+    clips = dict(source=[s.source for s in samples], target=[s.target for s in samples])
+    if samples[0].reference is not None:
+        clips["reference"] = [_canvas(s, settings) for s in samples]
+    vae = copy(pipe.vae)  # its own feature cache, so that another thread may decode meanwhile; the weights are shared
+    with _frozen_in_use, torch.autocast(pipe.device.type, enabled=False):
+        kept = {name: encode_frames(vae, np.stack(filled(frames))) for name, frames in clips.items()}
+        return kept | dict(vision=vision_features(pipe.mllm, collate_inputs(filled(inputs)).to(pipe.device)))
+
+
+def _encode_group(pipe, samples, settings):
     "Rows of at most `settings.batch` samples of one shape."
-
-    def filled(items):
-        return items + items[-1:] * (settings.batch - len(items))
-
     height, width = samples[0].source.shape[1:3]
     if height % pipe.size_multiple or width % pipe.size_multiple:
         raise InputError(
-            f"`samples` have to have sides that are multiples of {pipe.size_multiple} for this model but {samples[0].id or 'one'} is {width}x{height}."
+            f"`samples` have to have sides that are multiples of {pipe.size_multiple} for this model "
+            f"but {samples[0].id or 'one'} is {width}x{height}."
         )
-    references = [None if s.reference is None else Image.fromarray(s.reference) for s in samples]
-    inputs = [
-        prepare_sample(pipe.processor, pipe.guidance.config, s.instruction, s.source, [] if r is None else [r])
-        for s, r in zip(samples, references)
-    ]
-    clips = dict(source=[s.source for s in samples], target=[s.target for s in samples])
-    if references[0] is not None:
-        clips["reference"] = [
-            (
-                fit_reference(r, width, height)
-                if shrink is None
-                else shrink_reference(s.reference, width, height, shrink)
-            )[None]
-            for s, r, shrink in zip(samples, references, shrinks)
-        ]
-    vae = copy(
-        pipe.vae
-    )  # its own feature cache, so that another thread may decode in the meantime; the weights are shared
-    with _frozen_in_use, torch.autocast(pipe.device.type, enabled=False):
-        kept = {name: encode_frames(vae, np.stack(filled(frames))) for name, frames in clips.items()}
-        kept["vision"] = vision_features(pipe.mllm, collate_inputs(filled(inputs)).to(pipe.device))
-    rows = []
+    images = lambda s: [] if s.reference is None else [Image.fromarray(s.reference)]
+    config = pipe.guidance.config
+    inputs = [prepare_sample(pipe.processor, config, s.instruction, s.source, images(s)) for s in samples]
+    kept, rows = _run_frozen(pipe, samples, inputs, settings), []
     for i, (sample, x) in enumerate(zip(samples, inputs)):
-        tensors = {
-            name: values[i].to("cpu", getattr(torch, settings.dtype)).clone(memory_format=torch.contiguous_format)
-            for name, values in kept.items()
-        }
-        if not all(values.isfinite().all() for values in tensors.values()):
+        rounded = {name: values[i].to("cpu", getattr(torch, settings.dtype)) for name, values in kept.items()}
+        row = {name: values.clone(memory_format=torch.contiguous_format) for name, values in rounded.items()}
+        if not all(values.isfinite().all() for values in row.values()):
             raise InputError(
-                f"`dtype` has to hold what the frozen parts give but {settings.dtype} does not hold all of {sample.id or 'a sample'}; bfloat16 and float32 reach further."
+                f"`dtype` has to hold what the frozen parts give but {settings.dtype} does not hold all of "
+                f"{sample.id or 'a sample'}; bfloat16 and float32 reach further."
             )
-        tensors["kept"] = kept_share(sample.source, sample.target, *tensors["source"].shape[1:]).half()
-        rows.append(
-            dict(id=sample.id, task=sample.task, shape=sample_shape(sample))
-            | tensors
-            | dict(input_ids=x.input_ids[0].int(), position_ids=x.position_ids[:, 0].int())
-        )
+        row["kept"] = kept_share(sample.source, sample.target, *row["source"].shape[1:]).half()
+        row |= dict(input_ids=x.input_ids[0].int(), position_ids=x.position_ids[:, 0].int())
+        rows.append(dict(id=sample.id, task=sample.task, shape=sample_shape(sample)) | row)
     return rows
 
 # %% ../../nbs/library/31_cache.ipynb #3aa7821f
-@torch.no_grad()
 def encode_samples(
     pipe,  # `KiwiEditPipeline`
     samples: list[Sample],  # of any shapes
     settings: RowSettings = RowSettings(),
-    shrinks: list[float | None] | None = None,  # from `draw_shrink`, one for each sample; None fills every canvas
-) -> list[
-    dict
-]:  # CPU tensors `source`, `target` (z, f, h, w), `reference` (z, 1, h, w) where there is one, `kept` (f, h, w), `vision` (n, hidden), `input_ids` (L,), `position_ids` (3, L); and `id`, `task`, `shape`
+) -> list[dict]:  # a row each: the CPU tensors of `TENSORS`, and `id`, `task`, `shape`
     "What the frozen parts make of samples."
-    groups, rows, shrinks = defaultdict(list), [None] * len(samples), shrinks or [None] * len(samples)
+    groups, rows = defaultdict(list), {}
     for i, sample in enumerate(samples):
         groups[sample_shape(sample)].append(i)
     for members in groups.values():
         for start in range(0, len(members), settings.batch):
             group = members[start : start + settings.batch]
-            for i, row in zip(
-                group, _encode_group(pipe, [samples[i] for i in group], [shrinks[i] for i in group], settings)
-            ):
-                rows[i] = row
-    return rows
+            rows |= zip(group, _encode_group(pipe, [samples[i] for i in group], settings))
+    return [rows[i] for i in range(len(samples))]
 
 # %% ../../nbs/library/31_cache.ipynb #54f48064
 @dataclass
@@ -194,33 +177,16 @@ class Batch:
     kept: torch.Tensor  # (B, 1, f, h, w) share of each latent's pixels that the edit leaves alone
     tasks: list[str]  # of the world, "" where nobody knows
     ids: list[str] = field(default_factory=list)  # which samples these are
-    places: list[int] = field(
-        default_factory=list
-    )  # of the samples in the whole batch of the step, of which this may be one process's part
+    places: list[int] = field(default_factory=list)  # of the samples in the whole batch, of which this may be a part
 
     def __len__(self):
         return len(self.tasks)
 
     def to(self, device: torch.device | str):
         "The same batch on another device."
-        reference = None if self.reference is None else self.reference.to(device)
-        return Batch(
-            self.inputs.to(device),
-            [features.to(device) for features in self.vision],
-            self.source.to(device),
-            self.target.to(device),
-            reference,
-            self.kept.to(device),
-            self.tasks,
-            self.ids,
-            self.places,
-        )
+        return Batch(*(send_to_device(getattr(self, f.name), device) for f in fields(self)))
 
 # %% ../../nbs/library/31_cache.ipynb #feee683e
-def _mode(shape):
-    return "ref" if shape[3] else "image" if shape[0] == 1 else "video"
-
-
 def collate_rows(
     rows: list[dict],  # of one shape
     token_ids: dict,  # from `placeholder_ids`
@@ -230,55 +196,46 @@ def collate_rows(
     shapes = {tuple(row["shape"]) for row in rows}
     if len(shapes) != 1:
         raise InputError(
-            f"`rows` have to have one shape (frames, height, width, has a reference) but have {sorted(shapes) or 'none'}."
+            "`rows` have to have one shape (frames, height, width, has a reference) "
+            f"but have {sorted(shapes) or 'none'}."
         )
-    mode, stacked = _mode(shapes.pop()), lambda name: torch.stack([row[name] for row in rows]).float()
-    inputs = collate_inputs(
-        [
-            EncoderInputs(
-                row["input_ids"][None].long(),
-                row["position_ids"][:, None].long(),
-                torch.tensor([len(row["input_ids"])]),
-                [mode],
-                [[]],
-                None,
-                token_ids,
-            )
-            for row in rows
-        ]
-    )
+    frames, _, _, has_reference = shapes.pop()
+    mode = "ref" if has_reference else "image" if frames == 1 else "video"
+    stacked = lambda name: torch.stack([row[name] for row in rows]).float()
+
+    def inputs(row):
+        ids, positions = row["input_ids"][None].long(), row["position_ids"][:, None].long()
+        return EncoderInputs(ids, positions, torch.tensor([ids.shape[1]]), [mode], [[]], None, token_ids)
+
     return Batch(
-        inputs,
-        [row["vision"].float() for row in rows],
-        stacked("source"),
-        stacked("target"),
-        stacked("reference") if mode == "ref" else None,
-        stacked("kept").unsqueeze(1),
-        [row["task"] for row in rows],
-        [row["id"] for row in rows],
-        list(range(len(rows))) if places is None else places,
+        inputs=collate_inputs([inputs(row) for row in rows]),
+        vision=[row["vision"].float() for row in rows],
+        source=stacked("source"),
+        target=stacked("target"),
+        reference=stacked("reference") if has_reference else None,
+        kept=stacked("kept").unsqueeze(1),
+        tasks=[row["task"] for row in rows],
+        ids=[row["id"] for row in rows],
+        places=list(range(len(rows))) if places is None else places,
     )
 
 # %% ../../nbs/library/31_cache.ipynb #5bd1bb9f
-FORMAT = 1  # raised whenever the code above makes other rows of the same samples
+FORMAT = 2  # raised whenever the code above makes other rows of the same samples
+_SEEN = "num_heads hidden_act patch_size spatial_merge_size temporal_patch_size window_size fullatt_block_indexes"
+_LOOKS = "do_convert_rgb do_normalize do_rescale do_resize image_mean image_std merge_size patch_size resample"
 
 
-def _digest(*parts):  # 16 hexadecimal digits
-    "SHA-256 of what JSON can write, and of tensors."
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(
-            part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-            if torch.is_tensor(part)
-            else json.dumps(part, sort_keys=True).encode()
-        )
-    return digest.hexdigest()[:16]
+def _short(*parts):
+    return digest(*parts)[:16]
 
 
-def _config(config, names=None):
-    return {
-        name: value for name, value in dict(config).items() if (name in names if names else not name.startswith("_"))
-    }
+def _weights(module, later_frames=True):
+    "Names and weights of a module, without those that only act on frames after the first where there are none."
+    for name, p in sorted(module.state_dict().items()):
+        if later_frames:
+            yield name, p
+        elif "time_conv" not in name:
+            yield name, p[:, :, -1] if p.ndim == 5 else p
 
 
 def frozen_digests(
@@ -286,66 +243,32 @@ def frozen_digests(
     single_frame: bool = False,  # whether all samples are, apart from their references, one frame long
 ) -> dict[str, str]:  # part -> 16 hexadecimal digits
     "What rows depend on, part by part."
-    vae, visual, tokenizer, image_processor = (
-        pipe.vae,
-        pipe.mllm.model.visual,
-        pipe.processor.tokenizer,
-        pipe.processor.image_processor,
-    )
-
-    def weights(module, later_frames=True):
-        for name, p in sorted(module.state_dict().items()):
-            if not later_frames and "time_conv" in name:
-                continue  # acts on later frames only
-            yield from (name, p[:, :, -1] if not later_frames and p.ndim == 5 else p)
-
-    seen = "num_heads hidden_act patch_size spatial_merge_size temporal_patch_size window_size fullatt_block_indexes rope_parameters".split()
-    looks = "do_convert_rgb do_normalize do_rescale do_resize image_mean image_std merge_size patch_size resample rescale_factor temporal_patch_size".split()
+    vae, visual, tokenizer = pipe.vae, pipe.mllm.model.visual, pipe.processor.tokenizer
+    public = lambda config: {name: value for name, value in dict(config).items() if not name.startswith("_")}
+    chosen = lambda config, names: {name: config.get(name) for name in names.split()}
+    encoder = [*_weights(vae.encoder, not single_frame), *_weights(vae.quant_conv, not single_frame)]
+    seen = chosen(visual.config.to_dict(), _SEEN + " rope_parameters")
+    looks = chosen(pipe.processor.image_processor.to_dict(), _LOOKS + " rescale_factor temporal_patch_size")
     words = json.loads(tokenizer.backend_tokenizer.to_str())
     added = sorted((token["id"], token["content"]) for token in words["added_tokens"])
+    reader = [words["model"], words["normalizer"], words["pre_tokenizer"], added, tokenizer.chat_template]
     return {
-        "autoencoder": _digest(
-            _config(vae.config),
-            vae.use_tiling,
-            str(vae.dtype),
-            *weights(vae.encoder, not single_frame),
-            *weights(vae.quant_conv, not single_frame),
-        ),
-        "vision tower": _digest(_config(visual.config.to_dict(), seen), str(visual.dtype), *weights(visual)),
-        "guidance config": _digest(_config(pipe.guidance.config)),
-        "processor": _digest(
-            words["model"],
-            words["normalizer"],
-            words["pre_tokenizer"],
-            added,
-            tokenizer.chat_template,
-            _config(image_processor.to_dict(), looks),
-        ),
+        "autoencoder": _short(public(vae.config), vae.use_tiling, str(vae.dtype), encoder),
+        "vision tower": _short(seen, str(visual.dtype), list(_weights(visual))),
+        "guidance config": _short(public(pipe.guidance.config)),
+        "processor": _short(reader, looks),
     }
-
-
-def fingerprint(
-    pipe,  # `KiwiEditPipeline`
-    settings: RowSettings = RowSettings(),
-    single_frame: bool = False,  # see `frozen_digests`
-) -> str:  # 16 hexadecimal digits
-    "A name for all rows that are made by this model with these settings."
-    return _name(frozen_digests(pipe, single_frame), settings, single_frame)
-
-
-def _name(frozen, settings, single_frame):
-    return _digest(FORMAT, frozen, asdict(settings), single_frame)
 
 # %% ../../nbs/library/31_cache.ipynb #8b2a85f1
 TENSORS = ("source", "target", "reference", "kept", "vision", "input_ids", "position_ids")
-SHARD_BYTES = 2**29  # a shard is closed before its rows' number where it gets larger than this
+SHARD_BYTES = 2**29  # a shard is closed before it has its number of rows where it gets larger than this
 
 
 def _save_shard(folder, keys, rows):
     "Write rows beside the others, under a name made of their keys."
     tensors = {f"{i}.{name}": row[name] for i, row in enumerate(rows) for name in TENSORS if name in row}
     said = [[key, row["id"], row["task"], list(row["shape"])] for key, row in zip(keys, rows)]
-    with replacing(folder / f"rows-{_digest(keys)}.safetensors", overwrite=True) as temporary:
+    with replacing(folder / f"rows-{_short(keys)}.safetensors", overwrite=True) as temporary:
         save_file(tensors, temporary, metadata={"rows": json.dumps(said)})
 
 
@@ -373,7 +296,7 @@ def _scan(folder):
 
 # %% ../../nbs/library/31_cache.ipynb #663e7487
 def _keys(dataset, progress):
-    "The key of every row, and the rows that have none."
+    "The key of every row, None of one that has none, and why."
     keys, bad = [], []
     for i in tqdm(range(len(dataset)), desc="keys", disable=not progress, mininterval=2, delay=2):
         try:
@@ -385,13 +308,9 @@ def _keys(dataset, progress):
     return keys, bad
 
 
-def _single_frame(dataset):
-    "Whether all of its clips are single frames, as far as it says."
-    return getattr(dataset, "num_frames", None) == 1
-
-
 def _bytes(path):
-    return sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.is_dir() else path.stat().st_size
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(f.stat().st_size for f in files if f.is_file())
 
 
 @dataclass
@@ -399,7 +318,7 @@ class CacheState:
     "What a cache has of a dataset, what is missing, and what nobody asks for any more."
 
     folder: Path  # of this model and these settings
-    frozen: dict  # from `frozen_digests`
+    made_with: dict  # format, settings, single_frame, frozen (from `frozen_digests`), token_ids
     keys: list  # of the dataset's rows; None where the row is bad
     bad: list[BadRow]  # rows without a key
     have: dict  # key -> (shard, place, id, task, shape)
@@ -421,17 +340,11 @@ class CacheState:
         return size
 
     def __repr__(self):
-        parts = [
-            f"{sum(key in self.have for key in self.keys)} of {len(self.keys)} rows reused",
-            f"{len(self.missing)} to compute",
-        ]
-        if self.bad:
-            parts.append(f"{len(self.bad)} bad")
-        if self.broken:
-            parts.append(f"{len(self.broken)} broken shards")
-        if self.stale:
-            parts.append(f"{sum(map(_bytes, self.stale)) / 2**20:.1f} MiB stale")
-        return f"{self.folder.name}: " + ", ".join(parts)
+        reused, stale = sum(key in self.have for key in self.keys), sum(map(_bytes, self.stale))
+        text = f"{self.folder.name}: {reused} of {len(self.keys)} rows reused, {len(self.missing)} to compute"
+        text += f", {len(self.bad)} bad" if self.bad else ""
+        text += f", {len(self.broken)} broken shards" if self.broken else ""
+        return text + (f", {stale / 2**20:.1f} MiB stale" if self.stale else "")
 
 
 def survey_cache(
@@ -444,18 +357,70 @@ def survey_cache(
     "Look at what is there, and compute nothing."
     if not len(dataset):
         raise InputError("`dataset` has to have at least one row but is empty.")
+    single_frame = getattr(dataset, "num_frames", None) == 1  # as far as it says
+    made_with = dict(
+        format=FORMAT,
+        settings=asdict(settings),
+        single_frame=single_frame,
+        frozen=frozen_digests(pipe, single_frame),
+        token_ids=placeholder_ids(pipe.processor),
+    )
     home = Path(folder).expanduser()
-    frozen = frozen_digests(pipe, _single_frame(dataset))
-    room = home / _name(frozen, settings, _single_frame(dataset))
+    room = home / _short(made_with)
     keys, bad = _keys(dataset, progress)
     have, broken = _scan(room)
-    wanted = {have[key][0] for key in keys if key in have}
-    stale = [made.parent for made in home.glob("*/made_with.json") if made.parent != room] + [
-        room / shard for shard in sorted({found[0] for found in have.values()} - wanted)
-    ]
-    return CacheState(room, frozen, keys, bad, have, broken, stale)
+    unwanted = {found[0] for found in have.values()} - {have[key][0] for key in keys if key in have}
+    stale = [made.parent for made in home.glob("*/made_with.json") if made.parent != room]
+    stale += [room / shard for shard in sorted(unwanted)]
+    return CacheState(room, made_with, keys, bad, have, broken, stale)
 
 # %% ../../nbs/library/31_cache.ipynb #25b46569
+def _encoded(pipe, state, samples, settings):
+    "(key, row) of samples, encoded in groups of one shape as they come."
+    waiting = defaultdict(list)
+
+    def encode(group):
+        keys, chosen = zip(*group)
+        group.clear()
+        return zip(keys, encode_samples(pipe, list(chosen), settings))
+
+    for sample in samples:
+        group = waiting[sample_shape(sample)]
+        group.append((state.keys[samples.kept[-1]], sample))
+        if len(group) == settings.batch:
+            yield from encode(group)
+    for group in filter(None, waiting.values()):
+        yield from encode(group)
+
+
+def _write_shards(folder, encoded, shard_size, bar):
+    "Write (key, row) pairs to shards, each as soon as it is full."
+    full, size = {}, 0
+    for key, row in encoded:
+        full[key] = row
+        size += sum(value.nbytes for value in row.values() if torch.is_tensor(value))
+        bar.update()
+        if len(full) >= shard_size or size >= SHARD_BYTES:
+            _save_shard(folder, list(full), list(full.values()))
+            full, size = {}, 0
+    if full:
+        _save_shard(folder, list(full), list(full.values()))
+
+
+def _save_index(state, dataset, skipped):
+    "Say where each row lies, and which are bad: also those with the key of one that was skipped."
+    have, faults = _scan(state.folder)[0], {state.keys[error.index]: error for error in skipped}
+    bad = state.bad + [BadRow(i, faults[k].name, faults[k].reason) for i, k in enumerate(state.keys) if k in faults]
+    bad.sort(key=lambda error: error.index)
+    rows = [[i, *have[key]] for i, key in enumerate(state.keys) if key in have]
+    if not rows:
+        raise InputError(
+            f"`dataset` has to have at least one good row but all {len(dataset)} are bad; the first is {bad[0]}"
+        )
+    said = [[error.index, error.name, error.reason] for error in bad]
+    _save_json(state.folder / "index.json", dict(rows=rows, bad=said))
+
+
 def build_cache(
     pipe,  # `KiwiEditPipeline`
     dataset,  # `WorldDataset`, `MetadataDataset` or the like
@@ -477,66 +442,41 @@ def build_cache(
     state.folder.mkdir(parents=True, exist_ok=True)
     for path in state.broken:
         path.unlink()
-    _save_json(
-        state.folder / "made_with.json",
-        dict(
-            format=FORMAT,
-            settings=asdict(settings),
-            single_frame=_single_frame(dataset),
-            frozen=state.frozen,
-            token_ids=placeholder_ids(pipe.processor),
-        ),
-    )
-    todo = [i for i in state.missing if int(_digest(state.keys[i]), 16) % parts == part]
-    samples, waiting, keys, rows, size = GoodSamples(dataset, todo, workers), defaultdict(list), [], [], 0
-
-    def encode(group):
-        nonlocal size
-        new = encode_samples(
-            pipe, [sample for _, sample in group], settings, [draw_shrink(settings, key) for key, _ in group]
-        )
-        keys.extend(key for key, _ in group)
-        rows.extend(new)
-        bar.update(len(new))
-        size += sum(value.nbytes for row in new for value in row.values() if torch.is_tensor(value))
-        if len(rows) >= shard_size or size >= SHARD_BYTES:
-            save()
-
-    def save():
-        nonlocal size
-        _save_shard(state.folder, keys, rows)
-        keys.clear()
-        rows.clear()
-        size = 0
-
+    _save_json(state.folder / "made_with.json", state.made_with)
+    todo = [i for i in state.missing if int(digest(state.keys[i]), 16) % parts == part]
+    samples = GoodSamples(dataset, todo, workers)
     with tqdm(total=len(todo), desc="rows", disable=not progress or not todo, mininterval=2) as bar:
-        for sample in samples:
-            group = waiting[sample_shape(sample)]
-            group.append((state.keys[samples.kept[-1]], sample))
-            if len(group) == settings.batch:
-                encode(group)
-                group.clear()
-        for group in waiting.values():
-            if group:
-                encode(group)
-        if rows:
-            save()
+        _write_shards(state.folder, _encoded(pipe, state, samples, settings), shard_size, bar)
     if parts > 1:
         return None
-    have, skipped = _scan(state.folder)[0], {state.keys[error.index]: error for error in samples.skipped}
-    doubles = [BadRow(i, skipped[key].name, skipped[key].reason) for i, key in enumerate(state.keys) if key in skipped]
-    bad = sorted(state.bad + doubles, key=lambda error: error.index)
-    entries = [[i, *have[key]] for i, key in enumerate(state.keys) if key in have]
-    if not entries:
-        raise InputError(
-            f"`dataset` has to have at least one good row but all {len(dataset)} are bad; the first is {bad[0]}"
-        )
-    _save_json(
-        state.folder / "index.json", dict(rows=entries, bad=[[error.index, error.name, error.reason] for error in bad])
-    )
+    _save_index(state, dataset, samples.skipped)
     return LatentCache(state.folder)
 
 # %% ../../nbs/library/31_cache.ipynb #055988f4
+def _choose_index(folder, pipe, settings):
+    "The newest index of a finished cache whose rows are made by this model with these settings, and what made it."
+    home = Path(folder).expanduser()
+    found = sorted([*home.glob("index.json"), *home.glob("*/index.json")], key=lambda p: -p.stat().st_mtime_ns)
+    if not found:
+        raise FileNotFoundError(
+            f"`folder` has to hold a finished cache but {str(folder)!r} holds none; `build_cache` makes one."
+        )
+    others = []
+    for index in found:
+        made = json.loads((index.parent / "made_with.json").read_text())
+        now = made["frozen"] if pipe is None else frozen_digests(pipe, made["single_frame"])
+        different = [name for name, value in now.items() if made["frozen"][name] != value]
+        different += ["settings"] * (settings not in (None, RowSettings(**made["settings"])))
+        different += ["format"] * (made["format"] != FORMAT)
+        if not different:
+            return index, made
+        others.append(different)
+    raise InputError(
+        f"`folder` has to hold a cache of this model but {str(folder)!r} holds one with another "
+        f"{', '.join(min(others, key=len))}; `build_cache` makes one beside it."
+    )
+
+
 class LatentCache:
     "The rows of a finished cache."
 
@@ -547,54 +487,26 @@ class LatentCache:
         settings: RowSettings | None = None,  # None takes any
         preload: bool = False,  # read all rows into memory
     ):
-        home = Path(folder).expanduser()
-        found = sorted(
-            [*home.glob("index.json"), *home.glob("*/index.json")],
-            key=lambda path: path.stat().st_mtime_ns,
-            reverse=True,
-        )
-        if not found:
-            raise FileNotFoundError(
-                f"`folder` has to hold a finished cache but {str(folder)!r} holds none; `build_cache` makes one."
-            )
-        index = self._choose(found, folder, pipe, settings)
-        self.folder, content = index.parent, json.loads(index.read_text())
+        index, made = _choose_index(folder, pipe, settings)
+        content = json.loads(index.read_text())
+        self.folder, self.token_ids = index.parent, made["token_ids"]
+        self.settings = RowSettings(**made["settings"])
         self.entries = [
             (*entry[:5], tuple(entry[5])) for entry in content["rows"]
-        ]  # index in the dataset, shard, place, id, task, shape
+        ]  # index, shard, place, id, task, shape
         self.bad = [BadRow(*bad) for bad in content["bad"]]
         self._open = lru_cache(maxsize=256)(lambda shard: safe_open(self.folder / shard, "pt"))
         self._read = None
         if preload:
-            self._read = [
-                {name: value.clone() if torch.is_tensor(value) else value for name, value in self.row(i).items()}
-                for i in range(len(self))
-            ]
-
-    def _choose(self, found, folder, pipe, settings):
-        "The newest index whose rows are made by this model with these settings."
-        others = []
-        for index in found:
-            made = json.loads((index.parent / "made_with.json").read_text())
-            self.settings, self.token_ids = RowSettings(**made["settings"]), made["token_ids"]
-            now = made["frozen"] if pipe is None else frozen_digests(pipe, made["single_frame"])
-            different = (
-                [name for name, value in now.items() if made["frozen"][name] != value]
-                + ["settings"] * (settings not in (None, self.settings))
-                + ["format"] * (made["format"] != FORMAT)
-            )
-            if not different:
-                return index
-            others.append(different)
-        raise InputError(
-            f"`folder` has to hold a cache of this model but {str(folder)!r} holds one with another {', '.join(min(others, key=len))}; `build_cache` makes one beside it."
-        )
+            copied = lambda row: {k: v.clone() if torch.is_tensor(v) else v for k, v in row.items()}
+            self._read = [copied(self.row(i)) for i in range(len(self))]
 
     def __len__(self):
         return len(self.entries)
 
     def __repr__(self):
-        return f"LatentCache({len(self)} rows in {len({entry[1] for entry in self.entries})} shards, {len(self.bad)} bad, {self.settings.dtype})"
+        shards = len({entry[1] for entry in self.entries})
+        return f"LatentCache({len(self)} rows in {shards} shards, {len(self.bad)} bad, {self.settings.dtype})"
 
     @property
     def shapes(self) -> list[tuple]:
@@ -606,14 +518,14 @@ class LatentCache:
         if self._read:
             return self._read[i]
         _, name, place, id, task, shape = self.entries[i]
+        names = [tensor for tensor in TENSORS if shape[3] or tensor != "reference"]
         try:
             shard = self._open(name)
-            tensors = {
-                tensor: shard.get_tensor(f"{place}.{tensor}") for tensor in TENSORS if shape[3] or tensor != "reference"
-            }
+            tensors = {tensor: shard.get_tensor(f"{place}.{tensor}") for tensor in names}
         except (SafetensorError, OSError) as error:
             raise InputError(
-                f"`folder` has to hold whole shards but {str(self.folder / name)!r} cannot be read ({error}); `build_cache` computes its rows again."
+                f"`folder` has to hold whole shards but {str(self.folder / name)!r} cannot be read ({error}); "
+                "`build_cache` computes its rows again."
             ) from error
         return dict(id=id, task=task, shape=shape) | tensors
 
@@ -623,36 +535,28 @@ class LatentCache:
 
 # %% ../../nbs/library/31_cache.ipynb #f8f66655
 class OnlineRows:
-    "Rows that are computed when they are asked for."
+    "Rows that are computed when they are asked for. No sample is decoded before that, if the dataset tells its shapes."
 
     def __init__(
         self,
         pipe,  # `KiwiEditPipeline`
-        dataset,  # `WorldDataset`, `MetadataDataset` or the like
+        dataset,  # `WorldDataset`, `MetadataDataset` or the like; one without `shape` is decoded once to learn them
         settings: RowSettings = RowSettings(),
         progress: bool = True,
     ):
-        self.pipe, self.dataset, self.settings, self.token_ids = (
-            pipe,
-            dataset,
-            settings,
-            placeholder_ids(pipe.processor),
-        )
-        self.indices, self.shapes, self.bad = (
-            [],
-            [],
-            [],
-        )  # of the good rows in the dataset; what the rows of a batch have in common; what is left out
+        self.pipe, self.dataset, self.settings = pipe, dataset, settings
+        self.token_ids = placeholder_ids(pipe.processor)
+        shape = getattr(dataset, "shape", lambda i: sample_shape(dataset[i]))
+        self.bad, shapes = [], {}
         for i in tqdm(range(len(dataset)), desc="shapes", disable=not progress, mininterval=2, delay=2):
             try:
-                self.shapes.append(tuple(dataset.shape(i)) if hasattr(dataset, "shape") else sample_shape(dataset[i]))
-                self.indices.append(i)
+                shapes[i] = tuple(shape(i))
             except BadRow as error:
                 self._leave_out(error)
-        if not self.indices:
-            raise InputError(
-                f"`dataset` has to have at least one good row but {f'all {len(dataset)} are bad; the first is {self.bad[0]}' if self.bad else 'is empty.'}"
-            )
+        if not shapes:
+            found = f"all {len(dataset)} are bad; the first is {self.bad[0]}" if self.bad else "it is empty."
+            raise InputError(f"`dataset` has to have at least one good row but {found}")
+        self.indices, self.shapes = list(shapes), list(shapes.values())  # of the good rows
 
     def _leave_out(self, error):
         if all(error.index != known.index for known in self.bad):
@@ -667,17 +571,14 @@ class OnlineRows:
 
     def rows(self, indices: Iterable[int]) -> list[dict | None]:
         "Rows of the i-th good ones, None for those that turn out to be bad."
-        chosen, samples = [self.indices[i] for i in indices], {}
-        for place, i in enumerate(chosen):
+        samples, indices = {}, list(indices)
+        for place, i in enumerate(indices):
             try:
-                samples[place] = self.dataset[i]
+                samples[place] = self.dataset[self.indices[i]]
             except BadRow as error:
                 self._leave_out(error)
-        shrinks = [
-            self.settings.shrink and draw_shrink(self.settings, self.dataset.key(chosen[place])) for place in samples
-        ]
-        made = dict(zip(samples, encode_samples(self.pipe, list(samples.values()), self.settings, shrinks)))
-        return [made.get(place) for place in range(len(chosen))]
+        made = dict(zip(samples, encode_samples(self.pipe, list(samples.values()), self.settings)))
+        return [made.get(place) for place in range(len(indices))]
 
 # %% ../../nbs/library/31_cache.ipynb #dbd9ae1f
 class BatchPlan:
@@ -691,43 +592,26 @@ class BatchPlan:
         weights: list[float] | None = None,  # share of the batches of each source, for "weighted"; None is equal shares
         seed: int = 0,
     ):
-        if not shapes or not all(shapes):
-            raise InputError(
-                f"`shapes` have to be those of sources with at least one row each but there are {[len(rows) for rows in shapes] or 'none'}."
-            )
-        sizes = [batch_size] * len(shapes) if isinstance(batch_size, int) else list(batch_size)
-        if len(sizes) != len(shapes) or min(sizes) < 1:
-            raise InputError(
-                f"`batch_size` has to be at least 1, for all or for each of {len(shapes)} sources, but is {batch_size}."
-            )
-        if mix not in ("round_robin", "weighted"):
-            raise InputError(f"`mix` has to be 'round_robin' or 'weighted' but is {mix!r}.")
-        if mix == "round_robin" and weights is not None:
-            raise InputError(f"`weights` have to be None with `mix` 'round_robin' but are {weights}.")
-        weights = [1.0] * len(shapes) if weights is None else list(weights)
-        if len(weights) != len(shapes) or min(weights) < 0 or not sum(weights) > 0:
-            raise InputError(
-                f"`weights` have to be 0 or more, one for each of {len(shapes)} sources and not all 0, but are {weights}."
-            )
-        self.batch_sizes, self.mix, self.weights, self.seed = sizes, mix, np.array(weights) / sum(weights), seed
+        number = len(shapes)
+        shares = [1.0] * number if weights is None else list(weights)
+        self.batch_sizes = [batch_size] * number if isinstance(batch_size, int) else list(batch_size)
+        self.mix, self.weights, self.seed = mix, np.array(shares) / sum(shares), seed
         self.buckets = [defaultdict(list) for _ in shapes]  # of each source, shape -> rows
         for buckets, rows in zip(self.buckets, shapes):
             for i, shape in enumerate(rows):
                 buckets[tuple(shape)].append(i)
-        self._before = [np.zeros(len(shapes), int)]  # batches of each source before each block of draws
-        self._order, self._labels = (
-            lru_cache(maxsize=2 * sum(map(len, self.buckets)))(self._order),
-            lru_cache(maxsize=2 * len(shapes))(self._labels),
-        )
+        self._before = [np.zeros(number, int)]  # batches of each source before each block of draws
+        self._order = lru_cache(maxsize=2 * sum(map(len, self.buckets)))(self._order)
+        self._labels = lru_cache(maxsize=2 * number)(self._labels)
 
     def __repr__(self):
-        return f"BatchPlan({len(self.buckets)} sources of {', '.join(str(sum(map(len, b.values()))) for b in self.buckets)} rows, {self.mix}, seed {self.seed})"
+        rows = ", ".join(str(sum(map(len, buckets.values()))) for buckets in self.buckets)
+        return f"BatchPlan({len(self.buckets)} sources of {rows} rows, {self.mix}, seed {self.seed})"
 
     def _order(self, source, bucket, epoch):
         "The rows of a bucket, shuffled for an epoch."
-        return np.random.default_rng((self.seed, 1, source, bucket, epoch)).permutation(
-            list(self.buckets[source].values())[bucket]
-        )
+        rows = list(self.buckets[source].values())[bucket]
+        return np.random.default_rng((self.seed, 1, source, bucket, epoch)).permutation(rows)
 
     def _complete(self, source, epoch):
         "How many batches of each bucket are complete when an epoch begins."
@@ -736,9 +620,8 @@ class BatchPlan:
     def _labels(self, source, epoch):
         "The buckets of an epoch's batches, in order."
         counts = self._complete(source, epoch + 1) - self._complete(source, epoch)
-        return np.random.default_rng((self.seed, 2, source, epoch)).permutation(
-            np.repeat(np.arange(len(counts)), counts)
-        )
+        labels = np.repeat(np.arange(len(counts)), counts)
+        return np.random.default_rng((self.seed, 2, source, epoch)).permutation(labels)
 
     def rows(
         self,
@@ -747,32 +630,30 @@ class BatchPlan:
     ) -> list[int]:  # rows of the source
         "The rows of a source's batch."
         size = self.batch_sizes[source]
-        epoch = number * size // sum(map(len, self.buckets[source].values()))  # no earlier than this
+        lengths = [len(rows) for rows in self.buckets[source].values()]
+        epoch = number * size // sum(lengths)  # no earlier than this
         while self._complete(source, epoch + 1).sum() <= number:
             epoch += 1
         at, labels = number - self._complete(source, epoch).sum(), self._labels(source, epoch)
-        bucket = labels[at]
-        first = (self._complete(source, epoch)[bucket] + (labels[:at] == bucket).sum()) * size
-        length = len(list(self.buckets[source].values())[bucket])
-        return [
-            int(self._order(source, int(bucket), p // length)[p % length]) for p in range(int(first), int(first) + size)
-        ]
+        bucket = int(labels[at])
+        first = int(self._complete(source, epoch)[bucket] + (labels[:at] == bucket).sum()) * size
+        length = lengths[bucket]
+        return [int(self._order(source, bucket, p // length)[p % length]) for p in range(first, first + size)]
+
+    def _draws(self, block, size=1024):
+        "The sources of a block of steps."
+        return np.random.default_rng((self.seed, 3, block)).choice(len(self.weights), size, p=self.weights)
 
     def turn(self, step: int) -> tuple[int, int]:  # source, number of the batch among those of this source
-        "Whose turn it is."
+        "The source whose turn it is at a step."
         if self.mix == "round_robin":
             return step % len(self.buckets), step // len(self.buckets)
-        block = 1024
-
-        def draws(k):
-            return np.random.default_rng((self.seed, 3, k)).choice(len(self.weights), block, p=self.weights)
-
-        while len(self._before) <= step // block:
-            self._before.append(
-                self._before[-1] + np.bincount(draws(len(self._before) - 1), minlength=len(self.weights))
-            )
-        drawn = draws(step // block)[: step % block + 1]
-        return int(drawn[-1]), int(self._before[step // block][drawn[-1]] + (drawn[:-1] == drawn[-1]).sum())
+        block, place = divmod(step, 1024)
+        while len(self._before) <= block:
+            counts = np.bincount(self._draws(len(self._before) - 1), minlength=len(self.weights))
+            self._before.append(self._before[-1] + counts)
+        *earlier, source = self._draws(block)[: place + 1]
+        return int(source), int(self._before[block][source] + (np.array(earlier) == source).sum())
 
     def __call__(self, step: int) -> tuple[int, list[int]]:  # source, rows of it
         "The batch of a step."
@@ -786,15 +667,10 @@ class Batches:
     def __init__(
         self,
         sources: list,  # `LatentCache` or `OnlineRows`, in the order of their turns
-        batch_size: int | list[int],  # and the rest as in `BatchPlan`
-        mix: str = "round_robin",
-        weights: list[float] | None = None,
-        seed: int = 0,
+        *plan,  # the rest is that of `BatchPlan`: batch_size, mix, weights, seed
+        **more,
     ):
-        self.sources, self.plan = (
-            sources,
-            BatchPlan([source.shapes for source in sources], batch_size, mix, weights, seed),
-        )
+        self.sources, self.plan = sources, BatchPlan([source.shapes for source in sources], *plan, **more)
 
     def __repr__(self):
         return f"Batches({self.plan!r} from {', '.join(map(repr, self.sources))})"
@@ -806,17 +682,20 @@ class Batches:
         parts: int = 1,  # equal parts of the batch
     ) -> Batch:
         "Rows part, part + parts, part + 2 * parts, ... of the batch of a step."
-        source, number = self.plan.turn(step)
+        source, first = self.plan.turn(step)
         size, rows = self.plan.batch_sizes[source], self.sources[source]
         if size % parts or not 0 <= part < parts:
             raise InputError(
-                f"`parts` has to divide the batch of {size} rows, and `part` has to be below it, but they are {parts} and {part}."
+                f"`parts` has to divide the batch of {size} rows, and `part` has to be below it, "
+                f"but they are {parts} and {part}."
             )
-        for number in range(number, number + len(rows)):
+        for number in range(first, first + len(rows)):
             found = zip(range(part, size, parts), rows.rows(self.plan.rows(source, number)[part::parts]))
-            if good := [(place, row) for place, row in found if row is not None]:
-                return collate_rows([row for _, row in good], rows.token_ids, [place for place, _ in good])
+            good = {place: row for place, row in found if row is not None}
+            if good:
+                return collate_rows(list(good.values()), rows.token_ids, list(good))
             logger.warning("No row of a batch of step %d is good: its place is taken by the source's next batch.", step)
         raise InputError(
-            f"`sources` have to give at least one good row each but number {source} gives none; the first is {rows.bad[0]}"
+            f"`sources` have to give at least one good row each but number {source} gives none; "
+            f"the first is {rows.bad[0]}"
         )

@@ -7,7 +7,8 @@ __all__ = ['initialize_autoencoder', 'autoencoder_batch', 'LinearProjection', 'f
            'measure_latents', 'world_texts', 'description', 'description_batch', 'Description', 'start_model']
 
 # %% ../../nbs/library/32_foundations.ipynb #2205c541
-import math, types
+import math
+import types
 from dataclasses import replace
 
 import numpy as np
@@ -18,14 +19,8 @@ from diffusers import AutoencoderKLWan
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from ..core import multiplies_bfloat16, preset as get_preset
-from kiwi_edit.encoder import (
-    REFERENCE_SUFFIX,
-    SYSTEM_PROMPT,
-    collate_inputs,
-    encode_hidden,
-    make_tokenizer,
-    prepare_sample,
-)
+from ..encoder import REFERENCE_SUFFIX, SYSTEM_PROMPT, collate_inputs, encode_hidden, make_tokenizer
+from ..encoder import prepare_sample
 from ..pipeline import KiwiEditPipeline, fit_reference
 from ..world import EVAL_SEED, TASKS, World
 
@@ -39,21 +34,33 @@ def initialize_autoencoder(
 ):
     "Start as an image autoencoder with little noise in its latents."
     for name, module in vae.named_modules():
-        if not isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
-            continue
-        weight = module.weight
-        slices = weight.shape[2] if weight.ndim == 5 else 1
-        gain = math.sqrt(slices / weight[0].numel()) * (0.5 if "conv2" in name else 1)
-        kernel = torch.randn(*weight.shape[:2], *weight.shape[-2:]) * gain
-        weight.zero_()
-        now = weight[:, :, -1] if weight.ndim == 5 else weight
-        now.copy_(kernel)
-        module.bias.zero_()
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
+            weight = module.weight
+            slices = weight.shape[2] if weight.ndim == 5 else 1
+            gain = math.sqrt(slices / weight[0].numel()) * (0.5 if "conv2" in name else 1)
+            kernel = torch.randn(*weight.shape[:2], *weight.shape[-2:]) * gain
+            weight.zero_()
+            now = weight[:, :, -1] if weight.ndim == 5 else weight
+            now.copy_(kernel)
+            module.bias.zero_()
     z = vae.config.z_dim
     vae.quant_conv.weight[z:] = 0
     vae.quant_conv.bias[z:] = 2 * math.log(_NOISE)
 
 # %% ../../nbs/library/32_foundations.ipynb #da1cc387
+def _crop(world, rng, kind, size):
+    "A crop of a frame before or after an edit of the world (kinds 0 to 2), or of a reference (3)."
+    number = int(rng.integers(EVAL_SEED)) + EVAL_SEED * (world.split == "eval")
+    task = ("subject", "background")[rng.integers(2)] if kind == 3 else TASKS[rng.integers(len(TASKS))]
+    sample = world.sample(number, task)
+    if kind == 3:
+        frame = fit_reference(PIL.Image.fromarray(sample.reference), 96, 96)
+    else:
+        frame = (sample.source, sample.target, sample.target)[kind][0]
+    top, left = rng.integers(0, (96 - size) // 2 + 1, 2) * 2
+    return frame[top : top + size, left : left + size]
+
+
 def autoencoder_batch(
     step: int,
     batch_size: int = 16,  # of the whole batch
@@ -64,18 +71,8 @@ def autoencoder_batch(
     split: str = "train",  # of the world
 ) -> torch.Tensor:  # (B / parts, 3, 1, size, size) in -1..1
     "Crops of all that the autoencoder will meet: frames before and after an edit, and every fourth time a reference."
-    world, crops = World(num_frames=1, split=split), []
-    for i in range(part, batch_size, parts):
-        rng = np.random.default_rng((seed, 1, step, i))
-        kind = i % 4
-        number = int(rng.integers(EVAL_SEED)) + EVAL_SEED * (split == "eval")
-        sample = world.sample(
-            number, ("subject", "background")[rng.integers(2)] if kind == 3 else TASKS[rng.integers(len(TASKS))]
-        )
-        frame = (sample.source, sample.target, sample.target, None)[kind]
-        frame = fit_reference(PIL.Image.fromarray(sample.reference), 96, 96) if frame is None else frame[0]
-        top, left = rng.integers(0, (96 - size) // 2 + 1, 2) * 2
-        crops.append(frame[top : top + size, left : left + size])
+    world, places = World(num_frames=1, split=split), range(part, batch_size, parts)
+    crops = [_crop(world, np.random.default_rng((seed, 1, step, i)), i % 4, size) for i in places]
     return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)[:, :, None].float() / 127.5 - 1
 
 # %% ../../nbs/library/32_foundations.ipynb #254f6ba7
@@ -151,16 +148,14 @@ class Reconstruction(torch.nn.Module):
 @torch.no_grad()
 def measure_latents(vae: AutoencoderKLWan, batches: int = 16):
     "Write mean and standard deviation of every latent channel into the autoencoder's config."
-    latents = [
-        vae.encode(autoencoder_batch(10_000_000 + i, 32).to(vae.device)).latent_dist.mode() for i in range(batches)
-    ]
-    by_channel = torch.cat(latents).transpose(0, 1).flatten(1)
+    crops = (autoencoder_batch(10_000_000 + i, 32).to(vae.device) for i in range(batches))
+    by_channel = torch.cat([vae.encode(x).latent_dist.mode() for x in crops]).transpose(0, 1).flatten(1)
     vae.register_to_config(latents_mean=by_channel.mean(1).tolist(), latents_std=by_channel.std(1).tolist())
 
 # %% ../../nbs/library/32_foundations.ipynb #3e7c5966
 def world_texts(
     number: int = 4000,  # quadruplets
-) -> list:  # sentences
+) -> list[str]:  # sentences
     "Instructions and descriptions of the training world, for the tokenizer."
     world = World(16, 16, 1)
     samples = [world.sample(seed, TASKS[seed % len(TASKS)]) for seed in range(number)]
@@ -176,15 +171,28 @@ class _NoQueries:
     "Stands in for the guidance where the language model is trained alone."
 
     def __init__(self, config, device="cpu"):
-        self.config = types.SimpleNamespace(
-            **config | dict(num_image_queries=0, num_video_queries=0, num_ref_queries=0)
-        )
+        none = dict(num_image_queries=0, num_video_queries=0, num_ref_queries=0)
+        self.config = types.SimpleNamespace(**config | none)
         self.empty = torch.zeros(0, config["hidden_size"], device=device)
 
     def queries(self, mode):
         return self.empty
 
 # %% ../../nbs/library/32_foundations.ipynb #436f03a0
+def _with_answer(processor, inputs, answer):
+    "What the encoder reads with an answer behind it, and the place where the answer starts."
+    tokens = lambda text: processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    header = tokens("<|im_start|>assistant\n")
+    ids = torch.cat([header, tokens(f"{answer}<|im_end|>\n")], 1)
+    positions = inputs.position_ids.max() + 1 + torch.arange(ids.shape[1])
+    longer = dict(
+        input_ids=torch.cat([inputs.input_ids, ids], 1),
+        lengths=inputs.lengths + ids.shape[1],
+        position_ids=torch.cat([inputs.position_ids, positions.expand(3, 1, -1)], 2),
+    )
+    return replace(inputs, **longer), inputs.input_ids.shape[1] + header.shape[1]
+
+
 def description_batch(
     processor,  # KiwiProcessor
     config,  # config of the guidance: pixel limits
@@ -196,24 +204,15 @@ def description_batch(
 ) -> tuple:  # (EncoderInputs, answer (B / parts, L) bool, True where the token is part of the answer)
     "Edits with their description behind them; two of three batches are single frames."
     world, limits = World(num_frames=1 if step % 3 else 5), _NoQueries(dict(config)).config
-    samples, starts, header = [], [], "<|im_start|>assistant\n"
-    tokens = lambda text: processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    samples, starts = [], []
     for i in range(part, batch_size, parts):
         rng = np.random.default_rng((seed, 5, step, i))
         sample = world.sample(int(rng.integers(EVAL_SEED)), TASKS[rng.integers(6)])
         references = [] if sample.reference is None else [PIL.Image.fromarray(sample.reference)]
         inputs = prepare_sample(processor, limits, sample.instruction, sample.source, references)
-        ids = torch.cat([tokens(header), tokens(f"{description(sample)}<|im_end|>\n")], 1)
-        positions = inputs.position_ids.max() + 1 + torch.arange(ids.shape[1])
-        starts.append(inputs.input_ids.shape[1] + tokens(header).shape[1])
-        samples.append(
-            replace(
-                inputs,
-                input_ids=torch.cat([inputs.input_ids, ids], 1),
-                lengths=inputs.lengths + ids.shape[1],
-                position_ids=torch.cat([inputs.position_ids, positions.expand(3, 1, -1)], 2),
-            )
-        )
+        inputs, start = _with_answer(processor, inputs, description(sample))
+        samples.append(inputs)
+        starts.append(start)
     batch = collate_inputs(samples)
     place = torch.arange(batch.input_ids.shape[1])[None]
     return batch, (place >= torch.tensor(starts)[:, None]) & (place < batch.lengths[:, None])
@@ -235,14 +234,13 @@ class Description(torch.nn.Module):
         batch: tuple,  # from `description_batch`
     ) -> tuple:  # (losses (B,), numbers)
         inputs, answer = batch
-        with torch.autocast(
-            inputs.input_ids.device.type, torch.bfloat16, enabled=multiplies_bfloat16(inputs.input_ids.device)
-        ):
-            hidden = encode_hidden(self.mllm, _NoQueries(self.config, inputs.input_ids.device), inputs)
-            logits = self.mllm.lm_head(hidden[:, :-1][answer[:, 1:]])
-        labels, rows = inputs.input_ids[:, 1:][answer[:, 1:]], answer[:, 1:].nonzero()[:, 0]
+        device, answer = inputs.input_ids.device, answer[:, 1:]
+        with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bfloat16(device)):
+            hidden = encode_hidden(self.mllm, _NoQueries(self.config, device), inputs)
+            logits = self.mllm.lm_head(hidden[:, :-1][answer])
+        labels, rows = inputs.input_ids[:, 1:][answer], answer.nonzero()[:, 0]
         losses = F.cross_entropy(logits.float(), labels, reduction="none")
-        losses = torch.zeros(len(answer), device=losses.device).index_add(0, rows, losses) / answer.sum(1)
+        losses = torch.zeros(len(answer), device=device).index_add(0, rows, losses) / answer.sum(1)
         return losses, dict(accuracy=(logits.argmax(-1) == labels).float().mean().item())
 
 # %% ../../nbs/library/32_foundations.ipynb #0861857d
@@ -252,14 +250,12 @@ def start_model(preset="tiny", seed: int = 0):
     preset = get_preset(preset)
     pipe = KiwiEditPipeline.from_preset(preset, make_tokenizer(world_texts(), preset.mllm["text_config"]["vocab_size"]))
     initialize_autoencoder(pipe.vae)
-    if pipe.guidance.config.names == "edit":  # a copy of the source, to begin with
-        torch.nn.init.zeros_(pipe.transformer.proj_out.weight)
-        torch.nn.init.zeros_(pipe.transformer.proj_out.bias)
+    if pipe.guidance.config.names == "edit":
+        wan = pipe.transformer
         with torch.no_grad():
-            pipe.transformer.patch_embedding.weight.mul_(0.1)  # and hardly aware of the noise
-            for block in (
-                pipe.transformer.blocks
-            ):  # which can pick one place among many: the norms bound the products of queries and keys
-                for norm in (block.attn1.norm_q, block.attn1.norm_k):
-                    norm.weight.mul_(1.5)
+            for p in wan.proj_out.parameters():
+                p.zero_()  # a copy of the source, to begin with
+            wan.patch_embedding.weight.mul_(0.1)  # hardly aware of the noise
+            for norm in (norm for block in wan.blocks for norm in (block.attn1.norm_q, block.attn1.norm_k)):
+                norm.weight.mul_(1.5)  # it can pick one place among many: norms bound products of queries and keys
     return pipe
