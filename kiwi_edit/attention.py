@@ -48,16 +48,15 @@ def attention_shares(
 # %% ../nbs/07_where_it_looks.ipynb #a270000b
 @dataclass
 class Looks:
-    "Where the denoiser's tokens looked during an edit, as shares of their attention. Space is counted in the denoiser's tokens."
+    "Where the denoiser's tokens looked during an edit, as shares of their attention; space is counted in tokens."
 
     timesteps: list  # 0..1000, of each step
-    reference: (
-        np.ndarray
-    )  # (steps, layers, R, f, h, w) share of a video token's self-attention that goes to each reference
-    places: (
-        np.ndarray
-    )  # (steps, layers, R, h, w) share that each place of a reference gets from the video's tokens, on average
-    features: np.ndarray  # (steps, layers, f, h, w) share of a video token's cross-attention that goes to the reference's features; the queries get the rest
+    # (steps, layers, R, f, h, w) share of a video token's self-attention that goes to each reference
+    reference: np.ndarray
+    # (steps, layers, R, h, w) share that each place of a reference gets from the video's tokens, on average
+    places: np.ndarray
+    # (steps, layers, f, h, w) share of a video token's cross-attention that goes to the reference's features
+    features: np.ndarray  # the queries get the rest
     tokens: np.ndarray  # (steps, layers, N) share that each token of the context gets, on average
     num_features: int  # how many of the N are features of references; the queries follow
 
@@ -68,7 +67,7 @@ class Looks:
 
     def summary(self) -> dict:  # of shares in 0..1, means over the whole edit
         "The edit in three numbers; `even` is what the references would get if nobody preferred anything."
-        r, (h, w), f = self.reference.shape[2], self.places.shape[3:], self.features.shape[2]
+        r, f = self.reference.shape[2], self.features.shape[2]
         return dict(
             reference=float(self.reference.sum(2).mean()) if r else 0.0,
             even=r / (r + f),

@@ -93,6 +93,11 @@ def check_local(
         raise InputError(f"`{name}` has to be a file or its content but is the address {str(value)!r}{how}.")
 
 
+def _check_choice(name: str, value: str, choices) -> None:
+    if value not in choices:
+        raise InputError(f"`{name}` has to be one of {', '.join(choices)} but is {value!r}.")
+
+
 def check_instruction(
     instruction: str,  # what to edit, in words; any language and script
     name: str = "instruction",  # of the argument
@@ -319,11 +324,6 @@ def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kiwi-edit"
 
 
-def _check_choice(name: str, value: str, choices) -> None:
-    if value not in choices:
-        raise InputError(f"`{name}` has to be one of {', '.join(choices)} but is {value!r}.")
-
-
 @dataclass(frozen=True)
 class Settings:
     "The knobs of every notebook, of the command line and of the demo."
@@ -397,7 +397,8 @@ def _environment_knobs(environ: dict) -> dict:
     return found
 
 # %% ../nbs/library/00_core.ipynb #36ad3ecd
-_PACKAGE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd().resolve().parent / "kiwi_edit"
+# a notebook has no file; this one lies two folders below the top of the checkout
+_PACKAGE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd().parents[1] / "kiwi_edit"
 
 
 def checkout() -> Path | None:

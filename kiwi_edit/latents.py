@@ -5,6 +5,7 @@
 # %% ../nbs/03_latents.ipynb #02a00004
 from __future__ import annotations
 
+import itertools
 import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -20,8 +21,8 @@ from torch.overrides import TorchFunctionMode
 from .core import InputError
 
 # %% auto #0
-__all__ = ['latent_statistics', 'fast_layers', 'fire_hooks', 'tile_starts', 'ramp', 'in_tiles', 'encode_frames', 'decode_latents',
-           'regroup', 'stream_latents', 'stream_frames']
+__all__ = ['latent_statistics', 'fast_layers', 'fire_hooks', 'ramp', 'in_tiles', 'encode_frames', 'decode_latents', 'regroup',
+           'stream_latents', 'stream_frames']
 
 # %% ../nbs/03_latents.ipynb #5884e9db
 def latent_statistics(
@@ -73,7 +74,7 @@ _fast_lock = threading.Lock()
 
 @contextmanager
 def fast_layers(vae: AutoencoderKLWan):
-    "Within it, the autoencoder's 3D convolutions run as 2D ones and its norms sum in the order of memory, where that is faster: the same numbers, up to rounding. Several threads may be within it at once."
+    "Within it, the autoencoder runs in the form that the processor likes, with the same numbers up to rounding."
     counted = vars(vae.decoder)  # copies of an autoencoder that share its layers share the count
 
     def count(change):
@@ -110,15 +111,6 @@ class _Unclamped(TorchFunctionMode):
         return args[0] if function is torch.clamp else function(*args, **(kwargs or {}))
 
 
-def tile_starts(
-    length: int,  # of a side
-    tile: int,  # length of a tile
-    stride: int,  # from one tile to the next
-) -> list[int]:
-    "Where tiles begin: at multiples of the stride, as long as the one before does not reach the border."
-    return [start for start in range(0, length, stride) if start == 0 or start - stride + tile < length]
-
-
 def ramp(
     length: int,  # of a tile
     overlap: int,  # that it shares with each neighbour
@@ -134,50 +126,45 @@ def ramp(
     return weights
 
 
+def _starts(length, tile, stride):
+    "Where tiles begin: at multiples of the stride, as long as the one before does not reach the border."
+    return [start for start in range(0, length, stride) if start == 0 or start - stride + tile < length]
+
+
 def in_tiles(
     vae: AutoencoderKLWan,
     x: torch.Tensor,  # (B, 3, T, H, W) pixels in -1..1, or (B, z, f, h, w) latents as the autoencoder has them
     way: str,  # "encode" or "decode"
     run: Callable | None = None,  # called as run(part of x, number of the tile); None calls the autoencoder
 ) -> torch.Tensor:  # latents (B, z, f, h, w), or pixels (B, 3, T, H, W) in -1..1
-    "A pass of the autoencoder, in overlapping tiles where `vae.enable_tiling(...)` was called and the picture is larger than one."
-    factor = vae.config.scale_factor_spatial
-    run = run or (
-        (lambda part, _: vae.encode(part).latent_dist.mode())
-        if way == "encode"
-        else (lambda part, _: vae.decode(part).sample)
-    )
-    scale, unit = (
-        (1 / factor, 1) if way == "encode" else (factor, factor)
-    )  # of the result; `unit`: pixels in a unit of `x`
+    "A pass of the autoencoder; in overlapping tiles after `vae.enable_tiling(...)`, if the picture is larger than one."
+    encodes, factor = way == "encode", vae.config.scale_factor_spatial
+    if run is None:
+        run = lambda part, _: vae.encode(part).latent_dist.mode() if encodes else vae.decode(part).sample
+    scale, unit = (1 / factor, 1) if encodes else (factor, factor)  # of the result; pixels in a unit of `x`
     tile = [size // unit for size in (vae.tile_sample_min_height, vae.tile_sample_min_width)]
     stride = [size // unit for size in (vae.tile_sample_stride_height, vae.tile_sample_stride_width)]
     if not vae.use_tiling or all(side <= size for side, size in zip(x.shape[-2:], tile)):
         return run(x, 0)
-    if any(size % factor for size in tile + stride) and way == "encode" or any(s > t for s, t in zip(stride, tile)):
-        raise InputError(
-            f"tiles of the autoencoder have to have sides and strides in multiples of {factor} pixels, strides no longer than sides, but are {tile} and {stride}."
-        )
-    rows, columns = (tile_starts(side, *sizes) for side, sizes in zip(x.shape[-2:], zip(tile, stride)))
-    overlap, total, weights = [round((t - s) * scale) for t, s in zip(tile, stride)], None, None
-    for i, top in enumerate(rows):  # no part is larger than a tile, so diffusers cuts none further
-        for j, left in enumerate(columns):
-            with _Unclamped() if way == "decode" else nullcontext():
-                part = run(x[..., top : top + tile[0], left : left + tile[1]], i * len(columns) + j)
-            y, x0 = round(top * scale), round(left * scale)
-            ramps = [
-                ramp(length, over, start == starts[0], start == starts[-1])
-                for length, over, start, starts in zip(part.shape[-2:], overlap, (top, left), (rows, columns))
-            ]
-            weight = torch.minimum(ramps[0][:, None], ramps[1][None]).to(part)
-            if total is None:
-                total, weights = (
-                    part.new_zeros(*shape, *(round(side * scale) for side in x.shape[-2:]))
-                    for shape in (part.shape[:-2], ())
-                )
-            total[..., y : y + part.shape[-2], x0 : x0 + part.shape[-1]] += part * weight
-            weights[y : y + part.shape[-2], x0 : x0 + part.shape[-1]] += weight
-    return total / weights if way == "encode" else (total / weights).clamp(-1, 1)
+    if encodes and any(size % factor for size in tile + stride) or any(s > t for s, t in zip(stride, tile)):
+        rule = f"sides and strides in multiples of {factor} pixels, strides no longer than sides"
+        raise InputError(f"tiles of the autoencoder have to have {rule}, but are {tile} and {stride}.")
+    rows, columns = (_starts(*sizes) for sizes in zip(x.shape[-2:], tile, stride))
+    overlap, total = [round((t - s) * scale) for t, s in zip(tile, stride)], None
+    for i, (top, left) in enumerate(itertools.product(rows, columns)):
+        with nullcontext() if encodes else _Unclamped():  # no part is larger than a tile: diffusers cuts none further
+            part = run(x[..., top : top + tile[0], left : left + tile[1]], i)
+        tall = ramp(part.shape[-2], overlap[0], top == rows[0], top == rows[-1])
+        wide = ramp(part.shape[-1], overlap[1], left == columns[0], left == columns[-1])
+        weight = torch.minimum(tall[:, None], wide[None]).to(part)
+        if total is None:
+            sides = [round(side * scale) for side in x.shape[-2:]]
+            total, weights = part.new_zeros(*part.shape[:-2], *sides), part.new_zeros(sides)
+        y, x0 = round(top * scale), round(left * scale)
+        place = (..., slice(y, y + part.shape[-2]), slice(x0, x0 + part.shape[-1]))
+        total[place] += part * weight
+        weights[place] += weight
+    return total / weights if encodes else (total / weights).clamp(-1, 1)
 
 # %% ../nbs/03_latents.ipynb #1803d172
 def _to_pixels(vae, frames, device):
@@ -199,9 +186,7 @@ def encode_frames(
         frames = frames[None]
     if frames.ndim != 5 or frames.shape[-1] != 3 or frames.dtype != torch.uint8:
         raise InputError(f"`frames` has to be (B, T, H, W, 3) uint8 but is {tuple(frames.shape)} {frames.dtype}.")
-    if (
-        frames.shape[1] % 4 != 1
-    ):  # diffusers encodes one frame, then whole groups of four, also where time is not compressed
+    if frames.shape[1] % 4 != 1:  # diffusers encodes one frame, then groups of four, whether time is compressed or not
         raise InputError(f"`frames` has to hold 4k+1 frames but holds {frames.shape[1]}.")
     pixels = _to_pixels(vae, frames, device)
     mean, std = latent_statistics(vae, pixels.device)
@@ -224,15 +209,14 @@ def _streamed(vae, way):
     pasts = {}  # tile -> what its convolutions remember
 
     def run(x, tile):
-        first = tile not in pasts
+        first = {} if tile in pasts else dict(first_chunk=True)
         past = pasts.setdefault(tile, [None] * vae._cached_conv_counts["encoder" if way == "encode" else "decoder"])
+        memory = dict(feat_cache=past, feat_idx=[0])
         if way == "encode":
             if vae.config.patch_size is not None:
                 x = patchify(x, vae.config.patch_size)
-            return vae.quant_conv(vae.encoder(x, feat_cache=past, feat_idx=[0])).chunk(2, 1)[0]
-        y = vae.decoder(
-            vae.post_quant_conv(x), feat_cache=past, feat_idx=[0], **(dict(first_chunk=True) if first else {})
-        )
+            return vae.quant_conv(vae.encoder(x, **memory)).chunk(2, 1)[0]
+        y = vae.decoder(vae.post_quant_conv(x), **memory, **first)
         return y if vae.config.patch_size is None else unpatchify(y, vae.config.patch_size)
 
     def step(x):
@@ -259,9 +243,8 @@ def regroup(
                 yield kept[0] if len(kept) == 1 else np.concatenate(kept)
                 kept, wanted = [], group
     if kept and not drop_rest:
-        raise InputError(
-            f"`chunks` has to hold {group}k+1 frames for this autoencoder but {sum(map(len, kept))} are left over."
-        )
+        rest = sum(map(len, kept))
+        raise InputError(f"`chunks` has to hold {group}k+1 frames for this autoencoder but {rest} are left over.")
 
 
 def stream_latents(
@@ -281,9 +264,7 @@ def stream_latents(
 def stream_frames(
     vae: AutoencoderKLWan,
     latents: torch.Tensor | Iterable[torch.Tensor],  # (1, z, f, h, w) normalised, or pieces of it
-) -> Iterator[
-    np.ndarray
-]:  # (1, H, W, 3) uint8, then a group (4, H, W, 3) each; single frames where time is not compressed
+) -> Iterator[np.ndarray]:  # (1, H, W, 3) uint8, then a group of frames for each latent frame
     "What `decode_latents` gives, piece by piece: memory does not grow with the clip."
     step = _streamed(vae, "decode")
     for piece in [latents] if isinstance(latents, torch.Tensor) else latents:

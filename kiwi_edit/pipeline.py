@@ -123,7 +123,7 @@ class EditMemory:
         about: tuple,  # digests of contents, and settings
         make: Callable,  # gives the tensor where nothing is remembered
     ) -> torch.Tensor:
-        "What a module makes of some content. Nothing is kept while gradients are recorded or the weights are elsewhere."
+        "What a module makes of some content. Nothing is kept while gradients are recorded or weights are offloaded."
         weights = list(module.parameters())
         if torch.is_grad_enabled() or any(p.is_meta for p in weights):
             return make()
@@ -249,7 +249,7 @@ class KiwiEditPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     def from_pretrained(
         cls,
         name: str | Path,  # bundled name, local folder or hub id, in the kit's layout or a released one
-        torch_dtype=torch.float32,  # of the loaded weights: a type or its name, "auto" as on disk, or a dict of these by part
+        torch_dtype=torch.float32,  # of the weights: a type or its name, "auto" as on disk, or a dict of these by part
         variant: str
         | None = None,  # of the files, such as "fp16": where a part has it, it is read instead of the plain ones
         revision: str | None = None,
@@ -270,7 +270,7 @@ class KiwiEditPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         adapter_name: str | None = None,
         **kwargs,  # of diffusers' `load_lora_weights`: weight_name, subfolder, revision, token, ...
     ) -> None:
-        "Put a LoRA beside the denoiser's weights; `fuse_lora`, `set_adapters`, `unload_lora_weights` are diffusers' own."
+        "Put a LoRA beside the denoiser's weights; `fuse_lora`, `set_adapters` and the like are diffusers' own."
         _library("hub:load_lora")(self, pretrained_model_name_or_path_or_dict, adapter_name, **kwargs)
 
     def push_to_hub(
@@ -316,9 +316,8 @@ def picture_of(
     except (VideoError, FileNotFoundError) as error:
         raise type(error)(str(error).replace("`path`", f"`{name}`").replace("`frames`", f"`{name}`")) from error
     except Exception as error:  # decoders of images raise what they like
-        raise VideoError(
-            f"`{name}` has to be an image ({', '.join(IMAGE_FORMATS)}) but is none that can be read: {type(error).__name__}."
-        ) from error
+        rule = f"`{name}` has to be an image ({', '.join(IMAGE_FORMATS)})"
+        raise VideoError(f"{rule} but is none that can be read: {type(error).__name__}.") from error
 
 # %% ../nbs/06_pipeline.ipynb #50157f31
 def _check(holds, name, rule, value, kind=InputError):
@@ -630,7 +629,7 @@ def _as_many(x, context, dtype):
 def __call__(
     self,
     prompt: str,  # what to edit, in words
-    video=None,  # a video as path, bytes or file object, `Clip`, `Footage`, array (T, H, W, 3), tensor (T, 3, H, W), or images; one is image editing
+    video=None,  # path, bytes or file object, `Clip`, `Footage`, array (T, H, W, 3), tensor (T, 3, H, W) or images
     reference=None,  # image as path, bytes, file object, PIL image, array or tensor, or a list of these
     height: int | None = None,
     width: int | None = None,  # of the edit in pixels; None keeps the source's where it fits
@@ -643,10 +642,9 @@ def __call__(
     strength: float = 1.0,  # below 1: start from the source under noise instead of from noise
     generator: torch.Generator | None = None,  # of the noise
     latents: torch.Tensor | None = None,  # (1, z, f, h, w) the noise itself
-    output_type: str = "pil",  # "pil", "np" (T, H, W, 3) in [0, 1], "pt" (T, 3, H, W), "latent", "stream" of (n, H, W, 3) uint8
+    output_type: str = "pil",  # or "np" (T, H, W, 3) in [0, 1], "pt" (T, 3, H, W), "latent", "stream" (n, H, W, 3)
     return_dict: bool = True,
-    callback_on_step_end: Callable
-    | None = None,  # called as (pipeline, step, timestep, tensors), may return `latents` and `prompt_embeds`
+    callback_on_step_end: Callable | None = None,  # of (pipeline, step, timestep, tensors); may return new tensors
     callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
 ) -> KiwiEditOutput | tuple:
     "Edit a clip."
@@ -710,10 +708,9 @@ def check_saveable(self) -> None:
     for part, module in self.components.items():
         modules = module.named_modules() if isinstance(module, torch.nn.Module) else ()
         if layers := [name for name, layer in modules if hasattr(layer, "lora_A")]:
-            raise InputError(
-                f"`{part}` has to have its LoRA layers merged (`kiwi_edit.weights.checkpoints.merge_lora`) before it is saved "
-                f"but has {len(layers)} beside its weights, the first at {layers[0]}."
-            )
+            rule = "its LoRA layers merged (`kiwi_edit.weights.checkpoints.merge_lora`) before it is saved"
+            found = f"{len(layers)} beside its weights, the first at {layers[0]}"
+            raise InputError(f"`{part}` has to have {rule} but has {found}.")
 
 
 @patch_to(KiwiEditPipeline)

@@ -16,6 +16,7 @@ import os
 import shutil
 import tempfile
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, wait
@@ -52,7 +53,11 @@ def _written(value):
         if value.is_dir():
             return [
                 "folder",
-                [[f.relative_to(value).as_posix(), _written(f)] for f in sorted(value.rglob("*")) if f.is_file()],
+                [
+                    [f.relative_to(value).as_posix(), _written(f)]
+                    for f in sorted(value.rglob("*"))
+                    if f.is_file() and f.name[0] != "."
+                ],
             ]
         facts = value.stat()
         return ["file", _file_digest(str(value.resolve()), facts.st_size, facts.st_mtime_ns)]
@@ -150,8 +155,9 @@ def _attempt(work, row):
     try:
         found = work(row) or {}
     except Exception as fault:  # the other rows have nothing to do with it
-        logger.debug("a row has failed", exc_info=True)
         error = describe_fault(fault)
+        if not isinstance(fault, (InputError, OSError)):
+            found = {"traceback": traceback.format_exc()}
     return {**found, "error": error, "seconds": round(time.perf_counter() - began, 3)}
 
 

@@ -18,7 +18,7 @@ from test_video import encode, gradient
 from kiwi_edit.apps import cli
 from kiwi_edit.data import files
 from kiwi_edit.core import assets_dir
-from kiwi_edit.data.files import Ledger, read_edits, run_edits
+from kiwi_edit.data.files import read_edits, run_edits
 from kiwi_edit.video import read_video, video_info
 
 COMMAND = [sys.executable, "-m", "kiwi_edit.apps.cli"]
@@ -86,7 +86,8 @@ def left_behind(out):
         (dict(video="clip.mp4", instruction=SNOW, out="sub/a.mp4"), "`out` has to be the name of a file"),
         (dict(video="clip.mp4", instruction=SNOW, out="..\\a.mp4"), "`out` has to be the name of a file"),
         (dict(video="clip.mp4", instruction=SNOW, out="a.avi"), "`out` has to end in"),
-        (dict(video="clip.mp4", instruction=SNOW, out="a" * 252 + ".mp4"), "File name too long"),
+        (dict(video="clip.mp4", instruction=SNOW, out="a" * 252 + ".mp4"), "too long"),
+        (dict(video="clip.mp4", instruction="snow\0"), "`instruction` has to be Unicode text without NUL"),
         (
             dict(video="clip.mp4", instruction=SNOW, out="GOOD.mp4"),
             "`out` has to be a name of its own but 'GOOD.mp4' is what row 1 writes",
@@ -143,12 +144,12 @@ def test_a_folder_is_for_one_run_at_a_time(folder):
         run_edits(read_edits(write(folder, *rows(1)), folder / "out"), MODEL)
 
 
-@pytest.mark.parametrize("text", ["a list of groceries", "a list of groceries\n", '["a"]\n', '{"row": 1}\n'])
-def test_results_that_no_list_has_written_are_left_alone(tmp_path, text):
-    (tmp_path / "results.jsonl").write_text(text, encoding="utf-8")
+@pytest.mark.parametrize("text", ["a list of groceries", "a list of groceries\n", '["a"]\n', '{"a": 1}\n'])
+def test_results_that_no_list_has_written_are_left_alone(folder, text):
+    (folder / "results.jsonl").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match="was written by a list of edits"):
-        Ledger(tmp_path)
-    assert (tmp_path / "results.jsonl").read_text(encoding="utf-8") == text
+        run_edits(read_edits(write(folder, *rows(1, out="a.mp4")), folder), MODEL)
+    assert (folder / "results.jsonl").read_text(encoding="utf-8") == text
 
 
 # names
@@ -156,13 +157,13 @@ def test_results_that_no_list_has_written_are_left_alone(tmp_path, text):
 
 def test_names_of_results_fit(tmp_path):
     for stem in ("a" * 240, "é" * 120, "視" * 84, os.fsdecode(b"\xe9" * 240)):
-        names = [files.file_name(stem + more, "-edited.mp4") for more in ("", "b")]
+        names = [files._file_name(stem + more, "-edited.mp4") for more in ("", "b")]
         assert len(set(names)) == 2 and all(
             name.startswith(stem[:50]) and name.endswith("-edited.mp4") for name in names
         )
         for name in names:
             (tmp_path / f"{Path(name).stem}-compare.mp4").touch()  # the longest that is written beside it
-    assert files.file_name("clip", "-edited.mp4") == "clip-edited.mp4"
+    assert files._file_name("clip", "-edited.mp4") == "clip-edited.mp4"
 
 
 def test_a_long_name_has_a_default_output(folder):
@@ -222,10 +223,10 @@ def test_a_result_without_a_line_is_made_again(folder, monkeypatch):
         raise SystemExit(137)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Ledger, "add", killed)
+        patch.setattr("kiwi_edit.records.append_line", killed)
         with pytest.raises(SystemExit):
             run_edits(make(2), MODEL, overwrite=True)
-    assert (out / "0001-clip.mp4").read_bytes() != wanted and records(out)[0]["settings"]["seed"] == 1
+    assert (out / "0001-clip.mp4").read_bytes() != wanted and records(out)[0]["status"] == "failed"
     done = run_edits(make(1), MODEL)
     assert done.before == 0 and (out / "0001-clip.mp4").read_bytes() == wanted and left_behind(out) == set()
 
@@ -258,7 +259,7 @@ def start(path, out, until, stop):
         while not re.search(until, seen):
             seen += os.read(process.stderr.fileno(), 4096) or pytest.fail(seen.decode())
         stop(process.pid)
-        said, err = process.communicate(timeout=60)
+        said, err = process.communicate(timeout=300)
     return process.returncode, said.decode(), (seen + err).decode()
 
 
@@ -282,11 +283,11 @@ def test_a_list_that_is_stopped_twice_ends_with_the_same_results(folder, capfd, 
     )  # Ctrl-C reaches all of them
     assert status == 130 and said == "" and "Traceback" not in err and "leaked" not in err
     done = int(re.search(r"error: interrupted; (\d) of 7 rows are done; the same command goes on from here\n$", err)[1])
-    assert 1 <= done < 7 and len(records(out)) == done and left_behind(out) == {".unfinished.json"}
+    assert 1 <= done < 7 and sum(r["status"] == "done" for r in records(out)) == done and left_behind(out) == set()
     status, *_ = start(path, out, rb"[%d-7]/7 rows" % (done + 1), lambda pid: os.kill(pid, signal.SIGKILL))
     assert status in (-9, 1)  # 1 where the last rows came too quickly
     with (out / "results.jsonl").open("ab") as file:
-        file.write(b'{"row": 7, "sta')  # a line that was cut
+        file.write(b'{"key": "1", "sta')  # a line that was cut
     capfd.readouterr()
     with pytest.raises(SystemExit) as stop:
         cli.main(["edit", str(path), "--out", str(out), "--skip-bad"])
@@ -315,49 +316,57 @@ def test_a_list_that_is_stopped_twice_ends_with_the_same_results(folder, capfd, 
             assert both[0].shape == both[1].shape and np.abs(both[0] - both[1]).mean() < 0.5, name
         else:
             assert files[0].read_bytes() == files[1].read_bytes(), name
-    assert [r["fingerprint"] for r in records(out)] == [r["fingerprint"] for r in records(folder / "alone")]
+    assert [r["key"] for r in records(out)] == [r["key"] for r in records(folder / "alone")]
 
 
-def serve_and_die(*arguments):
-    "What a process runs, killed in the middle of the edit with seed 1."
+START = files._start_worker  # before it is replaced
+
+
+def start_and_die(*arguments):
+    "What a process of a pool does first; it is killed in the edit with seed 1, after the result is written."
     real = files.run_edit
 
     def run_edit(pipe, plan, progress):
-        return real(
-            pipe,
-            plan,
-            lambda done, total, what: (
-                os.kill(os.getpid(), signal.SIGKILL)
-                if plan.seed == 1 and what == "decoding"
-                else progress(done, total, what)
-            ),
-        )
+        done = real(pipe, plan, progress)
+        if plan.seed == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
 
     files.run_edit = run_edit
-    files._serve(*arguments)
+    START(*arguments)
 
 
 def test_a_process_that_is_killed_fails_one_row_and_is_replaced(folder, monkeypatch):
     shutil.copy(folder / "clip.mp4", folder / "passing.mp4")
-    monkeypatch.setattr(files, "_serve", serve_and_die)
-    edits = read_edits(
-        write(folder, *rows(3), dict(video="lost.mp4", instruction=SNOW), dict(video="passing.mp4", instruction=SNOW)),
-        folder / "out",
-    )
-    assert [b.number for b in edits.bad] == [4]
-    (folder / "passing.mp4").unlink()  # while others are at work
-
-    run = run_edits(edits, MODEL, workers=2, skip_bad=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_start_worker", start_and_die)
+        edits = read_edits(
+            write(
+                folder, *rows(3), dict(video="lost.mp4", instruction=SNOW), dict(video="passing.mp4", instruction=SNOW)
+            ),
+            folder / "out",
+        )
+        assert [b.number for b in edits.bad] == [4]
+        (folder / "passing.mp4").unlink()  # while others are at work
+        run = run_edits(edits, MODEL, workers=2, skip_bad=True)
     assert run.lost == 1 and run.counts == dict(done=2, failed=2, bad=1) and not multiprocessing.active_children()
-    lost = [r for r in records(folder / "out") if r.get("lost")]
-    assert (
-        [r["row"] for r in lost] == [2]
-        and "ended by signal 9" in lost[0]["error"]
-        and left_behind(folder / "out") == {".unfinished.json"}
-    )
+    lost = [r for r in records(folder / "out") if r["status"] == "failed" and r["seconds"] is None]
+    assert [r["row"] for r in lost] == [2] and left_behind(folder / "out") == set()
     shutil.copy(folder / "clip.mp4", folder / "passing.mp4")
-    again = run_edits(read_edits(edits.path, folder / "out"), MODEL, skip_bad=True)
+    again = run_edits(read_edits(folder / "edits.jsonl", folder / "out"), MODEL, skip_bad=True)
     assert again.counts == dict(done=4, failed=0, bad=1) and again.before == 2 and left_behind(folder / "out") == set()
+
+
+def test_the_whole_of_a_file_counts(folder):
+    "A sample of its bytes would not tell these two apart."
+    picture = folder / "reference.png"
+    data = picture.read_bytes()
+    path = write(folder, dict(video="clip.mp4", instruction=SNOW, reference="reference.png"))
+    marks = []
+    for value in (1, 2):
+        picture.write_bytes(data + bytes(1 << 20) + bytes([value]) * 900_000 + bytes((32 << 20) - 900_000))
+        marks.append(read_edits(path, folder / "out").rows[0].inputs)
+    assert marks[0] != marks[1]
 
 
 # clips that are longer than the model takes

@@ -144,19 +144,6 @@ def test_frame_count_errors(bad):
     assert check_frame_count(81) == 81
 
 
-def test_trim_and_paste_back():
-    assert len(trim_to_4k1(list(range(8)))) == 5 and len(trim_to_4k1(Clip(gradient(12)))) == 9
-    source = gradient(2, 40, 90)
-    same = paste_back(source, resize_frames(source, 80, 80, "inference"))
-    assert np.abs(same.astype(int) - source).mean() < 1  # down the centre up and back: nearly nothing is lost
-    edited = paste_back(source, np.zeros((2, 16, 16, 3), np.uint8))
-    assert (
-        (edited[:, :, 25:65] == 0).all()
-        and (edited[:, :, :25] == source[:, :, :25]).all()
-        and (edited[:, :, 65:] == source[:, :, 65:]).all()
-    )
-
-
 # frames
 
 
@@ -173,6 +160,15 @@ def test_as_frames_forms():
         assert np.array_equal(as_frames(form), frames)
     assert as_frames(frames[0]).shape == (1, 48, 64, 3) and as_frames(frames[..., 0]).shape == (3, 48, 64, 3)
     assert as_frames(frames[..., :1]).shape == (3, 48, 64, 3)
+
+
+def test_a_gray_clip_three_pixels_wide():
+    "As an array it looks like one frame in colour, so it comes with a fourth axis or as a list of frames."
+    clip = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
+    for form in (clip[..., None], list(clip)):
+        frames = as_frames(form)
+        assert frames.shape == (4, 5, 3, 3) and (frames == clip[..., None]).all()
+    assert np.array_equal(as_frames(clip), clip[None])
 
 
 @pytest.mark.parametrize(
@@ -1417,7 +1413,7 @@ def test_pieces_are_the_whole(tmp_path):
     pieces = {
         "arrays": (frames[i : i + 7] for i in range(0, 30, 7)),
         "clips": (Clip(frames[i : i + 4], 12) for i in range(0, 30, 4)),
-        "pictures": iter(to_pil(frames)),
+        "pictures": map(Image.fromarray, frames),
         "floats": map(lambda f: f / 255.0, frames),
     }
     for name, made in pieces.items():

@@ -6,9 +6,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
-import inspect
-import io
 import json
 import math
 import multiprocessing
@@ -18,20 +17,16 @@ import signal
 import tempfile
 import threading
 import time
-import traceback
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from multiprocessing.connection import wait
 from pathlib import Path, PureWindowsPath
 
 # %% auto #0
-__all__ = ['IMAGE_SUFFIXES', 'VIDEO_SUFFIXES', 'ROW_NAMES', 'ROW_OPTIONS', 'ROW_NOTES', 'enlarge', 'make_samples', 'Limits',
-           'renamed', 'one_line', 'check_instruction', 'check_outputs', 'result_suffix', 'file_name', 'default_out',
-           'EditPlan', 'plan_edit', 'find_model', 'load_model', 'EditedFile', 'edited_span', 'write_edit', 'run_edit',
-           'edit_file', 'parse_size', 'parse_row', 'sampled_digest', 'EditRow', 'BadEdit', 'BadEdits', 'EditList',
-           'read_edits', 'Ledger', 'EditRun', 'run_edits']
+__all__ = ['IMAGE_SUFFIXES', 'VIDEO_SUFFIXES', 'sampled_digest', 'Limits', 'renamed', 'one_line', 'check_outputs', 'EditPlan',
+           'plan_edit', 'find_model', 'load_model', 'EditedFile', 'run_edit', 'edit_file', 'parse_size', 'EditRow',
+           'BadEdit', 'BadEdits', 'EditList', 'read_edits', 'EditRun', 'run_edits']
 
 # %% ../../nbs/library/13_files.ipynb #d05f5ccf
 import numpy as np
@@ -44,100 +39,17 @@ from kiwi_edit.core import (
     InputTypeError,
     MissingPackage,
     OPTIONAL,
-    missing_package,
-    shortened,
+    check_instruction,
     choose_device,
     choose_dtype,
+    missing_package,
     settings,
+    shortened,
 )
-from kiwi_edit.video import (
-    VideoError,
-    VideoInfo,
-    as_frames,
-    check_frame_count,
-    compare,
-    fit_size,
-    nearest_frame_count,
-    read_image,
-    read_video,
-    replacing,
-    resize_frames,
-    sample_indices,
-    save_film_strip,
-    stream_video,
-    video_info,
-    write_video,
-)
-from kiwi_edit.world import (
-    WINDOW,
-    Scene,
-    Thing,
-    ids_of,
-    named_objects,
-    plate_reference,
-    read_table,
-    render,
-    thing_reference,
-)
-
-# %% ../../nbs/library/13_files.ipynb #e07b3405
-def enlarge(
-    frames,  # (T,H,W,3) uint8
-    scale: int = 4,  # each pixel becomes a square of so many
-) -> np.ndarray:  # (T, scale*H, scale*W, 3) uint8
-    "Frames whose pixels are squares."
-    return as_frames(frames).repeat(scale, axis=1).repeat(scale, axis=2)
-
-# %% ../../nbs/library/13_files.ipynb #77282cb7
-def _eval_row(kind, name, nth=0):
-    return [i for i in ids_of(kind, "eval") if read_table(kind)[i]["name"] == name][nth]
-
-
-def _place(name, left):
-    "A square of a photograph of the eval split, (side, side, 3) float32: a plate for frames of 96x96."
-    import cv2
-
-    stored = read_table("scenes")[_eval_row("scenes", name)]["image"]
-    photo = np.asarray(PIL.Image.open(io.BytesIO(stored)).convert("RGB"))
-    side, plate = min(photo.shape[:2]), math.ceil(96 / WINDOW) + 2
-    start = round(left * (photo.shape[1] - side))
-    return cv2.resize(photo[:side, start : start + side], (plate, plate), interpolation=cv2.INTER_AREA).astype(
-        np.float32
-    )
-
-
-def make_samples(
-    folder: str | Path,  # written into
-    num_frames: int = 5,
-    fps: float = 8,
-) -> list[dict]:  # video, instruction, reference (or None) and task of each example
-    "Write the sample clip, its references and its examples: no model of the kit has seen the place, nor what the references show."
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    flamingo = Thing(named_objects()["flamingo"], size=0.62, center=(0.4, 0.56), path=(0.2, 0.0))
-    scene = Scene(_place("Roman ruins on a lawn", 0.35), "Roman ruins on a lawn", (flamingo,), pan=(0.05, 0.0))
-    armchair = Thing(_eval_row("objects", "black armchair", 1))
-    references = {
-        "reference.png": thing_reference(armchair, np.random.default_rng(1)),
-        "reference-background.png": plate_reference(_place("the Capitol in Washington", 0.5), np.random.default_rng(1)),
-    }
-    rows = (
-        ("subject", "Replace the flamingo with what the reference shows.", "reference.png"),
-        ("background", "Swap the background for the scene shown in the reference.", "reference-background.png"),
-        ("change", "Turn the color of the flamingo to blue.", None),
-        ("remove", "Erase the flamingo from the clip.", None),
-        ("add", "Put a pumpkin at the bottom right of the video.", None),
-        ("style", "Make everything look snowy.", None),
-    )
-    examples = [
-        dict(video="clip.mp4", instruction=words, reference=reference, task=task) for task, words, reference in rows
-    ]
-    for name, picture in references.items():
-        PIL.Image.fromarray(enlarge(picture[None])[0]).save(folder / name, optimize=True)
-    write_video(folder / "clip.mp4", enlarge(render(scene, num_frames, 96, 96)[0]), fps, overwrite=True, crf=12)
-    (folder / "instruction.txt").write_text(examples[0]["instruction"] + "\n", encoding="utf-8")
-    (folder / "examples.jsonl").write_text("".join(json.dumps(e) + "\n" for e in examples), encoding="utf-8")
-    return examples
+from ..records import Table, digest, read_lines, run_rows
+from ..video import VideoError, VideoInfo, check_frame_count, compare, fit_size, nearest_frame_count
+from ..video import read_image, read_video, replacing, resize_frames, sample_indices, save_film_strip
+from ..video import stream_video, video_info, write_video
 
 # %% ../../nbs/library/13_files.ipynb #c227cfe4
 @dataclass(frozen=True)
@@ -157,17 +69,11 @@ class Limits:
     @classmethod
     def read(cls, folder: str | Path) -> Limits | None:
         "Of a model folder in the kit's layout, without loading it; None for other layouts."
-
-        def config(*names):
-            return json.loads(Path(folder, *names).read_text(encoding="utf-8"))
-
-        index = config("model_index.json")
+        names = ("model_index.json", "vae/config.json", "transformer/config.json")
+        index, vae, transformer = (json.loads(Path(folder, name).read_text(encoding="utf-8")) for name in names)
         if "max_frames" not in index:
             return None
-        multiple = (
-            config("vae", "config.json")["scale_factor_spatial"]
-            * config("transformer", "config.json")["patch_size"][-1]
-        )
+        multiple = vae["scale_factor_spatial"] * transformer["patch_size"][-1]
         return cls(index["max_frames"], index["max_pixels"], multiple, index["default_steps"])
 
 # %% ../../nbs/library/13_files.ipynb #44cfc853
@@ -177,7 +83,8 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".gif")
 
 @contextlib.contextmanager
 def renamed(
-    *names: str,  # pairs: what errors say inside, what they say outside
+    inner: str,  # what errors say inside
+    outer: str,  # what they say outside
 ):
     "Errors about `path` become errors about the argument that held it."
     try:
@@ -186,57 +93,37 @@ def renamed(
         message = str(error)
         if isinstance(error, OSError) and error.filename is not None:
             message = f"`path` has to be readable but {str(error.filename)!r} is not: {error.strerror}."
-        for inner, outer in zip(names[::2], names[1::2]):
-            message = message.replace(inner, outer)
+        message = message.replace(inner, outer)
         if message == str(error):
             raise
         kinds = VideoError, InputError, FileNotFoundError, FileExistsError, PermissionError, OSError, ValueError
         raise next(kind for kind in kinds if isinstance(error, kind))(message) from error
 
 # %% ../../nbs/library/13_files.ipynb #d2972971
+_FULL_MEMORY = "can't allocate memory|not enough memory"
+
+
 def one_line(
     error: BaseException,
     names: dict | None = None,  # argument -> what the reader calls it
     room: str = "`size` and `frames` have",  # what asks for memory
 ) -> str | None:  # None where the error is no fault of the user's
     "An error as a person should read it."
-    message, names = " ".join(str(error).split()), names or {}
-    if (
-        type(error).__name__ == "OutOfMemoryError"
-        or isinstance(error, MemoryError)
-        or re.search("can't allocate memory|not enough memory", message)
-    ):
+    message, kind = " ".join(str(error).split()), type(error).__name__
+    if kind == "OutOfMemoryError" or isinstance(error, MemoryError) or re.search(_FULL_MEMORY, message):
         message = f"{room} to ask for no more than fits into memory, which is full: {message[:160]}"
     elif isinstance(error, SafetensorError):
         message = f"a file of weights cannot be written: {message}"  # those that are read say more
     elif isinstance(error, OSError):
-        message = (
-            (f"{error.strerror}: {error.filename}" if error.filename else error.strerror)
-            if error.strerror
-            else message or type(error).__name__
-        )
+        where = f": {error.filename}" if error.strerror and error.filename else ""
+        message = (error.strerror or message or kind) + where
     elif isinstance(error, ModuleNotFoundError) and error.name in OPTIONAL:
         message = str(missing_package(error.name))
     elif not isinstance(error, (InputError, MissingPackage)):
         return None
-    return shortened(re.sub(r"`(\w+)`", lambda match: names.get(match[1], match[0]), message))
+    return shortened(re.sub(r"`(\w+)`", lambda match: (names or {}).get(match[1], match[0]), message))
 
 # %% ../../nbs/library/13_files.ipynb #2cc92ed6
-def check_instruction(
-    instruction: str,  # what to edit, in words; any language and script
-) -> str:  # without the blanks around it
-    "Raise unless there is something to read."
-    if not isinstance(instruction, str):
-        raise InputTypeError(f"`instruction` has to be a string but is a {type(instruction).__name__}.")
-    if not instruction.strip():
-        raise InputError(f"`instruction` has to say what to edit but is {instruction!r}.")
-    try:
-        instruction.encode("utf-8")
-    except UnicodeEncodeError:
-        raise InputError(f"`instruction` has to be Unicode text but is {instruction!r}.") from None
-    return instruction.strip()
-
-
 def check_outputs(
     outputs: list[Path],  # files that are going to be written, the first named by the user
     inputs: list[Path],  # files that are read
@@ -257,47 +144,36 @@ def check_outputs(
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise PermissionError(
-            f"`out` has to be in a folder that can be written but {str(folder)!r} is not: {error.strerror}."
-        ) from error
+        words = f"{str(folder)!r} is not: {error.strerror}."
+        raise PermissionError(f"`out` has to be in a folder that can be written but {words}") from error
 
 # %% ../../nbs/library/13_files.ipynb #4c6494c1
-def result_suffix(
-    video: Path,  # the source
-    info: VideoInfo,  # about it
-) -> str:
-    "An image for an image, H.264 for all that moves."
+def _suffix(video, info):
+    "Of a result: an image for an image, H.264 for all that moves."
     still = info.decoder == "image" and info.format != "folder" and info.frames == 1
-    return ".mp4" if not still else video.suffix.lower() if video.suffix.lower() in IMAGE_SUFFIXES else ".png"
+    if not still:
+        return ".mp4"
+    return video.suffix.lower() if video.suffix.lower() in IMAGE_SUFFIXES else ".png"
 
 
-def file_name(
-    stem: str,  # of the source
-    ending: str,  # with the suffix
-) -> str:  # at most as long as file systems take, with what `plan_edit` adds to it
-    "A name for a result. Of a long one only the beginning is taken, and eight digits that tell it from others that begin so."
+def _file_name(stem, ending):
+    "A name for a result that file systems take: of a long one the beginning, and eight digits that tell it apart."
     room = 255 - len("-compare") - len(ending)
     if len(os.fsencode(stem)) <= room:
         return stem + ending
-    digest = hashlib.sha256(os.fsencode(stem)).hexdigest()[:8]
+    mark = hashlib.sha256(os.fsencode(stem)).hexdigest()[:8]
     while len(os.fsencode(stem)) > room - 9:
         stem = stem[:-1]
-    return f"{stem}-{digest}{ending}"
+    return f"{stem}-{mark}{ending}"
 
 
-def default_out(
-    video: Path,  # the source
-    info: VideoInfo,  # about it
-) -> Path:
-    "A file in the settings' output folder, which is made if it is missing."
-    folder = settings().output_dir
+def _make_folder(folder, name):
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise PermissionError(
-            f"`output_dir` in the settings has to be a folder that can be made but {str(folder)!r} is not: {error.strerror}."
-        ) from error
-    return folder / file_name(video.stem, f"-edited{result_suffix(video, info)}")
+        words = f"{str(folder)!r} is not: {error.strerror}."
+        raise PermissionError(f"`{name}` has to be a folder that can be made but {words}") from error
+    return folder
 
 # %% ../../nbs/library/13_files.ipynb #e17494b2
 @dataclass(frozen=True)
@@ -309,22 +185,58 @@ class EditPlan:
     instruction: str
     references: tuple  # RGB images
     out: Path  # the result
-    strip: Path  # film strip of source, references and result
-    comparison: Path | None  # source and result side by side, where wanted
-    overwrite: bool
-    seed: int
-    steps: int | None  # None: the model's own number, here and below
-    frames: int | None
-    whole: bool  # all frames, in windows where the model takes fewer at once
-    size: tuple | None  # (width, height) at which the model works
-    strength: float
-    guidance_scale: float
+    compare: bool = False  # also write source and result side by side
+    overwrite: bool = False  # whether existing files may be replaced
+    seed: int | None = None  # of the noise; None takes the settings'
+    steps: int | None = None  # denoising steps; None takes the model's own number
+    frames: int | None = None  # at most so many are edited, 4k+1; None stops at as many as the model takes at once
+    whole: bool = False  # edit all frames, in windows where the model takes fewer at once
+    size: tuple | None = None  # (width, height) at which the model works
+    strength: float = 1.0  # below 1: start from the source under noise
+    guidance_scale: float = 1.0  # above 1: follow the instruction more closely, at twice the time
+
+    def __post_init__(self):
+        if self.seed is None:
+            object.__setattr__(self, "seed", settings().seed)
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"`seed` has to be from 0 to 2**63 - 1 but is {self.seed}.")
+        if self.steps is not None and not 1 <= self.steps <= 1000:
+            raise InputError(f"`steps` has to be from 1 to 1000 but is {self.steps}.")
+        if self.frames is not None:
+            check_frame_count(self.frames, "frames")
+        if self.frames is not None and self.whole:
+            raise InputError(f"`frames` has to be left out where `whole` is set but is {self.frames}.")
+        if self.size is not None and not all(1 <= side <= 8192 for side in self.size):
+            raise InputError(f"`size` has to have sides from 1 to 8192 but is {self.size[0]}x{self.size[1]}.")
+        if not 0 < self.strength <= 1:
+            raise InputError(f"`strength` has to lie above 0 and up to 1 but is {self.strength}.")
+        if not 1 <= self.guidance_scale < math.inf:
+            raise InputError(f"`guidance_scale` has to be a number from 1, which is off, but is {self.guidance_scale}.")
+        suffix, most = self.out.suffix.lower(), min(self.info.frames, self.frames or self.info.frames)
+        kinds = VIDEO_SUFFIXES if nearest_frame_count(most) > 1 else (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
+        if suffix not in kinds:
+            what = f"a source of {self.info.frames} frames" if self.info.frames > 1 else "an image"
+            raise InputError(f"`out` has to end in {', '.join(kinds)} for {what} but is {str(self.out)!r}.")
+
+    @property
+    def strip(self) -> Path:
+        "Film strip of source, references and result."
+        return self.out.with_name(f"{self.out.stem}-strip.png")
+
+    @property
+    def comparison(self) -> Path | None:
+        "Source and result side by side, where wanted."
+        return self.out.with_name(f"{self.out.stem}-compare{self.out.suffix}") if self.compare else None
+
+    @property
+    def files(self) -> list[Path]:
+        "All that is written."
+        return [path for path in (self.out, self.strip, self.comparison) if path]
 
     def count(self, limits: Limits) -> int:
         "How many frames are edited, if all can be decoded."
-        return nearest_frame_count(
-            self.info.frames if self.whole else min(self.info.frames, self.frames or limits.max_frames)
-        )
+        most = self.info.frames if self.whole else self.frames or limits.max_frames
+        return nearest_frame_count(min(self.info.frames, most))
 
     def work_size(self, limits: Limits) -> tuple:  # (width, height)
         "The size at which the model works."
@@ -332,99 +244,52 @@ class EditPlan:
 
     def check(self, limits: Limits):
         "Raise where the plan asks for what the model cannot do."
-        if self.size and any(side % limits.size_multiple for side in self.size):
-            raise InputError(
-                f"`size` has to be multiples of {limits.size_multiple} for this model but is {self.size[0]}x{self.size[1]}."
-            )
+        multiple = limits.size_multiple
+        if self.size and any(side % multiple for side in self.size):
+            words = f"but is {self.size[0]}x{self.size[1]}"
+            raise InputError(f"`size` has to be multiples of {multiple} for this model {words}.")
 
 # %% ../../nbs/library/13_files.ipynb #13279530
+def _planned(video, instruction, references, out, **options):
+    "A plan of which everything is checked but the place of its files, and the files that it reads."
+    video = Path(video).expanduser()
+    if isinstance(references, (str, Path, PIL.Image.Image, np.ndarray)):
+        references = [references]
+    references = [Path(r).expanduser() if isinstance(r, (str, Path)) else r for r in references or ()]
+    instruction = check_instruction(instruction)
+    with renamed("`path`", "`video`"):
+        info = video_info(video)
+    with renamed("`path`", "`reference`"):
+        images = tuple(map(read_image, references))
+    if out is None:
+        name = _file_name(video.stem, f"-edited{_suffix(video, info)}")
+        out = _make_folder(settings().output_dir, "output_dir") / name
+    plan = EditPlan(video, info, instruction, images, Path(out).expanduser(), **options)
+    return plan, [video, *(r for r in references if isinstance(r, Path))]
+
+
 def plan_edit(
     video: str | Path,  # video, animated or single image, or folder of images
     instruction: str,  # what to edit, in words
     references=(),  # one or several image paths, PIL images or arrays
     out: str | Path | None = None,  # file for the result; None makes one in the settings' output folder
-    compare: bool = False,  # also write source and result side by side
-    overwrite: bool = False,  # whether existing files may be replaced
-    seed: int | None = None,  # of the noise; None takes the settings'
-    steps: int | None = None,  # denoising steps
-    frames: int
-    | None = None,  # at most so many are edited, 4k+1; None stops at the model's number, more are edited in windows
-    whole: bool = False,  # edit all frames, in windows where the model takes fewer at once
-    size: tuple | None = None,  # (width, height) at which the model works
-    strength: float = 1.0,  # below 1: start from the source under noise
-    guidance_scale: float = 1.0,  # above 1: follow the instruction more closely, at twice the time
+    **options,  # further fields of `EditPlan`
 ) -> EditPlan:
     "Check an edit before any model is loaded."
-    instruction = check_instruction(instruction)
-    seed = settings().seed if seed is None else seed
-    if not 0 <= seed < 2**63:
-        raise InputError(f"`seed` has to be from 0 to 2**63 - 1 but is {seed}.")
-    if steps is not None and not 1 <= steps <= 1000:
-        raise InputError(f"`steps` has to be from 1 to 1000 but is {steps}.")
-    if frames is not None:
-        check_frame_count(frames, "frames")
-    if frames is not None and whole:
-        raise InputError(f"`frames` has to be left out where `whole` is set but is {frames}.")
-    if size is not None and not all(1 <= side <= 8192 for side in size):
-        raise InputError(f"`size` has to have sides from 1 to 8192 but is {size[0]}x{size[1]}.")
-    if not 0 < strength <= 1:
-        raise InputError(f"`strength` has to lie above 0 and up to 1 but is {strength}.")
-    if not 1 <= guidance_scale < math.inf:
-        raise InputError(f"`guidance_scale` has to be a number from 1, which is off, but is {guidance_scale}.")
-    video = Path(video).expanduser()
-    sources = (
-        [references] if isinstance(references, (str, Path, PIL.Image.Image, np.ndarray)) else list(references or ())
-    )
-    with renamed("`path`", "`video`"):
-        info = video_info(video)
-    with renamed("`path`", "`reference`"):
-        images = tuple(read_image(Path(r).expanduser() if isinstance(r, str) else r) for r in sources)
-    target = Path(out).expanduser() if out is not None else default_out(video, info)
-    if target.suffix.lower() not in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES):
-        raise InputError(f"`out` has to end in {', '.join((*VIDEO_SUFFIXES, *IMAGE_SUFFIXES))} but is {str(target)!r}.")
-    if target.suffix.lower() in IMAGE_SUFFIXES and nearest_frame_count(min(info.frames, frames or info.frames)) > 1:
-        raise InputError(
-            f"`out` has to end in {', '.join(VIDEO_SUFFIXES)} for a clip of {info.frames} frames but is {str(target)!r}."
-        )
-    strip, side_by_side = (
-        target.with_name(f"{target.stem}-strip.png"),
-        target.with_name(f"{target.stem}-compare{target.suffix}") if compare else None,
-    )
-    check_outputs(
-        [p for p in (target, strip, side_by_side) if p],
-        [video, *(Path(r).expanduser() for r in sources if isinstance(r, (str, Path)))],
-        overwrite,
-    )
-    return EditPlan(
-        video,
-        info,
-        instruction,
-        images,
-        target,
-        strip,
-        side_by_side,
-        overwrite,
-        seed,
-        steps,
-        frames,
-        whole,
-        size,
-        strength,
-        guidance_scale,
-    )
+    plan, inputs = _planned(video, instruction, references, out, **options)
+    check_outputs(plan.files, inputs, plan.overwrite)
+    return plan
 
 # %% ../../nbs/library/13_files.ipynb #fbdff300
 def find_model(
     model: str | Path | None = None,  # bundled name, folder or hub id; None takes the settings'
 ) -> Path:
     "Its folder."
-    model = model or settings().checkpoint
-    if not model:
-        raise InputError(
-            f"`model` has to be given for the preset {settings().preset!r}, for which no weights are published."
-        )
     from kiwi_edit.pipeline import find_checkpoint
 
+    model = model or settings().checkpoint
+    if not model:
+        raise InputError(f"`model` has to be given for the preset {settings().preset!r}: no weights are published.")
     with renamed("`name`", "`model`"):
         return find_checkpoint(model)
 
@@ -467,16 +332,11 @@ class EditedFile:
         return self.strip.read_bytes()
 
 # %% ../../nbs/library/13_files.ipynb #ae403559
-def edited_span(
-    plan: EditPlan,
-    count: int,  # frames that are edited
-    limits: Limits,  # of the model
-) -> str:  # one line, empty if it is all of the source
-    "Which frames of the source are edited, and why no more."
-    there, fps = plan.info.frames, plan.info.fps
+def _edited_span(plan, count, limits):
+    "Which frames of the source are edited, and why no more; empty if it is all of them."
+    there = plan.info.frames
     if count >= there:
         return ""
-    which = f"frames 0 to {count - 1}" if count > 1 else "frame 0"
     if plan.frames and count == plan.frames:
         reason = f"`frames` is {plan.frames}"
     elif count == limits.max_frames and not plan.whole:
@@ -485,7 +345,9 @@ def edited_span(
         reason = "the autoencoder takes 4k+1 frames"
     else:
         reason = "no more can be decoded"
-    return f"edited {which} of {there} (0.00 s to {count / fps:.2f} s of {plan.info.duration:.2f} s): {reason}"
+    which = f"frames 0 to {count - 1}" if count > 1 else "frame 0"
+    seconds = f"0.00 s to {count / plan.info.fps:.2f} s of {plan.info.duration:.2f} s"
+    return f"edited {which} of {there} ({seconds}): {reason}"
 
 # %% ../../nbs/library/13_files.ipynb #6d84d687
 def _title(plan, columns):
@@ -500,71 +362,47 @@ def _title(plan, columns):
     return (text if len(text) <= room else text[: room - 1] + "…").replace("$", r"\$")
 
 
-def _write_picture(path, frame):
-    with replacing(path, True) as temporary:
-        PIL.Image.fromarray(frame).save(temporary, format=IMAGE_SUFFIXES[path.suffix.lower()], quality=95)
+def _write(path, frames, fps, sound):
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        PIL.Image.fromarray(frames[0]).save(path, format=IMAGE_SUFFIXES[path.suffix.lower()], quality=95)
+    else:
+        write_video(path, frames, fps, audio_from=sound, overwrite=True)
 
 
-def write_edit(
-    plan: EditPlan,
-    source,  # `Clip` of the frames before the edit; of a stream those that the film strip shows
-    edited,  # (T,H,W,3) uint8, the frames after it, or an iterator of pieces of them
-    picks: list = (),  # of a stream, the numbers of the frames that the film strip shows
-    progress: Callable | None = None,  # of a stream, called as (frames done, what) along the way
-):
-    "Write result, film strip and comparison, all of them or none."
+def _write_edit(plan, source, edited, picks=(), progress=None):
+    "Write result, film strip and comparison, all of them or none. Of a stream `source` holds only the frames `picks`."
     from kiwi_edit.pipeline import fit_reference
 
-    height, width = source.frames.shape[1:3]
-    scale = min(1, 440 / max(width, height))  # of the strip
-    small = max(1, round(width * scale)), max(1, round(height * scale))
-    whole, shown, sound = isinstance(edited, np.ndarray), [], source if isinstance(edited, np.ndarray) else plan.video
+    streamed, shown = not isinstance(edited, np.ndarray), []
+    sound = plan.video if streamed else source
 
-    def watched(pieces, what, wanted=(), done=0):  # what the film strip will show is picked out of what passes
+    def watched(pieces, what, wanted=()):  # what the film strip will show is picked out of what passes
+        done = 0
         for piece in pieces:
             shown.extend(piece[i - done] for i in wanted if done <= i < done + len(piece))
             done += len(piece)
-            if progress:
-                progress(done, what)
+            progress(done, what)
             yield piece
 
-    def write_result(to):
-        if to.suffix.lower() not in VIDEO_SUFFIXES:
-            return _write_picture(to, edited[0])
-        write_video(
-            to, edited if whole else watched(edited, "writing", picks), source.fps, audio_from=sound, overwrite=True
-        )
-
-    def write_comparison(to):
-        if whole and to.suffix.lower() not in VIDEO_SUFFIXES:
-            return _write_picture(to, compare(source, edited)[0])
-        # of a stream the result is read back: it is not kept
-        both = (
-            compare(source, edited)
-            if whole
-            else watched(
-                (compare(a, b) for a, b in zip(stream_video(plan.video), stream_video(written[plan.out]))), "comparing"
-            )
-        )
-        write_video(to, both, source.fps, audio_from=sound, overwrite=True)
-
-    def write_strip(to):
-        rows = {
-            "source": source.frames[: len(edited if whole else shown)],
-            **({"reference": [fit_reference(r, *small) for r in plan.references]} if plan.references else {}),
-            "result": edited if whole else np.stack(shown),
-        }
-        save_film_strip(to, rows, title=_title(plan, min(6, len(rows["source"]))))
-
-    written = {}
     with contextlib.ExitStack() as stack:
-        for path, write in ((plan.out, write_result), (plan.comparison, write_comparison), (plan.strip, write_strip)):
-            if path is None:
-                continue
-            stack.enter_context(renamed("`path`", "`out`"))
-            written[path] = temporary = stack.enter_context(replacing(path, plan.overwrite))
-            with renamed(str(temporary), str(path)):
-                write(temporary)
+        stack.enter_context(renamed("`path`", "`out`"))
+        fresh = {path: stack.enter_context(replacing(path, plan.overwrite)) for path in plan.files}
+        for path, temporary in fresh.items():
+            stack.enter_context(renamed(str(temporary), str(path)))
+        _write(fresh[plan.out], watched(edited, "writing", picks) if streamed else edited, source.fps, sound)
+        if plan.comparison and streamed:  # the result is read back: it is not kept
+            pairs = zip(stream_video(plan.video), stream_video(fresh[plan.out]))
+            both = watched((compare(before, after) for before, after in pairs), "comparing")
+            _write(fresh[plan.comparison], both, source.fps, sound)
+        elif plan.comparison:
+            _write(fresh[plan.comparison], compare(source, edited), source.fps, sound)
+        result = np.stack(shown) if streamed else edited
+        height, width = source.frames.shape[1:3]
+        scale = min(1, 440 / max(width, height))
+        small = max(1, round(width * scale)), max(1, round(height * scale))
+        references = {"reference": [fit_reference(r, *small) for r in plan.references]} if plan.references else {}
+        rows = {"source": source.frames[: len(result)], **references, "result": result}
+        save_film_strip(fresh[plan.strip], rows, title=_title(plan, min(6, len(rows["source"]))))
 
 # %% ../../nbs/library/13_files.ipynb #7f438d12
 def run_edit(
@@ -579,17 +417,14 @@ def run_edit(
     report, began, limits = progress or (lambda done, total, what: None), time.perf_counter(), Limits.of(pipe)
     plan.check(limits)
     width, height = plan.work_size(limits)
-    asked = plan.steps or limits.steps
-    total, count = max(1, int(asked * plan.strength)), plan.count(limits)
-    streamed = count > limits.max_frames
+    steps, count = plan.steps or limits.steps, plan.count(limits)
+    total, streamed = max(1, int(steps * plan.strength)), count > limits.max_frames
+    picks, written = sample_indices(count, 6), {}
     report(0, total, "reading")
     with renamed("`path`", "`video`"):
-        clip = (
-            read_video(plan.video, indices=sample_indices(count, 6))
-            if streamed
-            else read_video(plan.video, num_frames=count)
-        )
+        clip = read_video(plan.video, indices=picks) if streamed else read_video(plan.video, num_frames=count)
     if streamed:
+        clip = replace(clip, fps=plan.info.fps)
         video = Footage(count, width, height, path=plan.video, mode="stretch")
     else:
         clip = clip[: nearest_frame_count(len(clip))]  # a damaged file holds fewer than it says
@@ -600,6 +435,10 @@ def run_edit(
         report(step + 1, total, "editing" if step + 1 < total else "decoding")
         return {}
 
+    def passed(frames, what):
+        written[what] = frames
+        report(frames, count, what)
+
     edited = pipe(
         plan.instruction,
         video=video,
@@ -607,7 +446,7 @@ def run_edit(
         height=height,
         width=width,
         num_frames=count,
-        num_inference_steps=asked,
+        num_inference_steps=steps,
         strength=plan.strength,
         guidance_scale=plan.guidance_scale,
         generator=torch.Generator().manual_seed(plan.seed),
@@ -616,27 +455,13 @@ def run_edit(
     ).frames[0]
     report(total, total, "writing")
     if streamed:
-        done = {}
-
-        def written(frames, what):
-            done[what] = frames
-            report(frames, count, what)
-
         sized = (resize_frames(piece, clip.width, clip.height, mode="stretch") for piece in edited)
-        write_edit(plan, replace(clip, fps=plan.info.fps), sized, sample_indices(count, 6), written)
-        count = done["writing"]
+        _write_edit(plan, clip, sized, picks, passed)
+        count = written["writing"]
     else:
-        write_edit(plan, clip, resize_frames(edited, clip.width, clip.height, mode="stretch"))
-    return EditedFile(
-        plan.out,
-        plan.strip,
-        plan.comparison,
-        count,
-        (clip.width, clip.height),
-        (width, height),
-        edited_span(plan, count, limits),
-        time.perf_counter() - began,
-    )
+        _write_edit(plan, clip, resize_frames(edited, clip.width, clip.height, mode="stretch"))
+    size, note, seconds = (clip.width, clip.height), _edited_span(plan, count, limits), time.perf_counter() - began
+    return EditedFile(plan.out, plan.strip, plan.comparison, count, size, (width, height), note, seconds)
 
 # %% ../../nbs/library/13_files.ipynb #4e1dc629
 def edit_file(
@@ -646,29 +471,25 @@ def edit_file(
     references=(),  # one or several image paths, PIL images or arrays
     out: str | Path | None = None,  # file for the result; None makes one in the settings' output folder
     progress: Callable | None = None,  # called as (done, total, what) along the way
-    **options,  # further arguments of `plan_edit`
+    **options,  # further fields of `EditPlan`
 ) -> EditedFile:
     "Edit a file: the result has the source's size, rate and sound."
     return run_edit(pipe, plan_edit(video, instruction, references, out, **options), progress)
 
 # %% ../../nbs/library/13_files.ipynb #b17e0002
-ROW_NAMES = dict(
-    video=("video", "src_video"),
-    instruction=("instruction", "prompt"),
-    reference=("reference", "ref_image"),
-    out=("out",),
-)  # what a line says -> its names for it
-ROW_OPTIONS = (
-    "compare",
-    "seed",
-    "steps",
-    "frames",
-    "whole",
-    "size",
-    "strength",
-    "guidance_scale",
-)  # further arguments of `plan_edit` that it may hold
-ROW_NOTES = ("iid", "tgt_video", "task")  # columns of published tables that say nothing about an edit
+_ROW_NAMES = {"src_video": "video", "prompt": "instruction", "ref_image": "reference"}  # of published tables
+_ROW_OPTIONS = ("compare", "seed", "steps", "frames", "whole", "size", "strength", "guidance_scale")
+_ROW_NOTES = ("iid", "tgt_video", "task")  # columns of published tables that say nothing about an edit
+_KINDS = {f.name: f.type.removesuffix(" | None") for f in fields(EditPlan)}
+_WORDS = {
+    "video": "a path",
+    "out": "a name",
+    "reference": "a path or a list of paths",
+    "tuple": '"WIDTHxHEIGHT" or [width, height]',
+    "float": "a number",
+    "int": "a whole number",
+    "bool": "true or false",
+}
 
 
 def parse_size(
@@ -683,22 +504,24 @@ def parse_size(
     return int(match[1]), int(match[2])
 
 
-def _option(name, value):
+def _value(name, value):
     "A value of a line as `plan_edit` takes it."
-    kind = inspect.signature(plan_edit).parameters[name].annotation.split(" |")[0]
-    if kind == "tuple":
-        if isinstance(value, str):
-            return parse_size(value)
-        if isinstance(value, list) and [type(v) for v in value] == [int, int]:
-            return tuple(value)
-    elif kind == "float" and (type(value) is float or type(value) is int and abs(value) < 2**63):
+    kind = name if name in _WORDS else _KINDS[name]
+    if name == "reference" and isinstance(value, (str, list)):
+        value = value if isinstance(value, list) else [value] if value else []
+        if all(isinstance(path, str) and path for path in value):
+            return value
+    elif name == "instruction" or kind == name and isinstance(value, str) and value:
+        return value  # what is wrong with an instruction, its own check says
+    elif kind == "tuple" and isinstance(value, str):
+        return parse_size(value)
+    elif kind == "tuple" and isinstance(value, list) and [type(side) for side in value] == [int, int]:
+        return tuple(value)
+    elif kind == "float" and type(value) is int and abs(value) < 2**63:
         return float(value)
     elif type(value).__name__ == kind:
         return value  # `True` is no whole number
-    what = dict(
-        tuple='"WIDTHxHEIGHT" or [width, height]', float="a number", int="a whole number", bool="true or false"
-    )[kind]
-    raise InputError(f"`{name}` has to be {what} but is {value!r}.")
+    raise InputError(f"`{name}` has to be {_WORDS[kind]} but is {value!r}.")
 
 
 def _once(pairs):
@@ -708,71 +531,35 @@ def _once(pairs):
     return dict(pairs)
 
 
-def parse_row(
-    line: bytes,  # of a list
-) -> dict:  # "video", "instruction", "reference", "out" and options, as far as they are given
-    "What a line says, in the names and kinds of `plan_edit`."
+def _parse_row(line):
+    "What a line of a list says, in the names and kinds of `plan_edit`."
     try:
         row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise InputError(f"`line` has to be a JSON object in UTF-8, each name once, but is not: {error}.") from error
     if not isinstance(row, dict):
         raise InputError(f"`line` has to be a JSON object but is {str(row)[:60]!r}.")
-    found, known = (
-        {},
-        {name: what for what, names in ROW_NAMES.items() for name in names} | {name: name for name in ROW_OPTIONS},
-    )
+    found, known = {}, ("video", "instruction", "reference", "out", *_ROW_NAMES, *_ROW_OPTIONS)
     for name, value in row.items():
-        if name in ROW_NOTES or value is None:
+        what = _ROW_NAMES.get(name, name)
+        if name in _ROW_NOTES or value is None:
             continue
         if name not in known:
             raise InputError(f"`line` has to have names out of {', '.join(known)} but has {name!r}.")
-        what = known[name]
         if what in found:
-            raise InputError(
-                f"`{what}` has to be given once but is there as {' and '.join(n for n in ROW_NAMES[what] if n in row)}."
-            )
-        if what in ROW_OPTIONS:
-            value = _option(what, value)
-        elif what == "reference":
-            value = [value] if isinstance(value, str) and value else value or []
-        if what == "reference" and not (isinstance(value, list) and all(isinstance(v, str) and v for v in value)):
-            raise InputError(f"`reference` has to be a path or a list of paths but is {value!r}.")
-        if what in ("video", "out") and not (isinstance(value, str) and value):
-            raise InputError(f"`{what}` has to be a {'path' if what == 'video' else 'name'} but is {value!r}.")
-        found[what] = value
+            raise InputError(f"`{what}` has to be given once but {name!r} is there too.")
+        found[what] = _value(what, value)
     return found
 
 # %% ../../nbs/library/13_files.ipynb #b17e0005
-def sampled_digest(
-    path: Path,  # file, or folder: then of the names and files in it
-    blocks: int = 16,  # that are looked at, evenly spaced from the first byte to the last
-    block: int = 1 << 16,  # bytes
-) -> str:  # 64 hexadecimal digits
-    "SHA-256 of a file's size and of a sample of its bytes; up to 1 MiB that is all of them."
-    digest = hashlib.sha256()
-    if path.is_dir():
-        for file in sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")):
-            digest.update(f"{file.name}\n{sampled_digest(file, blocks, block)}\n".encode("utf-8", "surrogateescape"))
-        return digest.hexdigest()
-    size = path.stat().st_size
-    digest.update(f"{size}\n".encode())
-    with open(path, "rb") as file:
-        for i in range(blocks):
-            file.seek(i * max(0, size - block) // (blocks - 1))
-            digest.update(file.read(block))
-    return digest.hexdigest()
-
-
 def _model_digest(folder):
     "Of what makes a model: its index, configs, weights and vocabulary."
-    files = [
-        folder / "model_index.json",
-        *sorted(f for f in folder.glob("*/*") if f.suffix in (".json", ".safetensors", ".txt", ".jinja")),
-    ]
-    return hashlib.sha256(
-        "".join(f"{f.relative_to(folder).as_posix()} {sampled_digest(f)}\n" for f in files).encode()
-    ).hexdigest()
+    kinds = (".json", ".safetensors", ".txt", ".jinja")
+    files = [folder / "model_index.json", *(f for f in folder.glob("*/*") if f.suffix in kinds)]
+    return digest({f.relative_to(folder).as_posix(): f for f in files})
+
+
+sampled_digest = digest  # the name by which the benchmarks ask for it
 
 # %% ../../nbs/library/13_files.ipynb #b17e0008
 @dataclass(frozen=True)
@@ -789,15 +576,6 @@ class EditRow:
     def name(self) -> str:
         return self.plan.out.name
 
-    @property
-    def files(self) -> list[Path]:
-        return [p for p in (self.plan.out, self.plan.strip, self.plan.comparison) if p]
-
-    def whole_plan(self, overwrite: bool) -> EditPlan:
-        "The plan with its pictures, for `run_edit`."
-        with renamed("`path`", "`reference`"):
-            return replace(self.plan, references=tuple(map(read_image, self.references)), overwrite=overwrite)
-
 
 @dataclass(frozen=True)
 class BadEdit:
@@ -812,25 +590,21 @@ class BadEdit:
 
 
 class BadEdits(InputError):
-    "Rows of a list that keep it from being started."
+    "Rows of a list that keep it from being started: `bad`, out of `total`."
 
-    def __init__(
-        self,
-        bad: list,  # of `BadEdit`
-        total: int,  # rows of the list
-    ):
+    def __init__(self, bad: list, total: int):
         super().__init__(bad, total)
         self.bad, self.total = bad, total
 
     def __str__(self):
-        return f"`path` has to be a list of edits that can be done, unless `skip_bad` is set, but {len(self.bad)} of {self.total} rows are bad, the first is {self.bad[0]}"
+        few = f"{len(self.bad)} of {self.total} rows are bad, the first is {self.bad[0]}"
+        return f"`path` has to be a list of edits that can be done, unless `skip_bad` is set, but {few}"
 
 
 @dataclass(repr=False)
 class EditList:
     "A list that was read and checked."
 
-    path: Path
     folder: Path  # of the results
     rows: list = field(default_factory=list)  # of `EditRow`
     bad: list = field(default_factory=list)  # of `BadEdit`
@@ -852,93 +626,73 @@ class EditList:
         self.bad = sorted([*self.bad, BadEdit(row.number, reason, row.name)], key=lambda b: b.number)
 
     def _repr_markdown_(self):
-        lines = [repr(self), "", "| row | result | instruction |", "|--:|---|---|"]
-        shown = sorted([*self.rows, *self.bad], key=lambda r: r.number)
-        lines += [
-            f"| {r.number} | {r.name} | {r.plan.instruction} |"
-            if isinstance(r, EditRow)
-            else f"| {r.number} | bad | {r.reason} |"
-            for r in shown[:24]
-        ]
-        return "\n".join(lines + ([f"| | | and {len(shown) - 24} more |"] if len(shown) > 24 else []))
+        lines = [[r.number, r.name, r.plan.instruction] for r in self.rows]
+        lines = sorted(lines + [[b.number, "bad", b.reason] for b in self.bad], key=lambda line: line[0])
+        more = f"and {len(lines) - 24} more" if len(lines) > 24 else ""
+        return Table(repr(self), ["row", "result", "instruction"], lines[:24], note=more)._repr_markdown_()
 
 # %% ../../nbs/library/13_files.ipynb #b17e0011
-def _check_row(number, row, path, folder, stand_in, digests):
+def _check_row(number, row, path, folder):
     "A row as a plan, its files, and what they hold."
     for what in ("video", "instruction"):
         if what not in row:
-            raise InputError(
-                f"`{what}` has to be given, but the row has none{' and nor has the whole list' if what == 'instruction' else ''}."
-            )
-    name, video, references = (
-        row.get("out"),
-        path.parent / Path(row["video"]).expanduser(),
-        tuple(path.parent / Path(r).expanduser() for r in row.get("reference", ())),
-    )
-    if name is not None and (
-        Path(name).name != name or PureWindowsPath(name).name != name or name.startswith(".") or not name.isprintable()
-    ):
-        raise InputError(f"`out` has to be the name of a file in the folder of results but is {name!r}.")
+            raise InputError(f"`{what}` has to be given, by the row or for the whole list.")
+    video = path.parent / Path(row["video"]).expanduser()
+    references = tuple(path.parent / Path(r).expanduser() for r in row.get("reference", ()))
+    options = {option: row[option] for option in _ROW_OPTIONS if option in row}
+    name = row.get("out")
     if name is None:
         with renamed("`path`", "`video`"):
-            name = file_name(f"{number:04d}-{video.stem}", result_suffix(video, video_info(video)))
-    options = {option: row[option] for option in ROW_OPTIONS if option in row}
-    with renamed(str(stand_in), str(folder)):
-        plan = plan_edit(video, row["instruction"], references, stand_in / name, **options)
-    defaults = {option: inspect.signature(plan_edit).parameters[option].default for option in ROW_OPTIONS}
-    asked = dict(instruction=plan.instruction, seed=plan.seed) | {
-        option: value for option, value in options.items() if value != defaults[option] and option != "seed"
-    }
-    for file in (video, *references):
-        if file not in digests:
-            digests[file] = sampled_digest(file)
-    inputs = hashlib.sha256(
-        json.dumps([asked, [digests[file] for file in (video, *references)]], sort_keys=True).encode()
-    ).hexdigest()
-    plan = replace(
-        plan,
-        references=(),
-        out=folder / name,
-        strip=folder / plan.strip.name,
-        comparison=plan.comparison and folder / plan.comparison.name,
-    )
-    return EditRow(
-        number,
-        plan,
-        references,
-        dict(video=row["video"], instruction=plan.instruction, reference=list(row.get("reference", ())))
-        | defaults
-        | asked,
-        inputs,
-    )
+            name = _file_name(f"{number:04d}-{video.stem}", _suffix(video, video_info(video)))
+    elif {Path(name).name, PureWindowsPath(name).name} != {name} or name.startswith(".") or not name.isprintable():
+        raise InputError(f"`out` has to be the name of a file in the folder of results but is {name!r}.")
+    plan, read = _planned(video, row["instruction"], references, folder / name, **options)
+    if long := [file.name for file in plan.files if len(os.fsencode(file.name)) > 255]:
+        raise InputError(f"`out` has to be a name that file systems take but {long[0]!r} is too long.")
+    defaults = {f.name: f.default for f in fields(EditPlan) if f.name in _ROW_OPTIONS}
+    asked = {o: value for o, value in options.items() if value != defaults[o]}
+    asked |= dict(instruction=plan.instruction, seed=plan.seed)
+    said = dict(video=row["video"], reference=list(row.get("reference", ())))
+    return EditRow(number, replace(plan, references=()), references, said | defaults | asked, digest(asked, read))
+
+
+def _checked(number, line, found, path, defaults, taken):
+    "Put a line among the rows of a list, or among the bad ones."
+    own = {}
+    try:
+        own = _parse_row(line)
+        row = _check_row(number, defaults | own, path, found.folder)
+        for file in row.plan.files:
+            if other := taken.get(file.name.casefold()):
+                words = f"{file.name!r} is what row {other} writes, too"
+                raise InputError(f"`out` has to be a name of its own but {words}.")
+    except (ValueError, TypeError, OSError) as error:
+        reason, argument = one_line(error), re.match(r"`(\w+)`", str(error))
+        if reason is None or argument and argument[1] in defaults and argument[1] not in own:
+            raise  # a fault of the kit, or of the whole list
+        found.bad.append(BadEdit(number, reason, own.get("out")))
+    else:
+        found.rows.append(row)
+        taken |= {file.name.casefold(): number for file in row.plan.files}
 
 
 def read_edits(
     path: str | Path,  # .jsonl, one edit a line
-    out: str
-    | Path
-    | None = None,  # folder for the results; None: the list's name with -edited, in the settings' output folder
+    out: str | Path | None = None,  # folder for the results; None: one in the settings' output folder
     progress: Callable | None = None,  # called as (done, total, what) along the way
-    **defaults,  # for rows that say nothing of it: `instruction`, `reference` and the options of `plan_edit` that are in `ROW_OPTIONS`
+    **defaults,  # for rows that say nothing of it: `instruction`, `reference` and options of a row
 ) -> EditList:
     "Check a list of edits before any model is loaded."
-    if wrong := [name for name in defaults if name not in ("instruction", "reference", *ROW_OPTIONS)]:
-        raise InputTypeError(
-            f"`defaults` have to be of instruction, reference, {', '.join(ROW_OPTIONS)} but hold {wrong[0]}."
-        )
-    path, folder = (
-        Path(path).expanduser().absolute(),
-        Path(out).expanduser().absolute()
-        if out is not None
-        else settings().output_dir.absolute() / file_name(Path(path).stem, "-edited"),
-    )
-    reference = defaults.pop("reference", None) or ()
+    known = ("instruction", "reference", *_ROW_OPTIONS)
+    if wrong := [name for name in defaults if name not in known]:
+        raise InputTypeError(f"`defaults` have to be of {', '.join(known)} but hold {wrong[0]}.")
+    path = Path(path).expanduser().absolute()
+    folder = Path(out).expanduser() if out is not None else settings().output_dir / _file_name(path.stem, "-edited")
+    folder = folder.absolute()
     defaults = {name: value for name, value in defaults.items() if value is not None}
-    if reference:
-        defaults["reference"] = [
-            str(Path(r).expanduser().absolute())
-            for r in ([reference] if isinstance(reference, (str, Path)) else reference)
-        ]
+    if reference := defaults.pop("reference", None):
+        paths = [reference] if isinstance(reference, (str, Path)) else reference
+        defaults["reference"] = [str(Path(r).expanduser().absolute()) for r in paths]
     if not path.is_file():
         raise FileNotFoundError(f"`path` has to be an existing list of edits but {str(path)!r} is none.")
     lines = [(number, line) for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
@@ -947,139 +701,95 @@ def read_edits(
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"`out` has to be a folder for a list but {str(folder)!r} is a file.")
     check_outputs([next(p for p in (folder, *folder.parents) if p.exists()) / "result"], [])
-    found, digests, taken = EditList(path, folder), {}, {}
-    with tempfile.TemporaryDirectory() as stand_in:
-        for done, (number, line) in enumerate(lines):
-            if progress:
-                progress(done, len(lines), "checking")
-            own = {}
-            try:
-                own = parse_row(line)
-                row = _check_row(number, defaults | own, path, folder, Path(stand_in), digests)
-                for file in row.files:
-                    if other := taken.get(file.name.casefold()):
-                        raise InputError(
-                            f"`out` has to be a name of its own but {file.name!r} is what row {other} writes, too."
-                        )
-            except (ValueError, TypeError, OSError) as error:
-                reason, argument = one_line(error), re.match(r"`(\w+)`", str(error))
-                if reason is None or argument and argument[1] in defaults and argument[1] not in own:
-                    raise  # a fault of the kit, or of the whole list
-                found.bad.append(BadEdit(number, reason, own.get("out")))
-                continue
-            found.rows.append(row)
-            taken |= {file.name.casefold(): number for file in row.files}
+    found, taken = EditList(folder), {}
+    for done, (number, line) in enumerate(lines, 1):
+        _checked(number, line, found, path, defaults, taken)
+        if progress:
+            progress(done, len(lines), "checking")
     read = {file.resolve() for row in found.rows for file in (row.plan.video, *row.references)}
     for row in list(found.rows):
-        for file in row.files:
-            if {file.resolve(), folder.resolve()} & read:
-                found.refuse(
-                    row,
-                    f"`out` has to be another file than those that are read, and not among them, but {str(file)!r} is.",
-                )
-                break
-    if progress:
-        progress(len(lines), len(lines), "checked")
+        if own := [file for file in row.plan.files if {file.resolve(), folder.resolve()} & read]:
+            words = f"{str(own[0])!r} is"
+            found.refuse(
+                row, f"`out` has to be another file than those that are read, and not among them, but {words}."
+            )
     return found
 
 # %% ../../nbs/library/13_files.ipynb #b17e0017
-class Ledger:
-    "What a folder knows of its results: a line in results.jsonl for each edit that has ended, a note of those under way."
+def _last_records(path):
+    "The last line about each result, by its name."
+    begins = path.read_bytes()[:8] if path.is_file() else b""
+    if begins and begins not in (b'{"key": ', b'{"row": '):
+        words = f"that in {str(path.parent)!r} was not"
+        raise InputError(f"`out` has to be a folder whose results.jsonl was written by a list of edits, but {words}.")
+    records = [record for record in read_lines(path) if record.get("status") != "bad"]
+    return {record.get("out") or record.get("key", "").split(" ", 1)[-1]: record for record in records}
 
-    def __init__(
-        self,
-        folder: Path,  # of results, which no other run is writing to
-    ):
-        self.folder, self.path, self.note = folder, folder / "results.jsonl", folder / ".unfinished.json"
-        self.records = {}  # name of a result -> its last record: "done" or "failed"
-        data = self.path.read_bytes() if self.path.exists() else b""
-        *lines, torn = data.split(b"\n")
-        foreign = InputError(
-            f"`out` has to be a folder whose results.jsonl, if there is one, was written by a list of edits, but that in {str(folder)!r} was not."
-        )
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                raise foreign from None
-            if not isinstance(record, dict) or not {"row", "status", "out", "fingerprint"} <= set(record):
-                raise foreign
-            if record["status"] != "bad":
-                self.records[record["out"]] = record
-        if not torn.startswith(b'{"row": '[: len(torn)]):
-            raise foreign
-        if torn:
-            os.truncate(self.path, len(data) - len(torn))
-        noted = json.loads(self.note.read_text(encoding="utf-8")) if self.note.exists() else {}
-        self.unsure = {
-            name for name, mark in noted.items() if not self.has(name, mark)
-        }  # what a killed run may have written, or not
 
-    def has(self, name: str, mark: str) -> bool:
-        "Whether a result is recorded as done from these inputs."
-        record = self.records.get(name)
-        return record is not None and record["status"] == "done" and record["fingerprint"] == mark
+def _write_records(path, records):
+    lines = (json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") for record in records)
+    with replacing(path, overwrite=True) as temporary:
+        temporary.write_bytes(b"".join(line + b"\n" for line in lines))
 
-    def begin(self, marks: dict):  # name of a result -> fingerprint
-        "Note what is going to be written."
-        with replacing(self.note, overwrite=True) as temporary:
-            temporary.write_text(json.dumps(marks), encoding="utf-8")
 
-    def add(self, record: dict):
-        "Write a line."
-        with open(self.path, "ab") as file:
-            file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
-        if record["status"] != "bad":
-            self.records[record["out"]] = record
+def _record(row, key, model):
+    "The line of an edit that is about to be done; the lines that follow say more."
+    said = dict(
+        key=key, row=row.number, status="failed", out=row.name, seconds=None, error="the run was stopped", note=""
+    )
+    return said | dict(settings=row.settings | dict(model=model))
 
-    def end(
-        self, bad: list, unsure: dict
-    ):  # records of bad rows; names of results that may be there or not, with fingerprints
-        "One line for each row, in order; the note goes, or keeps what is unsure."
-        lines = sorted([*self.records.values(), *bad], key=lambda record: record["row"])
-        with replacing(self.path, overwrite=True) as temporary:
-            temporary.write_bytes(
-                b"".join(
-                    json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n" for line in lines
-                )
-            )
-        if unsure:
-            self.begin(unsure)
+
+def _bad_record(bad):
+    said = dict(key=None, row=bad.number, status="bad", out=bad.name)
+    return said | dict(seconds=None, error=bad.reason, note="", settings=None)
+
+
+def _row_number(record):
+    return record.get("row", 0)
+
+
+def _survey(edits, last, keys, overwrite):
+    "The rows that are left to do, by their keys. Rows whose place is taken become bad ones."
+    todo = {}
+    for row in list(edits.rows):
+        record, key = last.get(row.name, {}), keys[row.number]
+        done = record.get("key") == key and record["error"] is None
+        ours = done or record.get("seconds", 0) is None  # a run that was stopped may have left its files
+        taken = [file.name for file in row.plan.files if file.exists()]
+        if done and row.plan.out.exists():
+            continue
+        if not taken or ours or overwrite:
+            todo[key] = row
+        elif record.get("error", "") is None:
+            was, now = record["settings"], json.loads(json.dumps(row.settings))
+            changed = [name for name in now if was.get(name) != now[name]]
+            how = f"with another {' and '.join(changed)}" if changed else "from other files or by another model"
+            rule = "`out` has to be a new file or the same edit's unless `overwrite` is set"
+            edits.refuse(row, f"{rule} but {row.name!r} was made {how}.")
         else:
-            self.note.unlink(missing_ok=True)
-
-    def sweep(self):
-        "Delete the temporary files of a run that was killed."
-        for file in self.folder.glob(".????????.*"):
-            if file.suffix.lower() in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES, ".json", ".jsonl"):
-                file.unlink(missing_ok=True)
+            edits.refuse(row, f"`out` has to be a new file unless `overwrite` is set but {taken[0]!r} exists.")
+    return todo
 
 # %% ../../nbs/library/13_files.ipynb #b17e0020
-def _outcome(pipe, row, overwrite, report):
-    "Do an edit; what has become of it, for its record."
-    began, error, note, more = time.perf_counter(), None, "", {}
-    try:
-        note = run_edit(pipe, row.whole_plan(overwrite), report).note
-    except Exception as fault:  # the other rows have nothing to do with it
-        error = one_line(fault)
-        if error is None:
-            error, more = (
-                f"{type(fault).__name__}: {' '.join(str(fault).split())}",
-                dict(traceback=traceback.format_exc()),
-            )  # a fault of the kit
-    return (
-        dict(
-            status="failed" if error else "done", seconds=round(time.perf_counter() - began, 3), error=error, note=note
-        )
-        | more
-    )
+def _edit_row(row, model, pipe, progress=None):
+    "Do the edit of a row; what its record says."
+    with renamed("`path`", "`reference`"):
+        pictures = tuple(map(read_image, row.references))
+    note = run_edit(pipe, replace(row.plan, references=pictures, overwrite=True), progress).note
+    return dict(row=row.number, status="done", out=row.name, note=note, settings=row.settings | dict(model=model))
 
 
-def _in_process(jobs, load, report):
-    "Outcomes of rows, one after the other."
-    pipe = load()
-    for row, overwrite in jobs:
-        yield row, _outcome(pipe, row, overwrite, partial(report, row))
+_worker = {}  # of a process of a pool: its device
+
+
+@functools.cache
+def _worker_model(folder):
+    return load_model(folder, _worker["device"])
+
+
+def _edit_in_worker(row, model, folder):
+    return _edit_row(row, model, _worker_model(folder))
 
 
 def _leave_with_parent():
@@ -1087,8 +797,8 @@ def _leave_with_parent():
     os._exit(1)
 
 
-def _serve(connection, folder, device, threads):
-    "A process that edits what it is sent."
+def _start_worker(turn, devices, threads):
+    "What a process of a pool does first."
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that was started
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     import diffusers, torch, transformers
@@ -1098,95 +808,27 @@ def _serve(connection, folder, device, threads):
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
     torch.set_num_threads(threads)
-    try:
-        pipe = load_model(folder, device)
-    except Exception as error:
-        return connection.send(("broken", error))
-    connection.send(("ready", None))
-    while job := connection.recv():
-        connection.send(
-            ("outcome", _outcome(pipe, *job, lambda done, total, what: connection.send(("progress", what))))
-        )
+    with turn.get_lock():
+        _worker["device"] = devices[turn.value % len(devices)]
+        turn.value += 1
 
 
-@contextlib.contextmanager
-def _deaf():
-    "What is started in the block does not hear Ctrl-C."
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+class _Pool(ProcessPoolExecutor):
+    "Processes that edit. What is started here does not hear Ctrl-C."
 
+    def __init__(self, number, devices, threads):
+        context = multiprocessing.get_context("spawn")
+        arguments = context.Value("i", 0), devices, threads
+        super().__init__(number, context, initializer=_start_worker, initargs=arguments)
 
-def _in_workers(jobs, number, folder, devices, threads, report):
-    "Outcomes of rows from several processes, as they come."
-    jobs, working, started, context = deque(jobs), {}, [], multiprocessing.get_context("spawn")
-
-    def start(device):
-        ours, theirs = context.Pipe()
-        started.append(context.Process(target=_serve, args=(theirs, folder, device, threads), daemon=True))
-        with _deaf():
-            started[-1].start()
-        theirs.close()
-        working[ours] = started[-1], device, None  # no job: it is loading
-
-    try:
-        for k in range(min(number, len(jobs))):
-            start(devices[k % len(devices)])
-        while working:
-            spoke = wait(list(working), timeout=0.5)
-            if not spoke:
-                report()  # so that the caller can stop this
-            for ours in spoke:
-                process, device, job = working.pop(ours)
-                try:
-                    kind, what = ours.recv()
-                except (EOFError, OSError):
-                    process.join()
-                    how = (
-                        f"ended by signal {-process.exitcode}"
-                        if process.exitcode < 0
-                        else f"ended with code {process.exitcode}"
-                    )
-                    if job is None and not working:
-                        raise InputError(
-                            f"`workers` have to fit into memory but the last has {how} while it loaded the model."
-                        ) from None
-                    if job and jobs:
-                        start(device)
-                    if job:
-                        yield (
-                            job[0],
-                            dict(
-                                status="failed",
-                                seconds=None,
-                                error=f"`workers` have to last, but the one with this row has {how}, most likely for want of memory.",
-                                note="",
-                                lost=True,
-                            ),
-                        )
-                    continue
-                if kind == "broken":
-                    raise what
-                if kind == "progress":
-                    report(job[0], what=what)
-                following = job if kind == "progress" else jobs.popleft() if jobs else None
-                if kind != "progress":
-                    with contextlib.suppress(OSError):
-                        ours.send(following)  # if it was killed meanwhile, the pipe says so next
-                if following:
-                    working[ours] = process, device, following
-                if kind == "outcome":
-                    yield job[0], what
-    finally:
-        for process in started:
-            process.kill()
-        for process in started:
-            process.join()
+    def submit(self, *args, **kwargs):
+        if threading.current_thread() is not threading.main_thread():
+            return super().submit(*args, **kwargs)
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            return super().submit(*args, **kwargs)
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 # %% ../../nbs/library/13_files.ipynb #b17e0022
 @dataclass
@@ -1196,7 +838,6 @@ class EditRun:
     edits: EditList = field(repr=False)
     records: list = field(repr=False)  # of all rows in order, as in results.jsonl
     before: int  # rows that earlier runs had done
-    lost: int  # processes that ended by themselves
     seconds: float  # of this run
 
     @property
@@ -1204,79 +845,79 @@ class EditRun:
         return {status: sum(r["status"] == status for r in self.records) for status in ("done", "failed", "bad")}
 
     @property
+    def lost(self) -> int:
+        "Rows whose process has ended."
+        return sum(r["status"] == "failed" and r["seconds"] is None for r in self.records)
+
+    @property
     def results(self) -> list[Path]:
         return [self.edits.folder / r["out"] for r in self.records if r["status"] == "done"]
 
     def summary(self) -> str:
         "One line."
-        counts = self.counts
-        parts = [f"{counts['done']} of {len(self.records)} rows done"] + [f"{self.before} of them before"] * bool(
-            self.before
-        )
-        parts += [f"{counts[status]} {status}" for status in ("failed", "bad") if counts[status]] + [
-            f"workers lost: {self.lost}"
-        ] * bool(self.lost)
-        return ", ".join(parts) + f" ({self.seconds:.1f} s)"
+        numbers = self.counts
+        parts = [f"{numbers['done']} of {len(self.records)} rows done"]
+        parts += [f"{self.before} of them before"] if self.before else []
+        parts += [f"{numbers[status]} {status}" for status in ("failed", "bad") if numbers[status]]
+        parts += [f"workers lost: {self.lost}"] if self.lost else []
+        return f"{', '.join(parts)} ({self.seconds:.1f} s)"
 
     def _repr_markdown_(self):
         most = 24
         shown = self.records if len(self.records) <= most else [r for r in self.records if r["status"] != "done"][:most]
-        rows = [
-            f"| {r['row']} | {r['status']} | {r['out'] or ''} | {'' if r['seconds'] is None else format(r['seconds'], '.2f')} | {r['error'] or r['note'] or ''} |"
-            for r in shown
-        ]
-        return "\n".join([self.summary(), "", "| row | status | result | seconds | |", "|--:|---|---|--:|---|", *rows])
-
-
-def _survey(edits, ledger, marks, overwrite):
-    "What is left to do, as (row, whether its files may be replaced). Rows whose place is taken become bad ones."
-    todo = []
-    for row in list(edits.rows):
-        last, done = ledger.records.get(row.name), ledger.has(row.name, marks[row.name])
-        if row.name in ledger.unsure:
-            todo.append((row, True))
-        elif done and row.plan.out.exists():
-            continue
-        elif done or overwrite:
-            todo.append((row, True))  # of one that is gone, the film strip may be there still
-        else:
-            try:
-                check_outputs(row.files, [])
-            except FileExistsError as error:
-                changed = [
-                    name
-                    for name, value in row.settings.items()
-                    if last and last["settings"].get(name) != json.loads(json.dumps(value))
-                ]
-                how = f"with another {' and '.join(changed)}" if changed else "from other files or by another model"
-                edits.refuse(
-                    row,
-                    f"`out` has to be a new file or the same edit's unless `overwrite` is set but {row.name!r} was made {how}."
-                    if last and last["status"] == "done"
-                    else str(error),
-                )
-            else:
-                todo.append((row, False))
-    return todo
+        rows = [[r["row"], r["status"], r["out"], r["seconds"], r["error"] or r["note"]] for r in shown]
+        return Table(self.summary(), ["row", "status", "result", "seconds", ""], rows)._repr_markdown_()
 
 
 @contextlib.contextmanager
 def _alone(folder):
     "Make a folder, and be the only run that writes to it."
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PermissionError(
-            f"`out` has to be a folder that can be made but {str(folder)!r} is not: {error.strerror}."
-        ) from error
+    _make_folder(folder, "out")
     try:
         lock = FileLock(folder / ".lock", timeout=0).acquire()
     except Timeout:
-        raise InputError(
-            f"`out` has to be a folder that no other run writes to but one writes to {str(folder)!r} now."
-        ) from None
+        words = f"one writes to {str(folder)!r} now"
+        raise InputError(f"`out` has to be a folder that no other run writes to but {words}.") from None
     with lock:
-        yield
+        _sweep(folder)
+        try:
+            yield
+        finally:
+            _sweep(folder)
+
+
+def _sweep(folder):
+    "Delete the temporary files of processes that were killed."
+    for file in folder.glob(".????????.*"):
+        if file.suffix.lower() in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES, ".jsonl"):
+            file.unlink(missing_ok=True)
+
+
+def _do_rows(todo, path, model, where, workers, stage, say):
+    "The outcomes of rows, by this process or by several."
+    import torch
+
+    number = min(workers, len(todo))
+    each = lambda record: stage(f"row {todo[record['key']].number} has ended", 1)
+    if number == 0:
+        return {}
+    if number == 1:
+        pipe = load_model(model, where, say=say)
+        work = lambda row: _edit_row(row, model, pipe, lambda done, total, what: stage(f"row {row.number}: {what}"))
+        return run_rows(todo, work, path, label="", each=each)
+    several = where.type == "cuda" and where.index is None
+    devices = [f"cuda:{k}" for k in range(torch.cuda.device_count())] if several else [str(where)]
+    pool = partial(_Pool, number, devices, max(1, torch.get_num_threads() // number))
+    if say:
+        say(f"loading {model} in {number} processes ({where})")
+    others = multiprocessing.active_children()
+    try:
+        work = partial(_edit_in_worker, model=model, folder=find_model(model))
+        return run_rows(todo, work, path, pool, ahead=number, label="", each=each)
+    finally:
+        for process in set(multiprocessing.active_children()).difference(others):
+            process.kill()
+            process.join()
 
 
 def run_edits(
@@ -1290,84 +931,42 @@ def run_edits(
     say: Callable | None = None,  # called with a line when the weights are read
 ) -> EditRun:
     "Do a list of edits. What earlier runs have done is kept."
-    report, began, edits = (
-        progress or (lambda done, total, what: None),
-        time.perf_counter(),
-        replace(edits),
-    )  # a row may turn out to be bad
     if workers < 1:
         raise InputError(f"`workers` has to be at least 1 but is {workers}.")
+    began, edits, path = time.perf_counter(), replace(edits), edits.folder / "results.jsonl"
     edits.check(skip_bad)
-    import torch
-
-    where, folder = choose_device(device or settings().device), find_model(model)
-    model = str(model or settings().checkpoint)
-    if limits := Limits.read(folder):
-        for row in list(edits.rows):
-            try:
-                row.plan.check(limits)
-            except ValueError as error:
-                edits.refuse(row, str(error))
-        edits.check(skip_bad)
-    with _alone(edits.folder):
-        ledger, model_digest = Ledger(edits.folder), _model_digest(folder)
-        marks = {
-            row.name: hashlib.sha256(f"{row.inputs} {model_digest}".encode()).hexdigest()[:16] for row in edits.rows
-        }
-        todo = _survey(edits, ledger, marks, overwrite)
-        edits.check(skip_bad)
-        ledger.sweep()
-        ledger.begin({name: marks[name] for name in [row.name for row, _ in todo]})
-        total, before, ended, now = len(edits.rows), len(edits.rows) - len(todo), [], "loading"
-
-        def stage(row=None, done=0, steps=0, what=""):
-            nonlocal now
-            if row:
-                now = f"row {row.number}: {what}"
-            report(before + len(ended), total, now)
-
-        number = min(workers, len(todo))
-        stage()
-        if number > 1:
-            if say:
-                say(f"loading {model} in {number} processes ({where})")
-            devices = (
-                [f"cuda:{k}" for k in range(torch.cuda.device_count())]
-                if where.type == "cuda" and where.index is None
-                else [str(where)]
-            )
-            outcomes = _in_workers(todo, number, folder, devices, max(1, torch.get_num_threads() // number), stage)
-        else:
-            outcomes = _in_process(todo, lambda: load_model(model, device, say=say), stage) if todo else iter(())
+    where, model = choose_device(device or settings().device), str(model or settings().checkpoint)
+    folder = find_model(model)
+    limits = Limits.read(folder)
+    for row in list(edits.rows) if limits else ():
         try:
-            for row, outcome in outcomes:
-                ledger.add(
-                    dict(row=row.number, status=outcome.pop("status"), out=row.name)
-                    | outcome
-                    | dict(settings=row.settings | dict(model=model), fingerprint=marks[row.name])
-                )
-                ended.append(row)
-                report(before + len(ended), total, now)
-        finally:
-            if todo:
-                outcomes.close()
-            ledger.sweep()
+            row.plan.check(limits)
+        except InputError as error:
+            edits.refuse(row, str(error))
+    edits.check(skip_bad)
+    with _alone(edits.folder):
+        last, weights = _last_records(path), _model_digest(folder)
+        keys = {row.number: f"{digest(row.inputs, weights)[:16]} {row.name}" for row in edits.rows}
+        todo = _survey(edits, last, keys, overwrite)
+        edits.check(skip_bad)
+        again = {row.name for row in todo.values()}
+        kept = [record for name, record in last.items() if name not in again]
+        _write_records(path, kept + [_record(row, key, model) for key, row in todo.items()])
+        total, before = len(edits.rows), len(edits.rows) - len(todo)
+        done = before
+
+        def stage(what, more=0):
+            nonlocal done
+            done += more
+            if progress:
+                progress(done, total, what)
+
+        stage("loading")
+        outcomes = _do_rows(todo, path, model, where, workers, stage, say)
         for row in edits.rows:
-            ledger.records[row.name]["row"] = row.number
-        bad = [
-            dict(
-                row=b.number,
-                status="bad",
-                out=b.name,
-                seconds=None,
-                error=b.reason,
-                note="",
-                settings=None,
-                fingerprint=None,
-            )
-            for b in edits.bad
-        ]
-        lost = [row.name for row in ended if ledger.records[row.name].get("lost")]
-        ledger.end([b for b in bad if b["out"] not in ledger.records], {name: marks[name] for name in lost})
-    records = sorted([ledger.records[row.name] for row in edits.rows] + bad, key=lambda record: record["row"])
-    return EditRun(edits, records, before, len(lost), time.perf_counter() - began)
+            key = keys[row.number]
+            last[row.name] = _record(row, key, model) | outcomes.get(key, last.get(row.name)) | {"row": row.number}
+        bad = [_bad_record(b) for b in edits.bad]
+        _write_records(path, sorted([*last.values(), *(b for b in bad if b["out"] not in last)], key=_row_number))
+    records = sorted([*(last[row.name] for row in edits.rows), *bad], key=_row_number)
+    return EditRun(edits, records, before, time.perf_counter() - began)

@@ -31,12 +31,9 @@ from ..pipeline import KiwiEditPipeline, find_checkpoint
 from ..records import replacing_folder
 
 # %% auto #0
-__all__ = ['logger', 'WAN_NAMES', 'VAE_NAMES', 'VAE_BLOCK_NAMES', 'TRAINER_NAMES', 'REFERENCE_PARTS', 'OFFICIAL_GUIDANCE',
-           'DIFFUSERS_OPTIONS', 'WRITERS', 'read_config', 'Stored', 'weight_files', 'open_weights', 'check_dtype',
-           'fill', 'build', 'wan_name', 'native_wan_name', 'native_vae_name', 'qwen_name', 'old_qwen_name',
-           'trainer_name', 'vae_config', 'load_official', 'find_base', 'merge_lora', 'load_transformer',
-           'load_trainer_checkpoint', 'load_kit', 'official_reasons', 'write_official', 'write_trainer', 'load_any',
-           'convert', 'stored_dtype']
+__all__ = ['logger', 'DIFFUSERS_OPTIONS', 'WRITERS', 'read_config', 'Stored', 'open_weights', 'check_dtype', 'fill', 'build',
+           'native_wan_name', 'trainer_name', 'load_official', 'find_base', 'merge_lora', 'load_transformer',
+           'load_trainer_checkpoint', 'load_kit', 'load_any', 'convert', 'stored_dtype']
 
 # %% ../../nbs/library/20_checkpoints.ipynb #7f8dc21b
 logger = logging.getLogger(__name__)
@@ -130,11 +127,8 @@ def _variant_of(file):
     return found[1] if found else ""
 
 
-def weight_files(
-    folder: Path,  # of a component
-    variant: str | None = None,  # the plain ones where the component has none of it
-) -> list[Path]:
-    "The files of weights; of several variants of a model one."
+def _weight_files(folder, variant=None):
+    "The files of a component's weights: those of a variant, or the plain ones where it has none."
     found = {}
     for file in sorted(Path(folder).glob("*.safetensors")):
         found.setdefault(_variant_of(file), []).append(file)
@@ -168,7 +162,7 @@ def open_weights(
 
 def _whole(folder, variant):
     "The files of a folder's weights; shards that its index names have to be among them."
-    files = weight_files(folder, variant)
+    files = _weight_files(folder, variant)
     if not files:
         raise FileNotFoundError(f"`folder` has to hold .safetensors files but {str(folder)!r} does not.")
     kind = _variant_of(files[0])
@@ -278,7 +272,7 @@ def build(
         raise InputError(f"`{origin}` has to describe a {kind.__name__} but does not: {reason}") from error
 
 # %% ../../nbs/library/20_checkpoints.ipynb #1141141b
-WAN_NAMES = (  # native name, diffusers' name
+_WAN_NAMES = (  # native name, diffusers' name
     ("blocks.N.self_attn.", "blocks.N.attn1."),
     ("blocks.N.cross_attn.", "blocks.N.attn2."),
     ("blocks.N.ffn.0.", "blocks.N.ffn.net.0.proj."),
@@ -304,11 +298,9 @@ def _renamed(name, pairs):
     return found and found.replace("blocks.N", block, 1)
 
 
-def wan_name(
-    name: str,  # a native tensor name of Wan's denoiser
-) -> str | None:  # None where it is none
-    "The name that `WanTransformer3DModel` uses."
-    name = _renamed(name, WAN_NAMES)
+def _wan_name(name):
+    "The name that `WanTransformer3DModel` uses for a native tensor of Wan's denoiser; None where it is none."
+    name = _renamed(name, _WAN_NAMES)
     return name and re.sub(r"(\.attn[12]\.)([qkvo])\.", lambda m: f"{m[1]}{_ATTENTION[m[2]]}.", name)
 
 
@@ -318,14 +310,14 @@ def native_wan_name(
     "The name in the original release and in the trainer."
     back = {theirs: ours for ours, theirs in _ATTENTION.items()}
     name = re.sub(r"(\.attn[12]\.)(to_q|to_k|to_v|to_out\.0)\.", lambda m: f"{m[1]}{back[m[2]]}.", name)
-    return _renamed(name, _turned(WAN_NAMES))
+    return _renamed(name, _turned(_WAN_NAMES))
 
 
 def _turned(pairs):
     return [(new, old) for old, new in pairs]
 
 # %% ../../nbs/library/20_checkpoints.ipynb #7c47a3a7
-VAE_NAMES = (  # below encoder and decoder: native name, AutoencoderKLWan's
+_VAE_NAMES = (  # below encoder and decoder: native name, AutoencoderKLWan's
     ("conv1.", "conv_in."),
     ("head.0.", "norm_out."),
     ("head.2.", "conv_out."),
@@ -333,7 +325,7 @@ VAE_NAMES = (  # below encoder and decoder: native name, AutoencoderKLWan's
     ("middle.1.", "mid_block.attentions.0."),
     ("middle.2.", "mid_block.resnets.1."),
 )
-VAE_BLOCK_NAMES = (
+_VAE_BLOCK_NAMES = (
     ("residual.0.", "norm1."),
     ("residual.2.", "conv1."),
     ("residual.3.", "norm2."),
@@ -342,21 +334,17 @@ VAE_BLOCK_NAMES = (
 )
 
 
-def native_vae_name(
-    name: str,  # a key of `AutoencoderKLWan`
-    num_res_blocks: int = 2,
-    residual: bool = True,  # of the second generation
-) -> str:
-    "The key of the original release."
+def _native_vae_name(name, num_res_blocks=2, residual=True):
+    "The original release's key for one of `AutoencoderKLWan`; `residual` is its second generation."
     if name.startswith(("quant_conv.", "post_quant_conv.")):
         return ("conv1." if name[0] == "q" else "conv2.") + name.split(".", 1)[1]
     part, _, rest = name.partition(".")
-    inner = lambda rest: _renamed(rest, _turned(VAE_BLOCK_NAMES)) or rest
+    inner = lambda rest: _renamed(rest, _turned(_VAE_BLOCK_NAMES)) or rest
     block = re.match(r"(down|up)_blocks\.(\d+)\.(?:resnets\.(\d+)\.|(?:down|up)samplers?\.(?:0\.)?)?(.*)", rest)
     if not block:
         place = re.match(r"mid_block\.resnets\.\d\.|", rest)[0]
         rest = place + inner(rest[len(place) :]) if place else rest
-        return f"{part}.{_renamed(rest, _turned(VAE_NAMES)) or rest}"
+        return f"{part}.{_renamed(rest, _turned(_VAE_NAMES)) or rest}"
     way, i, j, rest = block.groups()
     j = num_res_blocks + (part == "decoder") if j is None else int(j)
     if residual:  # Wan 2.2: blocks grouped into stages
@@ -368,26 +356,22 @@ def native_vae_name(
 def _native_vae(vae):
     "The tensors of an autoencoder under their native names, and these names with diffusers'."
     state, c = vae.state_dict(), vae.config
-    names = {native_vae_name(name, c.num_res_blocks, c.is_residual): name for name in state}
+    names = {_native_vae_name(name, c.num_res_blocks, c.is_residual): name for name in state}
     return {native: state[name] for native, name in names.items()}, names
 
 # %% ../../nbs/library/20_checkpoints.ipynb #5d871839
-def qwen_name(
-    name: str,  # a key of a Qwen2.5-VL file of any age
-) -> str:
-    "The key that transformers uses today: older files have visual.* and model.*, newer ones model.visual.* and model.language_model.*"
+def _qwen_name(name):
+    "The key that transformers uses today for one of a Qwen2.5-VL file of any age."
     name = re.sub(r"^(model\.)?visual\.", "model.visual.", name)
     return re.sub(r"^model\.(?!visual\.|language_model\.)", "model.language_model.", name)
 
 
-def old_qwen_name(
-    name: str,  # a key of Qwen2_5_VLForConditionalGeneration
-) -> str:
+def _old_qwen_name(name):
     "The key in published files."
     return re.sub(r"^model\.(visual|language_model)\.", lambda m: "visual." if m[1] == "visual" else "model.", name)
 
 # %% ../../nbs/library/20_checkpoints.ipynb #eed6b2a7
-TRAINER_NAMES = (  # in the trainer, in `KiwiGuidance`
+_TRAINER_NAMES = (  # in the trainer, in `KiwiGuidance`
     ("mllm.image_queries.q", "image_queries"),
     ("mllm.video_queries.q", "video_queries"),
     ("mllm.ref_queries.q", "ref_queries"),
@@ -404,12 +388,12 @@ def trainer_name(
 ) -> tuple[str, str] | None:  # component and its tensor's name here; None for a stranger
     "Where a tensor of a trainer checkpoint belongs; those of LoRA layers keep their ending."
     name = name.removeprefix("pipe.")
-    if ours := _renamed(name, TRAINER_NAMES):
+    if ours := _renamed(name, _TRAINER_NAMES):
         return "guidance", ours
     if name.startswith("mllm.model."):
         rest = re.sub(r"^(model\.)?language_model\.", "", name.removeprefix("mllm.model."))
         return "mllm", "model.language_model." + rest
-    found = wan_name(name.removeprefix("dit."))
+    found = _wan_name(name.removeprefix("dit."))
     return found and ("transformer", found)
 
 # %% ../../nbs/library/20_checkpoints.ipynb #425bb276
@@ -417,11 +401,8 @@ _VAE_CONFIG = "z_dim dim_mult num_res_blocks attn_scales temperal_downsample dro
 _SECOND_VAE = dict(in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16)
 
 
-def vae_config(
-    config: dict,  # as released: `dim`, `z_dim`, `dim_mult`, ...
-    residual: bool,  # of the second generation
-) -> dict:  # of `AutoencoderKLWan`
-    "What diffusers' class has to know to be a native Wan autoencoder."
+def _vae_config(config, residual):
+    "What diffusers' class has to know to be a native Wan autoencoder; `residual` is the second generation."
     known = {name: config[name] for name in _VAE_CONFIG if name in config}
     known |= dict(base_dim=config["dim"], is_residual=residual)
     return known | dict(_SECOND_VAE, decoder_base_dim=config.get("dec_dim", 256)) if residual else known
@@ -430,7 +411,7 @@ def vae_config(
 def _fill_vae(config, weights, origin, dtype):
     "A native autoencoder of either generation as an `AutoencoderKLWan`."
     residual = any(".downsamples.0.downsamples." in name for name in weights)
-    vae = build(AutoencoderKLWan, vae_config(config, residual), origin)
+    vae = build(AutoencoderKLWan, _vae_config(config, residual), origin)
     names = _native_vae(vae)[1]
     return fill(vae, {names.get(name, name): stored for name, stored in weights.items()}, dtype=dtype)
 
@@ -441,7 +422,7 @@ def _load_qwen(config, weights, dtype=torch.float32, origin="config.json"):
         known = ("text_config", "vision_config", "tie_word_embeddings")
         config = {k: v for k, v in config.items() if k in known or k.endswith("_token_id")}
     model = build(Qwen2_5_VLForConditionalGeneration, config, origin)
-    weights = {qwen_name(name): stored for name, stored in weights.items()}
+    weights = {_qwen_name(name): stored for name, stored in weights.items()}
     fill(model, weights, ignore=("lm_head.",), dtype=dtype)
     if "lm_head.weight" not in weights:
         model.lm_head.weight = model.get_input_embeddings().weight
@@ -461,9 +442,9 @@ def _load_official_mllm(folder, torch_dtype=torch.float32, variant=None):
     return _load_qwen(config, weights, dtype, "processor/qwen_config.json"), ours
 
 # %% ../../nbs/library/20_checkpoints.ipynb #74e6d8b1
-REFERENCE_PARTS = ("ref_queries", "ref_connector.", "ref_embedder.")  # of `KiwiGuidance`
+_REFERENCE_PARTS = ("ref_queries", "ref_connector.", "ref_embedder.")  # of `KiwiGuidance`
 # how the official code runs whatever it loads
-OFFICIAL_GUIDANCE = dict(query_read_out="last_positions", round_timestep=True, round_pixels=True)
+_OFFICIAL_GUIDANCE = dict(query_read_out="last_positions", round_timestep=True, round_pixels=True)
 _ENCODER_FIELDS = """hidden_size num_image_queries num_video_queries num_ref_queries max_object_token
     max_pixels_per_frame""".split()
 
@@ -497,7 +478,7 @@ def load_official(
     for part in ("source_embedder", "ref_embedder")[: 1 + takes_reference]:
         weights |= {k.replace("patch_embedding", part): v for k, v in open_weights(folder / part, variant).items()}
     config = _official_guidance(folder, mllm, takes_reference) | overrides
-    dtype, optional = _dtype_of(torch_dtype, "guidance", weights), () if takes_reference else REFERENCE_PARTS
+    dtype, optional = _dtype_of(torch_dtype, "guidance", weights), () if takes_reference else _REFERENCE_PARTS
     guidance = _make_guidance(config, weights, dtype, optional)
 
     vae_known = read_config(folder, "vae", "config.json", having=("dim", "z_dim"))
@@ -519,7 +500,7 @@ def _official_guidance(folder, mllm, takes_reference):
     has_reference = (folder / "ref_embedder/config.json").is_file()
     reference = read_config(folder, "ref_embedder", "config.json") if has_reference else {}
     return {name: encoder[name] for name in _ENCODER_FIELDS} | dict(
-        OFFICIAL_GUIDANCE,
+        _OFFICIAL_GUIDANCE,
         dim=encoder["dit_dim"],
         in_channels=source["in_dim"],
         patch_size=source["patch_size"],
@@ -549,7 +530,7 @@ def find_base(
         files, folder = [path], path.parent
     else:
         folder = path / part if (path / part).is_dir() else path
-        files = weight_files(folder)
+        files = _weight_files(folder)
         if part == "vae":
             files = [file for file in (*files, *sorted(folder.glob("*.pth"))) if "vae" in file.name.lower()] or files
         if part == "transformer":
@@ -709,7 +690,7 @@ def load_transformer(
     plain, lora = _split_lora(trained or {})
     # before which other programs put this
     bare = {re.sub(r"^(model\.)?diffusion_model\.", "", name): stored for name, stored in base.items()}
-    weights, given = {wan_name(n) or n: stored for n, stored in bare.items()} | plain, _transformer_config(given)
+    weights, given = {_wan_name(n) or n: stored for n, stored in bare.items()} | plain, _transformer_config(given)
     if "num_layers" not in given:
         given = _infer_transformer(weights, given.get("num_attention_heads")) | given
     make = lambda weights: fill(build(WanTransformer3DModel, given, "transformer"), weights, dtype=dtype)
@@ -732,7 +713,7 @@ def _load_mllm(source, trained, merge, dtype):
         kinds = "a folder with .safetensors files and a config.json"
         raise FileNotFoundError(f"`mllm` has to be {kinds} but {str(source)!r} is none.")
     plain, lora = _split_lora(trained)
-    weights = {qwen_name(name): stored for name, stored in open_weights(files).items()} | plain
+    weights = {_qwen_name(name): stored for name, stored in open_weights(files).items()} | plain
     config = read_config(file.parent, file.name)
     if "text_config" not in config:
         config = Qwen2_5_VLConfig.from_pretrained(file.parent).to_dict()
@@ -742,7 +723,7 @@ def _load_mllm(source, trained, merge, dtype):
 # %% ../../nbs/library/20_checkpoints.ipynb #3daf76f0
 def load_trainer_checkpoint(
     checkpoint: str | Path,  # step-N.safetensors, saved with any of the trainer's prefixes
-    transformer=None,  # base denoiser: file, folder or hub id; None where the checkpoint has all of it, or base/transformer lies beside it
+    transformer=None,  # base denoiser: file, folder, hub id; None if the checkpoint has it, or base/ lies beside it
     vae=None,  # autoencoder: likewise
     mllm=None,  # folder or hub id of Qwen2.5-VL: likewise
     merge: bool = True,  # LoRA matrices into the weights; False keeps them as PEFT adapters
@@ -796,7 +777,7 @@ def _trained_parts(checkpoint):
 
 def _trainer_guidance(checkpoint, ours, wan, language):
     "Fields of `KiwiGuidance` as the official code runs a checkpoint, and the parts that it was trained without."
-    groups = ("video_queries", *REFERENCE_PARTS, "source_embedder.")
+    groups = ("video_queries", *_REFERENCE_PARTS, "source_embedder.")
     absent = tuple(group for group in groups if not any(name.startswith(group) for name in ours))
     if absent:
         named = ", ".join(group.rstrip(".") for group in absent)
@@ -806,7 +787,7 @@ def _trainer_guidance(checkpoint, ours, wan, language):
         if f"{mode}_queries" in ours:
             sizes[f"num_{mode}_queries"] = ours[f"{mode}_queries"].shape[0]
     return dict(
-        OFFICIAL_GUIDANCE,
+        _OFFICIAL_GUIDANCE,
         **sizes,
         hidden_size=language.config.text_config.hidden_size,
         dim=wan.config.num_attention_heads * wan.config.attention_head_dim,
@@ -815,7 +796,7 @@ def _trainer_guidance(checkpoint, ours, wan, language):
         max_object_token=sizes["num_ref_queries"],
         temporal_step=language.config.vision_config.tokens_per_second,
         ref_pad_first="pad_first" in checkpoint.stem,
-        takes_reference=not set(absent) & set(REFERENCE_PARTS),
+        takes_reference=not set(absent) & set(_REFERENCE_PARTS),
     ), absent
 
 # %% ../../nbs/library/20_checkpoints.ipynb #4b4ef809
@@ -835,7 +816,7 @@ def load_kit(
     "A folder that `save_pretrained` wrote."
     folder, parts, dtypes = Path(folder), {}, dict(default=torch.float32)
     own = {part: kind for part, kind in _KINDS.items() if part not in kwargs}
-    there = {_variant_of(file) for part in own for file in weight_files(folder / part, variant)}
+    there = {_variant_of(file) for part in own for file in _weight_files(folder / part, variant)}
     if variant and variant not in there:
         raise FileNotFoundError(f"`variant` has to be one that files of the model have but is {variant!r}.")
     for part, kind in own.items():
@@ -844,7 +825,7 @@ def load_kit(
         dtypes[part] = dtype
         if kwargs:  # diffusers' loader drops what does not belong, so we look before
             if part == "mllm":
-                weights = {qwen_name(name): stored for name, stored in weights.items()}
+                weights = {_qwen_name(name): stored for name, stored in weights.items()}
             _compare(build(kind, config, origin), weights, ("lm_head.",) if part == "mllm" else ())
         elif part == "mllm":
             parts[part] = _load_qwen(config, weights, dtype, origin)
@@ -875,19 +856,17 @@ def _official_vae_config(vae):
     return known | (dict(dec_dim=c["decoder_base_dim"]) if c["is_residual"] and c["decoder_base_dim"] != 256 else {})
 
 
-def official_reasons(
-    pipe: KiwiEditPipeline,
-) -> list:  # of sentences without their full stop; empty where nothing is in the way
-    "Why the released layout cannot hold a model."
+def _official_reasons(pipe):
+    "Why the released layout cannot hold a model: sentences without full stop, none where nothing is in the way."
     g, vae, steps = pipe.guidance.config, _public(pipe.vae.config), pipe.mllm.config.vision_config.tokens_per_second
-    held = OFFICIAL_GUIDANCE | _OFFICIAL_LIMITS | dict(temporal_step=steps)
+    held = _OFFICIAL_GUIDANCE | _OFFICIAL_LIMITS | dict(temporal_step=steps)
     reasons = [
         f"its code always has {name} {value!r}, and this model has {g[name]!r}"
         for name, value in held.items()
         if g[name] != value
     ]
     stock = _public(AutoencoderKLWan.from_config({}).config)
-    native = stock | vae_config(_official_vae_config(pipe.vae), vae["is_residual"])
+    native = stock | _vae_config(_official_vae_config(pipe.vae), vae["is_residual"])
     differs = [f"{name} {value}" for name, value in sorted(vae.items()) if value != native.get(name)]
     if len(vae["dim_mult"]) != 4:
         differs.append(f"dim_mult {vae['dim_mult']}")
@@ -952,13 +931,9 @@ def _official_configs(pipe):
     return configs
 
 
-def write_official(
-    pipe: KiwiEditPipeline,
-    folder: Path,  # new or empty
-    max_shard_size: str = "5GB",  # of the denoiser's files
-):
+def _write_official(pipe, folder, max_shard_size="5GB"):
     "A released repository without its code: names, keys and configurations as the official code reads them."
-    if reasons := official_reasons(pipe):
+    if reasons := _official_reasons(pipe):
         raise InputError(f"`to` has to be a layout that can hold this model but is 'official': {'; '.join(reasons)}.")
     if pipe.config.schedule != "diffusers":
         said = "The pipeline of released repositories has its own noise levels; this model was read with the %s ones."
@@ -972,7 +947,7 @@ def write_official(
     for part in ("source_embedder", "ref_embedder")[: 1 + pipe.guidance.config.takes_reference]:
         embedder = {name.replace(part, "patch_embedding"): p for name, p in ours.items() if name.startswith(part)}
         _save(embedder, folder / part, one_file)
-    qwen = {old_qwen_name(name): p for name, p in _tied(pipe.mllm).items()}
+    qwen = {_old_qwen_name(name): p for name, p in _tied(pipe.mllm).items()}
     half = sum(p.numel() * p.element_size() for p in qwen.values()) // 2 + 1  # it has to be shards with an index
     _save(qwen, folder / "mllm_encoder", min(half, 5 * 10**9), "model")
     pipe.mllm.generation_config.save_pretrained(folder / "mllm_encoder")
@@ -985,17 +960,13 @@ def write_official(
     _write(folder / "processor/video_preprocessor_config.json", video)
 
 # %% ../../nbs/library/20_checkpoints.ipynb #7b8de6d5
-def write_trainer(
-    pipe: KiwiEditPipeline,
-    folder: Path,  # new or empty
-    max_shard_size: str = "5GB",  # of the base models' files
-):
+def _write_trainer(pipe, folder, max_shard_size="5GB"):
     "`step-0.safetensors` as the trainer saves it, and the base models under `base`."
     folder, tensors, base = Path(folder), {}, dict(transformer={}, mllm={})
-    unused = () if pipe.guidance.config.takes_reference else REFERENCE_PARTS
+    unused = () if pipe.guidance.config.takes_reference else _REFERENCE_PARTS
     for name, p in pipe.guidance.state_dict().items():
         if not name.startswith(tuple(unused)):
-            tensors[_renamed(name, _turned(TRAINER_NAMES))] = p
+            tensors[_renamed(name, _turned(_TRAINER_NAMES))] = p
     state, adapted = pipe.transformer.state_dict(), any(".lora_" in name for name in pipe.transformer.state_dict())
     for name, p in state.items():
         if ".lora_" in name or not adapted:
@@ -1025,7 +996,7 @@ def write_trainer(
     pipe.processor.save_pretrained(folder / "base/mllm")
 
 # %% ../../nbs/library/20_checkpoints.ipynb #6f7e1e74
-WRITERS = dict(kit=KiwiEditPipeline.save_pretrained, official=write_official, trainer=write_trainer)
+WRITERS = dict(kit=KiwiEditPipeline.save_pretrained, official=_write_official, trainer=_write_trainer)
 
 
 def load_any(
@@ -1074,5 +1045,5 @@ def stored_dtype(
     "The number format of most of a model's weights on disk."
     path = Path(source) if Path(source).exists() else find_checkpoint(source)
     folders = [path, *(p for p in path.rglob("*") if p.is_dir())]
-    files = [path] if path.is_file() else [file for folder in folders for file in weight_files(folder)]
+    files = [path] if path.is_file() else [file for folder in folders for file in _weight_files(folder)]
     return _common_dtype({(file, name): s for file in files for name, s in _open_safetensors(file)[0].items()})
