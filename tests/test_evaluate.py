@@ -21,7 +21,6 @@ from kiwi_edit.metrics import DAMAGES
 from kiwi_edit.core import InputError
 from kiwi_edit.eval.published import (
     BenchReport,
-    Making,
     edit_rows,
     judge_of,
     lay_beside,
@@ -38,7 +37,7 @@ from kiwi_edit.eval.published import (
 from kiwi_edit.video import VideoError, read_video, video_info, write_video
 
 KEY = "sk-never-shown-77"
-STEPS = Making(steps=1)
+STEPS = 1
 
 
 def moving(count=9, width=64, height=48, seed=0):
@@ -266,12 +265,12 @@ def test_bad_arguments(clips):
         read_bench("refvie", clips / "lost.yaml")
     with pytest.raises(FileNotFoundError, match="`root` has to be a folder"):
         read_bench("refvie", refvie(clips), clips / "lost")
-    with pytest.raises(ValueError, match="`rows` has to hold at least one"):
+    with pytest.raises(ValueError, match="`rows` and `steps` have to be at least 1"):
         edit_rows(Tint(), [], clips / "out")
     with pytest.raises(ValueError, match="`part` has to be from 0 to 1"):
         edit_rows(Tint(), read_bench("refvie", refvie(clips)), clips / "out", part=2, parts=2)
-    with pytest.raises(ValueError, match="`steps` has to be at least 1 but is 0"):
-        Making(steps=0)
+    with pytest.raises(ValueError, match="`rows` and `steps` have to be at least 1 but are 3 and 0"):
+        edit_rows(Tint(), read_bench("refvie", refvie(clips)), clips / "out", 0)
 
 
 # making videos
@@ -309,43 +308,37 @@ def test_rows_that_fail_do_not_stop_the_others(clips):
     )
     made = edit_rows(Tint(), rows, clips / "out", STEPS, progress=False)
     assert (made.made, made.before, len(made.failed)) == (1, 0, 3) and str(made) == "1 of 4 videos there, 3 failed"
-    errors = {
-        line["id"]: line["error"]
-        for line in map(json.loads, (clips / "out" / "failures.jsonl").read_text().splitlines())
-    }
+    lines = map(json.loads, (clips / "out" / "made.jsonl").read_text().splitlines())
+    errors = {line["id"]: line["error"] for line in lines}
     assert (
         "this editor likes" in errors["1"]
         and errors["2"].startswith("`source` has to be")
         and errors["3"].startswith("`reference` has to be")
     )
-    assert sorted(p.suffix for p in (clips / "out").iterdir()) == [".json", ".jsonl", ".jsonl", ".mp4"]  # no half file
+    assert sorted(p.suffix for p in (clips / "out").iterdir()) == [".json", ".jsonl", ".mp4"]  # no half file
     report = score_rows(rows, clips / "out", MetricJudge(), clips / "scores", progress=False)
-    assert report.counts == dict(scored=1, failed=0, missing=3) and "this editor likes" in report.records[1]["error"]
+    assert report.counts == dict(scored=1, failed=0, missing=3) and "this editor likes" in report.records[1]["reason"]
 
 
 def test_half_a_line_of_a_run_that_was_cut_is_left_out(clips, caplog):
     rows, out = read_bench("refvie", refvie(clips)), clips / "out"
     edit_rows(Tint(), rows[:1], out, STEPS, progress=False)
-    for name in ("made.jsonl", "failures.jsonl"):
-        with open(out / name, "ab") as file:
-            file.write(b'{"output": "hal')
+    with open(out / "made.jsonl", "ab") as file:
+        file.write(b'[5]\n{"output": "hal')
     assert edit_rows(Tint(), rows[:2], out, STEPS, progress=False).made == 1
     assert (
-        edit_rows(Tint(), rows, out, STEPS, progress=False).before == 2 and "a line of made.jsonl is cut" in caplog.text
+        edit_rows(Tint(), rows, out, STEPS, progress=False).before == 2
+        and "left out a line that is torn" in caplog.text
     )
-    assert [
-        json.loads(line)["output"] for line in (out / "made.jsonl").read_text().splitlines() if not line.endswith("hal")
-    ] == [row.output for row in rows]
+    outputs = re.findall(r'"output": "([^"]+mp4)"', (out / "made.jsonl").read_text())
+    assert outputs == [row.output for row in rows]
     assert score_rows(rows, out, MetricJudge(), clips / "scores", progress=False).counts["scored"] == 3
-    (out / "made.jsonl").write_text("no JSON\n")
-    with pytest.raises(ValueError, match="none of its lines is JSON"):
-        edit_rows(Tint(), rows, out, STEPS, progress=False)
 
 
 def test_what_is_there_is_not_made_again(clips):
     rows, tint = read_bench("refvie", refvie(clips)), Tint()
     for part in (0, 1):
-        edit_rows(tint, rows, clips / "out", STEPS, part, 2, progress=False)
+        edit_rows(tint, rows, clips / "out", STEPS, part=part, parts=2, progress=False)
     assert [seen[0] for seen in tint.seen] == ["Replace the hat.", "Swap the dog.", "Make it rain behind him."]
     before = {p: p.stat().st_mtime_ns for p in (clips / "out").glob("*.mp4")}
     assert edit_rows(tint, rows, clips / "out", STEPS, progress=False).before == 3 and len(tint.seen) == 3
@@ -360,7 +353,7 @@ def test_a_folder_belongs_to_one_model_and_its_settings(clips):
     rows = read_bench("refvie", refvie(clips))[:1]
     edit_rows(Tint(), rows, clips / "out", STEPS, about=dict(checkpoint="a"), progress=False)
     with pytest.raises(FileExistsError, match="of the same making but"):
-        edit_rows(Tint(), rows, clips / "out", Making(steps=2), about=dict(checkpoint="a"), progress=False)
+        edit_rows(Tint(), rows, clips / "out", 2, about=dict(checkpoint="a"), progress=False)
     with pytest.raises(FileExistsError, match="of the same model but"):
         edit_rows(Tint(), rows, clips / "out", STEPS, about=dict(checkpoint="b"), progress=False)
     with pytest.raises(FileExistsError, match="was made for 'Replace the hat.'"):
@@ -385,13 +378,14 @@ def test_a_killed_run_leaves_no_half_video(clips):
 
     with pytest.raises(KeyboardInterrupt):
         edit_rows(Killed(), rows, clips / "out", STEPS, progress=False)
-    assert len(list((clips / "out").glob("*.mp4"))) == 1 and not (clips / "out" / "failures.jsonl").exists()
+    assert len(list((clips / "out").glob("*.mp4"))) == 1
+    assert len((clips / "out" / "made.jsonl").read_text().splitlines()) == 1
     assert edit_rows(Tint(), rows, clips / "out", STEPS, progress=False).made == 2
 
 
 def test_side_by_side(clips):
     row = read_bench("refvie", refvie(clips))[0]
-    edit_rows(Tint(), [row], clips / "out", Making(steps=1, concat=True), progress=False)
+    edit_rows(Tint(), [row], clips / "out", STEPS, concat=True, progress=False)
     assert video_info(clips / "out" / f"concat_{row.output}").width > 2 * 64
 
 
@@ -409,8 +403,21 @@ def test_the_kits_own_bench_as_rows(tmp_path):
     write_video(tmp_path / rows[0].output, rows[0].target[:, :32], 15, overwrite=True)
     again = score_rows(rows, tmp_path, MetricJudge(), tmp_path / "scores", progress=False)
     assert (
-        again.counts == dict(scored=1, failed=1, missing=0) and "96x96 pixels of its scene" in again.records[0]["error"]
+        again.counts == dict(scored=1, failed=1, missing=0)
+        and "96x96 pixels of its scene" in again.records[0]["reason"]
     )
+
+
+def test_a_judge_adds_scores_to_what_the_targets_say(tmp_path):
+    rows = world_rows(("add",), 2, difficulty="easy")
+    exact = {row.instruction: row.target for row in rows}
+    perfect = lambda prompt, **settings: SimpleNamespace(frames=[exact[prompt]])
+    edit_rows(perfect, rows, tmp_path / "videos", STEPS, progress=False)
+    report = score_rows(rows, tmp_path / "videos", MetricJudge(), tmp_path, progress=False)
+    assert report.rows["add"]["pooled"] == 1 and report.counts["scored"] == 2
+    text = report._repr_markdown_()
+    assert "| add | 2 |" in text and "edit done" in text and "Scores, rubric openve" in text
+    assert BenchReport.load(tmp_path / "report.json").rows == report.rows
 
 
 def test_the_kits_own_bench_names_its_difficulty(tmp_path):
@@ -445,20 +452,13 @@ def test_every_row_is_accounted_for(made):
     (folder / rows[2].output).unlink()
     report = score_rows(rows, folder, MetricJudge(), out, progress=False)
     assert [record["status"] for record in report.records] == ["failed", "scored", "missing"]
-    assert (
-        report.records[0]["error"].startswith("`result` has to hold pictures")
-        and report.summary.scored == 1
-        and report.summary.failed == 1
-        and report.summary.missing == 1
+    assert report.records[0]["reason"].startswith("`result` has to hold pictures") and report.summary.counts == dict(
+        scored=1, failed=1, missing=1
     )
     text = report._repr_markdown_()
     assert "of 3 rows 1 scored, 1 failed, 1 missing" in text and "which is no model" in text and "no such file" in text
     data = json.loads((out / "report.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert (
-        data["counts"] == report.counts
-        and data["is_model"] is False
-        and BenchReport.load(out / "report.json").records == report.records
-    )
+    assert data["is_model"] is False and BenchReport.load(out / "report.json").records == report.records
 
 
 @pytest.mark.parametrize(
@@ -472,7 +472,7 @@ def test_wrong_lengths_fail(made, frames, message):
     rows, folder, out = made
     write_video(folder / rows[0].output, frames, 15, overwrite=True)
     report = score_rows(rows[:1], folder, MetricJudge(), out, progress=False)
-    assert report.counts["failed"] == 1 and message in report.records[0]["error"]
+    assert report.counts["failed"] == 1 and message in report.records[0]["reason"]
 
 
 def test_shorter_and_smaller_results_are_scored_and_noted(made):
@@ -501,8 +501,8 @@ def test_sources_and_references_that_are_lost_cost_their_row(made):
     rows[1].reference.write_bytes(b"no picture")
     report = score_rows(rows, folder, MetricJudge(), out, progress=False)
     assert report.counts == dict(scored=1, failed=2, missing=0)
-    assert report.records[0]["error"].startswith("`source` has to be") or "No such file" in report.records[0]["error"]
-    assert report.records[1]["error"].startswith("`reference` has to be")
+    assert report.records[0]["reason"].startswith("`source` has to be") or "No such file" in report.records[0]["reason"]
+    assert report.records[1]["reason"].startswith("`reference` has to be")
 
 
 def test_nothing_is_scored_twice_and_nothing_is_lost(made, monkeypatch):
@@ -511,18 +511,11 @@ def test_nothing_is_scored_twice_and_nothing_is_lost(made, monkeypatch):
     log = out / "scores.jsonl"
     lines = log.read_bytes().splitlines(keepends=True)
     assert len(lines) == 3
-    log.write_bytes(b"".join(lines[:2]) + lines[2][:40])  # a run that was killed while it wrote
-    asked = []
-    monkeypatch.setattr(
-        MetricJudge,
-        "judge",
-        lambda self, cases, progress=True, judge=MetricJudge.judge: (
-            asked.extend(c.id for c in cases) or judge(self, cases, progress)
-        ),
-    )
+    log.write_bytes(b"".join(lines[:2]) + b"[5]\n" + lines[2][:40])  # a run that was killed while it wrote
+    asked, measure_row = [], published.measure_row
+    monkeypatch.setattr(published, "measure_row", lambda row, *rest: asked.append(row.id) or measure_row(row, *rest))
     again = score_rows(rows, folder, MetricJudge(), out, progress=False)
-    unstamped = lambda report: [{k: v for k, v in record.items() if k != "judgement"} for record in report.records]
-    assert asked == ["2"] and unstamped(again) == unstamped(first) and len(log.read_bytes().splitlines()) == 3
+    assert asked == ["2"] and again.records == first.records
     write_video(folder / rows[0].output, moving(9, seed=5), 15, overwrite=True)  # another result is another question
     asked.clear()
     score_rows(rows, folder, MetricJudge(), out, progress=False)
@@ -546,7 +539,7 @@ def test_keys_tell_apart_what_matters(made):
                 key,
                 *(row_key(row, path, judge) for row in others),
                 row_key(rows[0], folder / rows[1].output, judge),
-                row_key(rows[0], path, SimpleNamespace(name="b", is_model=True)),
+                row_key(rows[0], path, SimpleNamespace(settings=["b"])),
             }
         )
         == 7
@@ -723,7 +716,7 @@ def test_rubbish_and_partial_scores_fail_and_are_asked_again_later(made, judge):
     report = score_rows(rows, folder, model, out, progress=False)
     assert (
         [record["status"] for record in report.records] == ["scored", "failed", "scored"]
-        and report.records[1]["error"].startswith("rubbish")
+        and report.records[1]["reason"].startswith("rubbish")
         and report.records[1]["scores"] == {}
     )
     assert report.records[1]["judgement"]["replies"] == ["What a lovely clip.", "Reference Fidelity & Preservation: 5"]
@@ -733,24 +726,19 @@ def test_rubbish_and_partial_scores_fail_and_are_asked_again_later(made, judge):
     assert again.counts["scored"] == 3 and len(server.asked) == 5
 
 
-def test_a_judge_that_is_down_is_not_asked_for_ever(clips, judge, monkeypatch):
-    for name in ("BATCH", "PATIENCE"):
-        monkeypatch.setattr(published, name, 2)
-    BATCH = 2
-    rows = read_bench(
-        "refvie", refvie(clips, [(f"clip{k % 3}.mp4", f"Edit {k}.", "ref0.png", "subject") for k in range(BATCH + 4)])
-    )
+def test_a_judge_that_is_down_is_not_asked_for_ever(clips, judge):
+    edits = [(f"clip{k % 3}.mp4", f"Edit {k}.", "ref0.png", "subject") for k in range(12)]
+    rows = read_bench("refvie", refvie(clips, edits))
     edit_rows(Tint(), rows, clips / "out", STEPS, progress=False)
     model, server = judge(SUBJECT, SUBJECT, DOWN)
     report = score_rows(rows, clips / "out", model, clips / "scores", progress=False)
-    assert report.counts == dict(scored=2, failed=BATCH + 2, missing=0)
-    assert report.records[2]["error"].startswith("endpoint: 503") and report.records[-1]["error"].startswith(
-        "not asked: the judge could not be reached"
-    )
+    assert report.counts == dict(scored=2, failed=10, missing=0)
+    assert report.records[2]["reason"].startswith("endpoint: 503")
+    assert report.records[-1]["reason"].startswith("not asked: 8 failures in a row")
     before = len(server.asked)
     server.replies[:] = [SUBJECT]
-    assert score_rows(rows, clips / "out", model, clips / "scores", progress=False).counts["scored"] == BATCH + 4
-    assert len(server.asked) == before + BATCH + 2
+    assert score_rows(rows, clips / "out", model, clips / "scores", progress=False).counts["scored"] == 12
+    assert len(server.asked) == before + 10
 
 
 def test_quota_and_key_are_named(made, judge):
@@ -759,12 +747,12 @@ def test_quota_and_key_are_named(made, judge):
         (429, dict(message="You exceeded your current quota", code="insufficient_quota", type="insufficient_quota"))
     )
     report = score_rows(rows, folder, model, out, progress=False)
-    assert report.counts["failed"] == 3 and "quota" in report.records[0]["error"]
+    assert report.counts["failed"] == 3 and "quota" in report.records[0]["reason"]
     model, _ = judge((401, dict(message=f"Incorrect API key provided: {KEY}", code="invalid_api_key")))
     report = score_rows(rows, folder, model, out, progress=False)
     assert (
         report.counts["failed"] == 3
-        and "401" in report.records[0]["error"]
+        and "401" in report.records[0]["reason"]
         and KEY not in report._repr_markdown_() + (out / "report.html").read_text()
     )
 

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +20,6 @@ from test_backends import BROKEN, BUSY, KEY, PROCESSOR, Server, camel, gemini_re
 from kiwi_edit.data.backends import GeminiChat, OpenAIChat, Question, TransformersChat, VideoPart
 from kiwi_edit.core import asset
 from kiwi_edit.eval.judge import *
-from kiwi_edit.eval.judge import _failed
 from kiwi_edit.metrics import DAMAGES
 from kiwi_edit.video import read_video, resize_frames, write_video
 from kiwi_edit.world import World
@@ -102,11 +101,6 @@ def test_rubric_of_a_row(bench, kind, name):
     assert rubric_for(bench, kind).name == name
 
 
-def test_unknown_bench():
-    with pytest.raises(ValueError, match="`bench` has to be one of refvie.*but is 'x'"):
-        rubric_for("x", "subject")
-
-
 def test_rubric_from_a_file(tmp_path):
     file = tmp_path / "mine.json"
     file.write_text(
@@ -134,7 +128,7 @@ def test_rubric_from_a_file(tmp_path):
     "content, why",
     [
         ("[1]", "mapping.*list"),
-        ("name: x\ncriteria: []", "at least one"),
+        ("name: x\ncriteria: []", "a list under `criteria`"),
         ("criteria: [a]", "a `name`"),
         ("name: x\ncriteria: [a]", "`asks`.*'a'"),
         ("name: x\nsystem: s\ncriteria: [a, A]", "different names"),
@@ -177,11 +171,6 @@ def test_released_parsers(bench):
             assert (released_scores(row["reply"], rubric) or ([] if row["result"] == [] else False)) == row["result"], (
                 row["reply"]
             )
-            if row["accepted"]:
-                assert read_scores(row["reply"], rubric, strict=True) == row["result"]
-            else:
-                with pytest.raises(ValueError, match="released parser"):
-                    read_scores(row["reply"], rubric, strict=True)
 
 
 @golden
@@ -193,7 +182,7 @@ def test_released_means():
         return (
             judgement(str(i), row["scores"], rubric, edit_type=kind)
             if row["scores"]
-            else _failed(one, "me", "rubbish: none")
+            else failed(one, "me", "rubbish: none")
         )
 
     openve = found["openve"]["aggregate"]
@@ -211,7 +200,7 @@ def test_released_means():
             assert {c: round(total.columns[rubrics[name].name, c][0], 4) for c in rubrics[name].names} | dict(
                 average=round(total.subtasks[rubrics[name].name][0], 4)
             ) == means
-    assert (total.scored, total.failed) == (5, 1)
+    assert (total.counts["scored"], total.counts["failed"]) == (5, 1)
 
 
 A, B, C = OPENVE.names
@@ -340,18 +329,10 @@ def test_cap():
 
 def test_judgements_travel():
     found = judgement("a", (5, 4, 3), replies=["x"], usage=dict(calls=1, cost=None), seconds=1.5, edit_type="add")
-    assert Judgement.from_dict(json.loads(json.dumps(found.to_dict()))) == found and found.mean == 4
-    for change, why in (
-        (dict(scores={A: 6}), "1 to 5"),
-        (dict(scores={}), "1 to 5"),
-        (dict(scores={A: None}), "1 to 5"),
-        (dict(scores=[1]), "mapping"),
-        (dict(more=1), "only"),
-    ):
-        with pytest.raises(ValueError, match=why):
-            Judgement.from_dict(found.to_dict() | change)
-    with pytest.raises(ValueError, match="lacks.*judge"):
-        Judgement.from_dict(dict(id="a", rubric="b", scores={}))
+    assert Judgement(**json.loads(json.dumps(asdict(found)))) == found and found.mean == 4
+    for scores in ({A: 6}, {}, {A: None}, [1]):
+        with pytest.raises(ValueError, match="1 to 5"):
+            replace(found, scores=scores)
 
 
 def test_import_is_light():
@@ -575,7 +556,7 @@ def test_one_failure_leaves_the_others_alone(serve, name, tmp_path, caplog):
         1
     ].error in written.replace('\\"', '"')
     total = aggregate(found)
-    assert (total.scored, total.failed, total.missing, total.reasons) == (2, 1, 0, {kind: 1})
+    assert total.counts == dict(scored=2, failed=1, missing=0) and total.reasons == {kind: 1}
 
 
 def test_slow_server(serve):
@@ -662,7 +643,7 @@ def test_cases_without_their_files(serve, tmp_path):
             and found[0].error == "missing: none.mp4"
             and all(j.error.startswith("unreadable: ") for j in found[1:3])
         )
-    assert len(server.asked) == 1 and judge.estimate(cases) == dict(calls=0, input_tokens=0, cost=0.0)
+    assert len(server.asked) == 1
 
 
 def test_several_at_once_in_their_order(serve):
@@ -762,18 +743,27 @@ def test_language_model_that_cannot_speak():
     )
 
 
-def test_memory_of_a_file_with_a_bad_line(tmp_path):
-    memory = Memory(tmp_path)
-    memory.add("a", judgement("a", (5, 4, 3)))
-    memory.path.write_text(
-        "no JSON\n" + memory.path.read_text() + json.dumps(dict(key="b") | judgement("b", (1, 1, 1)).to_dict())
-    )
-    assert (
-        Memory(tmp_path).get("a") == judgement("a", (5, 4, 3)) and Memory(tmp_path).get("b") is None
-    )  # half a line, for all one knows
-    assert (
-        Memory(None).get("a") is None and Memory(tmp_path / "new").get("a") is None and not (tmp_path / "new").exists()
-    )
+@pytest.mark.parametrize(
+    "line",
+    [
+        "no JSON",
+        "[1, 2]",
+        "5",
+        "null",
+        '"text"',
+        "{}",
+        '{"key": "x", "id": "a", "judge": "b", "rubric": "c", "scores": {"d": 9}}',
+    ],
+)
+def test_a_line_that_is_no_judgement_costs_nothing_but_itself(tmp_path, line):
+    server = Server(openai_reply, [GOOD])
+    judge = ChatJudge(OpenAIChat("vlm", f"http://127.0.0.1:{server.server_port}/v1", KEY), frames=1, folder=tmp_path)
+    first = judge.judge([case()], progress=False)
+    memory = tmp_path / "judgements.jsonl"
+    memory.write_text(f'{line}\n{memory.read_text()}{line}\n{{"key": "hal')
+    assert judge.judge([case()], progress=False) == first and len(server.asked) == 1
+    server.shutdown()
+    server.server_close()
 
 
 # a formula as judge
@@ -828,25 +818,9 @@ def test_metrics_of_files_of_other_size_and_length(tmp_path):
 
 def test_nothing_to_measure_by():
     with pytest.raises(ValueError, match="Identity.*nothing to be measured by"):
-        metric_scores(
-            dict.fromkeys(
-                (
-                    "changed",
-                    "edit_done",
-                    "reference",
-                    "flicker",
-                    "warp_error",
-                    "sharpness",
-                    "shift",
-                    "psnr_outside",
-                    "motion",
-                    "frozen",
-                ),
-                math.nan,
-            ),
-            SUBJECT,
-        )
-    assert Scale("x", 4, 0).score(2) == 3 and Scale("x", 0, 1).score(9) == 5 and Scale("x", 0, 1).score(-9) == 1
+        metric_scores(dict.fromkeys(WORTH, math.nan), SUBJECT)
+    known = dict.fromkeys(WORTH, math.nan) | dict(changed=0.0075, flicker=-9.0, shift=9.0)
+    assert list(metric_scores(known, OPENVE).values()) == [3, 5, 1]
 
 
 # put together
@@ -864,16 +838,14 @@ def test_counts_and_intervals():
         for i in range(40)
     ]
     lost = [
-        _failed(case(id=name, rubric=OPENVE), "me", error)
+        failed(case(id=name, rubric=OPENVE), "me", error)
         for name, error in (("x", "missing: a.mp4"), ("y", "rubbish: no"), ("z", "time-out: no"))
     ]
     total = aggregate([*rows, *lost])
-    assert (total.scored, total.failed, total.missing, total.reasons) == (
-        40,
-        2,
-        1,
-        dict(missing=1, rubbish=1) | {"time-out": 1},
-    ) and total.usage == dict(input_tokens=400, output_tokens=40, calls=40, cost=20.0)
+    assert total.counts == dict(scored=40, failed=2, missing=1)
+    assert total.reasons == {"missing": 1, "rubbish": 1, "time-out": 1} and total.usage == dict(
+        input_tokens=400, output_tokens=40, calls=40, cost=20.0
+    )
     means = np.array([list(r.scores.values()) for r in rows])
     assert [total.columns["openve", n][0] for n in OPENVE.names] == pytest.approx(means.mean(0)) and total.micro[
         0
@@ -882,16 +854,13 @@ def test_counts_and_intervals():
         assert low < value < high
     half = 1.96 * means.mean(1).std() / math.sqrt(40)
     assert total.micro[2] - total.micro[1] == pytest.approx(2 * half, rel=0.15)
-    assert (
-        "40 scored, 2 failed, 1 missing" in total._repr_markdown_()
-        and json.loads(json.dumps(total.to_dict()))["scored"] == 40
-    )
+    assert "40 scored, 2 failed, 1 missing" in total._repr_markdown_()
     rare = aggregate(
         [judgement(str(i), (3, 4, 2 + i % 3), edit_type="rare" if i < 2 else "often") for i in range(42)]
     )  # many draws have none of the rare type
     assert rare.macro[1] < rare.macro[0] < rare.macro[2]
     none = aggregate(lost)
-    assert (none.scored, none.micro, none.columns) == (0, None, {}) and "0 scored" in none._repr_markdown_()
+    assert (none.counts["scored"], none.micro, none.columns) == (0, None, {}) and "0 scored" in none._repr_markdown_()
 
 
 def test_what_cannot_be_put_together():
@@ -903,37 +872,23 @@ def test_what_cannot_be_put_together():
         aggregate([judgement("a", (1, 1, 1)), judgement("a", (2, 1, 1))])
 
 
+def beside(bench, rows, name):
+    "The last row of a published table."
+    table = PUBLISHED[bench].beside(aggregate(rows), name)
+    return table, table.rows[-1][0], tuple(cell.value for cell in table.rows[-1][1:])
+
+
 def test_beside_published_numbers():
     rows = [judgement("a", (5, 4, 3), SUBJECT), judgement("b", (2, 2, 2), BACKGROUND)]
-    table = PUBLISHED["refvie"].beside(aggregate(rows), "mine")
-    name, values = list(table.rows.items())[-1]
-    assert (
-        values == (5, 4, 3, 2, 2, 2, 3)
-        and name == "mine (judge: me; 2 scored, 0 failed, 0 missing)"
-        and len(PUBLISHED["refvie"].rows) == 5
-    )
-    assert "| Kling-O1 | 4.75 |" in table._repr_markdown_() and "gemini-3-flash-preview" in table._repr_markdown_()
+    table, name, values = beside("refvie", rows, "mine")
+    assert values == (5, 4, 3, 2, 2, 2, 3) and name == "mine (judge: me; 2 scored, 0 failed, 0 missing)"
+    assert len(PUBLISHED["refvie"].rows) == 5 and "gemini-3-flash-preview" in table._repr_markdown_()
+    assert "| Kling-O1 | 4.75 |" in table._repr_markdown_()
     kinds = ("background_change", "local_change", "global_style")
-    table = PUBLISHED["openve"].beside(
-        aggregate([judgement(t, (s,) * 3, edit_type=t) for t, s in zip(kinds, (1, 3, 5))]), "mine"
-    )
-    assert list(table.rows.values())[-1] == (3, 5, 1, 3, None, None) and table.rows["Kiwi-Edit, stage 3"] == (
-        3.02,
-        3.64,
-        2.64,
-        3.83,
-        2.63,
-        2.36,
-    )
-    assert list(PUBLISHED["refvie"].beside(aggregate(rows[:1]), "half").rows.values())[-1] == (
-        5,
-        4,
-        3,
-        None,
-        None,
-        None,
-        4,
-    )
+    rated = [judgement(t, (s,) * 3, edit_type=t) for t, s in zip(kinds, (1, 3, 5))]
+    assert beside("openve", rated, "mine")[2] == (3, 5, 1, 3, None, None)
+    assert PUBLISHED["openve"].rows["Kiwi-Edit, stage 3"] == (3.02, 3.64, 2.64, 3.83, 2.63, 2.36)
+    assert beside("refvie", rows[:1], "half")[2] == (5, 4, 3, None, None, None, 4)
 
 
 # agreement
@@ -988,8 +943,6 @@ def test_alpha_is_its_definition():
         and math.isnan(krippendorff_alpha([[1, N], [N, 2]]))
         and math.isnan(krippendorff_alpha([[2, 2], [2, 2]]))
     )
-    with pytest.raises(ValueError, match="`level`"):
-        krippendorff_alpha(KRIPPENDORFF, "nominal")
 
 
 def test_agreement_of_judges():
@@ -1015,7 +968,7 @@ def test_agreement_of_judges():
         and row["close"][0] == 1
         and all(row[k][1] <= row[k][0] <= row[k][2] for k in ("tau", "ordinal"))
     )
-    assert "**a** and **b**; 2 cases" in found._repr_markdown_()
+    assert "a and b; 2 cases" in found._repr_markdown_()
     same = agreement(a, [replace(j, judge="b", scores=dict.fromkeys(OPENVE.names, 3.0)) for j in a], resamples=20)
     assert math.isnan(same.rows[A]["tau"][0]) and same.rows[A]["n"] == 20
     apart = agreement(a[:5], [replace(j, judge="b") for j in a[5:]])
@@ -1108,15 +1061,13 @@ def test_scores_of_people(tmp_path):
         True,
         f"incomplete: {B}",
     )
-    file.write_text(json.dumps([row]))
-    assert read_scores_file(file)[0] == a
     for bad, why in (
-        ("{", "lines of JSON"),
-        (json.dumps(dict(id="a")), "row 1"),
-        (json.dumps(row | dict(scores=[1, 2])), "row 1"),
+        ("{", "line 1"),
+        (json.dumps(dict(id="a")), "line 1"),
+        (json.dumps(row | dict(scores=[1, 2])), "line 1"),
         (json.dumps(row | dict(scores=[1, 2, 7])), "1 to 5.*7"),
         (json.dumps(row | dict(scores=[1, 2, True])), "1 to 5"),
-        ("[1]", "row 1"),
+        ("[1]", "line 1"),
     ):
         file.write_text(bad)
         with pytest.raises(ValueError, match=why):

@@ -12,7 +12,6 @@ from kiwi_edit.metrics import (
     DISTANCES,
     PerceptualFeatures,
     bootstrap,
-    differing,
     done_share,
     edit_box,
     edit_done,
@@ -23,19 +22,15 @@ from kiwi_edit.metrics import (
     measure_clip,
     nearest,
     optical_flow,
-    paired_difference,
     perceptual_features,
     pooled_share,
-    preservation,
     psnr,
     psnr_from_error,
     reference_match,
-    retrieval,
     set_distance,
     share_interval,
     sharpness_share,
     squared_error,
-    structural_similarity,
 )
 from kiwi_edit.world import EVAL_SEED, World
 
@@ -73,9 +68,9 @@ def test_going_the_wrong_way_is_below_zero(samples):
 def test_only_the_inside_counts(samples):
     s = samples[0]
     broken = np.where(s.mask[..., None], s.target, 255 - s.target).astype(np.uint8)
-    assert edit_done(broken, s.source, s.target, s.mask) == 1 and preservation(broken, s.source, s.mask) < 20
+    assert edit_done(broken, s.source, s.target, s.mask) == 1 and psnr(broken, s.source, ~s.mask) < 20
     broken = np.where(s.mask[..., None], 255 - s.source, s.source).astype(np.uint8)
-    assert np.isinf(preservation(broken, s.source, s.mask)) and edit_done(broken, s.source, s.target, s.mask) < 1
+    assert np.isinf(psnr(broken, s.source, ~s.mask)) and edit_done(broken, s.source, s.target, s.mask) < 1
 
 
 def test_a_batch_is_its_clips_one_by_one(samples):
@@ -83,9 +78,7 @@ def test_a_batch_is_its_clips_one_by_one(samples):
     noisy = np.clip(target + np.random.default_rng(0).normal(0, 20, target.shape), 0, 255).astype(np.uint8)
     alone = [edit_done(noisy[i], source[i], target[i], mask[i]) for i in range(6)]
     np.testing.assert_allclose(edit_done(noisy, source, target, mask), alone, rtol=1e-12)
-    np.testing.assert_allclose(
-        preservation(noisy, source, mask)[:5], [preservation(noisy[i], source[i], mask[i]) for i in range(5)]
-    )
+    np.testing.assert_allclose(psnr(noisy, source, ~mask)[:5], [psnr(noisy[i], source[i], ~mask[i]) for i in range(5)])
 
 
 def test_unsigned_bytes_do_not_wrap():
@@ -125,7 +118,7 @@ def test_psnr_in_decibels():
 
 def test_nothing_outside_is_nan_not_a_number_of_decibels(samples):
     style = samples[5]
-    assert style.mask.all() and np.isnan(preservation(style.target, style.source, style.mask))
+    assert style.mask.all() and np.isnan(psnr(style.target, style.source, ~style.mask))
 
 
 def test_pooled_weighs_by_what_there_is_to_do():
@@ -138,7 +131,7 @@ def test_nearest_finds_the_own_target_and_looks_only_where_candidates_differ():
     world = World(32, 32, split="eval")
     targets = np.stack([world.sample(EVAL_SEED + 4, "subject", edit=k).target for k in range(8)])
     assert [nearest(t, targets) for t in targets] == list(range(8))
-    where = differing(targets)
+    where = (targets != targets[0]).any((0, -1))
     assert 0 < where.mean() < 0.5 and all((targets[k] == targets[0])[~where].all() for k in range(8))
     hazy = np.where(where[..., None], 0.8 * targets[3] + 0.2 * world.sample(EVAL_SEED + 4, "subject").source, 0).astype(
         np.uint8
@@ -155,10 +148,9 @@ def test_noise_is_told_apart_about_by_chance():
 
 def test_nearest_refuses_what_has_no_answer():
     same = np.zeros((3, 1, 4, 4, 3), np.uint8)
-    with pytest.raises(ValueError, match="marks no pixel"):
-        nearest(same[0], same)
-    with pytest.raises(ValueError, match="at least 2"):
-        nearest(same[0], same[:1])
+    for candidates in (same, same[:1]):
+        with pytest.raises(ValueError, match="have to differ"):
+            nearest(same[0], candidates)
 
 
 def test_bootstrap_holds_what_it_says():
@@ -182,9 +174,6 @@ def test_wilsons_interval_has_known_values():
     assert share_interval(np.zeros(10)) == pytest.approx((0, 0.2775), abs=1e-4)
     assert share_interval(np.ones(10)) == pytest.approx((0.7225, 1), abs=1e-4)
     assert share_interval(np.arange(10) < 5) == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    assert share_interval(np.arange(100) < 5, 0.9) == pytest.approx((0.0244, 0.0996), abs=1e-3)
-    with pytest.raises(ValueError, match="`hits` has to hold at least one"):
-        share_interval([])
 
 
 def test_bootstrap_is_checked():
@@ -192,8 +181,6 @@ def test_bootstrap_is_checked():
         bootstrap(np.ones(3), np.ones(4))
     with pytest.raises(ValueError, match="one length above 0"):
         bootstrap(np.ones(0))
-    with pytest.raises(ValueError, match="`level`"):
-        bootstrap(np.ones(3), level=95)
 
 
 # what a blur costs
@@ -351,7 +338,7 @@ def test_distances_of_sets_have_known_values():
     for distance in DISTANCES.values():
         assert distance(a, a) == pytest.approx(0, abs=0.01)
     assert frechet_distance(a[:, :1], a[:, :1] + 2) == pytest.approx(4)
-    with pytest.raises(ValueError, match="`b` has to hold at least 4 pictures"):
+    with pytest.raises(ValueError, match="`b` has to hold finite features .N, d. of 4 pictures or more"):
         set_distance(a, a[:3])
     assert frechet_distance(a, a * 3 + 2) == pytest.approx(4 * (4 + 4), rel=0.05)
     assert gaussian_kl(a * 2, a, ridge=0) == pytest.approx(4 * (4 - 1 - np.log(4)) / 2, rel=0.05)
@@ -383,21 +370,8 @@ def test_a_set_distance_names_what_it_measured():
     ],
 )
 def test_features_that_are_no_sets_are_refused(a, b):
-    for distance in DISTANCES.values():
-        with pytest.raises(ValueError, match="has to hold finite features|have to have features of one length"):
-            distance(a, b)
-
-
-def test_structural_similarity_of_any_two_sizes():
-    picture = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
-    assert structural_similarity(picture, picture) == 1
-    assert (
-        structural_similarity(picture, 255 - picture)
-        < 0
-        < structural_similarity(picture, np.asarray(PIL.Image.fromarray(picture).resize((90, 120))))
-        < 1
-    )
-    assert structural_similarity(picture[:5, :4], picture[:5, :4]) == 1
+    with pytest.raises(ValueError, match="has to hold finite features"):
+        set_distance(a, b)
 
 
 # clips without a target
@@ -448,19 +422,6 @@ def test_a_clip_is_measured_at_the_size_and_frames_that_are_asked_for():
         measure_clip(source[:3], source)
     with pytest.raises(ValueError, match="`mask`"):
         measure_clip(source, source, mask=np.ones(source.shape[:3]))
-
-
-def test_retrieval_counts_no_ties_and_paired_difference_needs_pairs():
-    assert retrieval(np.eye(4)) == dict(first=1.0, rank=1.0, chance=0.25)
-    assert retrieval(np.eye(4)[::-1])["first"] == 0
-    assert retrieval(np.where(np.eye(4) == 1, [1, np.nan, 1, 1], 0)) == dict(
-        first=0.75, rank=(3 + 1 / 4) / 4, chance=0.25
-    )  # nothing is known of one
-    with pytest.raises(ValueError, match="square"):
-        retrieval(np.ones((2, 3)))
-    with pytest.raises(ValueError, match="share none"):
-        paired_difference([np.nan], [1.0])
-    assert paired_difference(np.arange(20.0) + 1, np.arange(20.0))["p"] < 1e-3
 
 
 @pytest.mark.parametrize("height, width", [(16, 256), (31, 256), (12, 48), (8, 8), (256, 5), (1, 1)])

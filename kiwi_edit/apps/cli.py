@@ -383,7 +383,7 @@ def _evaluate(o):
 
     tasks = list(TASKS) if o.tasks is None else [task.strip() for task in o.tasks.split(",")]
     for name, values, known in (
-        ("difficulty", [o.difficulty], DIFFICULTIES),
+        ("difficulty", [o.difficulty or "full"], DIFFICULTIES),
         ("bench", [o.bench], ("kit", "refvie", "openve", "imgedit")),
         ("tasks", tasks, TASKS),
     ):
@@ -395,7 +395,9 @@ def _evaluate(o):
     if o.bench != "kit" and o.data is None:
         raise InputError(f"`data` has to be the file of {o.bench} but is not given.")
     alone = o.bench == "kit" and o.judge is None and o.videos is None
-    unwanted = dict.fromkeys(("data", "root", "limit") if o.bench == "kit" else ("tasks",), f"of the bench {o.bench}")
+    unwanted = dict.fromkeys(
+        ("data", "root", "limit") if o.bench == "kit" else ("tasks", "difficulty"), f"of the bench {o.bench}"
+    )
     if o.videos is not None:
         unwanted |= dict.fromkeys(("model", "steps", "concat", "parts"), "where finished videos are scored")
     if alone:
@@ -405,7 +407,7 @@ def _evaluate(o):
     for name, where in unwanted.items():
         if (value := getattr(o, name)) not in (None, False, "1/1", []):
             raise InputError(f"`{name}` has to be left out {where} but is {value!r}.")
-    o.tasks = tasks
+    o.tasks, o.difficulty = tasks, o.difficulty or "full"
     if alone:
         return _measure_model(o)
     with _left("the same command goes on from here"):
@@ -475,13 +477,13 @@ def _make_rows(o, rows, folder):
     "Make the videos; what they were made with comes back."
     from kiwi_edit.data.files import find_model
     from kiwi_edit.eval.benchmark import provenance
-    from kiwi_edit.eval.published import Making, edit_rows, write_imgedit_list
+    from kiwi_edit.eval.published import SETTINGS, edit_rows, write_imgedit_list
 
     pipe = load(o.model, o.device)
-    making = Making(steps=o.steps or (pipe.config.default_steps if o.bench == "kit" else 50), concat=o.concat)
-    about = dict(model=str(o.model or settings().checkpoint), steps=making.steps, seed=making.seed)
+    steps = o.steps or (pipe.config.default_steps if o.bench == "kit" else 50)
+    about = dict(model=str(o.model or settings().checkpoint), steps=steps, seed=SETTINGS["seed"])
     about |= provenance(pipe._execution_device, find_model(o.model))
-    made = edit_rows(pipe, rows, folder, making, o.part, o.number, about)
+    made = edit_rows(pipe, rows, folder, steps, o.concat, o.part, o.number, about)
     if o.bench == "imgedit":
         write_imgedit_list(rows, folder)
     _some([f"row {failure['id']} failed: {failure['error']}" for failure in made.failed])

@@ -101,7 +101,7 @@ parameter strs <NAME=VALUE>: Further parameter of each request to an openai judg
 synthesize.parameter strs <NAME=VALUE>: Further parameter of each request to an openai model, such as temperature=1 or
     max_completion_tokens=4096; null leaves one out. May be given several times.
 samples int>=1=32: Of the kit's bench: clips for each task.
-difficulty str=full: Of the kit's bench: easy or full.
+difficulty str: Of the kit's bench: easy or full. [full]
 tasks str: Of the kit's bench: tasks, separated by commas. [all that it has]
 limit int>=1: Only the first so many rows of a published bench.
 concat flag: Also write source and result side by side.

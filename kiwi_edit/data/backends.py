@@ -554,6 +554,10 @@ def _gemini_attempt(reply):
     return said
 
 # %% ../../nbs/library/11_backends.ipynb #b1300024
+def _named(model):
+    return getattr(model, "name_or_path", "") or type(model).__name__
+
+
 @functools.cache
 def _processor_class():
     from transformers import BatchFeature, ProcessorMixin
@@ -878,10 +882,6 @@ class ChatVerifier:
 
 # %% ../../nbs/library/11_backends.ipynb #b1300038
 _IMAGENET = (np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225]))
-
-
-def _named(model):
-    return getattr(model, "name_or_path", "") or type(model).__name__
 
 
 def _normal(image, mean, std):

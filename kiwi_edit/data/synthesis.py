@@ -378,6 +378,18 @@ def _place_clip(clip, name, record, folder, copy):
     return str(path.relative_to(folder))
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400015
+_KINDS = dict(text=pa.string(), bytes=pa.binary(), numbers=pa.list_(pa.int64()))
+_COLUMNS = """
+iid text, prompt text, src_video text, tgt_video text, ref_image_bytes bytes, task text, edit_type text, subject text,
+ref_source text, scores text, origin text, backends text, verdicts text, embedding bytes, hashes numbers,
+authentic_ref_image_bytes bytes, sheet bytes
+"""
+_SCHEMA = pa.schema([(name, _KINDS[kind]) for name, kind in (c.split() for c in _COLUMNS.split(","))])
+_PRIVATE = ("verdicts", "embedding", "hashes", "sheet")
+_PUBLIC = [name for name in _SCHEMA.names if name not in _PRIVATE]
+_SHOWN = [name for name in _SCHEMA.names if name in "iid prompt edit_type subject scores verdicts origin sheet".split()]
+
+
 def _jpeg(picture):
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, format="JPEG", quality=85)
@@ -454,18 +466,6 @@ def _run_batch(job, stages, options, folder):
     return _rows(records, folder, options, shown, spent)
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400019
-_KINDS = dict(text=pa.string(), bytes=pa.binary(), numbers=pa.list_(pa.int64()))
-_COLUMNS = """
-iid text, prompt text, src_video text, tgt_video text, ref_image_bytes bytes, task text, edit_type text, subject text,
-ref_source text, scores text, origin text, backends text, verdicts text, embedding bytes, hashes numbers,
-authentic_ref_image_bytes bytes, sheet bytes
-"""
-_SCHEMA = pa.schema([(name, _KINDS[kind]) for name, kind in (c.split() for c in _COLUMNS.split(","))])
-_PRIVATE = ("verdicts", "embedding", "hashes", "sheet")
-_PUBLIC = [name for name in _SCHEMA.names if name not in _PRIVATE]
-_SHOWN = [name for name in _SCHEMA.names if name in "iid prompt edit_type subject scores verdicts origin sheet".split()]
-
-
 def _write_table(path, rows, names=_SCHEMA.names, key=""):
     schema = pa.schema([_SCHEMA.field(name) for name in names]).with_metadata({"kiwi-edit": key} if key else None)
     with replacing(path, overwrite=True) as temporary:
@@ -560,15 +560,15 @@ class _Jobs(Mapping):
 
     def __init__(self, pairs, bounds, missing, options):
         self.pairs, self.sheets = pairs, options.sheets
-        self.keys_ = [
+        self.jobs = [
             (k, a, min(a + options.batch, bounds[k][1])) for k in missing for a in range(*bounds[k], options.batch)
         ]
 
     def __len__(self):
-        return len(self.keys_)
+        return len(self.jobs)
 
     def __iter__(self):
-        return iter(self.keys_)
+        return iter(self.jobs)
 
     def __getitem__(self, key):
         turn = lambda i: i * self.sheets // len(self.pairs)

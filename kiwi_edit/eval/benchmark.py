@@ -13,7 +13,8 @@ import platform
 import sys
 import textwrap
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,14 +26,13 @@ from tqdm.auto import tqdm
 
 from ..core import InputError
 from ..encoder import encode_context, prepare_inputs
-from ..data.files import sampled_digest
 from ..guidance import EditCache, denoise, rounded_sigma
 from kiwi_edit.metrics import (
     PerceptualFeatures,
     bootstrap,
     edit_box,
     feature_distance,
-    nearest,
+    mean_inside,
     perceptual_features,
     pooled_share,
     psnr_from_error,
@@ -41,34 +41,28 @@ from kiwi_edit.metrics import (
     squared_error,
 )
 from ..pipeline import KiwiEditPipeline, decode_latents, encode_frames, fit_reference, flow_sigmas
+from ..records import Table, Value, digest
 from ..video import Strip, replacing, resize_frames
 from ..world import EVAL_SEED, TASKS, Quadruplet, World
 
 # %% auto #0
-__all__ = ['BENCHMARK_TASKS', 'NUM_CANDIDATES', 'BENCH_SAMPLES', 'BENCH_DIGESTS', 'MIN_SHARPNESS', 'MAX_LOST',
-           'benchmark_samples', 'bench_digest', 'check_bench', 'candidate_targets', 'edit_batch', 'denoise_batch',
-           'CopySource', 'Oracle', 'reconstruct', 'paste_reference', 'PasteReference', 'FrameByFrame', 'MeanColour',
-           'PixelNoise', 'BlurredTarget', 'flicker_error', 'succeeded', 'Scene', 'measure', 'Report', 'Comparison',
-           'describe_hardware', 'run_editors', 'bench_world', 'run_benchmark', 'world_rate', 'checkpoint_digest',
-           'provenance', 'Ranking', 'film_of', 'run_baselines']
+__all__ = ['BENCH_SAMPLES', 'BENCH_DIGESTS', 'BLURRED', 'PASTED', 'MEAN_COLOUR', 'NOISE', 'COPIED', 'MIN_SHARPNESS', 'MAX_LOST',
+           'benchmark_samples', 'bench_digest', 'check_bench', 'candidate_targets', 'film', 'seeds_of', 'edit_batch',
+           'denoise_batch', 'Editor', 'reconstruct', 'oracle', 'frame_by_frame', 'flicker_error', 'succeeded', 'Scene',
+           'measure', 'task_scores', 'by_task', 'write_text', 'Report', 'describe_hardware', 'run_editors',
+           'bench_world', 'run_benchmark', 'checkpoint_digest', 'provenance', 'Ranking', 'run_baselines']
 
 # %% ../../nbs/library/40_benchmark.ipynb #e237106b
-BENCHMARK_TASKS = TASKS  # six edits of clips, and the two edits of pictures that make references
-NUM_CANDIDATES = 8
 _VISIBLE = 1.0  # squared levels: a smaller distance from source to target is no edit that anybody could see
 
 
 def benchmark_samples(
     world: World,  # of the split "eval"
-    task: str,  # of `BENCHMARK_TASKS`
+    task: str,  # of `TASKS`: six edits of clips, and the two edits of pictures that make references
     samples: int = 32,
     seed: int = EVAL_SEED,  # of the first scene; the others follow
 ) -> list[Quadruplet]:
     "The first scenes from `seed` on whose edit can be seen (a hidden object may be edited too, and nothing happens)."
-    if task not in BENCHMARK_TASKS:
-        raise InputError(f"`task` has to be one of {BENCHMARK_TASKS} but is {task!r}.")
-    if samples < 1:
-        raise InputError(f"`samples` has to be at least 1 but is {samples}.")
     found = []
     while len(found) < samples:
         sample = world.sample(seed, task)
@@ -79,44 +73,14 @@ def benchmark_samples(
 
 # %% ../../nbs/library/40_benchmark.ipynb #b0420002
 BENCH_SAMPLES = 48  # of each task, 5 frames of 96x96
-BENCH_DIGESTS = dict(  # difficulty -> task -> digest
-    easy=dict(
-        subject="8ed0324f177e4571",
-        background="17cca7b221e0715c",
-        add="546b1c1f594ea6fd",
-        remove="ed45a6604445f290",
-        change="467f3aea724c6a48",
-        style="314c5046c99eed03",
-        isolate="a1acc22d0c509435",
-        plate="d616eaa9b87ecee8",
-    ),
-    full=dict(
-        subject="186a3213d7a276da",
-        background="f233d3d533fc3bd0",
-        add="f12f4d6e94e001df",
-        remove="675d63ad5e7954ed",
-        change="8ca60e27f6c6fb40",
-        style="b423691084677e99",
-        isolate="834f328755e43065",
-        plate="b986b379a715aea7",
-    ),
-)
-
-
-def bench_digest(samples: list[Quadruplet]) -> str:  # 16 hexadecimal digits
-    "Of seeds, words and pixels. Pixels count as the means of 16 blocks in steps of 16 levels, since processors differ in the last bit."
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(f"{sample.task} {sample.meta['seed']} {sample.instruction}\n".encode())
-        for frames in (
-            sample.source,
-            sample.target,
-            sample.mask[..., None] * np.uint8(255),
-            sample.reference[None] if sample.reference is not None else None,
-        ):
-            if frames is not None:
-                digest.update(_blocks(frames))
-    return digest.hexdigest()[:16]
+_DIGESTS = """
+easy 8ed0324f177e4571 17cca7b221e0715c 546b1c1f594ea6fd ed45a6604445f290
+     467f3aea724c6a48 314c5046c99eed03 a1acc22d0c509435 d616eaa9b87ecee8
+full 186a3213d7a276da f233d3d533fc3bd0 f12f4d6e94e001df 675d63ad5e7954ed
+     8ca60e27f6c6fb40 b423691084677e99 834f328755e43065 b986b379a715aea7
+""".split()
+# difficulty -> task -> digest
+BENCH_DIGESTS = {_DIGESTS[at]: dict(zip(TASKS, _DIGESTS[at + 1 :])) for at in (0, 9)}
 
 
 def _blocks(frames):
@@ -126,20 +90,31 @@ def _blocks(frames):
     return ((blocks + 0.37) // 16).astype(np.uint8).tobytes()
 
 
+def bench_digest(samples: list[Quadruplet]) -> str:  # 16 hexadecimal digits
+    "Digest of seeds, words and pixels."
+    # processors differ in the last bit, so pixels count as the means of 16 blocks in steps of 16 levels
+    found = hashlib.sha256()
+    for sample in samples:
+        found.update(f"{sample.task} {sample.meta['seed']} {sample.instruction}\n".encode())
+        found.update(_blocks(sample.source) + _blocks(sample.target) + _blocks(sample.mask[..., None] * np.uint8(255)))
+        if sample.reference is not None:
+            found.update(_blocks(sample.reference[None]))
+    return found.hexdigest()[:16]
+
+
 def check_bench(
-    tasks: tuple[str, ...] = BENCHMARK_TASKS,
+    tasks: tuple[str, ...] = TASKS,
     difficulty: str = "full",  # of `BENCH_DIGESTS`
 ) -> dict[str, str]:  # task -> digest
     "Raise unless this installation draws the fixed set of a difficulty."
     if difficulty not in BENCH_DIGESTS:
         raise InputError(f"`difficulty` has to be one of {', '.join(BENCH_DIGESTS)} but is {difficulty!r}.")
-    found = {
-        task: bench_digest(benchmark_samples(World(split="eval", difficulty=difficulty), task, BENCH_SAMPLES))
-        for task in tasks
-    }
+    world = World(split="eval", difficulty=difficulty)
+    found = {task: bench_digest(benchmark_samples(world, task, BENCH_SAMPLES)) for task in tasks}
     if wrong := [task for task in tasks if found[task] != BENCH_DIGESTS[difficulty][task]]:
         raise InputError(
-            f"`tasks` have to be drawn as the published bench has them but {', '.join(wrong)} are not: the world or a version of numpy, OpenCV or Pillow differs."
+            f"`tasks` have to be drawn as the published bench has them but {', '.join(wrong)} are not: "
+            "the world or a version of numpy, OpenCV or Pillow differs."
         )
     return found
 
@@ -147,17 +122,15 @@ def check_bench(
 def candidate_targets(
     world: World,
     sample: Quadruplet,  # of `world`
-    number: int = NUM_CANDIDATES,
+    number: int = 8,
 ) -> tuple[np.ndarray, int]:  # (number, T, H, W, 3) uint8 targets of one source, and the index of the sample's own
     "The sample's target among targets of other references (tasks with one) or of other instructions (the rest)."
     seed, tasks, step = sample.meta["seed"], (sample.task,), 0
     if sample.task == "isolate":
         step = 1  # a scene has three things at most, an easy one only its own: those of the scenes that follow
     elif sample.task == "plate":
-        tasks, world = (
-            ("plate", "remove", "change", "add"),
-            World(world.height, world.width, 1, world.split, world.difficulty),
-        )
+        tasks = ("plate", "remove", "change", "add")
+        world = World(world.height, world.width, 1, world.split, world.difficulty)
     elif sample.reference is None:  # the own task first, then round the others
         tasks = ("add", "change", "style", "remove")
         tasks = tasks[tasks.index(sample.task) :] + tasks[: tasks.index(sample.task)]
@@ -168,13 +141,37 @@ def candidate_targets(
         if all(squared_error(other, target) > _VISIBLE for target in found):
             found.append(other)
         if turn > 50 * number:
-            raise InputError(
-                f"`number` has to be at most the {len(found)} targets of scene {seed} that can be told apart but is {number}."
-            )
+            raise InputError(f"`number` has to be at most the {len(found)} targets of scene {seed} but is {number}.")
     own = seed % number  # anywhere, so that nothing is won by always answering the same
     return np.stack(found[1 : own + 1] + found[:1] + found[own + 1 :]), own
 
+# %% ../../nbs/library/40_benchmark.ipynb #6de4cd51
+def film(
+    labels: list[str],  # of the rows
+    columns: list[tuple],  # title and the pictures below it, (h, w, 3) uint8 or None
+) -> Strip:
+    "Pictures in rows and columns, titles above and labels on the left."
+    left = 0.1 + 0.09 * max(map(len, labels))
+    width, height = left + 1.1 * len(columns), 0.75 + 1.1 * len(labels)
+    figure = Strip(figsize=(width, height), dpi=90)
+    place = dict(left=left / width, right=1, bottom=0, top=1 - 0.75 / height, wspace=0.05, hspace=0.05)
+    axes = figure.add_gridspec(len(labels), len(columns), **place).subplots(squeeze=False)
+    for j, (title, images) in enumerate(columns):
+        axes[0, j].set_title("\n".join(textwrap.wrap(title, 22)[:4]), fontsize=6.5, pad=2)
+        for i, image in enumerate(images):
+            axes[i, j].set_axis_off()
+            if image is not None:
+                axes[i, j].imshow(image, interpolation="nearest")
+    for axis, label in zip(axes[:, 0], labels):
+        axis.text(-0.06, 0.5, label, transform=axis.transAxes, ha="right", va="center", fontsize=8)
+    return figure
+
 # %% ../../nbs/library/40_benchmark.ipynb #9a4a22c2
+def seeds_of(samples: list[Quadruplet]) -> list[int]:
+    "Seeds of the noise: those of the scenes."
+    return [sample.meta["seed"] for sample in samples]
+
+
 @torch.no_grad()
 def edit_batch(
     pipe: KiwiEditPipeline,
@@ -183,66 +180,18 @@ def edit_batch(
     seeds: list[int] | None = None,  # of the noise, one for each sample; None takes those of the scenes
 ) -> np.ndarray:  # (B, T, H, W, 3) uint8
     "Edit several clips at once; each comes out as the pipeline gives it alone with a generator of the same seed."
-    seeds = [sample.meta["seed"] for sample in samples] if seeds is None else seeds
-    if len(seeds) != len(samples):
-        raise InputError(f"`seeds` has to hold one number for each of {len(samples)} samples but holds {len(seeds)}.")
-    steps = pipe.config.default_steps if steps is None else steps
-    if steps < 1:
-        raise InputError(f"`steps` has to be at least 1 but is {steps}.")
-    device, config = pipe._execution_device, pipe.guidance.config
-
+    seeds = seeds_of(samples) if seeds is None else seeds
+    device = pipe._execution_device
     images = [[] if sample.reference is None else [PIL.Image.fromarray(sample.reference)] for sample in samples]
-    sources = [sample.source for sample in samples]
-    inputs = prepare_inputs(pipe.processor, config, [sample.instruction for sample in samples], sources, images).to(
-        device
-    )
+    words, sources = [sample.instruction for sample in samples], [sample.source for sample in samples]
+    inputs = prepare_inputs(pipe.processor, pipe.guidance.config, words, sources, images).to(device)
     context, context_mask = encode_context(pipe.mllm, pipe.guidance, inputs)
-    source_latents = encode_frames(pipe.vae, np.stack(sources), device)
-    reference_latents, reference_mask = _reference_latents(pipe, images, sources[0].shape, device)
-
-    edited = denoise_batch(pipe, context, context_mask, source_latents, reference_latents, steps, seeds, reference_mask)
+    source = encode_frames(pipe.vae, np.stack(sources), device)
+    reference, reference_mask = _reference_latents(pipe, images, sources[0].shape, device)
+    steps = pipe.config.default_steps if steps is None else steps
+    edited = denoise_batch(pipe, context, context_mask, source, reference, steps, seeds, reference_mask)
     pipe.maybe_free_model_hooks()
     return edited
-
-
-@torch.no_grad()
-def denoise_batch(
-    pipe: KiwiEditPipeline,
-    context: torch.Tensor,  # (B, N, dim)
-    context_mask: torch.Tensor | None,  # from `encode_context`
-    source_latents: torch.Tensor,  # (B, z, f, h, w)
-    reference_latents: torch.Tensor | None,  # (B, z, R, h, w)
-    steps: int,
-    seeds: list[int],  # of the noise
-    reference_mask: torch.Tensor | None = None,  # (B, R) bool, False where a sample lacks its reference
-) -> np.ndarray:  # (B, T, H, W, 3) uint8
-    "The rest of an edit once all is encoded, for a batch."
-    device, dtype, config = source_latents.device, pipe.transformer.dtype, pipe.guidance.config
-    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    scheduler.set_timesteps(sigmas=flow_sigmas(steps), device=device)
-    timesteps, sigmas = scheduler.timesteps, scheduler.sigmas.to(device)
-    latents = torch.cat(
-        [torch.randn((1, *source_latents.shape[1:]), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    ).to(device)
-    conditions = [None if x is None else x.to(dtype) for x in (source_latents, reference_latents)]
-    cache = EditCache(num_steps=len(timesteps))
-    for i, t in enumerate(timesteps):
-        timestep = t.expand(len(seeds))
-        sigma = rounded_sigma(timestep, timesteps, sigmas) if config.round_timestep else sigmas[i].expand(len(seeds))
-        velocity = denoise(
-            pipe.transformer,
-            pipe.guidance,
-            latents.to(dtype),
-            timestep,
-            sigma,
-            context.to(dtype),
-            context_mask,
-            *conditions,
-            reference_mask=reference_mask,
-            cache=cache,
-        ).float()
-        latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
-    return decode_latents(pipe.vae, latents)
 
 
 def _reference_latents(pipe, images, shape, device):
@@ -256,26 +205,45 @@ def _reference_latents(pipe, images, shape, device):
     latents[there] = known
     return latents, torch.tensor([[bool(references)] for references in images], device=device)
 
+
+@torch.no_grad()
+def denoise_batch(
+    pipe: KiwiEditPipeline,
+    context: torch.Tensor,  # (B, N, dim)
+    context_mask: torch.Tensor | None,  # from `encode_context`
+    source_latents: torch.Tensor,  # (B, z, f, h, w)
+    reference_latents: torch.Tensor | None,  # (B, z, R, h, w)
+    steps: int,
+    seeds: list[int],  # of the noise
+    reference_mask: torch.Tensor | None = None,  # (B, R) bool, False where a sample lacks its reference
+) -> np.ndarray:  # (B, T, H, W, 3) uint8
+    "The rest of an edit once all is encoded, for a batch, by the model's own schedule."
+    device, dtype, config = source_latents.device, pipe.transformer.dtype, pipe.guidance.config
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(sigmas=flow_sigmas(steps, pipe.config.schedule), device=device)
+    timesteps, sigmas = scheduler.timesteps, scheduler.sigmas.to(device)
+    shape = (1, *source_latents.shape[1:])
+    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    latents = torch.cat(noise).to(device)
+    conditions = [None if x is None else x.to(dtype) for x in (source_latents, reference_latents)]
+    fixed = dict(reference_mask=reference_mask, cache=EditCache(num_steps=len(timesteps)))
+    encoded = context.to(dtype), context_mask, *conditions
+    for i, t in enumerate(timesteps):
+        timestep = t.expand(len(seeds))
+        sigma = rounded_sigma(timestep, timesteps, sigmas) if config.round_timestep else sigmas[i].expand(len(seeds))
+        noisy = latents.to(dtype)
+        velocity = denoise(pipe.transformer, pipe.guidance, noisy, timestep, sigma, *encoded, **fixed).float()
+        latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
+    return decode_latents(pipe.vae, latents)
+
 # %% ../../nbs/library/40_benchmark.ipynb #a813c997
-class CopySource:
-    "Returns what it is given."
+@dataclass(frozen=True)
+class Editor:
+    "Something to compare a model with."
 
-    name = "copy of the source"
-
-    def edit_samples(self, samples, steps=None, seeds=None):
-        return np.stack([sample.source for sample in samples])
-
-
-class Oracle:
-    "Knows the target, and passes it through an autoencoder: as good as a latent model with this autoencoder can get."
-
-    name = "autoencoder of the target"
-
-    def __init__(self, vae: "AutoencoderKLWan"):
-        self.vae = vae
-
-    def edit_samples(self, samples, steps=None, seeds=None):
-        return reconstruct(self.vae, np.stack([sample.target for sample in samples]))
+    name: str
+    edit_samples: Callable  # (samples, steps, seeds) -> (B, T, H, W, 3) uint8
+    vae: "AutoencoderKLWan | None" = None  # which a report holds it against
 
 
 @torch.no_grad()
@@ -286,9 +254,31 @@ def reconstruct(
     "Frames through the autoencoder and back."
     return decode_latents(vae, encode_frames(vae, frames))
 
+
+def oracle(vae: "AutoencoderKLWan") -> Editor:
+    "Knows the target, and passes it through an autoencoder: as good as a latent model with this autoencoder can get."
+
+    def edit_samples(samples, steps=None, seeds=None):
+        return reconstruct(vae, np.stack([sample.target for sample in samples]))
+
+    return Editor("autoencoder of the target", edit_samples, vae)
+
 # %% ../../nbs/library/40_benchmark.ipynb #b0420005
-def paste_reference(sample: Quadruplet) -> np.ndarray:  # (T, H, W, 3) uint8
-    "The reference where the edit belongs: its canvas in the box of the mask, or, as a background, behind what stays. Without a reference the source."
+def frame_by_frame(pipe: KiwiEditPipeline) -> Editor:
+    "Edits each frame alone, as a clip of one frame, with noise of the same seed."
+
+    def edit_samples(samples, steps=None, seeds=None):
+        outputs = []
+        for sample, seed in zip(samples, seeds or seeds_of(samples)):
+            frames = [replace(sample, source=frame[None]) for frame in sample.source]
+            outputs.append(edit_batch(pipe, frames, steps, [seed] * len(frames))[:, 0])
+        return np.stack(outputs)
+
+    return Editor("frame by frame", edit_samples)
+
+
+def _pasted(sample, seed):
+    "The reference's canvas in the box of the mask, or, as a background, behind what stays."
     out = sample.source.copy()
     if sample.reference is None:
         return out
@@ -298,83 +288,42 @@ def paste_reference(sample: Quadruplet) -> np.ndarray:  # (T, H, W, 3) uint8
         return out
     picture = PIL.Image.fromarray(sample.reference)
     for frame, mask in zip(out, sample.mask):
-        if not mask.any():
-            continue
-        rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-        box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-        pasted = np.asarray(picture.resize(mask[box].shape[::-1], PIL.Image.BICUBIC))
-        frame[box][mask[box]] = pasted[mask[box]]
+        if mask.any():
+            rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+            box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+            pasted = np.asarray(picture.resize(mask[box].shape[::-1], PIL.Image.BICUBIC))
+            frame[box][mask[box]] = pasted[mask[box]]
     return out
 
 
-class PasteReference:
-    "Knows the mask, and pastes the reference there as it is."
-
-    name = "reference pasted"
-
-    def edit_samples(self, samples, steps=None, seeds=None):
-        return np.stack([paste_reference(sample) for sample in samples])
-
-# %% ../../nbs/library/40_benchmark.ipynb #b0420007
-class FrameByFrame:
-    "Edits each frame alone, as a clip of one frame, with noise of the same seed."
-
-    name = "frame by frame"
-
-    def __init__(self, pipe: KiwiEditPipeline):
-        self.pipe = pipe
-
-    def edit_samples(self, samples, steps=None, seeds=None):
-        seeds = [sample.meta["seed"] for sample in samples] if seeds is None else seeds
-        return np.stack(
-            [
-                edit_batch(
-                    self.pipe,
-                    [replace(sample, source=frame[None]) for frame in sample.source],
-                    steps,
-                    [seed] * len(sample.source),
-                )[:, 0]
-                for sample, seed in zip(samples, seeds)
-            ]
-        )
+def _mean_colour(sample, seed):
+    colour = sample.target[sample.mask].mean(0).round().astype(np.uint8)
+    return np.where(sample.mask[..., None], colour, sample.source)
 
 
-class MeanColour:
-    "Knows the target's mean colour inside the mask, and fills the mask with it."
-
-    name = "mean colour"
-
-    def edit_samples(self, samples, steps=None, seeds=None):
-        return np.stack(
-            [np.where(s.mask[..., None], s.target[s.mask].mean(0).round().astype(np.uint8), s.source) for s in samples]
-        )
+def _noise(sample, seed):
+    noise = np.random.default_rng(seed).integers(0, 256, sample.source.shape, np.uint8)
+    return np.where(sample.mask[..., None], noise, sample.source)
 
 
-class PixelNoise:
-    "Knows the mask, and fills it with noise."
-
-    name = "pixel noise"
-
-    def edit_samples(self, samples, steps=None, seeds=None):
-        seeds = [sample.meta["seed"] for sample in samples] if seeds is None else seeds
-        noise = [
-            np.random.default_rng(seed).integers(0, 256, s.source.shape, np.uint8) for s, seed in zip(samples, seeds)
-        ]
-        return np.stack([np.where(s.mask[..., None], n, s.source) for s, n in zip(samples, noise)])
+def _blurred(sample, seed):
+    deviation = min(sample.target.shape[1:3]) / 48  # 2 pixels where a frame has 96
+    soft = np.stack([cv2.GaussianBlur(frame, (0, 0), deviation) for frame in sample.target])
+    return np.where(sample.mask[..., None], soft, sample.target)
 
 
-class BlurredTarget:
-    "Knows the target, and blurs it inside the mask: by 2 pixels where a frame has 96."
+def _one_by_one(name, edit):
+    def edit_samples(samples, steps=None, seeds=None):
+        return np.stack([edit(sample, seed) for sample, seed in zip(samples, seeds or seeds_of(samples))])
 
-    name = "target, blurred"
+    return Editor(name, edit_samples)
 
-    def edit_samples(self, samples, steps=None, seeds=None):
-        return np.stack([self._blurred(s) for s in samples])
 
-    def _blurred(self, sample):
-        deviation = min(sample.target.shape[1:3]) / 48
-        soft = np.stack([cv2.GaussianBlur(frame, (0, 0), deviation) for frame in sample.target])
-        return np.where(sample.mask[..., None], soft, sample.target)
+BLURRED = _one_by_one("target, blurred", _blurred)  # knows the target, and blurs it inside the mask
+PASTED = _one_by_one("reference pasted", _pasted)  # knows the mask, and pastes the reference there as it is
+MEAN_COLOUR = _one_by_one("mean colour", _mean_colour)  # knows the target's mean colour, and fills the mask with it
+NOISE = _one_by_one("pixel noise", _noise)  # knows the mask, and fills it with noise
+COPIED = _one_by_one("copy of the source", lambda sample, seed: sample.source)
 
 # %% ../../nbs/library/40_benchmark.ipynb #b042000a
 def flicker_error(
@@ -384,16 +333,14 @@ def flicker_error(
 ) -> np.ndarray:  # (...) levels of 0 to 255, NaN for a single frame
     "How far the changes from frame to frame are from those of the target, on average over the edited region."
     step = lambda frames: np.diff(frames.astype(np.float32), axis=-4)
-    wrong, region = np.abs(step(output) - step(target)).mean(-1), mask[..., 1:, :, :] & mask[..., :-1, :, :]
-    total, pixels = (wrong * region).sum((-3, -2, -1), dtype=np.float64), region.sum((-3, -2, -1))
-    return np.divide(total, pixels, out=np.full(np.shape(total), np.nan), where=pixels > 0)[()]
+    wrong = np.abs(step(output) - step(target)).mean(-1)
+    return mean_inside(wrong, mask[..., 1:, :, :] & mask[..., :-1, :, :])
 
 # %% ../../nbs/library/40_benchmark.ipynb #5cce0002
 MIN_SHARPNESS = 0.6  # see `sharpness_share`
 MAX_LOST = 2.0  # dB outside the edit, against the autoencoder's own reconstruction of the target
-_ROUNDED = (
-    0.01  # squared levels: outside the mask source and target differ by a level in some pixels at the rim of a shadow
-)
+# squared levels: outside the mask source and target differ by a level in some pixels at the rim of a shadow
+_ROUNDED = 0.01
 
 
 def succeeded(
@@ -444,16 +391,15 @@ class Scene:
         error, others = float(distances[self.own]), np.delete(distances, self.own)
         return dict(feature_error=error, feature_distance=self.distance, told_apart=bool(error < others.min()))
 
-
+# %% ../../nbs/library/40_benchmark.ipynb #5cce0a02
 def measure(
     scenes: list[Scene],
     outputs: np.ndarray,  # (B, T, H, W, 3) uint8
 ) -> list[dict]:  # one record for each scene
     "What is measured of a batch of edits."
     samples = [scene.sample for scene in scenes]
-    source, target, mask = (
-        np.stack([getattr(sample, name) for sample in samples]) for name in ("source", "target", "mask")
-    )
+    stacked = [np.stack([getattr(sample, name) for sample in samples]) for name in ("source", "target", "mask")]
+    source, target, mask = stacked
     if outputs.shape != target.shape:
         raise InputError(f"`outputs` has to be {target.shape} as the targets are but is {outputs.shape}.")
     known = all(scene.reconstruction is not None for scene in scenes)
@@ -472,81 +418,86 @@ def measure(
     for i, scene in enumerate(scenes):
         record = dict(task=scene.sample.task, seed=scene.sample.meta["seed"], instruction=scene.sample.instruction)
         record |= {name: float(values[i]) for name, values in numbers.items()} | scene.looks(outputs[i])
-        records.append(record | dict(success=succeeded(record) if scene.features else math.nan))
+        record["success"] = succeeded(record) if scene.features else math.nan
+        # JSON has no NaN
+        records.append({k: None if isinstance(v, float) and math.isnan(v) else v for k, v in record.items()})
     return records
 
 # %% ../../nbs/library/40_benchmark.ipynb #6de4cd4f
-def _score(records):
-    "One row of the table from the records of a task."
+def _column(records, name):
+    return np.array([record.get(name) for record in records], dtype=np.float64)  # None becomes NaN
 
-    def column(name):
-        return np.array([record.get(name, math.nan) for record in records], dtype=np.float64)
 
-    def mean(values):
-        values = values[~np.isnan(values)]
-        return float(values.mean()) if len(values) else None
+def _mean(values):
+    known = np.array([v for v in values if v is not None], dtype=np.float64)
+    known = known[~np.isnan(known)]
+    return float(known.mean()) if len(known) else None
 
-    def share(name):
-        values = column(name)
-        known = not np.isnan(values).any()
-        return {
-            name: float(values.mean()) if known else None,
-            f"{name}_interval": share_interval(values) if known else None,
-        }
 
-    error, distance, ceiling = column("error"), column("distance"), column("ceiling_error")
-    outside, limit = psnr_from_error(column("outside_error")), psnr_from_error(column("ceiling_outside_error"))
-    likeness = (
-        pooled_share(column("feature_error"), column("feature_distance"))
-        if not np.isnan(column("feature_distance")).any()
-        else None
-    )
+def _share(values, name):
+    "A share and its interval, None where it is not known of all."
+    known = not np.isnan(values).any()
+    share, interval = (float(values.mean()), share_interval(values)) if known else (None, None)
+    return {name: share, f"{name}_interval": interval}
+
+
+def task_scores(
+    records: list[dict],  # of one task
+) -> dict:  # numbers, with "..._interval" beside those that have one; None where nothing is known
+    "What the edits of a task come to."
+    error, distance, ceiling = (_column(records, name) for name in ("error", "distance", "ceiling_error"))
+    unlike, far = (_column(records, name) for name in ("feature_error", "feature_distance"))
+    outside, limit = (psnr_from_error(_column(records, f"{name}outside_error")) for name in ("", "ceiling_"))
     return dict(
         samples=len(records),
-        **share("success"),
-        **share("told_apart"),
-        likeness=likeness,
-        sharpness=mean(column("sharpness")),
-        psnr_outside=mean(outside),
-        psnr_ceiling=mean(limit),
-        psnr_lost=mean(np.maximum(limit - outside, 0)),
+        **_share(_column(records, "success"), "success"),
+        **_share(_column(records, "told_apart"), "told_apart"),
+        likeness=None if np.isnan(far).any() else pooled_share(unlike, far),
+        sharpness=_mean(_column(records, "sharpness")),
+        psnr_outside=_mean(outside),
+        psnr_ceiling=_mean(limit),
+        psnr_lost=_mean(np.maximum(limit - outside, 0)),
         pooled=pooled_share(error, distance),
         pooled_interval=bootstrap(error, distance, statistic=lambda e, d: 1 - e.sum() / d.sum()),
         ceiling=None if np.isnan(ceiling).any() else pooled_share(ceiling, distance),
     )
 
 
-def _shown(value, form):
-    "A number of a table: empty where there is none, a true minus, no sign before a zero."
-    if value is None or math.isnan(value):
-        return ""
-    if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    text = format(value, form)
-    return (text if float(text.strip("%")) else format(0.0, form).replace("+", "")).replace("-", "−")
+def by_task(records: list[dict]) -> dict[str, list[dict]]:  # task -> its records
+    "Records of each task, in the order in which the tasks come."
+    tasks = dict.fromkeys(record["task"] for record in records)
+    return {task: [record for record in records if record["task"] == task] for task in tasks}
 
 
-def _ranged(row, name, form, bold=False):
+def _cell(row, name, digits=2, times=1):
     "A number of a row with its interval."
-    if row[name] is None:
-        return ""
-    number, (low, high) = _shown(row[name], form), row[f"{name}_interval"]
-    return f"{f'**{number}**' if bold else number} ({_shown(low, form)} to {_shown(high, form)})"
+    found = [row[name], *(row.get(f"{name}_interval") or (None, None))]
+    return Value(*(None if x is None else times * x for x in found), digits)
 
 
 _UNSEEN = "what a network has to see is empty: it needs the extra `eval`, `pip install kiwi-edit[eval]`"
 
+# %% ../../nbs/library/40_benchmark.ipynb #6de4cd50
+def write_text(
+    path: str | Path,  # made or replaced
+    text: str,
+) -> Path:
+    "Write a file that appears when it is whole."
+    with replacing(path, True) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8", errors="backslashreplace")
+    return Path(path)
+
 
 @dataclass
 class Report:
-    "What a benchmark found, sample by sample and as a table."
+    "What a benchmark found, sample by sample and as tables."
 
     model: str
-    difficulty: str  # of the world
-    size: tuple  # frames, height, width
-    steps: int | None  # denoising steps of an edit
-    seed: int  # of the first scene
-    records: list[dict]  # one for each sample, from `measure`
+    records: list[dict] = field(repr=False)  # one for each sample, see `measure`
+    difficulty: str = ""  # of the world
+    size: tuple = ()  # frames, height, width
+    steps: int | None = None  # denoising steps of an edit
+    seed: int | None = None  # of the first scene
     hardware: dict = field(default_factory=dict)
     seconds_per_edit: float | None = None  # in batches of `batch_size`
     batch_size: int | None = None
@@ -555,62 +506,52 @@ class Report:
 
     @property
     def rows(self) -> dict[str, dict]:  # task -> scores
-        "The scores of each task."
-        tasks = dict.fromkeys(record["task"] for record in self.records)
-        return {task: _score([record for record in self.records if record["task"] == task]) for task in tasks}
+        "The scores of each task whose targets are known."
+        known = [record for record in self.records if record.get("distance") is not None]
+        return {task: task_scores(records) for task, records in by_task(known).items()}
 
-    def _repr_markdown_(self) -> str:
-        lines = [
-            "| task | samples | success | told apart | likeness | sharpness | lost outside | edit done | autoencoder |",
-            "|---|" + "--:|" * 8,
-        ]
-        for task, row in self.rows.items():
-            numbers = [
-                _ranged(row, "told_apart", ".0%"),
-                _shown(row["likeness"], ".2f"),
-                _shown(row["sharpness"], ".2f"),
-                _shown(row["psnr_lost"], ".1f"),
-                _ranged(row, "pooled", ".2f"),
-                _shown(row["ceiling"], ".2f"),
-            ]
-            lines.append(
-                f"| {task} | {row['samples']} | {_ranged(row, 'success', '.0%', bold=True)} | {' | '.join(numbers)} |"
-            )
-        frames, height, width = self.size
-        notes = [
-            f"{self.model}; world: {self.difficulty}, {frames} frames of {width}x{height}, evaluation scenes from seed {self.seed:,}"
-        ]
+    def conditions(self) -> list[str]:
+        "What the numbers were measured on, and with what."
+        notes = []
+        if self.size:
+            frames, height, width = self.size
+            notes.append(f"world: {self.difficulty}, {frames} frames of {width}x{height}, from seed {self.seed:,}")
         if self.steps:
             notes.append(f"{self.steps} steps")
         if self.seconds_per_edit:
             notes.append(f"{self.seconds_per_edit:.2f} s an edit in batches of {self.batch_size}")
         if self.peak_memory_gb:
             notes.append(f"{self.peak_memory_gb:.1f} GB of memory at most")
-        if self.hardware:
-            notes.append(", ".join(f"{k} {v}" for k, v in self.hardware.items()))
-        notes.append("chance to be told apart 12.5%; intervals hold 95%; lost in dB")
+        return [*notes, *(f"{k} {v}" for k, v in self.hardware.items())]
+
+    def tables(self) -> list[Table]:
+        "All tables."
+        cells = []
+        for task, row in self.rows.items():
+            shares = [_cell(row, name, digits=0, times=100) for name in ("success", "told_apart")]
+            cells.append([task, row["samples"], *shares, _cell(row, "likeness"), _cell(row, "sharpness")])
+            cells[-1] += [_cell(row, "psnr_lost", digits=1), _cell(row, "pooled"), _cell(row, "ceiling")]
+        if not cells:
+            return []
+        notes = [*self.conditions(), "chance to be told apart 12.5%; intervals hold 95%; lost in dB"]
         if any(row["success"] is None for row in self.rows.values()):
             notes.append(_UNSEEN)
-        return "\n".join(lines) + "\n\n" + "; ".join(notes) + "."
+        columns = ["task", "samples", "success, %", "told apart, %", "likeness", "sharpness", "lost outside"]
+        return [Table(self.model, [*columns, "edit done", "autoencoder"], cells, note="; ".join(notes) + ".")]
+
+    def _repr_markdown_(self) -> str:
+        return "\n\n".join(table._repr_markdown_() for table in self.tables())
 
     def save(
         self,
         path: str | Path,  # .json, made or replaced
     ) -> Path:
         "Write everything but the pictures."
-        path, data = Path(path), {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "shown"}
-        data["records"] = [
-            {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in record.items()}
-            for record in self.records
-        ]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        data["scores"] = {
-            task: {k: None if isinstance(v, float) and math.isinf(v) else v for k, v in row.items()}
-            for task, row in self.rows.items()
-        }
-        with replacing(path, True) as temporary:
-            Path(temporary).write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        return path
+        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "shown"}
+        finite = lambda value: None if isinstance(value, float) and math.isinf(value) else value
+        data["scores"] = {task: {k: finite(v) for k, v in row.items()} for task, row in self.rows.items()}
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        return write_text(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
     @classmethod
     def load(
@@ -618,138 +559,66 @@ class Report:
         path: str | Path,  # written by `save`
     ) -> Report:
         "Read a report."
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"`path` has to be a report written by `Report.save` but {str(path)!r} does not exist."
-            )
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            found = cls(**{f.name: data[f.name] for f in fields(cls) if f.name in data})
+        except (ValueError, TypeError) as error:
+            raise InputError(f"`path` has to be a saved report but {str(path)!r} is none: {error}.") from error
+        found.size = tuple(found.size)
+        return found
+
+    def differences(
+        self,
+        other: Report,  # on some of the same scenes
+    ) -> dict[str, dict]:  # task -> numbers of this report minus those of the other, with intervals
+        "Compare two reports sample by sample; the samples of intervals are drawn in pairs."
+        if (self.difficulty, self.size) != (other.difficulty, other.size):
+            theirs = f"{other.difficulty} {other.size}"
             raise InputError(
-                f"`path` has to be a report written by `Report.save` but {str(path)!r} is not JSON: {error}."
-            ) from error
-        if not isinstance(data, dict) or "records" not in data or "difficulty" not in data:
-            raise InputError(
-                f"`path` has to be a report written by `Report.save` but {str(path)!r} holds no records of one."
+                f"`other` has to be of the same difficulty and size, {self.difficulty} {self.size}, but is of {theirs}."
             )
-        data = {name: value for name, value in data.items() if name in cls.__dataclass_fields__}
-        data["records"] = [{k: math.nan if v is None else v for k, v in record.items()} for record in data["records"]]
-        return cls(**data | dict(size=tuple(data["size"])))
+        known = {(record["task"], record["seed"]): record for record in other.records}
+        shared = [record for record in self.records if (record["task"], record["seed"]) in known]
+        if not shared:
+            raise InputError("`other` has to be a report on some of the same scenes but the two share none.")
+        rows, undone = {}, lambda error, distance: -error.sum() / distance.sum()
+        for task, records in by_task(shared).items():
+            others = [known[task, record["seed"]] for record in records]
+            gaps = {n: _column(records, n) - _column(others, n) for n in ("error", "success", "told_apart")}
+            error, distance = gaps.pop("error"), _column(records, "distance")
+            interval = bootstrap(error, distance, statistic=undone)
+            rows[task] = dict(samples=len(records), pooled=float(undone(error, distance)), pooled_interval=interval)
+            for name, gap in gaps.items():
+                mean, interval = (None, None) if np.isnan(gap).any() else (float(gap.mean()), bootstrap(gap))
+                rows[task] |= {name: mean, f"{name}_interval": interval}
+        return rows
 
     def compare(
         self,
-        other: Report,  # on the same scenes
-    ) -> Comparison:
-        "This report minus another, sample by sample."
-        return Comparison(self, other)
+        other: Report,  # on some of the same scenes
+    ) -> Table:
+        "This report minus another."
+        cells = []
+        for task, row in self.differences(other).items():
+            shares = [_cell(row, name, digits=0, times=100) for name in ("success", "told_apart")]
+            cells.append([task, row["samples"], *shares, _cell(row, "pooled")])
+        title = f"{self.model} minus {other.model}; world: {self.difficulty}"
+        return Table(title, ["task", "samples", "success, %", "told apart, %", "edit done"], cells)
 
     def strips(
         self,
         samples: int = 1,  # of each task
     ) -> Strip:
         "Source, reference, target and output of a few samples of each task, the middle frames."
-        shown = [(task, *pair) for task, pairs in self.shown.items() for pair in pairs[:samples]]
-        if not shown:
-            raise InputError(
-                "`shown` has to hold samples but is empty: a loaded report has no pictures; run the benchmark again."
-            )
-        labels = ("source", "reference", "target", "output")
-        figure = Strip(figsize=(1.15 * len(shown) + 0.7, 4 * 1.08 + 0.75), dpi=100)
-        grid = figure.add_gridspec(
-            4,
-            len(shown),
-            left=0.7 / figure.get_figwidth(),
-            right=1,
-            bottom=0,
-            top=1 - 0.75 / figure.get_figheight(),
-            wspace=0.05,
-            hspace=0.05,
-        )
-        for j, (task, sample, output) in enumerate(shown):
-            middle = len(output) // 2
-            for i, image in enumerate((sample.source[middle], sample.reference, sample.target[middle], output[middle])):
-                axis = figure.add_subplot(grid[i, j])
-                axis.set_axis_off()
-                if image is not None:
-                    axis.imshow(image, interpolation="nearest")
-                if i == 0:
-                    axis.set_title(
-                        f"{task}\n" + "\n".join(textwrap.wrap(sample.instruction, 22)[:4]), fontsize=6.5, pad=2
-                    )
-                if j == 0:
-                    axis.text(-0.06, 0.5, labels[i], transform=axis.transAxes, ha="right", va="center", fontsize=8)
-        return figure
-
-    def save_strips(
-        self,
-        path: str | Path,  # .png, made or replaced
-        samples: int = 2,  # of each task
-    ) -> Path:
-        "Write `strips` to a file."
-        path, figure = Path(path), self.strips(samples)
-        with replacing(path, True) as temporary:
-            Path(temporary).write_bytes(figure._repr_png_())
-        return path
-
-# %% ../../nbs/library/40_benchmark.ipynb #de1b3424
-class Comparison:
-    "Two reports on the same scenes: the difference of each task with its interval."
-
-    def __init__(self, first: Report, second: Report):
-        for name in ("difficulty", "size"):
-            if getattr(first, name) != getattr(second, name):
-                raise InputError(
-                    f"`other` has to be a report of the same {name} but the two are {getattr(first, name)} and {getattr(second, name)}."
-                )
-        self.first, self.second = first, second
-        a, b = ({(r["task"], r["seed"]): r for r in report.records} for report in (first, second))
-        self.shared = [(a[key], b[key]) for key in a if key in b]
-        if not self.shared:
-            raise InputError("`other` has to be a report on some of the same scenes but the two share none.")
-
-    @property
-    def rows(self) -> dict[str, dict]:  # task -> differences, first minus second
-        "Differences of each task; intervals from samples drawn in pairs."
-        rows = {}
-        for task in dict.fromkeys(one["task"] for one, _ in self.shared):
-            pairs = [pair for pair in self.shared if pair[0]["task"] == task]
-
-            def gap(name):
-                return np.array([float(one.get(name, math.nan)) - float(two.get(name, math.nan)) for one, two in pairs])
-
-            def undone(error, distance):
-                return -error.sum() / distance.sum()
-
-            error, distance = gap("error"), np.array([one["distance"] for one, _ in pairs])
-            rows[task] = dict(
-                samples=len(pairs),
-                pooled=float(undone(error, distance)),
-                pooled_interval=bootstrap(error, distance, statistic=undone),
-            )
-            for name in ("success", "told_apart"):
-                known = not np.isnan(gap(name)).any()
-                rows[task] |= {
-                    name: float(gap(name).mean()) if known else None,
-                    f"{name}_interval": bootstrap(gap(name)) if known else None,
-                }
-        return rows
-
-    def _repr_markdown_(self) -> str:
-        lines = [
-            f"**{self.first.model}** minus **{self.second.model}**; world: {self.first.difficulty}",
-            "",
-            "| task | samples | success | told apart | edit done |",
-            "|---|" + "--:|" * 4,
-        ]
-        for task, row in self.rows.items():
-            numbers = [
-                _ranged(row, "success", "+.0%"),
-                _ranged(row, "told_apart", "+.0%"),
-                _ranged(row, "pooled", "+.2f"),
-            ]
-            lines.append(f"| {task} | {row['samples']} | {' | '.join(numbers)} |")
-        return "\n".join(lines)
+        columns = []
+        for task, pairs in self.shown.items():
+            for sample, output in pairs[:samples]:
+                middle = len(output) // 2
+                images = [sample.source[middle], sample.reference, sample.target[middle], output[middle]]
+                columns.append((f"{task}: {sample.instruction}", images))
+        if not columns:
+            raise InputError("`shown` has to hold samples but is empty: a saved report has no pictures.")
+        return film(["source", "reference", "target", "output"], columns)
 
 # %% ../../nbs/library/40_benchmark.ipynb #ffced049
 def _peak_memory(device):
@@ -779,10 +648,50 @@ def _synchronize(device):
         torch.cuda.synchronize(device)
 
 
+class _Subject:
+    "One of the editors that are measured, with what comes out of it."
+
+    def __init__(self, name, editor, steps):
+        own = editor if isinstance(editor, KiwiEditPipeline) else None
+        self.name, self.editor, self.pipe = name, editor, own
+        self.steps = own.config.default_steps if own and steps is None else steps
+        self.device = own._execution_device if own else torch.device("cpu")
+        self.records, self.shown, self.seconds = [], {}, 0.0
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def edit(self, scenes, keep):
+        batch, began = [scene.sample for scene in scenes], time.perf_counter()
+        if self.pipe:
+            outputs = edit_batch(self.pipe, batch, self.steps)
+        else:
+            outputs = self.editor.edit_samples(batch, self.steps, seeds_of(batch))
+        _synchronize(self.device)
+        self.seconds += time.perf_counter() - began
+        self.records += measure(scenes, outputs)
+        kept = self.shown.setdefault(batch[0].task, [])
+        kept += list(zip(batch, outputs))[: max(0, keep - len(kept))]
+
+    def report(self, world, seed, batch_size):
+        return Report(
+            self.name,
+            self.records,
+            world.difficulty_name,
+            (world.num_frames, world.height, world.width),
+            self.steps,
+            seed,
+            describe_hardware(self.device),
+            self.seconds / len(self.records),
+            batch_size,
+            _peak_memory(self.device),
+            self.shown,
+        )
+
+
 def run_editors(
     editors: dict,  # name in the report -> `KiwiEditPipeline`, or anything with `edit_samples(samples, steps, seeds)`
     world: World,  # of the split "eval"
-    tasks: tuple[str, ...] = BENCHMARK_TASKS,
+    tasks: tuple[str, ...] = TASKS,
     samples: int = 32,  # of each task
     seed: int = EVAL_SEED,  # of the first scene; the noise of an edit has the seed of its scene
     steps: int | None = None,  # denoising steps; None takes each model's own
@@ -792,22 +701,13 @@ def run_editors(
     keep: int = 4,  # samples of each task whose pictures the reports keep
 ) -> list[Report]:
     "Measure several editors on the same scenes, each of which is prepared once for all of them."
-    for task in tasks:
-        if task not in BENCHMARK_TASKS:
-            raise InputError(f"`tasks` has to hold names of {BENCHMARK_TASKS} but holds {task!r}.")
-    for argument, value in (("samples", samples), ("batch_size", batch_size), ("steps", steps)):
+    if wrong := [task for task in tasks or ["none"] if task not in TASKS]:
+        raise InputError(f"`tasks` has to hold names of {', '.join(TASKS)} but holds {wrong[0]!r}.")
+    for argument, value in dict(samples=samples, batch_size=batch_size, steps=steps).items():
         if value is not None and value < 1:
             raise InputError(f"`{argument}` has to be at least 1 but is {value}.")
-    if not tasks:
-        raise InputError("`tasks` has to name at least one task but is empty.")
-    pipes = {name: editor for name, editor in editors.items() if not hasattr(editor, "edit_samples")}
-    devices = {name: pipes[name]._execution_device if name in pipes else torch.device("cpu") for name in editors}
-    records, shown, seconds = ({name: empty() for name in editors} for empty in (list, dict, float))
+    subjects = [_Subject(name, editor, steps) for name, editor in editors.items()]
     features = perceptual_features("cpu" if vae is None else str(vae.device))
-    for device in devices.values():
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-
     with tqdm(total=len(tasks) * samples, unit="scene", disable=not progress) as bar:
         for task in tasks:
             bar.set_description(task)
@@ -816,35 +716,12 @@ def run_editors(
                 batch = found[start : start + batch_size]
                 rebuilt = [None] * len(batch) if vae is None else reconstruct(vae, np.stack([s.target for s in batch]))
                 scenes = [Scene(world, sample, frames, features) for sample, frames in zip(batch, rebuilt)]
-                for name, editor in editors.items():
-                    began = time.perf_counter()
-                    if name in pipes:
-                        outputs = edit_batch(editor, batch, steps)
-                    else:
-                        outputs = editor.edit_samples(batch, steps, [s.meta["seed"] for s in batch])
-                    _synchronize(devices[name])
-                    seconds[name] += time.perf_counter() - began
-                    records[name] += measure(scenes, outputs)
-                    shown[name].setdefault(task, []).extend(list(zip(batch, outputs))[: max(0, keep - start)])
+                for subject in subjects:
+                    subject.edit(scenes, keep)
                 bar.update(len(batch))
-    return [
-        Report(
-            name,
-            world.difficulty_name,
-            (world.num_frames, world.height, world.width),
-            pipes[name].config.default_steps if name in pipes and steps is None else steps,
-            seed,
-            records[name],
-            describe_hardware(devices[name]),
-            seconds[name] / len(records[name]),
-            min(batch_size, samples),
-            _peak_memory(devices[name]),
-            shown[name],
-        )
-        for name in editors
-    ]
+    return [subject.report(world, seed, min(batch_size, samples)) for subject in subjects]
 
-
+# %% ../../nbs/library/40_benchmark.ipynb #ffced04a
 def bench_world(
     pipe,  # a `KiwiEditPipeline`, or anything else
     size: int | None = None,  # pixels, square; None takes the model's own, the world's where it has none
@@ -852,7 +729,7 @@ def bench_world(
     difficulty: str = "full",
 ) -> World:
     "Held-out scenes of the size that a model works at."
-    if not hasattr(pipe, "edit_samples"):
+    if isinstance(pipe, KiwiEditPipeline):
         size = size or max(1, math.isqrt(pipe.config.max_pixels) // pipe.size_multiple) * pipe.size_multiple
         if size % pipe.size_multiple:
             raise InputError(f"`size` has to be a multiple of {pipe.size_multiple} for this model but is {size}.")
@@ -863,41 +740,30 @@ def bench_world(
 
 def run_benchmark(
     pipe,  # a `KiwiEditPipeline`, or anything with `edit_samples(samples, steps, seeds)`
-    tasks: tuple[str, ...] = BENCHMARK_TASKS,
-    samples: int = 32,  # of each task
-    seed: int = EVAL_SEED,  # of the first scene; the noise of an edit has the seed of its scene
-    steps: int | None = None,  # denoising steps; None takes the model's own
-    batch_size: int = 8,  # edits at once
+    tasks: tuple[str, ...] = TASKS,
     difficulty: str = "full",  # of the world
-    progress: bool = True,
     out: str | Path | None = None,  # folder for benchmark.json and benchmark.png, made if missing
     size: int | None = None,  # pixels, square; None takes the model's own, the world's where it has none
     num_frames: int | None = None,  # None takes the model's own, the world's where it has none
     name: str | None = None,  # of the model in the report; None takes its own
-    keep: int = 4,  # samples of each task whose pictures the report keeps
+    **options,  # `samples` of each task, first `seed`, `steps`, `batch_size`, `progress`, `keep`: see `run_editors`
 ) -> Report:
     "Measure a model on the world's held-out scenes."
-    tasks = (tasks,) if isinstance(tasks, str) else tuple(tasks)
+    tasks, world = (tasks,) if isinstance(tasks, str) else tuple(tasks), bench_world(pipe, size, num_frames, difficulty)
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)  # before the work, not after it
-    world = bench_world(pipe, size, num_frames, difficulty)
-    (report,) = run_editors(
-        {name or _name_of(pipe): pipe},
-        world,
-        tasks,
-        samples,
-        seed,
-        steps,
-        batch_size,
-        getattr(pipe, "vae", None),
-        progress,
-        keep,
-    )
+    editors = {name or _name_of(pipe): pipe}
+    (report,) = run_editors(editors, world, tasks, vae=getattr(pipe, "vae", None), **options)
     if out is not None:
         report.save(Path(out) / "benchmark.json")
-        if keep:
-            report.save_strips(Path(out) / "benchmark.png")
+        if any(report.shown.values()):
+            _save_picture(Path(out) / "benchmark.png", report.strips(2))
     return report
+
+
+def _save_picture(path, figure):
+    with replacing(path, True) as temporary:
+        Path(temporary).write_bytes(figure._repr_png_())
 
 
 def _name_of(pipe):
@@ -910,32 +776,15 @@ def _name_of(pipe):
         return path.parent.parent.name.removeprefix("models--").replace("--", "/")  # the hub's cache
     return path.name if path.exists() else str(name)
 
-# %% ../../nbs/library/40_benchmark.ipynb #a1ce94fd
-def world_rate(
-    seconds: float = 2.0,  # to measure for
-    world: World | None = None,  # None: its own size and frames, training split
-) -> float:  # quadruplets a second
-    "How fast the world makes samples, all tasks in turn, on one core."
-    world = world or World()
-    seed, made = EVAL_SEED if world.split == "eval" else 0, 0
-    world.sample(seed, BENCHMARK_TASKS[0])  # the photographs are read once
-    began = time.perf_counter()
-    while (passed := time.perf_counter() - began) < seconds or not made:
-        world.sample(seed + made, BENCHMARK_TASKS[made % len(BENCHMARK_TASKS)])
-        made += 1
-    return made / passed
-
 # %% ../../nbs/library/40_benchmark.ipynb #b042000d
 def checkpoint_digest(
     folder: str | Path,  # of a model
 ) -> str:  # 16 hexadecimal digits
-    "Tells models apart by a sample of the bytes of their configs and weights."
+    "Tells models apart by the bytes of their configs and weights."
     folders = sorted(path for path in Path(folder).iterdir() if path.is_dir() and any(path.glob("*.safetensors")))
     if not folders:
         raise InputError(f"`folder` has to hold folders with safetensors but {str(folder)!r} holds none.")
-    return hashlib.sha256("".join(f"{path.name} {sampled_digest(path)}\n" for path in folders).encode()).hexdigest()[
-        :16
-    ]
+    return digest({path.name: path for path in folders})[:16]
 
 
 def provenance(
@@ -943,14 +792,19 @@ def provenance(
     folder: str | Path | None = None,  # of the model; None where none is at hand
 ) -> dict:
     "What a result was made with: versions, hardware, checkpoint."
-    versions = {name: version(name) for name in ("kiwi-edit", "torch", "diffusers", "transformers", "numpy", "pillow")}
+    names = ("kiwi-edit", "torch", "diffusers", "transformers", "numpy", "pillow")
     return dict(
-        versions=versions,
+        versions={name: version(name) for name in names},
         hardware=describe_hardware(device),
         checkpoint=None if folder is None else checkpoint_digest(folder),
     )
 
 # %% ../../nbs/library/40_benchmark.ipynb #b042000f
+# numbers of a record that a ranking is saved with
+_NUMBERS = """success told_apart feature_error feature_distance sharpness error distance outside_error ceiling_error
+ceiling_outside_error flicker""".split()
+
+
 @dataclass
 class Ranking:
     "Several editors on the same scenes."
@@ -959,155 +813,102 @@ class Ranking:
     about: dict = field(default_factory=dict)  # what they were made with, see `provenance`
 
     def __post_init__(self):
-        scenes = [
-            (report.difficulty, report.size, [(record["task"], record["seed"]) for record in report.records])
-            for report in self.reports
-        ]
-        if not scenes:
-            raise InputError("`reports` has to hold at least one report but is empty.")
+        scenes = [(r.difficulty, r.size, [(x["task"], x["seed"]) for x in r.records]) for r in self.reports]
+        if not scenes or any(known != scenes[0] for known in scenes):
+            raise InputError("`reports` have to be one or more on the same scenes but are not.")
         names = [report.model for report in self.reports]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise InputError(
-                f"`reports` have to have different names but {twice[0]!r} is there more than once; `run_benchmark` takes a `name`."
-            )
-        for report, known in zip(self.reports, scenes):
-            if known != scenes[0]:
-                raise InputError(
-                    f"`reports` have to be on the same scenes but those of {report.model} are others than those of {self.reports[0].model}."
-                )
+            raise InputError(f"`reports` have to have different names but {twice[0]!r} is there more than once.")
 
     @property
     def difficulty(self) -> str:
         return self.reports[0].difficulty  # of the world, the same for all
 
     def _columns(self, report, name):
-        "(scenes, tasks) of a number; all tasks have as many scenes, since `run_benchmark` draws them so."
-        tasks = dict.fromkeys(record["task"] for record in report.records)
-        return np.array(
-            [[record.get(name, math.nan) for record in report.records if record["task"] == task] for task in tasks],
-            dtype=np.float64,
-        ).T
+        "(scenes, tasks) of a number; all tasks have as many scenes."
+        return np.stack([_column(records, name) for records in by_task(report.records).values()], 1)
 
     @property
     def rows(self) -> dict[str, dict]:  # editor -> numbers, the best first
         "Means over the tasks. Scenes are drawn again for the intervals, each with all its tasks."
-
-        def mean(values):
-            known = [value for value in values if value is not None and not math.isnan(value)]
-            return float(np.mean(known)) if known else None
-
-        def done(error, distance):
-            return (1 - error.sum(0) / distance.sum(0)).mean()
-
+        done = lambda error, distance: (1 - error.sum(0) / distance.sum(0)).mean()
         rows, first = {}, self._columns(self.reports[0], "success")
         for report in self.reports:
             success, error, distance = (self._columns(report, name) for name in ("success", "error", "distance"))
-            known = not np.isnan(first + success).any()
-            tasks = report.rows.values()
+            gap, tasks = first - success, report.rows.values()
+            known = not np.isnan(gap).any()
+            names = ("told_apart", "likeness", "sharpness", "psnr_lost")
             rows[report.model] = dict(
-                success=float(success.mean()) if known else None,
-                success_interval=share_interval(success.ravel()) if known else None,
-                difference=float((first - success).mean()) if known else None,
-                difference_interval=bootstrap((first - success).mean(1)) if known else None,
-                **{
-                    name: mean(row[name] for row in tasks)
-                    for name in ("told_apart", "likeness", "sharpness", "psnr_lost")
-                },
-                flicker=mean(self._columns(report, "flicker").ravel()),
+                **_share(success.ravel() if known else np.array([np.nan]), "success"),
+                difference=float(gap.mean()) if known else None,
+                difference_interval=bootstrap(gap.mean(1)) if known else None,
+                **{name: _mean(row[name] for row in tasks) for name in names},
+                flicker=_mean(self._columns(report, "flicker").ravel()),
                 done=float(done(error, distance)),
                 done_interval=bootstrap(error, distance, statistic=done),
             )
         return dict(sorted(rows.items(), key=lambda item: (-(item[1]["success"] or 0), -item[1]["done"])))
 
+    def tables(self) -> list[Table]:
+        "Success by task, and means over the tasks."
+        first, rows, tasks = self.reports[0], self.rows, {report.model: report.rows for report in self.reports}
+        share = lambda row, name: _cell(row, name, digits=0, times=100)
+        success, means = [], []
+        for model, row in rows.items():
+            against = None if model == first.model else share(row, "difference")
+            success.append([model, share(row, "success"), against])
+            success[-1] += [share(scores, "success") for scores in tasks[model].values()]
+            means.append([model, share(row, "told_apart"), _cell(row, "likeness"), _cell(row, "sharpness")])
+            means[-1] += [_cell(row, "psnr_lost", digits=1), _cell(row, "flicker", digits=1), _cell(row, "done")]
+        about = [f"checkpoint {self.about['checkpoint']}"] if self.about else []
+        about += [f"{k} {v}" for part in ("versions", "hardware") for k, v in self.about.get(part, {}).items()]
+        about += [_UNSEEN] if any(row["success"] is None for row in rows.values()) else []
+        frames, height, width = first.size
+        scenes = f"{len(first.records) // len(tasks[first.model])} scenes a task from seed {first.seed:,}"
+        world = f"world: {self.difficulty}, {frames} frames of {width}x{height}; {scenes}; intervals hold 95%"
+        columns = ["success, %", "all tasks", f"{first.model} minus it", *tasks[first.model]]
+        names = ["told apart, %", "likeness", "sharpness", "lost outside", "flicker", "edit done"]
+        note = "; ".join(["lost in dB, flicker in levels of 0 to 255", *about]) + "."
+        return [
+            Table("", columns, success, note=world + "."),
+            Table("", ["means over the tasks", *names], means, note=note),
+        ]
+
     def _repr_markdown_(self) -> str:
-        first, rows = self.reports[0].model, self.rows
-        tasks = {report.model: report.rows for report in self.reports}
-        lines = [
-            f"| success | all tasks | {first} minus it | {' | '.join(tasks[first])} |",
-            "|---|" + "--:|" * (2 + len(tasks[first])),
-        ]
-        for model, row in rows.items():
-            against = "" if model == first else _ranged(row, "difference", "+.0%")
-            cells = [_ranged(row, "success", ".0%", bold=True), against] + [
-                _ranged(r, "success", ".0%") for r in tasks[model].values()
-            ]
-            lines.append(f"| {model} | {' | '.join(cells)} |")
-        lines += [
-            "",
-            "| means over the tasks | told apart | likeness | sharpness | lost outside | flicker | edit done |",
-            "|---|" + "--:|" * 6,
-        ]
-        for model, row in rows.items():
-            forms = dict(told_apart=".0%", likeness=".2f", sharpness=".2f", psnr_lost=".1f", flicker=".1f")
-            lines.append(
-                f"| {model} | {' | '.join(_shown(row[name], form) for name, form in forms.items())} | {_ranged(row, 'done', '.2f')} |"
-            )
-        count = len(self.reports[0].records) // len(tasks[first])
-        frames, height, width = self.reports[0].size
-        notes = [
-            f"world: {self.difficulty}, {frames} frames of {width}x{height}",
-            f"{count} scenes a task from seed {self.reports[0].seed:,}",
-            "intervals hold 95%",
-            "lost in dB",
-            "flicker in levels of 0 to 255",
-        ]
-        if any(row["success"] is None for row in rows.values()):
-            notes.append(_UNSEEN)
-        if self.about:
-            notes += [
-                f"checkpoint {self.about['checkpoint']}",
-                ", ".join(
-                    f"{k} {v}"
-                    for k, v in (self.about["versions"] | self.about["hardware"]).items()
-                    if k != "torch" or v
-                ),
-            ]
-        return "\n".join(lines) + "\n\n" + "; ".join(notes) + "."
+        return "\n\n".join(table._repr_markdown_() for table in self.tables())
 
     def strips(
         self,
         task: str,
-        samples: int = 1,  # scenes of the task
+        samples: int = 1,  # scenes of the task, side by side
     ) -> Strip:
-        "Clips of all editors below each other, in the order of the table."
-        return film_of({report.model: report.shown for report in self.reports}, list(self.rows), task, samples)
+        "First, middle and last frames of source, reference, target and what each editor made, in the table's order."
+        shown = {report.model: report.shown.get(task, [])[:samples] for report in self.reports}
+        if not shown[self.reports[0].model]:
+            raise InputError(f"`task` has to be one whose pictures the reports keep but is {task!r}.")
+        columns, order = [], list(self.rows)
+        for j, (sample, _) in enumerate(shown[order[0]]):
+            clips = [sample.source, None, sample.target, *(shown[editor][j][1] for editor in order)]
+            for k, at in enumerate((0, len(sample.source) // 2, -1)):
+                images = [None if clip is None else clip[at] for clip in clips]
+                images[1] = sample.reference if k == 0 else None
+                columns.append((sample.instruction if k == 1 else "", images))
+        return film(["source", "reference", "target", *order], columns)
 
     def save(
         self,
         path: str | Path,  # .json, made or replaced
     ) -> Path:
         "Write the numbers, column by column and without the words, to six digits."
-
-        def column(report, name):
-            return [
-                None if math.isnan(v) else float(f"{v:.6g}")
-                for v in (float(record.get(name, math.nan)) for record in report.records)
-            ]
-
-        data = [
-            dict(
-                model=r.model,
-                difficulty=r.difficulty,
-                size=r.size,
-                steps=r.steps,
-                seed=r.seed,
-                hardware=r.hardware,
-                seconds_per_edit=r.seconds_per_edit,
-                batch_size=r.batch_size,
-                records={name: column(r, name) for name in _COLUMNS},
-            )
-            for r in self.reports
-        ]
-        scenes = dict(
-            task=[record["task"] for record in self.reports[0].records],
-            seed=[record["seed"] for record in self.reports[0].records],
-        )
-        with replacing(path, True) as temporary:
-            Path(temporary).write_text(
-                json.dumps(dict(about=self.about, scenes=scenes, reports=data), allow_nan=False) + "\n",
-                encoding="utf-8",
-            )
-        return Path(path)
+        rounded = lambda value: None if value is None else float(f"{float(value):.6g}")
+        kept = ("model", "difficulty", "size", "steps", "seed", "hardware", "seconds_per_edit", "batch_size")
+        reports = []
+        for report in self.reports:
+            columns = {name: [rounded(record.get(name)) for record in report.records] for name in _NUMBERS}
+            reports.append({name: getattr(report, name) for name in kept} | dict(records=columns))
+        scenes = {name: [record[name] for record in self.reports[0].records] for name in ("task", "seed")}
+        data = dict(about=self.about, scenes=scenes, reports=reports)
+        return write_text(path, json.dumps(data, allow_nan=False) + "\n")
 
     @classmethod
     def load(
@@ -1120,74 +921,16 @@ class Ranking:
             raise InputError(f"`path` has to be a ranking written by `Ranking.save` but {str(path)!r} is none.")
         reports = []
         for one in data["reports"]:
-            columns = {
-                name: [math.nan if v is None else v for v in values] for name, values in one.pop("records").items()
-            }
-            records = [
-                dict(task=task, seed=seed, instruction="") | {name: values[i] for name, values in columns.items()}
-                for i, (task, seed) in enumerate(zip(*data["scenes"].values()))
-            ]
-            reports.append(Report(records=records, **one | dict(size=tuple(one["size"]))))
+            columns = data["scenes"] | one["records"]
+            records = [dict(zip(columns, row), instruction="") for row in zip(*columns.values())]
+            reports.append(Report(**one | dict(size=tuple(one["size"]), records=records)))
         return cls(reports, data["about"])
-
-
-_COLUMNS = (
-    "success",
-    "told_apart",
-    "feature_error",
-    "feature_distance",
-    "sharpness",
-    "error",
-    "distance",
-    "outside_error",
-    "ceiling_error",
-    "ceiling_outside_error",
-    "flicker",
-)
-
-# %% ../../nbs/library/40_benchmark.ipynb #b0420010
-def film_of(
-    shown: dict[str, dict],  # editor -> task -> [(sample, output)], as reports keep them
-    order: list[str],  # of the editors
-    task: str,
-    samples: int = 1,  # scenes of the task, side by side
-) -> Strip:
-    "Source, reference, target, then what each editor made: first, middle and last frame."
-    some = next(iter(shown.values())).get(task, [])[:samples]
-    if not some:
-        raise InputError(f"`task` has to be one whose pictures the reports keep but is {task!r}.")
-    labels = ["source", "reference", "target", *order]
-    figure = Strip(figsize=(1.5 + 3.1 * len(some), 0.4 + 1.05 * len(labels)), dpi=80)
-    grid = figure.add_gridspec(
-        len(labels),
-        3 * len(some),
-        left=1.5 / figure.get_figwidth(),
-        right=1,
-        bottom=0,
-        top=1 - 0.4 / figure.get_figheight(),
-        wspace=0.03,
-        hspace=0.03,
-    )
-    for j, (sample, _) in enumerate(some):
-        clips = [sample.source, sample.reference, sample.target] + [shown[editor][task][j][1] for editor in order]
-        for i, clip in enumerate(clips):
-            for k in range(3):
-                axis = figure.add_subplot(grid[i, 3 * j + k])
-                axis.set_axis_off()
-                if i == 0 and k == 1:
-                    axis.set_title("\n".join(textwrap.wrap(sample.instruction, 46)[:2]), fontsize=7, pad=3)
-                if j == k == 0:
-                    axis.text(-0.06, 0.5, labels[i], transform=axis.transAxes, ha="right", va="center", fontsize=7.5)
-                if clip is None or i == 1 and k:
-                    continue
-                axis.imshow(clip if i == 1 else clip[(0, len(clip) // 2, -1)[k]], interpolation="nearest")
-    return figure
 
 # %% ../../nbs/library/40_benchmark.ipynb #b0420018
 def run_baselines(
     pipe: KiwiEditPipeline,
     name: str,  # of the model in the table
-    tasks: tuple[str, ...] = BENCHMARK_TASKS,
+    tasks: tuple[str, ...] = TASKS,
     samples: int = BENCH_SAMPLES,  # scenes of each task
     folder: str | Path | None = None,  # of the model, for its checkpoint's digest
     out: str | Path | None = None,  # existing folder for baselines.json and baselines.png
@@ -1195,24 +938,11 @@ def run_baselines(
     difficulty: str = "full",  # of the world
 ) -> Ranking:
     "Rank a model among the editors of this notebook."
-    others = [
-        Oracle(pipe.vae),
-        FrameByFrame(pipe),
-        BlurredTarget(),
-        PasteReference(),
-        MeanColour(),
-        PixelNoise(),
-        CopySource(),
-    ]
-    editors = {name: pipe} | {editor.name: editor for editor in others}
-    ranking = Ranking(
-        run_editors(
-            editors, bench_world(pipe, difficulty=difficulty), tasks, samples, vae=pipe.vae, progress=progress, keep=2
-        ),
-        provenance(pipe._execution_device, folder),
-    )
+    others = [oracle(pipe.vae), frame_by_frame(pipe), BLURRED, PASTED, MEAN_COLOUR, NOISE, COPIED]
+    editors, world = {name: pipe} | {editor.name: editor for editor in others}, bench_world(pipe, difficulty=difficulty)
+    reports = run_editors(editors, world, tasks, samples, vae=pipe.vae, progress=progress, keep=2)
+    ranking = Ranking(reports, provenance(pipe._execution_device, folder))
     if out is not None:
         ranking.save(Path(out) / "baselines.json")
-        with replacing(Path(out) / "baselines.png", True) as temporary:
-            Path(temporary).write_bytes(ranking.strips(tasks[0], 2)._repr_png_())
+        _save_picture(Path(out) / "baselines.png", ranking.strips(tasks[0], 2))
     return ranking
