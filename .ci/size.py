@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMITS = {"code lines": 22_750, "public names": 850, "longest function": 250, "wide lines": 480, "unused names": 60}
+LIMITS = {"code lines": 16_500, "public names": 575, "longest function": 60, "wide lines": 0, "unused names": 0}
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
@@ -80,7 +80,8 @@ def measure(
         for f in functions:
             size = len(lines & set(range(f.body[0].lineno, f.end_lineno + 1)))
             found["functions"].append((size, f"{name}: {f.name}"))
-        found["wide"] += [f"{name}:{i}" for i, line in enumerate(text.splitlines(), 1) if len(line) > 120]
+        wide = {i for i, line in enumerate(text.splitlines(), 1) if len(line) > 120}
+        found["wide"] += [f"{name}:{i}" for i in sorted(wide & lines | wide & docstring(tree))]
         decorated = {n.name for n in tree.body if isinstance(n, DEFINITIONS) and n.decorator_list}  # a registry's
         for public in set(names) - decorated:
             at_home = words[name].count(public)

@@ -594,6 +594,7 @@ def walk(
         return denoise(pipe.transformer, pipe.guidance, *given, cache=cache)
 
     for i, t in enumerate(timesteps[begin:]):
+        pipe._current_timestep = t
         if len(context) > len(latents) and not pipe.do_classifier_free_guidance:  # a callback has turned it off
             context, context_mask = context[-1:], context_mask[-1:]
         if seen is None or seen.data_ptr() != context.data_ptr() or len(seen) != len(context):
@@ -680,7 +681,6 @@ def __call__(
 
     # 5. Denoise
     def each(i, t, latents, context):
-        self._current_timestep = t
         progress.update()
         if callback_on_step_end is None:
             return latents, context

@@ -113,7 +113,7 @@ def test_an_edit_that_fails_leaves_the_pipeline_as_it_was(pipe, clip):
 @pytest.mark.parametrize("references, features", [([], 0), ([RED], 1), ([RED, BLUE], 2)])
 def test_shapes_and_sums(pipe, clip, references, features):
     edited, looks = watch_edit(pipe, "make it snow", clip, references or None, steps=2)
-    grid, layers = (5, 3, 4), pipe.transformer.config.num_layers
+    grid, layers = (5, 6, 8), pipe.transformer.config.num_layers
     r = len(references)
     assert looks.reference.shape == (2, layers, r, *grid) and looks.places.shape == (2, layers, r, *grid[1:])
     assert looks.features.shape == (2, layers, *grid)
@@ -133,13 +133,13 @@ def test_maps_say_who_looks_at_the_reference(pipe, clip):
     "Keys of the reference that are made to match what one token asks are looked at by that token."
     with recording(pipe) as recorder:
         run(pipe, clip)
-    query, key = torch.zeros(72, 2, 8), torch.zeros(72, 2, 8)
-    query[6], key[60:] = 10, 10  # frame 0, row 1, column 2 of a grid of 6x3x4
+    query, key = torch.zeros(288, 2, 8), torch.zeros(288, 2, 8)
+    query[10], key[240:] = 10, 10  # frame 0, row 1, column 2 of a grid of 6x6x8
     recorder.saw(0, True, query, key, None)
     shares, places = recorder.seen[1][0, True]
-    assert shares.shape == (1, 5, 3, 4) and shares[0, 0, 1, 2] > 0.99
-    assert np.delete(shares.ravel(), 6) == pytest.approx(1 / 6, abs=1e-5)
-    assert places.shape == (1, 3, 4)
+    assert shares.shape == (1, 5, 6, 8) and shares[0, 0, 1, 2] > 0.99
+    assert np.delete(shares.ravel(), 10) == pytest.approx(1 / 6, abs=1e-5)
+    assert places.shape == (1, 6, 8)
 
 
 def test_windows_are_refused(pipe, clip):

@@ -110,7 +110,7 @@ def one_error(err):
     lines = [
         line
         for line in re.split(r"[\r\n]+", err)
-        if line.strip() and not line.startswith("loading ") and "steps," not in line
+        if line.strip() and not line.startswith("loading ") and not re.search(r"\d steps,", line)
     ]
     assert len(lines) == 1 and lines[0].startswith("error: "), err
     return lines[0]
@@ -920,7 +920,8 @@ def test_dry_run_says_what_is_needed_and_loads_nothing(kiwi, small, monkeypatch,
     )
     assert status == 0 and "1,800 steps, 2 s each, 1.0 hours" in out and "matrix products" not in out
     table = dict(re.findall(r"^\| ([^|]+?) +\| (.+) \|$", out, re.M))
-    assert re.fullmatch(r"[\d,]+ +\| [1-9]\d*,\d{3}", table["transformer"].strip()) and table["vae"].startswith("0 ")
+    parts = {name: (trains, frozen) for name, trains, frozen in re.findall(r"^(\w+) +([\d,]+) +([\d,]+)$", out, re.M)}
+    assert len(parts["transformer"][1]) >= 5 and parts["vae"][0] == "0"
     choices = {
         name: [float(x) for x in row.split("|")]
         for name, row in table.items()
@@ -1218,7 +1219,7 @@ def test_accelerate_reads_its_files(name):
     assert config.use_cpu == (name == "cpu-2") and ("Untested" in text) == (name != "cpu-2")
     header = " ".join(line.lstrip("# ").rstrip("\\ ") for line in text.splitlines() if line.startswith("#"))
     shown = re.search(
-        rf"accelerate launch --config_file assets/accelerate/{name}\.yaml -m kiwi_edit\.cli train (.*?)(?: [A-Z-][a-z]+ |$)",
+        rf"accelerate launch --config_file assets/accelerate/{name}\.yaml -m kiwi_edit\.apps\.cli train (.*?)(?: [A-Z-][a-z]+ |$)",
         header,
     )[1]
     flags = dict(re.findall(r"(--preset|--stage) (\S+)", shown))

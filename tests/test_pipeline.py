@@ -338,7 +338,7 @@ def test_footage_in_a_file_is_edited_as_in_memory(pipe, tmp_path):
 )
 def test_any_size_becomes_one_that_the_model_takes(pipe, shape, expected):
     frames = pipe.prepare_video(clip(*shape))
-    assert (len(frames) - 1) % 4 == 0 and frames.shape[1] % 16 == 0 and frames.shape[2] % 16 == 0
+    assert (len(frames) - 1) % 4 == 0 and frames.shape[1] % 8 == 0 and frames.shape[2] % 8 == 0
     assert frames.shape[1] * frames.shape[2] <= pipe.config.max_pixels
     if expected:
         assert frames.shape[:3] == expected
@@ -675,7 +675,7 @@ def test_preset_and_tokenizer_have_to_fit():
     [
         (dict(prompt="  "), "`prompt` has to say what to edit but is '  '"),
         (dict(prompt=None), None),
-        (dict(height=60, width=64), "`height` has to be a multiple of 16 but is 60"),
+        (dict(height=60, width=64), "`height` has to be a multiple of 8 but is 60"),
         (dict(height=64), "`height` has to be given together with `width`"),
         (dict(num_frames=4), r"`num_frames` has to be 4k\+1 .* but is 4; the nearest are 1 and 5"),
         (dict(num_inference_steps=0), "`num_inference_steps` has to be at least 1 but is 0"),

@@ -1179,8 +1179,8 @@ def test_cached_and_online_training_are_the_same_to_the_bit(start, data, tmp_pat
     assert by_step(online) == by_step(cached) and len(list((tmp_path / "cache").glob("*/*/index.json"))) == 2
     same_files(tmp_path / "online", tmp_path / "cached")
     assert all(
-        record["tokens_per_second"] / record["samples_per_second"] == pytest.approx(6) for record in online
-    )  # 2x2 tokens of a picture, as many of its reference in every second batch
+        record["tokens_per_second"] / record["samples_per_second"] == pytest.approx(24) for record in online
+    )  # 4x4 tokens of a picture, as many of its reference in every second batch
     assert {key for record in online for key in record if key.startswith("loss/") and "-" not in key} == {
         "loss/image",
         "loss/ref",
@@ -1265,7 +1265,7 @@ def test_a_stage_of_the_world_is_logged_looked_at_and_published(start, tmp_path,
         } <= record.keys() and record[f"grad_norm/{mode}_queries"] > 0
         frames = 6 if mode == "ref" else 1  # those of a clip of five, and the reference
         assert (
-            record["tokens_per_second"] / record["samples_per_second"] == pytest.approx(2 * 2 * frames)
+            record["tokens_per_second"] / record["samples_per_second"] == pytest.approx(4 * 4 * frames)
             and record["memory_gb"] > 0.1
             and 0 < record["flops_use"] < 1
         )

@@ -597,7 +597,7 @@ class ChatJudge:
         return None if self.prices is None else (shown * self.prices[0] + said * self.prices[1]) / 1e6
 
     def estimate(self, cases: Sequence[Case]) -> dict:  # calls, input_tokens, and cost in USD or None
-        "What it will take, roughly: a picture counts as for Qwen or Gemini, whichever is more; what is remembered is free."
+        "What it will take, roughly: a picture counts as for Qwen or Gemini, whichever is more."
         known, calls, tokens = self._remembered(), 0, 0
         for case in cases:
             if self._key(case) in known:
