@@ -24,9 +24,9 @@ from functools import partial
 from pathlib import Path, PureWindowsPath
 
 # %% auto #0
-__all__ = ['IMAGE_SUFFIXES', 'VIDEO_SUFFIXES', 'sampled_digest', 'Limits', 'renamed', 'one_line', 'check_outputs', 'EditPlan',
-           'plan_edit', 'find_model', 'load_model', 'EditedFile', 'run_edit', 'edit_file', 'parse_size', 'EditRow',
-           'BadEdit', 'BadEdits', 'EditList', 'read_edits', 'EditRun', 'run_edits']
+__all__ = ['IMAGE_SUFFIXES', 'VIDEO_SUFFIXES', 'Limits', 'renamed', 'one_line', 'check_outputs', 'EditPlan', 'plan_edit',
+           'find_model', 'load_model', 'EditedFile', 'run_edit', 'edit_file', 'parse_size', 'EditRow', 'BadEdit',
+           'BadEdits', 'EditList', 'read_edits', 'EditRun', 'run_edits']
 
 # %% ../../nbs/library/13_files.ipynb #d05f5ccf
 import numpy as np
@@ -558,8 +558,6 @@ def _model_digest(folder):
     files = [folder / "model_index.json", *(f for f in folder.glob("*/*") if f.suffix in kinds)]
     return digest({f.relative_to(folder).as_posix(): f for f in files})
 
-
-sampled_digest = digest  # the name by which the benchmarks ask for it
 
 # %% ../../nbs/library/13_files.ipynb #b17e0008
 @dataclass(frozen=True)
