@@ -558,7 +558,6 @@ def _model_digest(folder):
     files = [folder / "model_index.json", *(f for f in folder.glob("*/*") if f.suffix in kinds)]
     return digest({f.relative_to(folder).as_posix(): f for f in files})
 
-
 # %% ../../nbs/library/13_files.ipynb #b17e0008
 @dataclass(frozen=True)
 class EditRow:
