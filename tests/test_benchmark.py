@@ -391,7 +391,7 @@ def test_comparison_in_pairs():
         (dict(steps=0), "`steps` has to be at least 1"),
         (dict(seed=5), "`seed` has to be at least 1000000"),
         (dict(difficulty="hard"), "`difficulty` has to be one of"),
-        (dict(size=36), "`size` has to be a multiple of 16"),
+        (dict(size=36), "`size` has to be a multiple of 8"),
     ],
 )
 def test_arguments_are_checked(pipe, wrong, message):

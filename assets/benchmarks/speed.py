@@ -136,21 +136,15 @@ class Saving:
 
 
 def _forgetting(*names):
-    "A way back: what the cache of an edit is given under these names is lost."
+    "A way back: what the cache of an edit holds under these names is lost before each call."
+    denoise = guidance.denoise
 
-    def without(pipe):
-        class Forgetful(pipeline.EditCache):
-            def __setattr__(self, name, value):
-                super().__setattr__(name, value if name not in names else _Nothing() if name == "key_values" else None)
+    def forgetful(*arguments, cache=None, **options):
+        for name in names if cache is not None else ():
+            setattr(cache, name, {} if name == "key_values" else None)
+        return denoise(*arguments, cache=cache, **options)
 
-        return patched((pipeline, "EditCache", Forgetful), (guidance, "EditCache", Forgetful))
-
-    return without
-
-
-class _Nothing(dict):
-    def __setitem__(self, key, value):
-        pass
+    return lambda pipe: patched((pipeline, "denoise", forgetful))
 
 
 @contextmanager
@@ -169,15 +163,10 @@ def _positions_each_step(pipe):
         angles = torch.cat(angles, -1).reshape(1, math.prod(sides), 1, -1).repeat_interleave(2, -1)
         return angles.cos().to(hidden_states.device), angles.sin().to(hidden_states.device)
 
-    def rotate(x, cos, sin):
-        return (
-            torch.view_as_real(
-                torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
-                * torch.complex(cos.double(), sin.double())
-            )
-            .flatten(-2)
-            .type_as(x)
-        )
+    def rotate(x, rope):
+        pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
+        turned = pairs * torch.complex(rope.cos.double(), rope.sin.double())
+        return torch.view_as_real(turned).flatten(-2).type_as(x)
 
     with _forgetting("rope")(pipe), patched((wan.rope, "forward", tables), (guidance, "rotate", rotate)):
         yield
