@@ -6,7 +6,6 @@ import re
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,16 +24,14 @@ from kiwi_edit.eval.published import (
     judge_of,
     lay_beside,
     output_name,
-    published_lines,
     read_bench,
-    report_page,
     row_key,
     score_rows,
     source_frames,
     world_rows,
     write_imgedit_list,
 )
-from kiwi_edit.video import VideoError, read_video, video_info, write_video
+from kiwi_edit.video import video_info, write_video
 
 KEY = "sk-never-shown-77"
 STEPS = 1

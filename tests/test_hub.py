@@ -20,7 +20,6 @@ import pytest
 import torch
 from huggingface_hub import constants
 from peft import LoraConfig
-from safetensors.torch import load_file
 
 import kiwi_edit.pipeline
 from kiwi_edit.pipeline import KiwiEditPipeline, bundled_models, find_checkpoint

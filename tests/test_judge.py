@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from browser import ARGUMENTS, chromium, why_no_browser
 from test_backends import BROKEN, BUSY, KEY, PROCESSOR, Server, camel, gemini_reply, openai_reply, qwen25
-from kiwi_edit.data.backends import GeminiChat, OpenAIChat, Question, TransformersChat, VideoPart
+from kiwi_edit.data.backends import GeminiChat, OpenAIChat, TransformersChat
 from kiwi_edit.core import asset
 from kiwi_edit.eval.judge import *
 from kiwi_edit.metrics import DAMAGES

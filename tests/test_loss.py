@@ -396,9 +396,9 @@ def test_sums_are_float32_in_a_bfloat16_run(tiny, batch):
 
 @torch.no_grad()
 def test_a_stage_without_the_source(tiny, batch):
-    dice = draw_noise(batch, Loss(), 0, 0, range(3), 3)
+    dice = draw_noise(batch, Loss(), 1, 0, range(3), 3)
     with_source, without = (FlowMatching(tiny, Loss(), source=given)((batch, dice))[0] for given in (True, False))
-    assert (without / with_source - 1).abs().min() > 0.001
+    assert (without / with_source - 1).abs().min() > 0.1
     hook = tiny.guidance.source_embedder.register_forward_hook(lambda module, args, out: out * 0)
     tiny.guidance.register_to_config(names="sample")  # or what the model names would be added to the source
     assert torch.allclose(
