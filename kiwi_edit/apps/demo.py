@@ -114,8 +114,8 @@ def _memory_note(model):
 _OF_TINY = (
     "It is small enough to travel with the kit and was trained on the kit's own procedural world: cut-out things that "
     "move on photographs. There it restyles, swaps backgrounds, and adds, removes, recolours and replaces things, some "
-    "better than others. It knows the words of that world and no others. A reference has to show a thing about where it "
-    "will stand and about as large. On footage of the real world it does styles and new backgrounds, softly."
+    "better than others. It knows the words of that world and no others. A reference has to show a thing about where "
+    "it will stand and about as large. On footage of the real world it does styles and new backgrounds, softly."
 )
 
 
