@@ -59,7 +59,6 @@ from kiwi_edit.train.engine import (
     stage_batches,
     train,
 )
-from kiwi_edit.train.estimate import measure_step
 from kiwi_edit.records import read_lines
 
 MUON = "muon" if hasattr(torch.optim, "Muon") else "adamw"
@@ -1465,21 +1464,6 @@ def test_a_stage_starts_from_a_trainers_checkpoint(tmp_path):
     assert 0 < moved < 0.05 and after.guidance.config.query_read_out == "last_positions"
     with pytest.raises(ValueError, match="`vae` has to name the base model"):
         train(stage, tmp_path / "other", str(step), {"ref": table}, bases={}, device="cpu", progress=False)
-
-
-def test_a_step_takes_the_memory_that_the_dry_run_says():
-    from test_curriculum import small
-
-    found = measure_step(
-        replace(find_stage("wan2.2-5b", "stage3-ref"), num_frames=5, max_pixels=96 * 96, dtype="float32"),
-        small(),
-        steps=1,
-    )
-    assert (
-        found["bytes"] == pytest.approx(found["said_bytes"], rel=0.05)
-        and found["seconds"] > 0
-        and found["said_seconds"] > 0
-    )
 
 
 def test_the_rate_of_a_product_is_measured_in_the_format_that_the_device_multiplies(monkeypatch):
