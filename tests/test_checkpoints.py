@@ -19,7 +19,7 @@ from kiwi_edit.weights.checkpoints import (
     load_official,
     load_trainer_checkpoint,
     load_transformer,
-    native_wan_name,
+    _native_wan_name,
     open_weights,
     stored_dtype,
 )
@@ -644,7 +644,7 @@ def test_a_denoiser_in_other_programs_files(tmp_path):
     config = {name: value for name, value in tiny.config.items() if not name.startswith("_")}
     for prefix in ("model.diffusion_model.", "diffusion_model.", ""):
         save_file(
-            {prefix + native_wan_name(key): value.contiguous() for key, value in tiny.state_dict().items()},
+            {prefix + _native_wan_name(key): value.contiguous() for key, value in tiny.state_dict().items()},
             tmp_path / "wan.safetensors",
         )
         found = load_transformer(tmp_path / "wan.safetensors", config)
