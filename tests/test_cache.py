@@ -25,11 +25,11 @@ from kiwi_edit.train.cache import (
     RowSettings,
     build_cache,
     collate_rows,
-    draw_shrink,
+    _draw_shrink,
     encode_samples,
-    frozen_digests,
+    _frozen_digests,
     placeholder_ids,
-    sample_shape,
+    _sample_shape,
     survey_cache,
 )
 from kiwi_edit.data.dataset import BadRow, MetadataDataset, WorldDataset, save_dataset
@@ -86,7 +86,7 @@ class Rows:
         return f"{self.samples[i].id} {self.samples[i].instruction} {self.samples[i].source.sum()} {self.samples[i].target.sum()}"
 
     def shape(self, i):
-        return sample_shape(self.samples[i])
+        return _sample_shape(self.samples[i])
 
     def __getitem__(self, i):
         self.read.append(i)
@@ -219,11 +219,11 @@ def test_rows_are_made_while_another_thread_decodes(pipe, monkeypatch, one_threa
 
 def test_a_shrink_belongs_to_a_row_and_a_seed(pipe, tmp_path):
     official, one = RowSettings(shrink=(0.7, 1.0)), world(1, ("subject",)).samples[0]
-    drawn = np.array([draw_shrink(official, replace(one, instruction=f"edit {i}")) for i in range(500)])
+    drawn = np.array([_draw_shrink(official, replace(one, instruction=f"edit {i}")) for i in range(500)])
     assert 0.7 <= drawn.min() < 0.72 and 0.98 < drawn.max() <= 1 and abs(drawn.mean() - 0.85) < 0.02
-    assert draw_shrink(replace(official, seed=1), one) != draw_shrink(official, one)
-    assert draw_shrink(official, replace(one, source=one.target, id="another place")) == draw_shrink(official, one)
-    assert draw_shrink(RowSettings(), one) is None and draw_shrink(official, world(1).samples[0]) is None
+    assert _draw_shrink(replace(official, seed=1), one) != _draw_shrink(official, one)
+    assert _draw_shrink(official, replace(one, source=one.target, id="another place")) == _draw_shrink(official, one)
+    assert _draw_shrink(RowSettings(), one) is None and _draw_shrink(official, world(1).samples[0]) is None
     data = world(3, ("subject",))
     plain, shrunk = (build_cache(pipe, data, tmp_path, s, progress=False) for s in (RowSettings(), official))
     assert plain.folder != shrunk.folder and not torch.equal(plain.row(0)["reference"], shrunk.row(0)["reference"])
@@ -332,9 +332,9 @@ def test_fingerprint_covers_what_rows_depend_on_and_nothing_else(pipe, model, tm
     )
 
     def parts():
-        return {name for name, value in frozen_digests(pipe).items() if value != before[name]}
+        return {name for name, value in _frozen_digests(pipe).items() if value != before[name]}
 
-    before = frozen_digests(pipe)
+    before = _frozen_digests(pipe)
     with monkeypatch.context() as m:
         m.setattr(pipe.processor.tokenizer, "chat_template", pipe.processor.tokenizer.chat_template + " ")
         assert parts() == {"processor"}
@@ -671,7 +671,7 @@ def test_online_rows_neither_decode_nor_hash_before_they_are_asked(pipe, tmp_pat
     drawn = WorldDataset({task: 1.0}, num_frames, samples=2, **SMALL)
     table = save_dataset(drawn, tmp_path, format="csv", progress=False)
     files = MetadataDataset(table, num_frames=num_frames, max_pixels=32 * 32, factor=16)
-    shapes = [sample_shape(drawn[i]) for i in range(2)]
+    shapes = [_sample_shape(drawn[i]) for i in range(2)]
     rows = [
         OnlineRows(pipe, data, RowSettings(shrink=(0.7, 1.0)), progress=False).rows([0])[0] for data in (drawn, files)
     ]

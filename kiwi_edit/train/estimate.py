@@ -32,7 +32,7 @@ from .engine import cast_weights
 from ..video import fit_size
 
 # %% auto #0
-__all__ = ['BatchShape', 'batch_shapes', 'BatchCost', 'Estimate', 'estimate', 'EditCost', 'edit_cost']
+__all__ = ['BatchCost', 'Estimate', 'estimate', 'EditCost', 'edit_cost']
 
 # %% ../../nbs/library/34_estimate.ipynb #470863cd
 # attention on a CPU, which torch's counter does not know: two products forward, five back, the first of them again
@@ -115,7 +115,7 @@ class _Ledger(TorchDispatchMode):
         return out
 
 # %% ../../nbs/library/34_estimate.ipynb #11379dc6
-class BatchShape(NamedTuple):
+class _BatchShape(NamedTuple):
     "What a batch of a stage looks like."
 
     mode: str  # "image", "video" or "ref"
@@ -126,10 +126,10 @@ class BatchShape(NamedTuple):
     share: float  # of the batches
 
 
-def batch_shapes(
+def _batch_shapes(
     stage: Stage,
     preset: str | Preset | None = None,  # the stage's own if None
-) -> list[BatchShape]:
+) -> list[_BatchShape]:
     "The kinds of batches of a stage that denoises; two buckets that cost the same are one kind."
     preset, found = get_preset(preset or stage.preset), {}
     for bucket in stage.buckets:
@@ -138,7 +138,7 @@ def batch_shapes(
     for mode, share in zip(stage.mix, stage.shares or [1] * len(stage.mix)):
         width, height = fit_size(16_000, 9_000, stage.max_pixels, preset.size_multiple)
         found[mode, 1 if mode == "image" else stage.num_frames, height, width, stage.batch_size] = share
-    return [BatchShape(*shape, share / sum(found.values())) for shape, share in found.items()]
+    return [_BatchShape(*shape, share / sum(found.values())) for shape, share in found.items()]
 
 # %% ../../nbs/library/34_estimate.ipynb #4a3e3c88
 def _fake_pipeline(preset, stage, fake):
@@ -171,7 +171,7 @@ def _sample(pipe, num_frames, height, width, references=1):
 class BatchCost:
     "What one batch costs."
 
-    shape: BatchShape
+    shape: _BatchShape
     latent_tokens: int  # of the denoiser, the reference's too, for one sample
     encoder_tokens: int  # of the language model, for one sample
     context_tokens: int  # that the denoiser attends to, for one sample
@@ -425,7 +425,7 @@ def estimate(
     optimizer = {"float32": 4, "bfloat16": 2}[stage.dtype] * moments
     if stage.ema:
         optimizer += 4 * sum(p.numel() for p in trained)
-    shapes = tqdm(batch_shapes(stage, preset), desc="dry run", disable=not progress, leave=False)
+    shapes = tqdm(_batch_shapes(stage, preset), desc="dry run", disable=not progress, leave=False)
     batches = [_dry_batch(pipe, stage, shape, online, fake) for shape in shapes]
     counts = _count_parameters(pipe)
     result = Estimate(stage, preset.name, online, offload_optimizer, counts, optimizer, batches, seconds_per_step)

@@ -30,15 +30,14 @@ from ..pipeline import KiwiEditPipeline, find_checkpoint
 from ..records import replacing_folder
 
 # %% auto #0
-__all__ = ['logger', 'DIFFUSERS_OPTIONS', 'WRITERS', 'read_config', 'open_weights', 'faults', 'check_dtype', 'fill', 'build',
-           'trainer_name', 'load_official', 'find_base', 'merge_lora', 'load_transformer', 'load_trainer_checkpoint',
-           'load_kit', 'load_any', 'convert', 'stored_dtype']
+__all__ = ['logger', 'DIFFUSERS_OPTIONS', 'open_weights', 'faults', 'check_dtype', 'load_official', 'find_base', 'merge_lora',
+           'load_trainer_checkpoint', 'load_kit', 'load_any', 'convert']
 
 # %% ../../nbs/library/20_checkpoints.ipynb #7f8dc21b
 logger = logging.getLogger(__name__)
 
 # %% ../../nbs/library/20_checkpoints.ipynb #41773358
-def read_config(
+def _read_config(
     folder: str | Path,
     *names: str,  # of folders and of the file below it
     having: tuple = (),  # what it has to give
@@ -223,7 +222,7 @@ def _compare(model, weights, ignore=()):
         raise InputError(f"`weights` of {type(model).__name__} have to match its tensors, but {', '.join(wrong)}.")
 
 
-def fill(
+def _fill(
     model: torch.nn.Module,  # its tensors may be on the meta device, where they take no memory
     weights: dict,  # name -> tensor
     ignore: tuple[str, ...] = (),  # how names begin that may be missing
@@ -247,7 +246,7 @@ def _finite(model, name, value):
     return value
 
 # %% ../../nbs/library/20_checkpoints.ipynb #69c316df
-def build(
+def _build(
     kind: type,  # WanTransformer3DModel, AutoencoderKLWan, Qwen2_5_VLForConditionalGeneration, ...
     config: dict,
     origin: str,  # where it comes from, for messages
@@ -371,7 +370,7 @@ _TRAINER_NAMES = (  # in the trainer, in `KiwiGuidance`
 )
 
 
-def trainer_name(
+def _trainer_name(
     name: str,  # a key of a trainer checkpoint, whatever prefix it was saved with
 ) -> tuple[str, str] | None:  # component and its tensor's name here; None for a stranger
     "Where a tensor of a trainer checkpoint belongs; those of LoRA layers keep their ending."
@@ -399,9 +398,9 @@ def _vae_config(config, residual):
 def _fill_vae(config, weights, origin, dtype):
     "A native autoencoder of either generation as an `AutoencoderKLWan`."
     residual = any(".downsamples.0.downsamples." in name for name in weights)
-    vae = build(AutoencoderKLWan, _vae_config(config, residual), origin)
+    vae = _build(AutoencoderKLWan, _vae_config(config, residual), origin)
     names = _native_vae_names(vae)
-    return fill(vae, {names.get(name, name): tensor for name, tensor in weights.items()}, dtype=dtype)
+    return _fill(vae, {names.get(name, name): tensor for name, tensor in weights.items()}, dtype=dtype)
 
 # %% ../../nbs/library/20_checkpoints.ipynb #7f3c7cb4
 def _load_qwen(config, weights, dtype=torch.float32, origin="config.json"):
@@ -409,9 +408,9 @@ def _load_qwen(config, weights, dtype=torch.float32, origin="config.json"):
     if "text_config" in config:  # beside it published files repeat the text model's fields in an older spelling
         known = ("text_config", "vision_config", "tie_word_embeddings")
         config = {k: v for k, v in config.items() if k in known or k.endswith("_token_id")}
-    model = build(Qwen2_5_VLForConditionalGeneration, config, origin)
+    model = _build(Qwen2_5_VLForConditionalGeneration, config, origin)
     weights = {_qwen_name(name): tensor for name, tensor in weights.items()}
-    fill(model, weights, ignore=("lm_head.",), dtype=dtype)
+    _fill(model, weights, ignore=("lm_head.",), dtype=dtype)
     if "lm_head.weight" not in weights:
         model.lm_head.weight = model.get_input_embeddings().weight
     return model
@@ -426,7 +425,7 @@ def _load_official_mllm(folder, torch_dtype=torch.float32, variant=None):
     dtype = _dtype_of(torch_dtype, "mllm", weights)
     for name in [name for name in weights if name.startswith(_OURS)]:
         ours[name.replace("connetor.", "connector.")] = weights.pop(name)
-    config = read_config(folder, "processor", "qwen_config.json")
+    config = _read_config(folder, "processor", "qwen_config.json")
     return _load_qwen(config, weights, dtype, "processor/qwen_config.json"), ours
 
 # %% ../../nbs/library/20_checkpoints.ipynb #74e6d8b1
@@ -443,7 +442,7 @@ def _make_guidance(config, weights, dtype, optional=()):
         guidance = KiwiGuidance(**config)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"`config` has to describe KiwiGuidance but does not: {error}") from error
-    fill(guidance, weights, ignore=optional, dtype=dtype)
+    _fill(guidance, weights, ignore=optional, dtype=dtype)
     for p in guidance.parameters():  # also of those that were missing
         p.data = p.data.to(dtype)
     return guidance
@@ -458,7 +457,7 @@ def load_official(
 ) -> KiwiEditPipeline:
     "A released Kiwi-Edit repository as the kit's pipeline; none of the code it carries is run."
     folder = Path(folder)
-    if "mllm_encoder" not in read_config(folder, "model_index.json"):
+    if "mllm_encoder" not in _read_config(folder, "model_index.json"):
         found = f"the model_index.json of {str(folder)!r} names no mllm_encoder"
         raise InputError(f"`folder` has to be a released Kiwi-Edit repository but {found}.")
     mllm, weights = _load_official_mllm(folder, torch_dtype, variant)
@@ -469,13 +468,13 @@ def load_official(
     dtype, optional = _dtype_of(torch_dtype, "guidance", weights), () if takes_reference else _REFERENCE_PARTS
     guidance = _make_guidance(config, weights, dtype, optional)
 
-    vae_known = read_config(folder, "vae", "config.json", having=("dim", "z_dim"))
+    vae_known = _read_config(folder, "vae", "config.json", having=("dim", "z_dim"))
     vae_weights, dit_weights = open_weights(folder / "vae", variant), open_weights(folder / "transformer", variant)
     vae = _fill_vae(vae_known, vae_weights, "vae/config.json", _dtype_of(torch_dtype, "vae", vae_weights))
-    dit_known = read_config(folder, "transformer", "config.json")
-    transformer = build(WanTransformer3DModel, dit_known, "transformer/config.json")
-    fill(transformer, dit_weights, dtype=_dtype_of(torch_dtype, "transformer", dit_weights))
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(read_config(folder, "scheduler", "scheduler_config.json"))
+    dit_known = _read_config(folder, "transformer", "config.json")
+    transformer = _build(WanTransformer3DModel, dit_known, "transformer/config.json")
+    _fill(transformer, dit_weights, dtype=_dtype_of(torch_dtype, "transformer", dit_weights))
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(_read_config(folder, "scheduler", "scheduler_config.json"))
     processor = KiwiProcessor.from_pretrained(folder / "processor")
     return KiwiEditPipeline(transformer, vae, scheduler, mllm, processor, guidance, schedule=schedule)
 
@@ -483,10 +482,10 @@ def load_official(
 def _official_guidance(folder, mllm, takes_reference):
     "Fields of `KiwiGuidance` of a released repository."
     having = (*_ENCODER_FIELDS, "dit_dim")
-    encoder = read_config(folder, "mllm_encoder", "config.json", having=having)
-    source = read_config(folder, "source_embedder", "config.json", having=("in_dim", "patch_size", "zero_init"))
+    encoder = _read_config(folder, "mllm_encoder", "config.json", having=having)
+    source = _read_config(folder, "source_embedder", "config.json", having=("in_dim", "patch_size", "zero_init"))
     has_reference = (folder / "ref_embedder/config.json").is_file()
-    reference = read_config(folder, "ref_embedder", "config.json") if has_reference else {}
+    reference = _read_config(folder, "ref_embedder", "config.json") if has_reference else {}
     return {name: encoder[name] for name in _ENCODER_FIELDS} | dict(
         _OFFICIAL_GUIDANCE,
         dim=encoder["dit_dim"],
@@ -652,10 +651,10 @@ _METADATA = "kiwi_edit"  # under which a trainer file of ours notes what its for
 def _base(part, source, config):
     "Tensors of a base model, and what is known of its configuration."
     files, file = find_base(part, source) if source is not None else ([], None)
-    return open_weights(files) if files else {}, (read_config(file.parent, file.name) if file else {}) | (config or {})
+    return open_weights(files) if files else {}, (_read_config(file.parent, file.name) if file else {}) | (config or {})
 
 
-def load_transformer(
+def _load_transformer(
     source=None,  # file, folder or hub id of a base, in native or diffusers' names; None where `trained` has all of it
     config: dict | None = None,  # fields of the configuration that no file gives
     trained: dict | None = None,  # name -> tensor, of diffusers' names; in place of the base's, or LoRA matrices
@@ -670,7 +669,7 @@ def load_transformer(
     weights, given = {_wan_name(n) or n: tensor for n, tensor in bare.items()} | plain, _transformer_config(given)
     if "num_layers" not in given:
         given = _infer_transformer(weights, given.get("num_attention_heads")) | given
-    model = fill(build(WanTransformer3DModel, given, "transformer"), weights, dtype=dtype)
+    model = _fill(_build(WanTransformer3DModel, given, "transformer"), weights, dtype=dtype)
     return _with_lora(model, weights, lora, merge)
 
 
@@ -678,7 +677,7 @@ def _load_vae(source, config, dtype):
     "A Wan autoencoder of either generation, from a file, folder or hub id in native or diffusers' names."
     weights, given = _base("vae", source, config)
     if any(".down_blocks." in name for name in weights):
-        return fill(build(AutoencoderKLWan, given, "vae"), weights, dtype=dtype)
+        return _fill(_build(AutoencoderKLWan, given, "vae"), weights, dtype=dtype)
     known = {name: value for name, value in given.items() if name in (*_VAE_CONFIG, "dim", "dec_dim")}
     return _fill_vae(_infer_vae(weights) | known, weights, "vae", dtype)
 
@@ -691,7 +690,7 @@ def _load_mllm(source, trained, merge, dtype):
         raise FileNotFoundError(f"`mllm` has to be {kinds} but {str(source)!r} is none.")
     plain, lora = _split_lora(trained)
     weights = {_qwen_name(name): tensor for name, tensor in open_weights(files).items()} | plain
-    config = read_config(file.parent, file.name)
+    config = _read_config(file.parent, file.name)
     if "text_config" not in config:
         config = Qwen2_5_VLConfig.from_pretrained(file.parent).to_dict()
     model = _with_lora(_load_qwen(config, weights, dtype), weights, lora, merge)
@@ -726,7 +725,7 @@ def load_trainer_checkpoint(
         raise InputError(f"{rule} but is None.")
     with safe_open(checkpoint, framework="pt") as file:
         noted = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
-    wan = load_transformer(bases["transformer"], transformer_config, trained["transformer"], merge, torch_dtype)
+    wan = _load_transformer(bases["transformer"], transformer_config, trained["transformer"], merge, torch_dtype)
     language, processor = _load_mllm(bases["mllm"], trained["mllm"], merge, torch_dtype)
     known, absent = _trainer_guidance(checkpoint, trained["guidance"], wan, language)
     known |= noted.get("guidance", {}) | overrides
@@ -743,7 +742,7 @@ def _trained_parts(checkpoint):
     "Tensors of a trainer checkpoint by component, under the names that they have here."
     parts, strangers = dict(transformer={}, mllm={}, guidance={}), []
     for name, tensor in open_weights(checkpoint).items():
-        if place := trainer_name(name):
+        if place := _trainer_name(name):
             parts[place[0]][place[1]] = tensor
         else:
             strangers.append(name)
@@ -798,25 +797,25 @@ def load_kit(
     if variant and variant not in there:
         raise FileNotFoundError(f"`variant` has to be one that files of the model have but is {variant!r}.")
     for part, kind in own.items():
-        config, weights = read_config(folder, part, "config.json"), open_weights(folder / part, variant)
+        config, weights = _read_config(folder, part, "config.json"), open_weights(folder / part, variant)
         origin, dtype = f"{part}/config.json", _dtype_of(torch_dtype, part, weights)
         dtypes[part] = dtype
         if kwargs:  # diffusers' loader drops what does not belong, so we look before
             if part == "mllm":
                 weights = {_qwen_name(name): tensor for name, tensor in weights.items()}
-            _compare(build(kind, config, origin), weights, ("lm_head.",) if part == "mllm" else ())
+            _compare(_build(kind, config, origin), weights, ("lm_head.",) if part == "mllm" else ())
         elif part == "mllm":
             parts[part] = _load_qwen(config, weights, dtype, origin)
         elif part == "guidance":
             parts[part] = _make_guidance(config, weights, dtype)
         else:
-            parts[part] = fill(build(kind, config, origin), weights, dtype=dtype)
+            parts[part] = _fill(_build(kind, config, origin), weights, dtype=dtype)
     if kwargs:
         load = DiffusionPipeline.from_pretrained.__func__
         return load(KiwiEditPipeline, str(folder), dtype=dtypes, variant=variant, **kwargs)
-    index = read_config(folder, "model_index.json")
+    index = _read_config(folder, "model_index.json")
     numbers = {name: value for name, value in index.items() if not isinstance(value, list)}
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(read_config(folder, "scheduler", "scheduler_config.json"))
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(_read_config(folder, "scheduler", "scheduler_config.json"))
     processor = KiwiProcessor.from_pretrained(folder / "processor")
     return KiwiEditPipeline(scheduler=scheduler, processor=processor, **parts, **numbers)
 
@@ -931,7 +930,7 @@ def _write_official(pipe, folder, max_shard_size="5GB"):
     _save(qwen, folder / "mllm_encoder", min(half, 5 * 10**9), "model")
     pipe.mllm.generation_config.save_pretrained(folder / "mllm_encoder")
     pipe.processor.save_pretrained(folder / "processor")
-    looks = read_config(folder / "processor", "preprocessor_config.json") | dict(processor_class="Qwen2_5_VLProcessor")
+    looks = _read_config(folder / "processor", "preprocessor_config.json") | dict(processor_class="Qwen2_5_VLProcessor")
     video = looks | dict(do_sample_frames=False, max_frames=768, min_frames=4)
     video |= dict(video_processor_type="Qwen2VLVideoProcessor")
     video.pop("image_processor_type", None)
@@ -973,7 +972,7 @@ def _write_trainer(pipe, folder, max_shard_size="5GB"):
     pipe.processor.save_pretrained(folder / "base/mllm")
 
 # %% ../../nbs/library/20_checkpoints.ipynb #6f7e1e74
-WRITERS = dict(kit=KiwiEditPipeline.save_pretrained, official=_write_official, trainer=_write_trainer)
+_WRITERS = dict(kit=KiwiEditPipeline.save_pretrained, official=_write_official, trainer=_write_trainer)
 
 
 def load_any(
@@ -995,7 +994,7 @@ def load_any(
 def convert(
     source: str | Path,  # see `load_any`
     destination: str | Path,  # folder, written as a whole or not at all
-    to: str = "kit",  # one of `WRITERS`
+    to: str = "kit",  # one of `_WRITERS`
     torch_dtype: torch.dtype | None = None,  # of the written weights; None keeps those of `source`
     overwrite: bool = False,  # replace `destination` if it is there
     max_shard_size: str = "5GB",
@@ -1005,18 +1004,18 @@ def convert(
     destination = Path(destination).expanduser().absolute()
     if destination.is_file():
         raise FileExistsError(f"`destination` has to be a folder but {str(destination)!r} is a file.")
-    if to not in WRITERS:
-        raise InputError(f"`to` has to be one of {', '.join(WRITERS)} but is {to!r}.")
+    if to not in _WRITERS:
+        raise InputError(f"`to` has to be one of {', '.join(_WRITERS)} but is {to!r}.")
     if destination.exists() and not overwrite and any(destination.iterdir()):
         mend = f"{str(destination)!r} is not; `overwrite` replaces it"
         raise FileExistsError(f"`destination` has to be new or empty but {mend}.")
-    pipe = load_any(source, torch_dtype or stored_dtype(source), **options)
+    pipe = load_any(source, torch_dtype or _stored_dtype(source), **options)
     with replacing_folder(destination) as fresh:
-        WRITERS[to](pipe, fresh, max_shard_size)
+        _WRITERS[to](pipe, fresh, max_shard_size)
     return destination
 
 
-def stored_dtype(
+def _stored_dtype(
     source: str | Path,  # see `load_any`
 ) -> torch.dtype:
     "The number format of most of a model's weights on disk."

@@ -30,7 +30,7 @@ from .checkpoints import DIFFUSERS_OPTIONS, check_dtype, faults, load_kit, load_
 logger = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'LAYOUTS', 'fetch', 'load_model', 'load_lora', 'model_card', 'push']
+__all__ = ['logger', 'LAYOUTS', 'fetch', 'load_model', 'load_lora', 'push']
 
 # %% ../../nbs/library/21_hub.ipynb #21b00007
 def _hub_reason(error, name, revision):
@@ -293,7 +293,7 @@ frames = pipe("Make it snow", video="clip.mp4").frames[0]
 """
 
 
-def model_card(pipe: KiwiEditPipeline, repo_id: str) -> ModelCard:
+def _model_card(pipe: KiwiEditPipeline, repo_id: str) -> ModelCard:
     "What a reader of the hub wants to know first: the parts and their sizes, how to load them, what to expect."
     dit, vae, text, ours = (getattr(pipe, part).config for part in ("transformer", "vae", "mllm", "guidance"))
     side, text = vae.scale_factor_spatial, text.text_config
@@ -334,7 +334,7 @@ def push(
         try:
             card = ModelCard.load(repo_id, token=token)
         except hub_faults.EntryNotFoundError:
-            card = model_card(pipe, repo_id)
+            card = _model_card(pipe, repo_id)
     if license:
         card.data.license = license
     with tempfile.TemporaryDirectory() as folder:
