@@ -1697,8 +1697,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'kiwi_edit/train/cache.py'),
                                        'kiwi_edit.train.cache._bytes': ('library/cache.html#_bytes', 'kiwi_edit/train/cache.py'),
                                        'kiwi_edit.train.cache._canvas': ('library/cache.html#_canvas', 'kiwi_edit/train/cache.py'),
-                                       'kiwi_edit.train.cache._choose_index': ( 'library/cache.html#_choose_index',
-                                                                                'kiwi_edit/train/cache.py'),
                                        'kiwi_edit.train.cache._draw_shrink': ( 'library/cache.html#_draw_shrink',
                                                                                'kiwi_edit/train/cache.py'),
                                        'kiwi_edit.train.cache._encode_group': ( 'library/cache.html#_encode_group',

@@ -452,47 +452,22 @@ def build_cache(
     return LatentCache(state.folder)
 
 # %% ../../nbs/library/31_cache.ipynb #055988f4
-def _choose_index(folder, pipe, settings):
-    "The newest index of a finished cache whose rows are made by this model with these settings, and what made it."
-    home = Path(folder).expanduser()
-    found = sorted([*home.glob("index.json"), *home.glob("*/index.json")], key=lambda p: -p.stat().st_mtime_ns)
-    if not found:
-        raise FileNotFoundError(
-            f"`folder` has to hold a finished cache but {str(folder)!r} holds none; `build_cache` makes one."
-        )
-    others = []
-    for index in found:
-        made = json.loads((index.parent / "made_with.json").read_text())
-        now = made["frozen"] if pipe is None else _frozen_digests(pipe, made["single_frame"])
-        different = [name for name, value in now.items() if made["frozen"][name] != value]
-        different += ["settings"] * (settings not in (None, RowSettings(**made["settings"])))
-        different += ["format"] * (made["format"] != _FORMAT)
-        if not different:
-            return index, made
-        others.append(different)
-    raise InputError(
-        f"`folder` has to hold a cache of this model but {str(folder)!r} holds one with another "
-        f"{', '.join(min(others, key=len))}; `build_cache` makes one beside it."
-    )
-
-
 class LatentCache:
     "The rows of a finished cache."
 
     def __init__(
         self,
-        folder: str | Path,  # of a dataset's caches, or one of them
-        pipe=None,  # `KiwiEditPipeline` that the rows have to fit; None takes the newest cache, whose it may be
-        settings: RowSettings | None = None,  # None takes any
+        folder: str | Path,  # as `build_cache` made it, of one model and one way of making rows
         preload: bool = False,  # read all rows into memory
     ):
-        index, made = _choose_index(folder, pipe, settings)
-        content = json.loads(index.read_text())
-        self.folder, self.token_ids = index.parent, made["token_ids"]
-        self.settings = RowSettings(**made["settings"])
-        self.entries = [
-            (*entry[:5], tuple(entry[5])) for entry in content["rows"]
-        ]  # index, shard, place, id, task, shape
+        self.folder = Path(folder).expanduser()
+        if not (self.folder / "index.json").is_file():
+            rule = f"`folder` has to hold a finished cache but {str(folder)!r} holds none"
+            raise FileNotFoundError(f"{rule}; `build_cache` makes one.")
+        made, content = (json.loads((self.folder / name).read_text()) for name in ("made_with.json", "index.json"))
+        self.token_ids, self.settings = made["token_ids"], RowSettings(**made["settings"])
+        # index, shard, place, id, task, shape
+        self.entries = [(*entry[:5], tuple(entry[5])) for entry in content["rows"]]
         self.bad = [BadRow(*bad) for bad in content["bad"]]
         self._open = lru_cache(maxsize=256)(lambda shard: safe_open(self.folder / shard, "pt"))
         self._read = None
