@@ -44,7 +44,7 @@ from ..latents import encode_frames, fast_layers
 from ..pipeline import KiwiEditPipeline, fit_reference
 from ..records import append_line, image_tag, read_lines, replacing_folder
 from .cache import Batches, LatentCache, OnlineRows, RowSettings, build_cache
-from .curriculum import PARTS, STAGES, Loss, Stage, find_stage, select
+from .curriculum import PARTS, Loss, Stage, find_stage, select
 from .foundations import Description, Reconstruction, autoencoder_batch, description_batch
 from .foundations import fit_projection, measure_latents, start_model
 from ..training import draw_noise, drop_instructions, flow_matching_loss, metric_factor, pixel_metric
@@ -54,7 +54,7 @@ from ..world import EVAL_SEED, TASKS, World
 
 # %% auto #0
 __all__ = ['logger', 'FlowMatching', 'checkpoints', 'measure_flops', 'fit', 'LiveView', 'stage_data', 'cast_weights', 'put_model',
-           'find_model', 'train', 'publish', 'allocated_by']
+           'find_model', 'train', 'allocated_by']
 
 # %% ../../nbs/library/33_engine.ipynb #2019ef05
 logger = logging.getLogger(__name__)
@@ -1143,65 +1143,6 @@ def train(
         _finish(pipe, stage, folder / "model", made | {stage.name: state})
     accelerator.wait_for_everyone()  # the next stage starts from it
     return state
-
-# %% ../../nbs/library/33_engine.ipynb #317acc01
-def _draw_stages(
-    logs: dict,  # stage -> records of its log
-) -> Figure:
-    "What each stage has learned over its minutes: decibels, next tokens that are right, or loss."
-    figure = Figure(figsize=(11, 2.8))
-    panels = figure.subplots(1, 3)
-    kinds = dict(psnr="autoencoder, dB", accuracy="encoder, next tokens right", loss="denoiser, loss")
-    for name, log in logs.items():
-        value = next(value for value in kinds if value in log[-1])
-        panel = panels[list(kinds).index(value)]
-        panel.plot([record["seconds"] / 60 for record in log], [record[value] for record in log], label=name, lw=1)
-        panel.set_title(kinds[value], fontsize=9)
-    for panel in panels:
-        panel.set_xlabel("minutes in the stage", fontsize=8)
-        panel.tick_params(labelsize=7)
-        panel.legend(fontsize=7)
-    figure.tight_layout()
-    return figure
-
-# %% ../../nbs/library/33_engine.ipynb #66d8a0e5
-def _thin(records, points=300):
-    "Means over runs of steps, about so many."
-    width, thinned = max(1, len(records) // points), []
-    for start in range(0, len(records), width):
-        rows = records[start : start + width]
-        keys = sorted({key for row in rows for key in row} - {"step", "seconds"})
-        means = {key: round(float(np.mean([row[key] for row in rows if key in row])), 5) for key in keys}
-        thinned.append(dict(step=rows[-1]["step"], seconds=rows[-1]["seconds"]) | means)
-    return thinned
-
-
-def _publish_stage(home, training, points):
-    "Log, validation and first and last film strip of a stage."
-    rows = _thin(read_lines(home / "log.jsonl"), points)
-    (training / f"{home.name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if (home / "validation.jsonl").exists():
-        shutil.copy(home / "validation.jsonl", training / f"{home.name}-validation.jsonl")
-    strips = sorted(home.glob("strip-*.png"))
-    for name, strip in zip(("before", "after"), (strips[0], strips[-1]) if strips else ()):
-        picture = PIL.Image.open(strip).convert("RGB").reduce(2).quantize(128)
-        picture.save(training / f"{home.name}-{name}.png", optimize=True)
-
-
-def publish(
-    folder: str | Path,  # of a run
-    destination: str | Path,  # folder of the model to ship; what else lies there stays
-    points: int = 300,  # of each curve
-) -> None:
-    "Write a run's model in half precision, and under `training` its thinned logs, curves and film strips."
-    folder, training = Path(folder), Path(destination) / "training"
-    KiwiEditPipeline.from_pretrained(folder / "model").to(torch.float16).save_pretrained(destination)
-    training.mkdir(exist_ok=True)
-    for log in folder.glob("*/log.jsonl"):
-        _publish_stage(log.parent, training, points)
-    logs = {name: read_lines(training / f"{name}.jsonl") for name in STAGES}
-    if any(logs.values()):
-        _draw_stages({name: log for name, log in logs.items() if log}).savefig(training / "curves.png", dpi=80)
 
 # %% ../../nbs/library/33_engine.ipynb #317a5702
 def allocated_by(
