@@ -1326,7 +1326,7 @@ def test_the_samples_of_a_model_that_breaks_are_named(pipe, tmp_path):
 
 @pytest.fixture
 def nothing_is_loaded(monkeypatch):
-    for name in ("_make_accelerator", "start_model", "KiwiEditPipeline"):
+    for name in ("_make_accelerator", "start_model", "load_any"):
         monkeypatch.setattr(kiwi_edit.train.engine, name, None)
 
 

@@ -41,7 +41,7 @@ from tqdm.auto import tqdm
 from ..core import InputError, MissingPackage, choose_device, multiplies_bfloat16
 from ..data.dataset import MetadataDataset, WorldDataset
 from ..latents import encode_frames, fast_layers
-from ..pipeline import KiwiEditPipeline, fit_reference
+from ..pipeline import fit_reference
 from ..records import append_line, image_tag, read_lines, replacing_folder
 from .cache import Batches, LatentCache, OnlineRows, RowSettings, build_cache
 from .curriculum import PARTS, Loss, Stage, find_stage, select
