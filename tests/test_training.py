@@ -45,7 +45,6 @@ from kiwi_edit.train.engine import (
     _part_of,
     _save_checkpoint,
     _save_curve,
-    _thin,
     _trim_log,
     checkpoints,
     _draw_log,
@@ -61,6 +60,7 @@ from kiwi_edit.train.engine import (
 )
 from kiwi_edit.records import read_lines
 
+PUBLISH = runpy.run_path(str(Path(__file__).parent.parent / ".ci/publish.py"))
 MUON = "muon" if hasattr(torch.optim, "Muon") else "adamw"
 needs_muon = pytest.mark.skipif(MUON != "muon", reason="torch.optim has no Muon before torch 2.9")
 
@@ -1283,8 +1283,7 @@ def test_a_stage_of_the_world_is_logged_looked_at_and_published(start, tmp_path,
         4,
         5,
     ]
-    script = runpy.run_path(str(Path(__file__).parent.parent / ".ci/publish.py"))
-    script["publish"](tmp_path / "run", tmp_path / "shipped", points=2)
+    PUBLISH["publish"](tmp_path / "run", tmp_path / "shipped", points=2)
     whole, shipped = (
         weights(KiwiEditPipeline.from_pretrained(tmp_path / folder)) for folder in ("run/model", "shipped")
     )
@@ -1381,7 +1380,7 @@ def test_logs_are_drawn_and_thinned(tmp_path):
     assert [line.get_label() for line in panels[2].lines] == ["grad_norm", "guidance", "transformer"] and panels[
         0
     ].get_yscale() == "log"
-    few = _thin(records, 3)
+    few = PUBLISH["thin"](records, 3)
     assert [row["step"] for row in few] == [3, 6, 9] and few[0]["loss"] == pytest.approx(
         np.mean([record["loss"] for record in records[:3]]), abs=1e-4
     )
