@@ -851,7 +851,7 @@ GOOD = dict(task="subject", subject="garden gnome", boxes=boxes_of(MADE.mask, (0
 
 def test_scorer(serve):
     chat, server = serve('{"score": 8}', '{"score": 2}', "no idea", "no idea", "no idea")
-    found = ScoreStage(ChatScorer(chat))([record("a"), record("b"), record("c")])
+    found = ScoreStage(ChatBackend(chat))([record("a"), record("b"), record("c")])
     assert [(r.alive, r.verdicts[-1].reason[:9], r.verdicts[-1].scores) for r in found] == [
         (True, "", dict(edit=0.8)),
         (False, "poor edit", dict(edit=0.2)),
@@ -876,7 +876,7 @@ def test_scorer(serve):
 
 def test_grounder(serve):
     chat, server = serve("It is " + json.dumps(GOOD))
-    (found,) = GroundStage(ChatGrounder(chat))([record()])
+    (found,) = GroundStage(ChatBackend(chat))([record()])
     truth = mask_boxes(MADE.mask)
     assert found.alive and (found.task, found.subject, found.in_source) == ("subject", "garden gnome", False)
     assert np.abs(found.boxes[[0, 1, 3, 4]] - truth[[0, 1, 3, 4]]).max() < 1e-3 and np.allclose(
@@ -887,12 +887,12 @@ def test_grounder(serve):
 
 def test_known_task_is_said_and_kept(serve):
     chat, server = serve(json.dumps(GOOD | dict(task="add")))
-    assert GroundStage(ChatGrounder(chat))([record(task="change")])[0].task == "change"
+    assert GroundStage(ChatBackend(chat))([record(task="change")])[0].task == "change"
     assert any('known to be "change"' in p for p in heard(server.asked[0])[3] if isinstance(p, str))
 
 
 def test_removals_have_nothing_to_show(serve):
-    (found,) = GroundStage(ChatGrounder(serve(json.dumps(GOOD | dict(task="remove")))[0]))([record()])
+    (found,) = GroundStage(ChatBackend(serve(json.dumps(GOOD | dict(task="remove")))[0]))([record()])
     assert found.in_source and found.verdicts[-1].reason.startswith("nothing to show")
 
 
@@ -919,12 +919,12 @@ def test_removals_have_nothing_to_show(serve):
 def test_grounding_is_read_strictly(serve, change, why):
     chat, server = serve(json.dumps(GOOD | change), json.dumps(GOOD))
     assert (
-        GroundStage(ChatGrounder(chat))([record()])[0].alive
+        GroundStage(ChatBackend(chat))([record()])[0].alive
         and len(server.asked) == 2
         and why in heard(server.asked[1])[3][-1]
     )
     chat, server = serve(json.dumps(GOOD | change))
-    (lost,) = GroundStage(ChatGrounder(chat))([record()])
+    (lost,) = GroundStage(ChatBackend(chat))([record()])
     assert (
         not lost.alive
         and lost.verdicts[-1].reason.startswith("rubbish: ")
@@ -934,7 +934,7 @@ def test_grounding_is_read_strictly(serve, change, why):
 
 
 def test_keys_are_missing(serve):
-    (lost,) = GroundStage(ChatGrounder(serve('{"task": "add"}')[0]))([record()])
+    (lost,) = GroundStage(ChatBackend(serve('{"task": "add"}')[0]))([record()])
     assert "['subject', 'boxes']" in lost.verdicts[-1].reason
 
 
@@ -953,7 +953,7 @@ def test_boxes_between_frames():
 
 def test_one_refusal_drops_one_record(serve):
     refused = openai_reply(None, refusal="no") if serve.openai else gemini_reply(None, "SAFETY")
-    found = GroundStage(ChatGrounder(serve(json.dumps(GOOD), refused, json.dumps(GOOD))[0]))(
+    found = GroundStage(ChatBackend(serve(json.dumps(GOOD), refused, json.dumps(GOOD))[0]))(
         [record("a"), record("b"), record("c")]
     )
     assert [r.alive for r in found] == [True, False, True] and found[1].verdicts[-1].reason.startswith("refused: ")
@@ -962,7 +962,7 @@ def test_one_refusal_drops_one_record(serve):
 def test_verifier(serve):
     chat, server = serve('{"score": 9}', '{"score": 6}', '{"score": 3}', '{"score": 9}', '{"score": 9}', "?", "?", "?")
     records = [grounded(id, reference=MADE.reference) for id in "abc"] + [grounded("d")]
-    VerifyStage(ChatVerifier(chat))(records)
+    VerifyStage(ChatBackend(chat))(records)
     assert [(r.alive, r.verdicts[-1].reason[:24]) for r in records] == [
         (True, ""),
         (False, "reference does not show "),
@@ -981,7 +981,7 @@ def test_verifier(serve):
 
 def test_large_pictures_are_shrunk(serve):
     chat, server = serve('{"score": 9}')
-    ChatVerifier(chat, JudgeOptions(side=40)).verify([grounded(reference=np.zeros((80, 160, 3), np.uint8))])
+    ChatBackend(chat, JudgeOptions(side=40)).verify([grounded(reference=np.zeros((80, 160, 3), np.uint8))])
     assert heard(server.asked[0])[3][-2].shape == (20, 40, 3) and heard(server.asked[0])[3][1].shape == (40, 40, 3)
 
 
@@ -1040,7 +1040,7 @@ MODELS = dict(argvalues=[qwen25, qwen3], ids=["Qwen2.5-VL", "Qwen3-VL"])
 @pytest.mark.parametrize("make", **MODELS)
 def test_random_language_model_ends_as_rubbish(make):
     chat = TransformersChat(make(), PROCESSOR, device="cpu")
-    grounder = ChatGrounder(chat, JudgeOptions(frames=2))
+    grounder = ChatBackend(chat, JudgeOptions(frames=2))
     grounder._question = lambda r, ask=grounder._question: replace(ask(r), max_tokens=8)
     found = GroundStage(grounder)([record("a"), record("b")])
     assert [r.alive for r in found] == [False, False] and all(
@@ -1103,7 +1103,7 @@ def test_language_model_from_a_folder_that_answers():
 
     generate = chat.model.generate
     chat.model.generate = lambda **kwargs: generate(**kwargs, logits_processor=[force])
-    found = ScoreStage(ChatScorer(chat))([record()])[0]
+    found = ScoreStage(ChatBackend(chat))([record()])[0]
     assert found.alive and found.verdicts[-1].scores == dict(edit=0.8) and found.verdicts[-1].backend.endswith("mllm")
 
 
