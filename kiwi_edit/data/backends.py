@@ -105,7 +105,8 @@ def without_thoughts(
     text = re.sub(rf"(?:{_OPENS}).*?(?:{_CLOSES})", "", text, flags=re.I | re.S)
     text = re.split(_CLOSES, text, flags=re.I)[-1]  # the prompt may open them
     opened = re.search(_OPENS, text, re.I)
-    if opened and "{" not in text[: opened.start()]:  # within an answer it is a word like others
+    within = opened and "{" in text[: opened.start()] and "}" in text[opened.end() :]  # there it is a word like others
+    if opened and not within:
         raise ValueError("its thoughts were cut off")
     return text
 
@@ -296,6 +297,7 @@ class OpenAIChat(_Endpoint):
             messages.insert(0, dict(role="system", content=question.system))
         room = {} if "max_completion_tokens" in self.extra else dict(max_tokens=question.max_tokens)
         given, spellings = dict(temperature=0.0) | room | self.extra, dict(self.spellings)
+        given |= given.pop("extra_body", {})
         while True:
             body = {spellings.get(name, name): value for name, value in given.items() if value is not None}
             body.pop(None, None)
