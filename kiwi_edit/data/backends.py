@@ -158,12 +158,11 @@ class Chat:
         self,
         questions: Sequence[Question],
         unreadable: int | None = None,  # the same as `tries` for these questions, where it is less
-        before: Callable[[], None] | None = None,  # called before each request: keeps a pace
     ) -> list[Exchange]:
         "The exchanges, in the order of the questions."
         exchanges, asked, left = [Exchange(None)] * len(questions), list(questions), list(range(len(questions)))
         for attempt in range(min(self.tries, unreadable or self.tries)):
-            replies, waiting, left = self._send([asked[i] for i in left], before), left, []
+            replies, waiting, left = self._send([asked[i] for i in left]), left, []
             for i, said in zip(waiting, replies):
                 try:
                     answer, said = self._read(asked[i], said)
@@ -234,10 +233,8 @@ class _Endpoint(Chat):
     def __getstate__(self):
         return self.__dict__ | dict(_client=None)  # a connection stays in its process
 
-    def _send(self, questions, before):
+    def _send(self, questions):
         def one(question):
-            if before:
-                before()
             try:
                 return self._reply(question)
             except _Failure as failure:
@@ -571,13 +568,9 @@ class TransformersChat(Chat):
             self.name = _named(model)
         self.processor, self.model = _qwen_processor(processor), model.to(self.device).eval()
 
-    def _send(self, questions, before):
-        replies = []
-        for start in range(0, len(questions), self.batch_size):
-            if before:
-                before()
-            replies += self._generate(questions[start : start + self.batch_size])
-        return replies
+    def _send(self, questions):
+        starts = range(0, len(questions), self.batch_size)
+        return [reply for a in starts for reply in self._generate(questions[a : a + self.batch_size])]
 
     def _generate(self, questions):
         import torch
