@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +22,7 @@ from PIL import Image
 from kiwi_edit.data.dataset import MetadataDataset, write_metadata
 from kiwi_edit.quadruplets import BackendError, Pair, ScoreStage, embedded_stages
 from kiwi_edit.data.synthesis import *
-from kiwi_edit.data.synthesis import _settings_of, _step_groups
+from kiwi_edit.data.synthesis import _settings_of, _stage_groups
 from kiwi_edit.video import write_video
 from kiwi_edit.world import Difficulty, World
 
@@ -52,25 +51,8 @@ def table(tmp_path_factory):
                 licence="CC0",
             )
         )
-    return write_lines(folder / "pairs.jsonl", rows)
-
-
-def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def read_table_rows(table):
-    return [json.loads(line) for line in table.read_text().splitlines()]
-
-
-def quiet(pairs, out, *stages, **options):
-    "A run without a progress bar."
-    return synthesize(pairs, out, *stages, options=SynthesisOptions(**options), progress=False)
-
-
-def failures(result):
-    return sum(row["verdicts"][-1]["error"] for row in result.rows)
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder / "pairs.jsonl"
 
 
 def shards(folder):
@@ -83,7 +65,7 @@ def shards(folder):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed") / "out"
-    quiet(PlantedPairs(16), folder, shard=4)
+    synthesize(PlantedPairs(16), folder, options=SMALL, progress=False)
     return folder
 
 
@@ -91,7 +73,7 @@ def undisturbed(tmp_path_factory):
 
 
 def test_every_format_gives_the_same_pairs_in_the_order_of_their_ids(table, tmp_path):
-    rows = read_table_rows(table)
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
     wanted = [(p.id, p.source, p.edited, p.instruction, p.task) for p in read_pairs(table)]
     assert [w[0] for w in wanted] == sorted(r["id"] for r in rows) and Path(wanted[0][1]).is_file()
     published = [
@@ -110,7 +92,7 @@ def test_every_format_gives_the_same_pairs_in_the_order_of_their_ids(table, tmp_
 
 
 def test_own_column_names_and_what_is_missing_are_said(table, tmp_path):
-    rows = read_table_rows(table)
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
     odd = tmp_path / "odd.csv"
     with open(odd, "w", newline="") as file:
         writer = csv.DictWriter(file, ["before", "after", "words"])
@@ -124,8 +106,10 @@ def test_own_column_names_and_what_is_missing_are_said(table, tmp_path):
         read_pairs(odd, columns=dict(source="befor"))
     with pytest.raises(FileNotFoundError, match="nowhere.csv"):
         read_pairs(tmp_path / "nowhere.csv")
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text("".join(json.dumps(rows[0]) + "\n" for _ in range(2)))
     with pytest.raises(ValueError, match="'p9' names 2"):
-        read_pairs(write_lines(tmp_path / "twice.jsonl", rows[:1] * 2))
+        read_pairs(twice)
 
 
 def test_a_folder_of_clips_is_read_by_their_names(table, tmp_path):
@@ -156,7 +140,10 @@ def test_a_row_with_more_fields_than_the_header_is_named(tmp_path):
 
 def test_tables_of_datasets_are_read_as_training_reads_them(table, tmp_path, monkeypatch):
     monkeypatch.setattr("kiwi_edit.data.dataset.settings", lambda: SimpleNamespace(cache_dir=tmp_path / "cache"))
-    rows, cell = (read_table_rows(table), pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    rows, cell = (
+        [json.loads(line) for line in table.read_text().splitlines()],
+        pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+    )
     data = [(table.parent / row["source"]).read_bytes() for row in rows[:3]]
     cells = [
         dict(bytes=data[0], path="x.mp4"),
@@ -232,9 +219,18 @@ def test_huggingface_datasets_reads_the_folder_and_it_reads_datasets(undisturbed
 
 
 def test_doubles_far_apart_are_found_and_leave_no_clips(undisturbed, tmp_path):
-    pairs = [replace(pair, id=f"{k:02d}") for k, pair in enumerate(WorldPairs(6, tasks=("add",)))]
-    pairs.append(replace(pairs[3], id="99"))
-    result = quiet(pairs, tmp_path / "out", shard=2)
+    made = World().sample(3, "add")
+    pairs = [
+        Pair(
+            f"{k:02d}",
+            World().sample(k, "add").source,
+            World().sample(k, "add").target,
+            World().sample(k, "add").instruction,
+        )
+        for k in range(6)
+    ]
+    pairs.append(Pair("99", made.source, made.target, made.instruction))
+    result = synthesize(pairs, tmp_path / "out", options=SynthesisOptions(shard=2), progress=False)
     assert [(r["iid"], r["verdicts"][-1]["reason"]) for r in result.rows if not r["verdicts"][-1]["passed"]] == [
         ("99", "duplicate of 03")
     ]
@@ -245,7 +241,7 @@ def test_doubles_far_apart_are_found_and_leave_no_clips(undisturbed, tmp_path):
 
 def test_clips_are_copied_or_referred_to(table, tmp_path):
     for how in ("refer", "copy"):
-        result = quiet(table, tmp_path / how, clips=how)
+        result = synthesize(table, tmp_path / how, options=SynthesisOptions(clips=how), progress=False)
         rows = pq.read_table(tmp_path / how / "chunk_00000.parquet").to_pylist()
         assert len(rows) == len(result.kept) > 2
         for row in rows:
@@ -254,7 +250,7 @@ def test_clips_are_copied_or_referred_to(table, tmp_path):
         assert next(r for r in rows if r["iid"] == "p4")["authentic_ref_image_bytes"][:4] == b"\x89PNG"
     card = (tmp_path / "copy" / "README.md").read_text()
     assert "| pairs | CC0 |" in card and "| subject | synthesised |" in card
-    result = quiet(table, tmp_path / "authentic", authentic=True)
+    result = synthesize(table, tmp_path / "authentic", options=SynthesisOptions(authentic=True), progress=False)
     kinds = {
         r["iid"]: r["ref_source"] for r in pq.read_table(tmp_path / "authentic" / "chunk_00000.parquet").to_pylist()
     }
@@ -271,7 +267,8 @@ def test_clips_that_are_folders_of_frames_are_copied(tmp_path):
                 Image.fromarray(frame).save(tmp_path / f"{name}-{which}" / f"{i}.png")
         rows.append(dict(id=name, source=f"{name}-source", edited=f"{name}-edited", instruction=made.instruction))
     out = tmp_path / "out"
-    result = quiet(write_lines(tmp_path / "t.jsonl", rows), out, clips="copy")
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    result = synthesize(tmp_path / "t.jsonl", out, options=SynthesisOptions(clips="copy"), progress=False)
     assert [r["iid"] for r in result.kept] == ["a"] and sorted(p.name for p in (out / "clips").iterdir()) == [
         "a-edited",
         "a-source",
@@ -287,9 +284,9 @@ def test_folders_of_others_are_left_alone(undisturbed, tmp_path):
     with pytest.raises(FileExistsError, match="holds other things"):
         synthesize(PlantedPairs(4), tmp_path, overwrite=True, progress=False)
     with pytest.raises(FileExistsError, match="another run"):
-        quiet(PlantedPairs(17), undisturbed, shard=4)
+        synthesize(PlantedPairs(17), undisturbed, options=SMALL, progress=False)
     before = shards(undisturbed)
-    again = quiet(PlantedPairs(16), undisturbed, shard=4)  # finished: read, not done again
+    again = synthesize(PlantedPairs(16), undisturbed, options=SMALL, progress=False)  # finished: read, not done again
     assert shards(undisturbed) == before and again.funnel() == inspect_folder(undisturbed).funnel()
 
 
@@ -305,7 +302,7 @@ def test_what_a_killed_run_was_writing_is_no_obstacle_and_goes(tmp_path):
 
 
 def test_a_changed_byte_is_noticed(tmp_path):
-    quiet(PlantedPairs(6), tmp_path / "out", shard=4)
+    synthesize(PlantedPairs(6), tmp_path / "out", options=SMALL, progress=False)
     path = tmp_path / "out" / "chunk_00000.parquet"
     path.write_bytes(path.read_bytes()[:-9] + b"x" + path.read_bytes()[-8:])
     with pytest.raises(ValueError, match="chunk_00000.parquet differs"):
@@ -398,7 +395,9 @@ def test_factories_without_a_name_are_told_apart_and_are_the_same_in_every_proce
 
 
 def test_workers_change_nothing(undisturbed, tmp_path):
-    quiet(PlantedPairs(16), tmp_path / "two", shard=4, batch=3, workers=2)
+    synthesize(
+        PlantedPairs(16), tmp_path / "two", options=SynthesisOptions(shard=4, batch=3, workers=2), progress=False
+    )
     assert shards(tmp_path / "two") == shards(undisturbed)
 
 
@@ -445,11 +444,15 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(undisturbed, tmp_path,
 
 
 def test_stages_with_actors_of_their_own_stand_alone():
-    names = ["load", "ground", "write"]
-    assert _step_groups(names, {}, 3) == [(0, 3, 3, 0)]
-    assert _step_groups(names, dict(ground=(2, 0.5)), 3) == [(0, 1, 3, 0), (1, 2, 2, 0.5), (2, 3, 3, 0)]
+    names = ["score", "ground", "segment"]
+    assert _stage_groups(names, {}, 3) == [(0, 3, Actors(3))]
+    assert _stage_groups(names, dict(ground=Actors(2, gpus=1.0)), 3) == [
+        (0, 1, Actors(3)),
+        (1, 2, Actors(2, gpus=1.0)),
+        (2, 3, Actors(3)),
+    ]
     with pytest.raises(ValueError, match="names dance"):
-        _step_groups(names, dict(dance=(1, 0)), 1)
+        _stage_groups(names, dict(dance=Actors()), 1)
 
 
 # --- failures
@@ -478,20 +481,22 @@ def failing(share):
 
 def test_failures_are_recorded_per_row_and_too_many_stop_the_run(tmp_path):
     pairs = WorldPairs(20, tasks=("add",))
-    result = quiet(pairs, tmp_path / "some", partial(failing, 0.2), batch=5)
+    result = synthesize(pairs, tmp_path / "some", partial(failing, 0.2), SynthesisOptions(batch=5), progress=False)
     verdicts = {r["iid"][-2:]: r["verdicts"][-1] for r in result.rows}
     assert (
         verdicts["01"]["reason"].startswith("time-out")
         and verdicts["01"]["error"]
         and verdicts["07"]["reason"].startswith("RuntimeError: a crash")
-        and failures(result) == 6
+        and result.failures == 6
     )
     assert verdicts["08"]["passed"]
     with pytest.raises(
         StoppedRun,
         match=r"`max_failures` allows 30% .* 14 of 20 did; 12 times score: time-out, first: time-out: no reply",
     ):
-        quiet(pairs, tmp_path / "many", partial(failing, 0.6), batch=5, max_failures=0.3)
+        synthesize(
+            pairs, tmp_path / "many", partial(failing, 0.6), SynthesisOptions(batch=5, max_failures=0.3), progress=False
+        )
     assert not (tmp_path / "many" / "SHA256SUMS").exists()
 
 
@@ -520,7 +525,7 @@ def test_rows_that_failed_before_the_run_stopped_are_asked_again(tmp_path, monke
         synthesize(pairs, tmp_path / "out", away, options, progress=False)
     monkeypatch.setitem(globals(), "up", True)
     result = synthesize(pairs, tmp_path / "out", away, options, progress=False)
-    assert failures(result) == 2 and result.done == 20  # half of the first part had failed, which is allowed
+    assert result.failures == 2 and result.done == 20  # half of the first part had failed, which is allowed
 
 
 def test_halves_of_characters_in_names_end_no_run(table, tmp_path):
@@ -530,19 +535,22 @@ def test_halves_of_characters_in_names_end_no_run(table, tmp_path):
     odd = tmp_path / os.fsdecode(b"odd-\xff.mp4")
     odd.write_bytes(Path(here["edited"]).read_bytes())
     rows = [row | here | dict(id="a\udcff"), row | here | dict(id="b", edited=str(odd), instruction="Add a \ud83d.")]
-    result = quiet(write_lines(tmp_path / "t.jsonl", rows), tmp_path / "out", max_failures=1.0)
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    result = synthesize(
+        tmp_path / "t.jsonl", tmp_path / "out", options=SynthesisOptions(max_failures=1.0), progress=False
+    )
     assert [r["iid"] for r in result.kept] == ["a\\udcff"]
     made = World().sample(3, "add")
     pairs = [
         Pair("x\udcff", made.source, made.target, made.instruction),
         Pair("y", here["source"], str(odd), row["instruction"]),
     ]
-    result = quiet(pairs, tmp_path / "list", max_failures=1.0)
+    result = synthesize(pairs, tmp_path / "list", options=SynthesisOptions(max_failures=1.0), progress=False)
     assert {r["iid"]: r["verdicts"][-1]["stage"] for r in result.rows} == {"x\\udcff": "deduplicate", "y": "write"}
 
 
 def test_bad_files_are_rows_of_the_report(table, tmp_path):
-    rows = read_table_rows(table)
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
     bad, short = tmp_path / "bad.mp4", tmp_path / "short.mp4"
     bad.write_bytes((table.parent / "0-source.mp4").read_bytes()[:300])
     write_video(short, World().sample(1, "add").source[:3], 10)
@@ -559,9 +567,11 @@ def test_bad_files_are_rows_of_the_report(table, tmp_path):
         dict(instruction="Add a hat \ud83d."),
     ]
     full = [r | dict(source=here(r["source"]), edited=here(r["edited"]), reference=None) for r in rows]
-    rows = full + [full[1] | dict(id=f"x{k}") | changes for k, changes in enumerate(spoil)]
-    path = write_lines(tmp_path / "pairs.jsonl", rows)
-    result = quiet(path, tmp_path / "out", max_failures=1.0)
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(
+        "".join(json.dumps(r) + "\n" for r in full + [full[1] | dict(id=f"x{k}") | s for k, s in enumerate(spoil)])
+    )
+    result = synthesize(path, tmp_path / "out", options=SynthesisOptions(max_failures=1.0), progress=False)
     why = {r["iid"]: r["verdicts"][-1]["reason"] for r in result.rows if r["iid"].startswith("x")}
     for k, words in enumerate(
         (
@@ -604,13 +614,22 @@ def dying():
 
 
 def test_a_factory_that_raises_is_said_by_its_worker(tmp_path):
-    with pytest.raises(ValueError, match="`thresholds` has to name .* names 'verify.beauty'"):
-        quiet(WorldPairs(3), tmp_path / "out", partial(model_stages, thresholds={"verify.beauty": 1}), workers=1)
+    with pytest.raises(
+        ValueError,
+        match="`make_stages` has to make the stages in each worker but raised InputError: `thresholds` has to name .* names 'verify.beauty'",
+    ):
+        synthesize(
+            WorldPairs(3),
+            tmp_path / "out",
+            partial(model_stages, thresholds={"verify.beauty": 1}),
+            SynthesisOptions(workers=1),
+            progress=False,
+        )
 
 
 def test_a_worker_that_dies_ends_the_run_with_a_sentence(tmp_path):
     with pytest.raises(StoppedRun, match="`workers` lost one of them: .* memory"):
-        quiet(WorldPairs(3), tmp_path / "out", dying, workers=1)
+        synthesize(WorldPairs(3), tmp_path / "out", dying, SynthesisOptions(workers=1), progress=False)
 
 
 @pytest.mark.parametrize(
@@ -690,3 +709,5 @@ def test_the_embedded_model_trains_on_the_shards(undisturbed, tmp_path):
         on_step=lambda record: losses.append(record["loss"]),
     )
     assert len(losses) == 2 and np.isfinite(losses).all()
+    data = MetadataDataset(undisturbed, num_frames=5, max_pixels=96 * 96, factor=16)
+    assert data[0].source.shape == (5, 96, 96, 3)

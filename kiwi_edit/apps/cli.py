@@ -912,10 +912,11 @@ def _parse_thresholds(texts):
 
 def _parse_actors(texts):
     "Stage -> its number of actors and the GPUs of each."
+    from kiwi_edit.data.synthesis import Actors
 
     def read(value):
         number, gpus = value.split("x")
-        return int(number), float(gpus)
+        return Actors(int(number), gpus=float(gpus))
 
     return _pairs(texts, "actors", "STAGE=NUMBERxGPUS, such as segment=2x0.5,", read)
 

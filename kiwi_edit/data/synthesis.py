@@ -29,8 +29,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 # %% auto #0
-__all__ = ['PLANTS', 'FilePairs', 'read_pairs', 'WorldPairs', 'SynthesisOptions', 'StoppedRun', 'model_stages', 'Synthesis',
-           'synthesize', 'inspect_folder', 'draw_report', 'PlantedPairs']
+__all__ = ['ALIASES', 'EDIT_TYPES', 'PLANTS', 'FilePairs', 'read_pairs', 'WorldPairs', 'SynthesisOptions', 'StoppedRun', 'Actors',
+           'model_stages', 'Synthesis', 'synthesize', 'inspect_folder', 'draw_report', 'report_html', 'data_card',
+           'PlantedPairs']
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400004
 import cv2
@@ -41,6 +42,7 @@ from PIL import Image
 
 from ..core import InputError, asset, require, shortened
 from . import backends
+from .backends import chat_of
 from .dataset import FORMATS, ParquetCell, file_of, held, read_rows, save_clip
 from kiwi_edit.quadruplets import (
     FingerprintStage,
@@ -59,7 +61,7 @@ from ..video import as_frames, replacing
 from ..world import World
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400007
-_ALIASES = dict(  # what a pair needs -> the names that published tables give it
+ALIASES = dict(  # what a pair needs -> the names that published tables give it
     id=("id", "iid", "key"),
     source=("source", "src_video", "original_video", "source_video", "input_video"),
     edited=("edited", "tgt_video", "edited_video", "target_video", "output_video"),
@@ -68,7 +70,7 @@ _ALIASES = dict(  # what a pair needs -> the names that published tables give it
     task=("task", "edited_type", "edit_type"),
     licence=("licence", "license"),
 )
-_EDIT_TYPES = {task: task for task in ("subject", "background", "add", "remove", "change", "style")} | dict(
+EDIT_TYPES = {task: task for task in ("subject", "background", "add", "remove", "change", "style")} | dict(
     background_change="background", local_add="add", local_remove="remove", local_change="change", global_style="style"
 )  # names in published tables -> tasks
 
@@ -93,14 +95,21 @@ class FilePairs(Sequence):
         name: str = "row",  # of a row without an id
         ids: list | None = None,  # of the rows, where they are known
     ):
-        self.rows, self.columns, self.root, self.name, self.ids = rows, columns, Path(root), name, ids
+        self.rows, self.columns, self.root, self.name = rows, columns, Path(root), name
         if ids is None:
-            column = columns.get("id")
-            found = rows[column] if column and hasattr(rows, "select") else [row.get(column) for row in rows]
-            found = [_printable(str(v)) if _given(v) else f"{name}-{i:07d}" for i, v in enumerate(found)]
+            found = self._ids()
             order = sorted(range(len(found)), key=found.__getitem__)
-            self.rows, self.ids = self._select(order), [found[i] for i in order]
-            _check_unique(self.ids)
+            self.rows, ids = self._select(order), [found[i] for i in order]
+            _check_unique(ids)
+        self.ids = ids
+
+    def _ids(self):
+        column = self.columns.get("id")
+        if column and hasattr(self.rows, "select"):
+            found = self.rows[column]
+        else:
+            found = [row.get(column) for row in self.rows]
+        return [_printable(str(value)) if _given(value) else f"{self.name}-{i:07d}" for i, value in enumerate(found)]
 
     def _select(self, indices):
         return self.rows.select(indices) if hasattr(self.rows, "select") else [self.rows[i] for i in indices]
@@ -121,7 +130,7 @@ class FilePairs(Sequence):
             self._file(found.get("edited")),
             words if isinstance(words, str) else "",
             self._still(found.get("reference")),
-            _EDIT_TYPES.get(str(found.get("task")).lower(), ""),
+            EDIT_TYPES.get(str(found.get("task")).lower(), ""),
             dict(dataset=self.name, licence=found.get("licence", "")),
         )
 
@@ -159,9 +168,9 @@ def _columns(names, given, where):
     there = shortened(", ".join(names), 100)
     if wrong := [column for column in given.values() if column not in names]:
         raise InputError(f"`columns` has to name columns of {where} but names {wrong[0]!r}; it has {there}.")
-    found = {what: next((n for n in (given.get(what), *known) if n in names), None) for what, known in _ALIASES.items()}
+    found = {what: next((n for n in (given.get(what), *known) if n in names), None) for what, known in ALIASES.items()}
     if lacks := [what for what in ("source", "edited", "instruction") if not found[what]]:
-        known = "; ".join(", ".join(_ALIASES[what]) for what in lacks)
+        known = "; ".join(", ".join(ALIASES[what]) for what in lacks)
         raise InputError(f"`pairs` has to have a column for {' and '.join(lacks)} ({known}) but {where} has {there}.")
     return {what: column for what, column in found.items() if column}
 
@@ -195,7 +204,7 @@ def _tables_of_folder(folder):
 def read_pairs(
     pairs: str | Path,  # table, folder, "world:2000", or a Hugging Face dataset as "owner/name" or "owner/name:split"
     root: str | Path | None = None,  # where relative paths start; None takes the table's folder
-    columns: dict | None = None,  # "source", "edited", ... -> column, where its name is not one of the usual ones
+    columns: dict | None = None,  # "source", "edited", ... -> column, where `ALIASES` do not know it
 ) -> Sequence[Pair]:  # sorted by id
     "The pairs of a table, of a folder of shards or clips, of a dataset on the hub, or of the world."
     text, path, columns = str(pairs), Path(pairs).expanduser(), columns or {}
@@ -204,14 +213,18 @@ def read_pairs(
     if not path.exists():
         if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.\[\]%:+-]+)?", text):
             return _hub_pairs(text, root, columns)
-        known = "an existing table or folder, world:NUMBER or a dataset's id"
-        raise FileNotFoundError(f"`pairs` has to be {known} but {text!r} is none of them.")
+        raise FileNotFoundError(
+            "`pairs` has to be an existing table or folder, world:NUMBER or a dataset's id "
+            f"but {text!r} is none of them."
+        )
     tables = _tables_of_folder(path) if path.is_dir() else [path]
     if not tables:
         rows = [_clip_row(path, source) for source in sorted(path.rglob("*source.*"))]
         if not rows:
-            known = ".parquet shards, pairs.jsonl, metadata.csv or clips named NAME-source and NAME-edited"
-            raise InputError(f"`pairs` has to be a folder with {known} but {text!r} has none of them.")
+            raise InputError(
+                "`pairs` has to be a folder with .parquet shards, pairs.jsonl, metadata.csv "
+                f"or clips named NAME-source and NAME-edited but {text!r} has none of them."
+            )
         return FilePairs(rows, {column: column for column in rows[0]}, root or path, path.name)
     rows, names = [], {}
     for table in tables:
@@ -234,7 +247,7 @@ def _hub_pairs(text, root, columns):
     name, _, split = text.partition(":")
     data = datasets.load_dataset(name, split=split or "train")
     for column, kind in data.features.items():
-        if isinstance(kind, (datasets.Image, datasets.Video)):
+        if isinstance(kind, (datasets.Image, getattr(datasets, "Video", datasets.Image))):
             data = data.cast_column(column, type(kind)(decode=False))
     return FilePairs(data, _columns(data.column_names, columns, repr(name)), root or ".", name)
 
@@ -251,38 +264,40 @@ class WorldPairs(Sequence):
     ):
         if number < 1:
             raise InputError(f"`number` has to be at least 1 but is {number}.")
-        self.seeds, self.first_seed = range(first_seed, first_seed + number), first_seed
-        self.tasks, self.world = tuple(tasks or ()), world or World()
+        self.number, self.first_seed, self.tasks, self.world = number, first_seed, tuple(tasks or ()), world or World()
 
     def __len__(self):
-        return len(self.seeds)
+        return self.number
 
     def __getitem__(self, i):
-        if not isinstance(i, slice):
-            return self._pair(self.seeds[i])
+        if isinstance(i, slice):
+            return self._slice(range(self.number)[i])
+        i, made = range(self.number)[i], self.made(i)
+        origin = dict(dataset="world", licence="MIT")
+        return Pair(self.ids[i], made.source, made.target, made.instruction, origin=origin)
+
+    def _slice(self, picked):
+        if picked.step != 1:
+            raise InputError(f"`i` has to be a slice of step 1 but has step {picked.step}.")
         part = copy.copy(self)
-        part.seeds = self.seeds[i]
+        part.number, part.first_seed = len(picked), self.first_seed + picked.start
+        turn = picked.start % max(len(self.tasks), 1)
+        part.tasks = self.tasks[turn:] + self.tasks[:turn]
         return part
 
-    def _pair(self, seed):
-        made = self.drawn(seed)
-        origin = dict(dataset="world", licence="MIT")
-        return Pair(f"world-{seed:07d}", made.source, made.target, made.instruction, origin=origin)
-
-    def drawn(self, seed: int):  # `Quadruplet`
-        "What the world draws from a seed."
-        turn = (seed - self.first_seed) % max(len(self.tasks), 1)
-        return self.world.sample(seed, self.tasks[turn] if self.tasks else None)
+    def made(self, i: int):  # `Quadruplet`
+        "What the world draws for pair i."
+        return self.world.sample(self.first_seed + i, self.tasks[i % len(self.tasks)] if self.tasks else None)
 
     @property
     def ids(self) -> list[str]:
-        return [f"world-{seed:07d}" for seed in self.seeds]
+        return [f"world-{self.first_seed + i:07d}" for i in range(self.number)]
 
     @property
     def key(self) -> str:
         w, pictures = self.world, [asset(f"world/{kind}.parquet") for kind in ("objects", "scenes")]
         size = w.height, w.width, w.num_frames
-        return digest(len(self), self.first_seed, self.tasks, size, w.split, asdict(w.difficulty), pictures)
+        return digest(self.number, self.first_seed, self.tasks, size, w.split, asdict(w.difficulty), pictures)
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400013
 @dataclass(frozen=True)
@@ -297,7 +312,9 @@ class SynthesisOptions:
     clips: str = "refer"  # "refer" to the files of the pool, or "copy" them
     authentic: bool = False  # keep authentic references, where the pool has them, instead of synthesised ones
     similarity: float = 0.99  # see `deduplicate`
-    max_failures: float = 0.5  # share of lost rows from which the run stops; counted from 20 rows on
+    max_failures: float = (
+        0.5  # share of unreadable or unanswered rows from which the run stops; counted from 20 rows on
+    )
     sheets: int = 64  # pairs that the report shows as pictures
 
     def __post_init__(self):
@@ -368,14 +385,23 @@ ref_source text, scores text, origin text, backends text, verdicts text, embeddi
 authentic_ref_image_bytes bytes, sheet bytes
 """
 _SCHEMA = pa.schema([(name, _KINDS[kind]) for name, kind in (c.split() for c in _COLUMNS.split(","))])
-_PUBLIC = [name for name in _SCHEMA.names if name not in ("verdicts", "embedding", "hashes", "sheet")]
+_PRIVATE = ("verdicts", "embedding", "hashes", "sheet")
+_PUBLIC = [name for name in _SCHEMA.names if name not in _PRIVATE]
 _SHOWN = [name for name in _SCHEMA.names if name in "iid prompt edit_type subject scores verdicts origin sheet".split()]
 
 
+def _jpeg(picture):
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="JPEG", quality=85)
+    return buffer.getvalue()
+
+
 def _to_row(record, folder, options, shown):
-    "What stays of a record once its frames are let go; `shown` are the ids of those that the report pictures."
-    pair, verdicts = record.pair, record.verdicts
-    scores = {f"{v.stage}.{name}": round(float(x), 6) for v in verdicts for name, x in v.scores.items()}
+    "What stays of a record once its frames are let go; `shown` says whether the report may picture it."
+    pair, scores = (
+        record.pair,
+        {f"{v.stage}.{k}": round(float(x), 6) for v in record.verdicts for k, x in v.scores.items()},
+    )
     row = dict.fromkeys(_SCHEMA.names) | dict(
         iid=pair.id,
         prompt=pair.instruction.encode("utf-8", "replace").decode(),
@@ -387,13 +413,11 @@ def _to_row(record, folder, options, shown):
         ref_source="",
         scores=json.dumps(scores, sort_keys=True),
         origin=json.dumps(pair.origin, sort_keys=True),
-        backends=json.dumps({v.stage: v.backend for v in verdicts}),
-        verdicts=json.dumps([asdict(v) | dict(scores={}) for v in verdicts]),
+        backends=json.dumps({v.stage: v.backend for v in record.verdicts}),
+        verdicts=json.dumps([asdict(v) | dict(scores={}) for v in record.verdicts]),
     )
-    if pair.id in shown and record.source is not None and record.edited is not None:
-        buffer = io.BytesIO()
-        Image.fromarray(record_strip(record, 112)).save(buffer, format="JPEG", quality=85)
-        row["sheet"] = buffer.getvalue()
+    if shown and record.source is not None and record.edited is not None:
+        row["sheet"] = _jpeg(record_strip(record, 112))
     if not record.alive:
         return row
     authentic = record.authentic_reference
@@ -410,35 +434,36 @@ def _to_row(record, folder, options, shown):
             row[column] = _place_clip(getattr(pair, name), name, record, folder, options.clips == "copy")
             row[column].encode()  # a table holds no halves of characters
     except (OSError, ValueError) as error:  # the file went away, or the disk is full
-        verdicts.append(Verdict("write", False, shortened(f"clip not written: {error}"), error=True))
+        record.verdicts.append(Verdict("write", False, shortened(f"clip not written: {error}"), error=True))
         return _to_row(record, folder, options, shown)
     return row
 
 
-def _steps(make_stages, options, folder, shown):
-    "(name, what is done with a batch): pairs are loaded, go through the stages, and are written down as rows."
-
-    def write(records):
-        if any(r.alive and r.embedding is None for r in records):
-            FingerprintStage()(records)
-        return [_to_row(r, folder, options, shown) for r in records]
-
-    stages = [(stage.name, functools.partial(_through, stage)) for stage in make_stages()]
-    return [("load", lambda pairs: [load_record(p, options.load) for p in pairs]), *stages, ("write", write)]
+def _timed(name, call, records, spent):
+    began = time.perf_counter()
+    found = call(records)
+    spent[name] = spent.get(name, 0.0) + time.perf_counter() - began
+    return found
 
 
-def _run_steps(steps, items, spent):
-    "A batch after the steps; `spent` adds up the seconds of each."
-    for name, step in steps:
-        began = time.perf_counter()
-        items = step(items)
-        spent[name] = spent.get(name, 0.0) + time.perf_counter() - began
-    return items
+def _load(pairs, options, spent):
+    return _timed("load", lambda pairs: [load_record(pair, options.load) for pair in pairs], pairs, spent)
 
 
-def _run_batch(steps, pairs):
-    spent = {}
-    return dict(rows=_run_steps(steps, pairs, spent), spent=spent)
+def _rows(records, folder, options, shown, spent):
+    if any(r.alive and r.embedding is None for r in records):
+        FingerprintStage()(records)
+    rows = lambda records: [_to_row(r, folder, options, s) for r, s in zip(records, shown)]
+    return dict(rows=_timed("write", rows, records, spent), spent=spent)
+
+
+def _run_batch(job, stages, options, folder):
+    "Pairs, and which of them the report may picture, through all stages; what comes back is small."
+    (pairs, shown), spent = job, {}
+    records = _load(pairs, options, spent)
+    for stage in stages:
+        records = _timed(stage.name, functools.partial(_through, stage), records, spent)
+    return _rows(records, folder, options, shown, spent)
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400019
 def _write_table(path, rows, names=_SCHEMA.names, key=""):
@@ -463,22 +488,15 @@ def _part_is_good(path, key, ids, most):
     return settings == key and [row["iid"] for row in rows] == ids and failed <= most * len(rows)
 
 
-def _tables(folder):
-    return sorted([*folder.glob("chunk_*.parquet"), *folder.glob("verdicts/*.parquet")])
-
-
 def _sums(folder):
     "SHA-256 of all tables, as sha256sum writes them."
-    return "".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(folder)}\n" for p in _tables(folder))
+    tables = sorted([*folder.glob("chunk_*.parquet"), *folder.glob("verdicts/*.parquet")])
+    return "".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(folder)}\n" for p in tables)
 
 
 def _save_text(path, text):
     with replacing(path, overwrite=True) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-def _remove(path):
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400020
 def _stand_in(row):
@@ -501,20 +519,24 @@ def _read_rows(path, columns=None):
     return rows
 
 
-def _finish(folder, parts, options, key):
-    "The shards, part by part, without doubles."
+def _twins(parts, options):
+    "Id -> what the search for doubles over all parts says of a pair."
     light = ["iid", "verdicts", "scores", "embedding", "hashes"]
     records = [_stand_in(row) for part in parts for row in _read_rows(part, light)]
     deduplicate(records, SimpleNamespace(name="fingerprints"), options.similarity)
-    said = {r.pair.id: [asdict(v) for v in r.verdicts[-1:] if v.stage == "deduplicate"] for r in records}
+    return {r.pair.id: [asdict(r.verdicts[-1])] for r in records if r.verdicts[-1].stage == "deduplicate"}
+
+
+def _finish(folder, parts, options, key):
+    "The shards, part by part, without doubles."
+    twins, chunks, used = _twins(parts, options), 0, set()
     (folder / "verdicts").mkdir(exist_ok=True)
-    for old in _tables(folder):
+    for old in [*folder.glob("chunk_*.parquet"), *folder.glob("verdicts/*.parquet")]:
         old.unlink()
-    chunks, used = 0, set()
     for k, part in enumerate(parts):
         rows, alive = pq.read_table(part).to_pylist(), []
         for row in rows:
-            verdicts = json.loads(row["verdicts"]) + said[row["iid"]]
+            verdicts = json.loads(row["verdicts"]) + twins.get(row["iid"], [])
             row["verdicts"] = json.dumps(verdicts)
             if all(v["passed"] for v in verdicts):
                 alive.append(row)
@@ -526,40 +548,44 @@ def _finish(folder, parts, options, key):
         _write_table(name, [{c: row[c] for c in _SHOWN} for row in rows], _SHOWN, key)
     for clip in (folder / "clips").glob("*"):  # of doubles, or of a run with other settings
         if str(clip.relative_to(folder)) not in used:
-            _remove(clip)
+            shutil.rmtree(clip) if clip.is_dir() else clip.unlink()
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400022
 class StoppedRun(InputError):
     "A run that had to stop; the same call goes on from what is finished."
 
 
-class _Batches(Mapping):
-    "(part, first pair, last pair + 1) -> the pairs, which are cut out of the pool when they are asked for."
+class _Jobs(Mapping):
+    "(part, first pair, last pair + 1) -> the pairs, and which of them the report may picture: evenly over the pool."
 
-    def __init__(self, pairs, bounds, batch):
-        self.pairs = pairs
-        self.places = [
-            (k, a, min(a + batch, end)) for k, (start, end) in bounds.items() for a in range(start, end, batch)
+    def __init__(self, pairs, bounds, missing, options):
+        self.pairs, self.sheets = pairs, options.sheets
+        self.jobs = [
+            (k, a, min(a + options.batch, bounds[k][1])) for k in missing for a in range(*bounds[k], options.batch)
         ]
 
     def __len__(self):
-        return len(self.places)
+        return len(self.jobs)
 
     def __iter__(self):
-        return iter(self.places)
+        return iter(self.jobs)
 
     def __getitem__(self, key):
-        return self.pairs[key[1] : key[2]]
+        turn = lambda i: i * self.sheets // len(self.pairs)
+        return self.pairs[key[1] : key[2]], [turn(i) != turn(i - 1) for i in range(*key[1:])]
 
 
-_worker = {}  # of this process: what its steps are made of, and the steps once they are made
+_worker = {}  # of this process: what does a batch, or why nothing does
 
 
-def _start_worker(*needs):
+def _start_worker(make_stages, options, folder):
     cv2.setNumThreads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that was started
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    _worker["needs"] = needs
+    try:
+        _worker["run"] = functools.partial(_run_batch, stages=make_stages(), options=options, folder=folder)
+    except Exception as error:
+        _worker["error"] = f"`make_stages` has to make the stages in each worker but raised {_reason(error)}"
 
 
 def _leave_with_parent():
@@ -567,44 +593,62 @@ def _leave_with_parent():
     os._exit(1)
 
 
-def _in_worker(pairs):
-    if "steps" not in _worker:
-        _worker["steps"] = _steps(*_worker["needs"])
-    return _run_batch(_worker["steps"], pairs)
+def _in_worker(job):
+    if "error" in _worker:
+        raise InputError(_worker["error"])
+    return _worker["run"](job)
 
 
-def _local(batches, needs, options, note, progress):
+def _local(jobs, make_stages, options, folder, note, progress):
     "Batches in this process or in others."
     label = "pairs" if options.batch == 1 else f"batches of {options.batch}"
     if options.workers:
-        spawn = multiprocessing.get_context("spawn")
+        spawn, needs = multiprocessing.get_context("spawn"), (make_stages, options, folder)
         work, pool = _in_worker, lambda: ProcessPoolExecutor(options.workers, spawn, _start_worker, needs)
     else:
-        work, pool = functools.partial(_run_batch, _steps(*needs)), None
-    run_rows(batches, work, pool=pool, ahead=2 * options.workers, label=label if progress else "", each=note)
+        work, pool = functools.partial(_run_batch, stages=make_stages(), options=options, folder=folder), None
+    run_rows(jobs, work, pool=pool, ahead=2 * options.workers, label=label if progress else "", each=note)
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400023
-class _RayGroup:
-    "Neighbouring steps in one actor of Ray: records travel between groups, rows leave the last one."
+@dataclass(frozen=True)
+class Actors:
+    "What one stage is given on a cluster."
 
-    def __init__(self, first, last, needs):
+    count: int = 1  # processes
+    cpus: float = 1.0  # of each
+    gpus: float = 0.0  # of each; a share lets several sit on one
+
+
+class _RayGroup:
+    "Neighbouring stages in one actor of Ray. Records travel between groups, rows leave the last one."
+
+    def __init__(self, make_stages, first, last, options, folder):
         cv2.setNumThreads(1)
-        self.steps = _steps(*needs)[first:last]
+        stages = make_stages()
+        self.stages, self.first, self.last = stages[first:last], first == 0, last == len(stages)
+        self.options, self.folder = options, folder
 
     def __call__(self, row):
-        key, items, spent = pickle.loads(row["job"])
-        return dict(job=pickle.dumps((key, _run_steps(self.steps, items, spent), spent)))
+        key, items, shown, spent = pickle.loads(row["job"])
+        if self.first:
+            items = _load(items, self.options, spent)
+        for stage in self.stages:
+            items = _timed(stage.name, functools.partial(_through, stage), items, spent)
+        if not self.last:
+            return dict(job=pickle.dumps((key, items, shown, spent)))
+        found = _rows(items, self.folder, self.options, shown, spent)
+        return dict(job=pickle.dumps(dict(key=key, error=None, **found)))
 
 
-def _step_groups(names, actors, workers):
-    "(first step, last + 1, processes, GPUs of each): steps with actors of their own stand alone, others are joined."
+def _stage_groups(names, actors, workers):
+    "(first stage, last + 1, `Actors`): stages with actors of their own stand alone; what lies between is joined."
     if wrong := set(actors) - set(names):
         raise InputError(f"`actors` has to name stages ({', '.join(names)}) but names {', '.join(sorted(wrong))}.")
     cuts = sorted({0, len(names)} | {i + k for i, n in enumerate(names) if n in actors for k in (0, 1)})
-    return [(a, b, *actors.get(names[a], (max(workers, 1), 0))) for a, b in zip(cuts, cuts[1:])]
+    return [(a, b, actors.get(names[a], Actors(max(workers, 1)))) for a, b in zip(cuts, cuts[1:])]
 
 
-def _ray(batches, needs, options, note, actors):
+def _ray(jobs, make_stages, options, folder, note, actors):
     "Batches on Ray Data; many machines need a folder that they share."
     require("ray")
     import ray
@@ -617,15 +661,18 @@ def _ray(batches, needs, options, note, actors):
     context.enable_progress_bars = context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
-        rows = [dict(job=pickle.dumps((key, batches[key], {}))) for key in batches]
+        rows = [dict(job=pickle.dumps((key, *jobs[key], {}))) for key in jobs]
         data = ray.data.from_items(rows, override_num_blocks=len(rows))
-        names = ["load", *_stage_names(needs[0]), "write"]
-        for first, last, number, gpus in _step_groups(names, actors, options.workers):
-            how = dict(concurrency=min(number, len(rows)), num_cpus=1, num_gpus=gpus or None)
-            data = data.map(_RayGroup, fn_constructor_args=(first, last, needs), **how)
+        for first, last, actor in _stage_groups(_stage_names(make_stages), actors, options.workers):
+            data = data.map(
+                _RayGroup,
+                fn_constructor_args=(make_stages, first, last, options, folder),
+                concurrency=min(actor.count, len(rows)),
+                num_cpus=actor.cpus,
+                num_gpus=actor.gpus or None,
+            )
         for row in data.iter_rows():
-            key, rows, spent = pickle.loads(row["job"])
-            note(dict(key=key, error=None, rows=rows, spent=spent))
+            note(pickle.loads(row["job"]))
     finally:
         if started:
             ray.shutdown()
@@ -643,7 +690,7 @@ _THRESHOLDS = dict(edit="threshold", confidence="threshold", area="smallest")  #
 def model_stages(
     vlm: str | None = None,  # scores, grounds and verifies; see `chat_of`
     sam: str | None = None,  # segments; hub id or folder of a SAM
-    editor: str | Callable | None = None,  # draws references: a diffusers image editor, or what makes a backend
+    editor: str | Callable | None = None,  # draws references: a diffusers image editor, or what makes a `Synthesizer`
     embedder: str | None = None,  # finds doubles; hub id or folder of a DINOv2 or CLIP
     device: str = "auto",
     thresholds: dict | None = None,  # "verify.quality" -> number, in place of a stage's own
@@ -652,7 +699,7 @@ def model_stages(
     "The stages with models where they are named, and with the embedded backends where not."
     by = {stage.name: stage for stage in (*embedded_stages(), FingerprintStage())}
     if vlm:
-        judge = backends.ChatBackend(backends.chat_of(vlm, device, extra))
+        judge = backends.ChatBackend(chat_of(vlm, device, extra))
         for name in ("score", "ground", "verify"):
             by[name].backend = judge
     if sam:
@@ -692,6 +739,10 @@ class Synthesis:
     def kept(self) -> list[dict]:
         return [row for row in self.rows if all(v["passed"] for v in row["verdicts"])]
 
+    @property
+    def failures(self) -> int:
+        return sum(row["verdicts"][-1].get("error", False) for row in self.rows)
+
     def funnel(
         self,
         thresholds: dict | None = None,  # "verify.quality" -> least value; see `quadruplets.funnel`
@@ -711,14 +762,16 @@ class Synthesis:
         kept, count = (Counter(row["edit_type"] for row in rows) for rows in (self.kept, self.rows))
         return {kind or "not grounded": (kept[kind], count[kind]) for kind in sorted(count)}
 
-    def _lines(self):
-        "Stage, how many are left after it, and why it dropped the others."
-        why = lambda stage: ", ".join(f"{reason} ({n})" for at, reason, n in self.reasons() if at == stage)
-        return [[stage, left, why(stage)] for stage, left in self.funnel().items()]
-
     def _repr_markdown_(self):
-        title = f"{len(self.kept)} of {len(self.rows)} pairs kept."
-        return Table(title, ["stage", "left", "dropped because"], self._lines())._repr_markdown_()
+        lines = [
+            f"{len(self.kept)} of {len(self.rows)} pairs kept.\n",
+            "| stage | left | dropped because |",
+            "|---|--:|---|",
+        ]
+        for stage, left in self.funnel().items():
+            why = ", ".join(f"{reason} ({n})" for s, reason, n in self.reasons() if s == stage)
+            lines.append(f"| {stage} | {left} | {why} |")
+        return "\n".join(lines)
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400028
 def _code(code):
@@ -768,9 +821,9 @@ def _in_order(pairs):
 class _Parts:
     "Keeps the rows of batches until their part can be written, and stops a run in which too much fails."
 
-    def __init__(self, folder, key, options, batches):
-        self.folder, self.key, self.most = folder, key, options.max_failures
-        self.waiting, self.todo = Counter(k for k, *_ in batches), sum(b - a for _, a, b in batches)
+    def __init__(self, folder, key, options, jobs):
+        self.folder, self.key, self.options = folder, key, options
+        self.waiting, self.todo = Counter(k for k, *_ in jobs), sum(b - a for _, a, b in jobs)
         self.rows, self.failed, self.seconds, self.seen = {}, [], Counter(), 0
 
     def note(self, record):
@@ -789,7 +842,7 @@ class _Parts:
         if not self.waiting[k]:
             whole = [row for _, batch in sorted(self.rows.pop(k).items()) for row in batch]
             _write_table(_part_path(self.folder, k), whole, key=self.key)
-        if self.seen >= min(20, self.todo) and len(self.failed) > self.most * self.seen:
+        if self.seen >= min(20, self.todo) and len(self.failed) > self.options.max_failures * self.seen:
             raise StoppedRun(self._complaint())
 
     def _complaint(self):
@@ -797,8 +850,9 @@ class _Parts:
         [(most, n)] = Counter(map(kind, self.failed)).most_common(1)
         first = next(v["reason"] for v in self.failed if kind(v) == most)
         return (
-            f"`max_failures` allows {self.most:.0%} of the rows to fail but {len(self.failed)} of {self.seen} did; "
-            f"{n} times {most}, first: {first.rstrip('.')}. What is finished stays in {str(self.folder)!r}."
+            f"`max_failures` allows {self.options.max_failures:.0%} of the rows to fail but {len(self.failed)} of "
+            f"{self.seen} did; {n} times {most}, first: {first.rstrip('.')}. "
+            f"What is finished stays in {str(self.folder)!r}."
         )
 
 
@@ -807,7 +861,7 @@ def synthesize(
     out: str | Path,  # folder, made if missing; one with a run of the same settings is continued
     make_stages: Callable[[], list] = embedded_stages,  # makes the stages, in each worker; a `partial` for options
     options: SynthesisOptions = SynthesisOptions(),
-    actors: dict | None = None,  # stage -> (processes, GPUs of each) where it has its own, for Ray
+    actors: dict | None = None,  # stage -> `Actors`, for Ray
     overwrite: bool = False,  # whether a run of other settings may be thrown away
     progress: bool = True,
 ) -> Synthesis:
@@ -821,24 +875,22 @@ def synthesize(
     if (folder / "SHA256SUMS").is_file():
         return inspect_folder(folder)
     n, ids = len(pairs), pairs.ids if hasattr(pairs, "ids") else [p.id for p in pairs]
-    bounds = {k: (a, min(a + options.shard, n)) for k, a in enumerate(range(0, n, options.shard))}
-    paths = [_part_path(folder, k) for k in bounds]
-    good = {k for k, (a, b) in bounds.items() if _part_is_good(paths[k], key, ids[a:b], options.max_failures)}
-    batches = _Batches(pairs, {k: ends for k, ends in bounds.items() if k not in good}, options.batch)
-    turn = lambda i: i * options.sheets // n
-    shown = {ids[i] for i in range(n) if turn(i) != turn(i - 1)}  # evenly over the pool
-    parts, needs = _Parts(folder, key, options, batches), (make_stages, options, folder, shown)
+    bounds = [(a, min(a + options.shard, n)) for a in range(0, n, options.shard)]
+    paths = [_part_path(folder, k) for k in range(len(bounds))]
+    good = [_part_is_good(path, key, ids[a:b], options.max_failures) for path, (a, b) in zip(paths, bounds)]
+    jobs = _Jobs(pairs, bounds, [k for k in range(len(bounds)) if not good[k]], options)
+    parts = _Parts(folder, key, options, jobs)
     if options.engine == "local":
-        _local(batches, needs, options, parts.note, progress)
-    elif batches:
-        _ray(batches, needs, options, parts.note, actors or {})
+        _local(jobs, make_stages, options, folder, parts.note, progress)
+    elif jobs:
+        _ray(jobs, make_stages, options, folder, parts.note, actors or {})
     _finish(folder, paths, options, key)
     seconds = {name: round(spent, 3) for name, spent in parts.seconds.items()}
     run = dict(key=key, settings=settings, seconds=seconds, wall=round(time.perf_counter() - began, 3), done=parts.seen)
     _save_text(folder / "run.json", json.dumps(run, indent=1, default=str) + "\n")
     result = _result(folder)
-    _save_text(folder / "README.md", _data_card(result))
-    _save_text(folder / "report.html", _report_html(result))
+    _save_text(folder / "README.md", data_card(result))
+    _save_text(folder / "report.html", report_html(result))
     _save_text(folder / "SHA256SUMS", _sums(folder))  # last: says that all is there
     shutil.rmtree(folder / "parts", ignore_errors=True)
     return result
@@ -846,10 +898,11 @@ def synthesize(
 # %% ../../nbs/library/12_synthesis.ipynb #12da0002
 def _claim(folder, key, overwrite):
     "Make the folder ours, or say whose it is."
-    there = _key_of(folder / "run.json")
+    mark = folder / "run.json"
     half = re.compile(r"\.\w{8}(\.\w+)?")  # names of files that a killed run was writing
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"`out` has to be a folder but {str(folder)!r} is a file.")
+    there = _key_of(mark)
     if not there and folder.is_dir() and not all(half.fullmatch(p.name) for p in folder.iterdir()):
         raise FileExistsError(
             f"`out` has to be a new or empty folder, or one of an earlier run, but {str(folder)!r} holds other things."
@@ -859,13 +912,19 @@ def _claim(folder, key, overwrite):
             "`out` has to be new, or of a run with the same pairs, stages and options, unless overwrite is set, "
             f"but {str(folder)!r} is of another run."
         )
+    if there and there != key:
+        for path in [
+            folder / "SHA256SUMS",
+            folder / "report.html",
+            folder / "README.md",
+            *folder.glob("chunk_*.parquet"),
+        ]:
+            path.unlink(missing_ok=True)
+        for path in ("parts", "verdicts", "clips"):
+            shutil.rmtree(folder / path, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     if there != key:
-        for name in ("SHA256SUMS", "report.html", "README.md", "chunk_*.parquet", "parts", "verdicts", "clips"):
-            for path in folder.glob(name):
-                _remove(path)
-        # first: whoever is killed after this finds it to be its own
-        _save_text(folder / "run.json", json.dumps(dict(key=key)) + "\n")
+        _save_text(mark, json.dumps(dict(key=key)) + "\n")  # first: whoever is killed after this finds it to be its own
     for path in [*folder.glob(".*"), *folder.glob("verdicts/.*")]:
         if path.is_file() and half.fullmatch(path.name):
             path.unlink()
@@ -914,23 +973,25 @@ def draw_report(result: Synthesis):
 
     names = [n for n in _DRAWN if any(n in row["scores"] for row in result.rows)]
     figure = Figure(figsize=(9, 3.7), layout="constrained")
-    grid, green = figure.add_gridspec(2, max(len(names), 2)), "#3a7d44"
-    ax, (stages, left, why) = figure.add_subplot(grid[0, :-1]), zip(*result._lines())
-    bars = ax.barh(stages, left, color=green)
-    ax.bar_label(bars, [f" {n}   {words[:72]}" for n, words in zip(left, why)], fontsize=6)
+    grid = figure.add_gridspec(2, max(len(names), 2))
+    ax, left = figure.add_subplot(grid[0, :-1]), result.funnel()
+    ax.barh(list(left), list(left.values()), color="#3a7d44")
+    for i, (stage, n) in enumerate(left.items()):
+        why = ", ".join(f"{reason} {count}" for s, reason, count in result.reasons() if s == stage)
+        ax.text(n, i, f" {n}   {why[:72]}", va="center", fontsize=6)
     ax.invert_yaxis()
     ax.tick_params(labelsize=7)
-    ax.set_xlim(0, 1.9 * max(*left, 1))
+    ax.set_xlim(0, 1.9 * max([*left.values(), 1]))
     ax.set_xlabel("pairs left", fontsize=7)
     ax, mix = figure.add_subplot(grid[0, -1]), result.mix()
     ax.bar(list(mix), [n for _, n in mix.values()], color="#d9d9d9", label="all")
-    ax.bar(list(mix), [k for k, _ in mix.values()], color=green, label="kept")
+    ax.bar(list(mix), [k for k, _ in mix.values()], color="#3a7d44", label="kept")
     ax.tick_params(labelsize=6)
     ax.tick_params("x", rotation=60)
     ax.legend(fontsize=6)
     for i, name in enumerate(names):
         ax = figure.add_subplot(grid[1, i])
-        ax.hist([row["scores"][name] for row in result.rows if name in row["scores"]], bins=20, color=green)
+        ax.hist([row["scores"][name] for row in result.rows if name in row["scores"]], bins=20, color="#3a7d44")
         ax.set_title(name, fontsize=7)
         ax.tick_params(labelsize=6)
     return figure
@@ -952,8 +1013,8 @@ def _sheet_html(row):
     )
 
 
-def _report_html(result):
-    "Funnel, reasons, kinds, histograms and contact sheets of a run as one page without links."
+def report_html(result: Synthesis) -> str:  # one page without links
+    "Funnel, reasons, kinds, histograms and contact sheets of a run as a page."
     buffer = io.BytesIO()
     draw_report(result).savefig(buffer, format="png", dpi=150)
     why = Table("Why pairs were dropped", ["stage", "reason", "pairs"], [list(line) for line in result.reasons()])
@@ -962,8 +1023,10 @@ def _report_html(result):
         seconds = [[stage, round(spent, 1)] for stage, spent in result.seconds.items()]
         note = f"{result.done} pairs in {result.wall:.1f} s with all that comes before and after the stages."
         parts.append(Table("Where the time went", ["stage", "seconds of one process"], seconds, note=note))
-    order = "Source, edited clip, mask, reference, and an authentic one if there is one."
-    parts += [f"<h2>Contact sheets</h2><p>{order}</p>", *(_sheet_html(row) for row in result.rows if row["sheet"])]
+    parts.append(
+        "<h2>Contact sheets</h2><p>Source, edited clip, mask, reference, and an authentic one if there is one.</p>"
+    )
+    parts += [_sheet_html(row) for row in result.rows if row["sheet"]]
     return page(f"{len(result.kept)} of {len(result.rows)} pairs became quadruplets", *parts)
 
 # %% ../../nbs/library/12_synthesis.ipynb #12da0003
@@ -1016,8 +1079,8 @@ things are. Look at the contact sheets before you train on this.
 _SIZES = {1e3: "n<1K", 1e4: "1K<n<10K", 1e5: "10K<n<100K", 1e6: "100K<n<1M", float("inf"): "1M<n<10M"}
 
 
-def _data_card(result):
-    "What is in the data set, where it is from, and which references are synthesised: markdown as the hub reads it."
+def data_card(result: Synthesis) -> str:  # markdown with the header that the hub reads
+    "What is in the data set, where it is from, and which references are synthesised."
     kept, columns = result.kept, ["edit_type", "ref_source"]
     origins = [(r["origin"].get("dataset") or "unknown", r["origin"].get("licence") or "not stated") for r in kept]
     tables = [pq.read_table(path, columns=columns) for path in sorted(result.folder.glob("chunk_*.parquet"))]
@@ -1038,17 +1101,28 @@ def _data_card(result):
 PLANTS = ("no edit", "shifted clip", "broken frames", "wrong words", "duplicate")
 
 
+def _brighter(clip):
+    return np.clip(clip.astype(np.int16) + 3, 0, 255).astype(np.uint8)
+
+
 class PlantedPairs(WorldPairs):
     "Pairs of the world of which every fourth is spoilt in a known way, in turn."
 
     def spoilt(self, i: int) -> str:  # one of `PLANTS`, or "" for a good pair
         "What is wrong with pair i."
-        seed = self.seeds[i]
-        return PLANTS[seed // 4 % len(PLANTS)] if seed % 4 == 3 else ""
+        k = self.first_seed + i
+        return PLANTS[k // 4 % len(PLANTS)] if k % 4 == 3 else ""
 
-    def _pair(self, seed):
-        pair, kind = super()._pair(seed), self.spoilt(self.seeds.index(seed))
-        edited = pair.edited
+    def _neighbour(self, i, step):
+        task = self.tasks[(i + step) % len(self.tasks)] if self.tasks else None
+        return self.world.sample(self.first_seed + i + step, task)
+
+    def __getitem__(self, i):
+        pair = super().__getitem__(i)
+        if isinstance(i, slice):
+            return pair
+        i = range(self.number)[i]
+        kind, edited = self.spoilt(i), pair.edited
         if kind == "no edit":
             return replace(pair, edited=pair.source)
         if kind == "shifted clip":
@@ -1057,12 +1131,10 @@ class PlantedPairs(WorldPairs):
             black = np.arange(len(edited)) == len(edited) // 2
             return replace(pair, edited=np.where(black[:, None, None, None], np.uint8(0), edited))
         if kind == "wrong words":
-            return replace(pair, instruction=self.drawn(seed + 1).instruction)
+            return replace(pair, instruction=self._neighbour(i, 1).instruction)
         if kind == "duplicate":  # the pair before, a shade brighter
-            made = self.drawn(seed - 1)
-            source, edited = (
-                np.clip(clip.astype(np.int16) + 3, 0, 255).astype(np.uint8) for clip in (made.source, made.target)
-            )
+            made = self._neighbour(i, -1)
+            source, edited = _brighter(made.source), _brighter(made.target)
             return replace(pair, source=source, edited=edited, instruction=made.instruction)
         return pair
 
