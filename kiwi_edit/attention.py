@@ -20,7 +20,7 @@ from .pipeline import KiwiEditPipeline
 from .video import as_frames
 
 # %% auto #0
-__all__ = ['PARTS', 'attention_shares', 'Looks', 'WatchingProcessor', 'Recorder', 'recording', 'watch_edit', 'spread', 'lay_over',
+__all__ = ['PARTS', 'attention_shares', 'Looks', 'WatchingProcessor', 'Recorder', 'watch_edit', 'spread', 'lay_over',
            'draw_looks', 'without', 'apart']
 
 # %% ../nbs/07_where_it_looks.ipynb #a2700007
@@ -161,7 +161,7 @@ class Recorder:
 
 # %% ../nbs/07_where_it_looks.ipynb #a2700010
 @contextmanager
-def recording(pipe: KiwiEditPipeline) -> Iterator[Recorder]:
+def _recording(pipe: KiwiEditPipeline) -> Iterator[Recorder]:
     "Watch the edit that is made in the block; the pipeline is as before when it ends."
     wan, recorder = find_wan(pipe.transformer), Recorder(pipe.guidance, pipe.scheduler)
     attentions = [attn for block in wan.blocks for attn in (block.attn1, block.attn2)]
@@ -192,7 +192,7 @@ def watch_edit(
 ) -> tuple[np.ndarray, Looks]:  # (T, H, W, 3) uint8
     "An edit, and where the denoiser looked."
     noise = torch.Generator().manual_seed(seed)
-    with recording(pipe) as recorder:
+    with _recording(pipe) as recorder:
         out = pipe(prompt, video=video, reference=reference, num_inference_steps=steps, generator=noise)
     return as_frames(out.frames[0]), recorder.looks()
 

@@ -22,10 +22,10 @@ from .core import InputError, InputTypeError
 from .latents import fire_hooks
 
 # %% auto #0
-__all__ = ['SYSTEM_PROMPT', 'REFERENCE_SUFFIX', 'QUERY_TOKEN', 'IMAGE_TOKEN', 'VIDEO_TOKEN', 'MODES', 'SPECIAL_TOKENS',
-           'CHAT_TEMPLATE', 'make_tokenizer', 'sample_frames', 'video_sizes', 'resize_for_encoder', 'patchify_frames',
-           'KiwiProcessor', 'chat_text', 'mrope_positions', 'EncoderInputs', 'collate_inputs', 'prepare_sample',
-           'prepare_inputs', 'vision_features', 'encode_hidden', 'encode_context']
+__all__ = ['SYSTEM_PROMPT', 'REFERENCE_SUFFIX', 'QUERY_TOKEN', 'IMAGE_TOKEN', 'VIDEO_TOKEN', 'MODES', 'make_tokenizer',
+           'sample_frames', 'video_sizes', 'resize_for_encoder', 'patchify_frames', 'KiwiProcessor', 'chat_text',
+           'mrope_positions', 'EncoderInputs', 'collate_inputs', 'prepare_sample', 'prepare_inputs', 'vision_features',
+           'encode_hidden', 'encode_context']
 
 # %% ../nbs/04_encoder.ipynb #e04d1ef3
 SYSTEM_PROMPT = (
@@ -38,13 +38,13 @@ IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
 MODES = ("image", "video", "ref")
 
 # %% ../nbs/04_encoder.ipynb #52201e1d
-SPECIAL_TOKENS = (
+_SPECIAL_TOKENS = (
     "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> "
     "<|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> "
     "<|image_pad|> <|video_pad|> <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> "
     "<|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>"
 ).split()
-CHAT_TEMPLATE = """{%- macro part(item) -%}
+_CHAT_TEMPLATE = """{%- macro part(item) -%}
 {%- if item['type'] in ('image', 'video') -%}<|vision_start|><|{{ item['type'] }}_pad|><|vision_end|>
 {%- else -%}{{ item['text'] }}{%- endif -%}
 {%- endmacro -%}
@@ -62,7 +62,7 @@ def make_tokenizer(
     vocab_size: int = 1024,  # number of ids, bytes (256) and special tokens (22) included
 ) -> Qwen2Tokenizer:
     "A byte-level BPE tokenizer like Qwen2's, trained on `texts`, with Qwen2.5-VL's special tokens and chat layout."
-    smallest = 256 + len(SPECIAL_TOKENS)
+    smallest = 256 + len(_SPECIAL_TOKENS)
     if vocab_size < smallest:
         raise InputError(f"`vocab_size` has to be at least {smallest} (bytes and special tokens) but is {vocab_size}.")
     stock = Qwen2Tokenizer().backend_tokenizer
@@ -72,7 +72,7 @@ def make_tokenizer(
     learner.train_from_iterator(
         [*texts, *frame * max(8, len(texts) // 8)],
         trainers.BpeTrainer(
-            vocab_size=vocab_size - len(SPECIAL_TOKENS),
+            vocab_size=vocab_size - len(_SPECIAL_TOKENS),
             show_progress=False,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         ),
@@ -82,9 +82,9 @@ def make_tokenizer(
     tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=merges)
     # `Qwen2Tokenizer` adds its own special tokens first; the remaining ones follow in Qwen's order.
     tokenizer.add_special_tokens(
-        {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "additional_special_tokens": SPECIAL_TOKENS[1:]}
+        {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "additional_special_tokens": _SPECIAL_TOKENS[1:]}
     )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = _CHAT_TEMPLATE
     return tokenizer
 
 # %% ../nbs/04_encoder.ipynb #d96cf402
@@ -299,7 +299,7 @@ def prepare_sample(
     "Ids, positions and pixels of one edit."
     if not isinstance(prompt, str):
         raise InputTypeError(f"`prompt` has to be a string but is a {type(prompt).__name__}.")
-    if found := [t for t in SPECIAL_TOKENS if t in prompt]:
+    if found := [t for t in _SPECIAL_TOKENS if t in prompt]:
         raise InputError(f"`prompt` has to be plain text but holds the special token {found[0]!r}.")
     c, p, tokenizer = guidance_config, processor.image_processor, processor.tokenizer
     source = np.asarray(source)

@@ -23,9 +23,9 @@ from .core import InputError, InputTypeError
 from .latents import ramp
 
 # %% auto #0
-__all__ = ['NAMES', 'to_velocity', 'KiwiGuidance', 'Rope', 'EditCache', 'Context', 'rotate', 'halve', 'attend',
-           'KiwiAttnProcessor', 'find_wan', 'hooked', 'rounded_sigma', 'denoise', 'Window', 'latent_windows',
-           'denoise_windows', 'window_caches']
+__all__ = ['to_velocity', 'KiwiGuidance', 'Rope', 'EditCache', 'Context', 'rotate', 'halve', 'attend', 'KiwiAttnProcessor',
+           'find_wan', 'hooked', 'rounded_sigma', 'denoise', 'Window', 'latent_windows', 'denoise_windows',
+           'window_caches']
 
 # %% ../nbs/05_guidance.ipynb #af144d2b
 def _connector(hidden_size, dim, zero_init):
@@ -46,12 +46,12 @@ def _embedder(in_channels, dim, patch_size, zero_init):
     return conv
 
 # %% ../nbs/05_guidance.ipynb #21d00002
-NAMES = ("velocity", "sample", "edit")  # noise minus clean; the clean latents; those less the source's
+_NAMES = ("velocity", "sample", "edit")  # noise minus clean; the clean latents; those less the source's
 
 
 def to_velocity(
     named: torch.Tensor,  # (B, z, f, h, w) what the network gives
-    names: str,  # one of `NAMES`: what it is
+    names: str,  # one of `_NAMES`: what it is
     latents: torch.Tensor,  # (B, z, f, h, w) noisy latents
     sigma: torch.Tensor,  # (B,) noise level; counts as .05 where it is below
     source_latents: torch.Tensor | None = None,  # (B, z, f, h, w); without them an edit is the clean latents
@@ -90,13 +90,13 @@ class KiwiGuidance(ModelMixin, ConfigMixin):
         ref_pad_first: bool = False,  # reference tokens before the video's instead of after
         zero_init: bool = True,  # connectors and embedders start at zero
         takes_reference: bool = True,  # False for weights that were trained without references
-        names: str = "velocity",  # what the denoiser's output is, one of `NAMES`
+        names: str = "velocity",  # what the denoiser's output is, one of `_NAMES`
     ):
         super().__init__()
         if query_read_out not in ("queries", "last_positions"):
             raise InputError(f'`query_read_out` has to be "queries" or "last_positions" but is {query_read_out!r}.')
-        if names not in NAMES:
-            raise InputError(f"`names` has to be one of {', '.join(NAMES)} but is {names!r}.")
+        if names not in _NAMES:
+            raise InputError(f"`names` has to be one of {', '.join(_NAMES)} but is {names!r}.")
         self.image_queries = nn.Parameter(torch.randn(num_image_queries, hidden_size) * 0.02)
         self.video_queries = nn.Parameter(torch.randn(num_video_queries, hidden_size) * 0.02)
         self.ref_queries = nn.Parameter(torch.randn(num_ref_queries, hidden_size) * 0.02)

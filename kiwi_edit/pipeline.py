@@ -45,8 +45,8 @@ from .video import IMAGE_FORMATS, VideoError, as_frames, check_frame_count, fit_
 from .video import read_image, read_video, resize_frames, stream_video, video_info
 
 # %% auto #0
-__all__ = ['logger', 'SCHEDULES', 'fit_reference', 'flow_sigmas', 'bundled_models', 'find_checkpoint', 'KiwiEditOutput',
-           'EditMemory', 'KiwiEditPipeline', 'picture_of', 'Footage', 'walk']
+__all__ = ['logger', 'fit_reference', 'flow_sigmas', 'bundled_models', 'find_checkpoint', 'KiwiEditOutput', 'EditMemory',
+           'KiwiEditPipeline', 'picture_of', 'Footage', 'walk']
 
 # %% ../nbs/06_pipeline.ipynb #cc5b9d34
 logger = logging.getLogger(__name__)
@@ -67,17 +67,17 @@ def fit_reference(
 
 # %% ../nbs/06_pipeline.ipynb #17aa0176
 # where the even spacing ends: in the official trainer's inference, and in the pipeline of released repositories
-SCHEDULES = {"native": 0.0, "diffusers": 0.003 / 1.002}
+_SCHEDULES = {"native": 0.0, "diffusers": 0.003 / 1.002}
 
 
 def flow_sigmas(
     num_inference_steps: int,
-    schedule: str = "native",  # one of `SCHEDULES`
+    schedule: str = "native",  # one of `_SCHEDULES`
 ) -> list[float]:
     "Evenly spaced noise levels from 1 down to, but without, the last; the scheduler shifts them."
-    if schedule not in SCHEDULES:
-        raise InputError(f"`schedule` has to be one of {', '.join(SCHEDULES)} but is {schedule!r}.")
-    return np.linspace(1, SCHEDULES[schedule], num_inference_steps + 1)[:-1].tolist()
+    if schedule not in _SCHEDULES:
+        raise InputError(f"`schedule` has to be one of {', '.join(_SCHEDULES)} but is {schedule!r}.")
+    return np.linspace(1, _SCHEDULES[schedule], num_inference_steps + 1)[:-1].tolist()
 
 # %% ../nbs/06_pipeline.ipynb #c23e31e4
 def _library(name):

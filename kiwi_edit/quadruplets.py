@@ -9,19 +9,18 @@ import io
 import itertools
 import math
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple
 
 # %% auto #0
-__all__ = ['STAGES', 'Pair', 'Verdict', 'Record', 'Grounding', 'Check', 'BackendError', 'Scorer', 'Grounder', 'Segmenter',
-           'Synthesizer', 'Verifier', 'Embedder', 'LoadOptions', 'load_record', 'full_frames', 'Request',
-           'parse_instruction', 'ChangeOptions', 'color_distance', 'changed_region', 'mask_boxes', 'color_share',
-           'ChangeScorer', 'ChangeGrounder', 'GrabCutSegmenter', 'sharpness', 'CutoutSynthesizer', 'fill_patches',
-           'PixelVerifier', 'PixelEmbedder', 'perceptual_hash', 'ScoreStage', 'GroundStage', 'SegmentStage',
-           'SynthesizeStage', 'VerifyStage', 'embedded_stages', 'FingerprintStage', 'deduplicate', 'funnel',
-           'record_strip', 'contact_sheet']
+__all__ = ['STAGES', 'Pair', 'Verdict', 'Record', 'Grounding', 'Check', 'BackendError', 'LoadOptions', 'load_record',
+           'full_frames', 'parse_instruction', 'ChangeOptions', 'color_distance', 'changed_region', 'mask_boxes',
+           'ChangeScorer', 'ChangeGrounder', 'GrabCutSegmenter', 'sharpness', 'CutoutSynthesizer', 'PixelVerifier',
+           'PixelEmbedder', 'ScoreStage', 'GroundStage', 'SegmentStage', 'SynthesizeStage', 'VerifyStage',
+           'embedded_stages', 'FingerprintStage', 'deduplicate', 'funnel', 'record_strip', 'contact_sheet']
 
 # %% ../nbs/02_quadruplets.ipynb #q1100003
 import cv2
@@ -111,54 +110,6 @@ class Check:
 class BackendError(RuntimeError):
     "A backend gave no answer for one record: time-out, refusal, rubbish. The record is dropped, the run goes on."
 
-
-class Scorer(Protocol):
-    'Says how good edits are: name -> number, "edit" among them, 0..1.'
-
-    name: str
-
-    def score(self, records: Sequence[Record]) -> list[dict | BackendError]: ...
-
-
-class Grounder(Protocol):
-    "Says where edits are and what they are about."
-
-    name: str
-
-    def ground(self, records: Sequence[Record]) -> list[Grounding | BackendError]: ...
-
-
-class Segmenter(Protocol):
-    "Turns boxes into masks, (T, h, w) bool."
-
-    name: str
-
-    def segment(self, records: Sequence[Record]) -> list[np.ndarray | BackendError]: ...
-
-
-class Synthesizer(Protocol):
-    "Makes reference images, (h, w, 3) uint8."
-
-    name: str
-
-    def synthesize(self, records: Sequence[Record]) -> list[np.ndarray | BackendError]: ...
-
-
-class Verifier(Protocol):
-    "Checks reference images."
-
-    name: str
-
-    def verify(self, records: Sequence[Record]) -> list[Check | BackendError]: ...
-
-
-class Embedder(Protocol):
-    "Turns images into vectors of unit length, (N, d) float32, in which near-duplicates are near."
-
-    name: str
-
-    def embed(self, images: Sequence[np.ndarray]) -> np.ndarray: ...
-
 # %% ../nbs/02_quadruplets.ipynb #q11b0001
 @dataclass(frozen=True)
 class LoadOptions:
@@ -199,10 +150,10 @@ class _Unreadable(Exception):
     "Why a pair cannot be opened."
 
 
-def _tried(what, call, *arguments, faults=(ValueError, OSError)):
+def _tried(what, call, *arguments):
     try:
         return call(*arguments)
-    except faults as error:
+    except Exception as error:  # decoders raise what they like
         raise _Unreadable(f"unreadable {what}: {error}") from None
 
 
@@ -218,8 +169,8 @@ def _open(record, options):
         raise _Unreadable(f"sizes differ: source is {size[1]}x{size[0]}, edited {width}x{height}")
     if pair.task and pair.task not in TASKS:
         raise _Unreadable(f"unknown task: {pair.task!r}")
-    if pair.reference is not None:  # decoders of images raise what they like
-        record.authentic_reference = _tried("reference", _still, pair.reference, faults=Exception)
+    if pair.reference is not None:
+        record.authentic_reference = _tried("reference", _still, pair.reference)
     scale = min(1.0, options.side / max(height, width))
     shown = max(round(width * scale), 8), max(round(height * scale), 8)
     record.indices, record.fps, record.size = tuple(sample_indices(n, options.frames)), fps, (height, width)
@@ -252,10 +203,7 @@ def full_frames(
     return _clip_frames(getattr(record.pair, which), [record.indices[i] for i in at], None)
 
 # %% ../nbs/02_quadruplets.ipynb #q11b0003
-@dataclass(frozen=True)
-class Request:
-    "What an instruction asks for."
-
+class _Request(NamedTuple):
     task: str  # of `world.TASKS`; "" where no verb is known
     subject: str = ""  # what comes, or for a removal what goes
     old: str = ""  # what it takes the place of
@@ -264,25 +212,25 @@ class Request:
 
 _SHADES = COLORS | dict(brown=(120, 75, 45), gray=(128, 128, 128), grey=(128, 128, 128), golden=(212, 170, 70))
 _COLOR = re.compile(rf"\b(?:{'|'.join(_SHADES)})\b")
-_ARTICLE = re.compile(r"^(?:the|an?|some)\s+")
 _CUTS = r"\s+(?:at|to|on|onto|in front of|next to|beside|moving|from|of the video)\s+|,?\s*please$| of the video$"
 
 
 def _thing(text):
-    return _ARTICLE.sub("", re.split(_CUTS, text.strip(" .,!"))[0].strip())
+    "What a phrase names, without article and place."
+    return re.sub(r"^(?:the|an?|some)\s+", "", re.split(_CUTS, text.strip(" .,!"))[0].strip()).strip()
 
 
 _VERBS = r"(?:make|let|turn|change|paint|recolou?r|give)"
 _LOOKS = (  # the old thing, and in which colour or size it comes back
-    re.compile(rf"{_VERBS} (?:the colou?r of )?(.+?) (?:in |to |into )?({'|'.join(_SHADES)})$"),
-    re.compile(rf"{_VERBS} (?:the size of )?(.+?) (?:be |to an? |into an? )?(larger|smaller|bigger)(?: one)?$"),
+    rf"{_VERBS} (?:the colou?r of )?(.+?) (?:in |to |into )?({'|'.join(_SHADES)})$",
+    rf"{_VERBS} (?:the size of )?(.+?) (?:be |to an? |into an? )?(larger|smaller|bigger)(?: one)?$",
 )
 _SWAPS = (  # (pattern, whether the new thing is named first)
-    (re.compile(r"put (.+?) in place of (.+)"), True),
-    (re.compile(r"(?:replace|swap|exchange) (.+?) (?:with|for|by) ((?:an?|the|some) .+)"), False),
-    (re.compile(r"(?:replace|swap|exchange) (.+?) (?:with|for|by) (.+)"), False),
-    (re.compile(r"(?:change|turn|transform|make|paint) (.+?) (?:into|to) (.+)"), False),
-    (re.compile(r"make (the .+?) (an? .+)"), False),
+    (r"put (.+?) in place of (.+)", True),
+    (r"(?:replace|swap|exchange) (.+?) (?:with|for|by) ((?:an?|the|some) .+)", False),
+    (r"(?:replace|swap|exchange) (.+?) (?:with|for|by) (.+)", False),
+    (r"(?:change|turn|transform|make|paint) (.+?) (?:into|to) (.+)", False),
+    (r"make (the .+?) (an? .+)", False),
 )
 
 
@@ -290,12 +238,12 @@ def _old_and_new(words):
     "What an instruction takes away and what it puts there; empty where it does not say."
     words = re.sub(r",? please$", "", words)
     for pattern in _LOOKS:
-        if found := pattern.match(words):
+        if found := re.match(pattern, words):
             old = _thing(found[1])
             plain = " ".join(_COLOR.sub("", old).split()) if found[2] in _SHADES else old
             return old, f"{found[2]} {plain}"
     for pattern, new_first in _SWAPS:
-        if found := pattern.search(words):
+        if found := re.search(pattern, words):
             old, new = reversed(found.groups()) if new_first else found.groups()
             return _thing(old), _thing(new)
     return "", ""
@@ -318,7 +266,7 @@ _OBJECTS = (
 def parse_instruction(
     text: str,
     task: str = "",  # where the data says it
-) -> Request:
+):  # `task`, `subject`, `old` (what it takes the place of) and `place`; "" where the words do not say
     "Task, object words and place of an instruction, by its verbs."
     words = " ".join(text.lower().replace("\u2019", "'").split()).rstrip(".! ")
     if not task:
@@ -330,7 +278,7 @@ def parse_instruction(
             new = _thing(found[1])
     if task == "background":
         new = re.sub(r"^(?:a|an|the) ", "", new if old else "") or "new background"
-    return Request(task, new or words, old, place)
+    return _Request(task, new or words, old, place)
 
 # %% ../nbs/02_quadruplets.ipynb #q11b0006
 @dataclass(frozen=True)
@@ -361,16 +309,12 @@ def _odd(x):
     return 2 * int(round(max(x, 1) / 2)) + 1
 
 
-def _disk(radius):
-    return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (_odd(radius * 2 - 1),) * 2)
-
-
-def _morphed(mask, op, radius):
-    return cv2.morphologyEx(mask.astype(np.uint8), op, _disk(radius)).astype(bool)
-
-
 def _morph(mask, op, radius):
-    return np.stack([_morphed(m, op, radius) for m in mask])
+    "A mask, or each mask of a clip, after an operation with a disk."
+    if mask.ndim == 3:
+        return np.stack([_morph(m, op, radius) for m in mask])
+    disk = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (_odd(radius * 2 - 1),) * 2)
+    return cv2.morphologyEx(mask.astype(np.uint8), op, disk) > 0
 
 
 def _filled(mask):
@@ -421,7 +365,7 @@ def _named_lab(name):
     return _lab(np.uint8([[[_SHADES[name]]]]))[0, 0, 0]
 
 
-def color_share(
+def _color_share(
     pixels: np.ndarray,  # (N, 3) uint8
     name: str,  # of a colour
 ) -> float:  # 0..1
@@ -508,7 +452,7 @@ class ChangeScorer:
         if want.task in ("background", "style"):
             fits.append(min(1.0, float(mask.mean()) / 0.5))
         if want.task in ("add", "change"):
-            fits += [min(1.0, color_share(edited[mask], c) / 0.08) for c in _colors_in(want.subject)]
+            fits += [min(1.0, _color_share(edited[mask], c) / 0.08) for c in _colors_in(want.subject)]
         if want.place and want.task in ("add", "subject"):
             _, y, x = np.nonzero(mask[:1] if mask[0].any() else mask)
             off = math.dist(PLACES[want.place], (x.mean() / mask.shape[2], y.mean() / mask.shape[1]))
@@ -607,14 +551,6 @@ def _in_boxes(boxes, shape):
     return mask
 
 
-def _grown(mask, radius):
-    return cv2.dilate(mask.astype(np.uint8), _disk(radius)) > 0
-
-
-def _shrunk(mask, radius):
-    return cv2.erode(mask.astype(np.uint8), _disk(radius)) > 0
-
-
 def _grabcut(frame, label):
     "What GrabCut takes for foreground. `label` says what is sure and what is likely."
     models, bgr = np.zeros((2, 1, 65)), np.ascontiguousarray(frame[..., ::-1])
@@ -624,11 +560,11 @@ def _grabcut(frame, label):
 
 def _cut_along_colors(frame, seed):
     reach = max(min(seed.shape) * 0.012, 1)
-    wide, core = _grown(seed, reach), _shrunk(seed, reach * 2)
+    wide, core = _morph(seed, cv2.MORPH_DILATE, reach), _morph(seed, cv2.MORPH_ERODE, reach * 2)
     if not core.any() or wide.all():
         return seed
     label = np.full(seed.shape, cv2.GC_BGD, np.uint8)
-    label[_grown(wide, reach)] = cv2.GC_PR_BGD
+    label[_morph(wide, cv2.MORPH_DILATE, reach)] = cv2.GC_PR_BGD
     label[seed] = cv2.GC_PR_FGD
     label[core] = cv2.GC_FGD
     if (label == cv2.GC_BGD).sum() < 16:
@@ -636,15 +572,15 @@ def _cut_along_colors(frame, seed):
     cv2.setRNGSeed(0)  # its colour models start from k-means
     cut = ndimage.binary_fill_holes(_grabcut(frame, label))
     if min(seed.shape) > 128:
-        cut = _morphed(cut, cv2.MORPH_OPEN, reach * 0.5)
+        cut = _morph(cut, cv2.MORPH_OPEN, reach * 0.5)
     return cut if cut.sum() > 0.5 * seed.sum() else seed
 
 
 def _cut_thing(frame, seed, names):
     "Cuts what the colours around the change do not explain, or what has a named colour; the rest came to light."
     reach, lab = max(min(seed.shape) * 0.012, 1), _lab(frame[None])[0]
-    wide = _grown(seed, reach)
-    around = lab[_grown(seed, min(seed.shape) * 0.08) & ~wide]
+    wide = _morph(seed, cv2.MORPH_DILATE, reach)
+    around = lab[_morph(seed, cv2.MORPH_DILATE, min(seed.shape) * 0.08) & ~wide]
     if not seed.any() or len(around) < 50:
         return seed
     cv2.setRNGSeed(0)
@@ -659,10 +595,10 @@ def _cut_thing(frame, seed, names):
         likely |= named & seed
     label = np.where(wide, cv2.GC_PR_BGD, cv2.GC_BGD).astype(np.uint8)
     label[likely] = cv2.GC_PR_FGD
-    label[_shrunk(likely, reach) & (far > 18)] = cv2.GC_FGD
+    label[_morph(likely, cv2.MORPH_ERODE, reach) & (far > 18)] = cv2.GC_FGD
     if likely.sum() < 16:
         return seed
-    cut = _morphed(_grabcut(frame, label), cv2.MORPH_OPEN, reach * 0.5)
+    cut = _morph(_grabcut(frame, label), cv2.MORPH_OPEN, reach * 0.5)
     if cut.sum() < 0.1 * seed.sum():
         return seed
     if (sure := cut & named).sum() > 0.4 * cut.sum():
@@ -670,7 +606,7 @@ def _cut_thing(frame, seed, names):
     # what the outline encloses and did change is part of it: the glass of spectacles
     border = round(min(seed.shape) * 0.06)
     inner = slice(border, -border)
-    closed = _morphed(np.pad(cut, border), cv2.MORPH_CLOSE, border)[inner, inner]
+    closed = _morph(np.pad(cut, border), cv2.MORPH_CLOSE, border)[inner, inner]
     return cut | ndimage.binary_fill_holes(closed) & seed
 
 # %% ../nbs/02_quadruplets.ipynb #9a11001d
@@ -711,7 +647,8 @@ class CutoutSynthesizer:
         thing, over = _main_parts(record.mask[at : at + 1], 0.2)[0], self._overlay(record, at)
         if over.any():  # a subtitle runs across it
             wide = cv2.resize(over.astype(np.uint8), (w, h), interpolation=cv2.INTER_NEAREST)
-            frame = cv2.inpaint(frame, cv2.dilate(wide, _disk(scale)), 3 * max(scale, 1), cv2.INPAINT_TELEA)
+            wide = _morph(wide, cv2.MORPH_DILATE, scale).astype(np.uint8)
+            frame = cv2.inpaint(frame, wide, 3 * max(scale, 1), cv2.INPAINT_TELEA)
         alpha = cv2.resize(thing.astype(np.float32), (w, h), interpolation=cv2.INTER_LINEAR)
         if scale > 1:
             alpha = cv2.GaussianBlur(alpha, (0, 0), scale * 0.6)
@@ -739,14 +676,14 @@ class CutoutSynthesizer:
         over = record.mask[at] & stroke & kept
         if not 0.01 < over.sum() / record.mask[at].sum() < 0.25:
             return np.zeros_like(over)
-        return cv2.dilate(over.astype(np.uint8), _disk(short / 90)) > 0
+        return _morph(over, cv2.MORPH_DILATE, short / 90)
 
     def _plate(self, record):
         frames = full_frames(record, range(len(record.indices)))
         h, w = frames.shape[1:3]
         grow = max(min(h, w) * (0.02 if min(h, w) > 128 else 0.015), 1)
         full = [cv2.resize(m.astype(np.uint8), (w, h), interpolation=cv2.INTER_NEAREST) for m in record.mask]
-        front = np.stack([_grown(m, grow) for m in full])
+        front = np.stack([_morph(m, cv2.MORPH_DILATE, grow) for m in full])
         if front.mean() > 0.9:
             return BackendError("no background: what stayed fills the frame")
         areas = front.mean((1, 2))
@@ -762,7 +699,7 @@ class CutoutSynthesizer:
             if known.any():
                 plate[y[known], x[known]] = np.nanmedian(values[:, known], 0)
                 hole[y[known], x[known]] = False
-        return fill_patches(plate, hole)
+        return _fill_patches(plate, hole)
 
 # %% ../nbs/02_quadruplets.ipynb #9a11001e
 def _shrink(image, hole, size):
@@ -819,7 +756,7 @@ def _full_size(image, hole, full, shift, r):
     return image * (1 - soft) + full * soft
 
 
-def fill_patches(
+def _fill_patches(
     image: np.ndarray,  # (h, w, 3) uint8
     hole: np.ndarray,  # (h, w) bool
     side: int = 160,  # longer side up to which patches are compared
@@ -871,7 +808,7 @@ class PixelVerifier:
         whole = 0.0  # half of it elsewhere: something stands before it
         if len(parts):
             whole = float(np.clip((parts.max() / parts.sum() - 0.5) / 0.4, 0, 1))
-        colors = [min(1.0, color_share(image[shown], c) / 0.08) for c in _colors_in(record.subject)]
+        colors = [min(1.0, _color_share(image[shown], c) / 0.08) for c in _colors_in(record.subject)]
         big = float(np.clip(record.mask.mean() / 0.004, 0, 1))
         free = float(np.clip(1.2 - min(_touches(m) for m in record.mask if m.any()), 0, 1))
         return Check(float(1 + 9 * min([big, 1.0] + colors)), float(1 + 9 * min(whole, free, max(detail, 0.3))))
@@ -900,7 +837,7 @@ def _gray(image, side):
     )
 
 
-def perceptual_hash(image: np.ndarray) -> int:  # 64 bits
+def _perceptual_hash(image: np.ndarray) -> int:  # 64 bits
     "Signs of the low frequencies of an image of (h, w, 3) uint8."
     low = cv2.dct(_gray(image, 32))[:8, :8].ravel()
     return int("".join("1" if v else "0" for v in low > np.median(low[1:])), 2)
@@ -911,7 +848,7 @@ class _Stage:
 
     def __call__(self, records: Sequence[Record]) -> Sequence[Record]:
         alive, name = [record for record in records if record.alive], self.backend.name
-        answers = getattr(self.backend, self.asks)(alive) if alive else []
+        answers = getattr(self.backend, self.name)(alive) if alive else []
         if len(answers) != len(alive):
             raise InputError(f"`backend` {name!r} has to answer {len(alive)} records but gave {len(answers)} answers.")
         for record, answer in zip(alive, answers):
@@ -925,8 +862,8 @@ class _Stage:
 class ScoreStage(_Stage):
     "Scores edits and drops the poor ones."
 
-    name = asks = "score"
-    backend: Scorer = field(default_factory=ChangeScorer)
+    name = "score"
+    backend: Any = field(default_factory=ChangeScorer)
     threshold: float = 0.5  # of the score "edit"
 
     def _settle(self, record, scores):
@@ -949,8 +886,8 @@ _FAULTS = dict(
 class GroundStage(_Stage):
     "Finds where the edit is and what it is about; drops tasks without a reference."
 
-    name = asks = "ground"
-    backend: Grounder = field(default_factory=ChangeGrounder)
+    name = "ground"
+    backend: Any = field(default_factory=ChangeGrounder)
     threshold: float = 0.3  # of the confidence
 
     def _settle(self, record, found):
@@ -966,8 +903,8 @@ class GroundStage(_Stage):
 class SegmentStage(_Stage):
     "Turns what was grounded into masks."
 
-    name = asks = "segment"
-    backend: Segmenter = field(default_factory=GrabCutSegmenter)
+    name = "segment"
+    backend: Any = field(default_factory=GrabCutSegmenter)
     smallest: float = 0.001  # share of the frame a subject has to cover
     largest: float = 0.8
 
@@ -982,8 +919,8 @@ class SegmentStage(_Stage):
 class SynthesizeStage(_Stage):
     "Makes the reference. An authentic one stays beside it as `authentic_reference`."
 
-    name = asks = "synthesize"
-    backend: Synthesizer = field(default_factory=CutoutSynthesizer)
+    name = "synthesize"
+    backend: Any = field(default_factory=CutoutSynthesizer)
 
     def _settle(self, record, image):
         record.reference = image
@@ -994,8 +931,8 @@ class SynthesizeStage(_Stage):
 class VerifyStage(_Stage):
     "Checks references and drops the poor ones."
 
-    name = asks = "verify"
-    backend: Verifier = field(default_factory=PixelVerifier)
+    name = "verify"
+    backend: Any = field(default_factory=PixelVerifier)
     consistency: float = 4.0  # at least, of 10
     quality: float = 3.0
 
@@ -1022,7 +959,7 @@ def _score_of(record):
 class FingerprintStage:
     "Computes what doubles are found by; no verdict."
 
-    backend: Embedder = field(default_factory=PixelEmbedder)
+    backend: Any = field(default_factory=PixelEmbedder)
     name = "fingerprint"
 
     def __call__(self, records: Sequence[Record]) -> Sequence[Record]:
@@ -1031,49 +968,43 @@ class FingerprintStage:
             return records
         for record, vector in zip(alive, self.backend.embed([r.reference for r in alive])):
             pictures = record.reference, record.source[0], record.edited[0]
-            record.embedding, record.hashes = vector, tuple(map(perceptual_hash, pictures))
+            record.embedding, record.hashes = vector, tuple(map(_perceptual_hash, pictures))
         return records
 
 
-class _Shelves:
-    "Finds 64-bit hashes that differ in few bits without comparing all: two of their eight bytes are alike, at least."
+_BITS = 6  # of the 64 of each perceptual hash, that may differ
 
-    def __init__(self, bits):
-        self.places, self.shelves = list(itertools.combinations(range(8), min(2, max(8 - bits, 0)))), {}
 
-    def _keys(self, value):
-        octets = value.to_bytes(8, "big")
-        return [(place, *(octets[k] for k in place)) for place in self.places]
-
-    def add(self, value, item):
-        for key in self._keys(value):
-            self.shelves.setdefault(key, []).append(item)
-
-    def near(self, value):
-        return sorted({item for key in self._keys(value) for item in self.shelves.get(key, ())})
+def _shelves(value):
+    "Where a hash is kept: of two hashes that differ in `_BITS` bits at most, two of eight bytes are alike."
+    octets = value.to_bytes(8, "big")
+    return [(i, k, octets[i], octets[k]) for i, k in itertools.combinations(range(8), 2)]
 
 
 def deduplicate(
     records: Sequence[Record],
-    backend: Embedder | None = None,
+    backend=None,  # with `embed`; None takes `PixelEmbedder`
     similarity: float = 0.99,  # cosine from which two references count as near
-    bits: int = 6,  # of the 64 of each perceptual hash, that may differ
 ) -> Sequence[Record]:
     "Drops records whose reference and clips are near-duplicates of a better-scored one's; ties go by id."
     backend = backend or PixelEmbedder()
     FingerprintStage(backend)(records)
-    alive, shelves = sorted((r for r in records if r.alive), key=lambda r: (-_score_of(r), r.pair.id)), _Shelves(bits)
+    kept = defaultdict(list)  # shelf -> places of records that stay
+    alive = sorted((r for r in records if r.alive), key=lambda r: (-_score_of(r), r.pair.id))
     for i, record in enumerate(alive):
-        near = [k for k in shelves.near(record.hashes[0]) if _alike(record, alive[k], similarity, bits)]
+        shelves = _shelves(record.hashes[0])
+        near = [
+            k for k in sorted({k for shelf in shelves for k in kept[shelf]}) if _alike(record, alive[k], similarity)
+        ]
         reason = f"duplicate of {alive[near[0]].pair.id}" if near else ""
         record.verdicts.append(Verdict("deduplicate", not near, reason, {}, backend.name))
-        if not near:
-            shelves.add(record.hashes[0], i)
+        for shelf in shelves if not near else ():
+            kept[shelf].append(i)
     return records
 
 
-def _alike(a, b, similarity, bits):
-    hashes = all((x ^ y).bit_count() <= bits for x, y in zip(a.hashes, b.hashes))
+def _alike(a, b, similarity):
+    hashes = all((x ^ y).bit_count() <= _BITS for x, y in zip(a.hashes, b.hashes))
     return hashes and float(a.embedding @ b.embedding) >= similarity
 
 # %% ../nbs/02_quadruplets.ipynb #q11b0012
@@ -1097,12 +1028,6 @@ def funnel(
     return left
 
 
-def _resized(image, size):
-    "An image at another size; enlarged, its pixels stay visible."
-    way = cv2.INTER_AREA if image.shape[0] > size[1] else cv2.INTER_NEAREST
-    return cv2.resize(image, size, interpolation=way)
-
-
 def record_strip(
     record: Record,
     height: int = 120,  # pixels
@@ -1113,9 +1038,12 @@ def record_strip(
     if record.mask is not None:
         tiles.append((record.edited[at] * np.where(record.mask[at], 1, 0.25)[..., None]).astype(np.uint8))
     tiles += [image for image in (record.reference, record.authentic_reference) if image is not None]
-    tiles = [_resized(tile, (max(round(height * tile.shape[1] / tile.shape[0]), 8), height)) for tile in tiles]
-    gap = np.full((height, 4, 3), 255, np.uint8)
-    return np.concatenate([part for tile in tiles for part in (tile, gap)][:-1], 1)
+    gap, parts = np.full((height, 4, 3), 255, np.uint8), []
+    for tile in tiles:
+        size = max(round(height * tile.shape[1] / tile.shape[0]), 8), height
+        way = cv2.INTER_AREA if tile.shape[0] > height else cv2.INTER_NEAREST  # enlarged, its pixels stay visible
+        parts += [cv2.resize(tile, size, interpolation=way), gap]
+    return np.concatenate(parts[:-1], 1)
 
 
 def contact_sheet(
@@ -1124,8 +1052,6 @@ def contact_sheet(
 ) -> np.ndarray:  # (rows, width, 3) uint8
     "A row for each record, one below the other."
     rows = [record_strip(record, height) for record in records if record.reference is not None]
-    if not rows:
-        raise InputError("`records` have to hold at least one reference but hold none.")
     wide = max(row.shape[1] for row in rows)
     pad = lambda row: np.pad(row, ((0, 2), (0, wide - row.shape[1]), (0, 0)), constant_values=255)
     return np.concatenate([pad(row) for row in rows])

@@ -40,11 +40,11 @@ FOUNDATIONS = str(asset("kiwi-edit-tiny"))  # any model will do
 @pytest.fixture(scope="module", autouse=True)
 def few_words():
     "The tokenizer of a random model, which no cell takes over, is made of a few sentences."
-    texts = foundations.world_texts
-    foundations.world_texts = lambda: texts(50)
+    texts = foundations._world_texts
+    foundations._world_texts = lambda: texts(50)
     experiment._start.cache_clear()
     yield
-    foundations.world_texts = texts
+    foundations._world_texts = texts
     experiment._start.cache_clear()
 
 

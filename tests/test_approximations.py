@@ -347,7 +347,7 @@ def test_solver_needs_fewer_steps_where_the_way_is_known(pipe):
 @pytest.mark.parametrize("steps", [1, 4, 50])
 def test_solver_has_the_same_noise_levels(pipe, steps):
     other = FlowUniPC.like(FlowUniPC.like(pipe.scheduler))
-    for schedule in pipeline.SCHEDULES:
+    for schedule in pipeline._SCHEDULES:
         for scheduler in (pipe.scheduler, other):
             scheduler.set_timesteps(sigmas=flow_sigmas(steps, schedule))
         assert torch.allclose(other.sigmas, pipe.scheduler.sigmas, atol=2e-6)

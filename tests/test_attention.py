@@ -13,7 +13,7 @@ from kiwi_edit.attention import (
     attention_shares,
     draw_looks,
     lay_over,
-    recording,
+    _recording,
     spread,
     watch_edit,
     without,
@@ -70,7 +70,7 @@ def test_shares_are_those_of_attention_itself():
 
 def test_looking_changes_nothing(pipe, clip):
     plain = run(pipe, clip)
-    with recording(pipe) as recorder:
+    with _recording(pipe) as recorder:
         watched = run(pipe, clip)
     assert np.array_equal(plain, watched) and np.array_equal(plain, run(pipe, clip))
     assert all(
@@ -93,7 +93,7 @@ def test_looking_changes_nothing(pipe, clip):
 
 def test_an_edit_that_fails_leaves_the_pipeline_as_it_was(pipe, clip):
     with pytest.raises(RuntimeError, match="enough"):
-        with recording(pipe):
+        with _recording(pipe):
 
             def stop(*_):
                 raise RuntimeError("enough")
@@ -104,7 +104,7 @@ def test_an_edit_that_fails_leaves_the_pipeline_as_it_was(pipe, clip):
         for block in pipe.transformer.blocks
         for attn in (block.attn1, block.attn2)
     )
-    with recording(pipe) as recorder:
+    with _recording(pipe) as recorder:
         pass
     with pytest.raises(ValueError, match="`recorder` has to have seen an edit"):
         recorder.looks()
@@ -131,7 +131,7 @@ def test_shapes_and_sums(pipe, clip, references, features):
 
 def test_maps_say_who_looks_at_the_reference(pipe, clip):
     "Keys of the reference that are made to match what one token asks are looked at by that token."
-    with recording(pipe) as recorder:
+    with _recording(pipe) as recorder:
         run(pipe, clip)
     query, key = torch.zeros(288, 2, 8), torch.zeros(288, 2, 8)
     query[10], key[240:] = 10, 10  # frame 0, row 1, column 2 of a grid of 6x6x8
@@ -143,12 +143,12 @@ def test_maps_say_who_looks_at_the_reference(pipe, clip):
 
 
 def test_windows_are_refused(pipe, clip):
-    with recording(pipe), pytest.raises(ValueError, match="comes in windows"):
+    with _recording(pipe), pytest.raises(ValueError, match="comes in windows"):
         run(pipe, np.concatenate([clip] * 4), num_frames=17)
 
 
 def test_a_second_edit_is_refused(pipe, clip):
-    with recording(pipe):
+    with _recording(pipe):
         run(pipe, clip)
         with pytest.raises(ValueError, match="or is the second"):
             run(pipe, clip)
@@ -175,7 +175,7 @@ def test_steps_may_share_a_rounded_timestep(clip):
         make_tokenizer(["make it snow"], vocab_size=512),
     )
     rounded.set_progress_bar_config(disable=True)
-    with recording(rounded) as recorder:
+    with _recording(rounded) as recorder:
         run(rounded, clip, sigmas=[1.0, 0.999, 0.5])
     looks = recorder.looks()
     assert len(looks.reference) == 3 and looks.timesteps[0] == looks.timesteps[1] > looks.timesteps[2]
@@ -200,12 +200,12 @@ def test_queries_of_each_mode(clip, reference, parts, features, queries):
         make_tokenizer(["make it snow"], vocab_size=512),
     )
     modes.set_progress_bar_config(disable=True)
-    with recording(modes) as recorder:
+    with _recording(modes) as recorder:
         run(without(modes, *parts), clip, reference)
     looks = recorder.looks()
     assert len(looks.queries) == queries and (looks.num_features > 0) == features
     if reference is None:
-        with recording(modes) as recorder:
+        with _recording(modes) as recorder:
             run(modes, clip[:1], None)
         assert len(recorder.looks().queries) == 4
 
@@ -214,7 +214,7 @@ def test_what_is_taken_away_does_not_count(pipe, clip):
     full = run(pipe, clip)
     both = run(without(pipe, "tokens", "features"), clip), run(without(pipe, "tokens", "features"), clip, BLUE)
     assert not np.array_equal(full, run(pipe, clip, BLUE)), "the reference counts"
-    with recording(pipe) as recorder:
+    with _recording(pipe) as recorder:
         run(without(pipe, "tokens", "features"), clip)
     looks = recorder.looks()
     assert looks.reference.shape[2] == 0 and looks.features.max() == 0
@@ -225,11 +225,11 @@ def test_what_is_taken_away_does_not_count(pipe, clip):
 
 
 def test_single_queries(pipe, clip):
-    with recording(pipe) as recorder:
+    with _recording(pipe) as recorder:
         run(without(pipe, 0, 5), clip)
     queries = recorder.looks().queries
     assert queries[0] == queries[5] == 0 and (np.delete(queries, [0, 5]) > 0).all()
-    with recording(pipe) as recorder:
+    with _recording(pipe) as recorder:
         run(without(pipe, "queries"), clip)
     assert recorder.looks().queries.max() == 0
     with pytest.raises(ValueError, match="numbers of queries from 0 to 15 but has 16"):

@@ -20,6 +20,7 @@ from PIL import Image
 
 from kiwi_edit.data import backends as module
 from kiwi_edit.data.backends import *
+from kiwi_edit.data.backends import _called, _qwen_processor, _read_grounding, _read_score, _REFERENCE_PROMPTS, _seed_of
 from kiwi_edit.core import asset
 from kiwi_edit.encoder import KiwiProcessor
 from kiwi_edit.quadruplets import (
@@ -226,7 +227,7 @@ def heard(request):
     return path.split("/models/")[1].removesuffix(":generateContent"), system, headers["x-goog-api-key"], parts
 
 
-ASK = Question(("What is it?", MADE.source[0]), "Be brief.", read_score)
+ASK = Question(("What is it?", MADE.source[0]), "Be brief.", _read_score)
 BROKEN = (503, dict(error=dict(code=503, message=f"overloaded, key {KEY}", status="UNAVAILABLE")), {})
 BUSY = (429, dict(error=dict(code=429, message="slow down", status="RESOURCE_EXHAUSTED")), {"retry-after": "0.1"})
 
@@ -261,7 +262,6 @@ def test_parse_json(text, value):
         ('[{"score": 7}', "no JSON"),
         ("{'score': 7}", "no JSON"),
         ('{"a": {"score": 7}, b}', "no JSON"),
-        ('{"score": NaN}', "finite"),
         ('{"score": 7, "score": 8}', "unique"),
         ("[" * 100_000, "deep"),
         ('{"a":' * 100_000, "deep"),
@@ -284,22 +284,23 @@ def test_parse_json_says_what_is_wrong(text, why):
         '{"score": [7]}',
         '{"score": true}',
         '{"score": null}',
+        '{"score": NaN}',
         '{"points": 7}',
     ],
 )
 def test_scores_are_integers_in_range(text):
     with pytest.raises(ValueError, match="score"):
-        read_score(text)
+        _read_score(text)
 
 
 @pytest.mark.parametrize("said", ["7", "7.0", '"7"', '" 7.0 "', '"7/10"', '"7 out of 10"'])
 def test_scores_are_read_as_models_write_them(said):
-    score = read_score('{"score": %s}' % said)
+    score = _read_score('{"score": %s}' % said)
     assert score == 7 and type(score) is int
 
 
 def test_numbers_of_boxes_are_read_as_models_write_them():
-    found = read_grounding('{"task": "add", "subject": "hat", "boxes": [["0", "100", 200.0, 300, "400.0"]]}', [0], 1)
+    found = _read_grounding('{"task": "add", "subject": "hat", "boxes": [["0", "100", 200.0, 300, "400.0"]]}', [0], 1)
     assert np.allclose(found.boxes, [[0.1, 0.2, 0.3, 0.4]])
 
 
@@ -328,10 +329,10 @@ def test_thoughts_are_no_answer(opening, closing):
         f"{opening}{draft}{closing}\n{answer}\n{opening}{draft}{closing}",
         f"{opening}{draft}{closing}{draft}{closing}{answer}",
     ):
-        assert read_score(text) == 7
+        assert _read_score(text) == 7
     for text in (f"{opening}{draft}", f"{opening}{draft}{closing}{opening}{draft}", f"{answer}{opening}"):
         with pytest.raises(ValueError, match="cut off"):
-            read_score(text)
+            _read_score(text)
 
 
 def test_import_is_light():
@@ -357,10 +358,6 @@ def test_request_carries_words_pictures_and_key(serve):
         ) == [0]
 
 
-def test_fenced_reply(serve):
-    assert serve('Sure:\n```json\n{"score": 10}\n```')[0].answer([ASK]) == [10]
-
-
 @pytest.mark.parametrize("away", [BUSY, BROKEN], ids=["busy", "broken"])
 def test_a_server_that_is_away_is_asked_again(serve, away):
     chat, server = serve(away, '{"score": 7}')
@@ -379,13 +376,6 @@ def test_time_out(serve):
     assert str(chat.answer([ASK])[0]) == "time-out: no reply within 0.1 s"
 
 
-def test_slow_once(serve):
-    chat, server = serve(
-        lambda body: time.sleep(0.5) or '{"score": 1}', '{"score": 7}', timeout=0.3, tries=6
-    )  # more tries than needed: this machine may be busy
-    assert chat.answer([ASK]) == [7]
-
-
 def test_rubbish_then_good(serve):
     chat, server = serve("I like it.", '{"score": 12}', '{"score": 7}')
     assert chat.answer([ASK]) == [7]
@@ -398,19 +388,11 @@ def test_rubbish_for_ever(serve):
     assert str(chat.answer([ASK])[0]) == "rubbish: empty reply (3 tries)" and len(server.asked) == 3
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"<html>It works!</html>", b'{"half": ', {}, {"choices": [], "candidates": []}],
-    ids=["html", "half", "empty", "none"],
-)
-def test_replies_of_another_kind(serve, content):
-    chat, server = serve((200, content, {}), tries=2)
+@pytest.mark.parametrize("content", [b"<html>It works!</html>", b'{"half": ', {}, {"choices": [], "candidates": []}])
+@pytest.mark.parametrize("kind", ["application/json", "text/html"])
+def test_replies_of_another_kind(serve, content, kind):
+    chat, server = serve((200, content, {"content-type": kind}), tries=2)
     assert str(chat.answer([ASK])[0]).startswith("rubbish: ") and len(server.asked) == 2
-
-
-def test_page_instead_of_a_reply(serve):
-    chat, server = serve((200, b"<html>proxy</html>", {"content-type": "text/html"}), tries=2)
-    assert str(chat.answer([ASK])[0]).startswith("rubbish: ")
 
 
 def test_refusals_are_not_asked_again(serve):
@@ -470,7 +452,7 @@ def test_questions_travel_together(serve):
         )
 
     chat, server = serve(reply, concurrency=3)
-    assert chat.answer([Question((str(n),), read=read_score) for n in (3, 1, 2)]) == [3, 1, 2]
+    assert chat.answer([Question((str(n),), read=_read_score) for n in (3, 1, 2)]) == [3, 1, 2]
 
 
 def test_keys_stay_inside(serve, caplog):
@@ -518,21 +500,6 @@ def test_settings_are_checked(arguments, name):
         OpenAIChat("x", "http://h/v1", **arguments)
 
 
-def test_extra_arguments():
-    server = Server(openai_reply, ['{"score": 7}'])
-    chat = OpenAIChat(
-        "x",
-        f"http://127.0.0.1:{server.server_port}/v1",
-        "k",
-        extra=dict(max_tokens=None, max_completion_tokens=99, extra_body=dict(top_k=1)),
-    )
-    assert chat.answer([ASK]) == [7]
-    body = server.asked[0][2]
-    server.shutdown()
-    server.server_close()
-    assert "max_tokens" not in body and (body["max_completion_tokens"], body["top_k"]) == (99, 1)
-
-
 # what an exchange was
 
 
@@ -547,10 +514,9 @@ def test_attempts_are_kept_with_their_tokens(serve):
 
 
 def test_unreadable_replies_have_their_own_limit(serve):
-    paces = []
     chat, server = serve("no", "no", '{"score": 7}', tries=4)
-    (exchange,) = chat.ask([ASK], unreadable=2, before=lambda: paces.append(1))
-    assert str(exchange.answer).endswith("(2 tries)") and len(server.asked) == len(paces) == 2
+    (exchange,) = chat.ask([ASK], unreadable=2)
+    assert str(exchange.answer).endswith("(2 tries)") and len(server.asked) == 2
 
 
 def test_an_echoed_key_is_cut_out(serve):
@@ -590,14 +556,25 @@ def test_a_key_is_taken_out_of_what_is_kept_and_not_of_what_is_read(serve):
     chat, server = serve(f'{{"score": 10, "note": "{KEY}"}}')
     heard = []
     scores, words = chat.ask(
-        [replace(ASK, read=lambda text: heard.append(text) or read_score(text)), replace(ASK, read=str)]
+        [replace(ASK, read=lambda text: heard.append(text) or _read_score(text)), replace(ASK, read=str)]
     )
     assert KEY in heard[0] and scores.answer == 10 and KEY not in str(scores) + str(words)
 
 
-def one_chat(*replies, **options):
-    server = Server(openai_reply, replies)
-    return OpenAIChat("x", f"http://127.0.0.1:{server.server_port}/v1", "k", tries=2, concurrency=1, **options), server
+@pytest.fixture
+def one_chat():
+    "Called with replies, gives an `OpenAIChat` and its server."
+    servers = []
+
+    def start(*replies, **options):
+        servers.append(Server(openai_reply, replies))
+        where = f"http://127.0.0.1:{servers[-1].server_port}/v1"
+        return OpenAIChat("x", where, "k", tries=2, concurrency=1, **options), servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
 
 
 @pytest.mark.parametrize(
@@ -621,11 +598,9 @@ def one_chat(*replies, **options):
         ([dict(type="image_url")], "rubbish"),
     ],
 )
-def test_content_may_be_parts(content, answer):
+def test_content_may_be_parts(one_chat, content, answer):
     chat, server = one_chat(openai_reply(content))
     found = chat.answer([ASK])[0]
-    server.shutdown()
-    server.server_close()
     assert found == 7 if answer == 7 else str(found).startswith(answer)
 
 
@@ -641,11 +616,9 @@ def test_content_may_be_parts(content, answer):
         5,
     ],
 )
-def test_a_reply_without_its_parts_is_rubbish(choices):
+def test_a_reply_without_its_parts_is_rubbish(one_chat, choices):
     chat, server = one_chat((200, dict(id="1", object="chat.completion", choices=choices), {}))
     found = str(chat.answer([ASK])[0])
-    server.shutdown()
-    server.server_close()
     assert found.startswith("rubbish: ")
 
 
@@ -686,32 +659,26 @@ def picky(*names, status=400):
         (("max_tokens", "temperature"), {"max_completion_tokens"}),
     ],
 )
-def test_of_a_refused_parameter_the_other_spelling_is_tried_once_and_remembered(refused, sent, status):
+def test_of_a_refused_parameter_the_other_spelling_is_tried_once_and_remembered(one_chat, refused, sent, status):
     chat, server = one_chat(picky(*refused, status=status))
     assert chat.answer([ASK, ASK]) == [7, 7] and len(server.asked) == len(refused) + 2
-    server.shutdown()
-    server.server_close()
     assert set(server.asked[-1][2]) - {"model", "messages"} == sent
 
 
-def test_a_parameter_refused_in_both_spellings_is_said():
+def test_a_parameter_refused_in_both_spellings_is_said(one_chat):
     chat, server = one_chat(picky("max_tokens", "max_completion_tokens"))
     found = str(chat.answer([ASK])[0])
     assert found.startswith("endpoint: 400") and "max_completion_tokens" in found and len(server.asked) == 2
     chat.extra = dict(max_completion_tokens=9)
     assert str(chat.answer([ASK])[0]).startswith("endpoint: 400") and len(server.asked) == 4
-    server.shutdown()
-    server.server_close()
 
 
-def test_parameters_that_the_client_does_not_know_travel_too():
+def test_parameters_that_the_client_does_not_know_travel_too(one_chat):
     chat, server = one_chat(
         '{"score": 7}', extra=dict(top_k=1, max_completion_tokens=99, temperature=None, extra_body=dict(min_p=0.1))
     )
     assert chat.answer([ASK]) == [7]
     body = server.asked[0][2]
-    server.shutdown()
-    server.server_close()
     assert (body["top_k"], body["min_p"], body["max_completion_tokens"]) == (1, 0.1, 99) and not {
         "max_tokens",
         "temperature",
@@ -788,12 +755,12 @@ def test_thoughts_are_left_to_models_that_need_them(model, budget):
 # videos
 
 CLIP = asset("samples/clip.mp4")
-FILM = Question(("Before:", VideoPart(CLIP), "Good?"), read=read_score)
+FILM = Question(("Before:", VideoPart(CLIP), "Good?"), read=_read_score)
 
 
-def test_openai_video():
-    server = Server(openai_reply, ['{"score": 7}'])
-    assert OpenAIChat("qwen3-vl", f"http://127.0.0.1:{server.server_port}/v1", KEY).answer([FILM]) == [7]
+def test_openai_video(one_chat):
+    chat, server = one_chat('{"score": 7}')
+    assert chat.answer([FILM]) == [7]
     part = server.asked[0][2]["messages"][0]["content"][1]
     kind, _, data = part["video_url"]["url"].partition(",")
     assert (
@@ -817,7 +784,7 @@ def test_gemini_large_video_is_uploaded_once(tmp_path):
     copy = tmp_path / "of the same bytes.mp4"
     copy.write_bytes(CLIP.read_bytes())
     chat, server = gemini('{"score": 7}', inline=100, concurrency=3)
-    assert chat.answer([FILM, Question((VideoPart(copy), "Good?"), read=read_score), FILM]) == [7, 7, 7]
+    assert chat.answer([FILM, Question((VideoPart(copy), "Good?"), read=_read_score), FILM]) == [7, 7, 7]
     assert list(server.bytes.values()) == [CLIP.read_bytes()] and server.uploads["files/f0"]["mimeType"] == "video/mp4"
     parts = [part for _, _, body in server.asked for part in camel(body)["contents"][0]["parts"] if "fileData" in part]
     assert len(parts) == 3 and {part["fileData"]["fileUri"] for part in parts} == {server.uploads["files/f0"]["uri"]}
@@ -832,7 +799,7 @@ def test_gemini_that_cannot_read_a_video():
 
 
 def test_video_for_a_model_that_sees_pictures():
-    parts = module._video_pictures(VideoPart(CLIP, fps=4), most=5)
+    parts = module._seen(VideoPart(CLIP, fps=4), most=5)
     assert parts[0] == "0.0 s:" and 4 <= len(parts) <= 10 and all(p.dtype == np.uint8 for p in parts[1::2])
     chat = TransformersChat(qwen25(), PROCESSOR, device="cpu")
     (exchange,) = chat.ask([Question((VideoPart(CLIP, fps=1), "What?"), max_tokens=4)])
@@ -851,7 +818,7 @@ GOOD = dict(task="subject", subject="garden gnome", boxes=boxes_of(MADE.mask, (0
 
 def test_scorer(serve):
     chat, server = serve('{"score": 8}', '{"score": 2}', "no idea", "no idea", "no idea")
-    found = ScoreStage(ChatScorer(chat))([record("a"), record("b"), record("c")])
+    found = ScoreStage(ChatBackend(chat))([record("a"), record("b"), record("c")])
     assert [(r.alive, r.verdicts[-1].reason[:9], r.verdicts[-1].scores) for r in found] == [
         (True, "", dict(edit=0.8)),
         (False, "poor edit", dict(edit=0.2)),
@@ -869,14 +836,14 @@ def test_scorer(serve):
         json.dumps(MADE.instruction) in parts[-2]
         and '{"score": n}' in parts[-1]
         and parts[10] == "Frame 3 after:"
-        and system == JudgeOptions().system
+        and system == ChatBackend.system
         and key == KEY
     )
 
 
 def test_grounder(serve):
     chat, server = serve("It is " + json.dumps(GOOD))
-    (found,) = GroundStage(ChatGrounder(chat))([record()])
+    (found,) = GroundStage(ChatBackend(chat))([record()])
     truth = mask_boxes(MADE.mask)
     assert found.alive and (found.task, found.subject, found.in_source) == ("subject", "garden gnome", False)
     assert np.abs(found.boxes[[0, 1, 3, 4]] - truth[[0, 1, 3, 4]]).max() < 1e-3 and np.allclose(
@@ -887,12 +854,12 @@ def test_grounder(serve):
 
 def test_known_task_is_said_and_kept(serve):
     chat, server = serve(json.dumps(GOOD | dict(task="add")))
-    assert GroundStage(ChatGrounder(chat))([record(task="change")])[0].task == "change"
+    assert GroundStage(ChatBackend(chat))([record(task="change")])[0].task == "change"
     assert any('known to be "change"' in p for p in heard(server.asked[0])[3] if isinstance(p, str))
 
 
 def test_removals_have_nothing_to_show(serve):
-    (found,) = GroundStage(ChatGrounder(serve(json.dumps(GOOD | dict(task="remove")))[0]))([record()])
+    (found,) = GroundStage(ChatBackend(serve(json.dumps(GOOD | dict(task="remove")))[0]))([record()])
     assert found.in_source and found.verdicts[-1].reason.startswith("nothing to show")
 
 
@@ -902,7 +869,7 @@ def test_removals_have_nothing_to_show(serve):
         (dict(task="dance"), "task"),
         (dict(task=["add"]), "task"),
         (dict(subject=" "), "subject"),
-        (dict(subject=3), "subject"),
+        (dict(subject=None), "subject"),
         (dict(boxes=[]), "boxes"),
         (dict(boxes="none"), "boxes"),
         (dict(boxes=None), "boxes"),
@@ -919,23 +886,18 @@ def test_removals_have_nothing_to_show(serve):
 def test_grounding_is_read_strictly(serve, change, why):
     chat, server = serve(json.dumps(GOOD | change), json.dumps(GOOD))
     assert (
-        GroundStage(ChatGrounder(chat))([record()])[0].alive
+        GroundStage(ChatBackend(chat))([record()])[0].alive
         and len(server.asked) == 2
         and why in heard(server.asked[1])[3][-1]
     )
     chat, server = serve(json.dumps(GOOD | change))
-    (lost,) = GroundStage(ChatGrounder(chat))([record()])
+    (lost,) = GroundStage(ChatBackend(chat))([record()])
     assert (
         not lost.alive
         and lost.verdicts[-1].reason.startswith("rubbish: ")
         and why in lost.verdicts[-1].reason
         and len(server.asked) == 3
     )
-
-
-def test_keys_are_missing(serve):
-    (lost,) = GroundStage(ChatGrounder(serve('{"task": "add"}')[0]))([record()])
-    assert "['subject', 'boxes']" in lost.verdicts[-1].reason
 
 
 def test_boxes_between_frames():
@@ -945,7 +907,7 @@ def test_boxes_between_frames():
     assert np.isnan(module._spread_boxes({0: None, 2: None}, 3)).all() and np.allclose(
         module._spread_boxes({1: a}, 3), a
     )
-    two = read_grounding(
+    two = _read_grounding(
         json.dumps(dict(task="background", subject="sea", boxes=[[0, 0, 0, 100, 200], [0, 300, 100, 400, 500]])), [0], 1
     )
     assert np.allclose(two.boxes, (0, 0, 0.4, 0.5)) and two.confidence == 1
@@ -953,7 +915,7 @@ def test_boxes_between_frames():
 
 def test_one_refusal_drops_one_record(serve):
     refused = openai_reply(None, refusal="no") if serve.openai else gemini_reply(None, "SAFETY")
-    found = GroundStage(ChatGrounder(serve(json.dumps(GOOD), refused, json.dumps(GOOD))[0]))(
+    found = GroundStage(ChatBackend(serve(json.dumps(GOOD), refused, json.dumps(GOOD))[0]))(
         [record("a"), record("b"), record("c")]
     )
     assert [r.alive for r in found] == [True, False, True] and found[1].verdicts[-1].reason.startswith("refused: ")
@@ -962,7 +924,7 @@ def test_one_refusal_drops_one_record(serve):
 def test_verifier(serve):
     chat, server = serve('{"score": 9}', '{"score": 6}', '{"score": 3}', '{"score": 9}', '{"score": 9}', "?", "?", "?")
     records = [grounded(id, reference=MADE.reference) for id in "abc"] + [grounded("d")]
-    VerifyStage(ChatVerifier(chat))(records)
+    VerifyStage(ChatBackend(chat))(records)
     assert [(r.alive, r.verdicts[-1].reason[:24]) for r in records] == [
         (True, ""),
         (False, "reference does not show "),
@@ -981,7 +943,7 @@ def test_verifier(serve):
 
 def test_large_pictures_are_shrunk(serve):
     chat, server = serve('{"score": 9}')
-    ChatVerifier(chat, JudgeOptions(side=40)).verify([grounded(reference=np.zeros((80, 160, 3), np.uint8))])
+    ChatBackend(chat, side=40).verify([grounded(reference=np.zeros((80, 160, 3), np.uint8))])
     assert heard(server.asked[0])[3][-2].shape == (20, 40, 3) and heard(server.asked[0])[3][1].shape == (40, 40, 3)
 
 
@@ -1040,8 +1002,8 @@ MODELS = dict(argvalues=[qwen25, qwen3], ids=["Qwen2.5-VL", "Qwen3-VL"])
 @pytest.mark.parametrize("make", **MODELS)
 def test_random_language_model_ends_as_rubbish(make):
     chat = TransformersChat(make(), PROCESSOR, device="cpu")
-    grounder = ChatGrounder(chat, JudgeOptions(frames=2))
-    grounder._question = lambda r, ask=grounder._question: replace(ask(r), max_tokens=8)
+    grounder = ChatBackend(chat, frames=2)
+    grounder._where = lambda r, ask=grounder._where: replace(ask(r), max_tokens=8)
     found = GroundStage(grounder)([record("a"), record("b")])
     assert [r.alive for r in found] == [False, False] and all(
         r.verdicts[-1].reason.startswith("rubbish: ") and "(2 tries)" in r.verdicts[-1].reason for r in found
@@ -1062,7 +1024,7 @@ def test_batches_say_what_single_questions_say(make):
 
 
 def test_pictures_become_as_many_tokens_as_they_have_patches():
-    inputs = qwen_processor(PROCESSOR)(
+    inputs = _qwen_processor(PROCESSOR)(
         text=["a<|image_pad|>b<|image_pad|>", "<|image_pad|>"],
         images=[Image.new("RGB", size) for size in ((56, 28), (28, 28), (84, 56))],
     )
@@ -1103,7 +1065,7 @@ def test_language_model_from_a_folder_that_answers():
 
     generate = chat.model.generate
     chat.model.generate = lambda **kwargs: generate(**kwargs, logits_processor=[force])
-    found = ScoreStage(ChatScorer(chat))([record()])[0]
+    found = ScoreStage(ChatBackend(chat))([record()])[0]
     assert found.alive and found.verdicts[-1].scores == dict(edit=0.8) and found.verdicts[-1].backend.endswith("mllm")
 
 
@@ -1197,14 +1159,14 @@ def test_masks_have_the_size_of_the_record(make):
     records[1].boxes[2] = np.nan
     for r in records:
         r.mask = None
-    masks = SamSegmenter(make(), device="cpu", batch_size=4).segment(records)
+    masks = SamSegmenter(make(), device="cpu").segment(records)
     assert (
         [m.shape for m in masks[:2]] == [(5, 96, 96), (5, 60, 40)] and masks[0].dtype == bool and not masks[1][2].any()
     )
     assert isinstance(masks[2], BackendError) and str(masks[2]) == "empty mask"
-    by_batch = [
-        SamSegmenter(make().double(), device="cpu", batch_size=n).segment(records[:2]) for n in (4, 1)
-    ]  # in float32 sums of another order move some pixels
+    by_batch, segmenter = [], SamSegmenter(make().double(), device="cpu")  # in float32 another order moves some pixels
+    for segmenter.batch_size in (4, 1):
+        by_batch.append(segmenter.segment(records[:2]))
     assert all(np.array_equal(a, b) for a, b in zip(*by_batch)) and 0 < by_batch[0][0].mean() < 1
     SegmentStage(SamSegmenter(make(), device="cpu"), smallest=0.0, largest=1.0)(records)
     assert (
@@ -1233,29 +1195,18 @@ def test_masks_as_sam_processor_makes_them():
     from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
     processor = SamProcessor(SamImageProcessorPil(size=dict(longest_edge=64), pad_size=dict(height=64, width=64)))
-    ours, r = SamSegmenter(sam(), device="cpu"), tall("a")
-    boxes = [r.boxes[t] * (40, 60, 40, 60) for t in range(5)]
-    mine, theirs = (
-        ours._inputs(r.edited, boxes),
-        processor(images=list(r.edited), input_boxes=[[b.tolist()] for b in boxes], return_tensors="pt"),
-    )
-    assert torch.allclose(mine["pixel_values"], theirs["pixel_values"], atol=2e-2) and torch.allclose(
-        mine["input_boxes"], theirs["input_boxes"].float(), atol=1e-3
-    )
+    ours, r, shown = SamSegmenter(sam(), device="cpu"), tall("a"), []
+    ours.model.register_forward_pre_hook(lambda model, args, kwargs: shown.append(kwargs), with_kwargs=True)
+    mask = ours.segment([r])[0]
+    boxes = [[(box * (40, 60, 40, 60)).tolist()] for box in r.boxes]
+    theirs = processor(images=list(r.edited), input_boxes=boxes, return_tensors="pt")
+    inputs = dict(pixel_values=theirs["pixel_values"], input_boxes=theirs["input_boxes"].float())
+    assert torch.allclose(shown[0]["pixel_values"], inputs["pixel_values"], atol=2e-2)
+    assert torch.allclose(shown[0]["input_boxes"], inputs["input_boxes"], atol=1e-3)
     with torch.inference_mode():
-        logits = ours.model(
-            pixel_values=theirs["pixel_values"], input_boxes=theirs["input_boxes"].float(), multimask_output=False
-        ).pred_masks
-    official = np.stack(
-        [
-            m[0, 0].numpy()
-            for m in processor.post_process_masks(logits, theirs["original_sizes"], theirs["reshaped_input_sizes"])
-        ]
-    )
-    assert (
-        np.array_equal(SamSegmenter(sam(), processor, "cpu").segment([r])[0], official)
-        and (ours.segment([r])[0] == official).mean() > 0.99
-    )
+        logits = ours.model(**inputs, multimask_output=False).pred_masks
+    official = processor.post_process_masks(logits, theirs["original_sizes"], theirs["reshaped_input_sizes"])
+    assert (mask == np.stack([m[0, 0].numpy() for m in official])).mean() > 0.99
 
 
 def test_empty_masks_are_errors_but_for_backgrounds():
@@ -1290,7 +1241,7 @@ def kontext():
     from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
     torch.manual_seed(0)
-    words = ["<pad>", "<eos>", "<unk>"] + sorted(set(" ".join(REFERENCE_PROMPTS.values()).split()))
+    words = ["<pad>", "<eos>", "<unk>"] + sorted(set(" ".join(_REFERENCE_PROMPTS.values()).split()))
     plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = lambda: PreTrainedTokenizerFast(
@@ -1371,7 +1322,7 @@ def qwen_edit(kind="QwenImageEditPlusPipeline"):
         vae.eval(),
         Qwen2_5_VLForConditionalGeneration(config).float().eval(),
         PROCESSOR.tokenizer,
-        qwen_processor(PROCESSOR),
+        _qwen_processor(PROCESSOR),
         transformer.eval(),
     )
 
@@ -1400,9 +1351,9 @@ EDITORS = {
 @pytest.mark.parametrize("name", EDITORS)
 def test_editor(name, small):
     make, options = EDITORS[name]
-    pipe, calls = make(), []
+    pipe, calls, scale = make(), [], "true_cfg_scale" if name.startswith("Qwen") else "guidance_scale"
     pipe.set_progress_bar_config(disable=True)
-    synthesizer = EditorSynthesizer(pipe, steps=2, guidance=2.0, options=options)
+    synthesizer = EditorSynthesizer(pipe, num_inference_steps=2, **{scale: 2.0}, **options)
     encode = pipe.encode_prompt
 
     def listen(*args, **kwargs):
@@ -1429,7 +1380,7 @@ def test_editor(name, small):
     prompts = [prompt for prompt in calls if prompt.strip()]
     assert (
         "the garden gnome, whole" in prompts[0]
-        and prompts[2] == REFERENCE_PROMPTS["background"]
+        and prompts[2] == _REFERENCE_PROMPTS["background"]
         and (len(calls) == 6) == name.startswith("Qwen")
     )  # Qwen is guided away from a blank
     assert np.array_equal(synthesizer.synthesize([grounded("a")])[0], records[0].reference) and not np.array_equal(
@@ -1447,11 +1398,11 @@ def test_editor_from_a_folder(name, small, tmp_path):
         (tmp_path / "model_index.json").write_text(
             json.dumps(index | dict(processor=["transformers", "Qwen2VLProcessor"]))
         )
-    loaded = EditorSynthesizer.from_pretrained(tmp_path, device="cpu", steps=1, options=options)
+    loaded = EditorSynthesizer.from_pretrained(tmp_path, device="cpu", num_inference_steps=1, **options)
     assert type(loaded.pipe).__name__ == name
     ours, theirs = (
         editor.synthesize([grounded()])[0].astype(int)
-        for editor in (loaded, EditorSynthesizer(pipe, steps=1, options=options))
+        for editor in (loaded, EditorSynthesizer(pipe, num_inference_steps=1, **options))
     )
     assert abs(ours - theirs).max() <= 1  # weights lie elsewhere in memory, so that sums may round otherwise
 
@@ -1470,27 +1421,25 @@ def test_editor_sees_the_best_frame_at_full_size():
     found = load_record(Pair("big", big(MADE.source), big(MADE.target), "Add a hat"), LoadOptions(side=64))
     found.task, found.subject, found.mask = "add", "A hat", MADE.mask
     pipe = Pipe()
-    synthesizer = EditorSynthesizer(pipe, prompts=dict(subject="only {x}"))
+    synthesizer = EditorSynthesizer(pipe)
     assert str(synthesizer.synthesize([found])[0]) == "rubbish: a picture of one colour"
     assert (
         np.array_equal(pipe.seen, big(MADE.target)[CutoutSynthesizer().best_frame(found)])
-        and pipe.prompt == "only the hat"
-        and pipe.seed == seed_of("big")
+        and pipe.prompt.startswith("Show only the hat, whole")
+        and pipe.seed == _seed_of("big")
         and not pipe.kwargs
     )
     found.task, found.mask = "background", MADE.mask.copy()
     found.mask[3] = False
     synthesizer.synthesize([found])
     assert np.array_equal(pipe.seen, big(MADE.target)[3])
-    with pytest.raises(ValueError, match="`prompts`"):
-        EditorSynthesizer(pipe, prompts=dict(plate=""))
 
 
 def test_seeds_and_words():
     assert (
-        seed_of("a") == 0xCA978112CA1BBDCA >> 1 and len({seed_of(str(i)) for i in range(1000)}) == 1000
+        _seed_of("a") == 0xCA978112CA1BBDCA >> 1 and len({_seed_of(str(i)) for i in range(1000)}) == 1000
     )  # the start of sha256("a")
-    assert [called(s) for s in ("red fox", "The red fox.", "object in the reference image", "")] == [
+    assert [_called(s) for s in ("red fox", "The red fox.", "object in the reference image", "")] == [
         "the red fox",
         "the red fox",
         "the main object",
@@ -1518,7 +1467,7 @@ def test_own_model_as_synthesizer(kiwi):
     encode = kiwi.encode_prompt
     kiwi.encode_prompt = lambda texts, *args: prompts.extend(texts) or encode(texts, *args)
     try:
-        SynthesizeStage(KiwiSynthesizer(kiwi, steps=2))(records)
+        SynthesizeStage(KiwiSynthesizer(kiwi, num_inference_steps=2))(records)
     finally:
         kiwi.encode_prompt = encode
     assert [r.alive for r in records] == [True, True, False] and prompts == [
@@ -1532,7 +1481,7 @@ def test_own_model_as_synthesizer(kiwi):
         and image.shape[0] * image.shape[1] <= kiwi.config.max_pixels
         and not any(s % kiwi.size_multiple for s in image.shape[:2])
     )
-    again = KiwiSynthesizer(kiwi, steps=2)
+    again = KiwiSynthesizer(kiwi, num_inference_steps=2)
     assert np.array_equal(again.synthesize([records[0]])[0], image)
     other = load_record(replace(pair, id="other"))
     other.task, other.subject, other.mask = "subject", "garden gnome", records[0].mask
@@ -1616,7 +1565,9 @@ PICTURES = [
 def test_embeddings(make, size, tmp_path):
     make().save_pretrained(tmp_path / "model")
     model = make()
-    vectors = ImageEmbedder(model, device="cpu", batch_size=2).embed(PICTURES)
+    embedder = ImageEmbedder(model, device="cpu")
+    embedder.batch_size = 2
+    vectors = embedder.embed(PICTURES)
     assert (
         vectors.shape == (5, size)
         and vectors.dtype == np.float32
@@ -1625,7 +1576,7 @@ def test_embeddings(make, size, tmp_path):
     assert np.allclose(vectors[0], vectors[3], atol=1e-5) and vectors[0] @ vectors[1] < 0.99999
     assert ImageEmbedder(model, device="cpu").embed([]).shape[0] == 0
     with torch.inference_mode():
-        pixels = ImageEmbedder(model, device="cpu")._pixels(PICTURES[:1])
+        pixels = torch.from_numpy(embedder._pixels(PICTURES[0]))[None]
         wanted = (
             model(pixel_values=pixels).last_hidden_state[0, 0]
             if make is dinov2
@@ -1649,11 +1600,12 @@ def test_pictures_as_the_processors_make_them(make):
         if make is clip_vision
         else BitImageProcessorPil(**sizes, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
     )
-    ours, theirs = ImageEmbedder(make(), device="cpu"), ImageEmbedder(make(), processor, device="cpu")
-    pictures = [p for p in PICTURES if min(p.shape[:2]) > 40]
-    assert (ours._pixels(pictures) - theirs._pixels(pictures)).abs().mean() < 0.03 and (
-        ours.embed(pictures) * theirs.embed(pictures)
-    ).sum(1).min() > 0.99
+    embedder, pictures = ImageEmbedder(make(), device="cpu"), [p for p in PICTURES if min(p.shape[:2]) > 40]
+    theirs = [processor(images=[Image.fromarray(p)], return_tensors="np")["pixel_values"][0] for p in pictures]
+    ours, vectors = [embedder._pixels(p) for p in pictures], embedder.embed(pictures)
+    assert np.abs(np.array(ours) - theirs).mean() < 0.03
+    embedder._pixels = lambda picture, made=iter(theirs): next(made)
+    assert (vectors * embedder.embed(pictures)).sum(1).min() > 0.99
 
 
 def test_duplicates_by_embedding():

@@ -18,10 +18,10 @@ from kiwi_edit.weights.checkpoints import (
     load_any,
     load_official,
     load_trainer_checkpoint,
-    load_transformer,
-    native_wan_name,
+    _load_transformer,
+    _native_wan_name,
     open_weights,
-    stored_dtype,
+    _stored_dtype,
 )
 from kiwi_edit.core import asset
 from kiwi_edit.latents import decode_latents, in_tiles, latent_statistics
@@ -149,7 +149,7 @@ def test_tiny_goes_to_the_trainer_and_back(tmp_path):
     assert np.array_equal(run(load_any(there)), before) and np.array_equal(
         run(KiwiEditPipeline.from_pretrained(back)), before
     )
-    assert stored_dtype(back) == stored_dtype("kiwi-edit-tiny") == torch.float16
+    assert _stored_dtype(back) == _stored_dtype("kiwi-edit-tiny") == torch.float16
     shipped, returned = weights_of(asset("kiwi-edit-tiny")), weights_of(back)
     assert shipped.keys() == returned.keys() and all(
         torch.equal(returned[name][key], value) for name, tensors in shipped.items() for key, value in tensors.items()
@@ -208,7 +208,7 @@ def test_where_reference_tokens_go_is_recorded_or_given(tmp_path):
 
 def test_shards_and_number_formats(tmp_path):
     small = convert(RELEASED, tmp_path / "small", "kit", torch.bfloat16, max_shard_size="100KB")
-    assert len(list((small / "transformer").glob("*.safetensors"))) > 1 and stored_dtype(small) == torch.bfloat16
+    assert len(list((small / "transformer").glob("*.safetensors"))) > 1 and _stored_dtype(small) == torch.bfloat16
     again = convert(small, tmp_path / "again", "official", torch.float32, max_shard_size="100KB")
     exact, rounded = load_official(RELEASED).transformer.state_dict(), load_any(again).transformer.state_dict()
     kept = [key for key, value in exact.items() if torch.equal(rounded[key], value)]  # what diffusers keeps in float32
@@ -273,7 +273,7 @@ def test_an_error_while_writing_leaves_nothing_and_keeps_the_old(tmp_path, monke
         (folder / "half").write_text("half")
         raise OSError("disk full")
 
-    monkeypatch.setitem(checkpoints.WRITERS, "trainer", fail)
+    monkeypatch.setitem(checkpoints._WRITERS, "trainer", fail)
     with pytest.raises(OSError, match="disk full"):
         convert(RELEASED, tmp_path / "model", "trainer", overwrite=True)
     assert weights_of(tmp_path / "model").keys() == before.keys() and [p.name for p in tmp_path.iterdir()] == ["model"]
@@ -598,7 +598,7 @@ def test_of_several_variants_one_is_read(two_formats):
 
 def test_number_formats_are_named_as_in_diffusers():
     load = lambda torch_dtype: KiwiEditPipeline.from_pretrained("kiwi-edit-tiny", torch_dtype=torch_dtype)
-    stored = stored_dtype("kiwi-edit-tiny")
+    stored = _stored_dtype("kiwi-edit-tiny")
     for given, wanted in (
         ("auto", stored),
         ("bfloat16", torch.bfloat16),
@@ -644,11 +644,11 @@ def test_a_denoiser_in_other_programs_files(tmp_path):
     config = {name: value for name, value in tiny.config.items() if not name.startswith("_")}
     for prefix in ("model.diffusion_model.", "diffusion_model.", ""):
         save_file(
-            {prefix + native_wan_name(key): value.contiguous() for key, value in tiny.state_dict().items()},
+            {prefix + _native_wan_name(key): value.contiguous() for key, value in tiny.state_dict().items()},
             tmp_path / "wan.safetensors",
         )
-        found = load_transformer(tmp_path / "wan.safetensors", config)
+        found = _load_transformer(tmp_path / "wan.safetensors", config)
         assert all(torch.equal(a, b) for a, b in zip(found.state_dict().values(), tiny.state_dict().values()))
     (tmp_path / "wan-Q4.gguf").write_bytes(b"GGUF" + bytes(60))
     with pytest.raises(ValueError, match="GGUF, whose weights are quantised"):
-        load_transformer(tmp_path / "wan-Q4.gguf", config)
+        _load_transformer(tmp_path / "wan-Q4.gguf", config)

@@ -33,7 +33,7 @@ from kiwi_edit.guidance import EditCache, denoise
 from kiwi_edit.latents import in_tiles
 from kiwi_edit.pipeline import KiwiEditPipeline
 from kiwi_edit.train.engine import allocated_by, stage_data
-from kiwi_edit.train.estimate import batch_shapes, edit_cost, estimate
+from kiwi_edit.train.estimate import _batch_shapes, edit_cost, estimate
 from kiwi_edit.world import EVAL_SEED, TASKS
 
 
@@ -447,7 +447,7 @@ def test_what_is_selected_gets_gradients_and_nothing_else_does(stage_name):
         for part in (pipe.guidance.connector, pipe.guidance.ref_connector):
             torch.nn.init.normal_(part[2].weight, std=0.1)
     chosen = select(pipe, stage)
-    step_of(pipe, stage, batch_shapes(stage, sizes)[0])().backward()
+    step_of(pipe, stage, _batch_shapes(stage, sizes)[0])().backward()
     got = {key for part in COMPONENTS for key, p in part_parameters(pipe, part).items() if p.grad is not None}
     others = (
         {"guidance.image_queries", "guidance.video_queries"} if stage_name == "stage3-ref" else set()
@@ -496,7 +496,7 @@ def test_an_older_name_of_checkpointing(monkeypatch):
 
 def test_shares_of_buckets_are_of_all_batches():
     stage = Stage("two", ("transformer",), 1e-3, buckets=(Bucket(dict(add=1.0)), Bucket(dict(subject=1.0), 5)), steps=2)
-    assert [shape.share for shape in batch_shapes(stage)] == [0.5, 0.5]
+    assert [shape.share for shape in _batch_shapes(stage)] == [0.5, 0.5]
     found = estimate(stage, progress=False)
     assert found.flops == pytest.approx(np.mean([sum(cost.flops.values()) for cost in found.batches]))
 
@@ -522,7 +522,7 @@ def test_checkpointing_is_switched_on_and_off_and_changes_no_gradient():
             == bool(checkpointing)
         )
         torch.manual_seed(0)
-        step_of(pipe, stage, batch_shapes(stage, sizes)[0])().backward()
+        step_of(pipe, stage, _batch_shapes(stage, sizes)[0])().backward()
         grads.append(
             [p.grad.clone() for parameters in chosen.values() for p in parameters.values() if p.grad is not None]
         )
@@ -716,7 +716,7 @@ def test_the_full_size_needs_no_memory():
 
 
 def test_stages_of_tiny_are_estimated_too():
-    assert [shape.share for shape in batch_shapes(STAGES["pictures"])] == pytest.approx(
+    assert [shape.share for shape in _batch_shapes(STAGES["pictures"])] == pytest.approx(
         [0.5, 0.5]
     )  # kinds of words and canvases cost the same
     image = estimate(replace(STAGES["pictures"], buckets=STAGES["pictures"].buckets[:1]), progress=False, batch_size=2)
@@ -737,12 +737,12 @@ def test_stages_of_tiny_are_estimated_too():
 
 def test_shapes_of_a_weighted_mix():
     stage = replace(find_stage("wan2.2-5b", "stage3-mix"), alternation="weighted", shares=(1, 2, 5))
-    assert [(shape.mode, shape.num_frames, shape.share) for shape in batch_shapes(stage)] == [
+    assert [(shape.mode, shape.num_frames, shape.share) for shape in _batch_shapes(stage)] == [
         ("image", 1, 0.125),
         ("video", 81, 0.25),
         ("ref", 81, 0.625),
     ]
-    assert [(shape.height, shape.width) for shape in batch_shapes(find_stage("wan2.2-5b", "stage2-600"))] == [
+    assert [(shape.height, shape.width) for shape in _batch_shapes(find_stage("wan2.2-5b", "stage2-600"))] == [
         (448, 800)
     ] * 2
 

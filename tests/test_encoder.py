@@ -15,7 +15,7 @@ from kiwi_edit.core import preset
 from kiwi_edit.encoder import (
     IMAGE_TOKEN,
     QUERY_TOKEN,
-    SPECIAL_TOKENS,
+    _SPECIAL_TOKENS,
     VIDEO_TOKEN,
     KiwiProcessor,
     chat_text,
@@ -61,8 +61,8 @@ def test_tokenizer_keeps_any_text_and_the_special_tokens():
     assert len(tokenizer) <= 500
     for text in ("Füge ein Boot hinzu.", "把红色的球换成蓝色", "добавь 🛶", TEXTS[0]):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    ids = tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)
-    assert len(set(ids)) == len(SPECIAL_TOKENS) and max(ids) < len(tokenizer)
+    ids = tokenizer.convert_tokens_to_ids(_SPECIAL_TOKENS)
+    assert len(set(ids)) == len(_SPECIAL_TOKENS) and max(ids) < len(tokenizer)
     assert tokenizer(QUERY_TOKEN * 3)["input_ids"] == [tokenizer.convert_tokens_to_ids(QUERY_TOKEN)] * 3
     assert tokenizer.pad_token == "<|endoftext|>" and tokenizer.eos_token == "<|im_end|>"
 
@@ -235,4 +235,4 @@ def test_wrong_inputs(pipe):
     short = replace(inputs, input_ids=inputs.input_ids.masked_fill(inputs.input_ids == inputs.token_ids["query"], 5))
     with pytest.raises(ValueError, match="`queries` has to hold one row for each placeholder, 0, but holds 16"):
         encode_context(pipe.mllm, pipe.guidance, short)
-    assert VIDEO_TOKEN in SPECIAL_TOKENS
+    assert VIDEO_TOKEN in _SPECIAL_TOKENS

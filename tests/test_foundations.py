@@ -13,15 +13,15 @@ from kiwi_edit.train.curriculum import STAGES
 from kiwi_edit.encoder import make_tokenizer
 from kiwi_edit.train.foundations import (
     Description,
-    LinearProjection,
+    _LinearProjection,
     Reconstruction,
     autoencoder_batch,
     description,
     description_batch,
-    initialize_autoencoder,
+    _initialize_autoencoder,
     measure_latents,
     start_model,
-    world_texts,
+    _world_texts,
 )
 from kiwi_edit.pipeline import KiwiEditPipeline
 from kiwi_edit.train.engine import train
@@ -48,7 +48,7 @@ def small():
 def vae(small):
     torch.manual_seed(0)
     model = AutoencoderKLWan(**small.vae)
-    initialize_autoencoder(model)
+    _initialize_autoencoder(model)
     return model
 
 
@@ -56,7 +56,7 @@ def vae(small):
 def pipe(small):
     torch.manual_seed(0)
     return KiwiEditPipeline.from_preset(
-        small, make_tokenizer(world_texts(200), small.mllm["text_config"]["vocab_size"])
+        small, make_tokenizer(_world_texts(200), small.mllm["text_config"]["vocab_size"])
     )
 
 
@@ -88,7 +88,7 @@ def test_a_fresh_autoencoder_sees_frames_one_by_one_and_has_little_noise(vae):
 
 def test_a_projection_keeps_the_components_of_blocks_and_no_better_line_can(vae):
     pixels = autoencoder_batch(0, 32, 64)
-    few, many = (LinearProjection(pixels, channels) for channels in (12, 48))
+    few, many = (_LinearProjection(pixels, channels) for channels in (12, 48))
     errors = [(projection.decode(projection.encode(pixels)) - pixels).square().mean() for projection in (few, many)]
     assert errors[1] < 0.5 * errors[0] < 0.1 * pixels.var()
     latents = many.encode(pixels)
@@ -102,7 +102,7 @@ def test_a_projection_keeps_the_components_of_blocks_and_no_better_line_can(vae)
 
 def test_reconstruction_is_graded_sample_by_sample(vae):
     batch = autoencoder_batch(0, 3, 32)
-    for projection in (None, LinearProjection(autoencoder_batch(1, 16, 32))):
+    for projection in (None, _LinearProjection(autoencoder_batch(1, 16, 32))):
         torch.manual_seed(0)
         losses, numbers = Reconstruction(vae, projection)(batch)
         assert losses.shape == (3,) and 0 < numbers["psnr"] < 30
@@ -136,7 +136,7 @@ def learn(model, batch, steps, lr=3e-3):
 @pytest.mark.parametrize("towards_a_projection", (False, True))
 def test_an_autoencoder_learns(vae, towards_a_projection):
     batch = autoencoder_batch(0, 4, 32)
-    projection = LinearProjection(batch) if towards_a_projection else None
+    projection = _LinearProjection(batch) if towards_a_projection else None
     losses = learn(Reconstruction(vae, projection), batch, 12)
     assert losses[-1] < 0.75 * losses[0]
 
@@ -217,7 +217,7 @@ def test_an_encoder_learns_to_describe(pipe):
 
 def test_a_first_model_knows_the_words_of_the_world_and_follows_its_seed(monkeypatch):
     seen = []
-    monkeypatch.setattr(kiwi_edit.train.foundations, "world_texts", lambda: seen.append(1) or world_texts(300))
+    monkeypatch.setattr(kiwi_edit.train.foundations, "_world_texts", lambda: seen.append(1) or _world_texts(300))
     torch.manual_seed(7)
     a, b = start_model(), start_model()
     assert len(seen) == 2 and all(
@@ -246,7 +246,7 @@ def test_a_stage_trains_its_part_alone(pipe, name, part, tmp_path, monkeypatch):
     monkeypatch.setattr("kiwi_edit.train.engine.measure_latents", lambda vae: measure_latents(vae, batches=1))
     monkeypatch.setattr(
         "kiwi_edit.train.engine.fit_projection",
-        lambda channels: LinearProjection(autoencoder_batch(0, 16, 32), channels),
+        lambda channels: _LinearProjection(autoencoder_batch(0, 16, 32), channels),
     )
     records = []
     assert (

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from kiwi_edit.weights.checkpoints import load_official, load_trainer_checkpoint, open_weights, trainer_name
+from kiwi_edit.weights.checkpoints import load_official, load_trainer_checkpoint, open_weights, _trainer_name
 from kiwi_edit.encoder import encode_context, encode_hidden, prepare_inputs
 from kiwi_edit.guidance import EditCache, denoise, rounded_sigma
 from kiwi_edit.latents import decode_latents, encode_frames, in_tiles, latent_statistics
@@ -425,7 +425,7 @@ def test_loss_and_gradients(family, name, close):
     (mse * train["weight"]).backward()
 
     def gradient(key):
-        part, place = trainer_name(key)
+        part, place = _trainer_name(key)
         return getattr(pipe, part).get_parameter(place).grad
 
     stored = [key.removeprefix("grad.") for key in tensors if key.startswith("grad.")]

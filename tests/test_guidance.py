@@ -8,7 +8,7 @@ from diffusers import WanTransformer3DModel
 
 import kiwi_edit.guidance
 from kiwi_edit.guidance import (
-    NAMES,
+    _NAMES,
     EditCache,
     KiwiGuidance,
     attend,
@@ -148,7 +148,7 @@ def test_cache_gives_the_same_and_computes_once(first):
 
 
 @pytest.mark.parametrize("first", (False, True))
-@pytest.mark.parametrize("names", NAMES)
+@pytest.mark.parametrize("names", _NAMES)
 def test_a_perfect_network_gives_one_velocity_whatever_it_names(names, first):
     transformer, guidance = models(names=names, ref_pad_first=first)
     args = arguments()

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from kiwi_edit.quadruplets import *
+from kiwi_edit.quadruplets import _fill_patches
 from kiwi_edit.world import World
 
 WORLD = World()
@@ -71,9 +72,7 @@ def test_load_failures(tmp_path):
         "unknown task": dict(task="dance"),
     }
     for reason, changes in cases.items():
-        record = (
-            load_record(pair(0, None, **changes)) if "task" not in changes else load_record(replace(pair(0), **changes))
-        )
+        record = load_record(replace(good, **changes))
         assert not record.alive and record.verdicts[0].reason.startswith(reason), record.verdicts
 
 
@@ -172,4 +171,4 @@ def test_inpaint_fills_a_flat_hole():
     image, hole = np.full((60, 80, 3), 120, np.uint8), np.zeros((60, 80), bool)
     hole[20:40, 30:50] = True
     spoiled = np.where(hole[..., None], np.uint8(0), image)
-    assert abs(fill_patches(spoiled, hole).astype(int) - 120).max() <= 4
+    assert abs(_fill_patches(spoiled, hole).astype(int) - 120).max() <= 4

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-import inspect
 import json
 import logging
 import math
@@ -22,14 +21,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple
 
 # %% auto #0
-__all__ = ['SYSTEM', 'SCORE_PROMPT', 'GROUND_PROMPT', 'CONSISTENCY_PROMPT', 'QUALITY_PROMPT', 'REFERENCE_PROMPTS', 'VideoPart',
-           'Question', 'Attempt', 'Exchange', 'Chat', 'without_thoughts', 'parse_json', 'OpenAIChat', 'GeminiChat',
-           'qwen_processor', 'TransformersChat', 'chat_of', 'JudgeOptions', 'read_score', 'ChatScorer',
-           'read_grounding', 'ChatGrounder', 'ChatVerifier', 'SamSegmenter', 'called', 'seed_of', 'best_view',
-           'EditorSynthesizer', 'KiwiSynthesizer', 'ImageEmbedder']
+__all__ = ['VideoPart', 'Question', 'Attempt', 'Exchange', 'without_thoughts', 'parse_json', 'Chat', 'OpenAIChat', 'GeminiChat',
+           'TransformersChat', 'chat_of', 'shrunk', 'ChatBackend', 'SamSegmenter', 'EditorSynthesizer',
+           'KiwiSynthesizer', 'ImageEmbedder']
 
 # %% ../../nbs/library/11_backends.ipynb #b1300004
 import cv2
@@ -72,23 +69,11 @@ class Attempt:
     failure: str = ""  # "" where the reply was used
 
 
-@dataclass(frozen=True)
-class Exchange:
+class Exchange(NamedTuple):
     "A question's answer and every try that it took."
 
-    answer: object  # or a `BackendError`
-    attempts: tuple[Attempt, ...]
-
-
-class Chat(Protocol):
-    "Answers questions, or gives a `BackendError` that begins with time-out, refused, rubbish, quota or endpoint."
-
-    name: str
-
-    def ask(
-        self, questions: Sequence[Question], unreadable: int | None = None, before: Callable[[], None] | None = None
-    ) -> list[Exchange]: ...
-    def answer(self, questions: Sequence[Question]) -> list[object | BackendError]: ...
+    answer: object  # or a `BackendError` that begins with time-out, refused, rubbish, quota or endpoint
+    attempts: tuple[Attempt, ...] = ()
 
 # %% ../../nbs/library/11_backends.ipynb #b1300009
 def _once(pairs):
@@ -98,12 +83,7 @@ def _once(pairs):
     return dict(pairs)
 
 
-def _no_constant(name):
-    raise ValueError(f"numbers have to be finite but one is {name}")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_constant)
-
+_DECODER = json.JSONDecoder(object_pairs_hook=_once)
 _THINK = r"(?:\w+:)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|scratchpad)"
 _THINKS = (  # how models open and close their thoughts: tags, Magistral, Kimi, OpenThinker, Command A, gpt-oss, Gemma
     (rf"<{_THINK}(?:\s[^<>]*)?>", rf"</{_THINK}\s*>"),
@@ -115,31 +95,20 @@ _THINKS = (  # how models open and close their thoughts: tags, Magistral, Kimi, 
     (r"<\|channel\|>(?:analysis|commentary)\b", r"<\|channel\|>final\s*<\|message\|>"),
     (r"<unused94>", r"<unused95>"),
 )
-_OPENS, _CLOSES = (re.compile("|".join(signs), re.I) for signs in zip(*_THINKS))
-_THOUGHTS = re.compile(rf"(?:{_OPENS.pattern}).*?(?:{_CLOSES.pattern})", re.I | re.S)
+_OPENS, _CLOSES = ("|".join(signs) for signs in zip(*_THINKS))
 
 
 def without_thoughts(
     text: str,  # a reply
 ) -> str:
     "A reply without what a model thinks aloud before it answers. Thoughts that never end are a ValueError."
-    text = _THOUGHTS.sub("", text)
-    text = text[max((closing.end() for closing in _CLOSES.finditer(text)), default=0) :]  # the prompt may open them
-    opened = _OPENS.search(text)
-    if opened and not _within_json(text, opened.start()):
+    text = re.sub(rf"(?:{_OPENS}).*?(?:{_CLOSES})", "", text, flags=re.I | re.S)
+    text = re.split(_CLOSES, text, flags=re.I)[-1]  # the prompt may open them
+    opened = re.search(_OPENS, text, re.I)
+    within = opened and "{" in text[: opened.start()] and "}" in text[opened.end() :]  # there it is a word like others
+    if opened and not within:
         raise ValueError("its thoughts were cut off")
     return text
-
-
-def _within_json(text, at):
-    "Whether a place lies within a JSON object, where what looks like a tag is a word like others."
-    start = text.find("{")
-    if not 0 <= start < at:
-        return False
-    try:
-        return at < _DECODER.raw_decode(text, start)[1]
-    except (ValueError, RecursionError):
-        return False
 
 
 def parse_json(
@@ -159,10 +128,8 @@ def parse_json(
             raise ValueError("it is nested too deeply") from None
         else:
             found.append(value)
-    if len(found) != 1:
-        raise ValueError(f"it has to hold one JSON object but holds {len(found)}")
-    if not isinstance(found[0], dict):
-        raise ValueError("it has to hold a JSON object but holds a list")
+    if len(found) != 1 or not isinstance(found[0], dict):
+        raise ValueError(f"it has to hold one JSON object but holds {'a list' if len(found) == 1 else len(found)}")
     return found[0]
 
 # %% ../../nbs/library/11_backends.ipynb #b1300013
@@ -177,59 +144,54 @@ class _Failure(Exception):
         self.kind, self.said = kind, said
 
 
-class _Chat:
+class Chat:
     "Asks questions, reads replies, and asks again what could not be read."
 
-    tries = 1
+    name = ""
+    tries = 1  # replies that cannot be read after which a question is given up
 
-    def answer(self, questions):
+    def answer(self, questions: Sequence[Question]) -> list[object | BackendError]:
         "The answers alone."
         return [exchange.answer for exchange in self.ask(questions)]
 
     def ask(
         self,
-        questions,
-        unreadable: int | None = None,  # replies that cannot be read after which a question is given up, below `tries`
-        before: Callable[[], None] | None = None,  # called before each request: keeps a pace
+        questions: Sequence[Question],
+        unreadable: int | None = None,  # the same as `tries` for these questions, where it is less
     ) -> list[Exchange]:
         "The exchanges, in the order of the questions."
-        exchanges, asked, left = [Exchange(None, ())] * len(questions), list(questions), list(range(len(questions)))
+        exchanges, asked, left = [Exchange(None)] * len(questions), list(questions), list(range(len(questions)))
         for attempt in range(min(self.tries, unreadable or self.tries)):
-            replies, waiting, left = self._send([asked[i] for i in left], before), left, []
+            replies, waiting, left = self._send([asked[i] for i in left]), left, []
             for i, said in zip(waiting, replies):
-                answer, said, rubbish = self._read(asked[i], said)
-                if rubbish:
-                    asked[i] = _asked_again(asked[i], questions[i], said)
-                    left.append(i)
-                    tried = f" ({attempt + 1} tries)" if attempt else ""
-                    answer = BackendError(said.failure + tried)
+                try:
+                    answer, said = self._read(asked[i], said)
+                except _Failure as failure:
+                    why = self._clean(str(failure))[: 202 + len(failure.kind)]
+                    said = replace(failure.said, text=self._clean(failure.said.text), failure=why)
+                    answer = BackendError(why)
+                    if failure.kind == "rubbish":
+                        answer = BackendError(why + (f" ({attempt + 1} tries)" if attempt else ""))
+                        asked[i] = _asked_again(asked[i], questions[i], said)
+                        left.append(i)
                 exchanges[i] = Exchange(answer, (*exchanges[i].attempts, said))
         return exchanges
 
     def _read(self, question, said):
-        "The answer in what was said, the attempt as it is kept, and whether to ask again."
-        try:
-            if isinstance(said, _Failure):
-                raise said
-            text = self._clean(said.text)
-            answer = self._answer_in(question, said)
-            return self._clean(answer) if isinstance(answer, str) else answer, replace(said, text=text), False
-        except _Failure as failure:
-            why = self._clean(str(failure))[: 202 + len(failure.kind)]
-            said = replace(failure.said, text=self._clean(failure.said.text), failure=why)
-            return BackendError(why), said, failure.kind == "rubbish"
-
-    def _answer_in(self, question, said):
-        "What was cut off is no answer, whatever it holds: it may be a draft."
-        quoted = f"{' '.join(self._clean(said.text).split())[:80]!r}"
+        "The answer in what was said, and the attempt as it is kept. What was cut off is none: it may be a draft."
+        if isinstance(said, _Failure):
+            raise said
+        text = self._clean(said.text)
+        quoted = f"{' '.join(text.split())[:80]!r}"
         if said.cut:
             raise _Failure("rubbish", f"cut at {question.max_tokens} tokens: {quoted}", said)
-        if not said.text.strip():
+        if not text.strip():
             raise _Failure("rubbish", "empty reply", said)
         try:
-            return question.read(said.text)
+            answer = question.read(said.text)
         except ValueError as error:
             raise _Failure("rubbish", f"{error}: {quoted}", said) from None
+        return self._clean(answer) if isinstance(answer, str) else answer, replace(said, text=text)
 
     def _clean(self, text):
         return text
@@ -249,15 +211,17 @@ def _mime(path):
     return mimetypes.guess_type(str(path))[0] or "video/mp4"
 
 
-class _Endpoint(_Chat):
+class _Endpoint(Chat):
     "Questions to a server, from several threads. Its client waits and tries again where a server is busy or away."
 
     def __init__(self, model, base_url, key, timeout, tries, concurrency):
-        for name, value in dict(concurrency=concurrency, tries=tries).items():
-            if value < 1:
-                raise InputError(f"`{name}` has to be at least 1 but is {value}.")
-        if timeout <= 0:
-            raise InputError(f"`timeout` has to be above 0 seconds but is {timeout}.")
+        for name, value, good in (
+            ("concurrency", concurrency, concurrency >= 1),
+            ("tries", tries, tries >= 1),
+            ("timeout", timeout, timeout > 0),
+        ):
+            if not good:
+                raise InputError(f"`{name}` has to be above 0 but is {value}.")
         self.name = self.model = model
         self.base_url, self.timeout, self.tries, self.concurrency = base_url, timeout, tries, concurrency
         self._key, self._client = key, None
@@ -269,10 +233,8 @@ class _Endpoint(_Chat):
     def __getstate__(self):
         return self.__dict__ | dict(_client=None)  # a connection stays in its process
 
-    def _send(self, questions, before):
+    def _send(self, questions):
         def one(question):
-            if before:
-                before()
             try:
                 return self._reply(question)
             except _Failure as failure:
@@ -294,6 +256,10 @@ def _status(code, message):
     return _Failure("time-out" if code in (408, 504) else "endpoint", f"{code} {message}")
 
 # %% ../../nbs/library/11_backends.ipynb #b1300018
+# a server may take one spelling of a parameter and not the other; None leaves it out
+_SPELLINGS = dict(max_tokens="max_completion_tokens", max_completion_tokens="max_tokens", temperature=None)
+
+
 class OpenAIChat(_Endpoint):
     "Any endpoint with OpenAI's chat completions: vLLM, SGLang, llama.cpp, hosted ones."
 
@@ -305,8 +271,7 @@ class OpenAIChat(_Endpoint):
         timeout: float = 120.0,  # seconds without a byte
         tries: int = 4,  # of a request that fails, and of a question whose reply cannot be read
         concurrency: int = 8,  # questions under way at once
-        extra: dict
-        | None = None,  # further parameters, such as `top_k` or `max_completion_tokens`; None leaves one out
+        extra: dict | None = None,  # further parameters, such as `top_k`; None in place of a value leaves one out
     ):
         require("openai")
         key = os.environ.get("OPENAI_API_KEY") if api_key is None else api_key
@@ -322,41 +287,32 @@ class OpenAIChat(_Endpoint):
         return openai.OpenAI(api_key=self._key or "none", **how)
 
     def _reply(self, question):
+        import openai
+
         messages = [dict(role="user", content=[_openai_part(part) for part in question.parts])]
         if question.system:
             messages.insert(0, dict(role="system", content=question.system))
         room = {} if "max_completion_tokens" in self.extra else dict(max_tokens=question.max_tokens)
-        request = dict(model=self.model, messages=messages, temperature=0.0) | room | self.extra
-        tried = dict(self.spellings)
+        given, spellings = dict(temperature=0.0) | room | self.extra, dict(self.spellings)
+        given |= given.pop("extra_body", {})
         while True:
+            body = {spellings.get(name, name): value for name, value in given.items() if value is not None}
+            body.pop(None, None)
             try:
-                reply = self._create(_respelled(request, tried))
-            except _Refused as refused:
-                if refused.name not in request or refused.name in tried:
-                    raise refused.failure from None
-                tried[refused.name] = _SPELLINGS[refused.name]
-                continue
-            self.spellings = tried
-            return _openai_attempt(reply)
-
-    def _create(self, request):
-        import openai
-
-        create = self._client.chat.completions.create
-        own = inspect.signature(create).parameters  # what it does not know goes into the body as it is
-        request = {k: v for k, v in request.items() if v is not None}
-        body = {k: v for k, v in request.items() if k not in own} | request.pop("extra_body", {})
-        request = {k: v for k, v in request.items() if k in own} | (dict(extra_body=body) if body else {})
-        try:
-            return create(**request)
-        except openai.APITimeoutError:
-            raise _Failure("time-out", f"no reply within {self.timeout:g} s") from None
-        except openai.APIConnectionError as error:
-            raise _Failure("endpoint", f"no connection: {error.__cause__ or error}") from None
-        except openai.APIStatusError as error:
-            raise _openai_failure(error, request) from None
-        except (openai.APIResponseValidationError, ValueError):
-            raise _Failure("rubbish", "the reply is no chat completion") from None
+                reply = self._client.chat.completions.create(model=self.model, messages=messages, extra_body=body)
+                self.spellings = spellings
+                return _openai_attempt(reply)
+            except openai.APITimeoutError:
+                raise _Failure("time-out", f"no reply within {self.timeout:g} s") from None
+            except openai.APIConnectionError as error:
+                raise _Failure("endpoint", f"no connection: {error.__cause__ or error}") from None
+            except openai.APIStatusError as error:
+                refused = [n for n in _SPELLINGS if n in given and re.search(rf"\b{n}\b", error.response.text)]
+                if error.status_code not in (400, 422) or not refused or refused[0] in spellings:
+                    raise _openai_failure(error) from None
+                spellings[refused[0]] = _SPELLINGS[refused[0]]
+            except (openai.APIResponseValidationError, ValueError):
+                raise _Failure("rubbish", "the reply is no chat completion") from None
 
 
 def _openai_part(part):
@@ -369,33 +325,12 @@ def _openai_part(part):
     return {"type": name, name: dict(url=f"data:{kind};base64,{base64.b64encode(data).decode()}")}
 
 # %% ../../nbs/library/11_backends.ipynb #11da0002
-# a server may take one spelling of a parameter and not the other; None leaves it out
-_SPELLINGS = dict(max_tokens="max_completion_tokens", max_completion_tokens="max_tokens", temperature=None)
-
-
-class _Refused(Exception):
-    "A server does not take a parameter."
-
-    def __init__(self, name, failure):
-        self.name, self.failure = name, failure
-
-
-def _respelled(request, spellings):
-    named = {spellings.get(name, name): value for name, value in request.items()}
-    return {name: value for name, value in named.items() if name}
-
-
-def _openai_failure(error, request):
+def _openai_failure(error):
     if error.code == "insufficient_quota":
         return _Failure("quota", error.message)
     if error.code in ("content_filter", "content_policy_violation"):
         return _Failure("refused", error.message)
-    failure = _status(error.status_code, error.message)
-    if error.status_code in (400, 422):
-        for name in _SPELLINGS:
-            if name in request and re.search(rf"\b{name}\b", error.response.text):
-                return _Refused(name, failure)
-    return failure
+    return _status(error.status_code, error.message)
 
 
 def _openai_attempt(reply):
@@ -416,15 +351,9 @@ def _openai_attempt(reply):
 
 def _words(content):
     "The text of a message: a string, or parts of which those with thoughts are left out."
-    if content is None or isinstance(content, str):
-        return content or ""
-    texts = []
-    for part in content if isinstance(content, list) else [content]:
-        if isinstance(part, str):
-            texts.append(part)
-        elif part.get("type", "text") in ("text", "output_text"):
-            texts.append(str(part.get("text") or ""))
-    return "".join(texts)
+    parts = content if isinstance(content, list) else [content or ""]
+    parts = [dict(text=part) if isinstance(part, str) else part for part in parts]
+    return "".join(str(p.get("text") or "") for p in parts if p.get("type", "text") in ("text", "output_text"))
 
 # %% ../../nbs/library/11_backends.ipynb #b1300019
 _BLOCKED = "SAFETY RECITATION BLOCKLIST PROHIBITED_CONTENT SPII IMAGE_SAFETY IMAGE_PROHIBITED_CONTENT IMAGE_RECITATION"
@@ -589,16 +518,13 @@ def _processor_class():
     return QwenProcessor
 
 
-def qwen_processor(
+def _qwen_processor(
     source,  # hub id or folder, or anything with a `tokenizer` and an `image_processor`
+    **where,  # of `from_pretrained`
 ):  # called as (text=, images=), gives input_ids, attention_mask, pixel_values, image_grid_thw, mm_token_type_ids
     "Reads words and pictures for Qwen2.5-VL and Qwen3-VL, without torchvision."
     if not isinstance(source, (str, Path)):
         return _processor_class()(source.tokenizer, source.image_processor)
-    return _processor_from(source)
-
-
-def _processor_from(source, **where):
     from transformers import AutoTokenizer
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -606,19 +532,17 @@ def _processor_from(source, **where):
     return _processor_class()(*(kind.from_pretrained(source, **where) for kind in kinds))
 
 # %% ../../nbs/library/11_backends.ipynb #b1300025
-def _is_video(part):
-    return isinstance(part, VideoPart)
-
-
-def _video_pictures(part, most=16):
-    "Words and pictures in turn: frames of a video, each under its second, for a model that sees pictures only."
+def _seen(part, most=16):
+    "A part for a model that sees pictures only: a video becomes frames, each under its second."
+    if not isinstance(part, VideoPart):
+        return [part]
     info = video_info(part.path)
     at = sample_indices(info.frames, min(most, max(2, round(info.duration * part.fps))))
     frames = read_video(part.path, indices=at).frames
     return [p for i, frame in zip(at, frames) for p in (f"{i / info.fps:.1f} s:", frame)]
 
 
-class TransformersChat(_Chat):
+class TransformersChat(Chat):
     "Qwen2.5-VL or Qwen3-VL in this process, batch by batch."
 
     def __init__(
@@ -642,22 +566,18 @@ class TransformersChat(_Chat):
             raise InputError("`processor` has to be given with a loaded model but is None.")
         else:
             self.name = _named(model)
-        self.processor, self.model = qwen_processor(processor), model.to(self.device).eval()
+        self.processor, self.model = _qwen_processor(processor), model.to(self.device).eval()
 
-    def _send(self, questions, before):
-        replies = []
-        for start in range(0, len(questions), self.batch_size):
-            if before:
-                before()
-            replies += self._generate(questions[start : start + self.batch_size])
-        return replies
+    def _send(self, questions):
+        starts = range(0, len(questions), self.batch_size)
+        return [reply for a in starts for reply in self._generate(questions[a : a + self.batch_size])]
 
     def _generate(self, questions):
         import torch
 
         tokenizer, chats, pictures = self.processor.tokenizer, [], []
         for question in questions:
-            parts = [p for part in question.parts for p in (_video_pictures(part) if _is_video(part) else (part,))]
+            parts = [p for part in question.parts for p in _seen(part)]
             content = [dict(type="text", text=p) if isinstance(p, str) else dict(type="image") for p in parts]
             pictures += [Image.fromarray(part) for part in parts if not isinstance(part, str)]
             system = [dict(role="system", content=question.system)] if question.system else []
@@ -692,16 +612,17 @@ def chat_of(
     return GeminiChat(rest) if kind == "gemini" and rest else TransformersChat(text, device=device)
 
 # %% ../../nbs/library/11_backends.ipynb #b1300029
-SYSTEM = """You check data for training a video editor. You look closely, you are strict, \
+_SYSTEM = """You check data for training a video editor. You look closely, you are strict, \
 and you answer with one JSON object and nothing else."""
-SCORE_PROMPT = """The pictures are frames of a clip before the edit and the same frames after it. Judge the edit \
+_PROMPTS = dict(
+    score="""The pictures are frames of a clip before the edit and the same frames after it. Judge the edit \
 as a whole with one integer from 1 to 10:
 is what the instruction asks for there, in every frame and in the right place; has everything else stayed as it \
 was; is the result free of flicker, smears and broken shapes?
 10 is an edit without fault, 5 one with a fault that is seen at once, 1 one that does something else or nothing. \
 A serious fault in one of the three points decides.
-Answer: {"score": n}"""
-GROUND_PROMPT = """The pictures are frames of a clip before the edit and the same frames after it, each with its \
+Answer: {"score": n}""",
+    ground="""The pictures are frames of a clip before the edit and the same frames after it, each with its \
 number. Say what kind of edit it is, what it is about, and where.
 "task" is one of: "subject" (something is replaced by what a reference picture shows), "background" (the scene \
 behind is another one), "add" (something new appears), "remove" (something is gone),
@@ -712,63 +633,21 @@ jacket" or "snowy mountain valley"; for a removal it is what went.
 "boxes" holds one [frame, left, top, right, bottom] for each frame in which it is seen after the edit, tight \
 around it; for a removal, before the edit; for a background, around all that stands in front of it.
 Coordinates are integers from 0 to 1000 of the width and of the height. Leave out frames where it is not seen.
-Answer: {"task": "...", "subject": "...", "boxes": [[frame, left, top, right, bottom], ...]}"""
-CONSISTENCY_PROMPT = """The last picture is meant as the reference for this edit: with it and the instruction, an \
+Answer: {"task": "...", "subject": "...", "boxes": [[frame, left, top, right, bottom], ...]}""",
+    consistency="""The last picture is meant as the reference for this edit: with it and the instruction, an \
 editor should be able to make the edited frames from the original ones.
 Judge with one integer from 1 to 10 whether it shows what the edit brought in: the same thing or scene, with the \
 same colours, material, shape and markings, and of the kind that the instruction speaks of.
 10 is the very same, 5 something alike with wrong details, 1 something else.
-Answer: {"score": n}"""
-QUALITY_PROMPT = """Judge this picture as a reference with one integer from 1 to 10: is it sharp, whole and free \
+Answer: {"score": n}""",
+    quality="""Judge this picture as a reference with one integer from 1 to 10: is it sharp, whole and free \
 of artefacts, and is what it is meant to show the one thing that catches the eye, not cut off and not covered?
 10 is a clean catalogue picture or an undisturbed scene, 5 one that is usable with visible faults, 1 one that is \
 broken or shows mostly other things.
-Answer: {"score": n}"""
-
-
-@dataclass(frozen=True)
-class JudgeOptions:
-    "What judges are shown and told."
-
-    frames: int = 4  # of each clip, evenly spaced
-    side: int = 768  # pixels; larger pictures are shrunk to this longer side
-    system: str = SYSTEM
-    score: str = SCORE_PROMPT
-    ground: str = GROUND_PROMPT
-    consistency: str = CONSISTENCY_PROMPT
-    quality: str = QUALITY_PROMPT
-
-
-def _shrunk(picture, side):
-    scale = side / max(picture.shape[:2])
-    return picture if scale >= 1 else cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-
-
-def _shown(record, options, at=None):
-    "Frames before and after, each under its number."
-    parts = []
-    for i in sample_indices(len(record.edited), options.frames) if at is None else at:
-        for when, clip in (("before", record.source), ("after", record.edited)):
-            parts += [f"Frame {i} {when}:", _shrunk(clip[i], options.side)]
-    return parts
-
-
-def _told(record):
-    return f"Instruction: {json.dumps(record.pair.instruction, ensure_ascii=False)}"
+Answer: {"score": n}""",
+)
 
 # %% ../../nbs/library/11_backends.ipynb #b1300030
-def read_score(text: str) -> int:  # 1..10
-    "The score of a reply."
-    answer = parse_json(text)
-    if "score" not in answer:
-        raise ValueError(f'it has to have the key "score" but has {sorted(answer)}')
-    said = answer["score"]
-    score = _number(re.sub(r"\s*(?:/|out of)\s*10\s*$", "", said) if isinstance(said, str) else said)
-    if score not in range(1, 11):
-        raise InputError(f"`score` has to be an integer from 1 to 10 but is {answer['score']!r}")
-    return int(score)
-
-
 def _number(value):
     'A number as models write it: 7, 7.0 or "7"; None for anything else.'
     if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d{1,9}(\.\d+)?\s*", value):
@@ -776,18 +655,15 @@ def _number(value):
     return value if type(value) in (int, float) else None
 
 
-class ChatScorer:
-    "Scores edits by what a vision-language model sees."
+def _read_score(text):
+    "The score of a reply, 1 to 10."
+    said = parse_json(text).get("score")
+    score = _number(re.sub(r"\s*(?:/|out of)\s*10\s*$", "", said) if isinstance(said, str) else said)
+    if score not in range(1, 11):
+        raise InputError(f"`score` has to be an integer from 1 to 10 but is {said!r}")
+    return int(score)
 
-    def __init__(self, chat: Chat, options: JudgeOptions = JudgeOptions()):
-        self.chat, self.options, self.name = chat, options, chat.name
 
-    def score(self, records):
-        o = self.options
-        questions = [Question((*_shown(r, o), _told(r), o.score), o.system, read_score) for r in records]
-        return [a if isinstance(a, BackendError) else dict(edit=a / 10) for a in self.chat.answer(questions)]
-
-# %% ../../nbs/library/11_backends.ipynb #b1300031
 def _spread_boxes(found, count):
     "Boxes (count, 4) for all frames from those of frames that were looked at, None where nothing was seen."
     boxes, seen = np.full((count, 4), np.nan, np.float32), sorted(found)
@@ -801,84 +677,108 @@ def _spread_boxes(found, count):
     return boxes
 
 
-def read_grounding(
-    text: str,
-    shown: Sequence[int],  # frames that were looked at
-    count: int,  # frames in all
-    task: str = "",  # where the data says it
-) -> Grounding:
+def _read_box(box, shown):
+    "Frame, left, top, right and bottom, the last four in 0..1."
+    numbers = [_number(x) for x in box] if isinstance(box, list) else []
+    if len(numbers) != 5 or None in numbers:
+        raise ValueError(f"a box has to be five numbers but is {box!r}")
+    frame, l, t, r, b = numbers
+    if frame not in shown:
+        raise ValueError(f"a box has to be of a frame of {list(shown)} but is of {frame!r}")
+    if not (0 <= l < r <= 1000 and 0 <= t < b <= 1000):
+        raise ValueError(f"a box has to run from left to right and top to bottom in 0..1000 but is {box[1:]}")
+    return frame, l / 1000, t / 1000, r / 1000, b / 1000
+
+
+def _read_grounding(
+    text,
+    shown,  # frames that were looked at
+    count,  # frames in all
+    task="",  # where the data says it
+):
     "Task, subject and boxes of a reply."
     answer = parse_json(text)
-    if missing := [key for key in ("task", "subject", "boxes") if key not in answer]:
-        raise ValueError(f"it has to have the keys {missing}")
-    if answer["task"] not in TASKS:
-        raise InputError(f"`task` has to be one of {TASKS} but is {answer['task']!r}")
-    task, subject = task or answer["task"], answer["subject"]
-    if not isinstance(subject, str) or not subject.strip():
-        raise InputError(f"`subject` has to be words but is {subject!r}")
-    if not isinstance(answer["boxes"], list):
-        raise InputError(f"`boxes` has to be a list but is {answer['boxes']!r}")
-    found = dict.fromkeys(shown)
-    for box in answer["boxes"]:
-        numbers = [_number(x) for x in box] if isinstance(box, list) else []
-        if len(numbers) != 5 or None in numbers:
-            raise ValueError(f"a box has to be five numbers but is {box!r}")
-        frame, l, t, r, b = numbers
-        if frame not in found:
-            raise ValueError(f"a box has to be of a frame of {list(shown)} but is of {frame!r}")
-        if not (0 <= l < r <= 1000 and 0 <= t < b <= 1000):
-            raise ValueError(f"a box has to run from left to right and top to bottom in 0..1000 but is {box[1:]}")
+    said, subject, boxes = (answer.get(key) for key in ("task", "subject", "boxes"))
+    for key, value, rule, good in (
+        ("task", said, f"one of {TASKS}", said in TASKS),
+        ("subject", subject, "words", isinstance(subject, str) and subject.strip()),
+        ("boxes", boxes, "a list", isinstance(boxes, list)),
+    ):
+        if not good:
+            raise InputError(f"`{key}` has to be {rule} but is {value!r}")
+    task, found = task or said, dict.fromkeys(shown)
+    for frame, l, t, r, b in (_read_box(box, shown) for box in boxes):
         old = found[frame] or (1.0, 1.0, 0.0, 0.0)  # several boxes of a frame become the one around them
-        found[frame] = (min(old[0], l / 1000), min(old[1], t / 1000), max(old[2], r / 1000), max(old[3], b / 1000))
-    have = sum(box is not None for box in found.values())
-    if not have and task not in ("background", "style", "plate"):
+        found[frame] = (min(old[0], l), min(old[1], t), max(old[2], r), max(old[3], b))
+    wide, have = task in ("background", "style", "plate"), sum(box is not None for box in found.values())
+    if not have and not wide:
         raise InputError(f"`boxes` has to hold a box for the task {task!r} but is empty")
-    confidence = 1.0 if task in ("background", "style", "plate") else have / len(found)
+    confidence = 1.0 if wide else have / len(found)
     return Grounding(task, subject.strip(), _spread_boxes(found, count), task == "remove", confidence)
 
+# %% ../../nbs/library/11_backends.ipynb #b1300031
+def shrunk(
+    picture: np.ndarray,  # (h, w, 3) uint8
+    side: int,  # pixels
+) -> np.ndarray:
+    "A picture whose longer side is at most so long."
+    scale = side / max(picture.shape[:2])
+    return picture if scale >= 1 else cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
 
-class ChatGrounder:
-    "Grounds edits by what a vision-language model sees."
 
-    def __init__(self, chat: Chat, options: JudgeOptions = JudgeOptions()):
-        self.chat, self.options, self.name = chat, options, chat.name
+class ChatBackend:
+    "Scores edits, grounds them and verifies references by what a vision-language model sees."
+
+    prompts, system = _PROMPTS, _SYSTEM
+
+    def __init__(
+        self,
+        chat: Chat,
+        frames: int = 4,  # of each clip, evenly spaced
+        side: int = 768,  # pixels; larger pictures are shrunk to this longer side
+    ):
+        self.chat, self.name, self.frames, self.side = chat, chat.name, frames, side
+
+    def score(self, records):
+        answers = self.chat.answer([self._question("score", _read_score, *self._shown(r)) for r in records])
+        return [a if isinstance(a, BackendError) else dict(edit=a / 10) for a in answers]
 
     def ground(self, records):
-        return self.chat.answer([self._question(r) for r in records])
-
-    def _question(self, record):
-        count, o = len(record.edited), self.options
-        at = sample_indices(count, o.frames)
-        known = [f'The task is known to be "{record.task}".'] if record.task else []
-        read = functools.partial(read_grounding, shown=at, count=count, task=record.task)
-        return Question((*_shown(record, o, at), _told(record), *known, o.ground), o.system, read, 1024)
-
-# %% ../../nbs/library/11_backends.ipynb #b1300035
-class ChatVerifier:
-    "Checks references by what a vision-language model sees, one question for each of the paper's two criteria."
-
-    def __init__(self, chat: Chat, options: JudgeOptions = JudgeOptions()):
-        self.chat, self.options, self.name = chat, options, chat.name
+        return self.chat.answer([self._where(r) for r in records])
 
     def verify(self, records):
+        "One question for each of the paper's two criteria."
         have = [r for r in records if r.reference is not None and r.reference.size]
-        answers = self.chat.answer([question for r in have for question in self._questions(r)])
+        answers = self.chat.answer([question for r in have for question in self._criteria(r)])
         checks = {id(r): self._check(*pair) for r, pair in zip(have, zip(answers[::2], answers[1::2]))}
         return [checks.get(id(r), BackendError("no reference")) for r in records]
 
-    def _questions(self, record):
-        o, reference = self.options, _shrunk(record.reference, self.options.side)
-        parts = *_shown(record, o), _told(record), "Reference:", reference, o.consistency
-        yield Question(parts, o.system, read_score)
+    def _question(self, what, read, *parts, max_tokens=256):
+        return Question((*parts, self.prompts[what]), self.system, read, max_tokens)
+
+    def _shown(self, record):
+        "Frames before and after, each under its number, and the instruction."
+        for i in sample_indices(len(record.edited), self.frames):
+            for when, clip in (("before", record.source), ("after", record.edited)):
+                yield from (f"Frame {i} {when}:", shrunk(clip[i], self.side))
+        yield f"Instruction: {json.dumps(record.pair.instruction, ensure_ascii=False)}"
+
+    def _where(self, record):
+        count = len(record.edited)
+        known = [f'The task is known to be "{record.task}".'] if record.task else []
+        how = dict(shown=sample_indices(count, self.frames), count=count, task=record.task)
+        read = functools.partial(_read_grounding, **how)
+        return self._question("ground", read, *self._shown(record), *known, max_tokens=1024)
+
+    def _criteria(self, record):
+        reference = shrunk(record.reference, self.side)
+        yield self._question("consistency", _read_score, *self._shown(record), "Reference:", reference)
         words = json.dumps(record.subject, ensure_ascii=False)
         meant = f"It is meant to show: {words}{', as an empty scene' if record.task == 'background' else ''}."
-        yield Question((reference, meant, o.quality), o.system, read_score)
+        yield self._question("quality", _read_score, reference, meant)
 
-    def _check(self, consistency, quality):
-        for answer in (consistency, quality):
-            if isinstance(answer, BackendError):
-                return answer
-        return Check(float(consistency), float(quality))
+    def _check(self, *scores):
+        return next((s for s in scores if isinstance(s, BackendError)), None) or Check(*map(float, scores))
 
 # %% ../../nbs/library/11_backends.ipynb #b1300038
 _IMAGENET = (np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225]))
@@ -891,20 +791,18 @@ def _normal(image, mean, std):
 class SamSegmenter:
     "Masks from boxes by SAM or SAM 2, frame by frame."
 
+    batch_size = 8  # frames at once
+
     def __init__(
         self,
         model,  # hub id, folder, or a loaded `SamModel` or `Sam2Model`
-        processor=None,  # a `SamProcessor`; None prepares pictures here, without torchvision
         device: str = "auto",
-        batch_size: int = 8,  # frames at once
     ):
-        if batch_size < 1:
-            raise InputError(f"`batch_size` has to be at least 1 but is {batch_size}.")
         if isinstance(model, (str, Path)):
             from transformers import AutoModelForMaskGeneration
 
             model = AutoModelForMaskGeneration.from_pretrained(model)
-        self.device, self.processor, self.batch_size = choose_device(device), processor, batch_size
+        self.device = choose_device(device)
         self.model, self.name = model.to(self.device).eval(), _named(model)
         self.square = model.config.model_type != "sam"  # SAM 2 squeezes a picture to a square, SAM pads it
         size = model.config.prompt_encoder_config.image_size
@@ -927,35 +825,24 @@ class SamSegmenter:
         import torch
         import torch.nn.functional as F
 
-        if self.processor:
-            boxes = [[box.tolist()] for box in boxes]
-            inputs = self.processor(images=frames, input_boxes=boxes, return_tensors="pt")
-        else:
-            inputs = self._inputs(frames, boxes)
-        sizes = inputs.get("reshaped_input_sizes", [(self.side, self.side)] * len(frames))
-        inputs = {k: inputs[k].to(self.device, self.model.dtype) for k in ("pixel_values", "input_boxes")}
+        pixels, scaled, sizes = np.zeros((len(frames), 3, self.side, self.side), np.float32), [], []
+        for out, frame, box in zip(pixels, frames, boxes):
+            h, w = frame.shape[:2]
+            height, width = [int(x * self.side / (x if self.square else max(h, w)) + 0.5) for x in (h, w)]
+            image = Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR)
+            out[:, :height, :width] = _normal(image, *_IMAGENET)
+            scaled.append([box * np.float32([width / w, height / h] * 2)])
+            sizes.append((height, width))
+        inputs = dict(pixel_values=pixels, input_boxes=np.float32(scaled))
+        inputs = {k: torch.from_numpy(v).to(self.device, self.model.dtype) for k, v in inputs.items()}
         with torch.inference_mode():
             logits = self.model(**inputs, multimask_output=False).pred_masks[:, 0].float()
         for frame, logit, (height, width) in zip(frames, logits, sizes):
             full = F.interpolate(logit[None], (self.side, self.side), mode="bilinear")[..., :height, :width]
             yield (F.interpolate(full, frame.shape[:2], mode="bilinear")[0, 0] > 0).cpu().numpy()
 
-    def _inputs(self, frames, boxes):
-        import torch
-
-        pixels, scaled, sizes = np.zeros((len(frames), 3, self.side, self.side), np.float32), [], []
-        for out, frame, box in zip(pixels, frames, boxes):
-            h, w = frame.shape[:2]
-            size = height, width = [int(x * self.side / (x if self.square else max(h, w)) + 0.5) for x in (h, w)]
-            image = Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR)
-            out[:, :height, :width] = _normal(image, *_IMAGENET)
-            scaled.append([box * np.float32([width / w, height / h] * 2)])
-            sizes.append(size)
-        boxes = torch.from_numpy(np.float32(scaled))
-        return dict(pixel_values=torch.from_numpy(pixels), input_boxes=boxes, reshaped_input_sizes=sizes)
-
 # %% ../../nbs/library/11_backends.ipynb #b1300042
-REFERENCE_PROMPTS = dict(
+_REFERENCE_PROMPTS = dict(
     subject="Show only {x}, whole and centred on a plain white background, with its exact colours, material, shape and "
     "markings. Nothing else is in the picture: no person wearing or holding it, no hands, no text, no shadow of other "
     "things.",
@@ -965,28 +852,19 @@ REFERENCE_PROMPTS = dict(
 _POINTS = re.compile(r"\b(reference|picture)\b")  # words that point to a picture which is still to be made
 
 
-def called(subject: str) -> str:
+def _called(subject):
     'A subject\'s words with an article; "the main object" where they only point to a reference.'
     subject = re.sub(r"^(?:the|an?|some)\s+", "", subject.strip(" .,!"), flags=re.IGNORECASE)
     return f"the {subject}" if subject and not _POINTS.search(subject.lower()) else "the main object"
 
 
-def seed_of(id: str) -> int:  # 0..2**63-1
-    "A seed that is a record's own, whatever the order or the number of workers."
+def _seed_of(id):
+    "A seed of 63 bits that is a record's own, whatever the order or the number of workers."
     return int.from_bytes(hashlib.sha256(id.encode()).digest()[:8], "big") >> 1
 
 
-def best_view(record) -> np.ndarray | BackendError:  # (H, W, 3) uint8, at the size of the file
-    "The edited frame to draw from: where the subject is at its best, or least stands before a background."
-    place = record.task == "background"
-    if record.mask is None or not (place or record.mask.any()):
-        return BackendError("empty mask")
-    at = int(record.mask.mean((1, 2)).argmin()) if place else CutoutSynthesizer().best_frame(record)
-    return full_frames(record, [at])[0]
-
-
 class _Drawer:
-    "Draws references with a model, each from the best view of its record."
+    "Draws references with a model, each from the best view of its record, at the size of the file."
 
     def synthesize(self, records):
         return [self._one(record) for record in records]
@@ -994,53 +872,46 @@ class _Drawer:
     def _one(self, record):
         import torch
 
-        view = best_view(record)
-        if isinstance(view, BackendError):
-            return view
-        words = self.prompts["background" if record.task == "background" else "subject"]
-        noise = torch.Generator("cpu").manual_seed(seed_of(record.pair.id))  # the same on every device
-        image = self._draw(view, words.format(x=called(record.subject)), noise)
+        place = record.task == "background"
+        if record.mask is None or not (place or record.mask.any()):
+            return BackendError("empty mask")
+        # where the subject is at its best, or least stands before a background
+        at = int(record.mask.mean((1, 2)).argmin()) if place else CutoutSynthesizer().best_frame(record)
+        words = self.prompts["background" if place else "subject"].format(x=_called(record.subject))
+        noise = torch.Generator("cpu").manual_seed(_seed_of(record.pair.id))  # the same on every device
+        image = self._draw(full_frames(record, [at])[0], words, noise)
         return image if image.std((0, 1)).max() >= 1 else BackendError("rubbish: a picture of one colour")
 
 # %% ../../nbs/library/11_backends.ipynb #b1300043
 class EditorSynthesizer(_Drawer):
     'References by an image editor of diffusers: Qwen-Image-Edit (2509 and later are "Plus"), FLUX.1 Kontext.'
 
+    prompts = _REFERENCE_PROMPTS
+
     def __init__(
         self,
         pipe,  # `QwenImageEditPlusPipeline`, `QwenImageEditPipeline`, `FluxKontextPipeline` or one that is called alike
-        steps: int | None = None,  # None takes the pipeline's own
-        guidance: float | None = None,  # Qwen's `true_cfg_scale`, others' `guidance_scale`; None: the pipeline's own
-        negative: str | None = None,  # what a picture should not be; None is a blank for Qwen and nothing for others
-        prompts: dict | None = None,  # "subject" with {x} for its words, "background"
-        options: dict | None = None,  # further arguments of each call, such as height and width
+        **call,  # further arguments of each call, such as `num_inference_steps`
     ):
-        self.pipe, self.prompts = pipe, REFERENCE_PROMPTS | (prompts or {})
-        if unknown := set(self.prompts) - set(REFERENCE_PROMPTS):
-            raise InputError(f"`prompts` has to have keys of {sorted(REFERENCE_PROMPTS)} but has {sorted(unknown)}.")
-        self.name = getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__
+        self.pipe, self.name = pipe, getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__
         qwen = type(pipe).__name__.startswith("QwenImage")
-        words = " " if negative is None and qwen else negative
-        call = {"true_cfg_scale" if qwen else "guidance_scale": guidance}
-        call |= dict(num_inference_steps=steps, negative_prompt=words)
-        self.call = {k: v for k, v in call.items() if v is not None} | (options or {})
+        self.call = dict(negative_prompt=" ") | call if qwen else call
 
     @classmethod
     def from_pretrained(
         cls,
         name: str | Path,  # "Qwen/Qwen-Image-Edit-2511", "black-forest-labs/FLUX.1-Kontext-dev" or a folder
         device: str = "auto",
-        dtype: str = "auto",
-        **kwargs,  # of the constructor
+        **call,  # see the constructor
     ) -> EditorSynthesizer:
         "An editor from the hub or from a folder."
         from diffusers import DiffusionPipeline
 
         device, parts = choose_device(device), {}
         if "processor" in DiffusionPipeline.load_config(name):  # Qwen's, which diffusers makes with torchvision only
-            parts["processor"] = _processor_from(name, subfolder="processor")
-        pipe = DiffusionPipeline.from_pretrained(name, dtype=choose_dtype(dtype, device), **parts)
-        return cls(pipe.to(device), **kwargs)
+            parts["processor"] = _qwen_processor(name, subfolder="processor")
+        pipe = DiffusionPipeline.from_pretrained(name, dtype=choose_dtype("auto", device), **parts)
+        return cls(pipe.to(device), **call)
 
     def _draw(self, view, prompt, generator):
         images = self.pipe(image=Image.fromarray(view), prompt=prompt, generator=generator, **self.call).images
@@ -1056,15 +927,13 @@ class KiwiSynthesizer(_Drawer):
     def __init__(
         self,
         pipe,  # `KiwiEditPipeline`
-        steps: int | None = None,  # None takes the model's own
-        guidance: float = 1.0,  # above 1: twice the time
+        **call,  # further arguments of each call; it draws without guidance unless `guidance_scale` is among them
     ):
-        self.pipe, self.steps, self.guidance = pipe, steps, guidance
+        self.pipe, self.call = pipe, dict(guidance_scale=1.0) | call
 
     def _draw(self, view, prompt, generator):
         # a frame larger than the model takes is fitted by the pipeline itself
-        how = dict(num_inference_steps=self.steps, guidance_scale=self.guidance, generator=generator)
-        return np.asarray(self.pipe(prompt, video=view[None], **how).frames[0][0])
+        return np.asarray(self.pipe(prompt, video=view[None], generator=generator, **self.call).frames[0][0])
 
 # %% ../../nbs/library/11_backends.ipynb #b1300049
 _CLIP = (np.float32([0.48145466, 0.4578275, 0.40821073]), np.float32([0.26862954, 0.26130258, 0.27577711]))
@@ -1073,34 +942,33 @@ _CLIP = (np.float32([0.48145466, 0.4578275, 0.40821073]), np.float32([0.26862954
 class ImageEmbedder:
     "Pictures as vectors of unit length, by DINOv2 (its class token) or CLIP."
 
+    batch_size = 32  # pictures at once
+    most = 224  # pixels of a side; DINOv2's config says 518, it is used at 224
+
     def __init__(
         self,
         model,  # hub id, folder, or a loaded `Dinov2Model`, `CLIPVisionModelWithProjection` or `CLIPModel`
-        processor=None,  # an image processor; None shrinks the shorter side to the model's size and cuts out the middle
         device: str = "auto",
-        batch_size: int = 32,  # pictures at once
-        side: int = 224,  # pixels, at most; DINOv2's config says 518, it is used at 224
     ):
-        if batch_size < 1:
-            raise InputError(f"`batch_size` has to be at least 1 but is {batch_size}.")
         if isinstance(model, (str, Path)):
             from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
 
             clip = AutoConfig.from_pretrained(model).model_type.startswith("clip")
             model = (CLIPVisionModelWithProjection if clip else AutoModel).from_pretrained(model)
         config = getattr(model.config, "vision_config", model.config)
-        self.device, self.processor, self.batch_size = choose_device(device), processor, batch_size
+        self.device = choose_device(device)
         self.model, self.name = model.to(self.device).eval(), _named(model)
-        self.clip, self.side = config.model_type.startswith("clip"), min(side, config.image_size)
+        self.clip, self.side = config.model_type.startswith("clip"), min(self.most, config.image_size)
 
     def embed(self, images):
         import torch
 
         out = []
         for start in range(0, len(images), self.batch_size):
-            pixels = self._pixels(images[start : start + self.batch_size]).to(self.device, self.model.dtype)
+            pixels = np.stack([self._pixels(image) for image in images[start : start + self.batch_size]])
             with torch.inference_mode():
-                out.append(torch.nn.functional.normalize(self._features(pixels).float(), dim=-1).cpu().numpy())
+                found = self._features(torch.from_numpy(pixels).to(self.device, self.model.dtype))
+                out.append(torch.nn.functional.normalize(found.float(), dim=-1).cpu().numpy())
         return np.concatenate(out) if out else np.zeros((0, 1), np.float32)
 
     def _features(self, pixels):
@@ -1110,17 +978,12 @@ class ImageEmbedder:
         found = self.model(pixel_values=pixels)
         return found.image_embeds if self.clip else found.last_hidden_state[:, 0]
 
-    def _pixels(self, images):
-        import torch
-
-        pictures = [Image.fromarray(image) for image in images]
-        if self.processor:
-            return self.processor(images=pictures, return_tensors="pt")["pixel_values"]
-        look = _CLIP if self.clip else _IMAGENET
-        return torch.from_numpy(np.stack([_normal(self._middle(picture), *look) for picture in pictures]))
-
-    def _middle(self, picture):
+    def _pixels(self, image):
+        "The middle of a picture whose shorter side has been brought to the model's size."
+        picture = Image.fromarray(image)
         scale = self.side / min(picture.size)
         w, h = (max(self.side, round(x * scale)) for x in picture.size)
         left, top = (w - self.side) // 2, (h - self.side) // 2
-        return picture.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + self.side, top + self.side))
+        box = left, top, left + self.side, top + self.side
+        look = _CLIP if self.clip else _IMAGENET
+        return _normal(picture.resize((w, h), Image.Resampling.BICUBIC).crop(box), *look)

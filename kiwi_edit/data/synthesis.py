@@ -699,10 +699,9 @@ def model_stages(
     "The stages with models where they are named, and with the embedded backends where not."
     by = {stage.name: stage for stage in (*embedded_stages(), FingerprintStage())}
     if vlm:
-        chat = chat_of(vlm, device, extra)
-        by["score"].backend = backends.ChatScorer(chat)
-        by["ground"].backend = backends.ChatGrounder(chat)
-        by["verify"].backend = backends.ChatVerifier(chat)
+        judge = backends.ChatBackend(chat_of(vlm, device, extra))
+        for name in ("score", "ground", "verify"):
+            by[name].backend = judge
     if sam:
         by["segment"].backend = backends.SamSegmenter(sam, device=device)
     if callable(editor):

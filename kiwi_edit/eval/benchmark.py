@@ -26,7 +26,6 @@ from tqdm.auto import tqdm
 
 from ..core import InputError
 from ..encoder import encode_context, prepare_inputs
-from ..guidance import EditCache, denoise, rounded_sigma
 from kiwi_edit.metrics import (
     PerceptualFeatures,
     bootstrap,
@@ -40,7 +39,7 @@ from kiwi_edit.metrics import (
     sharpness_share,
     squared_error,
 )
-from ..pipeline import KiwiEditPipeline, decode_latents, encode_frames, fit_reference, flow_sigmas
+from ..pipeline import KiwiEditPipeline, decode_latents, encode_frames, fit_reference, flow_sigmas, walk
 from ..records import Table, Value, digest
 from ..video import Strip, replacing, resize_frames
 from ..world import EVAL_SEED, TASKS, Quadruplet, World
@@ -218,22 +217,12 @@ def denoise_batch(
     reference_mask: torch.Tensor | None = None,  # (B, R) bool, False where a sample lacks its reference
 ) -> np.ndarray:  # (B, T, H, W, 3) uint8
     "The rest of an edit once all is encoded, for a batch, by the model's own schedule."
-    device, dtype, config = source_latents.device, pipe.transformer.dtype, pipe.guidance.config
+    device, shape = source_latents.device, (1, *source_latents.shape[1:])
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     scheduler.set_timesteps(sigmas=flow_sigmas(steps, pipe.config.schedule), device=device)
-    timesteps, sigmas = scheduler.timesteps, scheduler.sigmas.to(device)
-    shape = (1, *source_latents.shape[1:])
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    latents = torch.cat(noise).to(device)
-    conditions = [None if x is None else x.to(dtype) for x in (source_latents, reference_latents)]
-    fixed = dict(reference_mask=reference_mask, cache=EditCache(num_steps=len(timesteps)))
-    encoded = context.to(dtype), context_mask, *conditions
-    for i, t in enumerate(timesteps):
-        timestep = t.expand(len(seeds))
-        sigma = rounded_sigma(timestep, timesteps, sigmas) if config.round_timestep else sigmas[i].expand(len(seeds))
-        noisy = latents.to(dtype)
-        velocity = denoise(pipe.transformer, pipe.guidance, noisy, timestep, sigma, *encoded, **fixed).float()
-        latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
+    noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(device)
+    given = dict(source_latents=source_latents, reference_latents=reference_latents, reference_mask=reference_mask)
+    latents = walk(pipe, scheduler, noise, context, context_mask, **given)
     return decode_latents(pipe.vae, latents)
 
 # %% ../../nbs/library/40_benchmark.ipynb #a813c997

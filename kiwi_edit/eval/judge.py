@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import html
 import json
-import logging
 import math
 import mimetypes
 import random
@@ -24,9 +23,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 # %% auto #0
-__all__ = ['logger', 'RUBRICS', 'WORTH', 'SCALES', 'PUBLISHED', 'Criterion', 'Rubric', 'load_rubric', 'rubric_for',
-           'released_scores', 'read_scores', 'capped', 'Case', 'case_digest', 'Judgement', 'failed', 'scored',
-           'picture_of', 'question_of', 'Pace', 'ChatJudge', 'metric_scores', 'clip_arrays', 'MetricJudge', 'Summary',
+__all__ = ['RUBRICS', 'PUBLISHED', 'Criterion', 'Rubric', 'load_rubric', 'rubric_for', 'released_scores', 'read_scores', 'capped',
+           'Case', 'Judgement', 'failed', 'picture_of', 'ChatJudge', 'clip_arrays', 'MetricJudge', 'Summary',
            'aggregate', 'Published', 'krippendorff_alpha', 'Agreement', 'agreement', 'save_score_page',
            'read_scores_file']
 
@@ -35,14 +33,12 @@ import cv2
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..core import InputError, asset
-from ..data.backends import Chat, GeminiChat, Question, VideoPart, parse_json, png_bytes, without_thoughts
+from ..core import InputError, asset, shortened
+from ..data.backends import Chat, GeminiChat, Question, VideoPart, parse_json, shrunk, without_thoughts
 from ..metrics import bootstrap, measure_clip
 from ..quadruplets import BackendError
-from ..records import Table, Value, append_line, digest, read_lines, run_rows
+from ..records import Table, Value, append_line, digest, logger, png_bytes, read_lines, run_rows
 from ..video import DEFAULT_FPS, read_image, read_video, replacing, sample_indices, video_info, write_video
-
-logger = logging.getLogger(__name__)
 
 # %% ../../nbs/library/41_judge.ipynb #41a00007
 _OPENING = """You judge edits of videos. You are shown a clip before an edit, the clip after it, and the instruction \
@@ -95,8 +91,56 @@ class Rubric:
         return Table(title, ["criterion", "1", "2", "3", "4", "5"], rows)._repr_markdown_()
 
 # %% ../../nbs/library/41_judge.ipynb #41a0000a
+def _check(good, rule, value):
+    if not good:
+        raise ValueError(f"{rule} but has {value!r}")
+
+
 def _is_text(value):
     return isinstance(value, str) and bool(value.strip())
+
+
+def _read_mapping(path):
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix == ".json":
+            return json.loads(text)
+        import yaml
+
+        return yaml.safe_load(text)
+    except Exception as error:
+        _check(False, "YAML or JSON", shortened(str(error), 160))
+
+
+def _criterion(found):
+    found = dict(name=found) if isinstance(found, str) else found
+    known = isinstance(found, dict) and not found.keys() - {"name", "asks", "anchors"}
+    _check(known, "criteria with `name`, `asks` and `anchors` only", found)
+    name, asks, anchors = found.get("name"), found.get("asks", ""), found.get("anchors", [])
+    named = _is_text(name) and re.search(r"\w", name) and not re.search(r"[:\n]", name)
+    _check(named, "criteria with a name of one line without a colon", name)
+    _check(isinstance(asks, str), "words under `asks`", asks)
+    five = isinstance(anchors, list) and len(anchors) in (0, 5) and all(isinstance(a, str) for a in anchors)
+    _check(five, "five sentences under `anchors`, for 1 to 5", anchors)
+    return Criterion(name.strip(), asks, tuple(anchors))
+
+
+def _rubric(found):
+    _check(isinstance(found, dict), "a mapping with `name` and `criteria`", type(found).__name__)
+    extra = sorted(map(str, found.keys() - {"name", "criteria", "capped", "system"}))
+    _check(not extra, "`name`, `criteria`, `capped` and `system` only", extra)
+    name, criteria = found.get("name"), found.get("criteria")
+    capped, system = found.get("capped", True), found.get("system", "")
+    _check(_is_text(name), "a `name`", name)
+    _check(isinstance(system, str), "words under `system`", system)
+    _check(type(capped) is bool, "true or false under `capped`", capped)
+    _check(isinstance(criteria, list) and criteria, "a list under `criteria`", criteria)
+    criteria = tuple(map(_criterion, criteria))
+    names = [c.name.casefold() for c in criteria]
+    _check(len(set(names)) == len(names), "criteria of different names", names)
+    silent = [c.name for c in criteria if not system and not c.asks]
+    _check(not silent, "a `system` text, or `asks` for each criterion", silent)
+    return Rubric(name, criteria, capped, system)
 
 
 def load_rubric(
@@ -104,52 +148,10 @@ def load_rubric(
 ) -> Rubric:
     "Read a rubric, one of the kit's or one in your own words."
     path = Path(path)
-
-    def check(good, rule, value):
-        if not good:
-            raise InputError(f"`path` has to hold {rule} but {path.name} has {value!r}.")
-
     try:
-        text = path.read_text(encoding="utf-8")
-        found = json.loads(text) if path.suffix == ".json" else _read_yaml(text)
+        return _rubric(_read_mapping(path))
     except ValueError as error:
-        check(False, "YAML or JSON", " ".join(str(error).split())[:160])
-    check(isinstance(found, dict), "a mapping with `name` and `criteria`", type(found).__name__)
-    found = dict(capped=True, system="", name=None, criteria=None) | found
-    extra = sorted(map(str, found.keys() - {"name", "criteria", "capped", "system"}))
-    check(not extra, "`name`, `criteria`, `capped` and `system` only", extra)
-    check(_is_text(found["name"]), "a `name`", found["name"])
-    check(isinstance(found["system"], str), "words under `system`", found["system"])
-    check(type(found["capped"]) is bool, "true or false under `capped`", found["capped"])
-    check(isinstance(found["criteria"], list) and found["criteria"], "a list under `criteria`", found["criteria"])
-    criteria = tuple(_criterion(c, check) for c in found["criteria"])
-    names = [c.name.casefold() for c in criteria]
-    check(len(set(names)) == len(names), "criteria of different names", names)
-    silent = [c.name for c in criteria if not found["system"] and not c.asks]
-    check(not silent, "a `system` text, or `asks` for each criterion", silent)
-    return Rubric(found["name"], criteria, found["capped"], found["system"])
-
-
-def _read_yaml(text):
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from None
-
-
-def _criterion(found, check):
-    found = dict(name=found) if isinstance(found, str) else found
-    known = isinstance(found, dict) and not found.keys() - {"name", "asks", "anchors"}
-    check(known, "criteria with `name`, `asks` and `anchors` only", found)
-    name, asks, anchors = found.get("name"), found.get("asks", ""), found.get("anchors", [])
-    named = _is_text(name) and re.search(r"\w", name) and not re.search(r"[:\n]", name)
-    check(named, "criteria with a name of one line without a colon", name)
-    check(isinstance(asks, str), "words under `asks`", asks)
-    five = isinstance(anchors, list) and len(anchors) in (0, 5) and all(isinstance(a, str) for a in anchors)
-    check(five, "five sentences under `anchors`, for 1 to 5", anchors)
-    return Criterion(name.strip(), asks, tuple(anchors))
+        raise InputError(f"`path` has to hold {error}: {path.name}.") from None
 
 
 RUBRICS = {r.name: r for r in map(load_rubric, sorted(asset("rubrics").glob("*.json")))}
@@ -207,13 +209,9 @@ def _names_pattern(names):
     return re.compile(r"(?<![^\W_])(?:" + "|".join(groups) + r")(?![^\W_])", re.I), ordered
 
 
-class _BadScore(ValueError):
-    "A criterion has a score that cannot be used."
-
-
 def _number(name, match):
     if match[2] and int(match[2]) != 5:
-        raise _BadScore(f"{name} has to be a score out of 5 but is {match[1]} out of {match[2]}")
+        raise ValueError(f"{name} has to be a score out of 5 but is {match[1]} out of {match[2]}")
     return float(match[1])
 
 
@@ -225,7 +223,7 @@ def _said(name, segment):
         first = following if re.fullmatch(rf"{_FILL}{_VALUE}[\s*_~.|]*", following) else ""
     if match := _HEAD.match(first):
         if _DOUBT.match(first, match.end()):
-            raise _BadScore(f"{name} has to be one score but is {first.strip()[:30]!r}")
+            raise ValueError(f"{name} has to be one score but is {first.strip()[:30]!r}")
         return _number(name, match)
     match = _TAIL.search(first)
     return match and _number(name, match)
@@ -244,7 +242,7 @@ def _said_in_json(found, pattern, ordered):
         if isinstance(value, str):
             value = _said(name, value)
         if type(value) not in (int, float):
-            raise _BadScore(f"{name} has to be a number but is {value!r}")
+            raise ValueError(f"{name} has to be a number but is {value!r}")
         yield name, float(value)
 
 
@@ -266,11 +264,10 @@ def read_scores(
     "The scores of a reply; ValueError where there are none to be had without guessing."
     text, (pattern, ordered) = without_thoughts(text), _names_pattern(rubric.names)
     try:
-        found = list(_said_in_json(parse_json(text), pattern, ordered)) if "{" in text else []
-    except _BadScore:
-        raise
+        answer = parse_json(text) if "{" in text else {}
     except ValueError:
-        found = []  # no JSON after all
+        answer = {}  # no JSON after all
+    found = list(_said_in_json(answer, pattern, ordered))
     scores = {}
     for name, score in found or _said_in_text(text, pattern, ordered):
         if not 1 <= score <= 5:
@@ -312,15 +309,14 @@ class Case:
         media = self.reference, self.source, self.edited
         return [Path(m).name for m in media if _is_path(m) and not Path(m).exists()]
 
+    def digest(self) -> str:
+        "A fingerprint of all that a judge is told and shown, files by what they hold; the id is not among it."
+        media = [Path(m) if _is_path(m) else m for m in (self.reference, self.source, self.edited)]
+        return digest(self.instruction, self.edit_type, self.rubric.instruction(), asdict(self.rubric), media)
+
 
 def _is_path(media):
     return isinstance(media, (str, Path))
-
-
-def case_digest(case: Case) -> str:
-    "A fingerprint of all that a judge is told and shown, files by what they hold; the id is not among it."
-    media = [Path(m) if _is_path(m) else m for m in (case.reference, case.source, case.edited)]
-    return digest(case.instruction, case.edit_type, case.rubric.instruction(), asdict(case.rubric), media)
 
 # %% ../../nbs/library/41_judge.ipynb #41a00023
 @dataclass
@@ -369,12 +365,7 @@ def failed(
     return Judgement(case.id, judge, case.rubric.name, scores, error, edit_type=case.edit_type, **facts)
 
 
-def scored(
-    case: Case,
-    judge: str,  # its name
-    scores: dict,  # criterion -> 1..5
-    **facts,  # further fields
-) -> Judgement:
+def _scored(case, judge, scores, **facts):
     "A case with its scores, capped where the rubric says so."
     made = Judgement(case.id, judge, case.rubric.name, scores, edit_type=case.edit_type, **facts)
     scores, lowered = capped(scores, case.rubric)
@@ -392,11 +383,6 @@ def _size(media):
     return info.frames, info.height, info.width, info.duration
 
 
-def _shrunk(picture, side):
-    scale = side / max(picture.shape[:2])
-    return picture if scale >= 1 else cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-
-
 def picture_of(media) -> np.ndarray:  # (h, w, 3) uint8
     "A reference picture, from a path or as it is."
     return np.asarray(read_image(media)) if _is_path(media) else media
@@ -406,7 +392,7 @@ def _numbered_frames(media, count, side):
     "Frames of a clip, evenly spaced, each under its number."
     at = sample_indices(_size(media)[0], count)
     frames = read_video(media, indices=at).frames if _is_path(media) else media[at]
-    return [part for i, frame in zip(at, frames) for part in (f"Frame {i + 1}:", _shrunk(frame, side))]
+    return [part for i, frame in zip(at, frames) for part in (f"Frame {i + 1}:", shrunk(frame, side))]
 
 
 def _video_part(media, path):
@@ -416,14 +402,14 @@ def _video_part(media, path):
     return VideoPart(write_video(path, read_video(media) if _is_path(media) else media, crf=8))
 
 
-def question_of(
+def _question_of(
     case: Case,
     folder: Path | None = None,  # where clips in memory become files: clips are sent as video; None sends frames
     frames: int = 8,  # of each clip
     side: int = 512,  # pixels, longer side of pictures
 ) -> Question:
     "What a model is asked about a case: the rubric as its instruction, then reference, source and edited clip."
-    parts = [] if case.reference is None else ["Reference picture:", _shrunk(picture_of(case.reference), side)]
+    parts = [] if case.reference is None else ["Reference picture:", shrunk(picture_of(case.reference), side)]
     for name, media in (("before", case.source), ("after", case.edited)):
         still = _size(media)[0] == 1
         parts.append(f"The picture {name} the edit:" if still else f"The clip {name} the edit:")
@@ -436,20 +422,6 @@ def question_of(
     return Question(tuple(parts), case.rubric.instruction(), lambda text: read_scores(text, case.rubric), 1024)
 
 # %% ../../nbs/library/41_judge.ipynb #41a0002a
-class Pace:
-    "Lets calls of many threads pass at an even rate."
-
-    def __init__(self, rate: float):  # calls a minute
-        if not (math.isfinite(rate) and rate > 0):
-            raise InputError(f"`rate` has to be above 0 requests a minute but is {rate}.")
-        self.gap, self._next, self._lock = 60 / rate, 0.0, threading.Lock()
-
-    def __call__(self):
-        with self._lock:
-            at = self._next = max(self._next + self.gap, time.monotonic())
-        time.sleep(max(0.0, at - time.monotonic()))
-
-
 class _Brake:
     "Remembers whether a judge has failed so often in a row, for reasons of its own, that asking on makes no sense."
 
@@ -482,7 +454,6 @@ class ChatJudge:
         frames: int = 8,  # of each clip, where frames are sent
         side: int = 512,  # pixels, longer side of pictures
         media: str = "auto",  # "frames", "video", or "auto": video for Gemini, frames for all others; vLLM takes either
-        rate: float | None = None,  # requests a minute at most
         prices: tuple | None = None,  # (input, output) in USD for a million tokens
         folder=None,  # remembers judgements here, so that a second run asks only what is missing
     ):
@@ -496,7 +467,6 @@ class ChatJudge:
         self.chat, self.name, self.attempts, self.prices, self.folder = chat, chat.name, attempts, prices, folder
         self.frames, self.side = frames, side
         self.video = isinstance(chat, GeminiChat) if media == "auto" else media == "video"
-        self.pace = Pace(rate) if rate is not None else None
 
     def __repr__(self):
         return f"ChatJudge({self.chat!r}, {'video' if self.video else f'{self.frames} frames'})"
@@ -508,10 +478,10 @@ class ChatJudge:
 
     def judge(self, cases: Sequence[Case], progress: bool = True) -> list[Judgement]:  # in the order of the cases
         "Ask about each case that is not remembered; several are under way at once."
-        cases, known = list(cases), self._remembered()
+        cases, known, path = list(cases), self._remembered(), self._path()
         keys = [self._key(case) for case in cases]
-        found = [replace(known[key], id=case.id) if key in known else None for key, case in zip(keys, cases)]
-        left = [i for i, judgement in enumerate(found) if judgement is None]
+        found = {i: replace(known[k], id=cases[i].id) for i, k in enumerate(keys) if k in known}
+        left = [i for i in range(len(cases)) if i not in found]
         size, workers = getattr(self.chat, "batch_size", 1), getattr(self.chat, "concurrency", 1)
         brake = _Brake(max(8, 2 * workers))
 
@@ -526,13 +496,12 @@ class ChatJudge:
                 if path and keys[i]:
                     append_line(path, dict(key=keys[i]) | asdict(judgement))
 
-        path = self._path()
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
         batches = {start: left[start : start + size] for start in range(0, len(left), size)}
         pool = None if workers == 1 else lambda: ThreadPoolExecutor(workers)
         run_rows(batches, ask, pool=pool, ahead=2 * workers, label=self.name if progress else "", each=keep)
-        return found
+        return [found[i] for i in range(len(cases))]
 
     def _path(self):
         return self.folder and Path(self.folder).expanduser() / "judgements.jsonl"
@@ -553,7 +522,7 @@ class ChatJudge:
     def _key(self, case):
         "None where nothing is remembered, or where the case cannot be read; it will fail when it is asked about."
         try:
-            return digest(case_digest(case), self.settings) if self.folder else None
+            return digest(case.digest(), self.settings) if self.folder else None
         except OSError:
             return None
 
@@ -563,11 +532,10 @@ class ChatJudge:
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             asked = [self._question(case, Path(folder) / str(i)) for i, case in enumerate(cases)]
-            questions = [q for q in asked if isinstance(q, Question)]
-            exchanges = iter(self.chat.ask(questions, self.attempts, self.pace))
-            pairs = [(case, next(exchanges) if isinstance(q, Question) else q) for case, q in zip(cases, asked)]
+            exchanges = iter(self.chat.ask([q for q in asked if isinstance(q, Question)], self.attempts))
+            found = [next(exchanges) if isinstance(q, Question) else q for q in asked]
         seconds = round((time.perf_counter() - start) / len(cases), 3)
-        judgements = [self._judgement(case, found, seconds) for case, found in pairs]
+        judgements = [self._judgement(*pair, seconds) for pair in zip(cases, found)]
         for judgement in judgements:
             brake.saw(judgement)
         return judgements
@@ -578,7 +546,7 @@ class ChatJudge:
             return f"missing: {', '.join(case.missing)}"
         folder.mkdir()
         try:
-            return question_of(case, folder if self.video else None, self.frames, self.side)
+            return _question_of(case, folder if self.video else None, self.frames, self.side)
         except (OSError, ValueError) as error:
             return f"unreadable: {error}"
 
@@ -586,12 +554,11 @@ class ChatJudge:
         if isinstance(found, str):
             return failed(case, self.name, found)
         shown, said = (sum(getattr(a, name) for a in found.attempts) for name in ("input_tokens", "output_tokens"))
-        calls, cost = len(found.attempts), self._cost(shown, said)
-        usage = dict(input_tokens=shown, output_tokens=said, calls=calls, cost=cost)
+        usage = dict(input_tokens=shown, output_tokens=said, calls=len(found.attempts), cost=self._cost(shown, said))
         facts = dict(replies=[a.text for a in found.attempts], usage=usage, seconds=seconds)
         if isinstance(found.answer, BackendError):
             return failed(case, self.name, str(found.answer), **facts)
-        return scored(case, self.name, found.answer, **facts)
+        return _scored(case, self.name, found.answer, **facts)
 
     def _cost(self, shown, said):
         return None if self.prices is None else (shown * self.prices[0] + said * self.prices[1]) / 1e6
@@ -618,7 +585,7 @@ class ChatJudge:
         return words + sum(math.ceil(n * max(258, area(h, w) / 784)) for n, h, w in pictures)
 
 # %% ../../nbs/library/41_judge.ipynb #41a00041
-WORTH = dict(  # number of `measure_clip` -> its value that is worth 1, and that which is worth 5
+_WORTH = dict(  # number of `measure_clip` -> its value that is worth 1, and that which is worth 5
     changed=(0.0, 0.015),
     edit_done=(0.0, 0.8),
     reference=(0.1, 0.8),
@@ -631,25 +598,27 @@ WORTH = dict(  # number of `measure_clip` -> its value that is worth 1, and that
     psnr_outside=(15.0, 45.0),
 )
 _DONE, _STEADY = ("changed", "edit_done"), ("flicker", "warp_error", "sharpness")
-SCALES = {  # rubric -> for each criterion the numbers, the worst of which decides
+_SCALES = {  # rubric -> for each criterion the numbers, the worst of which decides
     "refvie-subject": ((*_DONE, "reference"), _STEADY, ("shift", "psnr_outside", "motion", "frozen")),
     "refvie-background": ((*_DONE, "reference"), (*_STEADY, "frozen"), ("shift", "motion")),
     "openve": (_DONE, (*_STEADY, "frozen"), ("shift", "psnr_outside")),
 }
 
 
-def metric_scores(
-    measured: dict,  # name -> number, from `measure_clip`; NaN where it has nothing to stand on
-    rubric: Rubric,  # one of `SCALES`
-) -> dict:  # criterion -> 1..5
+def _metric_scores(
+    measured,  # name -> number, from `measure_clip`; NaN where it has nothing to stand on
+    rubric,  # one of `_SCALES`
+):  # criterion -> 1..5
     "The score of each criterion: that of its worst number on a line between worth 1 and worth 5, cut at both ends."
-    if rubric.name not in SCALES:
-        raise InputError(f"`rubric` has to be one of {', '.join(SCALES)} unless a model judges but is {rubric.name!r}.")
+    if rubric.name not in _SCALES:
+        raise InputError(
+            f"`rubric` has to be one of {', '.join(_SCALES)} unless a model judges but is {rubric.name!r}."
+        )
     if measured["changed"] > 0.9:  # of a picture that is new as a whole nothing is outside
         measured = measured | dict(psnr_outside=math.nan)
     scores = {}
-    for name, numbers in zip(rubric.names, SCALES[rubric.name]):
-        known = [(measured[number], *WORTH[number]) for number in numbers if not np.isnan(measured[number])]
+    for name, numbers in zip(rubric.names, _SCALES[rubric.name]):
+        known = [(measured[number], *_WORTH[number]) for number in numbers if not np.isnan(measured[number])]
         if not known:
             raise ValueError(f"{name} has nothing to be measured by")
         worst = min(float(np.clip(1 + 4 * (value - one) / (five - one), 1, 5)) for value, one, five in known)
@@ -682,12 +651,12 @@ def clip_arrays(
 class MetricJudge:
     "Scores from measured numbers; no model, and no understanding of what was asked."
 
-    name, is_model, folder = "metrics (no model)", False, None
+    name, is_model = "metrics (no model)", False
 
     @property
     def settings(self) -> list:
         "All that makes this judge another one."
-        return [self.name, SCALES, WORTH]
+        return [self.name, _SCALES, _WORTH]
 
     def judge(self, cases: Sequence[Case], progress: bool = True) -> list[Judgement]:  # in the order of the cases
         "Measure the clips of each case and score what comes out."
@@ -711,11 +680,11 @@ class MetricJudge:
     ) -> Judgement:
         "The judgement that follows from numbers."
         try:
-            scores = metric_scores(measured, case.rubric)
+            scores = _metric_scores(measured, case.rubric)
         except ValueError as error:
             return failed(case, self.name, f"unmeasured: {error}")
         usage = dict(input_tokens=0, output_tokens=0, calls=0, cost=0.0)
-        return scored(case, self.name, scores, usage=usage)
+        return _scored(case, self.name, scores, usage=usage)
 
 # %% ../../nbs/library/41_judge.ipynb #41a00051
 def _column_mean(column):
@@ -964,23 +933,20 @@ def agreement(
     return Agreement(judges, rows, len(sides[0].keys() | sides[1].keys()) - len(keys))
 
 # %% ../../nbs/library/41_judge.ipynb #41a00072
-def _bytes_of(media, still, path):
-    "A clip or picture as a file that browsers play, and its ending."
-    suffix = Path(media).suffix.lower() if _is_path(media) else ""
-    if suffix in (".mp4", ".webm") or suffix and still:
-        return Path(media).read_bytes(), suffix
-    if still:
-        return png_bytes(media), ".png"
-    return write_video(path, read_video(media) if _is_path(media) else media, crf=10).read_bytes(), ".mp4"
-
-
 def _shown_media(media, name, files, number, folder):
     "HTML of one clip or picture: inside the page, or as a file beside it."
+    suffix = Path(media).suffix.lower() if _is_path(media) else ""
     if _is_path(media):
-        still = Path(media).suffix.lower() not in _VIDEOS and video_info(media).frames == 1
+        still = suffix not in _VIDEOS and video_info(media).frames == 1
     else:
         still = media.ndim == 3
-    data, suffix = _bytes_of(media, still, folder / f"{number}-{name}.mp4")
+    if suffix in (".mp4", ".webm") or suffix and still:
+        data = Path(media).read_bytes()
+    elif still:
+        data, suffix = png_bytes(media), ".png"
+    else:
+        clip, path = read_video(media) if _is_path(media) else media, folder / f"{number}-{name}.mp4"
+        data, suffix = write_video(path, clip, crf=10).read_bytes(), ".mp4"
     if files is None:
         place = f"data:{mimetypes.guess_type('x' + suffix)[0]};base64,{base64.b64encode(data).decode()}"
     else:
@@ -1058,7 +1024,7 @@ def read_scores_file(
             if silent := [name for name, score in scores.items() if score is None]:
                 found.append(failed(case, row["judge"], f"incomplete: {', '.join(silent)}"))
             else:
-                found.append(scored(case, row["judge"], scores))
+                found.append(_scored(case, row["judge"], scores))
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(
                 f"`path` has to hold what the page saved but line {number} of {path.name} is {line[:80]!r}: {error}."

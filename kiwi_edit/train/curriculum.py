@@ -11,8 +11,8 @@ from functools import partial
 from operator import attrgetter
 
 # %% auto #0
-__all__ = ['PARTS', 'WORDS', 'PICTURES', 'STAGES', 'OFFICIAL', 'COMPONENTS', 'Lora', 'Loss', 'Bucket', 'Stage', 'stage_table',
-           'find_stage', 'as_official', 'part_parameters', 'add_lora', 'select']
+__all__ = ['PARTS', 'PICTURES', 'STAGES', 'OFFICIAL', 'COMPONENTS', 'Lora', 'Loss', 'Bucket', 'Stage', 'stage_table',
+           'find_stage', 'as_official', 'part_parameters', 'select']
 
 # %% ../../nbs/library/30_curriculum.ipynb #9dddc6d8
 from ..core import InputError
@@ -153,14 +153,14 @@ class Stage:
                 raise InputError(f"`{name}` of stage {self.name!r} has to {rule} but is {getattr(self, name)!r}.")
 
 # %% ../../nbs/library/30_curriculum.ipynb #66812245
-WORDS = dict(add=0.28, remove=0.2, change=0.37, style=0.15)
+_WORDS = dict(add=0.28, remove=0.2, change=0.37, style=0.15)
 PICTURES = dict(subject=0.7, background=0.3)
 _CANVASES = dict(isolate=0.65, plate=0.35)  # the tasks that make references
 
 
 def _buckets(num_frames, samples, batch_size):
     "Edits by words, by a reference, and (single frames only) edits that make references, all of the easy world."
-    kinds = zip((WORDS, PICTURES, _CANVASES), (num_frames, num_frames, 1), (0.35, 0.5, 0.15))
+    kinds = zip((_WORDS, PICTURES, _CANVASES), (num_frames, num_frames, 1), (0.35, 0.5, 0.15))
     make = partial(Bucket, batch_size=batch_size, difficulty="easy")
     return tuple(make(tasks, n, weight=share, samples=round(samples * share)) for tasks, n, share in kinds)
 
@@ -295,7 +295,7 @@ def part_parameters(
     return {f"{path}.{name}": p for name, p in found.named_parameters()}
 
 
-def add_lora(
+def _add_lora(
     module,  # torch.nn.Module, changed in place
     lora: Lora,
 ):
@@ -331,7 +331,7 @@ def select(
     for name in COMPONENTS:
         getattr(pipe, name).requires_grad_(False).eval()
     for part, lora in stage.lora.items():
-        add_lora(attrgetter(PARTS[part])(pipe), lora)
+        _add_lora(attrgetter(PARTS[part])(pipe), lora)
     chosen = {}
     for part in (*stage.trains, *stage.lora):
         wanted = lambda name: "lora_" in name if part in stage.lora else "text_embedder" not in name

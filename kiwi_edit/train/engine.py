@@ -41,10 +41,10 @@ from tqdm.auto import tqdm
 from ..core import InputError, MissingPackage, choose_device, multiplies_bfloat16
 from ..data.dataset import MetadataDataset, WorldDataset
 from ..latents import encode_frames, fast_layers
-from ..pipeline import KiwiEditPipeline, fit_reference
+from ..pipeline import fit_reference
 from ..records import append_line, image_tag, read_lines, replacing_folder
 from .cache import Batches, LatentCache, OnlineRows, RowSettings, build_cache
-from .curriculum import PARTS, STAGES, Loss, Stage, find_stage, select
+from .curriculum import PARTS, Loss, Stage, find_stage, select
 from .foundations import Description, Reconstruction, autoencoder_batch, description_batch
 from .foundations import fit_projection, measure_latents, start_model
 from ..training import draw_noise, drop_instructions, flow_matching_loss, metric_factor, pixel_metric
@@ -53,9 +53,8 @@ from ..weights.checkpoints import load_any, merge_lora
 from ..world import EVAL_SEED, TASKS, World
 
 # %% auto #0
-__all__ = ['logger', 'FlowMatching', 'learning_rate', 'checkpoints', 'load_checkpoint', 'measure_flops', 'make_accelerator',
-           'fit', 'draw_log', 'LiveView', 'stage_data', 'stage_batches', 'cast_weights', 'put_model', 'find_model',
-           'train', 'draw_stages', 'publish', 'allocated_by']
+__all__ = ['logger', 'FlowMatching', 'checkpoints', 'measure_flops', 'fit', 'LiveView', 'stage_data', 'cast_weights', 'put_model',
+           'find_model', 'train', 'allocated_by']
 
 # %% ../../nbs/library/33_engine.ipynb #2019ef05
 logger = logging.getLogger(__name__)
@@ -278,7 +277,7 @@ class _ZeroOptimizers(_Optimizers):
             values["step"] = 0 * values["step"] + step
 
 # %% ../../nbs/library/33_engine.ipynb #c212a9b5
-def learning_rate(
+def _learning_rate(
     stage: Stage,
     progress: float,  # 0 to 1
     step: int = 0,
@@ -352,7 +351,7 @@ def _damage(path):
     return [name for name in files if not whole(name)], state
 
 
-def load_checkpoint(
+def _load_checkpoint(
     folder: str | Path,  # of a run's checkpoints
 ) -> tuple[dict | None, dict | None]:  # name -> dict of tensors, and state; None where there is no checkpoint
     "The newest checkpoint that can be trusted."
@@ -421,7 +420,7 @@ def _peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 # %% ../../nbs/library/33_engine.ipynb #362ab5bd
-def make_accelerator(
+def _make_accelerator(
     accumulation: int = 1,  # batches to a step
     device: str = "auto",  # "cpu", "cuda", ...; where several processes were launched, each has its own
     trackers: tuple = (),  # names that Accelerate knows
@@ -530,7 +529,7 @@ class _Run:
         make = _ZeroOptimizers if self.zero else _Optimizers
         self.optimizers = make(model, stage.lr, stage.optimizer, stage.weight_decay, stage.lr_scales)
         self.trained = _trainable(model)
-        self.files, state = load_checkpoint(folder / "checkpoints")
+        self.files, state = _load_checkpoint(folder / "checkpoints")
         if state:
             self._take_weights()
         self._wrap()
@@ -636,7 +635,7 @@ class _Run:
     def step(self, batches, save_every):
         "One step of the optimiser; what there is to say of it."
         start, stage, several = time.monotonic(), self.stage, self.accelerator.num_processes > 1
-        factor = learning_rate(stage, self.done(), self.state["step"])
+        factor = _learning_rate(stage, self.done(), self.state["step"])
         if self.zero:
             self.optimizers.set_rate(factor)  # before the step, which is taken within `backward`
         found = [self.forward_backward(next(batches), j) for j in range(stage.accumulation)]
@@ -707,7 +706,7 @@ def fit(
         raise InputError(f"`keep` has to be at least 1 but is {keep}.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    accelerator = accelerator or make_accelerator(stage.accumulation, trackers=trackers, folder=folder)
+    accelerator = accelerator or _make_accelerator(stage.accumulation, trackers=trackers, folder=folder)
     main, part, parts = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
     run = _Run(model, folder, stage, seed, accelerator)
     first = run.state["step"] * stage.accumulation
@@ -786,7 +785,7 @@ _PANELS = {
 }
 
 
-def draw_log(
+def _draw_log(
     records: list[dict],  # of log.jsonl
     window: int = 50,  # steps that are averaged
 ) -> Figure:
@@ -818,7 +817,7 @@ def _png(figure, dpi):
 def _save_curve(log, path):
     "Draw what a stage has logged."
     with replacing(path, overwrite=True) as temporary:
-        Path(temporary).write_bytes(_png(draw_log(read_lines(log)), 80))
+        Path(temporary).write_bytes(_png(_draw_log(read_lines(log)), 80))
 
 # %% ../../nbs/library/33_engine.ipynb #cf151a18
 class LiveView:
@@ -842,7 +841,7 @@ class LiveView:
         from IPython.display import HTML, display
 
         strips = sorted(Path(self.folder).glob("strip-*.png"))[-1:] if self.folder else []
-        pictures = [_png(draw_log(self.records, window=10), 60), *(path.read_bytes() for path in strips)]
+        pictures = [_png(_draw_log(self.records, window=10), 60), *(path.read_bytes() for path in strips)]
         shown = HTML("<br>".join(image_tag(data, "curves and edits of a run") for data in pictures))
         if self.handle:
             self.handle.update(shown)
@@ -879,7 +878,7 @@ def stage_data(
     return {mode: _file_data(stage, mode, data[mode], factor) for mode in stage.mix}
 
 
-def stage_batches(
+def _stage_batches(
     pipe,  # KiwiEditPipeline
     stage: Stage,
     data: dict | None = None,  # mode -> metadata file, for a stage that has a mix of modes
@@ -980,7 +979,7 @@ def _frozen_aside(pipe, cached=False):
 def _learn_edits(pipe, stage, folder, data, cache, seed, progress, accelerator):
     if stage.buckets:
         cache = cache or folder / "cache"
-    batches = stage_batches(pipe, stage, data, cache, accelerator.num_processes, seed, progress)
+    batches = _stage_batches(pipe, stage, data, cache, accelerator.num_processes, seed, progress)
     gram = None
     if stage.loss.pixel_metric:
         clips = [World(num_frames=5).sample(i, TASKS[i % 4]).target for i in range(48)]
@@ -1105,7 +1104,7 @@ def train(
         _check_further(stage, made, folder)
     if stage.mix:
         stage_data(stage, data)  # what is wrong with its tables is said before anything is loaded
-    accelerator = make_accelerator(stage.accumulation, device, trackers, home)
+    accelerator = _make_accelerator(stage.accumulation, device, trackers, home)
     main = accelerator.is_main_process
     progress, sharded = (
         progress and main,
@@ -1139,70 +1138,11 @@ def train(
         state = fit(model, batches, home, stage, seed, keep, save_every, on_step, look, progress, accelerator, trackers)
     if main:
         if sharded:  # what is here are shards; the checkpoint has all of it
-            pipe, (files, _) = opened("cpu"), load_checkpoint(home / "checkpoints")
+            pipe, (files, _) = opened("cpu"), _load_checkpoint(home / "checkpoints")
             as_module(pipe).load_state_dict(files["weights"] | files.get("average", {}), strict=False)
         _finish(pipe, stage, folder / "model", made | {stage.name: state})
     accelerator.wait_for_everyone()  # the next stage starts from it
     return state
-
-# %% ../../nbs/library/33_engine.ipynb #317acc01
-def draw_stages(
-    logs: dict,  # stage -> records of its log
-) -> Figure:
-    "What each stage has learned over its minutes: decibels, next tokens that are right, or loss."
-    figure = Figure(figsize=(11, 2.8))
-    panels = figure.subplots(1, 3)
-    kinds = dict(psnr="autoencoder, dB", accuracy="encoder, next tokens right", loss="denoiser, loss")
-    for name, log in logs.items():
-        value = next(value for value in kinds if value in log[-1])
-        panel = panels[list(kinds).index(value)]
-        panel.plot([record["seconds"] / 60 for record in log], [record[value] for record in log], label=name, lw=1)
-        panel.set_title(kinds[value], fontsize=9)
-    for panel in panels:
-        panel.set_xlabel("minutes in the stage", fontsize=8)
-        panel.tick_params(labelsize=7)
-        panel.legend(fontsize=7)
-    figure.tight_layout()
-    return figure
-
-# %% ../../nbs/library/33_engine.ipynb #66d8a0e5
-def _thin(records, points=300):
-    "Means over runs of steps, about so many."
-    width, thinned = max(1, len(records) // points), []
-    for start in range(0, len(records), width):
-        rows = records[start : start + width]
-        keys = sorted({key for row in rows for key in row} - {"step", "seconds"})
-        means = {key: round(float(np.mean([row[key] for row in rows if key in row])), 5) for key in keys}
-        thinned.append(dict(step=rows[-1]["step"], seconds=rows[-1]["seconds"]) | means)
-    return thinned
-
-
-def _publish_stage(home, training, points):
-    "Log, validation and first and last film strip of a stage."
-    rows = _thin(read_lines(home / "log.jsonl"), points)
-    (training / f"{home.name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if (home / "validation.jsonl").exists():
-        shutil.copy(home / "validation.jsonl", training / f"{home.name}-validation.jsonl")
-    strips = sorted(home.glob("strip-*.png"))
-    for name, strip in zip(("before", "after"), (strips[0], strips[-1]) if strips else ()):
-        picture = PIL.Image.open(strip).convert("RGB").reduce(2).quantize(128)
-        picture.save(training / f"{home.name}-{name}.png", optimize=True)
-
-
-def publish(
-    folder: str | Path,  # of a run
-    destination: str | Path,  # folder of the model to ship; what else lies there stays
-    points: int = 300,  # of each curve
-) -> None:
-    "Write a run's model in half precision, and under `training` its thinned logs, curves and film strips."
-    folder, training = Path(folder), Path(destination) / "training"
-    KiwiEditPipeline.from_pretrained(folder / "model").to(torch.float16).save_pretrained(destination)
-    training.mkdir(exist_ok=True)
-    for log in folder.glob("*/log.jsonl"):
-        _publish_stage(log.parent, training, points)
-    logs = {name: read_lines(training / f"{name}.jsonl") for name in STAGES}
-    if any(logs.values()):
-        draw_stages({name: log for name, log in logs.items() if log}).savefig(training / "curves.png", dpi=80)
 
 # %% ../../nbs/library/33_engine.ipynb #317a5702
 def allocated_by(

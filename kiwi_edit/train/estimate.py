@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import math
-import time
 import weakref
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -27,14 +27,12 @@ from ..guidance import EditCache, denoise
 from ..latents import in_tiles
 from ..pipeline import KiwiEditPipeline
 from ..records import Table
-from .cache import Batch
 from .curriculum import COMPONENTS, PARTS, Stage, part_parameters, select
-from .engine import FlowMatching, _frozen_aside, _Optimizers, allocated_by, cast_weights, measure_flops
-from ..training import Dice
+from .engine import cast_weights
 from ..video import fit_size
 
 # %% auto #0
-__all__ = ['BatchShape', 'batch_shapes', 'BatchCost', 'Estimate', 'estimate', 'EditCost', 'edit_cost', 'measure_step']
+__all__ = ['BatchCost', 'Estimate', 'estimate', 'EditCost', 'edit_cost']
 
 # %% ../../nbs/library/34_estimate.ipynb #470863cd
 # attention on a CPU, which torch's counter does not know: two products forward, five back, the first of them again
@@ -53,9 +51,10 @@ class _Ledger(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.flops = self.again = 0  # operations; of these, with autograd on: on the way back, what is computed again
+        self.part, self.flops = None, Counter()  # part at work; part -> operations
+        self.again = Counter()  # part -> operations with autograd on: on the way back, what is computed again
         self.held = {}  # storage -> (kind, bytes)
-        self.now, self.peak = {}, {}  # kind -> bytes, now and when it was most
+        self.now, self.peak = Counter(), {}  # kind -> bytes, now and when it was most
 
     def hold(self, tensor, kind="activations"):
         "Note the memory of a tensor until it is freed."
@@ -66,8 +65,8 @@ class _Ledger(TorchDispatchMode):
         else:
             weakref.finalize(storage, self.let_go, key)
         self.held[key] = kind, size
-        self.now[kind] = self.now.get(kind, 0) + size
-        if sum(self.now.values()) > sum(self.peak.values()):
+        self.now[kind] += size
+        if self.now.total() > sum(self.peak.values()):
             self.peak = dict(self.now)
 
     def let_go(self, key):
@@ -80,6 +79,14 @@ class _Ledger(TorchDispatchMode):
             for name, tensor in (*module.named_parameters(), *module.named_buffers()):
                 if not name.startswith(skip):
                     self.hold(tensor, "weights")
+
+    def run(self, part, call, back=False):
+        "What a part is asked for, with its operations under the part's name."
+        self.part, before = part, self.again[part]
+        result = call()
+        if not back:
+            self.again[part] = before
+        return result
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -100,15 +107,15 @@ class _Ledger(TorchDispatchMode):
                 return func(*args, **kwargs)
         if func.overloadpacket in _FLOPS:
             count = _FLOPS[func.overloadpacket](*args, **kwargs, out_val=out)
-            self.flops += count
-            self.again += count * torch.is_grad_enabled()
+            self.flops[self.part] += count
+            self.again[self.part] += count * torch.is_grad_enabled()
         for x in results:
             if x.untyped_storage()._cdata not in self.held:
                 self.hold(x)
         return out
 
 # %% ../../nbs/library/34_estimate.ipynb #11379dc6
-class BatchShape(NamedTuple):
+class _BatchShape(NamedTuple):
     "What a batch of a stage looks like."
 
     mode: str  # "image", "video" or "ref"
@@ -119,10 +126,10 @@ class BatchShape(NamedTuple):
     share: float  # of the batches
 
 
-def batch_shapes(
+def _batch_shapes(
     stage: Stage,
     preset: str | Preset | None = None,  # the stage's own if None
-) -> list[BatchShape]:
+) -> list[_BatchShape]:
     "The kinds of batches of a stage that denoises; two buckets that cost the same are one kind."
     preset, found = get_preset(preset or stage.preset), {}
     for bucket in stage.buckets:
@@ -131,7 +138,7 @@ def batch_shapes(
     for mode, share in zip(stage.mix, stage.shares or [1] * len(stage.mix)):
         width, height = fit_size(16_000, 9_000, stage.max_pixels, preset.size_multiple)
         found[mode, 1 if mode == "image" else stage.num_frames, height, width, stage.batch_size] = share
-    return [BatchShape(*shape, share / sum(found.values())) for shape, share in found.items()]
+    return [_BatchShape(*shape, share / sum(found.values())) for shape, share in found.items()]
 
 # %% ../../nbs/library/34_estimate.ipynb #4a3e3c88
 def _fake_pipeline(preset, stage, fake):
@@ -159,23 +166,12 @@ def _sample(pipe, num_frames, height, width, references=1):
     pictures = [PIL.Image.new("RGB", (width, height))] * references
     return prepare_sample(pipe.processor, pipe.guidance.config, "x" * 40, frames, pictures)
 
-
-def _made_up(pipe, shape, sample, make, dtype):
-    "A batch of a shape and its dice, of whatever `make` gives for a size."
-    size = _latent_size(pipe.vae, shape.batch_size, *shape[1:4])
-    tokens = sum(math.prod(grid) for grid in sample.grids[0]) // 4
-    reference = make(*size[:2], 1, *size[3:]) if shape.mode == "ref" else None
-    kept, ones, inputs = make(size[0], 1, *size[2:]) ** 0, make(size[0]) ** 0, collate_inputs([sample] * size[0])
-    vision = [make(tokens, pipe.guidance.config.hidden_size).to(dtype) for _ in range(size[0])]
-    batch = Batch(inputs, vision, make(*size), make(*size), reference, kept, [""] * size[0])
-    return batch, Dice(make(*size), ones / 2, ones, torch.zeros(size[0], dtype=torch.bool))
-
 # %% ../../nbs/library/34_estimate.ipynb #1f74907c
 @dataclass(frozen=True)
 class BatchCost:
     "What one batch costs."
 
-    shape: BatchShape
+    shape: _BatchShape
     latent_tokens: int  # of the denoiser, the reference's too, for one sample
     encoder_tokens: int  # of the language model, for one sample
     context_tokens: int  # that the denoiser attends to, for one sample
@@ -185,52 +181,42 @@ class BatchCost:
     memory: dict  # "weights", "gradients", "activations" -> bytes on the device when they are most
 
 
-class _Counts:
-    "Operations by part, read off a ledger."
-
-    def __init__(self, ledger):
-        self.ledger, self.flops, self.again = ledger, {}, {}
-
-    def __call__(self, part, run, times=1, back=False):
-        before = self.ledger.flops, self.ledger.again
-        result = run()
-        self.flops[part] = self.flops.get(part, 0) + times * (self.ledger.flops - before[0])
-        if back:
-            self.again[part] = self.ledger.again - before[1]
-        return result
-
-
 @torch.no_grad()
-def _dry_frozen(pipe, stage, shape, sample, count):
+def _dry_frozen(pipe, stage, shape, sample, ledger):
     "What is computed without a cache: latents of the clips, features of the pictures."
     for frames in (shape.num_frames, shape.num_frames * stage.source, int(shape.mode == "ref")):
         if frames:
             pixels = torch.empty(shape.batch_size, 3, frames, *shape[2:4], dtype=getattr(torch, stage.dtype))
-            count("vae", lambda: pipe.vae.encode(pixels))
+            ledger.run("vae", lambda: pipe.vae.encode(pixels))
             del pixels
     for t, h, w in sample.grids[0]:  # frames do not see each other in the vision tower
         one = replace(sample, grids=[[(1, h, w)]], pixel_values=torch.empty(h * w, sample.pixel_values.shape[1]))
-        count("vision", lambda: vision_features(pipe.mllm, one), times=t * shape.batch_size)
+        before = ledger.flops["vision"]
+        ledger.run("vision", lambda: vision_features(pipe.mllm, one))
+        ledger.flops["vision"] += (t * shape.batch_size - 1) * (ledger.flops["vision"] - before)
 
 
-def _dry_step(pipe, stage, shape, sample, count):
+def _dry_step(pipe, stage, shape, sample, ledger):
     "Forward and backward of a batch; its tokens of context, and the bytes that wait in between."
-    ledger, dtype = count.ledger, getattr(torch, stage.dtype)
-    batch, _ = _made_up(pipe, shape, sample, lambda *size: torch.empty(size, dtype=dtype), dtype)
-    batch = replace(batch, kept=None, source=batch.source if stage.source else None)
+    dtype, size = getattr(torch, stage.dtype), shape.batch_size
+    target = torch.empty(_latent_size(pipe.vae, size, *shape[1:4]), dtype=dtype)
+    noise, source = torch.empty_like(target), torch.empty_like(target) if stage.source else None
+    reference = torch.empty_like(target[:, :, :1]) if shape.mode == "ref" else None
+    pictures = sum(math.prod(grid) for grid in sample.grids[0]) // 4, pipe.guidance.config.hidden_size
+    vision = [torch.empty(pictures, dtype=dtype) for _ in range(size)]
+    inputs, before = collate_inputs([sample] * size), ledger.now.total()
     with torch.autocast("cpu", torch.bfloat16, enabled=stage.autocast):
-        before = sum(ledger.now.values())
-        encode = lambda: encode_context(pipe.mllm, pipe.guidance, batch.inputs, batch.vision)
-        context, _ = count("language_model", encode)
-        heard, sigma = context.detach().requires_grad_(context.requires_grad), torch.empty(shape.batch_size)
-        given = sigma * 1000, sigma, heard.to(dtype), None, batch.source, batch.reference
-        velocity = count("transformer", lambda: denoise(pipe.transformer, pipe.guidance, batch.target, *given))
-    loss = ((velocity.float() - batch.target.float()) ** 2).mean()
-    kept = sum(ledger.now.values()) - before
+        encode = lambda: encode_context(pipe.mllm, pipe.guidance, inputs, vision)
+        context, _ = ledger.run("language_model", encode)
+        heard, sigma = context.detach().requires_grad_(context.requires_grad), torch.empty(size)
+        given = sigma * 1000, sigma, heard.to(dtype), None, source, reference
+        velocity = ledger.run("transformer", lambda: denoise(pipe.transformer, pipe.guidance, noise, *given))
+    loss = ((velocity.float() - target.float()) ** 2).mean()
+    kept = ledger.now.total() - before
     del velocity
-    count("transformer", loss.backward, back=True)
+    ledger.run("transformer", loss.backward, back=True)
     if context.requires_grad:
-        count("language_model", lambda: context.backward(heard.grad), back=True)
+        ledger.run("language_model", lambda: context.backward(heard.grad), back=True)
     return context.shape[1], kept
 
 
@@ -238,7 +224,6 @@ def _dry_batch(pipe, stage, shape, online, fake):
     "What a batch of a shape costs."
     sample = _sample(pipe, *shape[1:4], references=int(shape.mode == "ref"))
     ledger = _Ledger()
-    count = _Counts(ledger)
     loaded = [name for name in COMPONENTS if online or name != "vae"]
     ledger.hold_weights(pipe, loaded, "none" if online else "model.visual.")
     trained = [p for name in loaded for p in getattr(pipe, name).parameters() if p.requires_grad]
@@ -249,16 +234,17 @@ def _dry_batch(pipe, stage, shape, online, fake):
             p.grad = torch.empty_like(p)
             hold(p)
         if online:
-            _dry_frozen(pipe, stage, shape, sample, count)
-        context, kept = _dry_step(pipe, stage, shape, sample, count)
+            _dry_frozen(pipe, stage, shape, sample, ledger)
+        context, kept = _dry_step(pipe, stage, shape, sample, ledger)
     for hook in hooks:
         hook.remove()
     for p in trained:
         p.grad = None
     _, _, frames, height, width = _latent_size(pipe.vae, 1, *shape[1:4])
     tokens = (frames + (shape.mode == "ref")) * height * width // math.prod(pipe.transformer.config.patch_size)
-    numbers = tokens, sample.input_ids.shape[1], context
-    return BatchCost(shape, *numbers, count.flops, count.again, kept, dict(ledger.peak))
+    again = {part: ledger.again[part] for part in ("transformer", "language_model")}
+    tokens = tokens, sample.input_ids.shape[1], context
+    return BatchCost(shape, *tokens, dict(ledger.flops), again, kept, dict(ledger.peak))
 
 # %% ../../nbs/library/34_estimate.ipynb #2966e201
 def _short(number):
@@ -372,12 +358,9 @@ class Estimate(_Report):
     def _length(self):
         stage = self.stage
         length = f"{stage.steps:,} steps" if stage.steps else "The recipe names no number of steps"
-        said = [f"{stage.minutes:g} minutes on two CPU cores" if stage.minutes else length]
-        if self.seconds_per_step:
-            said.append(f"{self.seconds_per_step:.3g} s each")
-        if self.hours and not stage.minutes:
-            said.append(f"{self.hours:,.1f} hours")
-        return ", ".join(said) + "."
+        length = f"{stage.minutes:g} minutes on two CPU cores" if stage.minutes else length
+        pace = f", {self.seconds_per_step:.3g} s each" if self.seconds_per_step else ""
+        return length + pace + (f", {self.hours:,.1f} hours." if self.hours and not stage.minutes else ".")
 
     def _parts(self):
         stage = self.stage
@@ -442,7 +425,7 @@ def estimate(
     optimizer = {"float32": 4, "bfloat16": 2}[stage.dtype] * moments
     if stage.ema:
         optimizer += 4 * sum(p.numel() for p in trained)
-    shapes = tqdm(batch_shapes(stage, preset), desc="dry run", disable=not progress, leave=False)
+    shapes = tqdm(_batch_shapes(stage, preset), desc="dry run", disable=not progress, leave=False)
     batches = [_dry_batch(pipe, stage, shape, online, fake) for shape in shapes]
     counts = _count_parameters(pipe)
     result = Estimate(stage, preset.name, online, offload_optimizer, counts, optimizer, batches, seconds_per_step)
@@ -505,14 +488,6 @@ class EditCost(_Report):
         yield Table("", ["choice", "GB at most", "in phase"], rows)
 
 
-def _tile(vae, tile, stride):
-    "Let the autoencoder work in tiles of that many latents."
-    sizes = dict(min=tile, stride=stride)
-    factor = vae.config.scale_factor_spatial
-    sides = [(kind, side, pair[k]) for kind, pair in sizes.items() for k, side in enumerate(("height", "width"))]
-    vae.enable_tiling(**{f"tile_sample_{kind}_{side}": factor * size for kind, side, size in sides})
-
-
 def edit_cost(
     preset: str | Preset,
     num_frames: int = 81,
@@ -533,7 +508,7 @@ def edit_cost(
         ledger.hold_weights(pipe, COMPONENTS)
         with torch.no_grad(), fake, ledger:
             result = call()
-        activations[phase], flops[phase] = ledger.peak.get("activations", 0), ledger.flops
+        activations[phase], flops[phase] = ledger.peak.get("activations", 0), ledger.flops.total()
         return result
 
     with fake:
@@ -546,7 +521,8 @@ def edit_cost(
     given = latents, sigma * 1000, sigma, context.to(number), None, latents, reference
     run("denoise", lambda: denoise(pipe.transformer, pipe.guidance, *given, cache=cache))
     run("decode", lambda: in_tiles(vae, latents, "decode"))
-    _tile(vae, tile, stride)
+    factor = vae.config.scale_factor_spatial
+    vae.enable_tiling(*(factor * side for side in (*tile, *stride)))
     run("encode in tiles", lambda: in_tiles(vae, pixels, "encode"))
     run("decode in tiles", lambda: in_tiles(vae, latents, "decode"))
     size = lambda module: sum(p.numel() * p.element_size() for p in module.parameters())
@@ -560,52 +536,3 @@ def edit_cost(
         activations,
         flops,
     )
-
-# %% ../../nbs/library/34_estimate.ipynb #34000005
-def _timed(run, device):
-    "Seconds of a call, on a device that answers before it is done, too."
-    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    wait()
-    began = time.perf_counter()
-    run()
-    wait()
-    return time.perf_counter() - began
-
-
-def measure_step(
-    stage: Stage,  # one that denoises, trained by AdamW
-    preset: Preset | None = None,  # the stage's own if None
-    device: str = "cpu",
-    steps: int = 3,  # each beside a plain product, since a machine changes its pace; the middle one counts
-) -> dict:  # "bytes", "seconds" of a step; "said_bytes", "said_seconds" by the dry run
-    "A step of a stage on random weights and samples, beside what the dry run says of it."
-    said = estimate(stage, preset, progress=False)
-    fullest, dtype = max(said.batches, key=lambda cost: sum(said.memory_of(cost).values())), getattr(torch, stage.dtype)
-    shape, flops = fullest.shape, sum(fullest.flops.values())
-    torch.manual_seed(0)
-    with torch.device(device):
-        pipe = KiwiEditPipeline.from_preset(preset or stage.preset, make_tokenizer(["Make it blue."], 400))
-    cast_weights(pipe, dtype)
-    select(pipe, stage)
-    sample = _sample(pipe, *shape[1:4], references=int(shape.mode == "ref"))
-    item = _made_up(pipe, shape, sample, lambda *size: torch.randn(size), dtype)
-    item, wan = tuple(part.to(device) for part in item), pipe.transformer.config
-    rows = item[0].target[:, 0].numel() // math.prod(wan.patch_size)
-    product = rows, wan.num_attention_heads * wan.attention_head_dim, wan.ffn_dim
-    bytes_of = lambda tensors: sum(x.numel() * x.element_size() for x in tensors)
-    with _frozen_aside(pipe, cached=True):
-        model = FlowMatching(pipe, replace(stage.loss, pixel_metric=0.0), None, stage.source, stage.autocast)
-        optimizers = _Optimizers(model, stage.lr, "adamw", stage.weight_decay)
-
-        def step():
-            model(item)[0].mean().backward()
-            optimizers.step(1.0)
-
-        step()  # moments are made
-        parts = [p for part in (pipe.mllm, pipe.guidance, pipe.transformer) for p in part.parameters()]
-        most = bytes_of(parts) + bytes_of(optimizers.state().values()) + allocated_by(step, device)
-        multiplied = torch.bfloat16 if stage.autocast else dtype
-        runs = [(_timed(step, device), measure_flops(device, multiplied, product)) for _ in range(steps)]
-    seconds, rate = sorted(runs, key=math.prod)[len(runs) // 2]
-    result = dict(bytes=most, said_bytes=said.peak, seconds=seconds, said_seconds=flops / rate)
-    return result | dict(flops=flops, flops_per_second=rate)

@@ -11,8 +11,7 @@ import math
 import pickle
 import re
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from accelerate.utils import set_module_tensor_to_device
 from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from ..core import InputError, PRESETS
@@ -31,15 +30,14 @@ from ..pipeline import KiwiEditPipeline, find_checkpoint
 from ..records import replacing_folder
 
 # %% auto #0
-__all__ = ['logger', 'DIFFUSERS_OPTIONS', 'WRITERS', 'read_config', 'Stored', 'open_weights', 'check_dtype', 'fill', 'build',
-           'native_wan_name', 'trainer_name', 'load_official', 'find_base', 'merge_lora', 'load_transformer',
-           'load_trainer_checkpoint', 'load_kit', 'load_any', 'convert', 'stored_dtype']
+__all__ = ['logger', 'DIFFUSERS_OPTIONS', 'open_weights', 'faults', 'check_dtype', 'load_official', 'find_base', 'merge_lora',
+           'load_trainer_checkpoint', 'load_kit', 'load_any', 'convert']
 
 # %% ../../nbs/library/20_checkpoints.ipynb #7f8dc21b
 logger = logging.getLogger(__name__)
 
 # %% ../../nbs/library/20_checkpoints.ipynb #41773358
-def read_config(
+def _read_config(
     folder: str | Path,
     *names: str,  # of folders and of the file below it
     having: tuple = (),  # what it has to give
@@ -66,45 +64,20 @@ def _public(config):
     return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
 # %% ../../nbs/library/20_checkpoints.ipynb #6fc43a96
-_FORMATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-_NAMES = {dtype: name for name, dtype in _FORMATS.items()}
-
-
-@dataclass(frozen=True)
-class Stored:
-    "A tensor in a file, read when it is asked for."
-
-    shape: tuple
-    dtype: str  # as safetensors writes it: "F32", "BF16", ...
-    read: Callable[[], torch.Tensor]
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> Stored:
-        "The same for a tensor that is in memory."
-        return cls(tuple(tensor.shape), _NAMES.get(tensor.dtype, str(tensor.dtype)), lambda: tensor)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # %% ../../nbs/library/20_checkpoints.ipynb #6b6a3e64
 def _open_safetensors(file):
-    "Tensors of a file as name -> Stored, and its metadata."
+    "Tensors of a file by name; what is in them is read when it is used."
     try:
-        handle = safe_open(file, framework="pt")
+        return load_file(file)
     except (SafetensorError, OSError) as error:
         short = f"cannot be read ({error}); a download may have been cut short"
         raise InputError(f"`{file.name}` has to be a whole safetensors file but {short}.") from None
 
-    def read(name):  # the file is opened again, so that what was read of it does not stay in memory
-        with safe_open(file, framework="pt") as again:
-            return again.get_tensor(name)
-
-    def stored(name):
-        part = handle.get_slice(name)
-        return Stored(tuple(part.get_shape()), part.get_dtype(), lambda: read(name))
-
-    return {name: stored(name) for name in handle.keys()}, handle.metadata() or {}
-
 
 def _open_pickle(file):
-    "Tensors of a file of torch as name -> Stored."
+    "Tensors of a file of torch by name."
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -118,7 +91,7 @@ def _open_pickle(file):
             tensors = tensors[nested]
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise InputError(f"`{file.name}` has to hold names and tensors but holds a {type(tensors).__name__}.")
-    return {name: Stored.of(tensor) for name, tensor in tensors.items()}
+    return tensors
 
 # %% ../../nbs/library/20_checkpoints.ipynb #20c40001
 def _variant_of(file):
@@ -141,11 +114,14 @@ def open_weights(
     source: Path
     | list,  # a .safetensors or .pth file, a folder of .safetensors files (shards, with their index), or several
     variant: str | None = None,  # of a folder's files
-) -> dict[str, Stored]:
-    "All tensors of files by name, unread; nothing but tensors is ever unpickled."
+) -> dict[str, torch.Tensor]:
+    "All tensors of files by name; nothing but tensors is ever unpickled."
     files = source if isinstance(source, (list, tuple)) else [source]
     if len(files) == 1 and Path(files[0]).is_dir():
-        files = _whole(Path(files[0]), variant)
+        folder = Path(files[0])
+        files = _weight_files(folder, variant)
+        if not files:
+            raise FileNotFoundError(f"`folder` has to hold .safetensors files but {str(folder)!r} does not.")
     found = {}
     for file in map(Path, files):
         if not file.is_file():
@@ -153,25 +129,35 @@ def open_weights(
         if file.suffix.lower() == ".gguf":
             mend = "GGUF, whose weights are quantised; take the file that it was made of"
             raise InputError(f"`source` has to be .safetensors or .pth but {file.name} is {mend}.")
-        new = _open_pickle(file) if file.suffix in (".pth", ".pt", ".ckpt", ".bin") else _open_safetensors(file)[0]
+        new = _open_pickle(file) if file.suffix in (".pth", ".pt", ".ckpt", ".bin") else _open_safetensors(file)
         if twice := sorted(set(new) & set(found)):
             raise InputError(f"`source` has to name each tensor once but {file.name} repeats {_some(twice)}.")
         found |= new
     return found
 
 
-def _whole(folder, variant):
-    "The files of a folder's weights; shards that its index names have to be among them."
-    files = _weight_files(folder, variant)
-    if not files:
-        raise FileNotFoundError(f"`folder` has to hold .safetensors files but {str(folder)!r} does not.")
-    kind = _variant_of(files[0])
-    for index in folder.glob(f"*.safetensors.index.{kind}.json" if kind else "*.safetensors.index.json"):
-        shards = read_config(folder, index.name).get("weight_map", {})
-        if absent := sorted(set(shards.values()) - {file.name for file in files}):
-            named = f"the shards that {index.name} names but lacks {', '.join(absent)}"
-            raise FileNotFoundError(f"`{folder.name}` has to hold {named}.")
-    return files
+def faults(
+    folder: Path,  # of a component
+) -> Iterator[str]:
+    "What of a component's weights is missing or damaged, as far as names, sizes and headers tell."
+    if not folder.is_dir():
+        return (yield f"{folder.name}/ is missing")
+    there, wanted = {path.name for path in folder.glob("*.safetensors")}, set()
+    for shards in folder.glob("*.safetensors.index.json"):
+        try:
+            wanted |= set(json.loads(shards.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, TypeError, KeyError, AttributeError):
+            yield f"{folder.name}/{shards.name} is cut off or damaged"
+    for file in there:
+        # the name of a shard tells of its siblings without an index
+        if match := re.fullmatch(r"(.+-)\d{5}(-of-(\d{5})\.safetensors)", file):
+            wanted |= {f"{match[1]}{n:05}{match[2]}" for n in range(1, int(match[3]) + 1)}
+        try:
+            with safe_open(folder / file, framework="pt"):
+                pass  # compares the header with the size
+        except SafetensorError:
+            yield f"{folder.name}/{file} is cut off or damaged"
+    yield from (f"{folder.name}/{file} is missing" for file in wanted - there)
 
 
 def _some(names, most=20):
@@ -187,10 +173,7 @@ _KINDS = dict(
 )
 
 
-def _as_dtype(value):
-    "The type that a name stands for; anything else as it is."
-    is_name = isinstance(value, str) and value != "auto"
-    return getattr(torch, value.removeprefix("torch."), value) if is_name else value
+_FORMATS = {None, "auto"} | {form for kind in _FLOATS for form in (kind, str(kind), str(kind).split(".")[1])}
 
 
 def check_dtype(
@@ -201,7 +184,7 @@ def check_dtype(
     if unknown := given.keys() - {*_KINDS, "default"}:
         raise InputError(f"`torch_dtype` has to be of {', '.join(_KINDS)} or default but names {min(unknown)!r}.")
     for value in given.values():
-        if _as_dtype(value) not in (None, "auto", *_NAMES):
+        if value not in _FORMATS:
             kinds = 'float16, bfloat16, float32 or float64 of torch, its name, "auto" or a dict of these'
             raise InputError(f"`torch_dtype` has to be {kinds} but is {value!r}.")
 
@@ -210,53 +193,60 @@ def _dtype_of(torch_dtype, part, weights):
     'The number format in which a part is loaded; "auto" is that of most of its weights.'
     if isinstance(torch_dtype, dict):
         torch_dtype = torch_dtype.get(part, torch_dtype.get("default"))
-    return _common_dtype(weights) if torch_dtype == "auto" else _as_dtype(torch_dtype) or torch.float32
+    if torch_dtype == "auto":
+        return _common_dtype(weights.values())
+    named = isinstance(torch_dtype, str)
+    return getattr(torch, torch_dtype.split(".")[-1]) if named else torch_dtype or torch.float32
 
 
-def _common_dtype(weights):
+def _common_dtype(tensors):
     counts = Counter()
-    for stored in weights.values():
-        counts[stored.dtype] += math.prod(stored.shape)
-    most = max(counts, key=counts.get, default="F32")
-    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(most, torch.float32)
+    for tensor in tensors:
+        counts[tensor.dtype] += tensor.numel()
+    most = max(counts, key=counts.get, default=None)
+    return most if most in (torch.bfloat16, torch.float16) else torch.float32
 
 # %% ../../nbs/library/20_checkpoints.ipynb #5487dcce
 def _compare(model, weights, ignore=()):
     "Raise and list what is missing, left over, of another shape or no floating-point number."
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     both = [name for name in expected if name in weights and weights[name].shape != expected[name]]
     faults = {
         "are missing": [n for n in expected if n not in weights and not n.startswith(tuple(ignore))],
         "are left over": [n for n in weights if n not in expected],
         "have another shape": [f"{n} {list(weights[n].shape)} instead of {list(expected[n])}" for n in both],
-        "are no floating-point numbers": [f"{n} {s.dtype}" for n, s in weights.items() if s.dtype not in _FORMATS],
+        "are no floating-point numbers": [f"{n} {w.dtype}" for n, w in weights.items() if w.dtype not in _FLOATS],
     }
     wrong = [f"{len(names)} {what} ({_some(names)})" for what, names in faults.items() if names]
     if wrong:
         raise InputError(f"`weights` of {type(model).__name__} have to match its tensors, but {', '.join(wrong)}.")
 
 
-def fill(
+def _fill(
     model: torch.nn.Module,  # its tensors may be on the meta device, where they take no memory
-    weights: dict,  # name -> Stored or tensor
+    weights: dict,  # name -> tensor
     ignore: tuple[str, ...] = (),  # how names begin that may be missing
     dtype: torch.dtype = torch.float32,
 ) -> torch.nn.Module:  # the same, on the CPU, in evaluation mode
     "Load weights one by one, after a look at all their names and shapes."
-    weights = {name: value if isinstance(value, Stored) else Stored.of(value) for name, value in weights.items()}
     _compare(model, weights, ignore)
     exact = set(getattr(model, "_keep_in_fp32_modules", None) or ())  # diffusers keeps these whatever the rest is
-    for name, stored in weights.items():
+    for name, tensor in weights.items():
         to = torch.float32 if exact & set(name.split(".")) else dtype
-        value = stored.read().to(to, copy=True)
-        if value.numel() and not all(math.isfinite(extreme) for extreme in torch.aminmax(value.detach())):
-            owner = type(model).__name__
-            raise InputError(f"`weights` of {owner} have to be finite but {name} holds NaN or infinity.")
+        value = _finite(model, name, tensor.to(to, copy=True))
         set_module_tensor_to_device(model, name, "cpu", value=value, dtype=to)
     return model.eval()
 
+
+def _finite(model, name, value):
+    "The same tensor, or an error."
+    if value.numel() and not all(math.isfinite(extreme) for extreme in torch.aminmax(value.detach())):
+        owner = type(model).__name__
+        raise InputError(f"`weights` of {owner} have to be finite but {name} holds NaN or infinity.")
+    return value
+
 # %% ../../nbs/library/20_checkpoints.ipynb #69c316df
-def build(
+def _build(
     kind: type,  # WanTransformer3DModel, AutoencoderKLWan, Qwen2_5_VLForConditionalGeneration, ...
     config: dict,
     origin: str,  # where it comes from, for messages
@@ -304,10 +294,8 @@ def _wan_name(name):
     return name and re.sub(r"(\.attn[12]\.)([qkvo])\.", lambda m: f"{m[1]}{_ATTENTION[m[2]]}.", name)
 
 
-def native_wan_name(
-    name: str,  # a tensor name of `WanTransformer3DModel`
-) -> str | None:  # None where Wan has no such tensor
-    "The name in the original release and in the trainer."
+def _native_wan_name(name):
+    "The name in the original release and in the trainer of a tensor of `WanTransformer3DModel`; None where it is none."
     back = {theirs: ours for ours, theirs in _ATTENTION.items()}
     name = re.sub(r"(\.attn[12]\.)(to_q|to_k|to_v|to_out\.0)\.", lambda m: f"{m[1]}{back[m[2]]}.", name)
     return _renamed(name, _turned(_WAN_NAMES))
@@ -353,11 +341,10 @@ def _native_vae_name(name, num_res_blocks=2, residual=True):
     return f"{part}.{way}samples.{i if part == 'encoder' else int(i) * (num_res_blocks + 2) + j}.{inner(rest)}"
 
 
-def _native_vae(vae):
-    "The tensors of an autoencoder under their native names, and these names with diffusers'."
-    state, c = vae.state_dict(), vae.config
-    names = {_native_vae_name(name, c.num_res_blocks, c.is_residual): name for name in state}
-    return {native: state[name] for native, name in names.items()}, names
+def _native_vae_names(vae):
+    "Native name -> diffusers' name, of the tensors of an autoencoder."
+    c = vae.config
+    return {_native_vae_name(name, c.num_res_blocks, c.is_residual): name for name in vae.state_dict()}
 
 # %% ../../nbs/library/20_checkpoints.ipynb #5d871839
 def _qwen_name(name):
@@ -383,7 +370,7 @@ _TRAINER_NAMES = (  # in the trainer, in `KiwiGuidance`
 )
 
 
-def trainer_name(
+def _trainer_name(
     name: str,  # a key of a trainer checkpoint, whatever prefix it was saved with
 ) -> tuple[str, str] | None:  # component and its tensor's name here; None for a stranger
     "Where a tensor of a trainer checkpoint belongs; those of LoRA layers keep their ending."
@@ -411,9 +398,9 @@ def _vae_config(config, residual):
 def _fill_vae(config, weights, origin, dtype):
     "A native autoencoder of either generation as an `AutoencoderKLWan`."
     residual = any(".downsamples.0.downsamples." in name for name in weights)
-    vae = build(AutoencoderKLWan, _vae_config(config, residual), origin)
-    names = _native_vae(vae)[1]
-    return fill(vae, {names.get(name, name): stored for name, stored in weights.items()}, dtype=dtype)
+    vae = _build(AutoencoderKLWan, _vae_config(config, residual), origin)
+    names = _native_vae_names(vae)
+    return _fill(vae, {names.get(name, name): tensor for name, tensor in weights.items()}, dtype=dtype)
 
 # %% ../../nbs/library/20_checkpoints.ipynb #7f3c7cb4
 def _load_qwen(config, weights, dtype=torch.float32, origin="config.json"):
@@ -421,9 +408,9 @@ def _load_qwen(config, weights, dtype=torch.float32, origin="config.json"):
     if "text_config" in config:  # beside it published files repeat the text model's fields in an older spelling
         known = ("text_config", "vision_config", "tie_word_embeddings")
         config = {k: v for k, v in config.items() if k in known or k.endswith("_token_id")}
-    model = build(Qwen2_5_VLForConditionalGeneration, config, origin)
-    weights = {_qwen_name(name): stored for name, stored in weights.items()}
-    fill(model, weights, ignore=("lm_head.",), dtype=dtype)
+    model = _build(Qwen2_5_VLForConditionalGeneration, config, origin)
+    weights = {_qwen_name(name): tensor for name, tensor in weights.items()}
+    _fill(model, weights, ignore=("lm_head.",), dtype=dtype)
     if "lm_head.weight" not in weights:
         model.lm_head.weight = model.get_input_embeddings().weight
     return model
@@ -438,7 +425,7 @@ def _load_official_mllm(folder, torch_dtype=torch.float32, variant=None):
     dtype = _dtype_of(torch_dtype, "mllm", weights)
     for name in [name for name in weights if name.startswith(_OURS)]:
         ours[name.replace("connetor.", "connector.")] = weights.pop(name)
-    config = read_config(folder, "processor", "qwen_config.json")
+    config = _read_config(folder, "processor", "qwen_config.json")
     return _load_qwen(config, weights, dtype, "processor/qwen_config.json"), ours
 
 # %% ../../nbs/library/20_checkpoints.ipynb #74e6d8b1
@@ -455,7 +442,7 @@ def _make_guidance(config, weights, dtype, optional=()):
         guidance = KiwiGuidance(**config)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"`config` has to describe KiwiGuidance but does not: {error}") from error
-    fill(guidance, weights, ignore=optional, dtype=dtype)
+    _fill(guidance, weights, ignore=optional, dtype=dtype)
     for p in guidance.parameters():  # also of those that were missing
         p.data = p.data.to(dtype)
     return guidance
@@ -470,7 +457,7 @@ def load_official(
 ) -> KiwiEditPipeline:
     "A released Kiwi-Edit repository as the kit's pipeline; none of the code it carries is run."
     folder = Path(folder)
-    if "mllm_encoder" not in read_config(folder, "model_index.json"):
+    if "mllm_encoder" not in _read_config(folder, "model_index.json"):
         found = f"the model_index.json of {str(folder)!r} names no mllm_encoder"
         raise InputError(f"`folder` has to be a released Kiwi-Edit repository but {found}.")
     mllm, weights = _load_official_mllm(folder, torch_dtype, variant)
@@ -481,13 +468,13 @@ def load_official(
     dtype, optional = _dtype_of(torch_dtype, "guidance", weights), () if takes_reference else _REFERENCE_PARTS
     guidance = _make_guidance(config, weights, dtype, optional)
 
-    vae_known = read_config(folder, "vae", "config.json", having=("dim", "z_dim"))
+    vae_known = _read_config(folder, "vae", "config.json", having=("dim", "z_dim"))
     vae_weights, dit_weights = open_weights(folder / "vae", variant), open_weights(folder / "transformer", variant)
     vae = _fill_vae(vae_known, vae_weights, "vae/config.json", _dtype_of(torch_dtype, "vae", vae_weights))
-    dit_known = read_config(folder, "transformer", "config.json")
-    transformer = build(WanTransformer3DModel, dit_known, "transformer/config.json")
-    fill(transformer, dit_weights, dtype=_dtype_of(torch_dtype, "transformer", dit_weights))
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(read_config(folder, "scheduler", "scheduler_config.json"))
+    dit_known = _read_config(folder, "transformer", "config.json")
+    transformer = _build(WanTransformer3DModel, dit_known, "transformer/config.json")
+    _fill(transformer, dit_weights, dtype=_dtype_of(torch_dtype, "transformer", dit_weights))
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(_read_config(folder, "scheduler", "scheduler_config.json"))
     processor = KiwiProcessor.from_pretrained(folder / "processor")
     return KiwiEditPipeline(transformer, vae, scheduler, mllm, processor, guidance, schedule=schedule)
 
@@ -495,10 +482,10 @@ def load_official(
 def _official_guidance(folder, mllm, takes_reference):
     "Fields of `KiwiGuidance` of a released repository."
     having = (*_ENCODER_FIELDS, "dit_dim")
-    encoder = read_config(folder, "mllm_encoder", "config.json", having=having)
-    source = read_config(folder, "source_embedder", "config.json", having=("in_dim", "patch_size", "zero_init"))
+    encoder = _read_config(folder, "mllm_encoder", "config.json", having=having)
+    source = _read_config(folder, "source_embedder", "config.json", having=("in_dim", "patch_size", "zero_init"))
     has_reference = (folder / "ref_embedder/config.json").is_file()
-    reference = read_config(folder, "ref_embedder", "config.json") if has_reference else {}
+    reference = _read_config(folder, "ref_embedder", "config.json") if has_reference else {}
     return {name: encoder[name] for name in _ENCODER_FIELDS} | dict(
         _OFFICIAL_GUIDANCE,
         dim=encoder["dit_dim"],
@@ -535,8 +522,8 @@ def find_base(
             files = [file for file in (*files, *sorted(folder.glob("*.pth"))) if "vae" in file.name.lower()] or files
         if part == "transformer":
             files = [file for file in files if "vae" not in file.name.lower()]
-        if files and next(folder.glob("*.index.json"), None):
-            _whole(folder, None)  # says which shards are missing
+        if wrong := list(faults(folder)) if files else []:
+            raise FileNotFoundError(f"`{part}` has to be a whole model but {min(wrong)}.")
     config = folder / "config.json"
     return files, config if config.is_file() else None
 
@@ -560,7 +547,7 @@ _WAN_KIND = dict(cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=1e-6
 
 def _infer_transformer(weights, num_attention_heads=None):
     "The configuration of a `WanTransformer3DModel` from the shapes of its tensors."
-    embedder, shapes = "condition_embedder", {name: stored.shape for name, stored in weights.items()}
+    embedder, shapes = "condition_embedder", {name: tensor.shape for name, tensor in weights.items()}
     try:
         dim, channels, *patch = shapes["patch_embedding.weight"]
         config = dict(
@@ -612,47 +599,36 @@ def _infer_vae(weights):
 def _split_lora(weights):
     "Plain weights, and LoRA matrices as name of a linear layer -> (A, B)."
     plain, pairs = {}, {}
-    for name, stored in weights.items():
+    for name, tensor in weights.items():
         if found := re.match(r"(.*)\.lora_(A|B)(?:\.default)?\.weight$", name):
-            pairs.setdefault(found[1], {})[found[2]] = stored
+            pairs.setdefault(found[1], {})[found[2]] = tensor
         else:
-            plain[name] = stored
+            plain[name] = tensor
     if odd := [name for name, pair in pairs.items() if len(pair) < 2]:
         raise InputError(f"`weights` have to hold both matrices of a LoRA layer but hold one of {_some(odd)}.")
     return plain, {name: (pair["A"], pair["B"]) for name, pair in pairs.items()}
 
 
-def _merged(weights, lora):
-    "Weights with LoRA matrices added as they are read."
+def _with_lora(model, weights, lora, merge):
+    "A model, filled with weights, that gets LoRA matrices too: added to these, or as PEFT layers beside them."
     if strangers := [name for name in lora if f"{name}.weight" not in weights]:
         raise InputError(f"`weights` have to hold the layers that LoRA matrices belong to but lack {_some(strangers)}.")
-
-    def added(base, A, B):
+    for name, (A, B) in lora.items():
+        base = weights[f"{name}.weight"]
         if (B.shape[0], A.shape[1]) != base.shape or A.shape[0] != B.shape[1]:
             sizes = f"{list(B.shape)} times {list(A.shape)} is added to {list(base.shape)}"
             raise InputError(f"`weights` have to match their LoRA matrices but {sizes}.")
-        return replace(base, read=lambda: base.read().float() + B.read().float() @ A.read().float())
+        if merge:
+            layer, added = model.get_submodule(name), base.float() + B.float() @ A.float()
+            layer.weight.data = _finite(model, name, added.to(layer.weight.dtype))
+    if not merge and lora:
+        from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
-    return weights | {f"{name}.weight": added(weights[f"{name}.weight"], *pair) for name, pair in lora.items()}
-
-
-def _with_lora(make, weights, lora, merge):
-    "A model with LoRA matrices in its weights, or as PEFT layers beside them."
-    if merge or not lora:
-        return make(_merged(weights, lora))
-    from peft import LoraConfig, inject_adapter_in_model
-
-    model = make(weights)
-    ranks = {name: A.shape[0] for name, (A, _) in lora.items()}
-    some = next(iter(ranks.values()))
-    others = {name: rank for name, rank in ranks.items() if rank != some}
-    patterns = dict(target_modules=list(ranks), rank_pattern=others, alpha_pattern=others)
-    inject_adapter_in_model(LoraConfig(r=some, lora_alpha=some, **patterns), model)
-    for name, pair in lora.items():
-        layer = model.get_submodule(name)
-        for side, stored in zip("AB", pair):
-            with torch.no_grad():
-                getattr(layer, f"lora_{side}")["default"].weight.copy_(stored.read())
+        ranks = {name: A.shape[0] for name, (A, _) in lora.items()}
+        config = LoraConfig(target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=ranks)
+        inject_adapter_in_model(config, model)
+        sides = {f"{name}.lora_{side}.weight": x for name, pair in lora.items() for side, x in zip("AB", pair)}
+        set_peft_model_state_dict(model, sides)
     return model.requires_grad_(False).eval()
 
 
@@ -675,13 +651,13 @@ _METADATA = "kiwi_edit"  # under which a trainer file of ours notes what its for
 def _base(part, source, config):
     "Tensors of a base model, and what is known of its configuration."
     files, file = find_base(part, source) if source is not None else ([], None)
-    return open_weights(files) if files else {}, (read_config(file.parent, file.name) if file else {}) | (config or {})
+    return open_weights(files) if files else {}, (_read_config(file.parent, file.name) if file else {}) | (config or {})
 
 
-def load_transformer(
+def _load_transformer(
     source=None,  # file, folder or hub id of a base, in native or diffusers' names; None where `trained` has all of it
     config: dict | None = None,  # fields of the configuration that no file gives
-    trained: dict | None = None,  # name -> Stored, of diffusers' names; in place of the base's, or LoRA matrices
+    trained: dict | None = None,  # name -> tensor, of diffusers' names; in place of the base's, or LoRA matrices
     merge: bool = True,  # LoRA matrices into the weights
     dtype: torch.dtype = torch.float32,
 ) -> WanTransformer3DModel:
@@ -689,19 +665,19 @@ def load_transformer(
     base, given = _base("transformer", source, config)
     plain, lora = _split_lora(trained or {})
     # before which other programs put this
-    bare = {re.sub(r"^(model\.)?diffusion_model\.", "", name): stored for name, stored in base.items()}
-    weights, given = {_wan_name(n) or n: stored for n, stored in bare.items()} | plain, _transformer_config(given)
+    bare = {re.sub(r"^(model\.)?diffusion_model\.", "", name): tensor for name, tensor in base.items()}
+    weights, given = {_wan_name(n) or n: tensor for n, tensor in bare.items()} | plain, _transformer_config(given)
     if "num_layers" not in given:
         given = _infer_transformer(weights, given.get("num_attention_heads")) | given
-    make = lambda weights: fill(build(WanTransformer3DModel, given, "transformer"), weights, dtype=dtype)
-    return _with_lora(make, weights, lora, merge)
+    model = _fill(_build(WanTransformer3DModel, given, "transformer"), weights, dtype=dtype)
+    return _with_lora(model, weights, lora, merge)
 
 
 def _load_vae(source, config, dtype):
     "A Wan autoencoder of either generation, from a file, folder or hub id in native or diffusers' names."
     weights, given = _base("vae", source, config)
     if any(".down_blocks." in name for name in weights):
-        return fill(build(AutoencoderKLWan, given, "vae"), weights, dtype=dtype)
+        return _fill(_build(AutoencoderKLWan, given, "vae"), weights, dtype=dtype)
     known = {name: value for name, value in given.items() if name in (*_VAE_CONFIG, "dim", "dec_dim")}
     return _fill_vae(_infer_vae(weights) | known, weights, "vae", dtype)
 
@@ -713,11 +689,11 @@ def _load_mllm(source, trained, merge, dtype):
         kinds = "a folder with .safetensors files and a config.json"
         raise FileNotFoundError(f"`mllm` has to be {kinds} but {str(source)!r} is none.")
     plain, lora = _split_lora(trained)
-    weights = {_qwen_name(name): stored for name, stored in open_weights(files).items()} | plain
-    config = read_config(file.parent, file.name)
+    weights = {_qwen_name(name): tensor for name, tensor in open_weights(files).items()} | plain
+    config = _read_config(file.parent, file.name)
     if "text_config" not in config:
         config = Qwen2_5_VLConfig.from_pretrained(file.parent).to_dict()
-    model = _with_lora(lambda weights: _load_qwen(config, weights, dtype), weights, lora, merge)
+    model = _with_lora(_load_qwen(config, weights, dtype), weights, lora, merge)
     return model, KiwiProcessor.from_pretrained(file.parent)
 
 # %% ../../nbs/library/20_checkpoints.ipynb #3daf76f0
@@ -747,8 +723,9 @@ def load_trainer_checkpoint(
     if bases["transformer"] is None and all("lora_" in name for name in trained["transformer"]):
         rule = "`transformer` has to name the base model, since the checkpoint does not have the whole denoiser,"
         raise InputError(f"{rule} but is None.")
-    noted = json.loads(_open_safetensors(checkpoint)[1].get(_METADATA, "{}"))
-    wan = load_transformer(bases["transformer"], transformer_config, trained["transformer"], merge, torch_dtype)
+    with safe_open(checkpoint, framework="pt") as file:
+        noted = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
+    wan = _load_transformer(bases["transformer"], transformer_config, trained["transformer"], merge, torch_dtype)
     language, processor = _load_mllm(bases["mllm"], trained["mllm"], merge, torch_dtype)
     known, absent = _trainer_guidance(checkpoint, trained["guidance"], wan, language)
     known |= noted.get("guidance", {}) | overrides
@@ -764,9 +741,9 @@ def load_trainer_checkpoint(
 def _trained_parts(checkpoint):
     "Tensors of a trainer checkpoint by component, under the names that they have here."
     parts, strangers = dict(transformer={}, mllm={}, guidance={}), []
-    for name, stored in open_weights(checkpoint).items():
-        if place := trainer_name(name):
-            parts[place[0]][place[1]] = stored
+    for name, tensor in open_weights(checkpoint).items():
+        if place := _trainer_name(name):
+            parts[place[0]][place[1]] = tensor
         else:
             strangers.append(name)
     if strangers:
@@ -820,25 +797,25 @@ def load_kit(
     if variant and variant not in there:
         raise FileNotFoundError(f"`variant` has to be one that files of the model have but is {variant!r}.")
     for part, kind in own.items():
-        config, weights = read_config(folder, part, "config.json"), open_weights(folder / part, variant)
+        config, weights = _read_config(folder, part, "config.json"), open_weights(folder / part, variant)
         origin, dtype = f"{part}/config.json", _dtype_of(torch_dtype, part, weights)
         dtypes[part] = dtype
         if kwargs:  # diffusers' loader drops what does not belong, so we look before
             if part == "mllm":
-                weights = {_qwen_name(name): stored for name, stored in weights.items()}
-            _compare(build(kind, config, origin), weights, ("lm_head.",) if part == "mllm" else ())
+                weights = {_qwen_name(name): tensor for name, tensor in weights.items()}
+            _compare(_build(kind, config, origin), weights, ("lm_head.",) if part == "mllm" else ())
         elif part == "mllm":
             parts[part] = _load_qwen(config, weights, dtype, origin)
         elif part == "guidance":
             parts[part] = _make_guidance(config, weights, dtype)
         else:
-            parts[part] = fill(build(kind, config, origin), weights, dtype=dtype)
+            parts[part] = _fill(_build(kind, config, origin), weights, dtype=dtype)
     if kwargs:
         load = DiffusionPipeline.from_pretrained.__func__
         return load(KiwiEditPipeline, str(folder), dtype=dtypes, variant=variant, **kwargs)
-    index = read_config(folder, "model_index.json")
+    index = _read_config(folder, "model_index.json")
     numbers = {name: value for name, value in index.items() if not isinstance(value, list)}
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(read_config(folder, "scheduler", "scheduler_config.json"))
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(_read_config(folder, "scheduler", "scheduler_config.json"))
     processor = KiwiProcessor.from_pretrained(folder / "processor")
     return KiwiEditPipeline(scheduler=scheduler, processor=processor, **parts, **numbers)
 
@@ -942,7 +919,8 @@ def _write_official(pipe, folder, max_shard_size="5GB"):
     for name, values in _official_configs(pipe).items():
         _write(folder / name, values)
     _save(pipe.transformer.state_dict(), folder / "transformer", max_shard_size)
-    _save(_native_vae(pipe.vae)[0], folder / "vae", one_file)
+    state, names = pipe.vae.state_dict(), _native_vae_names(pipe.vae)
+    _save({native: state[name] for native, name in names.items()}, folder / "vae", one_file)
     _save({name: p for name, p in ours.items() if "embedder" not in name}, folder / "mllm_encoder", one_file)
     for part in ("source_embedder", "ref_embedder")[: 1 + pipe.guidance.config.takes_reference]:
         embedder = {name.replace(part, "patch_embedding"): p for name, p in ours.items() if name.startswith(part)}
@@ -952,7 +930,7 @@ def _write_official(pipe, folder, max_shard_size="5GB"):
     _save(qwen, folder / "mllm_encoder", min(half, 5 * 10**9), "model")
     pipe.mllm.generation_config.save_pretrained(folder / "mllm_encoder")
     pipe.processor.save_pretrained(folder / "processor")
-    looks = read_config(folder / "processor", "preprocessor_config.json") | dict(processor_class="Qwen2_5_VLProcessor")
+    looks = _read_config(folder / "processor", "preprocessor_config.json") | dict(processor_class="Qwen2_5_VLProcessor")
     video = looks | dict(do_sample_frames=False, max_frames=768, min_frames=4)
     video |= dict(video_processor_type="Qwen2VLVideoProcessor")
     video.pop("image_processor_type", None)
@@ -967,17 +945,15 @@ def _write_trainer(pipe, folder, max_shard_size="5GB"):
     for name, p in pipe.guidance.state_dict().items():
         if not name.startswith(tuple(unused)):
             tensors[_renamed(name, _turned(_TRAINER_NAMES))] = p
-    state, adapted = pipe.transformer.state_dict(), any(".lora_" in name for name in pipe.transformer.state_dict())
-    for name, p in state.items():
-        if ".lora_" in name or not adapted:
-            tensors["dit." + native_wan_name(name)] = p
-        else:
-            base["transformer"][name.replace(".base_layer.", ".")] = p
-    for name, p in _tied(pipe.mllm).items():
-        if ".lora_" in name:
-            tensors["mllm.model." + name] = p
-        else:
-            base["mllm"][name.replace(".base_layer.", ".")] = p
+    states = dict(transformer=pipe.transformer.state_dict(), mllm=_tied(pipe.mllm))
+    named = dict(transformer=lambda name: "dit." + _native_wan_name(name), mllm=lambda name: "mllm.model." + name)
+    adapted = any(".lora_" in name for name in states["transformer"])
+    for part, state in states.items():
+        for name, p in state.items():
+            if ".lora_" in name or (part == "transformer" and not adapted):
+                tensors[named[part](name)] = p
+            else:
+                base[part][name.replace(".base_layer.", ".")] = p
     numbers = ("max_pixels", "max_frames", "window_frames", "default_steps", "schedule")
     noted = dict(
         guidance=_public(pipe.guidance.config),
@@ -996,7 +972,7 @@ def _write_trainer(pipe, folder, max_shard_size="5GB"):
     pipe.processor.save_pretrained(folder / "base/mllm")
 
 # %% ../../nbs/library/20_checkpoints.ipynb #6f7e1e74
-WRITERS = dict(kit=KiwiEditPipeline.save_pretrained, official=_write_official, trainer=_write_trainer)
+_WRITERS = dict(kit=KiwiEditPipeline.save_pretrained, official=_write_official, trainer=_write_trainer)
 
 
 def load_any(
@@ -1018,7 +994,7 @@ def load_any(
 def convert(
     source: str | Path,  # see `load_any`
     destination: str | Path,  # folder, written as a whole or not at all
-    to: str = "kit",  # one of `WRITERS`
+    to: str = "kit",  # one of `_WRITERS`
     torch_dtype: torch.dtype | None = None,  # of the written weights; None keeps those of `source`
     overwrite: bool = False,  # replace `destination` if it is there
     max_shard_size: str = "5GB",
@@ -1028,22 +1004,22 @@ def convert(
     destination = Path(destination).expanduser().absolute()
     if destination.is_file():
         raise FileExistsError(f"`destination` has to be a folder but {str(destination)!r} is a file.")
-    if to not in WRITERS:
-        raise InputError(f"`to` has to be one of {', '.join(WRITERS)} but is {to!r}.")
+    if to not in _WRITERS:
+        raise InputError(f"`to` has to be one of {', '.join(_WRITERS)} but is {to!r}.")
     if destination.exists() and not overwrite and any(destination.iterdir()):
         mend = f"{str(destination)!r} is not; `overwrite` replaces it"
         raise FileExistsError(f"`destination` has to be new or empty but {mend}.")
-    pipe = load_any(source, torch_dtype or stored_dtype(source), **options)
+    pipe = load_any(source, torch_dtype or _stored_dtype(source), **options)
     with replacing_folder(destination) as fresh:
-        WRITERS[to](pipe, fresh, max_shard_size)
+        _WRITERS[to](pipe, fresh, max_shard_size)
     return destination
 
 
-def stored_dtype(
+def _stored_dtype(
     source: str | Path,  # see `load_any`
 ) -> torch.dtype:
     "The number format of most of a model's weights on disk."
     path = Path(source) if Path(source).exists() else find_checkpoint(source)
     folders = [path, *(p for p in path.rglob("*") if p.is_dir())]
     files = [path] if path.is_file() else [file for folder in folders for file in _weight_files(folder)]
-    return _common_dtype({(file, name): s for file in files for name, s in _open_safetensors(file)[0].items()})
+    return _common_dtype(tensor for file in files for tensor in _open_safetensors(file).values())

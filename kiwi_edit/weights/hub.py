@@ -11,7 +11,6 @@ import logging
 import re
 import reprlib
 import tempfile
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,17 +20,17 @@ from diffusers.loaders.lora_base import _fetch_state_dict
 from huggingface_hub import HfApi, ModelCard, ModelCardData, constants, snapshot_download
 from huggingface_hub import errors as hub_faults
 from huggingface_hub.utils import httpx
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from ..core import PRESETS, InputError, InputTypeError, check_local
 from ..guidance import KiwiGuidance
 from ..pipeline import KiwiEditPipeline, bundled_models, find_checkpoint
-from .checkpoints import DIFFUSERS_OPTIONS, check_dtype, load_kit, load_official
+from .checkpoints import DIFFUSERS_OPTIONS, check_dtype, faults, load_kit, load_official
 
 logger = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'LAYOUTS', 'fetch', 'load_model', 'load_lora', 'model_card', 'push']
+__all__ = ['logger', 'LAYOUTS', 'fetch', 'load_model', 'load_lora', 'push']
 
 # %% ../../nbs/library/21_hub.ipynb #21b00007
 def _hub_reason(error, name, revision):
@@ -91,36 +90,13 @@ def _read_index(folder, name):
     return index
 
 
-def _faults(part) -> Iterator[str]:
-    "What of a component is missing or damaged, as far as names, sizes and headers tell."
-    if not part.is_dir():
-        return (yield f"{part.name}/ is missing")
-    there, wanted = {path.name for path in part.glob("*.safetensors")}, set()
-    for shards in part.glob("*.safetensors.index.json"):
-        try:
-            wanted |= set(json.loads(shards.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, TypeError, KeyError, AttributeError):
-            yield f"{part.name}/{shards.name} is cut off or damaged"
-    for file in there:
-        if match := re.fullmatch(
-            r"(.+-)\d{5}(-of-(\d{5})\.safetensors)", file
-        ):  # tells of its siblings without an index
-            wanted |= {f"{match[1]}{n:05}{match[2]}" for n in range(1, int(match[3]) + 1)}
-        try:
-            with safe_open(part / file, framework="pt"):
-                pass  # compares the header with the size
-        except SafetensorError:
-            yield f"{part.name}/{file} is cut off or damaged"
-    yield from (f"{part.name}/{file} is missing" for file in wanted - there)
-
-
 def _check_folder(folder, name):
     "Raise where a folder holds no model of this pipeline, or not all of it."
     index = _read_index(folder, name)
     wrong = [f"{path.relative_to(folder).as_posix()} is half of a download" for path in folder.rglob("*.incomplete")]
     parts = [key for key, value in index.items() if isinstance(value, list) and value[0] and not key.startswith("_")]
     for part in (folder / key for key in parts):
-        wrong += _faults(part)
+        wrong += faults(part)
         if "guidance" in index and part.is_dir():  # the kit's layout; others may have a part without weights
             if not list(part.glob("*.json")):
                 wrong.append(f"the config of {part.name}/ is missing")
@@ -317,7 +293,7 @@ frames = pipe("Make it snow", video="clip.mp4").frames[0]
 """
 
 
-def model_card(pipe: KiwiEditPipeline, repo_id: str) -> ModelCard:
+def _model_card(pipe: KiwiEditPipeline, repo_id: str) -> ModelCard:
     "What a reader of the hub wants to know first: the parts and their sizes, how to load them, what to expect."
     dit, vae, text, ours = (getattr(pipe, part).config for part in ("transformer", "vae", "mllm", "guidance"))
     side, text = vae.scale_factor_spatial, text.text_config
@@ -358,7 +334,7 @@ def push(
         try:
             card = ModelCard.load(repo_id, token=token)
         except hub_faults.EntryNotFoundError:
-            card = model_card(pipe, repo_id)
+            card = _model_card(pipe, repo_id)
     if license:
         card.data.license = license
     with tempfile.TemporaryDirectory() as folder:
