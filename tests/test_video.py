@@ -13,12 +13,20 @@ from safetensors.numpy import load_file
 
 from kiwi_edit import video
 from kiwi_edit.video import *
-from kiwi_edit.video import _decord
+from kiwi_edit.video import _RESIZES, _decord
 
 GOLDEN = Path(os.environ.get("KIWI_EDIT_GOLDEN", Path(__file__).parent / "golden")) / "wan22/cases"
 TABLE = json.loads((GOLDEN / "resize.json").read_text())
 PIXELS = load_file(GOLDEN / "resize.safetensors")
 READERS = ["pyav"] + (["decord"] if _decord() else [])
+
+
+def read_by(decoder, path, **options):
+    "A clip as it is read with and without decord."
+    with pytest.MonkeyPatch.context() as patch:
+        if decoder == "pyav":
+            patch.setattr(video, "_decord", lambda: None)
+        return read_video(path, **options)
 
 
 def gradient(count=12, height=48, width=64):
@@ -89,6 +97,14 @@ def texture(folder):
     return encode(folder / "texture.mp4", np.stack([wide[:, 5 * t : 5 * t + 320] for t in range(24)]), crf=12)
 
 
+def pieces(path, chunk, ahead=2, **options):
+    "A stream whose clips have so many frames."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(video, "_CHUNK", chunk)
+        patch.setattr(video, "_AHEAD", ahead)
+        yield from stream_video(path, **options)
+
+
 # the official rules
 
 
@@ -103,7 +119,7 @@ def test_golden_sizes(table):
 @pytest.mark.parametrize("table,limit", [("training", "num_frames"), ("inference_video_data", "max_frame")])
 def test_golden_frame_counts(table, limit):
     for row in TABLE["frame_count"][table]:
-        assert usable_frames(row["file_frames"], row[limit]) == row["used"], row
+        assert min(nearest_frame_count(row["file_frames"]), row[limit]) == row["used"], row
 
 
 def test_golden_sampling():
@@ -258,20 +274,6 @@ def test_read_image_arrays(width):
             as_frames(form)
 
 
-@pytest.mark.parametrize("tag,turns", [(3, 2), (6, 3), (8, 1)])
-def test_exif_rotation(tmp_path, tag, turns):
-    frame = gradient(1, 32, 64)[0]
-    exif = Image.Exif()
-    exif[0x0112] = tag
-    Image.fromarray(frame).save(tmp_path / "phone.png", exif=exif)
-    assert np.array_equal(np.asarray(read_image(tmp_path / "phone.png")), np.rot90(frame, turns))
-    clip, info = read_video(tmp_path / "phone.png"), video_info(tmp_path / "phone.png")
-    assert np.array_equal(clip.frames[0], np.rot90(frame, turns)) and (info.width, info.height) == (
-        clip.width,
-        clip.height,
-    )
-
-
 def test_read_image_errors(tmp_path):
     (tmp_path / "text.png").write_text("text")
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "cut.png")
@@ -296,22 +298,22 @@ def test_huge_image_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("decoder", READERS)
 def test_read_all_and_some(plain, decoder):
-    clip = read_video(plain, decoder=decoder)
+    clip = read_by(decoder, plain)
     assert clip.frames.shape == (12, 48, 64, 3) and clip.fps == 10 and clip.path == plain
     assert np.abs(clip.frames.astype(int) - gradient()).mean() < 4
-    part = read_video(plain, num_frames=3, start=2, stride=4, decoder=decoder)
+    part = read_by(decoder, plain, indices=[2, 6, 10])
     assert (
         np.array_equal(part.frames, clip.frames[[2, 6, 10]])
         and part.fps == pytest.approx(2.5)
         and part.start == pytest.approx(0.2)
     )
-    assert np.array_equal(read_video(plain, indices=[0, 11], decoder=decoder).frames, clip.frames[[0, 11]])
-    assert np.array_equal(read_video(plain, size=(32, 32), decoder=decoder).frames, resize_frames(clip.frames, 32, 32))
+    assert np.array_equal(read_by(decoder, plain, indices=[0, 11]).frames, clip.frames[[0, 11]])
+    assert np.array_equal(read_by(decoder, plain, size=(32, 32)).frames, resize_frames(clip.frames, 32, 32))
 
 
 @pytest.mark.skipif(len(READERS) < 2, reason="decord is not installed")
 def test_decoders_agree(plain):
-    assert np.array_equal(read_video(plain, decoder="decord").frames, read_video(plain, decoder="pyav").frames)
+    assert np.array_equal(read_by("decord", plain).frames, read_by("pyav", plain).frames)
 
 
 @pytest.mark.parametrize("decoder", READERS)
@@ -321,7 +323,7 @@ def test_rotation_metadata(folder, plain, decoder, degrees, turns):
     path.write_bytes(plain.read_bytes())
     turn(path, degrees)
     expected = np.rot90(read_video(plain).frames, turns, axes=(1, 2))
-    info, clip = video_info(path), read_video(path, decoder=decoder)
+    info, clip = video_info(path), read_by(decoder, path)
     assert (info.width, info.height) == (clip.width, clip.height) == (expected.shape[2], expected.shape[1])
     assert np.array_equal(clip.frames, expected)
     assert info.rotation == turns * 90 and info.decoder == ("decord" if "decord" in READERS else "pyav")
@@ -346,7 +348,7 @@ def test_any_index_is_the_right_frame(folder, name, options):
     frames[..., 2] = (np.arange(60) * 4)[:, None, None]
     frames[..., :2] = 128  # a gray level a frame, and nothing else: an index that is off by one shows
     path = encode(folder / name, frames, crf=4, **options)
-    everything = read_video(path, decoder="pyav")
+    everything = read_by("pyav", path)
     assert len(everything) == 60 and np.abs(np.diff(shown(everything)) - 4).max() <= 2
     for chosen in ([0], [7, 8, 9], [31, 59], [3, 17, 40, 41, 58]):
         assert np.array_equal(read_video(path, indices=chosen).frames, everything.frames[chosen]), (name, chosen)
@@ -364,7 +366,7 @@ def test_seeking_decodes_little(folder, monkeypatch):
             yield frame
 
     monkeypatch.setattr(video, "_decode", counted)
-    assert np.array_equal(read_video(path, indices=[5, 95], decoder="pyav").frames.shape, (2, 48, 64, 3))
+    assert np.array_equal(read_by("pyav", path, indices=[5, 95]).frames.shape, (2, 48, 64, 3))
     assert len(decoded) < 30
 
 
@@ -399,11 +401,6 @@ def test_sizes(folder, height, width):
     assert read_video(path, num_frames=1, size=(32, 16)).frames.shape == (1, 16, 32, 3)
 
 
-def test_one_frame(folder):
-    clip = read_video(encode(folder / "one.mp4", gradient(1)), num_frames=5)
-    assert len(clip) == 1 and clip.end > clip.start
-
-
 def test_truncated(folder):
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 255, (20, 48, 64, 3), dtype=np.uint8)
@@ -436,7 +433,7 @@ def test_gif_and_folder(tmp_path):
     frames = gradient(12)
     images = [Image.fromarray(f) for f in frames]
     images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:], duration=100)
-    clip = read_video(tmp_path / "a.gif", num_frames=5, start=2)
+    clip = read_video(tmp_path / "a.gif", indices=range(2, 7))
     assert (
         clip.frames.shape == (5, 48, 64, 3)
         and clip.fps == 10
@@ -471,7 +468,7 @@ def test_names_that_look_like_addresses(tmp_path, monkeypatch):
     for name in ("take2:final.mp4", "take:3/a.mp4"):
         write_video(name, gradient(5), 10)
         assert len(read_video(name)) == video_info(name).frames == 5 and [
-            len(read_video(name, decoder=decoder)) for decoder in READERS
+            len(read_by(decoder, name)) for decoder in READERS
         ] == [5] * len(READERS)
 
 
@@ -507,17 +504,12 @@ def test_sound_without_pictures(tmp_path):
     "options,words",
     [
         (dict(num_frames=0), "`num_frames` has to be at least 1 but is 0"),
-        (dict(start=-1), "`start`"),
-        (dict(stride=0), "`stride`"),
-        (dict(start=12), "`start` has to be below the 12 frames .* but is 12"),
         (dict(indices=[]), "`indices` have to hold"),
         (dict(indices=[3, 2]), r"`indices` have to ascend .* \[3, 2\]"),
         (dict(indices=[12]), "at most 11"),
-        (dict(decoder="cv2"), "`decoder`"),
         (dict(size=(8, 8), mode="tile"), "`mode`"),
         (dict(size=(0, 8)), "`width` and `height`"),
         (dict(fast=True), "`size` has to be given"),
-        (dict(size=(8, 8), fast=True, decoder="decord"), "`decoder` has to be 'auto' or 'pyav'"),
     ],
 )
 def test_argument_errors(plain, options, words):
@@ -526,7 +518,7 @@ def test_argument_errors(plain, options, words):
 
 
 def test_memory_is_bounded(plain, monkeypatch):
-    monkeypatch.setattr(video, "MAX_CLIP_BYTES", 64 * 48 * 3 * 6)
+    monkeypatch.setattr(video, "_MAX_CLIP_BYTES", 64 * 48 * 3 * 6)
     with pytest.raises(VideoError, match="12 frames of 64x48"):
         read_video(plain)
     assert len(read_video(plain, num_frames=6)) == 6 and len(read_video(plain, size=(16, 16))) == 12
@@ -591,8 +583,8 @@ def frames_of(path):
     frames, info = read_video(path).frames, video_info(path)
     assert frames.shape[:3] == (info.frames, info.height, info.width)
     for decoder in READERS:
-        assert np.array_equal(read_video(path, decoder=decoder).frames, frames), decoder
-    assert np.array_equal(np.concatenate([part.frames for part in stream_video(path, chunk=5)]), frames)
+        assert np.array_equal(read_by(decoder, path).frames, frames), decoder
+    assert np.array_equal(np.concatenate([part.frames for part in pieces(path, chunk=5)]), frames)
     some = sorted({len(frames) // 2, len(frames) - 1})
     assert np.array_equal(read_video(path, indices=some).frames, frames[some])
     exact, fast = (
@@ -636,10 +628,6 @@ def test_all_display_matrices(folder, plain, matrix):
     expected = np.empty((rows.max() + 1, columns.max() + 1, 3), np.uint8)
     expected[rows, columns] = shown
     assert np.array_equal(frames_of(path)[3], expected)
-
-
-def test_a_mirrored_clip():
-    assert corners(frames_of(CASES / "hflip.mp4")[3]) == "lime red yellow blue"
 
 
 def test_square_pixels_come_out(folder):
@@ -689,7 +677,7 @@ def test_picture_and_sound_stay_together(tmp_path):
     assert np.argmax(white) / back.fps == pytest.approx(1.5, abs=1 / 30) and first_sound(out)[0] == pytest.approx(
         1.49, abs=0.03
     )
-    late = read_video(CASES / "vfr.mp4", start=60, num_frames=20)
+    late = read_video(CASES / "vfr.mp4", indices=range(60, 80))
     assert (late.start, late.end) == (pytest.approx(2), pytest.approx(2 + 20 / 30)) and np.array_equal(
         late.frames, clip.frames[60:80]
     )
@@ -739,7 +727,7 @@ def test_delays_of_animations(tmp_path, kind):
     assert (clip.fps, clip.end) == (10, pytest.approx(0.8))
     assert clip.frames.mean(axis=(1, 2, 3)) == pytest.approx([20] + [120] * 5 + [220] * 2, abs=6)
     assert np.array_equal(
-        np.concatenate([part.frames for part in stream_video(tmp_path / f"a.{kind}", chunk=3)]), clip.frames
+        np.concatenate([part.frames for part in pieces(tmp_path / f"a.{kind}", chunk=3)]), clip.frames
     )
 
 
@@ -1000,9 +988,7 @@ def test_names_that_are_no_unicode(tmp_path):
     folder = tmp_path / os.fsdecode(b"\xe9t\xe9")
     folder.mkdir()
     path = write_video(folder / os.fsdecode(b"caf\xe9.mp4"), gradient(5), 10)
-    assert video_info(path).frames == 5 and [len(read_video(path, decoder=decoder)) for decoder in READERS] == [
-        5
-    ] * len(READERS)
+    assert video_info(path).frames == 5 and [len(read_by(decoder, path)) for decoder in READERS] == [5] * len(READERS)
     assert len(read_video(path)) == sum(map(len, stream_video(path))) == 5
     assert len(read_video(write_video(folder / os.fsdecode(b"\xe8.gif"), gradient(3), 10))) == 3
 
@@ -1057,13 +1043,13 @@ def test_write_gif(tmp_path):
 def test_sound_of_the_span(tmp_path):
     source = encode(tmp_path / "source.mp4", gradient(40), fps=10, sound=4.0)  # silent for 2 s, then a tone
     assert video_info(source).has_audio
-    quiet, loud = read_video(source, num_frames=10, start=5), read_video(source, num_frames=10, start=25)
+    quiet, loud = read_video(source, indices=range(5, 15)), read_video(source, indices=range(25, 35))
     for clip, level in ((quiet, 0), (loud, 0.35)):
         path = clip.save(tmp_path / f"part{level}.mp4")
         assert video_info(path).frames == 10
         parts = loudness(path)
         assert len(parts) in (10, 11) and parts[1:9] == pytest.approx(np.full(8, level), abs=0.03)
-    edge = loudness(read_video(source, num_frames=20, start=10).save(tmp_path / "edge.mp4"))
+    edge = loudness(read_video(source, indices=range(10, 30)).save(tmp_path / "edge.mp4"))
     assert edge[8] < 0.03 < 0.3 < edge[11]  # the tone starts in the middle, where it should
     assert not video_info(loud.save(tmp_path / "mute.mp4", audio=False)).has_audio
     assert not video_info(write_video(tmp_path / "b.mp4", gradient(4), 10, audio_from=tmp_path / "mute.mp4")).has_audio
@@ -1140,13 +1126,13 @@ for name in ("a.mp4", "a.gif", "strip.png"):
 def test_interrupt_leaves_nothing(tmp_path, monkeypatch):
     done = []
 
-    def interrupted(frames):
+    def interrupted(frames, *args, **kwargs):
         done.append(1)
         if len(done) > 3:
             raise KeyboardInterrupt
         return frames
 
-    monkeypatch.setattr(video, "_even", interrupted)
+    monkeypatch.setattr(np, "pad", interrupted)
     (tmp_path / "a.mp4").write_text("the old one")
     with pytest.raises(KeyboardInterrupt):
         write_video(tmp_path / "a.mp4", gradient(8), overwrite=True)
@@ -1173,17 +1159,15 @@ def test_write_arguments(tmp_path, options, words):
 def one_at_a_time(path, size, mode):
     "Decode a frame, resize it by Pillow, go on: what everything faster has to equal."
     with av.open(str(path)) as container:
-        return np.stack([np.asarray(RESIZES[mode](f.to_image(), *size)) for f in container.decode(video=0)])
+        return np.stack([np.asarray(_RESIZES[mode](f.to_image(), *size)) for f in container.decode(video=0)])
 
 
-@pytest.mark.parametrize("mode", RESIZES)
+@pytest.mark.parametrize("mode", _RESIZES)
 @pytest.mark.parametrize("size", [(32, 16), (80, 48), (100, 131)])
 def test_threads_change_no_pixel(texture, mode, size):
     expected = one_at_a_time(texture, size, mode)
     assert np.array_equal(read_video(texture, size=size, mode=mode).frames, expected)
-    assert np.array_equal(
-        np.concatenate([c.frames for c in stream_video(texture, size=size, mode=mode, chunk=7)]), expected
-    )
+    assert np.array_equal(np.concatenate([c.frames for c in pieces(texture, size=size, mode=mode, chunk=7)]), expected)
     assert np.array_equal(resize_frames(read_video(texture).frames, *size, mode), expected)
 
 
@@ -1191,7 +1175,7 @@ def test_number_of_threads_changes_no_pixel(texture, monkeypatch):
     some = {}
     for cores in (0, 1, 2, 5):
         monkeypatch.setattr(video, "_cores", lambda: cores)
-        some[cores] = read_video(texture, size=(48, 48), decoder="pyav").frames
+        some[cores] = read_by("pyav", texture, size=(48, 48)).frames
     assert all(np.array_equal(frames, some[0]) for frames in some.values())
 
 
@@ -1202,7 +1186,7 @@ def test_pictures_that_are_skipped_are_not_missed(folder, options, monkeypatch):
     noise = np.random.default_rng(3).integers(0, 255, (8, 6, 8, 3), dtype=np.uint8)
     frames = np.stack([np.asarray(Image.fromarray(noise[t % 8]).resize((128, 96), Image.BICUBIC)) for t in range(40)])
     path = encode(folder / f"skip{len(options)}{options.get('bf')}.mp4", frames, **options)
-    everything, decoded, original = read_video(path, decoder="pyav").frames, [], video._decode
+    everything, decoded, original = read_by("pyav", path).frames, [], video._decode
 
     def counted(*args):
         for frame in original(*args):
@@ -1211,12 +1195,12 @@ def test_pictures_that_are_skipped_are_not_missed(folder, options, monkeypatch):
 
     monkeypatch.setattr(video, "_decode", counted)
     for chosen in (range(0, 40, 2), range(3, 40, 5), [1, 2, 3, 20, 22, 39]):
-        assert np.array_equal(read_video(path, indices=chosen, decoder="pyav").frames, everything[list(chosen)])
+        assert np.array_equal(read_by("pyav", path, indices=chosen).frames, everything[list(chosen)])
     if options.get("bf") == 3:
         assert 50 < len(decoded) < 100  # of the 117 up to the last one wanted
 
 
-@pytest.mark.parametrize("mode", RESIZES)
+@pytest.mark.parametrize("mode", _RESIZES)
 def test_fast_is_near(texture, folder, mode):
     for size in ((80, 48), (48, 80), (131, 100)):
         exact, fast = (read_video(texture, size=size, mode=mode, fast=f).frames.astype(float) for f in (False, True))
@@ -1269,19 +1253,10 @@ def test_matplotlib_waits_for_a_figure(tmp_path):
 # streams
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        dict(num_frames=5),
-        dict(start=3, stride=4),
-        dict(num_frames=7, start=1, stride=2, size=(24, 40), mode="inference"),
-        dict(size=(32, 32), fast=True),
-    ],
-)
+@pytest.mark.parametrize("options", [{}, dict(num_frames=5), dict(num_frames=7, size=(24, 40), mode="inference")])
 @pytest.mark.parametrize("chunk,ahead", [(1, 1), (4, 2), (100, 3)])
 def test_stream_is_the_clip_in_pieces(texture, options, chunk, ahead):
-    whole, parts = read_video(texture, **options), list(stream_video(texture, **options, chunk=chunk, ahead=ahead))
+    whole, parts = read_video(texture, **options), list(pieces(texture, chunk, ahead, **options))
     assert np.array_equal(np.concatenate([part.frames for part in parts]), whole.frames)
     assert {len(part) for part in parts[:-1]} <= {chunk} and len(parts) == -(-len(whole) // chunk)
     assert all(part.fps == pytest.approx(whole.fps) and part.path == texture for part in parts)
@@ -1299,8 +1274,7 @@ def test_stream_of_images(tmp_path):
     for path in (tmp_path / "a.gif", tmp_path / "shots", tmp_path / "shots/shot3.png"):
         for options in ({}, dict(size=(32, 24))):
             assert np.array_equal(
-                np.concatenate([c.frames for c in stream_video(path, chunk=5, **options)]),
-                read_video(path, **options).frames,
+                np.concatenate([c.frames for c in pieces(path, **options, chunk=5)]), read_video(path, **options).frames
             )
 
 
@@ -1321,7 +1295,9 @@ def test_stream_is_bounded_and_ends(texture, monkeypatch):
         return original(*args)
 
     monkeypatch.setattr(video, "_gather", counted)
-    stream = stream_video(texture, chunk=2, ahead=3)
+    monkeypatch.setattr(video, "_CHUNK", 2)
+    monkeypatch.setattr(video, "_AHEAD", 3)
+    stream = stream_video(texture)
     assert not threads() and not made  # nothing before it is asked for
     assert len(next(stream)) == 2
     for _ in range(50):
@@ -1335,22 +1311,16 @@ def test_stream_is_bounded_and_ends(texture, monkeypatch):
     assert not threads()
     if sys.platform == "linux":
         assert opened(texture) == 0
-    for part in stream_video(texture, chunk=2):
+    for part in stream_video(texture):
         break  # a loop that is left does the same
     del part
     gc.collect()
     assert not threads()
-    assert sum(map(len, stream_video(texture, chunk=2))) == 24 and not threads()
+    assert sum(map(len, stream_video(texture))) == 24 and not threads()
 
 
 def test_stream_errors(tmp_path, texture, monkeypatch, caplog):
-    for options, words in (
-        (dict(chunk=0), "`chunk` has to be at least 1 but is 0"),
-        (dict(ahead=0), "`ahead`"),
-        (dict(start=99), "`start` .* 24 frames .* is 99"),
-        (dict(fast=True), "`size`"),
-        (dict(size=(8, 8), mode="tile"), "`mode`"),
-    ):
+    for options, words in ((dict(num_frames=0), "`num_frames`"), (dict(size=(8, 8), mode="tile"), "`mode`")):
         with pytest.raises(ValueError, match=words):
             stream_video(texture, **options)  # at once, not at the first clip
     with pytest.raises(FileNotFoundError):
@@ -1358,12 +1328,12 @@ def test_stream_errors(tmp_path, texture, monkeypatch, caplog):
     (tmp_path / "shots").mkdir()
     for i, frame in enumerate(gradient(8)):
         Image.fromarray(frame[:, :32] if i == 6 else frame).save(tmp_path / f"shots/{i}.png")
-    stream = stream_video(tmp_path / "shots", chunk=3)
+    stream = pieces(tmp_path / "shots", chunk=3)
     assert len(next(stream)) == len(next(stream)) == 3
     with pytest.raises(VideoError, match="one size .* 64x48 and, at frame 6, 32x48"):
         next(stream)
     (tmp_path / "shots/4.png").write_bytes((tmp_path / "shots/4.png").read_bytes()[:60])
-    stream = stream_video(tmp_path / "shots", size=(16, 16), chunk=2)
+    stream = pieces(tmp_path / "shots", size=(16, 16), chunk=2)
     assert len(next(stream)) == len(next(stream)) == 2
     with pytest.raises(VideoError, match="4.png"):
         next(stream)
@@ -1377,7 +1347,7 @@ def test_stream_of_a_damaged_file(folder, caplog):
     whole = read_video(folder / "stream-cut.mp4")
     warned = [r.getMessage() for r in caplog.records]
     caplog.clear()
-    parts = list(stream_video(folder / "stream-cut.mp4", chunk=3))
+    parts = list(pieces(folder / "stream-cut.mp4", chunk=3))
     assert np.array_equal(np.concatenate([p.frames for p in parts]), whole.frames) and len(whole) < 20
     assert [r.getMessage() for r in caplog.records] == warned and len(warned) == 1 and "is damaged" in warned[0]
 
@@ -1388,8 +1358,8 @@ def test_stream_needs_little_memory(folder):
         folder / "hd.mp4", np.repeat(gradient(2, 720, 1280), 60, 0), fps=30, preset="ultrafast", tune="zerolatency"
     )
     code = (
-        "import resource, sys; from kiwi_edit.video import *; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "count = sum(len(clip) for clip in stream_video(sys.argv[1], chunk=4)) # not resized\n"
+        "import resource, sys; from kiwi_edit import video; from kiwi_edit.video import *; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "video._CHUNK = 4; count = sum(len(clip) for clip in stream_video(sys.argv[1])) # not resized\n"
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024, count)"
     )
     root = str(Path(video.__file__).parents[1])
@@ -1472,15 +1442,12 @@ def test_broken_pieces_leave_nothing(tmp_path, suffix):
 
 def test_sound_of_pieces(tmp_path):
     source = encode(tmp_path / "source.mp4", gradient(40), fps=10, sound=4.0)  # silent for 2 s, then a tone
-    inverted = (replace(part, frames=255 - part.frames) for part in stream_video(source, chunk=6))
+    inverted = (replace(part, frames=255 - part.frames) for part in pieces(source, chunk=6))
     out = write_video(tmp_path / "out.mp4", inverted, audio_from=source)
     info, parts = video_info(out), loudness(out)
     assert (info.frames, info.fps, info.has_audio) == (40, 10, True)
     assert len(parts) in (40, 41) and parts[:19].max() < 0.03 and parts[21:39].min() > 0.3
     assert np.abs(read_video(out).frames.astype(int) + read_video(source).frames - 255).mean() < 6
-    late = (part for part in stream_video(source, start=15, num_frames=10, chunk=3))
-    edge = loudness(write_video(tmp_path / "edge.mp4", late, audio_from=read_video(source, start=15, num_frames=1)))
-    assert len(edge) in (10, 11) and edge[3] < 0.03 < 0.3 < edge[6]
     with av.open(str(out)) as container:  # sound and pictures lie side by side, or a player of a long file has to jump
         kinds = [packet.stream.type for packet in container.demux() if packet.size]
     assert kinds.index("audio") < len(kinds) / 2 and kinds[-len(kinds) // 4 :].count("audio") < len(kinds) // 4
@@ -1514,6 +1481,6 @@ def test_compare():
     both = compare(left, right)
     assert both.shape == (4, 48, 64 + 4 + 64, 3)
     assert np.array_equal(both[:, :, :64], left[:4]) and (both[:, :, 64:68] == 255).all()
-    assert compare(left, left, left, gap=0).shape == (6, 48, 192, 3)
+    assert compare(left, left, left).shape == (6, 48, 200, 3)
     with pytest.raises(ValueError, match="at least 2"):
         compare(left)

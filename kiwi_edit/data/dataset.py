@@ -539,7 +539,7 @@ def _plan(self: MetadataDataset, row):
             info = video.video_info(path)
         except (ValueError, OSError) as error:
             raise InputError(f"`{column}`: {error}") from error
-        plan = self._size(info.width, info.height), video.usable_frames(info.frames, self.num_frames)
+        plan = self._size(info.width, info.height), min(video.nearest_frame_count(info.frames), self.num_frames)
         found[column] = path, *plan
     (_, (w, h), n), (_, (w2, h2), n2) = found.values()
     if (w, h, n) != (w2, h2, n2):
