@@ -43,7 +43,7 @@ import PIL.Image
 from .options import OPTIONS
 from ..core import InputError, PRESETS, assets_dir, choose_device, choose_dtype, count_weights, settings
 from ..data.files import Limits, edit_file, find_model, load_model, one_line, parse_size
-from ..metrics import CLIP_METRICS
+from ..eval.clips import CLIP_METRICS
 from ..records import Table, image_tag, read_lines
 from ..video import as_frames, film_strip, read_image, read_video, replacing, video_info, write_video
 
@@ -742,7 +742,7 @@ def _judge_names():
 def _judge_edit(judge, kind, source, edited, reference, instruction):
     "Scores of an edit, and the numbers behind them, as markdown."
     from kiwi_edit.eval.judge import RUBRICS, Case, MetricJudge, clip_arrays, picture_of
-    from kiwi_edit.metrics import measure_clip
+    from kiwi_edit.eval.clips import measure_clip
     from kiwi_edit.eval.published import judge_of
 
     for name, value, known in (("judge", judge, _judge_names()), ("kind", kind, _KINDS)):

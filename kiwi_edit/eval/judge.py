@@ -35,7 +35,8 @@ from tqdm.auto import tqdm
 
 from ..core import InputError, asset, shortened
 from ..data.backends import Chat, GeminiChat, Question, VideoPart, parse_json, shrunk, without_thoughts
-from ..metrics import bootstrap, measure_clip
+from .clips import measure_clip
+from ..metrics import bootstrap
 from ..quadruplets import BackendError
 from ..records import Table, Value, append_line, digest, logger, png_bytes, read_lines, run_rows
 from ..video import DEFAULT_FPS, read_image, read_video, replacing, sample_indices, video_info, write_video

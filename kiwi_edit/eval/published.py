@@ -47,7 +47,8 @@ from kiwi_edit.eval.judge import (
     failed,
     rubric_for,
 )
-from ..metrics import measure_clip, perceptual_features
+from .clips import measure_clip
+from ..metrics import perceptual_features
 from ..records import Table, Value, append_line, digest, image_tag, page, read_lines, run_rows
 from kiwi_edit.video import (
     VideoError,
