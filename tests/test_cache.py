@@ -2,9 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import common
 import kiwi_edit.train.cache
 from kiwi_edit.train.cache import (
     Batch,
@@ -399,33 +397,27 @@ def test_another_model_gets_other_rows(pipe, tmp_path):
         assert survey_cache(pipe, clips, tmp_path / "clips", progress=False).missing == [0, 1]
 
 
-BUILD = textwrap.dedent("""
-    import sys, time
-    from kiwi_edit.train.cache import build_cache
-    from kiwi_edit.data.dataset import WorldDataset
-    from kiwi_edit.pipeline import KiwiEditPipeline
-    class Slow(WorldDataset):
-        def __getitem__(self, i): time.sleep(.1); return super().__getitem__(i)
-    build_cache(KiwiEditPipeline.from_pretrained(sys.argv[1]), Slow(dict(add=1.), 1, 32, 32, samples=40), sys.argv[2], shard_size=3, progress=False)
-""")
+class Slow(WorldDataset):
+    def __getitem__(self, i):
+        time.sleep(0.1)
+        return super().__getitem__(i)
+
+
+def build(model, folder, kind=WorldDataset):
+    data = kind(dict(add=1.0), 1, 32, 32, samples=40)
+    return build_cache(KiwiEditPipeline.from_pretrained(model), data, folder, shard_size=3, progress=False)
 
 
 def test_a_killed_build_goes_on_where_it_was(pipe, model, tmp_path):
     data = WorldDataset(dict(add=1.0), 1, 32, 32, samples=40)
-    build = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", BUILD, str(model), str(tmp_path)], stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while build.poll() is None and len(list(tmp_path.glob("*/rows-*"))) < 4 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    build.send_signal(signal.SIGKILL)
-    assert build.wait(10) == -signal.SIGKILL
+    process = common.start(build, model, tmp_path, Slow)
+    assert common.kill_when(process, lambda: len(list(tmp_path.glob("*/rows-*"))) >= 4) == -signal.SIGKILL
     shards = {path.name: path.read_bytes() for path in tmp_path.glob("*/rows-*")}
     with pytest.raises(FileNotFoundError, match="`folder` has to hold a finished cache"):
         LatentCache(next(tmp_path.glob("*/made_with.json")).parent)
     state = survey_cache(pipe, data, tmp_path, progress=False)
     assert 4 <= len(shards) < 13 and state.missing == list(range(3 * len(shards), 40)) and not state.broken
-    cache = build_cache(pipe, data, tmp_path, shard_size=3, progress=False)
+    cache = build(model, tmp_path)
     assert all((cache.folder / name).read_bytes() == content for name, content in shards.items())
     whole = encode_samples(pipe, [data[i] for i in range(40)])
     assert len(cache) == 40 and all(equal(cache.row(i), whole[i]) for i in range(40))

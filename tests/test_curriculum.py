@@ -754,7 +754,7 @@ def test_shapes_of_a_weighted_mix():
 @pytest.mark.parametrize("name, size", [("tiny", (5, 64, 64)), ("wan2.2-5b", (5, 96, 160))], ids=["tiny", "thin 5b"])
 def test_memory_of_an_edit_is_as_said(name, size):
     sizes = small(name)
-    cost, pipe = edit_cost(sizes, *size, "float32", tile=(2, 2), stride=(1, 1)), fresh_pipeline(sizes)
+    cost, pipe = edit_cost(sizes, *size, "float32", tile=(4, 4), stride=(3, 3)), fresh_pipeline(sizes)
     frames, references = np.zeros((*size, 3), np.uint8), [PIL.Image.new("RGB", size[:0:-1])]
     sample = prepare_sample(pipe.processor, pipe.guidance.config, "x" * 40, frames, references)
     factor, sigma = pipe.vae.config.scale_factor_spatial, torch.ones(1)

@@ -9,7 +9,6 @@ import os
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -23,10 +22,11 @@ import pytest
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
+import common
 import kiwi_edit.train.engine
 from kiwi_edit.weights.checkpoints import load_trainer_checkpoint, merge_lora
 from kiwi_edit.core import preset
@@ -258,39 +258,33 @@ def stage_job(folder, *more, **options):
 def killed_job(job, folder, last, *more):
     "For a process that is to be killed: what it does goes to a file at once, and in the last of its steps it waits for its end."
     make_short_and_exact()
-    with open(Path(folder) / "records", "w", buffering=1) as file:
+    with open(folder / "records", "w", buffering=1) as file:
 
         def note(record):
             file.write(json.dumps(record) + "\n")
-            if record["step"] == int(last):
+            if record["step"] == last:
                 time.sleep(600)
 
-        globals()[job](Path(folder), *map(json.loads, more), on_step=note, save_every=-1)
+        job(folder, *more, on_step=note, save_every=-1)
 
 
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
 
 
-@pytest.mark.parametrize("job, last", [("toy_job", 15), ("stage_job", 4)])
+@pytest.mark.parametrize("job, last", [(toy_job, 15), (stage_job, 4)])
 def test_a_killed_run_continues_to_the_bit(job, last, tmp_path, start, data):
-    killed, whole, more = tmp_path / "killed", tmp_path / "whole", () if job == "toy_job" else (start, data)
+    killed, whole, more = tmp_path / "killed", tmp_path / "whole", () if job == toy_job else (start, data)
     killed.mkdir()
-    home = killed if job == "toy_job" else killed / "edits"
-    code = f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nimport test_training\ntest_training.killed_job(*sys.argv[1:])"
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", code, job, str(killed), str(last), *map(json.dumps, more)]
-    )
-    for _ in range(6000):
-        before = lines(killed / "records")
-        if process.poll() is not None or len(before) == last:
-            break
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait(10) == -signal.SIGKILL and checkpoints(home / "checkpoints")[-1].name == f"step-{last - 1:08d}"
+    home = killed if job == toy_job else killed / "edits"
+    process = common.start(killed_job, job, killed, last, *more, said=tmp_path / "said")
+    code = common.kill_when(process, lambda: len(lines(killed / "records")) == last)
+    assert code == -signal.SIGKILL, (tmp_path / "said").read_text()
+    before = lines(killed / "records")
+    assert checkpoints(home / "checkpoints")[-1].name == f"step-{last - 1:08d}"
     with open(home / "log.jsonl", "a") as f:
         f.write('{"step": 99, "lo')  # as if the kill had come in the middle of a line
-    continued, undisturbed = (globals()[job](folder, *more, keep=1) for folder in (killed, whole))
+    continued, undisturbed = (job(folder, *more, keep=1) for folder in (killed, whole))
     assert (
         continued[0]["step"] == before[-1]["step"] == last < continued[-1]["step"]
     )  # the step that was not saved comes again
@@ -469,6 +463,7 @@ ZERO_EDITS = replace(
 
 def zero_job(folder, start, data, zero):
     "What processes do by DeepSpeed, or without it."
+    make_short_and_exact()
     parts, runs = int(os.environ.get("WORLD_SIZE", 1)), {}
     options = dict(accumulation=2, clip=1.0)
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -499,12 +494,8 @@ def test_deepspeed_has_the_numbers_of_one_process(zero, tmp_path, start, data):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     zero_job(tmp_path / "one", start, data, 0)
-    assert (
-        launch(tmp_path, "zero_job", tmp_path / "two", start, data, zero).count(
-            "stage edits are neither drawn nor evaluated"
-        )
-        == 1
-    )
+    said = common.together(tmp_path, zero_job, tmp_path / "two", start, data, zero)
+    assert said.count("stage edits are neither drawn nor evaluated") == 1
     one, two = runs_of(tmp_path / "one"), runs_of(tmp_path / "two")
     for name in one:
         assert len(one[name]) == len(two[name]) > 1
@@ -530,6 +521,7 @@ def test_deepspeed_has_the_numbers_of_one_process(zero, tmp_path, start, data):
 
 def team_job(folder, start, data):
     "What several processes do together, or one alone."
+    make_short_and_exact()
     rank, parts = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder.mkdir(exist_ok=True)
     runs = {}
@@ -576,50 +568,12 @@ def team_job(folder, start, data):
     (folder / f"runs-{rank}.json").write_text(json.dumps(runs))
 
 
-def launch(folder, job, out, *more):
-    "Run one of these jobs in two processes; what they say."
-    script = folder / "job.py"
-    script.write_text(
-        f"import json, sys, pathlib\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nimport test_training\n"
-        f"test_training.make_short_and_exact()\ntest_training.{job}(pathlib.Path(sys.argv[1]), *map(json.loads, sys.argv[2:]))\n"
-    )
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(script),
-        str(out),
-        *map(json.dumps, more),
-    ]
-    with open(folder / "said", "w") as said:
-        launcher = subprocess.Popen(
-            command,
-            stdout=said,
-            stderr=said,
-            env=os.environ | dict(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu"),
-            start_new_session=True,
-        )
-        try:
-            assert launcher.wait(600) == 0, (folder / "said").read_text()[-4000:]
-        finally:
-            if launcher.poll() is None:
-                os.killpg(launcher.pid, signal.SIGKILL)
-    return (folder / "said").read_text()
-
-
 @pytest.fixture(scope="module")
 def teams(tmp_path_factory, start, data):
     "Folders of what one process and two have done."
     folder = tmp_path_factory.mktemp("teams")
-    assert (
-        launch(folder, "team_job", folder / "two", start, data).count("stage edits are neither drawn nor evaluated")
-        == 1
-    )
+    said = common.together(folder, team_job, folder / "two", start, data)
+    assert said.count("stage edits are neither drawn nor evaluated") == 1
     team_job(folder / "one", start, data)
     return folder / "one", folder / "two"
 
@@ -682,19 +636,19 @@ def test_one_of_two_processes_writes(teams):
 
 def patient_job(folder):
     "The first process takes longer than a barrier of the process group may last."
-    timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=20))
-    accelerator = Accelerator(cpu=True, kwargs_handlers=[timeout])
+    accelerator = Accelerator(cpu=True)
+    accelerator.wait_for_everyone()
+    torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
     with _main_first(accelerator):
         if accelerator.is_main_process:
-            time.sleep(30)
+            time.sleep(2)
             (folder / "made").touch()
         assert (folder / "made").exists()
-    accelerator.wait_for_everyone()
     (folder / f"done-{accelerator.process_index}").touch()
 
 
 def test_a_cache_may_take_longer_than_a_barrier_lasts(tmp_path):
-    launch(tmp_path, "patient_job", tmp_path)
+    common.together(tmp_path, patient_job, tmp_path)
     assert len(list(tmp_path.glob("done-*"))) == 2
 
 
@@ -1134,19 +1088,17 @@ def test_a_stage_with_lora_trains_its_layers_and_the_named_parts_alone(start, da
         train(stage, tmp_path, start, data, device="cpu", steps=3)
 
 
-def test_an_earlier_stage_does_not_undo_a_later_one(start, tmp_path):
-    first, second = replace(WORLD, name="first", steps=1), replace(WORLD, name="second", steps=1)
+def test_an_earlier_stage_does_not_undo_a_later_one(start, data, tmp_path):
+    first, second = (replace(EDITS, name=name, steps=1, accumulation=1, lora={}) for name in ("first", "second"))
+    run = lambda stage, **options: run_stage(stage, tmp_path, start, data, **options)
     for stage in (first, second):
-        run_stage(stage, tmp_path, start)
+        run(stage)
     kept = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
-    assert run_stage(first, tmp_path, start) == []  # it has its steps
-    with pytest.raises(
-        ValueError,
-        match="`stage` has to be 'second', which made the model in .* is 'first'.* another folder, with `start`",
-    ):
-        run_stage(first, tmp_path, start, steps=2)
+    assert run(first) == []  # it has its steps
+    with pytest.raises(ValueError, match="`stage` has to be 'second', .* is 'first'"):
+        run(first, steps=2)
     assert all(path.read_bytes() == content for path, content in kept.items())
-    assert [record["step"] for record in run_stage(second, tmp_path, start, steps=2)] == [2]
+    assert [record["step"] for record in run(second, steps=2)] == [2]
 
 
 def test_a_kill_before_the_model_is_in_place_is_made_up_for(start, data, tmp_path, monkeypatch):
