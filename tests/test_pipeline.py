@@ -554,7 +554,7 @@ def test_a_lora_that_is_not_there_is_said(pipe, tmp_path):
 
 
 def test_trimming_is_logged(pipe, caplog):
-    with caplog.at_level("INFO", logger="kiwi_edit.pipeline"):
+    with caplog.at_level("INFO", logger="kiwi_edit.footage"):
         pipe.prepare_video(clip(8))
     assert "frames 1 to 5 of 8 at 64x64" in caplog.text
 
