@@ -12,7 +12,6 @@ import html
 import io
 import json
 import logging
-import os
 import shutil
 import tempfile
 import time
