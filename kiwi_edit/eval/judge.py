@@ -13,7 +13,6 @@ import mimetypes
 import random
 import re
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -37,18 +36,8 @@ from ..data.files import renamed
 from ..metrics import bootstrap, measure_clip
 from ..quadruplets import BackendError
 from ..records import Table, Value, digest, png_bytes, read_lines, run_rows, write_text
-from kiwi_edit.video import (
-    DEFAULT_FPS,
-    VideoError,
-    nearest_frame_count,
-    read_image,
-    read_video,
-    replacing,
-    resize_frames,
-    sample_indices,
-    video_info,
-    write_video,
-)
+from ..video import DEFAULT_FPS, VideoError, nearest_frame_count, read_image, read_video, replacing
+from ..video import resize_frames, sample_indices, video_info, write_video
 
 # %% ../../nbs/library/41_judge.ipynb #41a00007
 _OPENING = """You judge edits of videos. You are shown a clip before an edit, the clip after it, and the instruction \
@@ -433,14 +422,13 @@ class _Brake:
     "Remembers whether a judge has failed so often in a row, for reasons of its own, that asking on makes no sense."
 
     def __init__(self, most):
-        self.most, self.count, self.last, self._lock = most, 0, "", threading.Lock()
+        self.most, self.count, self.last = most, 0, ""
 
     def saw(self, judgement):
-        with self._lock:
-            if judgement.error.startswith(("endpoint:", "quota:", "time-out:")):
-                self.count, self.last = self.count + 1, judgement.error
-            elif not judgement.error.startswith("not asked:"):
-                self.count = 0
+        if judgement.error.startswith(("endpoint:", "quota:", "time-out:")):
+            self.count, self.last = self.count + 1, judgement.error
+        elif not judgement.error.startswith("not asked:"):
+            self.count = 0
 
     def reason(self):
         return f"not asked: {self.count} failures in a row, the last one {self.last}" if self.count >= self.most else ""
@@ -571,24 +559,9 @@ class ChatJudge:
         return words + sum(math.ceil(n * max(258, area(h, w) / 784)) for n, h, w in pictures)
 
 # %% ../../nbs/library/41_judge.ipynb #41a00041
-_WORTH = dict(  # number of `measure_clip` -> its value that is worth 1, and that which is worth 5
-    changed=(0.0, 0.015),
-    edit_done=(0.0, 0.8),
-    reference=(0.1, 0.8),
-    flicker=(4.0, 0.1),
-    warp_error=(5.0, 0.3),
-    sharpness=(0.05, 0.5),
-    frozen=(0.5, 0.1),
-    motion=(0.0, 0.8),
-    shift=(0.04, 0.005),
-    psnr_outside=(15.0, 45.0),
-)
-_DONE, _STEADY = ("changed", "edit_done"), ("flicker", "warp_error", "sharpness")
-_SCALES = {  # rubric -> for each criterion the numbers, the worst of which decides
-    "refvie-subject": ((*_DONE, "reference"), _STEADY, ("shift", "psnr_outside", "motion", "frozen")),
-    "refvie-background": ((*_DONE, "reference"), (*_STEADY, "frozen"), ("shift", "motion")),
-    "openve": (_DONE, (*_STEADY, "frozen"), ("shift", "psnr_outside")),
-}
+_FORMULA = json.loads(asset("formula.json").read_text(encoding="utf-8"))
+_WORTH = _FORMULA["worth"]  # number of `measure_clip` -> its value that is worth 1, and that which is worth 5
+_SCALES = _FORMULA["scales"]  # rubric -> for each criterion the numbers, the worst of which decides
 
 
 def _metric_scores(
@@ -713,6 +686,18 @@ def _estimated(columns):  # arrays (N,) with NaN -> mean of the column means, wi
     return float(statistic(*columns)), *interval
 
 
+def _by_case(
+    judgements,  # of one judge
+    name,  # of the argument
+):  # (id of the case, rubric) -> judgement
+    judgements = list(judgements)
+    found, judges = {(j.id, j.rubric): j for j in judgements}, {j.judge for j in judgements}
+    if len(found) < len(judgements) or len(judges) != 1:
+        rule = f"`{name}` has to be one judge's judgements of different cases"
+        raise InputError(f"{rule} but has {len(judges)} judges, {len(found)} cases, {len(judgements)} judgements.")
+    return found
+
+
 class Summary:
     "Scores of many cases by one judge, put together in every way; a failure is counted, and in no mean."
 
@@ -720,11 +705,7 @@ class Summary:
         self,
         judgements: Sequence[Judgement],  # of one judge
     ):
-        judgements = list(judgements)
-        if len(names := sorted({j.judge for j in judgements})) != 1:
-            raise InputError(f"`judgements` have to be of one judge but are of {names or 'none'}.")
-        if double := [key for key, n in Counter((j.id, j.rubric) for j in judgements).items() if n > 1]:
-            raise InputError(f"`judgements` have to be of different cases but {double[0]} is there more than once.")
+        judgements = list(_by_case(judgements, "judgements").values())
         good = [j for j in judgements if j.ok]
         keys = dict.fromkeys((j.rubric, name) for j in good for name in j.scores)
         nan, rows = math.nan, np.array([j.mean for j in good])
@@ -738,7 +719,7 @@ class Summary:
         # what RefVIE-Bench's released code prints as overall, the overall of its published table, that of OpenVE-Bench
         means = {"rows": [rows] if good else [], "criteria": list(columns.values()), "edit types": list(types.values())}
         costs = [j.usage.get("cost") for j in judgements if j.usage]
-        self.judge, self.judgements = names[0], judgements
+        self.judge, self.judgements = judgements[0].judge, judgements
         # (value, low, high) each, with 95% intervals
         self.columns = {key: _estimated([column]) for key, column in columns.items()}  # (rubric, criterion) -> mean
         self.subtasks = {rubric: _estimated(found) for rubric, found in rubrics.items()}  # rubric -> of its criteria
@@ -853,13 +834,7 @@ def agreement(
     resamples: int = 200,  # draws of cases for the 95% intervals
 ) -> Table:  # a row for each criterion that three cases or more have, and for all of them
     "Agreement on the cases that both have scored. A draw in which one says the same of everything counts as 0."
-    sides = []
-    for name, judgements in (("a", a), ("b", b)):
-        found, judges = {(j.id, j.rubric): j for j in judgements}, {j.judge for j in judgements}
-        if len(found) < len(judgements) or len(judges) != 1:
-            rule = f"`{name}` has to be one judge's judgements of different cases"
-            raise InputError(f"{rule} but has {len(judges)} judges, {len(found)} cases, {len(judgements)} judgements.")
-        sides.append(found)
+    sides = _by_case(a, "a"), _by_case(b, "b")
     keys = [key for key in sides[0] if key in sides[1] and sides[0][key].ok and sides[1][key].ok]
     names = list(dict.fromkeys(name for key in keys for name in sides[0][key].scores))
     table = [[[side[key].scores.get(name, np.nan) for name in names] for key in keys] for side in sides]
@@ -878,8 +853,8 @@ def agreement(
     return Table(title, ["criterion", "cases", *_MEASURES], rows)
 
 # %% ../../nbs/library/41_judge.ipynb #41a00072
-def _shown_media(media, name, files, number, folder):
-    "HTML of one clip or picture: inside the page, or as a file beside it."
+def _page_media(media, name, files, number, folder):
+    "A clip or a picture for the page, inside it or as a file beside it."
     suffix = Path(media).suffix.lower() if _is_path(media) else ""
     if _is_path(media):
         still = suffix not in _VIDEOS and video_info(media).frames == 1
@@ -898,32 +873,24 @@ def _shown_media(media, name, files, number, folder):
         files.mkdir(parents=True, exist_ok=True)
         with replacing(files / f"{number}-{name}{suffix}", overwrite=True) as temporary:
             temporary.write_bytes(data)
-        place = html.escape(quote(f"{files.name}/{number}-{name}{suffix}"))
-    if still:
-        shown = f'<img src="{place}" alt="{name}">'
-    else:
-        shown = f'<video src="{place}" controls loop muted playsinline preload="metadata" aria-label="{name}"></video>'
-    return f"<figure><figcaption>{name.capitalize()}</figcaption>{shown}</figure>"
+        place = quote(f"{files.name}/{number}-{name}{suffix}")
+    return dict(name=name, still=still, src=place)
 
 
-_CAP = '<p class="hint">The first criterion decides: what you give to the others counts at most as much as that.</p>'
-
-
-def _section(case, number, files, folder):
-    media = dict(reference=case.reference, before=case.source, after=case.edited)
-    if case.reference is not None:
-        media["reference"] = _picture(case.reference)
-    figures = [_shown_media(m, name, files, number, folder) for name, m in media.items() if m is not None]
-    sets = []
-    for c, criterion in enumerate(case.rubric.criteria):
-        words = [f"<b>{i}</b> {html.escape(text)}" for i, text in enumerate(criterion.anchors or [""] * 5, 1)]
-        button = '<label><input type="radio" name="s{}-{}" value="{}"> {}</label>'
-        labels = "".join(button.format(number, c, i, text) for i, text in enumerate(words, 1))
-        asked = f"<legend>{html.escape(criterion.name)}</legend><p>{html.escape(criterion.asks)}</p>"
-        sets.append(f'<fieldset>{asked}<div class="scale">{labels}</div></fieldset>')
-    said = f"<h2>The instruction was</h2><blockquote>{html.escape(case.instruction)}</blockquote>"
-    clips = f'<div class="clips">{"".join(figures)}</div>'
-    return f"<section hidden>{clips}{said}{_CAP * case.rubric.capped}{''.join(sets)}</section>"
+def _page_case(case, number, files, folder):
+    "What the page knows of a case."
+    reference = None if case.reference is None else _picture(case.reference)
+    media = dict(reference=reference, before=case.source, after=case.edited)
+    return dict(
+        place=number,
+        id=case.id,
+        edit_type=case.edit_type,
+        rubric=case.rubric.name,
+        capped=case.rubric.capped,
+        criteria=[asdict(criterion) for criterion in case.rubric.criteria],
+        instruction=case.instruction,
+        media=[_page_media(m, name, files, number, folder) for name, m in media.items() if m is not None],
+    )
 
 
 def save_score_page(
@@ -941,16 +908,13 @@ def save_score_page(
         raise InputError(f"`path` has to end in .html but is {path.name!r}.")
     if seed is not None:
         random.Random(seed).shuffle(cases)
-    files, facts = None if embed else path.with_name(path.stem + "_files"), []
+    files = None if embed else path.with_name(path.stem + "_files")
     with tempfile.TemporaryDirectory() as folder:
-        sections = "\n".join(_section(c, n, files, Path(folder)) for n, c in enumerate(cases, 1))
-    for place, c in enumerate(cases, 1):
-        known = dict(place=place, id=c.id, edit_type=c.edit_type)
-        facts.append(known | dict(rubric=c.rubric.name, capped=c.rubric.capped, criteria=c.rubric.names))
-    facts = json.dumps(dict(page=digest(facts, sections)[:16], cases=facts), ensure_ascii=False)
-    filled = dict(title=html.escape(title), sections=sections, facts=facts.replace("<", "\\u003c"))
+        shown = [_page_case(case, number, files, Path(folder)) for number, case in enumerate(cases, 1)]
+    facts = json.dumps(dict(page=digest(shown)[:16], cases=shown), ensure_ascii=False)
+    filled = dict(title=html.escape(title), facts=facts.replace("<", "\\u003c"))
     template = asset("score_page.html").read_text(encoding="utf-8")
-    return write_text(path, re.sub("@(title|sections|facts)@", lambda m: filled[m[1]], template))
+    return write_text(path, re.sub("@(title|facts)@", lambda m: filled[m[1]], template))
 
 # %% ../../nbs/library/41_judge.ipynb #41a00075
 def read_scores_file(
