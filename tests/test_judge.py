@@ -5,8 +5,6 @@ import io
 import json
 import math
 import os
-import subprocess
-import sys
 import time
 from dataclasses import asdict, replace
 from functools import cache
@@ -16,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from browser import ARGUMENTS, chromium, why_no_browser
-from test_backends import BROKEN, BUSY, KEY, PROCESSOR, Server, camel, gemini_reply, openai_reply, qwen25
+from test_backends import BROKEN, KEY, PROCESSOR, Server, camel, gemini_reply, openai_reply, qwen25
 from kiwi_edit.data.backends import GeminiChat, OpenAIChat, TransformersChat
 from kiwi_edit.core import asset
 from kiwi_edit.eval.judge import *
@@ -333,11 +331,6 @@ def test_judgements_travel():
     for scores in ({A: 6}, {}, {A: None}, [1]):
         with pytest.raises(ValueError, match="1 to 5"):
             replace(found, scores=scores)
-
-
-def test_import_is_light():
-    code = "import kiwi_edit.eval.judge, sys; print([m for m in ('torch', 'transformers', 'diffusers', 'openai', 'google.genai', 'scipy.stats', 'yaml') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
 # models as judges
