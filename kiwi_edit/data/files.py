@@ -13,20 +13,18 @@ import math
 import multiprocessing
 import os
 import re
-import signal
 import tempfile
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path, PureWindowsPath
 
 # %% auto #0
-__all__ = ['IMAGE_SUFFIXES', 'VIDEO_SUFFIXES', 'Limits', 'renamed', 'one_line', 'check_outputs', 'EditPlan', 'plan_edit',
-           'find_model', 'load_model', 'EditedFile', 'run_edit', 'edit_file', 'parse_size', 'EditRow', 'BadEdit',
-           'BadEdits', 'EditList', 'read_edits', 'EditRun', 'run_edits']
+__all__ = ['Limits', 'renamed', 'one_line', 'check_outputs', 'EditPlan', 'plan_edit', 'find_model', 'load_model', 'EditedFile',
+           'run_edit', 'edit_file', 'parse_size', 'EditRow', 'BadEdit', 'BadEdits', 'EditList', 'read_edits', 'EditRun',
+           'run_edits']
 
 # %% ../../nbs/library/13_files.ipynb #d05f5ccf
 import numpy as np
@@ -46,10 +44,10 @@ from kiwi_edit.core import (
     settings,
     shortened,
 )
-from ..records import Table, digest, read_lines, run_rows
-from ..video import VideoError, VideoInfo, check_frame_count, compare, fit_size, nearest_frame_count
-from ..video import read_image, read_video, replacing, resize_frames, sample_indices, save_film_strip
-from ..video import stream_video, video_info, write_video
+from ..records import Table, Workers, digest, read_lines, run_rows
+from ..video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoError, VideoInfo, check_frame_count, compare, fit_size
+from ..video import nearest_frame_count, read_image, read_video, replacing, resize_frames, sample_indices
+from ..video import save_clip, save_film_strip, stream_video, video_info
 
 # %% ../../nbs/library/13_files.ipynb #c227cfe4
 @dataclass(frozen=True)
@@ -77,10 +75,6 @@ class Limits:
         return cls(index["max_frames"], index["max_pixels"], multiple, index["default_steps"])
 
 # %% ../../nbs/library/13_files.ipynb #44cfc853
-IMAGE_SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".gif")
-
-
 @contextlib.contextmanager
 def renamed(
     inner: str,  # what errors say inside
@@ -362,13 +356,6 @@ def _title(plan, columns):
     return (text if len(text) <= room else text[: room - 1] + "…").replace("$", r"\$")
 
 
-def _write(path, frames, fps, sound):
-    if path.suffix.lower() in IMAGE_SUFFIXES:
-        PIL.Image.fromarray(frames[0]).save(path, format=IMAGE_SUFFIXES[path.suffix.lower()], quality=95)
-    else:
-        write_video(path, frames, fps, audio_from=sound, overwrite=True)
-
-
 def _write_edit(plan, source, edited, picks=(), progress=None):
     "Write result, film strip and comparison, all of them or none. Of a stream `source` holds only the frames `picks`."
     from kiwi_edit.pipeline import fit_reference
@@ -389,13 +376,13 @@ def _write_edit(plan, source, edited, picks=(), progress=None):
         fresh = {path: stack.enter_context(replacing(path, plan.overwrite)) for path in plan.files}
         for path, temporary in fresh.items():
             stack.enter_context(renamed(str(temporary), str(path)))
-        _write(fresh[plan.out], watched(edited, "writing", picks) if streamed else edited, source.fps, sound)
+        write = partial(save_clip, fps=source.fps, audio_from=sound)
+        write(fresh[plan.out], watched(edited, "writing", picks) if streamed else edited)
         if plan.comparison and streamed:  # the result is read back: it is not kept
             pairs = zip(stream_video(plan.video), stream_video(fresh[plan.out]))
-            both = watched((compare(before, after) for before, after in pairs), "comparing")
-            _write(fresh[plan.comparison], both, source.fps, sound)
+            write(fresh[plan.comparison], watched((compare(*pair) for pair in pairs), "comparing"))
         elif plan.comparison:
-            _write(fresh[plan.comparison], compare(source, edited), source.fps, sound)
+            write(fresh[plan.comparison], compare(source, edited))
         result = np.stack(shown) if streamed else edited
         height, width = source.frames.shape[1:3]
         scale = min(1, 440 / max(width, height))
@@ -729,17 +716,9 @@ def _write_records(path, records):
         temporary.write_bytes(b"".join(line + b"\n" for line in lines))
 
 
-def _record(row, key, model):
-    "The line of an edit that is about to be done; the lines that follow say more."
-    said = dict(
-        key=key, row=row.number, status="failed", out=row.name, seconds=None, error="the run was stopped", note=""
-    )
-    return said | dict(settings=row.settings | dict(model=model))
-
-
-def _bad_record(bad):
-    said = dict(key=None, row=bad.number, status="bad", out=bad.name)
-    return said | dict(seconds=None, error=bad.reason, note="", settings=None)
+def _record(number, out, error, status="bad", key=None, settings=None):
+    "The line of an edit that is about to be done, or cannot be done; the lines that follow say more."
+    return dict(key=key, row=number, status=status, out=out, seconds=None, error=error, note="", settings=settings)
 
 
 def _row_number(record):
@@ -777,27 +756,19 @@ def _edit_row(row, model, pipe, progress=None):
     return dict(row=row.number, status="done", out=row.name, note=note, settings=row.settings | dict(model=model))
 
 
-_worker = {}  # of a process of a pool: its device
-
-
 @functools.cache
-def _worker_model(folder):
-    return load_model(folder, _worker["device"])
+def _worker_model(folder, devices):
+    "The model of this process; processes take turns at the devices."
+    turn = int(re.findall(r"\d+", multiprocessing.current_process().name)[-1])
+    return load_model(folder, devices[turn % len(devices)])
 
 
-def _edit_in_worker(row, model, folder):
-    return _edit_row(row, model, _worker_model(folder))
+def _edit_in_worker(row, model, folder, devices):
+    return _edit_row(row, model, _worker_model(folder, devices))
 
 
-def _leave_with_parent():
-    multiprocessing.parent_process().join()  # a parent that was killed asks nobody to stop
-    os._exit(1)
-
-
-def _start_worker(turn, devices, threads):
+def _start_worker(threads):
     "What a process of a pool does first."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that was started
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
     import diffusers, torch, transformers
     from tqdm import tqdm
 
@@ -805,27 +776,6 @@ def _start_worker(turn, devices, threads):
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
     torch.set_num_threads(threads)
-    with turn.get_lock():
-        _worker["device"] = devices[turn.value % len(devices)]
-        turn.value += 1
-
-
-class _Pool(ProcessPoolExecutor):
-    "Processes that edit. What is started here does not hear Ctrl-C."
-
-    def __init__(self, number, devices, threads):
-        context = multiprocessing.get_context("spawn")
-        arguments = context.Value("i", 0), devices, threads
-        super().__init__(number, context, initializer=_start_worker, initargs=arguments)
-
-    def submit(self, *args, **kwargs):
-        if threading.current_thread() is not threading.main_thread():
-            return super().submit(*args, **kwargs)
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            return super().submit(*args, **kwargs)
-        finally:
-            signal.signal(signal.SIGINT, before)
 
 # %% ../../nbs/library/13_files.ipynb #b17e0022
 @dataclass
@@ -903,13 +853,13 @@ def _do_rows(todo, path, model, where, workers, stage, say):
         work = lambda row: _edit_row(row, model, pipe, lambda done, total, what: stage(f"row {row.number}: {what}"))
         return run_rows(todo, work, path, label="", each=each)
     several = where.type == "cuda" and where.index is None
-    devices = [f"cuda:{k}" for k in range(torch.cuda.device_count())] if several else [str(where)]
-    pool = partial(_Pool, number, devices, max(1, torch.get_num_threads() // number))
+    devices = tuple(f"cuda:{k}" for k in range(torch.cuda.device_count())) if several else (str(where),)
+    pool = partial(Workers, number, _start_worker, max(1, torch.get_num_threads() // number))
     if say:
         say(f"loading {model} in {number} processes ({where})")
     others = multiprocessing.active_children()
     try:
-        work = partial(_edit_in_worker, model=model, folder=find_model(model))
+        work = partial(_edit_in_worker, model=model, folder=find_model(model), devices=devices)
         return run_rows(todo, work, path, pool, ahead=number, label="", each=each)
     finally:
         for process in set(multiprocessing.active_children()).difference(others):
@@ -948,7 +898,11 @@ def run_edits(
         edits.check(skip_bad)
         again = {row.name for row in todo.values()}
         kept = [record for name, record in last.items() if name not in again]
-        _write_records(path, kept + [_record(row, key, model) for key, row in todo.items()])
+        begun = {}
+        for row in edits.rows:
+            key, asked = keys[row.number], row.settings | dict(model=model)
+            begun[key] = _record(row.number, row.name, "the run was stopped", "failed", key, asked)
+        _write_records(path, kept + [begun[key] for key in todo])
         total, before = len(edits.rows), len(edits.rows) - len(todo)
         done = before
 
@@ -962,8 +916,8 @@ def run_edits(
         outcomes = _do_rows(todo, path, model, where, workers, stage, say)
         for row in edits.rows:
             key = keys[row.number]
-            last[row.name] = _record(row, key, model) | outcomes.get(key, last.get(row.name)) | {"row": row.number}
-        bad = [_bad_record(b) for b in edits.bad]
+            last[row.name] = begun[key] | outcomes.get(key, last.get(row.name)) | {"row": row.number}
+        bad = [_record(b.number, b.name, b.reason) for b in edits.bad]
         _write_records(path, sorted([*last.values(), *(b for b in bad if b["out"] not in last)], key=_row_number))
     records = sorted([*(last[row.name] for row in edits.rows), *bad], key=_row_number)
     return EditRun(edits, records, before, time.perf_counter() - began)

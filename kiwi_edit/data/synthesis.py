@@ -38,7 +38,7 @@ from PIL import Image
 from ..core import InputError, asset, require, shortened
 from . import backends
 from .backends import chat_of
-from .dataset import ParquetCell, file_of, held, read_rows, save_clip
+from .dataset import ParquetCell, file_of, held, read_rows
 from kiwi_edit.quadruplets import (
     FingerprintStage,
     LoadOptions,
@@ -52,7 +52,7 @@ from kiwi_edit.quadruplets import (
     record_strip,
 )
 from ..records import Table, Workers, digest, image_tag, page, png_bytes, run_rows
-from ..video import as_frames, replacing
+from ..video import as_frames, replacing, save_clip
 from ..world import World
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400007
@@ -364,7 +364,7 @@ def _place_clip(clip, name, record, folder, copy):
         with replacing(path) as temporary:
             shutil.copyfile(clip, temporary)
     else:
-        save_clip(path, as_frames(clip), record.fps or 15)
+        save_clip(path, as_frames(clip), record.fps or 15, crf=12)
     return str(path.relative_to(folder))
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400015

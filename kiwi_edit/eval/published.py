@@ -25,7 +25,7 @@ import yaml
 
 from ..core import InputError
 from ..data.backends import GeminiChat
-from ..data.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, renamed
+from ..data.files import renamed
 from kiwi_edit.eval.benchmark import (
     BENCH_SAMPLES,
     Report,
@@ -50,6 +50,8 @@ from kiwi_edit.eval.judge import (
 from ..metrics import measure_clip, perceptual_features
 from ..records import Table, Value, append_line, digest, image_tag, page, read_lines, run_rows
 from kiwi_edit.video import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
     VideoError,
     as_frames,
     compare,
@@ -57,11 +59,10 @@ from kiwi_edit.video import (
     nearest_frame_count,
     read_image,
     read_video,
-    replacing,
     resize_frames,
+    save_clip,
     sample_indices,
     video_info,
-    write_video,
 )
 from ..world import EVAL_SEED, TASKS, Quadruplet, World
 
@@ -318,18 +319,9 @@ def edit_row(
     path = out / row.output
     path.parent.mkdir(parents=True, exist_ok=True)
     if concat:
-        _write(path.with_name("concat_" + path.name), compare(frames, edited))
-    _write(path, edited)
+        save_clip(path.with_name("concat_" + path.name), compare(frames, edited), SETTINGS["fps"])
+    save_clip(path, edited, SETTINGS["fps"])
     return edited
-
-
-def _write(path, frames):
-    "A picture or a video, as its name says."
-    if path.suffix.lower() not in IMAGE_SUFFIXES:
-        write_video(path, frames, SETTINGS["fps"], overwrite=True)
-        return
-    with replacing(path, True) as temporary:
-        PIL.Image.fromarray(frames[0]).save(temporary, IMAGE_SUFFIXES[path.suffix.lower()], quality=95)
 
 # %% ../../nbs/library/42_published.ipynb #c450001d
 @dataclass(frozen=True)
