@@ -23,8 +23,7 @@ from pathlib import Path, PureWindowsPath
 
 # %% auto #0
 __all__ = ['Limits', 'renamed', 'one_line', 'check_outputs', 'EditPlan', 'plan_edit', 'find_model', 'load_model', 'EditedFile',
-           'run_edit', 'edit_file', 'parse_size', 'EditRow', 'BadEdit', 'BadEdits', 'EditList', 'read_edits', 'EditRun',
-           'run_edits']
+           'run_edit', 'edit_file', 'parse_size', 'BadEdits', 'EditList', 'read_edits', 'EditRun', 'run_edits']
 
 # %% ../../nbs/library/13_files.ipynb #d05f5ccf
 import numpy as np
@@ -44,7 +43,7 @@ from kiwi_edit.core import (
     settings,
     shortened,
 )
-from ..records import Table, Workers, digest, read_lines, run_rows
+from ..records import Table, Workers, digest, read_lines, run_rows, unique_names
 from ..video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoError, VideoInfo, check_frame_count, compare, fit_size
 from ..video import nearest_frame_count, read_image, read_video, replacing, resize_frames, sample_indices
 from ..video import save_clip, save_film_strip, stream_video, video_info
@@ -511,17 +510,10 @@ def _value(name, value):
     raise InputError(f"`{name}` has to be {_WORDS[kind]} but is {value!r}.")
 
 
-def _once(pairs):
-    names = [name for name, _ in pairs]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"{twice!r} is there twice")
-    return dict(pairs)
-
-
 def _parse_row(line):
     "What a line of a list says, in the names and kinds of `plan_edit`."
     try:
-        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_once)
+        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique_names)
     except (ValueError, RecursionError) as error:
         raise InputError(f"`line` has to be a JSON object in UTF-8, each name once, but is not: {error}.") from error
     if not isinstance(row, dict):
@@ -547,7 +539,7 @@ def _model_digest(folder):
 
 # %% ../../nbs/library/13_files.ipynb #b17e0008
 @dataclass(frozen=True)
-class EditRow:
+class _Row:
     "A line of a list that can be done as far as anybody can tell without the model."
 
     number: int  # of the line, from 1
@@ -562,7 +554,7 @@ class EditRow:
 
 
 @dataclass(frozen=True)
-class BadEdit:
+class _Bad:
     "A line of a list that cannot be done."
 
     number: int  # of the line, from 1
@@ -590,8 +582,8 @@ class EditList:
     "A list that was read and checked."
 
     folder: Path  # of the results
-    rows: list = field(default_factory=list)  # of `EditRow`
-    bad: list = field(default_factory=list)  # of `BadEdit`
+    rows: list = field(default_factory=list)  # of plans that can be done
+    bad: list = field(default_factory=list)  # of what cannot, with the reason
 
     def __len__(self):
         return len(self.rows) + len(self.bad)
@@ -604,10 +596,10 @@ class EditList:
         if self.bad and not skip_bad:
             raise BadEdits(self.bad, len(self))
 
-    def refuse(self, row: EditRow, reason: str):
+    def refuse(self, row: _Row, reason: str):
         "Count a row among the bad ones."
         self.rows = [r for r in self.rows if r is not row]
-        self.bad = sorted([*self.bad, BadEdit(row.number, reason, row.name)], key=lambda b: b.number)
+        self.bad = sorted([*self.bad, _Bad(row.number, reason, row.name)], key=lambda b: b.number)
 
     def _repr_markdown_(self):
         lines = [[r.number, r.name, r.plan.instruction] for r in self.rows]
@@ -637,7 +629,7 @@ def _check_row(number, row, path, folder):
     asked = {o: value for o, value in options.items() if value != defaults[o]}
     asked |= dict(instruction=plan.instruction, seed=plan.seed)
     said = dict(video=row["video"], reference=list(row.get("reference", ())))
-    return EditRow(number, replace(plan, references=()), references, said | defaults | asked, digest(asked, read))
+    return _Row(number, replace(plan, references=()), references, said | defaults | asked, digest(asked, read))
 
 
 def _checked(number, line, found, path, defaults, taken):
@@ -654,7 +646,7 @@ def _checked(number, line, found, path, defaults, taken):
         reason, argument = one_line(error), re.match(r"`(\w+)`", str(error))
         if reason is None or argument and argument[1] in defaults and argument[1] not in own:
             raise  # a fault of the kit, or of the whole list
-        found.bad.append(BadEdit(number, reason, own.get("out")))
+        found.bad.append(_Bad(number, reason, own.get("out")))
     else:
         found.rows.append(row)
         taken |= {file.name.casefold(): number for file in row.plan.files}

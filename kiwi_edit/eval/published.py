@@ -48,7 +48,7 @@ from kiwi_edit.eval.judge import (
     rubric_for,
 )
 from ..metrics import measure_clip, perceptual_features
-from ..records import Table, Value, append_line, digest, image_tag, page, read_lines, run_rows
+from ..records import Table, Value, append_line, digest, image_tag, page, read_lines, run_rows, unique_names
 from kiwi_edit.video import (
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
@@ -125,17 +125,10 @@ def _read_csv(data):
 
 
 def _read_json(data):
-    rows = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_no_twins)
+    rows = json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique_names)
     if not isinstance(rows, dict):
         raise ValueError(f"it has to hold an object of rows but holds a {type(rows).__name__}")
     return list(rows.items())
-
-
-def _no_twins(pairs):
-    keys = [key for key, _ in pairs]
-    if twice := next((key for key in keys if keys.count(key) > 1), None):
-        raise ValueError(f"the key {twice!r} is there twice")
-    return dict(pairs)
 
 
 LAYOUTS = dict(
