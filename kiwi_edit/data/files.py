@@ -540,26 +540,15 @@ def _model_digest(folder):
 # %% ../../nbs/library/13_files.ipynb #b17e0008
 @dataclass(frozen=True)
 class _Row:
-    "A line of a list that can be done as far as anybody can tell without the model."
+    "A line of a list; it can be done, as far as anybody can tell without the model, unless `reason` says why not."
 
     number: int  # of the line, from 1
-    plan: EditPlan  # without the pictures of its references
-    references: tuple  # paths
-    settings: dict  # what was asked for, for the record
-    inputs: str  # digest of what is read and asked for
-
-    @property
-    def name(self) -> str:
-        return self.plan.out.name
-
-
-@dataclass(frozen=True)
-class _Bad:
-    "A line of a list that cannot be done."
-
-    number: int  # of the line, from 1
-    reason: str
-    name: str | None = None  # of the result, where that is known
+    name: str | None  # of the result, where that is known
+    reason: str = ""  # why it cannot be done
+    plan: EditPlan | None = None  # without the pictures of its references
+    references: tuple = ()  # paths
+    settings: dict | None = None  # what was asked for, for the record
+    inputs: str = ""  # digest of what is read and asked for
 
     def __str__(self):
         return f"row {self.number}: {self.reason}"
@@ -582,11 +571,17 @@ class EditList:
     "A list that was read and checked."
 
     folder: Path  # of the results
-    rows: list = field(default_factory=list)  # of plans that can be done
-    bad: list = field(default_factory=list)  # of what cannot, with the reason
+    lines: list = field(default_factory=list)  # good and bad rows in order
 
-    def __len__(self):
-        return len(self.rows) + len(self.bad)
+    @property
+    def rows(self) -> list:
+        "What can be done: `number`, `name` of the result, `plan`."
+        return [row for row in self.lines if not row.reason]
+
+    @property
+    def bad(self) -> list:
+        "What cannot be done: `number`, `reason`."
+        return [row for row in self.lines if row.reason]
 
     def __repr__(self):
         return f"{len(self.rows)} edits, {len(self.bad)} bad rows"
@@ -594,18 +589,16 @@ class EditList:
     def check(self, skip_bad: bool = False):
         "Raise `BadEdits` if there are bad rows that may not be skipped."
         if self.bad and not skip_bad:
-            raise BadEdits(self.bad, len(self))
+            raise BadEdits(self.bad, len(self.lines))
 
     def refuse(self, row: _Row, reason: str):
         "Count a row among the bad ones."
-        self.rows = [r for r in self.rows if r is not row]
-        self.bad = sorted([*self.bad, _Bad(row.number, reason, row.name)], key=lambda b: b.number)
+        self.lines = [replace(r, reason=reason) if r is row else r for r in self.lines]
 
     def _repr_markdown_(self):
-        lines = [[r.number, r.name, r.plan.instruction] for r in self.rows]
-        lines = sorted(lines + [[b.number, "bad", b.reason] for b in self.bad], key=lambda line: line[0])
-        more = f"and {len(lines) - 24} more" if len(lines) > 24 else ""
-        return Table(repr(self), ["row", "result", "instruction"], lines[:24], note=more)._repr_markdown_()
+        rows = [[r.number, "bad" if r.reason else r.name, r.reason or r.plan.instruction] for r in self.lines]
+        more = f"and {len(rows) - 24} more" if len(rows) > 24 else ""
+        return Table(repr(self), ["row", "result", "instruction"], rows[:24], note=more)._repr_markdown_()
 
 # %% ../../nbs/library/13_files.ipynb #b17e0011
 def _check_row(number, row, path, folder):
@@ -629,15 +622,16 @@ def _check_row(number, row, path, folder):
     asked = {o: value for o, value in options.items() if value != defaults[o]}
     asked |= dict(instruction=plan.instruction, seed=plan.seed)
     said = dict(video=row["video"], reference=list(row.get("reference", ())))
-    return _Row(number, replace(plan, references=()), references, said | defaults | asked, digest(asked, read))
+    given, inputs = said | defaults | asked, digest(asked, read)
+    return _Row(number, name, "", replace(plan, references=()), references, given, inputs)
 
 
-def _checked(number, line, found, path, defaults, taken):
-    "Put a line among the rows of a list, or among the bad ones."
+def _checked(number, line, path, folder, defaults, taken):
+    "A line as a row, good or bad; `taken` are the files of the good ones before it."
     own = {}
     try:
         own = _parse_row(line)
-        row = _check_row(number, defaults | own, path, found.folder)
+        row = _check_row(number, defaults | own, path, folder)
         for file in row.plan.files:
             if other := taken.get(file.name.casefold()):
                 words = f"{file.name!r} is what row {other} writes, too"
@@ -646,10 +640,9 @@ def _checked(number, line, found, path, defaults, taken):
         reason, argument = one_line(error), re.match(r"`(\w+)`", str(error))
         if reason is None or argument and argument[1] in defaults and argument[1] not in own:
             raise  # a fault of the kit, or of the whole list
-        found.bad.append(_Bad(number, reason, own.get("out")))
-    else:
-        found.rows.append(row)
-        taken |= {file.name.casefold(): number for file in row.plan.files}
+        return _Row(number, own.get("out"), reason)
+    taken.update({file.name.casefold(): number for file in row.plan.files})
+    return row
 
 
 def read_edits(
@@ -679,16 +672,14 @@ def read_edits(
     check_outputs([next(p for p in (folder, *folder.parents) if p.exists()) / "result"], [])
     found, taken = EditList(folder), {}
     for done, (number, line) in enumerate(lines, 1):
-        _checked(number, line, found, path, defaults, taken)
+        found.lines.append(_checked(number, line, path, folder, defaults, taken))
         if progress:
             progress(done, len(lines), "checking")
     read = {file.resolve() for row in found.rows for file in (row.plan.video, *row.references)}
-    for row in list(found.rows):
+    for row in found.rows:
         if own := [file for file in row.plan.files if {file.resolve(), folder.resolve()} & read]:
-            words = f"{str(own[0])!r} is"
-            found.refuse(
-                row, f"`out` has to be another file than those that are read, and not among them, but {words}."
-            )
+            rule = "`out` has to be another file than those that are read, and not among them"
+            found.refuse(row, f"{rule}, but {str(own[0])!r} is.")
     return found
 
 # %% ../../nbs/library/13_files.ipynb #b17e0017
@@ -713,14 +704,10 @@ def _record(number, out, error, status="bad", key=None, settings=None):
     return dict(key=key, row=number, status=status, out=out, seconds=None, error=error, note="", settings=settings)
 
 
-def _row_number(record):
-    return record.get("row", 0)
-
-
 def _survey(edits, last, keys, overwrite):
     "The rows that are left to do, by their keys. Rows whose place is taken become bad ones."
     todo = {}
-    for row in list(edits.rows):
+    for row in edits.rows:
         record, key = last.get(row.name, {}), keys[row.number]
         done = record.get("key") == key and record["error"] is None
         ours = done or record.get("seconds", 0) is None  # a run that was stopped may have left its files
@@ -877,7 +864,7 @@ def run_edits(
     where, model = choose_device(device or settings().device), str(model or settings().checkpoint)
     folder = find_model(model)
     limits = Limits.read(folder)
-    for row in list(edits.rows) if limits else ():
+    for row in edits.rows if limits else ():
         try:
             row.plan.check(limits)
         except InputError as error:
@@ -909,7 +896,7 @@ def run_edits(
         for row in edits.rows:
             key = keys[row.number]
             last[row.name] = begun[key] | outcomes.get(key, last.get(row.name)) | {"row": row.number}
-        bad = [_record(b.number, b.name, b.reason) for b in edits.bad]
-        _write_records(path, sorted([*last.values(), *(b for b in bad if b["out"] not in last)], key=_row_number))
-    records = sorted([*(last[row.name] for row in edits.rows), *bad], key=_row_number)
+        records = [_record(r.number, r.name, r.reason) if r.reason else last[r.name] for r in edits.lines]
+        bad = [record for record in records if record["status"] == "bad" and record["out"] not in last]
+        _write_records(path, sorted([*last.values(), *bad], key=lambda record: record.get("row", 0)))
     return EditRun(edits, records, before, time.perf_counter() - began)
