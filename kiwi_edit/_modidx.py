@@ -780,8 +780,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'kiwi_edit/data/synthesis.py'),
                                           'kiwi_edit.data.synthesis._safe': ('library/synthesis.html#_safe', 'kiwi_edit/data/synthesis.py'),
                                           'kiwi_edit.data.synthesis._said': ('library/synthesis.html#_said', 'kiwi_edit/data/synthesis.py'),
-                                          'kiwi_edit.data.synthesis._save_text': ( 'library/synthesis.html#_save_text',
-                                                                                   'kiwi_edit/data/synthesis.py'),
                                           'kiwi_edit.data.synthesis._settings_of': ( 'library/synthesis.html#_settings_of',
                                                                                      'kiwi_edit/data/synthesis.py'),
                                           'kiwi_edit.data.synthesis._sheet_html': ( 'library/synthesis.html#_sheet_html',

@@ -51,7 +51,7 @@ from kiwi_edit.quadruplets import (
     load_record,
     record_strip,
 )
-from ..records import Table, Workers, digest, image_tag, page, png_bytes, run_rows
+from ..records import Table, Workers, digest, image_tag, page, png_bytes, run_rows, write_text
 from ..video import as_frames, replacing, save_clip
 from ..world import World
 
@@ -483,11 +483,6 @@ def _sums(folder):
     tables = sorted([*folder.glob("chunk_*.parquet"), *folder.glob("verdicts/*.parquet")])
     return "".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(folder)}\n" for p in tables)
 
-
-def _save_text(path, text):
-    with replacing(path, overwrite=True) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-
 # %% ../../nbs/library/12_synthesis.ipynb #s1400020
 def _stand_in(row):
     "A record with what the funnel and the search for doubles look at."
@@ -895,11 +890,11 @@ def synthesize(
     _finish(folder, paths, options, key)
     seconds = {name: round(spent, 3) for name, spent in parts.seconds.items()}
     run = dict(key=key, settings=settings, seconds=seconds, wall=round(time.perf_counter() - began, 3), done=parts.seen)
-    _save_text(folder / "run.json", json.dumps(run, indent=1, default=str) + "\n")
+    write_text(folder / "run.json", json.dumps(run, indent=1, default=str) + "\n")
     result = _result(folder)
-    _save_text(folder / "README.md", _data_card(result))
-    _save_text(folder / "report.html", _report_html(result))
-    _save_text(folder / "SHA256SUMS", _sums(folder))  # last: says that all is there
+    write_text(folder / "README.md", _data_card(result))
+    write_text(folder / "report.html", _report_html(result))
+    write_text(folder / "SHA256SUMS", _sums(folder))  # last: says that all is there
     shutil.rmtree(folder / "parts", ignore_errors=True)
     return result
 
@@ -928,7 +923,7 @@ def _claim(folder, key, overwrite):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     if there != key:
-        _save_text(mark, json.dumps(dict(key=key)) + "\n")  # first: whoever is killed after this finds it to be its own
+        write_text(mark, json.dumps(dict(key=key)) + "\n")  # first: whoever is killed after this finds it to be its own
     for path in [*folder.glob(".*"), *folder.glob("verdicts/.*")]:
         if path.is_file() and half.fullmatch(path.name):
             path.unlink()
