@@ -55,12 +55,12 @@ def _forward_flat(self, x, cache_x=None):
     y = F.conv2d(stacked, weight.flatten(1, 2), self.bias, self.stride[1:], (top, left))
     return y.unflatten(0, (len(x), frames)).transpose(1, 2)
 
-
+# %% ../nbs/03_latents.ipynb #cc7d9263
 def _forward_where_it_helps(self, x, cache_x=None):
     lone = x.shape[2] == 1 and cache_x is None and self.stride[0] == 1
     return _forward_flat(self, x, cache_x) if lone or x.device.type == "cpu" else type(self).forward(self, x, cache_x)
 
-
+# %% ../nbs/03_latents.ipynb #87f0519f
 def _forward_summed(self, x):
     "A norm over channels whose squares are summed plane by plane, as memory holds them."
     if x.device.type != "cpu" or x.dtype != torch.float32 or not self.channel_first:
@@ -68,7 +68,7 @@ def _forward_summed(self, x):
     length = x.square().sum(1, keepdim=True).clamp_min(1e-24).sqrt()  # at least 1e-12, as PyTorch's `normalize` has it
     return x * (self.scale / length) * self.gamma + self.bias
 
-
+# %% ../nbs/03_latents.ipynb #84ad1329
 _FORWARDS = {WanCausalConv3d: _forward_where_it_helps, WanRMS_norm: _forward_summed}
 _fast_lock = threading.Lock()
 
@@ -104,19 +104,19 @@ def fire_hooks(module: torch.nn.Module):
     if hasattr(module, "_hf_hook") and hasattr(module._hf_hook, "pre_forward"):
         module._hf_hook.pre_forward(module)
 
-
+# %% ../nbs/03_latents.ipynb #1b00b9f2
 class _Unclamped(TorchFunctionMode):
     "Within it, the autoencoder's decoder leaves its last clamp to whoever joins the tiles."
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return args[0] if function is torch.clamp else function(*args, **(kwargs or {}))
 
-
+# %% ../nbs/03_latents.ipynb #e926d95c
 def _starts(length, tile, stride):
     "Where tiles begin: at multiples of the stride, as long as the one before does not reach the border."
     return [start for start in range(0, length, stride) if start == 0 or start - stride + tile < length]
 
-
+# %% ../nbs/03_latents.ipynb #9c560aed
 def in_tiles(
     vae: AutoencoderKLWan,
     x: torch.Tensor,  # (B, 3, T, H, W) pixels in -1..1, or (B, z, f, h, w) latents as the autoencoder has them
@@ -160,7 +160,7 @@ def _to_pixels(vae, frames, device):
 def _to_frames(pixels):
     return ((pixels.float() + 1) * 127.5).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()
 
-
+# %% ../nbs/03_latents.ipynb #828f9ac6
 def encode_frames(
     vae: AutoencoderKLWan,
     frames: np.ndarray | torch.Tensor,  # (B, T, H, W, 3) or (T, H, W, 3) uint8, T of the form 4k+1
@@ -179,7 +179,7 @@ def encode_frames(
     with fast_layers(vae):
         return (in_tiles(vae, pixels.to(vae.dtype), "encode").float() - mean) / std
 
-
+# %% ../nbs/03_latents.ipynb #0ce4e078
 def decode_latents(
     vae: AutoencoderKLWan,
     latents: torch.Tensor,  # (B, z, f, h, w) normalised
@@ -212,7 +212,7 @@ def _streamed(vae, way):
 
     return step
 
-
+# %% ../nbs/03_latents.ipynb #4a8474b4
 def regroup(
     chunks: Iterable[np.ndarray],  # (n, H, W, 3) uint8 each, of any lengths
     group: int = 4,  # frames to a latent frame after the first
@@ -232,7 +232,7 @@ def regroup(
         rest = sum(map(len, kept))
         raise InputError(f"`chunks` has to hold {group}k+1 frames for this autoencoder but {rest} are left over.")
 
-
+# %% ../nbs/03_latents.ipynb #35eaf973
 def stream_latents(
     vae: AutoencoderKLWan,
     chunks: Iterable[np.ndarray],  # (n, H, W, 3) uint8 each, one frame and whole groups together
@@ -246,7 +246,7 @@ def stream_latents(
         mean, std = latent_statistics(vae, pixels.device)
         yield (step(pixels).float() - mean) / std
 
-
+# %% ../nbs/03_latents.ipynb #b425ec83
 def stream_frames(
     vae: AutoencoderKLWan,
     latents: torch.Tensor | Iterable[torch.Tensor],  # (1, z, f, h, w) normalised, or pieces of it

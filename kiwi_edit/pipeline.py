@@ -79,7 +79,7 @@ def bundled_models() -> list[str]:
     "Names of the models that ship with the kit."
     return sorted(p.parent.name for p in assets_dir().glob("[!.]*/model_index.json"))
 
-
+# %% ../nbs/06_pipeline.ipynb #e14a4b40
 def find_checkpoint(
     name: str | Path,  # bundled name, local folder or hub id
     variant: str | None = None,  # of the weights, such as "fp16"; those of another are not downloaded
@@ -249,7 +249,7 @@ def _check(holds, name, rule, value, kind=InputError):
     if not holds:
         raise kind(f"`{name}` has to {rule} but is {reprlib.repr(value)}.")
 
-
+# %% ../nbs/06_pipeline.ipynb #4754c7be
 def _check_call(pipe, prompt, negative_prompt, height, width, num_frames, steps, sigmas, guidance_scale, strength,
                 generator, output_type, tensors, window_overlap, video):  # fmt: skip
     "Raise before anything is computed where an argument of an edit cannot be right."
@@ -302,7 +302,7 @@ def check_references(self, reference) -> list[PIL.Image.Image]:
         raise InputError(f"{rule} but has {len(images)} image{'s' * (len(images) > 1)}.")
     return [picture_of(image) for image in images]
 
-
+# %% ../nbs/06_pipeline.ipynb #2a607c9d
 @patch_to(KiwiEditPipeline)
 def check_footage(self, video, height, width, num_frames) -> Footage:
     "The source of an edit as it will be edited."
@@ -344,7 +344,7 @@ def _latents_of(pipe, content, make, device):
     about = (vae.use_slicing, vae.use_tiling, tile, stride, content)
     return pipe.memory.get(vae, about, make).to(device)  # they may have been made elsewhere
 
-
+# %% ../nbs/06_pipeline.ipynb #c89baba3
 @patch_to(KiwiEditPipeline)
 def encode_source(
     self, footage: Footage, device: torch.device | None = None
@@ -359,7 +359,7 @@ def encode_source(
 
     return _latents_of(self, footage.key, make, device)
 
-
+# %% ../nbs/06_pipeline.ipynb #0716da3b
 @patch_to(KiwiEditPipeline)
 def encode_references(
     self,
@@ -488,7 +488,7 @@ def walk(
                 break
     return latents
 
-
+# %% ../nbs/06_pipeline.ipynb #dbb450fc
 def _as_many(x, context, dtype):
     return None if x is None else x.to(dtype).expand(len(context), -1, -1, -1, -1)
 

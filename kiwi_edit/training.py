@@ -44,7 +44,7 @@ def _draw_uniform(sampling, size, rng):
         return 1 / (1 + np.exp(-rng.standard_normal(size)))
     raise InputError(f"`options.sampling` has to be 'table', 'uniform' or 'logit_normal' but is {sampling!r}.")
 
-# %% ../nbs/08_training.ipynb #617daba7
+# %% ../nbs/08_training.ipynb #555cdaff
 def draw_noise_levels(
     options,  # `Loss` of the curriculum: `sampling`, `few` and `weighting`
     size: int,  # of the batch, over all processes
@@ -83,7 +83,7 @@ class Dice:
         "The same dice on another device."
         return Dice(*send_to_device((self.noise, self.sigma, self.weight, self.drop), device))
 
-# %% ../nbs/08_training.ipynb #875d88c5
+# %% ../nbs/08_training.ipynb #b2b4072e
 def draw_noise(
     batch,  # `Batch`, or this process's part of it
     options,  # `Loss` of the curriculum
