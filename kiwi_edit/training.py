@@ -26,7 +26,7 @@ def _bell(timestep):
 def _shifted(uniform, shift):
     return shift * uniform / (1 + (shift - 1) * uniform)
 
-
+# %% ../nbs/08_training.ipynb #002e791c
 def training_table(
     shift: float = 5.0,  # as the scheduler's
     steps: int = 1000,
@@ -127,7 +127,7 @@ def _without_instruction(row, suffix):
     ids, positions = cut(row.input_ids, 0), cut(row.position_ids, stop - start)
     return replace(row, input_ids=ids, position_ids=positions, lengths=row.lengths - (stop - start))
 
-
+# %% ../nbs/08_training.ipynb #f1f6ce78
 def drop_instructions(
     inputs: EncoderInputs,
     drop: torch.Tensor,  # (B,) bool
