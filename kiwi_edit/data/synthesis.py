@@ -996,48 +996,6 @@ def _report_html(result):
     return page(f"{len(result.kept)} of {len(result.rows)} pairs became quadruplets", *parts)
 
 # %% ../../nbs/library/12_synthesis.ipynb #12da0003
-_CARD = """---
-configs:
-- config_name: default
-  data_files: chunk_*.parquet
-task_categories:
-- image-to-video
-size_categories:
-- {size}
----
-
-# {number} quadruplets for video editing by instruction and reference
-
-Each row is a source clip (`src_video`), an instruction (`prompt`), a reference image (`ref_image_bytes`) and the \
-edited clip (`tgt_video`); paths start in this folder.
-
-## References
-
-| edit | reference | rows |
-|---|---|--:|
-{references}
-
-*Synthesised* references were made from the edited clip itself, so they share its pixels or its look; *authentic* ones \
-came with the pairs. The column `ref_source` says which is which;
-`authentic_ref_image_bytes` holds an authentic one that the synthesised one stands in for.
-
-## Sources
-
-| data set | licence | rows |
-|---|---|--:|
-{sources}
-
-The licence of a clip is that of its source; this table repeats what the source said.
-
-## How it was made
-
-| stage | judged by | left |
-|---|---|--:|
-{stages}
-
-Every pair, kept or dropped, is in `verdicts/` with what each stage said of it. `SHA256SUMS` covers all tables \
-(`sha256sum -c SHA256SUMS`).
-"""
 _EMBEDDED = """
 The backends `change`, `grabcut`, `cutout` and `pixels` look at pixels and a list of verbs; they do not know what \
 things are. Look at the contact sheets before you train on this.
@@ -1054,12 +1012,16 @@ def _data_card(result):
     backends = {v["stage"]: v["backend"] for row in result.rows for v in row["verdicts"] if v["backend"]}
     lines = lambda cells: "\n".join("| " + " | ".join(map(str, line)) + " |" for line in cells)
     counted = lambda pairs: lines((*pair, n) for pair, n in sorted(Counter(pairs).items()))
-    card = _CARD.format(
-        size=next(name for limit, name in _SIZES.items() if len(kept) < limit),
-        number=len(kept),
-        references=counted(made),
-        sources=counted(origins),
-        stages=lines((stage, backends.get(stage, ""), left) for stage, left in result.funnel().items()),
+    card = (
+        asset("data_card.md")
+        .read_text(encoding="utf-8")
+        .format(
+            size=next(name for limit, name in _SIZES.items() if len(kept) < limit),
+            number=len(kept),
+            references=counted(made),
+            sources=counted(origins),
+            stages=lines((stage, backends.get(stage, ""), left) for stage, left in result.funnel().items()),
+        )
     )
     return card + _EMBEDDED * bool({"change", "grabcut", "cutout", "pixels"} & set(backends.values()))
 
