@@ -221,18 +221,14 @@ def read_pairs(
                 f"or clips named NAME-source and NAME-edited but {text!r} has none of them."
             )
         return FilePairs(rows, {column: column for column in rows[0]}, root or path, path.name)
-    rows, names = [], {}
-    for table in tables:
-        header, found = read_rows(table, "pairs")
-        if long := [i for i, row in enumerate(found) if None in row]:
-            raise InputError(
-                f"`pairs` has to have as many fields in a row as in the header but row {long[0]} of {str(table)!r} "
-                f"has {len(found[long[0]][None])} more; text with a comma needs quotes."
-            )
-        rows, names = rows + found, names | dict.fromkeys(header)
-    if not rows:
-        raise InputError(f"`pairs` has to hold at least one row but {text!r} holds none.")
-    return FilePairs(rows, _columns(list(names), columns, repr(tables[0].name)), root or tables[0].parent, path.stem)
+    names, found = read_rows(tables, "pairs")
+    if long := [(name, len(row[None])) for name, row in found if None in row]:
+        raise InputError(
+            f"`pairs` has to have as many fields in a row as in the header but {long[0][0]} has {long[0][1]} more; "
+            "text with a comma needs quotes."
+        )
+    columns = _columns(names, columns, repr(tables[0].name))
+    return FilePairs([row for _, row in found], columns, root or tables[0].parent, path.stem)
 
 
 def _hub_pairs(text, root, columns):
