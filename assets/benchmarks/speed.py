@@ -746,11 +746,11 @@ import sys, time
 times = dict(start=float(sys.argv[1]), interpreter=time.time())
 import torch
 from kiwi_edit.apps import cli
-from kiwi_edit.data.files import plan_edit, run_edit
+from kiwi_edit.data.files import load_model, plan_edit, run_edit
 from kiwi_edit.pipeline import KiwiEditPipeline
 times["imports"] = time.time()
 plan = plan_edit(sys.argv[2], sys.argv[3], [sys.argv[4]], sys.argv[5], overwrite=True)
-pipe = cli.load(None, None, check=plan.check)
+pipe = load_model(check=plan.check)
 times["weights"] = time.time()
 done = run_edit(pipe, plan, lambda *_: None)
 times["edit"], times["writing"] = times["weights"] + done.seconds, time.time()
