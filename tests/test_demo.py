@@ -35,7 +35,7 @@ def server(random_model):  # noqa: F811
     patch = pytest.MonkeyPatch()
     patch.setenv("KIWI_EDIT_DEVICE", "cpu")
     settings.cache_clear()
-    patch.setattr(demo, "UPLOAD", "2mb")
+    patch.setattr(demo, "_UPLOAD_SIZE", "2mb")
     page = demo.launch("127.0.0.1", 0, random_model, block=False, say=lambda line: None)
     yield page
     demo.close(page)
@@ -160,7 +160,7 @@ def test_all_examples_can_be_edited(predict):
 
 def test_errors_are_one_line_with_the_names_of_the_fields(predict, files, tmp_path):
     clip = files / "clip.mp4"
-    refused(predict, "The clip is missing")
+    refused(predict, "The clip has to be there first")
     refused(predict, "The instruction has to say what to edit", video=clip, instruction="  ")
     refused(predict, "The seed has to be a whole number from 0", video=clip, seed=-1)
     refused(predict, "The seed has to be a whole number from 0 to", "but is empty", video=clip, seed=None)
@@ -382,7 +382,7 @@ def test_no_file_outside_is_served_or_read(server, files):
         str(secret),
         "../../../../etc/passwd",
         "..%2f..%2f..%2f..%2fetc%2fpasswd",
-        str(demo.UPLOADS / ".." / ".." / "etc" / "passwd"),
+        str(demo._UPLOADS / ".." / ".." / "etc" / "passwd"),
         os.path.join(os.getcwd(), "settings.ini"),
         server.visitors.root.name,
     ):
@@ -417,7 +417,7 @@ def folder_size(folder):
 
 def test_uploads_that_are_too_large_or_never_end(server):
     "The server stops reading, and nothing stays."
-    before = folder_size(demo.UPLOADS)
+    before = folder_size(demo._UPLOADS)
     answer = httpx.post(f"{server.local_api_url}upload", files=dict(files=("big.mp4", b"x" * 3_000_000)))
     assert answer.status_code == 413
     sent, host = 0, ("127.0.0.1", server.server_port)
@@ -431,12 +431,12 @@ def test_uploads_that_are_too_large_or_never_end(server):
             sent += len(chunk)
         answer = connection.recv(1000)
     assert b" 413 " in answer.split(b"\r\n")[0] and sent < 50_000_000, "the answer comes while more is sent"
-    assert folder_size(demo.UPLOADS) - before < 1000
+    assert folder_size(demo._UPLOADS) - before < 1000
 
 
 def test_more_than_the_page_takes_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "LONGEST", 0.5)
-    monkeypatch.setattr(demo, "LARGEST", 1000)
+    monkeypatch.setattr(demo, "_LONGEST", 0.5)
+    monkeypatch.setattr(demo, "_LARGEST", 1000)
     clip = write_video(tmp_path / "clip.mp4", picture(count=9), 10)
     with pytest.raises(ValueError, match="at most 0.5 s long"):
         demo._check_source(clip)
@@ -486,7 +486,7 @@ def test_who_leaves_takes_his_files_along(server, files):
 
 
 def test_old_uploads_go(server):
-    old, new = demo.UPLOADS / "x" / "old.mp4", demo.UPLOADS / "x" / "new.mp4"
+    old, new = demo._UPLOADS / "x" / "old.mp4", demo._UPLOADS / "x" / "new.mp4"
     old.parent.mkdir(parents=True, exist_ok=True)
     for file in (old, new):
         file.write_bytes(b"x")

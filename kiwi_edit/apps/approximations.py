@@ -37,15 +37,14 @@ from ..core import InputError, MissingPackage, multiplies_bfloat16
 from ..guidance import KiwiAttnProcessor, attend, find_wan, hooked
 
 # %% auto #0
-__all__ = ['logger', 'APPROXIMATIONS', 'Approximation', 'check_approximations', 'approximately', 'magnitude_ratios', 'FlowUniPC',
-           'parallelise']
+__all__ = ['APPROXIMATIONS', 'check_approximations', 'approximately', 'magnitude_ratios', 'FlowUniPC', 'parallelise']
 
 # %% ../../nbs/library/50_approximations.ipynb #04021a01
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 # %% ../../nbs/library/50_approximations.ipynb #04c7bb14
 @dataclass(frozen=True)
-class Approximation:
+class _Approximation:
     "A way to nearly the same edit in less time or memory."
 
     what: str
@@ -58,14 +57,14 @@ class Approximation:
         return {name: p.default for name, p in list(inspect.signature(self.start).parameters.items())[1:]}
 
 
-APPROXIMATIONS: dict[str, Approximation] = {}
+APPROXIMATIONS: dict[str, _Approximation] = {}
 
 
 def _approximation(name, what, take):
     "Add an entry whose options are the keyword arguments of the decorated function."
 
     def add(start):
-        APPROXIMATIONS[name] = Approximation(what, take, start)
+        APPROXIMATIONS[name] = _Approximation(what, take, start)
         return start
 
     return add
@@ -287,7 +286,7 @@ def _fewer_steps(pipe, steps: int | None = None, order: int = 2):
 def _bfloat16(pipe):
     device, wan = pipe._execution_device, find_wan(pipe.transformer)
     if not multiplies_bfloat16(device):
-        logger.warning("`bfloat16` is emulated on this device (%s), and many times slower than float32.", device)
+        _logger.warning("`bfloat16` is emulated on this device (%s), and many times slower than float32.", device)
     for network in (pipe.mllm, pipe.guidance, wan):
         exact = wan._keep_in_fp32_modules if network is wan else ()
         for name, weight in network.named_parameters():
