@@ -5,15 +5,9 @@
 # %% ../nbs/06_pipeline.ipynb #b09791fa
 from __future__ import annotations
 
-import io
-import json
-import logging
 import pkgutil
 import reprlib
-import shutil
-import tempfile
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +21,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from fastcore.basics import patch_to
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from .core import InputError, InputTypeError, Preset, assets_dir, check_instruction, check_local
+from .core import InputError, InputTypeError, Preset, assets_dir, check_instruction
 from .core import preset as get_preset
 from kiwi_edit.encoder import (
     KiwiProcessor,
@@ -37,19 +31,15 @@ from kiwi_edit.encoder import (
     sample_frames,
     vision_features,
 )
+from .footage import Footage, Memory, picture_of, prepare_frames
 from .guidance import EditCache, KiwiGuidance, Window, denoise, denoise_windows, latent_windows
 from .guidance import rounded_sigma, window_caches
 from .latents import decode_latents, encode_frames, stream_frames, stream_latents
 from .records import digest
-from .video import IMAGE_FORMATS, VideoError, as_frames, check_frame_count, fit_size, nearest_frame_count
-from .video import read_image, read_video, resize_frames, stream_video, video_info
+from .video import check_frame_count, fit_size
 
 # %% auto #0
-__all__ = ['logger', 'fit_reference', 'flow_sigmas', 'bundled_models', 'find_checkpoint', 'KiwiEditOutput', 'EditMemory',
-           'KiwiEditPipeline', 'picture_of', 'Footage', 'walk']
-
-# %% ../nbs/06_pipeline.ipynb #cc5b9d34
-logger = logging.getLogger(__name__)
+__all__ = ['fit_reference', 'flow_sigmas', 'bundled_models', 'find_checkpoint', 'KiwiEditOutput', 'KiwiEditPipeline', 'walk']
 
 # %% ../nbs/06_pipeline.ipynb #50d25ce7
 def fit_reference(
@@ -107,41 +97,6 @@ class KiwiEditOutput(BaseOutput):
 
     frames: list | np.ndarray | torch.Tensor  # one clip per edit, in the form of `output_type`
 
-# %% ../nbs/06_pipeline.ipynb #02b20002
-class EditMemory:
-    "Encodings of the last clips and pictures, so that another edit of the same clip need not make them again."
-
-    def __init__(
-        self,
-        max_bytes: int = 2**28,  # of what is remembered; the oldest goes first
-    ):
-        self.max_bytes, self.kept = max_bytes, OrderedDict()
-
-    def get(
-        self,
-        module: torch.nn.Module,  # that makes the tensor: other weights, another tensor
-        about: tuple,  # digests of contents, and settings
-        make: Callable,  # gives the tensor where nothing is remembered
-    ) -> torch.Tensor:
-        "What a module makes of some content. Nothing is kept while gradients are recorded or weights are offloaded."
-        weights = list(module.parameters())
-        if torch.is_grad_enabled() or any(p.is_meta for p in weights):
-            return make()
-        version = sum(0 if p.is_inference() else p._version for p in weights)
-        sample = torch.stack([p.detach().flatten()[0].float() for p in weights if p.numel()])
-        key = (id(module), str(weights[0].dtype), str(weights[0].device), version, digest(sample), *about)
-        if key not in self.kept:
-            self.kept[key] = make()
-        self.kept.move_to_end(key)
-        found = self.kept[key]
-        while sum(x.numel() * x.element_size() for x in self.kept.values()) > self.max_bytes:
-            self.kept.popitem(last=False)
-        return found
-
-    def clear(self):
-        "Forget it all."
-        self.kept.clear()
-
 # %% ../nbs/06_pipeline.ipynb #14df2e28
 class KiwiEditPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     "Video editing by instruction and reference image."
@@ -176,7 +131,7 @@ class KiwiEditPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             default_steps=default_steps,
             schedule=schedule,
         )
-        self.memory = EditMemory()
+        self.memory = Memory()
         self._interrupt, self._guidance_scale, self._num_timesteps, self._current_timestep = False, 1.0, 0, None
 
     @property
@@ -281,43 +236,13 @@ class KiwiEditPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         "Upload the model and a card; of a card that is there only a named `license` changes."
         return _library("hub:push")(self, repo_id, **options)
 
-# %% ../nbs/06_pipeline.ipynb #14df2e31
-def _channels_last(array):
-    "A picture or a clip with its channels at the end. Tensors may have them first, and a batch of one is taken out."
-    if array.ndim == 5 and len(array) == 1:
-        array = array[0]
-    if not isinstance(array, torch.Tensor):
-        return array
-    if array.ndim in (3, 4) and array.shape[-1] not in (1, 3, 4) and array.shape[-3] in (1, 3, 4):
-        array = array.movedim(-3, -1)
-    array = array.detach().cpu()
-    return (array.float() if array.is_floating_point() else array).numpy()
-
-
-def picture_of(
-    image,  # path, bytes, file object, PIL image, array or tensor
-    name: str = "reference",  # of the argument
-) -> PIL.Image.Image:  # RGB
-    "One picture from any of its common forms."
-    check_local(image, name)
-    if isinstance(image, (bytes, bytearray)):
-        image = io.BytesIO(image)
-    if isinstance(image, (np.ndarray, torch.Tensor)):
-        image = _channels_last(image)
-        image = image[0] if image.ndim == 4 and len(image) == 1 else image
-    kinds = (str, Path, PIL.Image.Image, np.ndarray)
-    if not hasattr(image, "read") and not isinstance(image, kinds) or isinstance(image, str) and not image:
-        kinds = "a path, bytes, a file, a picture of PIL, an array or a tensor"
-        raise InputTypeError(f"`{name}` has to be an image: {kinds}, but is {reprlib.repr(image)}.")
-    try:
-        return read_image(PIL.Image.open(image, formats=IMAGE_FORMATS) if hasattr(image, "read") else image)
-    except (MemoryError, PermissionError):
-        raise
-    except (VideoError, FileNotFoundError) as error:
-        raise type(error)(str(error).replace("`path`", f"`{name}`").replace("`frames`", f"`{name}`")) from error
-    except Exception as error:  # decoders of images raise what they like
-        rule = f"`{name}` has to be an image ({', '.join(IMAGE_FORMATS)})"
-        raise VideoError(f"{rule} but is none that can be read: {type(error).__name__}.") from error
+    def save_pretrained(
+        self,
+        save_directory: str | Path,  # gets the kit's layout; what else lies there stays
+        max_shard_size: int | str | None = None,  # of a file of weights, such as "5GB"; None: the libraries' default
+    ) -> None:
+        "Write the model, weights as safetensors; an error or a kill on the way leaves no half of it."
+        _library("hub:save_model")(self, save_directory, max_shard_size)
 
 # %% ../nbs/06_pipeline.ipynb #50157f31
 def _check(holds, name, rule, value, kind=InputError):
@@ -352,37 +277,6 @@ def _check_call(pipe, prompt, negative_prompt, height, width, num_frames, steps,
     _check(0 <= window_overlap < 1, "window_overlap", "be from 0 to below 1", window_overlap)
     _check(video is not None, "video", "be a clip or an image", video)
 
-# %% ../nbs/06_pipeline.ipynb #f7c65a03
-@dataclass
-class Footage:
-    "The frames of an edit's source: in memory, or in a file that is read when it is their turn."
-
-    count: int  # frames, 4k+1
-    width: int  # pixels at which they are edited
-    height: int
-    frames: np.ndarray | None = None  # (count, height, width, 3) uint8, where they are in memory
-    path: Path | None = None  # video, where they are not
-    mode: str = "inference"  # how frames of a file get their size, see `resize_frames`
-
-    def looked_at(self) -> np.ndarray:  # (at most 16, height, width, 3) uint8, or all that are in memory
-        "What the encoder reads."
-        if self.frames is not None:
-            return self.frames
-        size = (self.width, self.height)
-        return read_video(self.path, indices=sample_frames(self.count), size=size, mode=self.mode).frames
-
-    def chunks(self) -> Iterator[np.ndarray]:  # (n, height, width, 3) uint8
-        "All frames, in pieces."
-        if self.frames is not None:
-            return iter([self.frames])
-        return map(as_frames, stream_video(self.path, self.count, size=(self.width, self.height), mode=self.mode))
-
-    @property
-    def key(self) -> str:
-        "Another one for other content."
-        content = Path(self.path) if self.frames is None else self.frames
-        return digest(content, self.count, self.width, self.height, self.mode)
-
 # %% ../nbs/06_pipeline.ipynb #06a1b2c1
 @patch_to(KiwiEditPipeline)
 def prepare_video(
@@ -393,34 +287,8 @@ def prepare_video(
     num_frames: int | None = None,  # None: as many as the model takes
 ) -> np.ndarray:  # (T, H, W, 3) uint8
     "The frames that are edited: the first ones, 4k+1 of them, at a size that the model takes."
-    check_local(video, "video")
-    if hasattr(video, "read"):
-        video = video.read()
-    if isinstance(video, (bytes, bytearray)):
-        with tempfile.TemporaryDirectory() as folder:
-            (file := Path(folder) / "video").write_bytes(video)
-            return self.prepare_video(file, height, width, num_frames)
-    in_file = isinstance(video, (str, Path))
-    if in_file:
-        info = video_info(video)
-        source_width, source_height, there = info.width, info.height, info.frames
-    else:
-        if isinstance(video, (list, tuple)):
-            video = [f if isinstance(f, np.ndarray) else np.asarray(picture_of(f, "video")) for f in video]
-        frames = as_frames(_channels_last(video) if isinstance(video, (np.ndarray, torch.Tensor)) else video)
-        there, source_height, source_width = frames.shape[:3]
-    if height is None:
-        width, height = fit_size(source_width, source_height, self.config.max_pixels, self.size_multiple)
-    count = nearest_frame_count(min(there, num_frames or self.config.max_frames))
-    if in_file:
-        frames = read_video(video, num_frames=count, size=(width, height), mode="inference").frames
-        frames = frames[: nearest_frame_count(len(frames))]  # a damaged file holds fewer than it says
-    else:
-        frames = resize_frames(frames[:count], width, height, mode="inference")
-    if len(frames) < there or (source_width, source_height) != (width, height):
-        edited, source = f"frames 1 to {len(frames)} of {there} at {width}x{height}", f"{source_width}x{source_height}"
-        logger.info("Editing %s; the source is %s.", edited, source)
-    return frames
+    size, most = None if height is None else (width, height), num_frames or self.config.max_frames
+    return prepare_frames(video, self.config.max_pixels, self.size_multiple, most, size)
 
 # %% ../nbs/06_pipeline.ipynb #06a1b2c5
 @patch_to(KiwiEditPipeline)
@@ -655,14 +523,14 @@ def __call__(
     _check_call(self, prompt, negative_prompt, height, width, num_frames, steps, sigmas, guidance_scale, strength,
                 generator, output_type, tensors, window_overlap, video)  # fmt: skip
     references = self.check_references(reference)
-    footage = self.check_footage(video, height, width, num_frames)
+    source = self.check_footage(video, height, width, num_frames)
 
     # 2. Encode
     device, self._guidance_scale, self._interrupt = self._execution_device, guidance_scale, False
     prompts = [negative_prompt, prompt] if self.do_classifier_free_guidance else [prompt]
-    context, context_mask = self.encode_prompt(prompts, footage.looked_at(), references, device)
-    source_latents, vae = self.encode_source(footage, device), self.vae.config
-    frames, sides = (source_latents.shape[2] - 1) * vae.scale_factor_temporal + 1, (footage.height, footage.width)
+    context, context_mask = self.encode_prompt(prompts, source.some(sample_frames(source.count)), references, device)
+    source_latents, vae = self.encode_source(source, device), self.vae.config
+    frames, sides = (source_latents.shape[2] - 1) * vae.scale_factor_temporal + 1, (source.height, source.width)
     windows = self.windows(frames, *sides, window_overlap)
     if windows:
         sides = [vae.scale_factor_spatial * side for side in windows[0].weight.shape[1:]]
@@ -700,44 +568,3 @@ def __call__(
     self._current_timestep = None
     self.maybe_free_model_hooks()
     return KiwiEditOutput(frames=edited) if return_dict else (edited,)
-
-# %% ../nbs/06_pipeline.ipynb #6efd1cd1
-@patch_to(KiwiEditPipeline)
-def check_saveable(self) -> None:
-    "Raise where LoRA layers stand beside the weights: no folder of the layout holds them."
-    for part, module in self.components.items():
-        modules = module.named_modules() if isinstance(module, torch.nn.Module) else ()
-        if layers := [name for name, layer in modules if hasattr(layer, "lora_A")]:
-            rule = "its LoRA layers merged (`kiwi_edit.weights.checkpoints.merge_lora`) before it is saved"
-            found = f"{len(layers)} beside its weights, the first at {layers[0]}"
-            raise InputError(f"`{part}` has to have {rule} but has {found}.")
-
-
-@patch_to(KiwiEditPipeline)
-def save_pretrained(
-    self,
-    save_directory: str | Path,  # gets the kit's layout; what else lies there stays
-    max_shard_size: int | str | None = None,  # of a file of weights, such as "5GB"; None takes the libraries' default
-) -> None:
-    "Write the model, weights as safetensors; an error or a kill on the way leaves no half of it."
-    self.check_saveable()
-    folder = Path(save_directory).resolve()
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"`save_directory` has to be a folder but {str(save_directory)!r} is a file.")
-    fresh, is_new = folder / ".new", not folder.exists()
-    shutil.rmtree(fresh, ignore_errors=True)
-    try:
-        super(KiwiEditPipeline, self).save_pretrained(fresh, max_shard_size=max_shard_size)
-        for path in fresh.rglob("*.json"):  # where the parts came from is nobody's business
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if values.pop("_name_or_path", None) is not None:
-                path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        parts = sorted(fresh.iterdir(), key=lambda path: path.name == "model_index.json")
-        (folder / "model_index.json").unlink(missing_ok=True)  # without it a folder is no model
-        for part in parts:
-            shutil.rmtree(folder / part.name, ignore_errors=True)
-            part.replace(folder / part.name)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        if is_new and folder.exists() and not any(folder.iterdir()):
-            folder.rmdir()

@@ -91,11 +91,8 @@ def test_a_shut_way_lets_nothing_through(data):
     "With the queries shut the context, and with the latents shut the denoiser's tokens, are the same whatever the reference is."
     pipe = fresh_model(FOUNDATIONS, 0)
     torch.nn.init.normal_(pipe.transformer.proj_out.weight)  # which begins with a copy of the source, whatever it sees
-    full, blind, ids = (
-        data.rows["authentic"].rows([0, 1]),
-        data.rows["blind"].rows([0, 1]),
-        data.rows["blind"].token_ids,
-    )
+    full, blind = data.rows["authentic"].rows([0, 1]), data.rows["blind"].rows([0, 1])
+    ids = data.rows["blind"].token_ids
     other = [row | dict(reference=row["reference"].flip(-1) + 1, vision=row["vision"] + 1) for row in full]
 
     def seen(recipe, rows):
@@ -126,10 +123,8 @@ def test_a_shut_way_lets_nothing_through(data):
         "latents only": [False, True],
         "neither": [False, False],
     }
-    assert (
-        gated(full, blind, RECIPES["latents only"], ids).inputs.modes == ["image"] * 2
-        and gated(full, blind, RECIPES["queries only"], ids).inputs.modes == ["ref"] * 2
-    )
+    assert gated(full, blind, RECIPES["latents only"], ids).inputs.modes == ["image"] * 2
+    assert gated(full, blind, RECIPES["queries only"], ids).inputs.modes == ["ref"] * 2
 
 
 def test_all_recipes_learn_from_the_same_samples_and_noise(data):
@@ -170,12 +165,8 @@ def test_a_cell_is_run_once_and_goes_on_after_a_stop(data, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(experiment, "batches_of", lambda *args: stop)  # no batch is asked for again
         result = run_cell("both", 1, plan, tmp_path, data, progress=False)
-    assert result["steps"] == 3 and set(result["scores"]) == {
-        "subject / authentic",
-        "subject / cut-out",
-        "subject / kiwi-edit",
-        "add / blind",
-    }
+    assert result["steps"] == 3
+    assert set(result["scores"]) == {"subject / authentic", "subject / cut-out", "subject / kiwi-edit", "add / blind"}
     assert run_cell("both", 1, plan, tmp_path, None) == result
     with pytest.raises(ValueError, match="`name` has to be one of both"):
         run_cell("all", 1, plan, tmp_path, data)
@@ -203,17 +194,12 @@ def test_tables_say_what_the_numbers_say(tmp_path):
     found = Ablation(
         dict(batch_size=2, size=32), {"both": runs(0.3, 0.5), "neither": runs(0.5, 0.1), "cut-outs": runs(0.4, 0.4)}
     )
-    assert (
-        found.score("both", "edit done")[0] == pytest.approx(0.7, abs=0.02)
-        and found.score("both", "told apart")[0] == 0.5
-    )
+    assert found.score("both", "edit done")[0] == pytest.approx(0.7, abs=0.02)
+    assert found.score("both", "told apart")[0] == 0.5
     value, low, high = found.score("neither", "edit done", minus="both")
     assert low < value < high < 0 and value == pytest.approx(-0.2, abs=0.02)
-    assert (
-        "| neither | 0.5" in found.guidance_table()
-        and "−0.2" in found.difference_table()
-        and "| cut-out | subject |" in found.transfer_table()
-    )
+    assert "| neither | 0.5" in found.guidance_table() and "−0.2" in found.difference_table()
+    assert "| cut-out | subject |" in found.transfer_table()
     assert Ablation.load(found.save(tmp_path / "a.json")) == found
     assert found.draw()._repr_png_()[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match="`column`"):
@@ -223,9 +209,8 @@ def test_tables_say_what_the_numbers_say(tmp_path):
 def test_the_committed_results_are_whole():
     found = Ablation.load(asset("benchmarks/ablations.json"))
     assert set(found.cells) == set(RECIPES) and all(len(each) >= 3 for each in found.cells.values())
-    assert {run["steps"] for each in found.cells.values() for run in each} == {found.plan["steps"]} and found.hardware[
-        "on"
-    ]
+    assert {run["steps"] for each in found.cells.values() for run in each} == {found.plan["steps"]}
+    assert found.hardware["on"]
     assert asset("benchmarks/ablations.json").stat().st_size < 700_000
 
 

@@ -2,9 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import common
 import kiwi_edit.train.cache
 from kiwi_edit.train.cache import (
     Batch,
@@ -108,14 +106,10 @@ def assert_same(a: Batch, b: Batch):
     assert (a.ids, a.tasks, a.places, a.inputs.modes) == (b.ids, b.tasks, b.places, b.inputs.modes)
     for name in ("input_ids", "position_ids", "lengths"):
         assert torch.equal(getattr(a.inputs, name), getattr(b.inputs, name))
-    assert (
-        torch.equal(a.source, b.source)
-        and torch.equal(a.target, b.target)
-        and all(map(torch.equal, a.vision, b.vision))
-    )
-    assert (a.reference is None) == (b.reference is None) and (
-        a.reference is None or torch.equal(a.reference, b.reference)
-    )
+    assert torch.equal(a.source, b.source) and torch.equal(a.target, b.target)
+    assert all(map(torch.equal, a.vision, b.vision))
+    assert (a.reference is None) == (b.reference is None)
+    assert a.reference is None or torch.equal(a.reference, b.reference)
 
 
 # rows
@@ -145,10 +139,8 @@ def test_cached_and_online_steps_are_equal_to_the_bit(pipe, tmp_path, settings):
             continue
         velocities = []
         for batch in (a, b):
-            noise, sigma = (
-                torch.randn(batch.target.shape, generator=torch.Generator().manual_seed(step)),
-                torch.full((2,), 0.7),
-            )
+            noise = torch.randn(batch.target.shape, generator=torch.Generator().manual_seed(step))
+            sigma = torch.full((2,), 0.7)
             with torch.no_grad():
                 context, mask = encode_context(pipe.mllm, pipe.guidance, batch.inputs, batch.vision)
                 velocities.append(
@@ -175,9 +167,8 @@ def test_cached_context_is_that_of_the_pixels(pipe):
         cached, mask = encode_context(pipe.mllm, pipe.guidance, batch.inputs, batch.vision)
         for i, s in enumerate(data.samples):
             direct, _ = pipe.encode_prompt([s.instruction], s.source, [Image.fromarray(s.reference)])
-            assert torch.allclose(
-                cached[i][mask[i]], direct[0], atol=2e-2 * direct.abs().max()
-            )  # features are kept in half precision
+            # features are kept in half precision
+            assert torch.allclose(cached[i][mask[i]], direct[0], atol=2e-2 * direct.abs().max())
 
 
 def test_neighbours_and_autocast_change_nothing(pipe):
@@ -276,12 +267,8 @@ def test_a_batch_pads_the_words_and_goes_to_a_device(pipe):
     n, m = batch.inputs.lengths.tolist()
     assert n < m == batch.inputs.input_ids.shape[1] and (batch.inputs.input_ids[0, n:] == token_ids["pad"]).all()
     assert pipe.processor.tokenizer.decode(batch.inputs.input_ids[0, :n]).count("Add a ring.") == 1
-    assert (
-        batch.places == [3, 1]
-        and batch.ids == ["world train seed 1000", "world train seed 1001"]
-        and batch.tasks == ["add", "add"]
-        and batch.reference is None
-    )
+    assert batch.places == [3, 1] and batch.ids == ["world train seed 1000", "world train seed 1001"]
+    assert batch.tasks == ["add", "add"] and batch.reference is None
 
 
 # fingerprints
@@ -362,25 +349,15 @@ def test_only_what_changed_is_computed(pipe, tmp_path):
     assert data.read == [] and {path: path.stat().st_mtime_ns for path in again.folder.glob("rows-*")} == times
     data.samples[3] = replace(data.samples[3], instruction="Add a blue ring to the left.")
     state = survey_cache(pipe, data, tmp_path, progress=False)
-    assert (
-        state.missing == [3]
-        and not state.stale
-        and "5 of 6 rows reused, 1 to compute" in repr(state)
-        and data.read == []
-    )
+    assert state.missing == [3] and not state.stale and "5 of 6 rows reused, 1 to compute" in repr(state)
+    assert data.read == []
     changed = build_cache(pipe, data, tmp_path, progress=False)
-    assert (
-        data.read == [3]
-        and not torch.equal(changed.row(3)["input_ids"], first.row(3)["input_ids"])
-        and equal(changed.row(4), first.row(4))
-    )
+    assert data.read == [3] and not torch.equal(changed.row(3)["input_ids"], first.row(3)["input_ids"])
+    assert equal(changed.row(4), first.row(4))
     data.read.clear()
     other = build_cache(pipe, data, tmp_path, RowSettings("bfloat16"), progress=False)
-    assert (
-        sorted(data.read) == list(range(6))
-        and other.folder != first.folder
-        and other.row(0)["target"].dtype == torch.bfloat16
-    )
+    assert sorted(data.read) == list(range(6)) and other.folder != first.folder
+    assert other.row(0)["target"].dtype == torch.bfloat16
     state = survey_cache(pipe, data, tmp_path, progress=False)
     assert state.stale == [other.folder] and state.prune() > 1000 and not other.folder.exists() and not state.stale
     data.samples = data.samples[2:]
@@ -399,33 +376,27 @@ def test_another_model_gets_other_rows(pipe, tmp_path):
         assert survey_cache(pipe, clips, tmp_path / "clips", progress=False).missing == [0, 1]
 
 
-BUILD = textwrap.dedent("""
-    import sys, time
-    from kiwi_edit.train.cache import build_cache
-    from kiwi_edit.data.dataset import WorldDataset
-    from kiwi_edit.pipeline import KiwiEditPipeline
-    class Slow(WorldDataset):
-        def __getitem__(self, i): time.sleep(.1); return super().__getitem__(i)
-    build_cache(KiwiEditPipeline.from_pretrained(sys.argv[1]), Slow(dict(add=1.), 1, 32, 32, samples=40), sys.argv[2], shard_size=3, progress=False)
-""")
+class Slow(WorldDataset):
+    def __getitem__(self, i):
+        time.sleep(0.1)
+        return super().__getitem__(i)
+
+
+def build(model, folder, kind=WorldDataset):
+    data = kind(dict(add=1.0), 1, 32, 32, samples=40)
+    return build_cache(KiwiEditPipeline.from_pretrained(model), data, folder, shard_size=3, progress=False)
 
 
 def test_a_killed_build_goes_on_where_it_was(pipe, model, tmp_path):
     data = WorldDataset(dict(add=1.0), 1, 32, 32, samples=40)
-    build = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", BUILD, str(model), str(tmp_path)], stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while build.poll() is None and len(list(tmp_path.glob("*/rows-*"))) < 4 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    build.send_signal(signal.SIGKILL)
-    assert build.wait(10) == -signal.SIGKILL
+    process = common.start(build, model, tmp_path, Slow)
+    assert common.kill_when(process, lambda: len(list(tmp_path.glob("*/rows-*"))) >= 4) == -signal.SIGKILL
     shards = {path.name: path.read_bytes() for path in tmp_path.glob("*/rows-*")}
     with pytest.raises(FileNotFoundError, match="`folder` has to hold a finished cache"):
         LatentCache(next(tmp_path.glob("*/made_with.json")).parent)
     state = survey_cache(pipe, data, tmp_path, progress=False)
     assert 4 <= len(shards) < 13 and state.missing == list(range(3 * len(shards), 40)) and not state.broken
-    cache = build_cache(pipe, data, tmp_path, shard_size=3, progress=False)
+    cache = build(model, tmp_path)
     assert all((cache.folder / name).read_bytes() == content for name, content in shards.items())
     whole = encode_samples(pipe, [data[i] for i in range(40)])
     assert len(cache) == 40 and all(equal(cache.row(i), whole[i]) for i in range(40))
@@ -461,14 +432,10 @@ def test_bad_rows_are_skipped_counted_and_named(pipe, tmp_path, caplog):
     data.samples[4] = data.samples[1]
     data.bad = {1: "no such file", 4: "no such file"}
     cache = build_cache(pipe, data, tmp_path, RowSettings(batch=2), progress=False)
-    assert len(cache) == 3 and [row["id"] for row in cache.rows(range(3))] == [
-        f"world train seed {1000 + i}" for i in (0, 2, 3)
-    ]
-    assert (
-        [error.index for error in cache.bad] == [1, 4]
-        and str(cache.bad[0]) == "table row 1: no such file"
-        and caplog.text.count("table row 1: no such file") == 1
-    )
+    assert len(cache) == 3
+    assert [row["id"] for row in cache.rows(range(3))] == [f"world train seed {1000 + i}" for i in (0, 2, 3)]
+    assert [error.index for error in cache.bad] == [1, 4] and str(cache.bad[0]) == "table row 1: no such file"
+    assert caplog.text.count("table row 1: no such file") == 1
     assert [str(error) for error in LatentCache(cache.folder).bad] == [str(error) for error in cache.bad]
     data.bad.clear()
     assert len(build_cache(pipe, data, tmp_path, RowSettings(batch=2), progress=False)) == 5  # somebody has mended them
@@ -495,11 +462,8 @@ def test_a_row_without_a_key_is_bad(pipe, tmp_path, caplog):
             return good(self, i)
 
     cache = build_cache(pipe, Keyless(data.samples), tmp_path, progress=False)
-    assert (
-        len(cache) == 2
-        and [error.index for error in cache.bad] == [1]
-        and caplog.text.count("Skipped table row 1: no such file") == 1
-    )
+    assert len(cache) == 2 and [error.index for error in cache.bad] == [1]
+    assert caplog.text.count("Skipped table row 1: no such file") == 1
 
 
 def test_many_builders_share_the_rows(pipe, tmp_path):
@@ -522,9 +486,8 @@ def test_worker_processes_change_nothing(pipe, tmp_path):
         build_cache(pipe, data, tmp_path / str(workers), workers=workers, shard_size=2, progress=False)
         for workers in (0, 2)
     )
-    assert [p.name for p in sorted(a.folder.iterdir())] == [p.name for p in sorted(b.folder.iterdir())] and all(
-        map(equal, a.rows(range(4)), b.rows(range(4)))
-    )
+    assert [p.name for p in sorted(a.folder.iterdir())] == [p.name for p in sorted(b.folder.iterdir())]
+    assert all(map(equal, a.rows(range(4)), b.rows(range(4))))
 
 
 def test_a_cache_reads_what_is_asked_for(pipe, tmp_path):
@@ -566,9 +529,8 @@ def test_every_row_comes_once_before_any_comes_again(sizes, batch):
     for shape, order in orders.items():
         size = shapes.count(shape)
         walks = [order[k : k + size] for k in range(0, len(order), size)]
-        assert len(walks) == epochs and all(
-            sorted(walk) == [i for i, s in enumerate(shapes) if s == shape] for walk in walks
-        )
+        assert len(walks) == epochs
+        assert all(sorted(walk) == [i for i, s in enumerate(shapes) if s == shape] for walk in walks)
         if size > 3:
             assert len(set(map(tuple, walks))) > epochs / 2  # reshuffled
 
@@ -583,9 +545,8 @@ def test_round_robin_takes_turns_and_exhausted_sources_start_again():
     plan = BatchPlan([[SQUARE] * 8, [CLIP] * 3, [WIDE] * 2], [4, 1, 2], seed=5)
     turns = [plan(step) for step in range(18)]
     assert [source for source, _ in turns] == [0, 1, 2] * 6 and [len(rows) for _, rows in turns[:3]] == [4, 1, 2]
-    assert sorted(turns[0][1] + turns[3][1]) == list(range(8)) and sorted(
-        sum((turns[k][1] for k in (1, 4, 7)), [])
-    ) == [0, 1, 2]
+    assert sorted(turns[0][1] + turns[3][1]) == list(range(8))
+    assert sorted(sum((turns[k][1] for k in (1, 4, 7)), [])) == [0, 1, 2]
     assert sorted(turns[2][1]) == sorted(turns[17][1]) == [0, 1]
 
 
@@ -620,9 +581,8 @@ def test_parts_make_up_the_whole_batch(pipe, tmp_path):
         whole, parts = batches(step), [Batches(caches, 4, seed=2)(step, part, 2) for part in range(2)]
         assert whole.places == [0, 1, 2, 3] and [part.places for part in parts] == [[0, 2], [1, 3]]
         for part in parts:
-            assert part.ids == [whole.ids[i] for i in part.places] and torch.equal(
-                part.target, whole.target[part.places]
-            )
+            assert part.ids == [whole.ids[i] for i in part.places]
+            assert torch.equal(part.target, whole.target[part.places])
             assert torch.equal(part.inputs[0].input_ids, whole.inputs[part.places[0]].input_ids)
     with pytest.raises(ValueError, match="`parts` has to divide the batch of 4 rows"):
         batches(0, 0, 3)
@@ -637,12 +597,8 @@ def test_bad_rows_met_online_leave_the_batch_and_never_stop_it(pipe, caplog):
     (_, first), (_, second) = batches.plan(0), batches.plan(1)
     data.bad = {first[0]: "broken"}
     batch = batches(0)
-    assert (
-        batch.places == [1]
-        and batch.ids == [data.samples[first[1]].id]
-        and f"table row {first[0]}: broken" in caplog.text
-        and [e.index for e in rows.bad] == [first[0]]
-    )
+    assert batch.places == [1] and batch.ids == [data.samples[first[1]].id]
+    assert f"table row {first[0]}: broken" in caplog.text and [e.index for e in rows.bad] == [first[0]]
     data.bad = dict.fromkeys(first, "broken")
     batch = batches(0)
     assert batch.ids == [data.samples[i].id for i in second] and "the source's next batch" in caplog.text
@@ -684,8 +640,5 @@ def test_rows_that_the_headers_show_to_be_bad_are_no_part_of_the_plan(pipe):
             return super().shape(i)
 
     rows = OnlineRows(pipe, Headers(world(3).samples))
-    assert (
-        len(rows) == len(rows.shapes) == 2
-        and [e.index for e in rows.bad] == [0]
-        and rows.rows([0])[0]["id"] == "world train seed 1001"
-    )
+    assert len(rows) == len(rows.shapes) == 2 and [e.index for e in rows.bad] == [0]
+    assert rows.rows([0])[0]["id"] == "world train seed 1001"

@@ -104,18 +104,16 @@ def test_the_golden_model_goes_through_every_layout(tmp_path, route):
         ours, theirs = weights_of(source), weights_of(RELEASED)
         for folder in ("transformer", "vae", "source_embedder", "ref_embedder"):
             name = f"{folder}/diffusion_pytorch_model.safetensors"
-            assert ours[name].keys() == theirs[name].keys() and all(
-                torch.equal(ours[name][key], value) for key, value in theirs[name].items()
-            )
+            assert ours[name].keys() == theirs[name].keys()
+            assert all(torch.equal(ours[name][key], value) for key, value in theirs[name].items())
         flat = lambda weights: {
             key: value
             for name, tensors in weights.items()
             if name.startswith("mllm_encoder")
             for key, value in tensors.items()
         }
-        assert flat(ours).keys() == flat(theirs).keys() and all(
-            torch.equal(flat(ours)[key], value) for key, value in flat(theirs).items()
-        )
+        assert flat(ours).keys() == flat(theirs).keys()
+        assert all(torch.equal(flat(ours)[key], value) for key, value in flat(theirs).items())
         for name in (
             "model_index.json",
             "mllm_encoder/config.json",
@@ -146,12 +144,12 @@ def test_tiny_goes_to_the_trainer_and_back(tmp_path):
     there = convert("kiwi-edit-tiny", tmp_path / "trainer", "trainer")
     back = convert(there, tmp_path / "kit", "kit")
     before = run(KiwiEditPipeline.from_pretrained("kiwi-edit-tiny"))
-    assert np.array_equal(run(load_any(there)), before) and np.array_equal(
-        run(KiwiEditPipeline.from_pretrained(back)), before
-    )
+    assert np.array_equal(run(load_any(there)), before)
+    assert np.array_equal(run(KiwiEditPipeline.from_pretrained(back)), before)
     assert _stored_dtype(back) == _stored_dtype("kiwi-edit-tiny") == torch.float16
     shipped, returned = weights_of(asset("kiwi-edit-tiny")), weights_of(back)
-    assert shipped.keys() == returned.keys() and all(
+    assert shipped.keys() == returned.keys()
+    assert all(
         torch.equal(returned[name][key], value) for name, tensors in shipped.items() for key, value in tensors.items()
     )
     with pytest.raises(ValueError, match="its autoencoder is one of the two native ones"):
@@ -162,9 +160,8 @@ def test_tiny_goes_to_the_trainer_and_back(tmp_path):
 def test_lora_merged_and_beside_the_weights_edit_alike(tmp_path):
     step = GOLDEN / "wan21/trainer/step-1.safetensors"
     merged, apart = (load_trainer_checkpoint(step, merge=merge, **bases("wan21")) for merge in (True, False))
-    assert not any("lora_" in name for name, _ in merged.transformer.named_parameters()) and any(
-        "lora_" in name for name, _ in apart.mllm.named_parameters()
-    )
+    assert not any("lora_" in name for name, _ in merged.transformer.named_parameters())
+    assert any("lora_" in name for name, _ in apart.mllm.named_parameters())
     one, two = edit(merged, "wan21").astype(int), edit(apart, "wan21").astype(int)
     assert np.abs(one - two).max() <= 1
     kit = convert(step, tmp_path / "kit", "kit", **bases("wan21"))
@@ -212,18 +209,14 @@ def test_shards_and_number_formats(tmp_path):
     again = convert(small, tmp_path / "again", "official", torch.float32, max_shard_size="100KB")
     exact, rounded = load_official(RELEASED).transformer.state_dict(), load_any(again).transformer.state_dict()
     kept = [key for key, value in exact.items() if torch.equal(rounded[key], value)]  # what diffusers keeps in float32
-    assert (
-        all(any(part in key for part in ("time_embedder", "scale_shift_table", "norm")) for key in kept)
-        and len(kept) < len(exact) / 2
-    )
+    assert all(any(part in key for part in ("time_embedder", "scale_shift_table", "norm")) for key in kept)
+    assert len(kept) < len(exact) / 2
     assert all(torch.equal(rounded[key], value.bfloat16().float()) for key, value in exact.items() if key not in kept)
 
 
 def test_both_schedules_have_their_layout():
-    assert (
-        load_official(RELEASED).config.schedule == "diffusers"
-        and load_trainer_checkpoint(GOLDEN / "wan22/trainer/step-1.safetensors", **bases()).config.schedule == "native"
-    )
+    assert load_official(RELEASED).config.schedule == "diffusers"
+    assert load_trainer_checkpoint(GOLDEN / "wan22/trainer/step-1.safetensors", **bases()).config.schedule == "native"
     native, other = (
         KiwiEditPipeline.from_pretrained(RELEASED, schedule=schedule) for schedule in ("native", "diffusers")
     )
@@ -292,9 +285,8 @@ def test_nothing_unpickles(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="not loaded because that may run code"):
         load_trainer_checkpoint(GOLDEN / "wan22/trainer/step-1.safetensors", **bases(vae=tmp_path / "Wan_VAE.pth"))
     assert not (tmp_path / "harm").exists()
-    torch.save(
-        load_file(GOLDEN / "wan22/base/Wan_VAE.safetensors"), tmp_path / "good_VAE.pth"
-    )  # the same weights as tensors are fine
+    # the same weights as tensors are fine
+    torch.save(load_file(GOLDEN / "wan22/base/Wan_VAE.safetensors"), tmp_path / "good_VAE.pth")
     pipe = load_trainer_checkpoint(GOLDEN / "wan22/trainer/step-1.safetensors", **bases(vae=tmp_path / "good_VAE.pth"))
     assert np.array_equal(
         edit(pipe), edit(load_trainer_checkpoint(GOLDEN / "wan22/trainer/step-1.safetensors", **bases()))
@@ -378,11 +370,8 @@ def harm(file, damage):
 
 def one_clear_error(caught):
     text = str(caught.value)
-    assert (
-        isinstance(caught.value, (ValueError, FileNotFoundError, OSError))
-        and text.count("\n") == 0
-        and 20 < len(text) < 2500
-    ), text
+    assert isinstance(caught.value, (ValueError, FileNotFoundError, OSError)) and text.count("\n") == 0, text
+    assert 20 < len(text) < 2500, text
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -489,9 +478,8 @@ def test_group_offload_changes_a_level_at_most():
         part.enable_group_offload(
             onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
         )
-    assert (
-        np.abs(edit(pipe, name="ref").astype(int) - original()).max() <= 1
-    )  # layers with a hook run as they are, which rounds otherwise
+    # layers with a hook run as they are, which rounds otherwise
+    assert np.abs(edit(pipe, name="ref").astype(int) - original()).max() <= 1
 
 
 @torch.no_grad()
@@ -573,17 +561,14 @@ def two_formats(tmp_path_factory):
 
 
 def test_of_several_variants_one_is_read(two_formats):
-    plain, half = (
-        KiwiEditPipeline.from_pretrained(two_formats),
-        KiwiEditPipeline.from_pretrained(two_formats, variant="fp16"),
-    )
+    plain = KiwiEditPipeline.from_pretrained(two_formats)
+    half = KiwiEditPipeline.from_pretrained(two_formats, variant="fp16")
     for part, name in (("transformer", "proj_out.bias"), ("vae", "post_quant_conv.bias")):
         assert torch.allclose(
             getattr(half, part).state_dict()[name], getattr(plain, part).state_dict()[name] + 1, atol=2e-3
         ), part
-    assert half.dtype == plain.dtype == torch.float32 and torch.equal(
-        half.guidance.image_queries, plain.guidance.image_queries
-    )  # which has no other files
+    assert half.dtype == plain.dtype == torch.float32
+    assert torch.equal(half.guidance.image_queries, plain.guidance.image_queries)  # which has no other files
     assert (
         KiwiEditPipeline.from_pretrained(two_formats, variant="fp16", torch_dtype="auto").transformer.dtype
         == torch.float16

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -412,13 +411,6 @@ def test_version_help_and_no_command(kiwi):
         for flag in "--instruction --reference --model --out --compare --overwrite --seed --steps --frames --size --device".split()
     )
     assert kiwi()[0] == 2
-
-
-def test_help_is_fast():
-    code = "import sys; from kiwi_edit.apps.cli import main\ntry: main(['--help'])\nexcept SystemExit: print([m for m in ('torch', 'numpy', 'av', 'diffusers', 'gradio') if m in sys.modules])"
-    began = time.perf_counter()
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.splitlines()[-1] == "[]" and time.perf_counter() - began < 3
 
 
 # unusual sources

@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
@@ -65,11 +63,8 @@ def test_parts_of_a_preset_agree(name):
 
 def test_sizes_of_the_published_models():
     sizes = count_weights(preset("wan2.2-5b"))
-    assert (
-        round(sizes["transformer"] / 1e9, 2) == 5.00
-        and round(sizes["vae"] / 1e6) == 705
-        and round(sizes["mllm"] / 1e9, 2) == 3.75
-    )
+    assert round(sizes["transformer"] / 1e9, 2) == 5.00 and round(sizes["vae"] / 1e6) == 705
+    assert round(sizes["mllm"] / 1e9, 2) == 3.75
     sizes = count_weights(preset("wan2.1-14b"))
     assert round(sizes["transformer"] / 1e9, 2) == 14.29 and round(sizes["vae"] / 1e6) == 127
     assert [PRESETS[n].size_multiple for n in ("tiny", "wan2.2-5b", "wan2.1-14b")] == [8, 32, 16]
@@ -267,13 +262,6 @@ def test_assets(tmp_path, monkeypatch):
         asset("samples/clop.mp4")
     with pytest.raises(FileNotFoundError, match="there are: samples"):
         asset("sample/clip.mp4")
-
-
-def test_import_is_light():
-    code = "import sys, kiwi_edit.core; kiwi_edit.core.settings(); print([m for m in ('torch', 'numpy', 'diffusers', 'transformers') if m in sys.modules])"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-    )
 
 
 def test_bfloat16_is_multiplied_where_there_are_circuits_for_it(monkeypatch):

@@ -75,10 +75,8 @@ def test_tokenizer_learns_its_texts():
 
 
 def test_own_chat_layout_is_that_of_released_tokenizers():
-    ours, theirs = (
-        KiwiProcessor(make_tokenizer(TEXTS, 400)),
-        KiwiProcessor.from_pretrained(GOLDEN / "diffusers/processor"),
-    )
+    ours = KiwiProcessor(make_tokenizer(TEXTS, 400))
+    theirs = KiwiProcessor.from_pretrained(GOLDEN / "diffusers/processor")
     for mode in ("image", "video", "ref"):
         assert chat_text(ours, mode, "Remove the cat.", 3) == chat_text(theirs, mode, "Remove the cat.", 3)
 
@@ -88,11 +86,8 @@ def test_processor_round_trip(pipe, tmp_path):
     again = KiwiProcessor.from_pretrained(tmp_path / "processor")
     clip = np.random.default_rng(1).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
     a, b = (prepare_inputs(p, pipe.guidance.config, ["Ändere das Wetter"], [clip]) for p in (pipe.processor, again))
-    assert (
-        torch.equal(a.input_ids, b.input_ids)
-        and torch.equal(a.pixel_values, b.pixel_values)
-        and a.token_ids == b.token_ids
-    )
+    assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.pixel_values, b.pixel_values)
+    assert a.token_ids == b.token_ids
     with pytest.raises(FileNotFoundError, match="`folder` has to be"):
         KiwiProcessor.from_pretrained(tmp_path / "nothing")
 
@@ -130,9 +125,8 @@ def test_patches_hold_every_pixel_once_and_neighbours_together():
     rows, grid = patchify_frames(pixels)
     assert grid == (2, 2, 4) and rows.shape == (16, 3 * 2 * 14 * 14)
     assert torch.equal(rows[0].view(3, 2, 14, 14)[:, 1], pixels[1, :, :14, :14])
-    assert torch.equal(
-        rows[2].view(3, 2, 14, 14)[:, 0], pixels[0, :, 14:, :14]
-    )  # the third patch of the first merged token
+    # the third patch of the first merged token
+    assert torch.equal(rows[2].view(3, 2, 14, 14)[:, 0], pixels[0, :, 14:, :14])
     last = rows[8:].view(8, 3, 2, 14, 14)
     assert torch.equal(last[:, :, 0], last[:, :, 1])  # the missing fourth frame repeats the third
 

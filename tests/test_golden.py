@@ -116,10 +116,8 @@ def test_sizes(family):
     model = FAMILIES[family]["model"]
     for layout in LAYOUTS[family]:
         pipe = load(family, layout)
-        assert (
-            pipe.transformer.config.num_layers == model["layers"]
-            and pipe.transformer.config.num_attention_heads == model["heads"]
-        )
+        assert pipe.transformer.config.num_layers == model["layers"]
+        assert pipe.transformer.config.num_attention_heads == model["heads"]
         assert pipe.vae.config.scale_factor_spatial == model["vae"]["spatial_factor"]
         assert (pipe.vae.config.decoder_base_dim or pipe.vae.config.base_dim) == model["vae"]["dec_dim"]
         assert pipe.processor.query_token_id == model["placeholder_id"]
@@ -151,9 +149,8 @@ def test_encoder_inputs(family, name, close):
     facts, tensors, references, pipe = case(family, name)
     inputs = inputs_of(facts, tensors, references, pipe)
     assert inputs.modes == [facts["mode"]]
-    assert torch.equal(inputs.input_ids[0].int(), tensors["input_ids"]) and torch.equal(
-        inputs.position_ids[:, 0].int(), tensors["position_ids"]
-    )
+    assert torch.equal(inputs.input_ids[0].int(), tensors["input_ids"])
+    assert torch.equal(inputs.position_ids[:, 0].int(), tensors["position_ids"])
     assert [list(g) for g in inputs.grids[0]] == facts.get("video_grid_thw", []) + facts.get("image_grid_thw", [])
     parts = list(inputs.pixel_values.split([int(np.prod(g)) for g in inputs.grids[0]]))
     for key in ("pixel_values_videos", "pixel_values"):
@@ -188,9 +185,8 @@ def test_read_out_of_the_queries_is_another_context():
     right = load_official(GOLDEN / family / "diffusers", query_read_out="queries")
     context, _ = encode_context(right.mllm, right.guidance, inputs_of(facts, tensors, references, pipe))
     assert difference(context, tensors["context"]) > 0.02
-    assert (
-        difference(context[:, 2:], tensors["context"][:, :-2]) < 1e-5
-    )  # the released read-out starts two queries late
+    # the released read-out starts two queries late
+    assert difference(context[:, 2:], tensors["context"][:, :-2]) < 1e-5
 
 
 # the autoencoder
@@ -245,12 +241,8 @@ def test_autoencoder(family, close):
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_autoencoder_in_tiles(family, close):
-    video, tensors, facts, vae = (
-        tensors_of(family, "video"),
-        tensors_of(family, "vae"),
-        FAMILIES[family]["vae"],
-        load(family, LAYOUTS[family][0]).vae,
-    )
+    video, tensors, facts = tensors_of(family, "video"), tensors_of(family, "vae"), FAMILIES[family]["vae"]
+    vae = load(family, LAYOUTS[family][0]).vae
     factor = vae.config.scale_factor_spatial
     height, width, down, right = (factor * size for size in (*facts["tile_size"], *facts["tile_stride"]))
     mean, std = latent_statistics(vae, "cpu")
@@ -346,17 +338,13 @@ SCHEDULES = [family for family in FAMILIES if (GOLDEN / family / "cases/schedule
 
 @pytest.mark.parametrize("family", SCHEDULES)
 def test_schedule(family):
-    known, scheduler = (
-        json.loads((GOLDEN / family / "cases/schedule.json").read_text(encoding="utf-8")),
-        load(family, LAYOUTS[family][0]).scheduler,
-    )
+    known = json.loads((GOLDEN / family / "cases/schedule.json").read_text(encoding="utf-8"))
+    scheduler = load(family, LAYOUTS[family][0]).scheduler
     for table, schedule in (("native", "native"), ("diffusers_format", "diffusers")):
         for steps, theirs in known[table].items():
             scheduler.set_timesteps(sigmas=flow_sigmas(int(steps), schedule))
-            assert (
-                np.allclose(scheduler.sigmas[:-1], theirs["sigmas"], rtol=1e-5, atol=0)
-                and scheduler.sigmas[-1] == theirs["final_sigma"]
-            )
+            assert np.allclose(scheduler.sigmas[:-1], theirs["sigmas"], rtol=1e-5, atol=0)
+            assert scheduler.sigmas[-1] == theirs["final_sigma"]
             assert np.allclose(scheduler.timesteps, theirs["timesteps"], rtol=1e-5, atol=0)
             looked_up = rounded_sigma(scheduler.timesteps, scheduler.timesteps, scheduler.sigmas)
             assert np.allclose(
@@ -419,9 +407,8 @@ def test_loss_and_gradients(family, name, close):
     )
     close(where, "training velocity", velocity.detach(), tensors["train_pred"], 1e-5)
     mse = (velocity - (tensors["train_noise"] - tensors["train_input_latents"])).square().mean()
-    assert mse.item() == pytest.approx(train["mse"], rel=1e-5) and mse.item() * train["weight"] == pytest.approx(
-        train["loss"], rel=1e-5
-    )
+    assert mse.item() == pytest.approx(train["mse"], rel=1e-5)
+    assert mse.item() * train["weight"] == pytest.approx(train["loss"], rel=1e-5)
     (mse * train["weight"]).backward()
 
     def gradient(key):

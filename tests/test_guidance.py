@@ -338,11 +338,8 @@ def test_windows_cover_everything_and_are_of_one_size(shape, size, overlap, mult
     windows, total = latent_windows(shape, size, overlap, multiple), torch.zeros(shape)
     for window in windows:
         total[window.place] += window.weight
-        assert (
-            all(part.start % multiple == 0 for part in (window.rows, window.columns))
-            and window.weight.min() > 0
-            and window.weight.max() <= 1
-        )
+        assert all(part.start % multiple == 0 for part in (window.rows, window.columns)) and window.weight.min() > 0
+        assert window.weight.max() <= 1
     assert total.min() > 0 and {tuple(window.weight.shape) for window in windows} == {tuple(map(min, shape, size))}
     for axis, shared in zip(
         ("frames", "rows", "columns"), overlap
@@ -378,11 +375,8 @@ def test_windows_blend_what_each_says():
 def test_windows_share_what_does_not_differ():
     windows = latent_windows((4, 2, 2), (2, 2, 2), (1, 0, 0))
     caches = window_caches(windows, num_steps=7)
-    assert (
-        len({id(cache.key_values) for cache in caches}) == 1
-        and {cache.num_steps for cache in caches} == {7}
-        and len({cache.name for cache in caches}) == 3
-    )
+    assert len({id(cache.key_values) for cache in caches}) == 1 and {cache.num_steps for cache in caches} == {7}
+    assert len({cache.name for cache in caches}) == 3
 
     def call(noisy, source, cache):
         seen.append((cache.reference, cache.source))

@@ -149,9 +149,8 @@ def test_dice_do_not_depend_on_the_split():
     for seed, step in ((3, 12), (4, 11), (11, 3)):
         other = draw_noise(blank_batch(8), options, seed, step, range(8), 8)
         assert (other.noise != whole.noise).all() and not torch.equal(other.sigma, whole.sigma)
-    assert torch.equal(
-        draw_noise(blank_batch(8), Loss(), 3, 11, range(8), 8).noise, whole.noise
-    )  # dropout does not move the noise
+    # dropout does not move the noise
+    assert torch.equal(draw_noise(blank_batch(8), Loss(), 3, 11, range(8), 8).noise, whole.noise)
     with pytest.raises(ValueError, match="`indices` has to hold 2 places below 8 but is"):
         draw_noise(blank_batch(2), options, 0, 0, [7, 8], 8)
 
@@ -382,10 +381,8 @@ def test_a_sample_has_the_same_loss_alone_and_among_others(tiny, batch):
 
 @torch.no_grad()
 def test_sums_are_float32_in_a_bfloat16_run(tiny, batch):
-    dice, gram = (
-        draw_noise(batch, Loss(), 0, 0, range(3), 3),
-        torch.diag(torch.rand(32, generator=torch.Generator().manual_seed(0)).double()),
-    )
+    dice = draw_noise(batch, Loss(), 0, 0, range(3), 3)
+    gram = torch.diag(torch.rand(32, generator=torch.Generator().manual_seed(0)).double())
     exact, near = (
         FlowMatching(tiny, Loss(pixel_metric=0.5), gram, autocast=on)((batch, dice))[0] for on in (False, True)
     )
@@ -401,9 +398,8 @@ def test_a_stage_without_the_source(tiny, batch):
     assert (without / with_source - 1).abs().min() > 0.1
     hook = tiny.guidance.source_embedder.register_forward_hook(lambda module, args, out: out * 0)
     tiny.guidance.register_to_config(names="sample")  # or what the model names would be added to the source
-    assert torch.allclose(
-        without, FlowMatching(tiny, Loss())((batch, dice))[0], rtol=1e-5
-    )  # and the balance still knows what is touched
+    # and the balance still knows what is touched
+    assert torch.allclose(without, FlowMatching(tiny, Loss())((batch, dice))[0], rtol=1e-5)
     tiny.guidance.register_to_config(names="edit")
     hook.remove()
 
@@ -451,10 +447,8 @@ HARD = [
 
 @pytest.mark.parametrize("mode", ("image", "video", "ref"))
 def test_dropped_instructions_are_the_pipelines_other_branch(mode, tiny, merged):
-    frames, reference = (
-        np.full((1 if mode == "image" else 5, 64, 64, 3), 90, np.uint8),
-        [Image.new("RGB", (40, 30))] if mode == "ref" else [],
-    )
+    frames = np.full((1 if mode == "image" else 5, 64, 64, 3), 90, np.uint8)
+    reference = [Image.new("RGB", (40, 30))] if mode == "ref" else []
     for pipe in (tiny, merged[False]):
         prepare = lambda prompts: prepare_inputs(
             pipe.processor, pipe.guidance.config, prompts, [frames] * len(prompts), [reference] * len(prompts)

@@ -224,18 +224,16 @@ def test_sharpness_looks_inside_and_is_taken_clip_by_clip(textured):
     assert sharpness_share(broken, clip, mask) == 1
     half = (clip // 2 + 60).astype(np.uint8)
     together = sharpness_share(np.stack([clip, half]), np.stack([clip, clip]), np.stack([mask, mask]))
-    assert together.tolist() == [1, sharpness_share(half, clip, mask)] and together[1] == pytest.approx(
-        0.25, abs=0.03
-    )  # half the contrast, a quarter of the energy
+    assert together.tolist() == [1, sharpness_share(half, clip, mask)]
+    assert together[1] == pytest.approx(0.25, abs=0.03)  # half the contrast, a quarter of the energy
 
 
 def test_sharpness_beside_a_flat_target(textured):
     clip, mask = textured
     flat = np.full_like(clip, 100)
     assert sharpness_share(flat, flat, mask) == 1 and sharpness_share(clip, flat, mask) == 0
-    assert (
-        sharpness_share(flat + np.random.default_rng(0).integers(0, 3, flat.shape, np.uint8), flat, mask) == 1
-    )  # grain that nobody sees
+    # grain that nobody sees
+    assert sharpness_share(flat + np.random.default_rng(0).integers(0, 3, flat.shape, np.uint8), flat, mask) == 1
 
 
 def test_features_are_compared_where_the_mask_is():
@@ -408,16 +406,13 @@ def test_a_fault_moves_the_number_that_names_it(fault, number, sign):
 def test_a_clip_is_measured_at_the_size_and_frames_that_are_asked_for():
     source = clip_of_noise(9, 96)
     small = np.stack([cv2.resize(f, (48, 48), interpolation=cv2.INTER_AREA) for f in source])
-    whole, shrunk = (
-        measure_clip(DAMAGES["flicker"](source), source, side=48),
-        measure_clip(
-            np.stack([cv2.resize(f, (48, 48), interpolation=cv2.INTER_AREA) for f in DAMAGES["flicker"](source)]), small
-        ),
+    whole = measure_clip(DAMAGES["flicker"](source), source, side=48)
+    shrunk = measure_clip(
+        np.stack([cv2.resize(f, (48, 48), interpolation=cv2.INTER_AREA) for f in DAMAGES["flicker"](source)]), small
     )
     assert whole == pytest.approx(shrunk, nan_ok=True)
-    assert measure_clip(source[:1], source[:1])["psnr_outside"] == np.inf and np.isnan(
-        measure_clip(source[:1], source[:1])["flicker"]
-    )
+    assert measure_clip(source[:1], source[:1])["psnr_outside"] == np.inf
+    assert np.isnan(measure_clip(source[:1], source[:1])["flicker"])
     with pytest.raises(ValueError, match="`edited` has to be uint8"):
         measure_clip(source[:3], source)
     with pytest.raises(ValueError, match="`mask`"):
@@ -463,6 +458,5 @@ def test_an_embedder_sees_what_came_in():
         new, plain = np.full_like(source, 127), np.full((7, 7, 3), colour, np.uint8)
         new[region] = colour
         assert reference_match(new, np.full_like(source, 127), plain, region) > 0.98, colour
-    assert reference_match(edited, source, reference, region) > 0.9 and np.isnan(
-        reference_match(edited, source, reference, ~region & False)
-    )
+    assert reference_match(edited, source, reference, region) > 0.9
+    assert np.isnan(reference_match(edited, source, reference, ~region & False))

@@ -61,12 +61,8 @@ def test_forms_of_the_result(pipe):
     latents = edit(pipe)
     assert latents.shape == (1, pipe.vae.config.z_dim, 5, 8, 8)
     frames = edit(pipe, output_type="np")
-    assert (
-        frames.shape == (1, 5, 64, 64, 3)
-        and frames.dtype == np.float32
-        and 0 <= frames.min()
-        and 0.5 < frames.max() <= 1
-    )
+    assert frames.shape == (1, 5, 64, 64, 3) and frames.dtype == np.float32 and 0 <= frames.min()
+    assert 0.5 < frames.max() <= 1
     exact = decode_latents(pipe.vae, latents)
     assert np.array_equal(as_frames(frames[0]), exact[0])
     images = pipe(PROMPT, clip(), num_inference_steps=2, generator=torch.Generator().manual_seed(0)).frames[0]
@@ -133,9 +129,8 @@ def test_callback_may_change_the_latents(pipe):
         callback_on_step_end=lambda p, i, t, kwargs: seen.append(kwargs) or {},
         callback_on_step_end_tensor_inputs=["source_latents", "reference_latents"],
     )
-    assert seen[0]["source_latents"].shape == (1, pipe.vae.config.z_dim, 5, 8, 8) and seen[0][
-        "reference_latents"
-    ].shape == (1, pipe.vae.config.z_dim, 1, 8, 8)
+    assert seen[0]["source_latents"].shape == (1, pipe.vae.config.z_dim, 5, 8, 8)
+    assert seen[0]["reference_latents"].shape == (1, pipe.vae.config.z_dim, 1, 8, 8)
 
 
 def test_guidance_scale(pipe):
@@ -257,9 +252,8 @@ def test_windows_of_a_long_clip(pipe):
         )
     finally:
         hook.remove()
-    assert (
-        as_frames(out.frames[0]).shape == frames.shape and seen == [(14, 8, 8)] * 4
-    )  # two windows of thirteen latent frames and a reference, twice
+    # two windows of thirteen latent frames and a reference, twice
+    assert as_frames(out.frames[0]).shape == frames.shape and seen == [(14, 8, 8)] * 4
     assert pipe.windows(13, 64, 64) is None and len(pipe.windows(17, 64, 64)) == 2
     short = pipe(PROMPT, frames, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).frames[0]
     assert len(short) == 5
@@ -348,9 +342,8 @@ def test_any_size_becomes_one_that_the_model_takes(pipe, shape, expected):
 def test_forms_of_the_source(pipe, tmp_path):
     frames = clip()
     images = [Image.fromarray(f) for f in frames]
-    assert np.array_equal(pipe.prepare_video(images), frames) and np.array_equal(
-        pipe.prepare_video(frames, num_frames=1), frames[:1]
-    )
+    assert np.array_equal(pipe.prepare_video(images), frames)
+    assert np.array_equal(pipe.prepare_video(frames, num_frames=1), frames[:1])
     assert pipe.prepare_video(images[0]).shape == (1, 64, 64, 3)
     images[0].save(tmp_path / "one.png")
     assert np.array_equal(pipe.prepare_video(tmp_path / "one.png"), frames[:1])
@@ -443,11 +436,8 @@ def test_callbacks_of_diffusers(pipe):
     finally:
         hook.remove()
     assert sizes == [2, 2, 1, 1] and batches == [(2, 4, 2.0), (2, 4, 2.0), (1, 4, 0.0), (1, 4, 0.0)]
-    assert (
-        torch.isfinite(cut).all()
-        and not torch.equal(cut, edit(pipe, **options))
-        and not torch.equal(cut, edit(pipe, num_inference_steps=4))
-    )
+    assert torch.isfinite(cut).all() and not torch.equal(cut, edit(pipe, **options))
+    assert not torch.equal(cut, edit(pipe, num_inference_steps=4))
     many = edit(
         pipe,
         callback_on_step_end=MultiPipelineCallbacks([SDCFGCutoffCallback(cutoff_step_index=1, cutoff_step_ratio=None)]),
@@ -564,19 +554,15 @@ def test_a_lora_that_is_not_there_is_said(pipe, tmp_path):
 
 
 def test_trimming_is_logged(pipe, caplog):
-    with caplog.at_level("INFO", logger="kiwi_edit.pipeline"):
+    with caplog.at_level("INFO", logger="kiwi_edit.footage"):
         pipe.prepare_video(clip(8))
     assert "frames 1 to 5 of 8 at 64x64" in caplog.text
 
 
 def test_reference_is_fitted_on_white():
     out = fit_reference(Image.new("RGB", (40, 20), (10, 20, 30)), 64, 64)
-    assert (
-        out.shape == (64, 64, 3)
-        and (out[:16] == 255).all()
-        and (out[48:] == 255).all()
-        and (out[16:48] == (10, 20, 30)).all()
-    )
+    assert out.shape == (64, 64, 3) and (out[:16] == 255).all() and (out[48:] == 255).all()
+    assert (out[16:48] == (10, 20, 30)).all()
     assert fit_reference(Image.new("RGB", (5000, 1)), 64, 32).shape == (32, 64, 3)
 
 
@@ -610,11 +596,8 @@ def test_round_trip(pipe, tmp_path):
     assert not list((tmp_path / "model").rglob("*.bin")) and not list((tmp_path / "model").rglob("*.py"))
     again = KiwiEditPipeline.from_pretrained(tmp_path / "model")
     again.set_progress_bar_config(disable=True)
-    assert (
-        again.config.max_frames == 5
-        and again.config.default_steps == preset("tiny").num_inference_steps
-        and not again.vae.training
-    )
+    assert again.config.max_frames == 5 and again.config.default_steps == preset("tiny").num_inference_steps
+    assert not again.vae.training
     assert torch.allclose(edit(again, reference=picture()), expected, atol=1e-5)
 
 

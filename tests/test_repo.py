@@ -109,10 +109,8 @@ def test_badges_open_every_notebook_and_install_the_kit_once(tmp_path):
     for path in NOTEBOOKS:
         before, after = load(path), load(tmp_path / path.relative_to(ROOT))
         place = path.relative_to(ROOT).as_posix()
-        assert (
-            source(after["cells"][0]).startswith(source(before["cells"][0]).rstrip())
-            and after["cells"][2:] == before["cells"][1:]
-        )
+        assert source(after["cells"][0]).startswith(source(before["cells"][0]).rstrip())
+        assert after["cells"][2:] == before["cells"][1:]
         links = re.findall(r"\]\((https://(?:colab|kaggle)[^)]*(?:ipynb))\)", source(after["cells"][0]))
         assert links == [
             f"https://colab.research.google.com/github/kiwi/kiwi-edit/blob/main/{place}",
@@ -125,9 +123,8 @@ def test_badges_open_every_notebook_and_install_the_kit_once(tmp_path):
             dict(get_ipython=lambda: type("Shell", (), dict(run_line_magic=lambda self, *magic: ran.append(magic)))()),
         )
         assert not ran and "run_line_magic('pip', 'install -q git+https://github.com/kiwi/kiwi-edit@main')" in install
-    assert "Open in Colab" in (tmp_path / "README.md").read_text(encoding="utf-8") and "install0" not in (
-        tmp_path / "README.md"
-    ).read_text(encoding="utf-8")
+    assert "Open in Colab" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "install0" not in (tmp_path / "README.md").read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="`repository` has to be OWNER/REPOSITORY but is 'kiwi'"):
         kit_notebooks.badges(tmp_path, "kiwi")
 
@@ -163,10 +160,8 @@ def test_pages_link_to_each_other_and_to_definitions_and_fetch_nothing(tmp_path)
             target = pages[link or name]
             assert not anchor or link != "00_a.html" or f'id="{anchor}"' in target, (name, link, anchor)
         assert not re.search(r'<(?:script|link|img)[^>]*(?:src|href)="(?:https?:)?//', page)
-    assert (
-        '<a href="00_a.html#a2"><code>double</code></a>' in pages["index.html"]
-        and "<code>nothing</code>" in pages["index.html"]
-    )
+    assert '<a href="00_a.html#a2"><code>double</code></a>' in pages["index.html"]
+    assert "<code>nothing</code>" in pages["index.html"]
     assert "secret" not in pages["00_a.html"] and "Twice &lt;x&gt;." in pages["api.html"]
 
 

@@ -10,11 +10,13 @@ import json
 import logging
 import re
 import reprlib
+import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.loaders.lora_base import _fetch_state_dict
 from huggingface_hub import HfApi, ModelCard, ModelCardData, constants, snapshot_download
@@ -30,7 +32,7 @@ from .checkpoints import DIFFUSERS_OPTIONS, check_dtype, faults, load_kit, load_
 logger = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'LAYOUTS', 'fetch', 'load_model', 'load_lora', 'push']
+__all__ = ['logger', 'LAYOUTS', 'fetch', 'load_model', 'load_lora', 'save_model', 'push']
 
 # %% ../../nbs/library/21_hub.ipynb #21b00007
 def _hub_reason(error, name, revision):
@@ -259,6 +261,45 @@ def _raw_lora(source, options):
     except LookupError:
         raise OSError("it holds no file that diffusers takes for a LoRA") from None
 
+# %% ../../nbs/library/21_hub.ipynb #21b00021
+def _check_saveable(pipe):
+    "Raise where LoRA layers stand beside the weights: no folder of the layout holds them."
+    for part, module in pipe.components.items():
+        modules = module.named_modules() if isinstance(module, torch.nn.Module) else ()
+        if layers := [name for name, layer in modules if hasattr(layer, "lora_A")]:
+            rule = "its LoRA layers merged (`kiwi_edit.weights.checkpoints.merge_lora`) before it is saved"
+            found = f"{len(layers)} beside its weights, the first at {layers[0]}"
+            raise InputError(f"`{part}` has to have {rule} but has {found}.")
+
+
+def save_model(
+    pipe: KiwiEditPipeline,
+    save_directory: str | Path,  # gets the kit's layout; what else lies there stays
+    max_shard_size: int | str | None = None,  # of a file of weights, such as "5GB"; None: the libraries' default
+) -> None:
+    "Write the model, weights as safetensors; an error or a kill on the way leaves no half of it."
+    _check_saveable(pipe)
+    folder = Path(save_directory).resolve()
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"`save_directory` has to be a folder but {str(save_directory)!r} is a file.")
+    fresh, is_new = folder / ".new", not folder.exists()
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        DiffusionPipeline.save_pretrained(pipe, fresh, max_shard_size=max_shard_size)
+        for path in fresh.rglob("*.json"):  # where the parts came from is nobody's business
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values.pop("_name_or_path", None) is not None:
+                path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        parts = sorted(fresh.iterdir(), key=lambda path: path.name == "model_index.json")
+        (folder / "model_index.json").unlink(missing_ok=True)  # without it a folder is no model
+        for part in parts:
+            shutil.rmtree(folder / part.name, ignore_errors=True)
+            part.replace(folder / part.name)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if is_new and folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()
+
 # %% ../../nbs/library/21_hub.ipynb #21b00015
 _CARD = """---
 {head}
@@ -327,7 +368,7 @@ def push(
     license: str | None = None,  # for the card, such as "mit"
 ) -> str:  # address of the commit
     "Upload the model and a card; of a card that is there only a named `license` changes."
-    pipe.check_saveable()
+    _check_saveable(pipe)
     hub, rule = HfApi(token=token), f"`repo_id` has to be a repository that can be written to but {repo_id!r} cannot"
     with _told_in_a_line(rule, repo_id):
         repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id

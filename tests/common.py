@@ -1,0 +1,62 @@
+"What several test files share: processes that start within a second, where a process of its own is what is tested."
+
+import importlib.util
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+# one process imports what is slow to import, and the others are forked from it
+_CONTEXT = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
+_CONTEXT.set_forkserver_preload(["kiwi_edit.train.engine", "kiwi_edit.apps.cli"])
+
+
+def _run(function, arguments, said, environment):
+    os.environ.update(environment)
+    with open(said, "ab", buffering=0) as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    function(*arguments)
+
+
+def start(function, *arguments, said=os.devnull, **environment):
+    "Run a function of a module in a process of its own; what it says goes to a file."
+    process = _CONTEXT.Process(target=_run, args=(function, arguments, str(said), environment))
+    process.start()
+    return process
+
+
+def kill_when(process, reached, seconds=300):
+    "Kill a process as soon as something is so; its exit code."
+    until = time.monotonic() + seconds
+    while process.is_alive() and not reached() and time.monotonic() < until:
+        time.sleep(0.01)
+    process.kill()
+    process.join(10)
+    return process.exitcode
+
+
+def together(folder, function, *arguments, parts=2):
+    "Run a function in processes that train together, as `torchrun` starts them; what they say."
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(parts), DS_ACCELERATOR="cpu")
+    said = Path(folder) / "said"
+    processes = [
+        start(function, *arguments, said=said, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(parts)
+    ]
+    try:
+        # where one fails the others would wait for it
+        while any(process.is_alive() for process in processes) and not any(p.exitcode for p in processes):
+            time.sleep(0.05)
+        assert not any(process.exitcode for process in processes), said.read_text()[-4000:]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join(10)
+    return said.read_text()
