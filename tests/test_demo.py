@@ -555,7 +555,7 @@ def test_who_leaves_stops_the_edit(tmp_path):
         ended.set()
 
     steps = demo._running(job, stop)
-    assert next(steps) == ("told", 1)
+    assert next(steps) == 1
     steps.close()
     assert ended.is_set()
 

@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -359,28 +360,16 @@ class _Watched:
 
 # %% ../../nbs/library/51_demo.ipynb #d0000016
 def _running(job, stop):
-    'What a job in a thread tells, as ("told", value), and at last ("done", result).'
-    told = queue.Queue()
-
-    def go():
+    "What a job in a thread tells, and at last its result."
+    told, end = queue.SimpleQueue(), object()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(job, told.put)
+        running.add_done_callback(lambda _: told.put(end))
         try:
-            told.put(("done", job(lambda value: told.put(("told", value)))))
-        except BaseException as error:
-            told.put(("failed", error))  # it is raised where somebody can hear it
-
-    thread, ended = threading.Thread(target=go, daemon=True), False
-    thread.start()
-    try:
-        while not ended:
-            kind, value = told.get()
-            ended = kind != "told"
-            if kind == "failed":
-                raise value
-            yield kind, value
-    finally:
-        if not ended:
-            stop.set()  # nobody listens any more
-        thread.join()
+            yield from iter(told.get, end)
+        finally:
+            stop.set()  # where nobody listens any more
+        yield running.result()
 
 # %% ../../nbs/library/51_demo.ipynb #d0000018
 class _Pace:
@@ -513,8 +502,8 @@ def _make_editor(load, visitors):
                     return edit_file(watched, source, instruction or "", paths, out=out, overwrite=True, **told)
 
             pace = _Pace()
-            for kind, value in _running(job, stop):
-                if kind == "told":
+            for value in _running(job, stop):
+                if isinstance(value, tuple):
                     yield *quiet[:2], *value, gr.skip()
         path = str(value.path)
         call = _call_as_python(str(load.model), source, instruction, paths, out.name, approximate or (), **options)
@@ -766,13 +755,8 @@ def _result_fields():
     video = gr.Video(_opening("edited.mp4"), loop=True, autoplay=True, elem_id="result", **look)
     image = gr.Image(visible=False, elem_id="result-image", **look)
     note = gr.Markdown(_opening("note"), elem_id="note", container=True)
-    strip = gr.Image(
-        _opening("strip.png"),
-        label="Film strip",
-        interactive=False,
-        elem_id="strip",
-        buttons=["download", "fullscreen"],
-    )
+    look = dict(label="Film strip", interactive=False, buttons=["download", "fullscreen"])
+    strip = gr.Image(_opening("strip.png"), elem_id="strip", **look)
     return video, image, strip, note
 
 
