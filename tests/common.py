@@ -1,13 +1,8 @@
 "What several test files share: processes that start within a second, where a process of its own is what is tested."
 
-import importlib.util
-import json
 import multiprocessing
 import os
-import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,24 +13,31 @@ _CONTEXT.set_forkserver_preload(["kiwi_edit.train.engine", "kiwi_edit.apps.cli"]
 
 def _run(function, arguments, said, environment):
     os.environ.update(environment)
-    with open(said, "ab", buffering=0) as file:
-        for number in (1, 2):
+    for number, suffix in ((1, ".out"), (2, ".err")):
+        with open(f"{said}{suffix}", "ab", buffering=0) as file:
             os.dup2(file.fileno(), number)
     function(*arguments)
 
 
-def start(function, *arguments, said=os.devnull, **environment):
-    "Run a function of a module in a process of its own; what it says goes to a file."
-    process = _CONTEXT.Process(target=_run, args=(function, arguments, str(said), environment))
+def start(function, *arguments, said, **environment):
+    "Run a function of a module in a process of its own; what it says goes to two files, `said`.out and `said`.err."
+    for suffix in (".out", ".err"):
+        Path(f"{said}{suffix}").touch()
+    process = _CONTEXT.Process(target=_run, args=(function, arguments, said, os.environ | environment))
     process.start()
     return process
 
 
-def kill_when(process, reached, seconds=300):
-    "Kill a process as soon as something is so; its exit code."
+def wait_until(process, reached, seconds=300):
+    "Wait until something is so or a process has ended."
     until = time.monotonic() + seconds
     while process.is_alive() and not reached() and time.monotonic() < until:
         time.sleep(0.01)
+
+
+def kill_when(process, reached):
+    "Kill a process as soon as something is so; its exit code."
+    wait_until(process, reached)
     process.kill()
     process.join(10)
     return process.exitcode
@@ -54,9 +56,9 @@ def together(folder, function, *arguments, parts=2):
         # where one fails the others would wait for it
         while any(process.is_alive() for process in processes) and not any(p.exitcode for p in processes):
             time.sleep(0.05)
-        assert not any(process.exitcode for process in processes), said.read_text()[-4000:]
+        assert not any(process.exitcode for process in processes), Path(f"{said}.err").read_text()[-4000:]
     finally:
         for process in processes:
             process.kill()
             process.join(10)
-    return said.read_text()
+    return Path(f"{said}.err").read_text()

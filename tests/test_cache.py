@@ -389,14 +389,14 @@ def build(model, folder, kind=WorldDataset):
 
 def test_a_killed_build_goes_on_where_it_was(pipe, model, tmp_path):
     data = WorldDataset(dict(add=1.0), 1, 32, 32, samples=40)
-    process = common.start(build, model, tmp_path, Slow)
-    assert common.kill_when(process, lambda: len(list(tmp_path.glob("*/rows-*"))) >= 4) == -signal.SIGKILL
-    shards = {path.name: path.read_bytes() for path in tmp_path.glob("*/rows-*")}
+    process = common.start(build, model, tmp_path / "cache", Slow, said=tmp_path / "said")
+    assert common.kill_when(process, lambda: len(list((tmp_path / "cache").glob("*/rows-*"))) >= 4) == -signal.SIGKILL
+    shards = {path.name: path.read_bytes() for path in (tmp_path / "cache").glob("*/rows-*")}
     with pytest.raises(FileNotFoundError, match="`folder` has to hold a finished cache"):
-        LatentCache(next(tmp_path.glob("*/made_with.json")).parent)
-    state = survey_cache(pipe, data, tmp_path, progress=False)
+        LatentCache(next((tmp_path / "cache").glob("*/made_with.json")).parent)
+    state = survey_cache(pipe, data, tmp_path / "cache", progress=False)
     assert 4 <= len(shards) < 13 and state.missing == list(range(3 * len(shards), 40)) and not state.broken
-    cache = build(model, tmp_path)
+    cache = build(model, tmp_path / "cache")
     assert all((cache.folder / name).read_bytes() == content for name, content in shards.items())
     whole = encode_samples(pipe, [data[i] for i in range(40)])
     assert len(cache) == 40 and all(equal(cache.row(i), whole[i]) for i in range(40))

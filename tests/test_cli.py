@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import common
 from kiwi_edit.apps import cli
 from kiwi_edit.core import assets_dir
 from kiwi_edit.video import read_video, video_info, write_video
@@ -700,26 +701,32 @@ def test_full_disk(edit, clip, tmp_path):
         assert [p.name for p in folder.iterdir()] == ["new.mp4"] and (folder / "new.mp4").read_text() == "mine"
 
 
-def test_file_size_limit(clip, tmp_path, random_model):
-    done = subprocess.run(
-        [
-            *COMMAND,
-            "edit",
-            str(clip),
-            "-i",
-            "x",
-            "--steps",
-            "1",
-            "--model",
-            str(random_model),
-            "--out",
-            str(tmp_path / "new.mp4"),
-        ],
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)),
-    )
-    refused((done.returncode, done.stdout, done.stderr), "--out has to be on a disk that takes the whole file", "new")
+def run_command(arguments, limit):
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(cli.main(arguments))
+
+
+@pytest.fixture
+def apart(tmp_path_factory):
+    "Run the command in a process of its own, and press Ctrl-C as soon as it says something; as `kiwi`."
+
+    def run(*arguments, limit=None, moment=None):
+        said = tmp_path_factory.mktemp("said") / "said"
+        process = common.start(run_command, list(map(str, arguments)), limit, said=said)
+        if moment:
+            common.wait_until(process, lambda: moment in Path(f"{said}.err").read_text())
+            os.kill(process.pid, signal.SIGINT)
+        process.join(120)
+        return process.exitcode, Path(f"{said}.out").read_text(), Path(f"{said}.err").read_text()
+
+    return run
+
+
+def test_file_size_limit(apart, clip, tmp_path, random_model):
+    arguments = "edit", clip, "-i", "x", "--steps", 1, "--model", random_model, "--out", tmp_path / "new.mp4"
+    refused(apart(*arguments, limit=9000), "--out has to be on a disk that takes the whole file", "new")
     assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
 
 
@@ -727,34 +734,13 @@ def test_file_size_limit(clip, tmp_path, random_model):
 
 
 @pytest.mark.parametrize("moment", ["loading", "editing"])
-def test_interrupt_leaves_nothing(clip, tmp_path, random_model, moment):
+def test_interrupt_leaves_nothing(apart, clip, tmp_path, random_model, moment):
     (tmp_path / "new.mp4").write_text("mine")
-    command = [
-        *COMMAND,
-        "edit",
-        str(clip),
-        "-i",
-        "x",
-        "--steps",
-        "1000",
-        "--model",
-        str(random_model),
-        "--out",
-        str(tmp_path / "new.mp4"),
-        "--overwrite",
-    ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        seen = b""
-        while moment.encode() not in seen:
-            seen += os.read(process.stderr.fileno(), 4096) or pytest.fail(seen.decode())
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and out == b""
-    assert one_error((seen + err).decode()) == "error: interrupted; no partial file is left"
-    assert (
-        sorted(p.name for p in tmp_path.iterdir()) == ["clip.mp4", "new.mp4"]
-        and (tmp_path / "new.mp4").read_text() == "mine"
-    )
+    arguments = "edit", clip, "-i", "x", "--steps", 1000, "--model", random_model
+    status, out, err = apart(*arguments, "--out", tmp_path / "new.mp4", "--overwrite", moment=moment)
+    assert (status, out) == (130, "") and one_error(err) == "error: interrupted; no partial file is left"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.mp4", "new.mp4"]
+    assert (tmp_path / "new.mp4").read_text() == "mine"
 
 
 def test_a_lost_signal_stops_at_the_next_step():
@@ -1152,24 +1138,10 @@ def test_wrong_caches_are_refused_before_weights_are_read(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_interrupted_cache_says_how_to_go_on(tmp_path, random_model):
-    command = [
-        *COMMAND,
-        "cache",
-        "--stage",
-        "pictures",
-        "--model",
-        str(random_model),
-        "--out",
-        str(tmp_path / "caches"),
-    ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        seen = b""
-        while b"rows:" not in seen:
-            seen += os.read(process.stderr.fileno(), 4096) or pytest.fail(seen.decode())
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "error: interrupted; the same command goes on from here" in err.decode()
+def test_an_interrupted_cache_says_how_to_go_on(apart, tmp_path, random_model):
+    arguments = "cache", "--stage", "pictures", "--model", random_model, "--out", tmp_path / "caches"
+    status, _, err = apart(*arguments, moment="rows:")
+    assert status == 130 and "error: interrupted; the same command goes on from here" in err
     assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} <= {".json", ".safetensors"}
 
 

@@ -279,7 +279,7 @@ def test_a_killed_run_continues_to_the_bit(job, last, tmp_path, start, data):
     home = killed if job == toy_job else killed / "edits"
     process = common.start(killed_job, job, killed, last, *more, said=tmp_path / "said")
     code = common.kill_when(process, lambda: len(lines(killed / "records")) == last)
-    assert code == -signal.SIGKILL, (tmp_path / "said").read_text()
+    assert code == -signal.SIGKILL, (tmp_path / "said.err").read_text()
     before = lines(killed / "records")
     assert checkpoints(home / "checkpoints")[-1].name == f"step-{last - 1:08d}"
     with open(home / "log.jsonl", "a") as f:
