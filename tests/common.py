@@ -1,10 +1,16 @@
-"What several test files share: processes that start within a second, where a process of its own is what is tested."
+"What several test files share: processes that start within a second, and disks that are full."
 
+import contextlib
 import multiprocessing
 import os
 import socket
 import time
 from pathlib import Path
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 # one process imports what is slow to import, and the others are forked from it
 _CONTEXT = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
@@ -62,3 +68,14 @@ def together(folder, function, *arguments, parts=2):
             process.kill()
             process.join(10)
     return Path(f"{said}.err").read_text()
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    "Within it, no file of this process may grow beyond so many bytes."
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

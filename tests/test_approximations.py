@@ -1,7 +1,5 @@
 "Every approximation acts, stays near, and leaves nothing behind; the benchmark's exact savings act and change nothing."
 
-import os
-import subprocess
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -13,6 +11,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.overrides import TorchFunctionMode
 
+import common
 from kiwi_edit import guidance, latents, pipeline
 from kiwi_edit.apps.approximations import APPROXIMATIONS, FlowUniPC, approximately, magnitude_ratios, parallelise
 from kiwi_edit.core import asset
@@ -471,48 +470,32 @@ def test_ratios_of_other_steps(pipe):
 
 # -- many processes --------------------------------------------------------------------------------------------------------------------------
 
-SCRIPT = """
-import sys
-import torch
-from kiwi_edit.core import asset
-from kiwi_edit.pipeline import KiwiEditPipeline
-from kiwi_edit.apps.approximations import parallelise
-torch.set_num_threads(1)
-pipe = KiwiEditPipeline.from_pretrained("kiwi-edit-tiny"); pipe.set_progress_bar_config(disable=True)
-edit = lambda noise, **options: pipe("Make it snow.", asset("samples/clip.mp4"), generator=noise, output_type="latent", num_inference_steps=2, **options).frames
-seed = lambda: torch.Generator().manual_seed(0)
-options = dict(reference=asset("samples/reference.png")), dict(guidance_scale=2.)
-alone = [edit(seed(), **case) for case in options]
-with parallelise(pipe):
-    rank = torch.distributed.get_rank()
-    together = [edit(seed(), **case) for case in options]
-    shared = edit(torch.Generator().manual_seed(rank))  # other noise in each process: that of the first counts
-try: parallelise(pipe, ring=2)
-except ValueError as error: print(str(error))
-assert torch.equal(edit(seed(), **options[0]), alone[0])
-torch.save([*alone, *together, shared, edit(seed())], sys.argv[1] + str(rank))
-"""
+
+def parallel_job(folder):
+    torch.set_num_threads(1)
+    pipe = KiwiEditPipeline.from_pretrained("kiwi-edit-tiny")
+    pipe.set_progress_bar_config(disable=True)
+
+    def edit(seed=0, **options):
+        noise, clip = torch.Generator().manual_seed(seed), asset("samples/clip.mp4")
+        return pipe(
+            "Make it snow.", clip, generator=noise, output_type="latent", num_inference_steps=2, **options
+        ).frames
+
+    cases = dict(reference=asset("samples/reference.png")), dict(guidance_scale=2.0)
+    alone = [edit(**case) for case in cases]
+    with parallelise(pipe):
+        rank = torch.distributed.get_rank()
+        together = [edit(**case) for case in cases]
+        shared = edit(rank)  # other noise in each process: that of the first counts
+    with pytest.raises(ValueError, match="`ring` has to be 1 with PyTorch's own attention"):
+        parallelise(pipe, ring=2)
+    assert torch.equal(edit(**cases[0]), alone[0])
+    torch.save([*alone, *together, shared, edit()], folder / f"out{rank}")
 
 
 def test_parallel_in_two_processes(tmp_path):
-    (tmp_path / "two.py").write_text(SCRIPT)
-    ran = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            str(tmp_path / "two.py"),
-            str(tmp_path / "out"),
-        ],
-        capture_output=True,
-        text=True,
-        env=os.environ | dict(OMP_NUM_THREADS="1"),
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    assert ran.stdout.count("`ring` has to be 1 with PyTorch's own attention") == 2
+    common.together(tmp_path, parallel_job, tmp_path)
     for rank in (0, 1):
         alone, guided, together, together_guided, shared, first = torch.load(tmp_path / f"out{rank}")
         assert (

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -25,7 +24,6 @@ from kiwi_edit.core import assets_dir
 from kiwi_edit.video import read_video, video_info, write_video
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMAND = [sys.executable, "-m", "kiwi_edit.apps.cli"]
 
 
 @pytest.fixture(scope="session")
@@ -623,9 +621,8 @@ def test_faults_of_the_kit_keep_their_traceback(monkeypatch):
         cli.main(["edit", "x.mp4", "-i", "x"])
 
 
-def test_text_that_is_no_unicode_is_refused(clip):
-    done = subprocess.run([*COMMAND, "edit", str(clip), "-i", b"snow \xff"], capture_output=True, text=True)
-    refused((done.returncode, done.stdout, done.stderr), "--instruction has to be Unicode text")
+def test_text_that_is_no_unicode_is_refused(kiwi, clip):
+    refused(kiwi("edit", clip, "-i", os.fsdecode(b"snow \xff")), "--instruction has to be Unicode text")
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
@@ -701,9 +698,17 @@ def test_full_disk(edit, clip, tmp_path):
         assert [p.name for p in folder.iterdir()] == ["new.mp4"] and (folder / "new.mp4").read_text() == "mine"
 
 
-def run_command(arguments, limit):
-    if limit:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+def test_file_size_limit(edit, clip, tmp_path):
+    with common.full_disk(9000):
+        found = edit(clip, "--out", tmp_path / "new.mp4")
+    refused(found, "--out has to be on a disk that takes the whole file", "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+# Ctrl-C
+
+
+def run_command(arguments):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(cli.main(arguments))
 
@@ -712,25 +717,15 @@ def run_command(arguments, limit):
 def apart(tmp_path_factory):
     "Run the command in a process of its own, and press Ctrl-C as soon as it says something; as `kiwi`."
 
-    def run(*arguments, limit=None, moment=None):
+    def run(*arguments, moment):
         said = tmp_path_factory.mktemp("said") / "said"
-        process = common.start(run_command, list(map(str, arguments)), limit, said=said)
-        if moment:
-            common.wait_until(process, lambda: moment in Path(f"{said}.err").read_text())
-            os.kill(process.pid, signal.SIGINT)
+        process = common.start(run_command, list(map(str, arguments)), said=said)
+        common.wait_until(process, lambda: moment in Path(f"{said}.err").read_text())
+        os.kill(process.pid, signal.SIGINT)
         process.join(120)
         return process.exitcode, Path(f"{said}.out").read_text(), Path(f"{said}.err").read_text()
 
     return run
-
-
-def test_file_size_limit(apart, clip, tmp_path, random_model):
-    arguments = "edit", clip, "-i", "x", "--steps", 1, "--model", random_model, "--out", tmp_path / "new.mp4"
-    refused(apart(*arguments, limit=9000), "--out has to be on a disk that takes the whole file", "new")
-    assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
-
-
-# Ctrl-C
 
 
 @pytest.mark.parametrize("moment", ["loading", "editing"])
@@ -1329,13 +1324,8 @@ def test_a_missing_package_is_one_line_that_names_the_extra(
 
 
 def test_weights_that_the_disk_does_not_take_are_one_line(kiwi, random_model, tmp_path):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    try:
-        found = kiwi("convert", random_model, tmp_path / "copy")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    status, out, err = found
+    with common.full_disk(20_000):
+        status, out, err = kiwi("convert", random_model, tmp_path / "copy")
     refused((status, out, err.removeprefix("reading and writing the weights\n")), "too large")
     assert not list(tmp_path.iterdir())
 
