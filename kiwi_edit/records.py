@@ -12,22 +12,25 @@ import html
 import io
 import json
 import logging
+import multiprocessing
 import os
 import shutil
+import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 # %% auto #0
-__all__ = ['logger', 'digest', 'append_line', 'read_lines', 'replacing_folder', 'describe_fault', 'run_rows', 'Value', 'Table',
-           'png_bytes', 'image_tag', 'page']
+__all__ = ['logger', 'digest', 'append_line', 'read_lines', 'replacing_folder', 'describe_fault', 'run_rows', 'Workers', 'Value',
+           'Table', 'png_bytes', 'image_tag', 'page']
 
 # %% ../nbs/library/02_records.ipynb #2ec00004
 import numpy as np
@@ -217,6 +220,40 @@ def run_rows(
                 each(done[key])
             bar.update()
     return {key: done[key] for key in rows}
+
+# %% ../nbs/library/02_records.ipynb #2ec00019
+def _leave_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _begin(start, arguments):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    start(*arguments)
+
+
+class Workers(ProcessPoolExecutor):
+    "New processes that do not hear Ctrl-C, and end with their parent, however it ends."
+
+    def __init__(
+        self,
+        number: int,  # of processes
+        start: Callable,  # what each of them calls first; a worker has to be able to import it
+        *arguments,  # of `start`
+    ):
+        context = multiprocessing.get_context("spawn")
+        super().__init__(number, context, initializer=_begin, initargs=(start, arguments))
+
+    def submit(self, *args, **kwargs):
+        "As ever; a process that begins here does not hear Ctrl-C before its first call either."
+        if threading.current_thread() is not threading.main_thread():
+            return super().submit(*args, **kwargs)
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            return super().submit(*args, **kwargs)
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 # %% ../nbs/library/02_records.ipynb #2ec00013
 class Value(NamedTuple):

@@ -213,7 +213,7 @@ def test_a_byte_order_mark_is_no_part_of_the_table(tmp_path):
         ("a.json", json.dumps([ROW])),
     ):
         (tmp_path / name).write_text(text, encoding="utf-8-sig")
-        assert set(COLUMNS) <= set(read_metadata(tmp_path / name)[0])
+        assert set(module._COLUMNS) <= set(read_metadata(tmp_path / name)[0])
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_bad_words(pair):
 
 
 def test_bad_fields(pair):
-    lines = table(pair, [{k: ROW[k] for k in COLUMNS}] * 4).read_text().splitlines()
+    lines = table(pair, [{k: ROW[k] for k in module._COLUMNS}] * 4).read_text().splitlines()
     lines[2] += " Please, now."
     lines[3] = "b.mp4,a.mp4"
     (pair / "meta.csv").write_text("\n".join(lines))
@@ -735,19 +735,19 @@ def test_world_keys_change_with_the_settings(monkeypatch):
     ds = WorldDataset(dict(add=1), samples=9)
     assert ds.key(2) == keys[0] and ds.key(2) != ds.key(3)
     with monkeypatch.context() as patch:
-        patch.setitem(module.VERSIONS, "world", 99)
+        patch.setitem(module._VERSIONS, "world", 99)
         assert ds.key(2) != keys[0]
     monkeypatch.setattr(module, "asset", lambda name: Path(__file__))  # other pictures
     assert ds.key(2) != keys[0]
 
 
 def test_the_version_of_the_world_is_raised_when_its_pixels_change():
-    # When this fails because the world draws something else, raise VERSIONS["world"] and note the new numbers here.
+    # When this fails because the world draws something else, raise _VERSIONS["world"] and note the new numbers here.
     expected = {3: [125.3, 108.7, 120.9, 127.2, 136.4, 111.3, 184.9, 133.4]}
     ds = WorldDataset(dict.fromkeys(TASKS, 1), num_frames=5, samples=100, first_seed=EVAL_SEED, split="eval")
     first = [ds[ds.tasks.index(task)] for task in TASKS]
     means = [float(s.source.mean() / 2 + s.target.mean() / 2) for s in first]
-    assert np.allclose(means, expected[module.VERSIONS["world"]], atol=0.1), [round(m, 1) for m in means]
+    assert np.allclose(means, expected[module._VERSIONS["world"]], atol=0.1), [round(m, 1) for m in means]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from kiwi_edit.core import InputError
 from kiwi_edit.data.dataset import MetadataDataset, write_metadata
 from kiwi_edit.quadruplets import BackendError, Pair, ScoreStage, embedded_stages
 from kiwi_edit.data.synthesis import *
@@ -491,7 +492,7 @@ def test_failures_are_recorded_per_row_and_too_many_stop_the_run(tmp_path):
     )
     assert verdicts["08"]["passed"]
     with pytest.raises(
-        StoppedRun,
+        InputError,
         match=r"`max_failures` allows 30% .* 14 of 20 did; 12 times score: time-out, first: time-out: no reply",
     ):
         synthesize(
@@ -521,7 +522,7 @@ def away():
 
 def test_rows_that_failed_before_the_run_stopped_are_asked_again(tmp_path, monkeypatch):
     pairs, options = WorldPairs(24, tasks=("add",)), SynthesisOptions(shard=4)
-    with pytest.raises(StoppedRun, match="18 of 20 did"):
+    with pytest.raises(InputError, match="18 of 20 did"):
         synthesize(pairs, tmp_path / "out", away, options, progress=False)
     monkeypatch.setitem(globals(), "up", True)
     result = synthesize(pairs, tmp_path / "out", away, options, progress=False)
@@ -628,7 +629,7 @@ def test_a_factory_that_raises_is_said_by_its_worker(tmp_path):
 
 
 def test_a_worker_that_dies_ends_the_run_with_a_sentence(tmp_path):
-    with pytest.raises(StoppedRun, match="`workers` lost one of them: .* memory"):
+    with pytest.raises(InputError, match="`workers` lost one of them: .* memory"):
         synthesize(WorldPairs(3), tmp_path / "out", dying, SynthesisOptions(workers=1), progress=False)
 
 

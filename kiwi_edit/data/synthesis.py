@@ -13,25 +13,20 @@ import html
 import io
 import json
 import logging
-import multiprocessing
 import os
 import pickle
 import re
 import shutil
-import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 # %% auto #0
-__all__ = ['ALIASES', 'EDIT_TYPES', 'PLANTS', 'FilePairs', 'read_pairs', 'WorldPairs', 'SynthesisOptions', 'StoppedRun', 'Actors',
-           'model_stages', 'Synthesis', 'synthesize', 'inspect_folder', 'draw_report', 'report_html', 'data_card',
-           'PlantedPairs']
+__all__ = ['FilePairs', 'read_pairs', 'WorldPairs', 'SynthesisOptions', 'Actors', 'model_stages', 'Synthesis', 'synthesize',
+           'inspect_folder', 'PlantedPairs']
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400004
 import cv2
@@ -43,7 +38,7 @@ from PIL import Image
 from ..core import InputError, asset, require, shortened
 from . import backends
 from .backends import chat_of
-from .dataset import FORMATS, ParquetCell, file_of, held, read_rows, save_clip
+from .dataset import ParquetCell, file_of, held, read_rows, save_clip
 from kiwi_edit.quadruplets import (
     FingerprintStage,
     LoadOptions,
@@ -56,12 +51,12 @@ from kiwi_edit.quadruplets import (
     load_record,
     record_strip,
 )
-from ..records import Table, digest, image_tag, page, png_bytes, run_rows
+from ..records import Table, Workers, digest, image_tag, page, png_bytes, run_rows
 from ..video import as_frames, replacing
 from ..world import World
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400007
-ALIASES = dict(  # what a pair needs -> the names that published tables give it
+_ALIASES = dict(  # what a pair needs -> the names that published tables give it
     id=("id", "iid", "key"),
     source=("source", "src_video", "original_video", "source_video", "input_video"),
     edited=("edited", "tgt_video", "edited_video", "target_video", "output_video"),
@@ -70,7 +65,7 @@ ALIASES = dict(  # what a pair needs -> the names that published tables give it
     task=("task", "edited_type", "edit_type"),
     licence=("licence", "license"),
 )
-EDIT_TYPES = {task: task for task in ("subject", "background", "add", "remove", "change", "style")} | dict(
+_EDIT_TYPES = {task: task for task in ("subject", "background", "add", "remove", "change", "style")} | dict(
     background_change="background", local_add="add", local_remove="remove", local_change="change", global_style="style"
 )  # names in published tables -> tasks
 
@@ -130,7 +125,7 @@ class FilePairs(Sequence):
             self._file(found.get("edited")),
             words if isinstance(words, str) else "",
             self._still(found.get("reference")),
-            EDIT_TYPES.get(str(found.get("task")).lower(), ""),
+            _EDIT_TYPES.get(str(found.get("task")).lower(), ""),
             dict(dataset=self.name, licence=found.get("licence", "")),
         )
 
@@ -168,9 +163,9 @@ def _columns(names, given, where):
     there = shortened(", ".join(names), 100)
     if wrong := [column for column in given.values() if column not in names]:
         raise InputError(f"`columns` has to name columns of {where} but names {wrong[0]!r}; it has {there}.")
-    found = {what: next((n for n in (given.get(what), *known) if n in names), None) for what, known in ALIASES.items()}
+    found = {what: next((n for n in (given.get(what), *known) if n in names), None) for what, known in _ALIASES.items()}
     if lacks := [what for what in ("source", "edited", "instruction") if not found[what]]:
-        known = "; ".join(", ".join(ALIASES[what]) for what in lacks)
+        known = "; ".join(", ".join(_ALIASES[what]) for what in lacks)
         raise InputError(f"`pairs` has to have a column for {' and '.join(lacks)} ({known}) but {where} has {there}.")
     return {what: column for what, column in found.items() if column}
 
@@ -197,14 +192,14 @@ def _clip_row(folder, source):
 def _tables_of_folder(folder):
     "The shards of a folder, or its one table of another kind."
     files = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
-    tables = {f"{stem}{end}" for stem in ("pairs", "metadata") for end in FORMATS}
-    return [p for p in files if p.suffix.lower() == ".parquet"] or [p for p in files if p.name in tables][:1]
+    tables = [p for p in files if re.fullmatch(r"(pairs|metadata)\.(csv|jsonl?)", p.name)]
+    return [p for p in files if p.suffix.lower() == ".parquet"] or tables[:1]
 
 
 def read_pairs(
     pairs: str | Path,  # table, folder, "world:2000", or a Hugging Face dataset as "owner/name" or "owner/name:split"
     root: str | Path | None = None,  # where relative paths start; None takes the table's folder
-    columns: dict | None = None,  # "source", "edited", ... -> column, where `ALIASES` do not know it
+    columns: dict | None = None,  # "source", "edited", ... -> column, where `_ALIASES` do not know it
 ) -> Sequence[Pair]:  # sorted by id
     "The pairs of a table, of a folder of shards or clips, of a dataset on the hub, or of the world."
     text, path, columns = str(pairs), Path(pairs).expanduser(), columns or {}
@@ -264,40 +259,35 @@ class WorldPairs(Sequence):
     ):
         if number < 1:
             raise InputError(f"`number` has to be at least 1 but is {number}.")
-        self.number, self.first_seed, self.tasks, self.world = number, first_seed, tuple(tasks or ()), world or World()
+        self.first_seed, self.tasks, self.world = first_seed, tuple(tasks or ()), world or World()
+        self.turns = range(number)  # a slice has some of them
 
     def __len__(self):
-        return self.number
+        return len(self.turns)
 
     def __getitem__(self, i):
         if isinstance(i, slice):
-            return self._slice(range(self.number)[i])
-        i, made = range(self.number)[i], self.made(i)
+            part = copy.copy(self)
+            part.turns = self.turns[i]
+            return part
+        made = self.made(i)
         origin = dict(dataset="world", licence="MIT")
         return Pair(self.ids[i], made.source, made.target, made.instruction, origin=origin)
 
-    def _slice(self, picked):
-        if picked.step != 1:
-            raise InputError(f"`i` has to be a slice of step 1 but has step {picked.step}.")
-        part = copy.copy(self)
-        part.number, part.first_seed = len(picked), self.first_seed + picked.start
-        turn = picked.start % max(len(self.tasks), 1)
-        part.tasks = self.tasks[turn:] + self.tasks[:turn]
-        return part
-
-    def made(self, i: int):  # `Quadruplet`
-        "What the world draws for pair i."
-        return self.world.sample(self.first_seed + i, self.tasks[i % len(self.tasks)] if self.tasks else None)
+    def made(self, i: int, step: int = 0):  # `Quadruplet`
+        "What the world draws for pair i, or for the one so many steps after it."
+        turn = self.turns[i] + step
+        return self.world.sample(self.first_seed + turn, self.tasks[turn % len(self.tasks)] if self.tasks else None)
 
     @property
     def ids(self) -> list[str]:
-        return [f"world-{self.first_seed + i:07d}" for i in range(self.number)]
+        return [f"world-{self.first_seed + turn:07d}" for turn in self.turns]
 
     @property
     def key(self) -> str:
         w, pictures = self.world, [asset(f"world/{kind}.parquet") for kind in ("objects", "scenes")]
         size = w.height, w.width, w.num_frames
-        return digest(self.number, self.first_seed, self.tasks, size, w.split, asdict(w.difficulty), pictures)
+        return digest(len(self), self.first_seed, self.tasks, size, w.split, asdict(w.difficulty), pictures)
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400013
 @dataclass(frozen=True)
@@ -551,10 +541,6 @@ def _finish(folder, parts, options, key):
             shutil.rmtree(clip) if clip.is_dir() else clip.unlink()
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400022
-class StoppedRun(InputError):
-    "A run that had to stop; the same call goes on from what is finished."
-
-
 class _Jobs(Mapping):
     "(part, first pair, last pair + 1) -> the pairs, and which of them the report may picture: evenly over the pool."
 
@@ -580,17 +566,10 @@ _worker = {}  # of this process: what does a batch, or why nothing does
 
 def _start_worker(make_stages, options, folder):
     cv2.setNumThreads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that was started
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
     try:
         _worker["run"] = functools.partial(_run_batch, stages=make_stages(), options=options, folder=folder)
     except Exception as error:
         _worker["error"] = f"`make_stages` has to make the stages in each worker but raised {_reason(error)}"
-
-
-def _leave_with_parent():
-    multiprocessing.parent_process().join()  # a parent that was killed asks nobody to stop
-    os._exit(1)
 
 
 def _in_worker(job):
@@ -603,8 +582,8 @@ def _local(jobs, make_stages, options, folder, note, progress):
     "Batches in this process or in others."
     label = "pairs" if options.batch == 1 else f"batches of {options.batch}"
     if options.workers:
-        spawn, needs = multiprocessing.get_context("spawn"), (make_stages, options, folder)
-        work, pool = _in_worker, lambda: ProcessPoolExecutor(options.workers, spawn, _start_worker, needs)
+        work = _in_worker
+        pool = functools.partial(Workers, options.workers, _start_worker, make_stages, options, folder)
     else:
         work, pool = functools.partial(_run_batch, stages=make_stages(), options=options, folder=folder), None
     run_rows(jobs, work, pool=pool, ahead=2 * options.workers, label=label if progress else "", each=note)
@@ -725,6 +704,9 @@ def model_stages(
 model_stages.names = ("score", "ground", "segment", "synthesize", "verify", "fingerprint")
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400027
+_DRAWN = ("score.edit", "ground.confidence", "segment.area", "verify.consistency", "verify.quality")
+
+
 @dataclass
 class Synthesis:
     "What a run has left in its folder, and what it says of every pair."
@@ -762,16 +744,42 @@ class Synthesis:
         kept, count = (Counter(row["edit_type"] for row in rows) for rows in (self.kept, self.rows))
         return {kind or "not grounded": (kept[kind], count[kind]) for kind in sorted(count)}
 
+    def draw(self):
+        "Funnel, kinds of edits, and histograms of the scores, as a matplotlib figure."
+        from matplotlib.figure import Figure
+
+        names = [n for n in _DRAWN if any(n in row["scores"] for row in self.rows)]
+        figure = Figure(figsize=(9, 3.7), layout="constrained")
+        grid = figure.add_gridspec(2, max(len(names), 2))
+        ax, left = figure.add_subplot(grid[0, :-1]), self.funnel()
+        ax.barh(list(left), list(left.values()), color="#3a7d44")
+        for i, (stage, n) in enumerate(left.items()):
+            why = ", ".join(f"{reason} {count}" for s, reason, count in self.reasons() if s == stage)
+            ax.text(n, i, f" {n}   {why[:72]}", va="center", fontsize=6)
+        ax.invert_yaxis()
+        ax.tick_params(labelsize=7)
+        ax.set_xlim(0, 1.9 * max([*left.values(), 1]))
+        ax.set_xlabel("pairs left", fontsize=7)
+        ax, mix = figure.add_subplot(grid[0, -1]), self.mix()
+        ax.bar(list(mix), [n for _, n in mix.values()], color="#d9d9d9", label="all")
+        ax.bar(list(mix), [k for k, _ in mix.values()], color="#3a7d44", label="kept")
+        ax.tick_params(labelsize=6)
+        ax.tick_params("x", rotation=60)
+        ax.legend(fontsize=6)
+        for i, name in enumerate(names):
+            ax = figure.add_subplot(grid[1, i])
+            ax.hist([row["scores"][name] for row in self.rows if name in row["scores"]], bins=20, color="#3a7d44")
+            ax.set_title(name, fontsize=7)
+            ax.tick_params(labelsize=6)
+        return figure
+
     def _repr_markdown_(self):
-        lines = [
-            f"{len(self.kept)} of {len(self.rows)} pairs kept.\n",
-            "| stage | left | dropped because |",
-            "|---|--:|---|",
-        ]
-        for stage, left in self.funnel().items():
-            why = ", ".join(f"{reason} ({n})" for s, reason, n in self.reasons() if s == stage)
-            lines.append(f"| {stage} | {left} | {why} |")
-        return "\n".join(lines)
+        why = {stage: [] for stage in self.funnel()}
+        for stage, reason, n in self.reasons():
+            why[stage].append(f"{reason} ({n})")
+        rows = [[stage, left, ", ".join(why[stage])] for stage, left in self.funnel().items()]
+        title = f"{len(self.kept)} of {len(self.rows)} pairs kept."
+        return Table(title, ["stage", "left", "dropped because"], rows)._repr_markdown_()
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400028
 def _code(code):
@@ -831,7 +839,7 @@ class _Parts:
         if record["error"]:
             rest = "Parts that are finished stay; fewer workers or a smaller `batch` need less."
             lost = record["seconds"] is None
-            raise StoppedRun(f"`workers` lost one of them: {record['error']}. {rest}" if lost else record["error"])
+            raise InputError(f"`workers` lost one of them: {record['error']}. {rest}" if lost else record["error"])
         k, first, _ = record["key"]
         rows = record.pop("rows")
         self.rows.setdefault(k, {})[first] = rows
@@ -843,7 +851,7 @@ class _Parts:
             whole = [row for _, batch in sorted(self.rows.pop(k).items()) for row in batch]
             _write_table(_part_path(self.folder, k), whole, key=self.key)
         if self.seen >= min(20, self.todo) and len(self.failed) > self.options.max_failures * self.seen:
-            raise StoppedRun(self._complaint())
+            raise InputError(self._complaint())
 
     def _complaint(self):
         kind = lambda v: f"{v['stage']}: {v['reason'].split(':')[0]}"
@@ -889,13 +897,16 @@ def synthesize(
     run = dict(key=key, settings=settings, seconds=seconds, wall=round(time.perf_counter() - began, 3), done=parts.seen)
     _save_text(folder / "run.json", json.dumps(run, indent=1, default=str) + "\n")
     result = _result(folder)
-    _save_text(folder / "README.md", data_card(result))
-    _save_text(folder / "report.html", report_html(result))
+    _save_text(folder / "README.md", _data_card(result))
+    _save_text(folder / "report.html", _report_html(result))
     _save_text(folder / "SHA256SUMS", _sums(folder))  # last: says that all is there
     shutil.rmtree(folder / "parts", ignore_errors=True)
     return result
 
 # %% ../../nbs/library/12_synthesis.ipynb #12da0002
+_WRITTEN = ("SHA256SUMS", "report.html", "README.md", "parts", "verdicts", "clips")
+
+
 def _claim(folder, key, overwrite):
     "Make the folder ours, or say whose it is."
     mark = folder / "run.json"
@@ -913,15 +924,8 @@ def _claim(folder, key, overwrite):
             f"but {str(folder)!r} is of another run."
         )
     if there and there != key:
-        for path in [
-            folder / "SHA256SUMS",
-            folder / "report.html",
-            folder / "README.md",
-            *folder.glob("chunk_*.parquet"),
-        ]:
-            path.unlink(missing_ok=True)
-        for path in ("parts", "verdicts", "clips"):
-            shutil.rmtree(folder / path, ignore_errors=True)
+        for path in [*folder.glob("chunk_*.parquet"), *(folder / name for name in _WRITTEN)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     if there != key:
         _save_text(mark, json.dumps(dict(key=key)) + "\n")  # first: whoever is killed after this finds it to be its own
@@ -964,39 +968,6 @@ def inspect_folder(
     return _result(folder)
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400030
-_DRAWN = ("score.edit", "ground.confidence", "segment.area", "verify.consistency", "verify.quality")
-
-
-def draw_report(result: Synthesis):
-    "Funnel, kinds of edits, and histograms of the scores, as a matplotlib figure."
-    from matplotlib.figure import Figure
-
-    names = [n for n in _DRAWN if any(n in row["scores"] for row in result.rows)]
-    figure = Figure(figsize=(9, 3.7), layout="constrained")
-    grid = figure.add_gridspec(2, max(len(names), 2))
-    ax, left = figure.add_subplot(grid[0, :-1]), result.funnel()
-    ax.barh(list(left), list(left.values()), color="#3a7d44")
-    for i, (stage, n) in enumerate(left.items()):
-        why = ", ".join(f"{reason} {count}" for s, reason, count in result.reasons() if s == stage)
-        ax.text(n, i, f" {n}   {why[:72]}", va="center", fontsize=6)
-    ax.invert_yaxis()
-    ax.tick_params(labelsize=7)
-    ax.set_xlim(0, 1.9 * max([*left.values(), 1]))
-    ax.set_xlabel("pairs left", fontsize=7)
-    ax, mix = figure.add_subplot(grid[0, -1]), result.mix()
-    ax.bar(list(mix), [n for _, n in mix.values()], color="#d9d9d9", label="all")
-    ax.bar(list(mix), [k for k, _ in mix.values()], color="#3a7d44", label="kept")
-    ax.tick_params(labelsize=6)
-    ax.tick_params("x", rotation=60)
-    ax.legend(fontsize=6)
-    for i, name in enumerate(names):
-        ax = figure.add_subplot(grid[1, i])
-        ax.hist([row["scores"][name] for row in result.rows if name in row["scores"]], bins=20, color="#3a7d44")
-        ax.set_title(name, fontsize=7)
-        ax.tick_params(labelsize=6)
-    return figure
-
-
 def _said(row):
     last = row["verdicts"][-1]
     return "kept" if last["passed"] else f"{last['stage']}: {last['reason']}"
@@ -1013,10 +984,10 @@ def _sheet_html(row):
     )
 
 
-def report_html(result: Synthesis) -> str:  # one page without links
-    "Funnel, reasons, kinds, histograms and contact sheets of a run as a page."
+def _report_html(result):
+    "Funnel, reasons, kinds, histograms and contact sheets of a run as one page without links."
     buffer = io.BytesIO()
-    draw_report(result).savefig(buffer, format="png", dpi=150)
+    result.draw().savefig(buffer, format="png", dpi=150)
     why = Table("Why pairs were dropped", ["stage", "reason", "pairs"], [list(line) for line in result.reasons()])
     parts = [image_tag(buffer.getvalue(), "Funnel, kinds and scores"), why]
     if result.seconds:
@@ -1079,8 +1050,8 @@ things are. Look at the contact sheets before you train on this.
 _SIZES = {1e3: "n<1K", 1e4: "1K<n<10K", 1e5: "10K<n<100K", 1e6: "100K<n<1M", float("inf"): "1M<n<10M"}
 
 
-def data_card(result: Synthesis) -> str:  # markdown with the header that the hub reads
-    "What is in the data set, where it is from, and which references are synthesised."
+def _data_card(result):
+    "What is in the data set, where it is from, and which references are synthesised; markdown as the hub reads it."
     kept, columns = result.kept, ["edit_type", "ref_source"]
     origins = [(r["origin"].get("dataset") or "unknown", r["origin"].get("licence") or "not stated") for r in kept]
     tables = [pq.read_table(path, columns=columns) for path in sorted(result.folder.glob("chunk_*.parquet"))]
@@ -1098,9 +1069,6 @@ def data_card(result: Synthesis) -> str:  # markdown with the header that the hu
     return card + _EMBEDDED * bool({"change", "grabcut", "cutout", "pixels"} & set(backends.values()))
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400032
-PLANTS = ("no edit", "shifted clip", "broken frames", "wrong words", "duplicate")
-
-
 def _brighter(clip):
     return np.clip(clip.astype(np.int16) + 3, 0, 255).astype(np.uint8)
 
@@ -1108,20 +1076,17 @@ def _brighter(clip):
 class PlantedPairs(WorldPairs):
     "Pairs of the world of which every fourth is spoilt in a known way, in turn."
 
-    def spoilt(self, i: int) -> str:  # one of `PLANTS`, or "" for a good pair
-        "What is wrong with pair i."
-        k = self.first_seed + i
-        return PLANTS[k // 4 % len(PLANTS)] if k % 4 == 3 else ""
+    kinds = ("no edit", "shifted clip", "broken frames", "wrong words", "duplicate")
 
-    def _neighbour(self, i, step):
-        task = self.tasks[(i + step) % len(self.tasks)] if self.tasks else None
-        return self.world.sample(self.first_seed + i + step, task)
+    def spoilt(self, i: int) -> str:  # one of `kinds`, or "" for a good pair
+        "What is wrong with pair i."
+        seed = self.first_seed + self.turns[i]
+        return self.kinds[seed // 4 % len(self.kinds)] if seed % 4 == 3 else ""
 
     def __getitem__(self, i):
         pair = super().__getitem__(i)
         if isinstance(i, slice):
             return pair
-        i = range(self.number)[i]
         kind, edited = self.spoilt(i), pair.edited
         if kind == "no edit":
             return replace(pair, edited=pair.source)
@@ -1131,9 +1096,9 @@ class PlantedPairs(WorldPairs):
             black = np.arange(len(edited)) == len(edited) // 2
             return replace(pair, edited=np.where(black[:, None, None, None], np.uint8(0), edited))
         if kind == "wrong words":
-            return replace(pair, instruction=self._neighbour(i, 1).instruction)
+            return replace(pair, instruction=self.made(i, 1).instruction)
         if kind == "duplicate":  # the pair before, a shade brighter
-            made = self._neighbour(i, -1)
+            made = self.made(i, -1)
             source, edited = _brighter(made.source), _brighter(made.target)
             return replace(pair, source=source, edited=edited, instruction=made.instruction)
         return pair
