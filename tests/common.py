@@ -13,8 +13,8 @@ except ImportError:  # Windows
     resource = None
 
 # one process imports what is slow to import, and the others are forked from it
-_CONTEXT = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
-_CONTEXT.set_forkserver_preload(["kiwi_edit.train.engine", "kiwi_edit.apps.cli"])
+CONTEXT = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
+CONTEXT.set_forkserver_preload(["kiwi_edit.train.engine", "kiwi_edit.apps.cli"])
 
 
 def _run(function, arguments, said, environment):
@@ -29,7 +29,7 @@ def start(function, *arguments, said, **environment):
     "Run a function of a module in a process of its own; what it says goes to two files, `said`.out and `said`.err."
     for suffix in (".out", ".err"):
         Path(f"{said}{suffix}").touch()
-    process = _CONTEXT.Process(target=_run, args=(function, arguments, said, os.environ | environment))
+    process = CONTEXT.Process(target=_run, args=(function, arguments, said, os.environ | environment))
     process.start()
     return process
 

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,13 +14,13 @@ import pytest
 from filelock import FileLock
 from test_video import encode, gradient
 
+import common
 from kiwi_edit.apps import cli
 from kiwi_edit.data import files
 from kiwi_edit.core import assets_dir
 from kiwi_edit.data.files import read_edits, run_edits
 from kiwi_edit.video import read_video, video_info
 
-COMMAND = [sys.executable, "-m", "kiwi_edit.apps.cli"]
 MODEL = "kiwi-edit-tiny"
 SNOW = "Make everything look snowy."
 pytestmark = [
@@ -245,22 +244,26 @@ def test_a_fault_fails_its_row_and_keeps_its_traceback(folder, monkeypatch):
 # processes
 
 
-def start(path, out, until, stop):
-    "Run the command on a list in a group of processes of its own, and send it a signal when it has got somewhere."
-    command = [*COMMAND, "edit", str(path), "--out", str(out), "--workers", "2", "--skip-bad"]
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        env=os.environ | dict(OMP_NUM_THREADS="1"),
-    ) as process:
-        seen = b""
-        while not re.search(until, seen):
-            seen += os.read(process.stderr.fileno(), 4096) or pytest.fail(seen.decode())
-        stop(process.pid)
-        said, err = process.communicate(timeout=300)
-    return process.returncode, said.decode(), (seen + err).decode()
+def run_list(path, out):
+    "The command on a list, in a group of processes of its own; its workers are forked, which is quick."
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    files.multiprocessing.get_context = lambda kind, get=multiprocessing.get_context: get("fork")
+    sys.exit(cli.main(["edit", str(path), "--out", str(out), "--workers", "2", "--skip-bad"]))
+
+
+def stopped(folder, until, stop):
+    "Run it, and send it a signal when it has got somewhere; its exit code and what it said."
+    said = folder / "said"
+    process = common.start(run_list, folder / "edits.jsonl", folder / "out", said=said, OMP_NUM_THREADS="1")
+    common.wait_until(process, lambda: re.search(until, Path(f"{said}.err").read_text()))
+    stop(process.pid)
+    process.join(300)
+    found = [Path(f"{said}{suffix}") for suffix in (".out", ".err")]
+    texts = [file.read_text() for file in found]
+    for file in found:
+        file.unlink()
+    return process.exitcode, *texts
 
 
 def test_a_list_that_is_stopped_twice_ends_with_the_same_results(folder, capfd, one_thread):
@@ -278,13 +281,12 @@ def test_a_list_that_is_stopped_twice_ends_with_the_same_results(folder, capfd, 
         ),
         folder / "out",
     )
-    status, said, err = start(
-        path, out, rb"[1-6]/7 rows", lambda pid: os.killpg(pid, signal.SIGINT)
-    )  # Ctrl-C reaches all of them
+    # Ctrl-C reaches all of them
+    status, said, err = stopped(folder, "[1-6]/7 rows", lambda pid: os.killpg(pid, signal.SIGINT))
     assert status == 130 and said == "" and "Traceback" not in err and "leaked" not in err
     done = int(re.search(r"error: interrupted; (\d) of 7 rows are done; the same command goes on from here\n$", err)[1])
     assert 1 <= done < 7 and sum(r["status"] == "done" for r in records(out)) == done and left_behind(out) == set()
-    status, *_ = start(path, out, rb"[%d-7]/7 rows" % (done + 1), lambda pid: os.kill(pid, signal.SIGKILL))
+    status, *_ = stopped(folder, f"[{done + 1}-7]/7 rows", lambda pid: os.kill(pid, signal.SIGKILL))
     assert status in (-9, 1)  # 1 where the last rows came too quickly
     with (out / "results.jsonl").open("ab") as file:
         file.write(b'{"key": "1", "sta')  # a line that was cut
@@ -340,6 +342,7 @@ def test_a_process_that_is_killed_fails_one_row_and_is_replaced(folder, monkeypa
     shutil.copy(folder / "clip.mp4", folder / "passing.mp4")
     with monkeypatch.context() as patch:
         patch.setattr(files, "_start_worker", start_and_die)
+        patch.setattr(files.multiprocessing, "get_context", lambda kind: common.CONTEXT)
         edits = read_edits(
             write(
                 folder, *rows(3), dict(video="lost.mp4", instruction=SNOW), dict(video="passing.mp4", instruction=SNOW)
