@@ -14,7 +14,7 @@ except ImportError:  # Windows
 
 # one process imports what is slow to import, and the others are forked from it
 CONTEXT = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
-CONTEXT.set_forkserver_preload(["kiwi_edit.train.engine", "kiwi_edit.apps.cli"])
+CONTEXT.set_forkserver_preload(["kiwi_edit.train.engine", "kiwi_edit.data.synthesis", "kiwi_edit.apps.cli"])
 
 
 def _run(function, arguments, said, environment):
@@ -32,6 +32,11 @@ def start(function, *arguments, said, **environment):
     process = CONTEXT.Process(target=_run, args=(function, arguments, said, os.environ | environment))
     process.start()
     return process
+
+
+def fork_workers(module):
+    "From now on, worker processes that a module would start anew are forked from this one."
+    module.multiprocessing.get_context = lambda kind, get=multiprocessing.get_context: get("fork")
 
 
 def wait_until(process, reached, seconds=300):

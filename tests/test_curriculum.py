@@ -272,10 +272,7 @@ def test_a_wrong_stage_is_refused(name, arguments):
 
 
 def test_unknown_stages_are_named_with_those_there_are():
-    with pytest.raises(
-        ValueError,
-        match="`name` has to be a stage of wan2.2-5b but is 'pictures'; there are stage1-image, stage2-600, stage2-720, stage3-mix, stage3-ref",
-    ):
+    with pytest.raises(ValueError, match="`name` .* wan2.2-5b .* 'pictures'; .* stage1-image, .*, stage3-ref"):
         find_stage("wan2.2-5b", "pictures")
     with pytest.raises(ValueError, match="`preset` has to be one of tiny, wan2.2-5b, wan2.1-14b but is 'huge'"):
         find_stage("huge", "pictures")
@@ -436,9 +433,7 @@ def test_lora_is_added_as_it_is_in_the_number_format_of_the_model_and_only_once(
         )
     again = select(pipe, find_stage("wan2.2-5b", "stage2-720"))["language_model"]
     assert {key: id(p) for key, p in again.items()} == {key: id(p) for key, p in chosen.items()}
-    with pytest.raises(
-        ValueError, match=r"`lora.rank` has to be that of the LoRA layers that are there, \[64\], but is 8"
-    ):
+    with pytest.raises(ValueError, match=r"`lora.rank` .* that are there, \[64\], but is 8"):
         select(pipe, replace(stage, lora=dict(language_model=Lora(8, ("q_proj",)))))
 
 
@@ -647,8 +642,7 @@ def test_the_full_size_needs_no_memory():
     assert result.hours == pytest.approx(30_000 * result.seconds_per_step / 3600)
     assert 40 * 10**9 < result.peak < 80 * 10**9
     with pytest.raises(
-        ValueError,
-        match=r"`memory` has to be at least 5\d\.\d GB for stage 'stage3-ref' of wan2.2-5b but is 24 GB; it needs weights 16.3 GB.*the optimizer offloaded",
+        ValueError, match=r"`memory` .* at least 5\d\.\d GB .* 24 GB; .* weights 16.3 GB.*the optimizer offloaded"
     ):
         result.check_fits(24 * 10**9)
     result.check_fits(80 * 10**9)
@@ -664,10 +658,7 @@ def test_stages_of_tiny_are_estimated_too():
     encoder = estimate(STAGES["encoder"], progress=False)
     assert not encoder.batches and encoder.flops == 0 and "does not denoise" in str(encoder)
     assert encoder.parameters["vision"][0] == 1_007_552
-    with pytest.raises(
-        ValueError,
-        match="`changes` of stage 'pictures' have to leave frames and pixels to its buckets but name max_pixels",
-    ):
+    with pytest.raises(ValueError, match="`changes` of stage 'pictures' .* name max_pixels"):
         estimate(STAGES["pictures"], max_pixels=4096)
 
 

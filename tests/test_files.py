@@ -248,7 +248,7 @@ def run_list(path, out):
     "The command on a list, in a group of processes of its own; its workers are forked, which is quick."
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    files.multiprocessing.get_context = lambda kind, get=multiprocessing.get_context: get("fork")
+    common.fork_workers(files)
     sys.exit(cli.main(["edit", str(path), "--out", str(out), "--workers", "2", "--skip-bad"]))
 
 

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+import common
 from kiwi_edit.core import InputError
 from kiwi_edit.data.dataset import MetadataDataset, write_metadata
 from kiwi_edit.quadruplets import BackendError, Pair, ScoreStage, embedded_stages
+from kiwi_edit.data import synthesis
 from kiwi_edit.data.synthesis import *
 from kiwi_edit.data.synthesis import _settings_of, _stage_groups
 from kiwi_edit.video import write_video
@@ -402,44 +403,29 @@ def test_workers_change_nothing(undisturbed, tmp_path):
     assert shards(tmp_path / "two") == shards(undisturbed)
 
 
-PROGRAM = """
-import sys
-from kiwi_edit.data.synthesis import *
-if __name__ == "__main__": synthesize(PlantedPairs(16), sys.argv[1], options=SynthesisOptions(shard=4, workers=int(sys.argv[2]), engine=sys.argv[3]), progress=False)
-"""
-
-
-def start(program, *arguments):
-    return subprocess.Popen(
-        [sys.executable, program, *map(str, arguments)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        env=os.environ | dict(OMP_NUM_THREADS="1"),
-    )
+def job(out, workers, engine):
+    common.fork_workers(synthesis)
+    options = SynthesisOptions(shard=4, workers=workers, engine=engine)
+    synthesize(PlantedPairs(16), out, options=options, progress=False)
 
 
 @pytest.mark.parametrize("engine, workers, moments", [("local", 0, (1, 2, 3)), ("local", 2, (1, 3)), ("ray", 1, (1,))])
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(undisturbed, tmp_path, engine, workers, moments):
     if engine == "ray":
         pytest.importorskip("ray")
-    program, out = tmp_path / "program.py", tmp_path / "out"
-    program.write_text(PROGRAM)
-    kept = {}
+    out, said, kept = tmp_path / "out", tmp_path / "said", {}
+    start = partial(common.start, job, out, workers, engine, said=said, OMP_NUM_THREADS="1")
     for parts in moments:  # killed once so many parts are there
-        process = start(program, out, workers, engine)
-        until = time.monotonic() + 240
-        while process.poll() is None and len(list((out / "parts").glob("part_*"))) < parts and time.monotonic() < until:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        common.kill_when(start(), lambda: len(list((out / "parts").glob("part_*"))) >= parts)
         if not (out / "parts").is_dir() or (out / "SHA256SUMS").exists():
             break  # it was faster than the kill
         for name, stamp in kept.items():
             assert (out / "parts" / name).stat().st_mtime_ns == stamp, "a finished part was done again"
         kept = {p.name: p.stat().st_mtime_ns for p in (out / "parts").glob("part_*")}
         assert len(kept) >= parts
-    process = start(program, out, workers, engine)
-    assert process.wait(timeout=300) == 0, process.stderr.read().decode()[-2000:]
+    process = start()
+    process.join(300)
+    assert process.exitcode == 0, Path(f"{said}.err").read_text()[-2000:]
     assert shards(out) == shards(undisturbed) and not (out / "parts").exists()
     assert not [p for p in out.rglob(".*")], "temporary files stay"
 
@@ -491,10 +477,7 @@ def test_failures_are_recorded_per_row_and_too_many_stop_the_run(tmp_path):
         and result.failures == 6
     )
     assert verdicts["08"]["passed"]
-    with pytest.raises(
-        InputError,
-        match=r"`max_failures` allows 30% .* 14 of 20 did; 12 times score: time-out, first: time-out: no reply",
-    ):
+    with pytest.raises(InputError, match=r"`max_failures` .* 30% .* 14 of 20 .* 12 times score: time-out"):
         synthesize(
             pairs, tmp_path / "many", partial(failing, 0.6), SynthesisOptions(batch=5, max_failures=0.3), progress=False
         )
@@ -615,10 +598,7 @@ def dying():
 
 
 def test_a_factory_that_raises_is_said_by_its_worker(tmp_path):
-    with pytest.raises(
-        ValueError,
-        match="`make_stages` has to make the stages in each worker but raised InputError: `thresholds` has to name .* names 'verify.beauty'",
-    ):
+    with pytest.raises(ValueError, match="`make_stages` .* InputError: `thresholds` .* 'verify.beauty'"):
         synthesize(
             WorldPairs(3),
             tmp_path / "out",
