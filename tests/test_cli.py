@@ -26,23 +26,6 @@ from kiwi_edit.video import read_video, video_info, write_video
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="session")
-def random_model(tmp_path_factory):
-    "Folder of a model of the tiny sizes that has learnt nothing."
-    import torch
-
-    from kiwi_edit.core import preset
-    from kiwi_edit.encoder import make_tokenizer
-    from kiwi_edit.pipeline import KiwiEditPipeline
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model") / "random-tiny"
-    KiwiEditPipeline.from_preset(preset("tiny"), make_tokenizer(["make it snow"], vocab_size=512)).save_pretrained(
-        folder
-    )
-    return folder
-
-
 pytestmark = pytest.mark.usefixtures("own_settings")
 
 
@@ -341,11 +324,7 @@ def test_parameters_reach_a_judge_of_ones_own(kiwi, tmp_path):
         tmp_path / "out",
     )
     given = (
-        "--parameter",
-        "max_completion_tokens=4096",
-        "--parameter",
-        "temperature=null",
-        "--parameter",
+        *"--parameter max_completion_tokens=4096 --parameter temperature=null --parameter".split(),
         'chat_template_kwargs={"enable_thinking": false}',
         "--parameter",
         "reasoning_effort=low",
@@ -820,19 +799,13 @@ def test_train_runs_stages_one_after_the_other_from_what_cache_has_made(kiwi, sm
     assert len(made) == 4
     flags = [flag for text in data for flag in ("--data", text)]
     command = [
-        "train",
-        "--stage",
-        "small",
-        "--stage",
-        "files",
+        *"train --stage small --stage files".split(),
         *flags,
         "--cache",
         caches,
         "--out",
         run,
-        "--track",
-        "none",
-        "--keep",
+        *"--track none --keep".split(),
         1,
     ]
     status, out, err = kiwi(*command, "--start", random_model, "--seed", 3)
@@ -1242,14 +1215,7 @@ def test_two_processes_train_one_model_and_speak_once(tmp_path, random_model):
     ]
     command = [
         *launch,
-        "train",
-        "--device",
-        "cpu",
-        "--stage",
-        "encoder",
-        "--steps",
-        "1",
-        "--start",
+        *"train --device cpu --stage encoder --steps 1 --start".split(),
         str(random_model),
         "--out",
         str(tmp_path / "run"),
