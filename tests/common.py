@@ -34,9 +34,9 @@ def start(function, *arguments, said, **environment):
     return process
 
 
-def fork_workers(module):
-    "From now on, worker processes that a module would start anew are forked from this one."
-    module.multiprocessing.get_context = lambda kind, get=multiprocessing.get_context: get("fork")
+def fork_workers():
+    "From now on, worker processes that would start anew are forked from this one."
+    multiprocessing.get_context = lambda kind=None, get=multiprocessing.get_context: get("fork")
 
 
 def wait_until(process, reached, seconds=300):

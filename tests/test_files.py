@@ -248,7 +248,7 @@ def run_list(path, out):
     "The command on a list, in a group of processes of its own; its workers are forked, which is quick."
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    common.fork_workers(files)
+    common.fork_workers()
     sys.exit(cli.main(["edit", str(path), "--out", str(out), "--workers", "2", "--skip-bad"]))
 
 
@@ -342,7 +342,7 @@ def test_a_process_that_is_killed_fails_one_row_and_is_replaced(folder, monkeypa
     shutil.copy(folder / "clip.mp4", folder / "passing.mp4")
     with monkeypatch.context() as patch:
         patch.setattr(files, "_start_worker", start_and_die)
-        patch.setattr(files.multiprocessing, "get_context", lambda kind: common.CONTEXT)
+        patch.setattr(multiprocessing, "get_context", lambda kind: common.CONTEXT)
         edits = read_edits(
             write(
                 folder, *rows(3), dict(video="lost.mp4", instruction=SNOW), dict(video="passing.mp4", instruction=SNOW)

@@ -22,7 +22,6 @@ import common
 from kiwi_edit.core import InputError
 from kiwi_edit.data.dataset import MetadataDataset, write_metadata
 from kiwi_edit.quadruplets import BackendError, Pair, ScoreStage, embedded_stages
-from kiwi_edit.data import synthesis
 from kiwi_edit.data.synthesis import *
 from kiwi_edit.data.synthesis import _settings_of, _stage_groups
 from kiwi_edit.video import write_video
@@ -404,7 +403,7 @@ def test_workers_change_nothing(undisturbed, tmp_path):
 
 
 def job(out, workers, engine):
-    common.fork_workers(synthesis)
+    common.fork_workers()
     options = SynthesisOptions(shard=4, workers=workers, engine=engine)
     synthesize(PlantedPairs(16), out, options=options, progress=False)
 
