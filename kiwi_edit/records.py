@@ -24,13 +24,13 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 # %% auto #0
-__all__ = ['logger', 'digest', 'append_line', 'read_lines', 'replacing_folder', 'describe_fault', 'run_rows', 'Workers', 'Value',
-           'Table', 'png_bytes', 'image_tag', 'page']
+__all__ = ['logger', 'digest', 'append_line', 'read_lines', 'replacing_folder', 'run_rows', 'Workers', 'Value', 'Table',
+           'write_text', 'Outcome', 'png_bytes', 'image_tag', 'page']
 
 # %% ../nbs/library/02_records.ipynb #2ec00004
 import numpy as np
@@ -147,32 +147,33 @@ def replacing_folder(
         shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/library/02_records.ipynb #2ec00010
-def describe_fault(fault: Exception) -> str:  # one line
+def _describe_fault(fault):
     "What has gone wrong: the message alone where the user can act on it, with the class in front of it otherwise."
     text = " ".join(str(fault).split())
     return text if isinstance(fault, (InputError, OSError)) and text else f"{type(fault).__name__}: {text}"
 
 
-def _attempt(work, row):
-    began, found, error = time.perf_counter(), {}, None
+def _attempt(work, rows, together):
+    "An outcome of each row. What `work` has found wrong with a row stands as its error."
+    began, error = time.perf_counter(), None
     try:
-        found = work(row) or {}
+        found = work(rows) if together else [work(*rows) or {}]
     except Exception as fault:  # the other rows have nothing to do with it
-        error = describe_fault(fault)
-        if not isinstance(fault, (InputError, OSError)):
-            found = {"traceback": traceback.format_exc()}
-    return {**found, "error": error, "seconds": round(time.perf_counter() - began, 3)}
+        error, plain = _describe_fault(fault), isinstance(fault, (InputError, OSError))
+        found = [{} if plain else {"traceback": traceback.format_exc()}] * len(rows)
+    known = {"error": error, "seconds": round((time.perf_counter() - began) / len(rows), 3)}
+    return [{**one, **{name: one.get(name, value) for name, value in known.items()}} for one in found]
 
 
-def _in_pool(work, rows, waiting, pool, ahead):
-    "Keys and outcomes of rows that a pool works on, as they come."
+def _in_pool(job, waiting, pool, ahead):
+    "Groups of keys and the outcomes of their rows, as a pool comes to them."
     waiting, suspects, running, executor = deque(waiting), deque(), {}, pool()
     try:
         while waiting or suspects or running:
             source, most = (suspects, 1) if suspects else (waiting, ahead)
             while source and len(running) < most:
-                key = source.popleft()
-                running[executor.submit(_attempt, work, rows[key])] = key
+                keys = source.popleft()
+                running[executor.submit(job(keys))] = keys
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             broken = [future for future in finished if isinstance(future.exception(), BrokenExecutor)]
             for future in finished.difference(broken):
@@ -184,7 +185,7 @@ def _in_pool(work, rows, waiting, pool, ahead):
                 executor = pool()
                 if alone:
                     error = "the process that worked on this row has ended, most likely for want of memory"
-                    yield lost[0], {"error": error, "seconds": None}
+                    yield lost[0], [{"error": error, "seconds": None}] * len(lost[0])
                 else:
                     suspects.extend(lost)
     finally:
@@ -193,32 +194,34 @@ def _in_pool(work, rows, waiting, pool, ahead):
 
 def run_rows(
     rows: Mapping[Hashable, Any],  # key -> what `work` is called with; keys are text where a file remembers them
-    work: Callable[[Any], Mapping | None],  # returns what is recorded of a row; a pool of processes has to pickle it
+    work: Callable[
+        [Any], Mapping | None
+    ],  # returns what is recorded of a row, its "error" if it has one; a pool of processes has to pickle it
     path: Path | None = None,  # file of lines that remembers rows from run to run; None remembers nothing
     pool: Callable[[], Executor] | None = None,  # makes the threads or processes; None works on one row after the other
     ahead: int = 8,  # rows that a pool holds at once, running or about to
     label: str = "rows",  # what the progress bar calls them; "" shows none
     each: Callable[[dict], None] | None = None,  # called with each new record
+    together: int = 0,  # rows that `work` is given as a list, and returns a list for; 0 gives it one row
 ) -> dict[
     Hashable, dict
 ]:  # key -> record in the order of `rows`: "key", "error" (None or a line), "seconds", and what `work` returned
     "Do the work of every row that no earlier run has done, and remember it line by line."
     known = {record.get("key"): record for record in read_lines(path)} if path else {}
-    done = {key: known[key] for key in rows if key in known and known[key].get("error") is None}
-    waiting = [key for key in rows if key not in done]
-    outcomes = (
-        ((key, _attempt(work, rows[key])) for key in waiting)
-        if pool is None
-        else _in_pool(work, rows, waiting, pool, ahead)
-    )
+    done = {key: known[key] for key in rows if key in known and not known[key].get("error")}
+    waiting, size = [key for key in rows if key not in done], together or 1
+    groups = [waiting[start : start + size] for start in range(0, len(waiting), size)]
+    job = lambda keys: partial(_attempt, work, [rows[key] for key in keys], together)
+    outcomes = _in_pool(job, groups, pool, ahead) if pool else ((keys, job(keys)()) for keys in groups)
     with contextlib.closing(outcomes), tqdm(total=len(rows), initial=len(done), desc=label, disable=not label) as bar:
-        for key, outcome in outcomes:
-            done[key] = {"key": key, **outcome}
-            if path:
-                append_line(path, done[key])
-            if each:
-                each(done[key])
-            bar.update()
+        for keys, found in outcomes:
+            for key, outcome in zip(keys, found):
+                done[key] = {"key": key, **outcome}
+                if path:
+                    append_line(path, done[key])
+                if each:
+                    each(done[key])
+                bar.update()
     return {key: done[key] for key in rows}
 
 # %% ../nbs/library/02_records.ipynb #2ec00019
@@ -325,6 +328,48 @@ class Table:
             {k: v for k, v in cell._asdict().items() if k != "digits"} if isinstance(cell, Value) else cell
         )
         return [{column: plain(cell) for column, cell in zip(self.columns, row)} for row in self.rows]
+
+# %% ../nbs/library/02_records.ipynb #a3087270
+def write_text(
+    path: str | Path,  # made or replaced
+    text: str,
+) -> Path:
+    "Write a file that appears when it is whole."
+    from kiwi_edit.video import replacing
+
+    with replacing(path, True) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8", errors="backslashreplace")
+    return Path(path)
+
+
+class Outcome:
+    "What came out of a run, as `tables()`, and as a file of its `record()`, which `of(record)` reads again."
+
+    indent = 1  # of the file; None writes one line
+
+    def _repr_markdown_(self) -> str:
+        return "\n\n".join(table._repr_markdown_() for table in self.tables())
+
+    def save(
+        self,
+        path: str | Path,  # .json, made or replaced, with its folder
+    ) -> Path:
+        "Write everything but pictures."
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        return write_text(
+            path, json.dumps(self.record(), indent=self.indent, ensure_ascii=False, allow_nan=False) + "\n"
+        )
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,  # written by `save`
+    ) -> Outcome:
+        "Read what `save` has written."
+        try:
+            return cls.of(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"`path` has to be a saved {cls.__name__} but {str(path)!r} is none: {error}.") from error
 
 # %% ../nbs/library/02_records.ipynb #2ec00016
 _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">

@@ -15,19 +15,17 @@ from PIL import Image
 
 from kiwi_edit.eval import published
 from kiwi_edit.data.backends import OpenAIChat
-from kiwi_edit.eval.judge import ChatJudge, MetricJudge
+from kiwi_edit.eval.judge import ChatJudge, MetricJudge, lay_beside
 from kiwi_edit.metrics import DAMAGES
 from kiwi_edit.core import InputError
 from kiwi_edit.eval.published import (
     BenchReport,
+    _output_name,
+    _source_frames,
     edit_rows,
     judge_of,
-    lay_beside,
-    output_name,
     read_bench,
-    row_key,
     score_rows,
-    source_frames,
     world_rows,
     write_imgedit_list,
 )
@@ -191,7 +189,7 @@ def test_no_instruction_leads_out_of_the_folder(clips, instruction, name):
 )
 def test_names_that_are_none_are_refused(row):
     with pytest.raises(ValueError, match="has to give a file name"):
-        output_name("imgedit", "97", dict(source="cat.png", instruction="x", edit_type="add") | row)
+        _output_name("imgedit", "97", dict(source="cat.png", instruction="x", edit_type="add") | row)
 
 
 def test_endings_that_cannot_be_written(clips):
@@ -285,9 +283,9 @@ def test_the_published_settings_reach_the_model(clips):
 def test_long_and_large_sources_are_cut(clips):
     write_video(clips / "clip0.mp4", np.zeros((90, 32, 32, 3), np.uint8), 15, overwrite=True)
     row = read_bench("refvie", refvie(clips))[0]
-    assert source_frames(None, row).shape == (81, 32, 32, 3)
+    assert _source_frames(None, row).shape == (81, 32, 32, 3)
     limited = SimpleNamespace(config=SimpleNamespace(max_frames=5, max_pixels=16 * 16), size_multiple=8)
-    assert source_frames(limited, row).shape == (5, 16, 16, 3)
+    assert _source_frames(limited, row).shape == (5, 16, 16, 3)
 
 
 def test_rows_that_fail_do_not_stop_the_others(clips):
@@ -481,14 +479,14 @@ def test_shorter_and_smaller_results_are_scored_and_noted(made):
         and record["note"] == "5 frames for 9 of the source; 96x48 for a source of 64x48"
         and record["frames"] == [5, 9]
     )
-    beside = lay_beside(rows[0], folder / rows[0].output)
+    beside = lay_beside(replace(rows[0], edited=folder / rows[0].output))
     assert beside.source.shape == beside.edited.shape == (5, 48, 96, 3)
 
 
 def test_large_results_are_measured_small(made):
     rows, folder, _ = made
     write_video(folder / rows[0].output, moving(9, 640, 480), 15, overwrite=True)
-    beside = lay_beside(rows[0], folder / rows[0].output)
+    beside = lay_beside(replace(rows[0], edited=folder / rows[0].output))
     assert beside.edited.shape == beside.source.shape == (9, 192, 256, 3) and beside.note == ""
 
 
@@ -509,8 +507,8 @@ def test_nothing_is_scored_twice_and_nothing_is_lost(made, monkeypatch):
     lines = log.read_bytes().splitlines(keepends=True)
     assert len(lines) == 3
     log.write_bytes(b"".join(lines[:2]) + b"[5]\n" + lines[2][:40])  # a run that was killed while it wrote
-    asked, measure_row = [], published.measure_row
-    monkeypatch.setattr(published, "measure_row", lambda row, *rest: asked.append(row.id) or measure_row(row, *rest))
+    asked, measure_case = [], published.measure_case
+    monkeypatch.setattr(published, "measure_case", lambda case: asked.append(case.id) or measure_case(case))
     again = score_rows(rows, folder, MetricJudge(), out, progress=False)
     assert asked == ["2"] and again.records == first.records
     write_video(folder / rows[0].output, moving(9, seed=5), 15, overwrite=True)  # another result is another question
@@ -519,28 +517,23 @@ def test_nothing_is_scored_twice_and_nothing_is_lost(made, monkeypatch):
     assert asked == ["0"]
 
 
-def test_keys_tell_apart_what_matters(made):
-    rows, folder, _ = made
-    judge, path = MetricJudge(), folder / rows[0].output
-    key = row_key(rows[0], path, judge)
-    assert key == row_key(rows[0], path, MetricJudge())
+def test_what_is_another_question_is_measured_again(made, monkeypatch):
+    rows, folder, out = made
+    asked, measure_case = [], published.measure_case
+    monkeypatch.setattr(published, "measure_case", lambda case: asked.append(case.id) or measure_case(case))
+    count = lambda row, judge=MetricJudge(): (score_rows([row], folder, judge, out, progress=False), len(asked))[1]
+    assert count(rows[0]) == count(rows[0]) == count(replace(rows[0], id="another name")) == 1
     others = [
         replace(rows[0], instruction="x"),
         replace(rows[0], reference=rows[1].reference),
         replace(rows[0], source=rows[1].source),
         replace(rows[0], edit_type="background"),
+        replace(rows[0], output=rows[1].output),
     ]
-    assert (
-        len(
-            {
-                key,
-                *(row_key(row, path, judge) for row in others),
-                row_key(rows[0], folder / rows[1].output, judge),
-                row_key(rows[0], path, SimpleNamespace(settings=["b"])),
-            }
-        )
-        == 7
-    )
+    assert [count(row) for row in others] == [2, 3, 4, 5, 6]
+    stricter = MetricJudge()
+    stricter.__class__ = type("Stricter", (MetricJudge,), dict(settings=["b"]))
+    assert count(rows[0], stricter) == count(rows[0], stricter) == 7
 
 
 @pytest.mark.parametrize(

@@ -181,20 +181,20 @@ def test_released_means():
         return (
             judgement(str(i), row["scores"], rubric, edit_type=kind)
             if row["scores"]
-            else failed(one, "me", "rubbish: none")
+            else one.judged("me", error="rubbish: none")
         )
 
     openve = found["openve"]["aggregate"]
-    total = aggregate([made(row, OPENVE, i, row["edited_type"]) for i, row in enumerate(openve["records"])])
+    total = Summary([made(row, OPENVE, i, row["edited_type"]) for i, row in enumerate(openve["records"])])
     assert {name: value for name, (value, _, _) in total.types.items()} == pytest.approx(
         openve["per_type"]
-    ) and total.macro[0] == pytest.approx(openve["overall"])
+    ) and total.means["edit types"][0] == pytest.approx(openve["overall"])
     printed = found["refvie"]["aggregate"]
     rubrics = dict(subject=SUBJECT, background=BACKGROUND)
-    total = aggregate([made(row, rubrics[row["subtask"]], i) for i, row in enumerate(printed["records"])])
+    total = Summary([made(row, rubrics[row["subtask"]], i) for i, row in enumerate(printed["records"])])
     for name, means in printed["printed_to_4_decimals"].items():
         if name == "overall":
-            assert round(total.micro[0], 4) == means["overall_average"]
+            assert round(total.means["rows"][0], 4) == means["overall_average"]
         else:
             assert {c: round(total.columns[rubrics[name].name, c][0], 4) for c in rubrics[name].names} | dict(
                 average=round(total.subtasks[rubrics[name].name][0], 4)
@@ -318,12 +318,11 @@ def test_names_inside_names():
 
 
 def test_cap():
-    assert capped(dict(zip(OPENVE.names, (2, 5, 1))), OPENVE) == (dict(zip(OPENVE.names, (2, 2, 1))), True)
-    assert capped(dict(zip(OPENVE.names, (4, 4, 1))), OPENVE)[1] is False
-    assert capped(dict(zip(OPENVE.names, (2, 5, 1))), replace(OPENVE, capped=False)) == (
-        dict(zip(OPENVE.names, (2, 5, 1))),
-        False,
-    )
+    given = lambda *scores: dict(zip(OPENVE.names, scores))
+    assert OPENVE.cap(given(2, 5, 1)) == given(2, 2, 1) and OPENVE.cap(given(4, 4, 1)) == given(4, 4, 1)
+    assert replace(OPENVE, capped=False).cap(given(2, 5, 1)) == given(2, 5, 1)
+    judged = [case(rubric=OPENVE).judged("me", given(*scores)) for scores in ((2, 5, 1), (4, 4, 1))]
+    assert [(j.capped, j.scores) for j in judged] == [(True, given(2, 2, 1)), (False, given(4, 4, 1))]
 
 
 def test_judgements_travel():
@@ -543,7 +542,7 @@ def test_one_failure_leaves_the_others_alone(serve, name, tmp_path, caplog):
     assert not any(KEY in text for text in (written, repr(judge), str(found), caplog.text)) and found[
         1
     ].error in written.replace('\\"', '"')
-    total = aggregate(found)
+    total = Summary(found)
     assert total.counts == dict(scored=2, failed=1, missing=0) and total.reasons == {kind: 1}
 
 
@@ -597,13 +596,13 @@ def test_what_is_another_question_is_asked_again(serve, tmp_path):
 
 def test_nobody_answers_any_more(serve):
     chat, server = serve((503, dict(error=dict(code=503, message="gone")), {}), tries=1)
-    found = ChatJudge(chat, frames=1).judge([case(id=str(i)) for i in range(12)], progress=False)
+    found = ChatJudge(chat, frames=1).judge([case(id=str(i), instruction=f"do {i}") for i in range(12)], progress=False)
     assert (
         len(server.asked) == 8
         and all(j.error.startswith("endpoint: 503") for j in found[:8])
         and all(j.error.startswith("not asked: 8 failures in a row, the last one endpoint: 503") for j in found[8:])
     )
-    assert aggregate(found).reasons == {"endpoint": 8, "not asked": 4}
+    assert Summary(found).reasons == {"endpoint": 8, "not asked": 4}
 
 
 def test_cases_without_their_files(serve, tmp_path):
@@ -775,7 +774,8 @@ def test_metrics_of_files_of_other_size_and_length(tmp_path):
     made = lambda path: Case(path.name, "Make it dark", CLIP, path, None, OPENVE, "style")
     good, bad = MetricJudge().judge([made(dark), made(worse)], progress=False)
     assert good.ok and bad.ok and bad.scores[OPENVE.names[1]] < good.scores[OPENVE.names[1]]
-    source, edited = clip_arrays(made(worse), side=64)
+    laid = lay_beside(made(worse), side=64)
+    source, edited = laid.source, laid.edited
     assert source.shape == edited.shape and len(source) == len(clip) - 2 and max(source.shape[1:3]) <= 64
 
 
@@ -801,43 +801,49 @@ def test_counts_and_intervals():
         for i in range(40)
     ]
     lost = [
-        failed(case(id=name, rubric=OPENVE), "me", error)
+        case(id=name, rubric=OPENVE).judged("me", error=error)
         for name, error in (("x", "missing: a.mp4"), ("y", "rubbish: no"), ("z", "time-out: no"))
     ]
-    total = aggregate([*rows, *lost])
+    total = Summary([*rows, *lost])
     assert total.counts == dict(scored=40, failed=2, missing=1)
     assert total.reasons == {"missing": 1, "rubbish": 1, "time-out": 1} and total.usage == dict(
         input_tokens=400, output_tokens=40, calls=40, cost=20.0
     )
     means = np.array([list(r.scores.values()) for r in rows])
-    assert [total.columns["openve", n][0] for n in OPENVE.names] == pytest.approx(means.mean(0)) and total.micro[
-        0
-    ] == pytest.approx(means.mean())
-    for value, low, high in (*total.columns.values(), *total.types.values(), total.micro, total.six, total.macro):
+    assert [total.columns["openve", n][0] for n in OPENVE.names] == pytest.approx(means.mean(0)) and total.means[
+        "rows"
+    ][0] == pytest.approx(means.mean())
+    for value, low, high in (
+        *total.columns.values(),
+        *total.types.values(),
+        total.means["rows"],
+        total.means["criteria"],
+        total.means["edit types"],
+    ):
         assert low < value < high
     half = 1.96 * means.mean(1).std() / math.sqrt(40)
-    assert total.micro[2] - total.micro[1] == pytest.approx(2 * half, rel=0.15)
+    assert total.means["rows"][2] - total.means["rows"][1] == pytest.approx(2 * half, rel=0.15)
     assert "40 scored, 2 failed, 1 missing" in total._repr_markdown_()
-    rare = aggregate(
+    rare = Summary(
         [judgement(str(i), (3, 4, 2 + i % 3), edit_type="rare" if i < 2 else "often") for i in range(42)]
     )  # many draws have none of the rare type
-    assert rare.macro[1] < rare.macro[0] < rare.macro[2]
-    none = aggregate(lost)
-    assert (none.counts["scored"], none.micro, none.columns) == (0, None, {}) and "0 scored" in none._repr_markdown_()
+    assert rare.means["edit types"][1] < rare.means["edit types"][0] < rare.means["edit types"][2]
+    none = Summary(lost)
+    assert (none.counts["scored"], none.means, none.columns) == (0, {}, {}) and "0 scored" in none._repr_markdown_()
 
 
 def test_what_cannot_be_put_together():
-    with pytest.raises(ValueError, match="one judge.*none"):
-        aggregate([])
-    with pytest.raises(ValueError, match="one judge"):
-        aggregate([judgement("a", (1, 1, 1)), judgement("b", (1, 1, 1), judge="you")])
-    with pytest.raises(ValueError, match="more than once"):
-        aggregate([judgement("a", (1, 1, 1)), judgement("a", (2, 1, 1))])
+    with pytest.raises(ValueError, match="one judge.*0 judges"):
+        Summary([])
+    with pytest.raises(ValueError, match="one judge.*2 judges"):
+        Summary([judgement("a", (1, 1, 1)), judgement("b", (1, 1, 1), judge="you")])
+    with pytest.raises(ValueError, match="different cases.*1 cases, 2 judgements"):
+        Summary([judgement("a", (1, 1, 1)), judgement("a", (2, 1, 1))])
 
 
 def beside(bench, rows, name):
     "The last row of a published table."
-    table = PUBLISHED[bench].beside(aggregate(rows), name)
+    table = beside_published(bench, Summary(rows), name)
     return table, table.rows[-1][0], tuple(cell.value for cell in table.rows[-1][1:])
 
 
@@ -845,12 +851,12 @@ def test_beside_published_numbers():
     rows = [judgement("a", (5, 4, 3), SUBJECT), judgement("b", (2, 2, 2), BACKGROUND)]
     table, name, values = beside("refvie", rows, "mine")
     assert values == (5, 4, 3, 2, 2, 2, 3) and name == "mine (judge: me; 2 scored, 0 failed, 0 missing)"
-    assert len(PUBLISHED["refvie"].rows) == 5 and "gemini-3-flash-preview" in table._repr_markdown_()
+    assert len(PUBLISHED["refvie"]["rows"]) == 5 and "gemini-3-flash-preview" in table._repr_markdown_()
     assert "| Kling-O1 | 4.75 |" in table._repr_markdown_()
     kinds = ("background_change", "local_change", "global_style")
     rated = [judgement(t, (s,) * 3, edit_type=t) for t, s in zip(kinds, (1, 3, 5))]
     assert beside("openve", rated, "mine")[2] == (3, 5, 1, 3, None, None)
-    assert PUBLISHED["openve"].rows["Kiwi-Edit, stage 3"] == (3.02, 3.64, 2.64, 3.83, 2.63, 2.36)
+    assert PUBLISHED["openve"]["rows"]["Kiwi-Edit, stage 3"] == [3.02, 3.64, 2.64, 3.83, 2.63, 2.36]
     assert beside("refvie", rows[:1], "half")[2] == (5, 4, 3, None, None, None, 4)
 
 
@@ -919,23 +925,23 @@ def test_agreement_of_judges():
     b[3] = replace(b[3], scores=dict.fromkeys(OPENVE.names), error="rubbish: no")
     found = agreement(a, b[1:], resamples=60)
     keep = [i for i in range(19) if i != 16]
-    row = found.rows[A]
+    rows = {name: rest for name, *rest in found.rows}
+    n, tau, rho, ordinal, _, close = rows[A]
     assert (
-        found.left_out == 2
-        and row["n"] == 18
-        and row["tau"][0] == pytest.approx(kendalltau(x[keep, 0], y[keep, 0]).statistic)
-        and row["rho"][0] == pytest.approx(spearmanr(x[keep, 0], y[keep, 0]).statistic)
+        n == 18
+        and tau.value == pytest.approx(kendalltau(x[keep, 0], y[keep, 0]).statistic)
+        and rho.value == pytest.approx(spearmanr(x[keep, 0], y[keep, 0]).statistic)
     )
     assert (
-        found.rows["all"]["ordinal"][0] == pytest.approx(krippendorff_alpha([x[keep].ravel(), y[keep].ravel()]))
-        and row["close"][0] == 1
-        and all(row[k][1] <= row[k][0] <= row[k][2] for k in ("tau", "ordinal"))
+        rows["all"][3].value == pytest.approx(krippendorff_alpha([x[keep].ravel(), y[keep].ravel()]))
+        and close.value == 1
+        and all(v.low <= v.value <= v.high for v in (tau, ordinal))
     )
     assert "a and b; 2 cases" in found._repr_markdown_()
     same = agreement(a, [replace(j, judge="b", scores=dict.fromkeys(OPENVE.names, 3.0)) for j in a], resamples=20)
-    assert math.isnan(same.rows[A]["tau"][0]) and same.rows[A]["n"] == 20
+    assert same.rows[0][:3] == [A, 20, None] and "nan" not in str(same)
     apart = agreement(a[:5], [replace(j, judge="b") for j in a[5:]])
-    assert apart.rows == {} and apart.left_out == 20
+    assert apart.rows == [] and "20 cases" in apart.title
     with pytest.raises(ValueError, match="`b` has to be one judge"):
         agreement(a, [])
     with pytest.raises(ValueError, match="`a` has to be one judge"):
@@ -953,11 +959,16 @@ def page_cases():
     ]
 
 
+def facts(text):
+    "What a page knows of its cases."
+    return json.loads(text.split('id="facts">')[1].split("</script>")[0])["cases"]
+
+
 def test_page_is_whole_and_safe(tmp_path):
     text = save_score_page(page_cases(), tmp_path / "p.html").read_text()
     assert (
         "<img src=x" not in text
-        and "&lt;img src=x onerror" in text
+        and [c["instruction"] for c in facts(text)] == [c.instruction for c in page_cases()]
         and "://" not in text
         and text.count("data:video/mp4") == 6
         and text.count("data:image/png") == 2
@@ -979,25 +990,21 @@ def test_page_is_whole_and_safe(tmp_path):
 
 
 def test_page_with_files_beside_it(tmp_path):
-    assert (
-        'src="100%25%20%231_files/1-'
-        in save_score_page(page_cases(), tmp_path / "new/100% #1.html", embed=False).read_text()
-    )
+    odd = save_score_page(page_cases(), tmp_path / "new/100% #1.html", embed=False).read_text()
+    assert facts(odd)[0]["media"][0]["src"].startswith("100%25%20%231_files/1-")
     text = save_score_page(page_cases(), tmp_path / "p.html", embed=False).read_text()
     assert (
         "data:" not in text
         and len(list((tmp_path / "p_files").iterdir())) == 8
-        and 'src="p_files/3-before.mp4"' in text
+        and facts(text)[2]["media"][0] == dict(name="before", still=False, src="p_files/3-before.mp4")
         and (tmp_path / "p_files" / "3-before.mp4").read_bytes() == CLIP.read_bytes()
     )
 
 
 def test_blind_order(tmp_path):
     cases = [case(id=f"kiwi-{i}", instruction=f"do {i}") for i in range(6)]
-    order = lambda **o: [
-        int(part[0])
-        for part in save_score_page(cases, tmp_path / "p.html", **o).read_text().split("<blockquote>do ")[1:]
-    ]
+    shown = lambda **o: facts(save_score_page(cases, tmp_path / "p.html", **o).read_text())
+    order = lambda **o: [int(c["instruction"].removeprefix("do ")) for c in shown(**o)]
     assert order() == list(range(6)) != order(seed=3) == order(seed=3) != order(seed=4) and sorted(
         order(seed=4)
     ) == list(range(6))

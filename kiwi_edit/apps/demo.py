@@ -741,8 +741,7 @@ def _judge_names():
 
 def _judge_edit(judge, kind, source, edited, reference, instruction):
     "Scores of an edit, and the numbers behind them, as markdown."
-    from kiwi_edit.eval.judge import RUBRICS, Case, MetricJudge, clip_arrays, picture_of
-    from kiwi_edit.metrics import measure_clip
+    from kiwi_edit.eval.judge import RUBRICS, Case, MetricJudge, lay_beside, measure_case
     from kiwi_edit.eval.published import judge_of
 
     for name, value, known in (("judge", judge, _judge_names()), ("kind", kind, _KINDS)):
@@ -763,9 +762,7 @@ def _judge_edit(judge, kind, source, edited, reference, instruction):
     parts = [f"### {found.mean:.2f} of 5, by {html.escape(found.judge)}", scores._repr_markdown_()]
     if judge != _METRICS:
         return "\n\n".join([*parts, *map(html.escape, found.replies[-1:])])
-    picture = None if case.reference is None else picture_of(case.reference)
-    before, after = clip_arrays(case)
-    numbers = measure_clip(after, before, picture)
+    numbers = measure_case(lay_beside(case))
     rows = [[n, "–" if np.isnan(numbers[n]) else f"{numbers[n]:.3g}", what] for n, what in CLIP_METRICS.items()]
     note = "No model has looked at the clips: the numbers say what changed and how steadily, not whether it should."
     parts.append(Table("", ["number", "value", "what it is"], rows, note=note)._repr_markdown_())

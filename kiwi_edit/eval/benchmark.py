@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import platform
@@ -15,6 +14,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -40,16 +40,14 @@ from kiwi_edit.metrics import (
     squared_error,
 )
 from ..pipeline import KiwiEditPipeline, decode_latents, encode_frames, fit_reference, flow_sigmas, walk
-from ..records import Table, Value, digest
-from ..video import Strip, replacing, resize_frames
+from ..records import Outcome, Table, Value, digest
+from ..video import Strip, resize_frames
 from ..world import EVAL_SEED, TASKS, Quadruplet, World
 
 # %% auto #0
-__all__ = ['BENCH_SAMPLES', 'BENCH_DIGESTS', 'BLURRED', 'PASTED', 'MEAN_COLOUR', 'NOISE', 'COPIED', 'MIN_SHARPNESS', 'MAX_LOST',
-           'benchmark_samples', 'bench_digest', 'check_bench', 'candidate_targets', 'film', 'seeds_of', 'edit_batch',
-           'denoise_batch', 'Editor', 'reconstruct', 'oracle', 'frame_by_frame', 'flicker_error', 'succeeded', 'Scene',
-           'measure', 'task_scores', 'by_task', 'write_text', 'Report', 'describe_hardware', 'run_editors',
-           'bench_world', 'run_benchmark', 'checkpoint_digest', 'provenance', 'Ranking', 'run_baselines']
+__all__ = ['BENCH_SAMPLES', 'BENCH_DIGESTS', 'benchmark_samples', 'bench_digest', 'check_bench', 'candidate_targets', 'film',
+           'edit_batch', 'denoise_batch', 'Editor', 'reconstruct', 'baselines', 'flicker_error', 'succeeded', 'Scene',
+           'measure', 'by_task', 'Report', 'describe_hardware', 'run_editors', 'run_benchmark', 'provenance', 'Ranking']
 
 # %% ../../nbs/library/40_benchmark.ipynb #e237106b
 _VISIBLE = 1.0  # squared levels: a smaller distance from source to target is no edit that anybody could see
@@ -166,20 +164,13 @@ def film(
     return figure
 
 # %% ../../nbs/library/40_benchmark.ipynb #9a4a22c2
-def seeds_of(samples: list[Quadruplet]) -> list[int]:
-    "Seeds of the noise: those of the scenes."
-    return [sample.meta["seed"] for sample in samples]
-
-
 @torch.no_grad()
 def edit_batch(
     pipe: KiwiEditPipeline,
     samples: list[Quadruplet],  # of one size; with a reference or without
     steps: int | None = None,  # denoising steps; None takes the model's own
-    seeds: list[int] | None = None,  # of the noise, one for each sample; None takes those of the scenes
 ) -> np.ndarray:  # (B, T, H, W, 3) uint8
-    "Edit several clips at once; each comes out as the pipeline gives it alone with a generator of the same seed."
-    seeds = seeds_of(samples) if seeds is None else seeds
+    "Edit several clips at once; each comes out as the pipeline gives it alone with a generator of its scene's seed."
     device = pipe._execution_device
     images = [[] if sample.reference is None else [PIL.Image.fromarray(sample.reference)] for sample in samples]
     words, sources = [sample.instruction for sample in samples], [sample.source for sample in samples]
@@ -188,6 +179,7 @@ def edit_batch(
     source = encode_frames(pipe.vae, np.stack(sources), device)
     reference, reference_mask = _reference_latents(pipe, images, sources[0].shape, device)
     steps = pipe.config.default_steps if steps is None else steps
+    seeds = [sample.meta["seed"] for sample in samples]
     edited = denoise_batch(pipe, context, context_mask, source, reference, steps, seeds, reference_mask)
     pipe.maybe_free_model_hooks()
     return edited
@@ -228,11 +220,13 @@ def denoise_batch(
 # %% ../../nbs/library/40_benchmark.ipynb #a813c997
 @dataclass(frozen=True)
 class Editor:
-    "Something to compare a model with."
+    "Something that is measured: a model, or what a model is compared with."
 
     name: str
-    edit_samples: Callable  # (samples, steps, seeds) -> (B, T, H, W, 3) uint8
+    edit_samples: Callable  # (samples, steps) -> (B, T, H, W, 3) uint8
     vae: "AutoencoderKLWan | None" = None  # which a report holds it against
+    steps: int | None = None  # denoising steps where none are asked for
+    device: torch.device = torch.device("cpu")
 
 
 @torch.no_grad()
@@ -243,30 +237,14 @@ def reconstruct(
     "Frames through the autoencoder and back."
     return decode_latents(vae, encode_frames(vae, frames))
 
-
-def oracle(vae: "AutoencoderKLWan") -> Editor:
-    "Knows the target, and passes it through an autoencoder: as good as a latent model with this autoencoder can get."
-
-    def edit_samples(samples, steps=None, seeds=None):
-        return reconstruct(vae, np.stack([sample.target for sample in samples]))
-
-    return Editor("autoencoder of the target", edit_samples, vae)
-
 # %% ../../nbs/library/40_benchmark.ipynb #b0420005
-def frame_by_frame(pipe: KiwiEditPipeline) -> Editor:
-    "Edits each frame alone, as a clip of one frame, with noise of the same seed."
-
-    def edit_samples(samples, steps=None, seeds=None):
-        outputs = []
-        for sample, seed in zip(samples, seeds or seeds_of(samples)):
-            frames = [replace(sample, source=frame[None]) for frame in sample.source]
-            outputs.append(edit_batch(pipe, frames, steps, [seed] * len(frames))[:, 0])
-        return np.stack(outputs)
-
-    return Editor("frame by frame", edit_samples)
+def _frame_by_frame(pipe, samples, steps=None):
+    "Each frame alone, as a clip of one frame, with noise of the same seed."
+    clips = [[replace(sample, source=frame[None]) for frame in sample.source] for sample in samples]
+    return np.stack([edit_batch(pipe, frames, steps)[:, 0] for frames in clips])
 
 
-def _pasted(sample, seed):
+def _pasted(sample):
     "The reference's canvas in the box of the mask, or, as a background, behind what stays."
     out = sample.source.copy()
     if sample.reference is None:
@@ -285,34 +263,43 @@ def _pasted(sample, seed):
     return out
 
 
-def _mean_colour(sample, seed):
+def _mean_colour(sample):
     colour = sample.target[sample.mask].mean(0).round().astype(np.uint8)
     return np.where(sample.mask[..., None], colour, sample.source)
 
 
-def _noise(sample, seed):
-    noise = np.random.default_rng(seed).integers(0, 256, sample.source.shape, np.uint8)
+def _noise(sample):
+    noise = np.random.default_rng(sample.meta["seed"]).integers(0, 256, sample.source.shape, np.uint8)
     return np.where(sample.mask[..., None], noise, sample.source)
 
 
-def _blurred(sample, seed):
+def _blurred(sample):
     deviation = min(sample.target.shape[1:3]) / 48  # 2 pixels where a frame has 96
     soft = np.stack([cv2.GaussianBlur(frame, (0, 0), deviation) for frame in sample.target])
     return np.where(sample.mask[..., None], soft, sample.target)
 
 
-def _one_by_one(name, edit):
-    def edit_samples(samples, steps=None, seeds=None):
-        return np.stack([edit(sample, seed) for sample, seed in zip(samples, seeds or seeds_of(samples))])
+_ONE_BY_ONE = {  # what edits one sample after the other -> how
+    "target, blurred": _blurred,  # knows the target, and blurs it inside the mask
+    "reference pasted": _pasted,  # knows the mask, and pastes the reference there as it is
+    "mean colour": _mean_colour,  # knows the target's mean colour, and fills the mask with it
+    "pixel noise": _noise,  # knows the mask, and fills it with noise
+    "copy of the source": lambda sample: sample.source,
+}
 
-    return Editor(name, edit_samples)
 
-
-BLURRED = _one_by_one("target, blurred", _blurred)  # knows the target, and blurs it inside the mask
-PASTED = _one_by_one("reference pasted", _pasted)  # knows the mask, and pastes the reference there as it is
-MEAN_COLOUR = _one_by_one("mean colour", _mean_colour)  # knows the target's mean colour, and fills the mask with it
-NOISE = _one_by_one("pixel noise", _noise)  # knows the mask, and fills it with noise
-COPIED = _one_by_one("copy of the source", lambda sample, seed: sample.source)
+def baselines(
+    pipe: KiwiEditPipeline | None = None,  # whose autoencoder and denoiser two of them use; None leaves these out
+) -> dict[str, Editor]:  # name -> editor
+    "What a model is compared with. The autoencoder of the target is as good as a latent model can get."
+    found = {}
+    if pipe is not None:
+        rebuilt = lambda samples, steps=None: reconstruct(pipe.vae, np.stack([sample.target for sample in samples]))
+        edits = {"autoencoder of the target": rebuilt, "frame by frame": partial(_frame_by_frame, pipe)}
+        found = {name: Editor(name, edit, pipe.vae) for name, edit in edits.items()}
+    for name, edit in _ONE_BY_ONE.items():
+        found[name] = Editor(name, lambda samples, steps=None, edit=edit: np.stack([edit(s) for s in samples]))
+    return found
 
 # %% ../../nbs/library/40_benchmark.ipynb #b042000a
 def flicker_error(
@@ -326,8 +313,8 @@ def flicker_error(
     return mean_inside(wrong, mask[..., 1:, :, :] & mask[..., :-1, :, :])
 
 # %% ../../nbs/library/40_benchmark.ipynb #5cce0002
-MIN_SHARPNESS = 0.6  # see `sharpness_share`
-MAX_LOST = 2.0  # dB outside the edit, against the autoencoder's own reconstruction of the target
+_MIN_SHARPNESS = 0.6  # see `sharpness_share`
+_MAX_LOST = 2.0  # dB outside the edit, against the autoencoder's own reconstruction of the target
 # squared levels: outside the mask source and target differ by a level in some pixels at the rim of a shadow
 _ROUNDED = 0.01
 
@@ -336,10 +323,10 @@ def succeeded(
     record: dict,  # of `measure`
 ) -> bool:
     "Whether an edit is told apart, sharp, nearer to the target than the source is, and keeps the rest."
-    may_lose = max(_ROUNDED, 10 ** (MAX_LOST / 10) * np.nan_to_num(record["ceiling_outside_error"]))
+    may_lose = max(_ROUNDED, 10 ** (_MAX_LOST / 10) * np.nan_to_num(record["ceiling_outside_error"]))
     keeps = not record["outside_error"] > may_lose  # NaN where nothing lies outside
     nearer = record["feature_error"] < record["feature_distance"]
-    return bool(record["told_apart"] and record["sharpness"] >= MIN_SHARPNESS and nearer and keeps)
+    return bool(record["told_apart"] and record["sharpness"] >= _MIN_SHARPNESS and nearer and keeps)
 
 
 class Scene:
@@ -386,9 +373,8 @@ def measure(
     outputs: np.ndarray,  # (B, T, H, W, 3) uint8
 ) -> list[dict]:  # one record for each scene
     "What is measured of a batch of edits."
-    samples = [scene.sample for scene in scenes]
-    stacked = [np.stack([getattr(sample, name) for sample in samples]) for name in ("source", "target", "mask")]
-    source, target, mask = stacked
+    names = "source", "target", "mask"
+    source, target, mask = (np.stack([getattr(scene.sample, name) for scene in scenes]) for name in names)
     if outputs.shape != target.shape:
         raise InputError(f"`outputs` has to be {target.shape} as the targets are but is {outputs.shape}.")
     known = all(scene.reconstruction is not None for scene in scenes)
@@ -423,31 +409,33 @@ def _mean(values):
     return float(known.mean()) if len(known) else None
 
 
-def _share(values, name):
-    "A share and its interval, None where it is not known of all."
-    known = not np.isnan(values).any()
-    share, interval = (float(values.mean()), share_interval(values)) if known else (None, None)
-    return {name: share, f"{name}_interval": interval}
+def _estimate(name, statistic, *columns, interval=None):
+    "A number and the interval in which it lies, None where a column is not known of all."
+    if any(np.isnan(column).any() for column in columns):
+        return {name: None, f"{name}_interval": None}
+    found = bootstrap(*columns, statistic=statistic) if interval is None else interval(*columns)
+    return {name: float(statistic(*columns)), f"{name}_interval": found}
 
 
-def task_scores(
-    records: list[dict],  # of one task
-) -> dict:  # numbers, with "..._interval" beside those that have one; None where nothing is known
-    "What the edits of a task come to."
+def _done(error, distance):
+    return 1 - error.sum() / distance.sum()
+
+
+def _task_scores(records):
+    "What the edits of a task come to: numbers, with '..._interval' beside those that have one; None is not known."
     error, distance, ceiling = (_column(records, name) for name in ("error", "distance", "ceiling_error"))
     unlike, far = (_column(records, name) for name in ("feature_error", "feature_distance"))
     outside, limit = (psnr_from_error(_column(records, f"{name}outside_error")) for name in ("", "ceiling_"))
     return dict(
         samples=len(records),
-        **_share(_column(records, "success"), "success"),
-        **_share(_column(records, "told_apart"), "told_apart"),
+        **_estimate("success", np.mean, _column(records, "success"), interval=share_interval),
+        **_estimate("told_apart", np.mean, _column(records, "told_apart"), interval=share_interval),
         likeness=None if np.isnan(far).any() else pooled_share(unlike, far),
         sharpness=_mean(_column(records, "sharpness")),
         psnr_outside=_mean(outside),
         psnr_ceiling=_mean(limit),
         psnr_lost=_mean(np.maximum(limit - outside, 0)),
-        pooled=pooled_share(error, distance),
-        pooled_interval=bootstrap(error, distance, statistic=lambda e, d: 1 - e.sum() / d.sum()),
+        **_estimate("pooled", _done, error, distance),
         ceiling=None if np.isnan(ceiling).any() else pooled_share(ceiling, distance),
     )
 
@@ -458,27 +446,37 @@ def by_task(records: list[dict]) -> dict[str, list[dict]]:  # task -> its record
     return {task: [record for record in records if record["task"] == task] for task in tasks}
 
 
-def _cell(row, name, digits=2, times=1):
+_COLUMNS = dict(  # number of a task or an editor -> its column, digits behind the point, factor
+    success=("success, %", 0, 100),
+    told_apart=("told apart, %", 0, 100),
+    likeness=("likeness", 2, 1),
+    sharpness=("sharpness", 2, 1),
+    psnr_lost=("lost outside", 1, 1),
+    flicker=("flicker", 1, 1),
+    pooled=("edit done", 2, 1),
+    ceiling=("autoencoder", 2, 1),
+    difference=("difference", 0, 100),
+)
+
+
+def _cell(row, name):
     "A number of a row with its interval."
+    _, digits, times = _COLUMNS[name]
     found = [row[name], *(row.get(f"{name}_interval") or (None, None))]
     return Value(*(None if x is None else times * x for x in found), digits)
+
+
+def _table(title, head, rows, names, note=""):
+    "A table of some numbers; `head` names the columns before them, and rows are pairs of those and the numbers."
+    cells = [[*before, *(_cell(row, name) for name in names)] for before, row in rows]
+    return Table(title, [*head, *(_COLUMNS[name][0] for name in names)], cells, note=note)
 
 
 _UNSEEN = "what a network has to see is empty: it needs the extra `eval`, `pip install kiwi-edit[eval]`"
 
 # %% ../../nbs/library/40_benchmark.ipynb #6de4cd50
-def write_text(
-    path: str | Path,  # made or replaced
-    text: str,
-) -> Path:
-    "Write a file that appears when it is whole."
-    with replacing(path, True) as temporary:
-        Path(temporary).write_text(text, encoding="utf-8", errors="backslashreplace")
-    return Path(path)
-
-
 @dataclass
-class Report:
+class Report(Outcome):
     "What a benchmark found, sample by sample and as tables."
 
     model: str
@@ -497,7 +495,7 @@ class Report:
     def rows(self) -> dict[str, dict]:  # task -> scores
         "The scores of each task whose targets are known."
         known = [record for record in self.records if record.get("distance") is not None]
-        return {task: task_scores(records) for task, records in by_task(known).items()}
+        return {task: _task_scores(records) for task, records in by_task(known).items()}
 
     def conditions(self) -> list[str]:
         "What the numbers were measured on, and with what."
@@ -515,44 +513,29 @@ class Report:
 
     def tables(self) -> list[Table]:
         "All tables."
-        cells = []
-        for task, row in self.rows.items():
-            shares = [_cell(row, name, digits=0, times=100) for name in ("success", "told_apart")]
-            cells.append([task, row["samples"], *shares, _cell(row, "likeness"), _cell(row, "sharpness")])
-            cells[-1] += [_cell(row, "psnr_lost", digits=1), _cell(row, "pooled"), _cell(row, "ceiling")]
-        if not cells:
+        rows = self.rows
+        if not rows:
             return []
         notes = [*self.conditions(), "chance to be told apart 12.5%; intervals hold 95%; lost in dB"]
-        if any(row["success"] is None for row in self.rows.values()):
-            notes.append(_UNSEEN)
-        columns = ["task", "samples", "success, %", "told apart, %", "likeness", "sharpness", "lost outside"]
-        return [Table(self.model, [*columns, "edit done", "autoencoder"], cells, note="; ".join(notes) + ".")]
+        notes += [_UNSEEN] if any(row["success"] is None for row in rows.values()) else []
+        names = "success", "told_apart", "likeness", "sharpness", "psnr_lost", "pooled", "ceiling"
+        found = [([task, row["samples"]], row) for task, row in rows.items()]
+        return [_table(self.model, ["task", "samples"], found, names, "; ".join(notes) + ".")]
 
-    def _repr_markdown_(self) -> str:
-        return "\n\n".join(table._repr_markdown_() for table in self.tables())
+    def facts(self) -> dict:
+        "All but records and pictures."
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("records", "shown")}
 
-    def save(
-        self,
-        path: str | Path,  # .json, made or replaced
-    ) -> Path:
-        "Write everything but the pictures."
-        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "shown"}
+    def record(self) -> dict:
+        "Everything but the pictures."
         finite = lambda value: None if isinstance(value, float) and math.isinf(value) else value
-        data["scores"] = {task: {k: finite(v) for k, v in row.items()} for task, row in self.rows.items()}
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        return write_text(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        scores = {task: {k: finite(v) for k, v in row.items()} for task, row in self.rows.items()}
+        return self.facts() | dict(records=self.records, scores=scores)
 
     @classmethod
-    def load(
-        cls,
-        path: str | Path,  # written by `save`
-    ) -> Report:
-        "Read a report."
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            found = cls(**{f.name: data[f.name] for f in fields(cls) if f.name in data})
-        except (ValueError, TypeError) as error:
-            raise InputError(f"`path` has to be a saved report but {str(path)!r} is none: {error}.") from error
+    def of(cls, record: dict) -> Report:
+        "The report that a file holds."
+        found = cls(**{f.name: record[f.name] for f in fields(cls) if f.name in record})
         found.size = tuple(found.size)
         return found
 
@@ -570,16 +553,15 @@ class Report:
         shared = [record for record in self.records if (record["task"], record["seed"]) in known]
         if not shared:
             raise InputError("`other` has to be a report on some of the same scenes but the two share none.")
-        rows, undone = {}, lambda error, distance: -error.sum() / distance.sum()
+        rows = {}
         for task, records in by_task(shared).items():
             others = [known[task, record["seed"]] for record in records]
-            gaps = {n: _column(records, n) - _column(others, n) for n in ("error", "success", "told_apart")}
-            error, distance = gaps.pop("error"), _column(records, "distance")
-            interval = bootstrap(error, distance, statistic=undone)
-            rows[task] = dict(samples=len(records), pooled=float(undone(error, distance)), pooled_interval=interval)
-            for name, gap in gaps.items():
-                mean, interval = (None, None) if np.isnan(gap).any() else (float(gap.mean()), bootstrap(gap))
-                rows[task] |= {name: mean, f"{name}_interval": interval}
+            gap = lambda name: _column(records, name) - _column(others, name)
+            undone = lambda error, distance: -error.sum() / distance.sum()
+            rows[task] = dict(samples=len(records))
+            rows[task] |= _estimate("pooled", undone, gap("error"), _column(records, "distance"))
+            for name in ("success", "told_apart"):
+                rows[task] |= _estimate(name, np.mean, gap(name))
         return rows
 
     def compare(
@@ -587,12 +569,9 @@ class Report:
         other: Report,  # on some of the same scenes
     ) -> Table:
         "This report minus another."
-        cells = []
-        for task, row in self.differences(other).items():
-            shares = [_cell(row, name, digits=0, times=100) for name in ("success", "told_apart")]
-            cells.append([task, row["samples"], *shares, _cell(row, "pooled")])
+        rows = [([task, row["samples"]], row) for task, row in self.differences(other).items()]
         title = f"{self.model} minus {other.model}; world: {self.difficulty}"
-        return Table(title, ["task", "samples", "success, %", "told apart, %", "edit done"], cells)
+        return _table(title, ["task", "samples"], rows, ("success", "told_apart", "pooled"))
 
     def strips(
         self,
@@ -637,65 +616,56 @@ def _synchronize(device):
         torch.cuda.synchronize(device)
 
 
-class _Subject:
-    "One of the editors that are measured, with what comes out of it."
+def _as_editor(editor, name=None):
+    "A pipeline, or whatever else edits samples, with what a report says of it."
+    name = name or _name_of(editor)
+    if isinstance(editor, KiwiEditPipeline):
+        own = editor.config.default_steps, editor._execution_device
+        return Editor(name, partial(edit_batch, editor), editor.vae, *own)
+    return Editor(name, editor.edit_samples, getattr(editor, "vae", None))
 
-    def __init__(self, name, editor, steps):
-        own = editor if isinstance(editor, KiwiEditPipeline) else None
-        self.name, self.editor, self.pipe = name, editor, own
-        self.steps = own.config.default_steps if own and steps is None else steps
-        self.device = own._execution_device if own else torch.device("cpu")
-        self.records, self.shown, self.seconds = [], {}, 0.0
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
 
-    def edit(self, scenes, keep):
-        batch, began = [scene.sample for scene in scenes], time.perf_counter()
-        if self.pipe:
-            outputs = edit_batch(self.pipe, batch, self.steps)
-        else:
-            outputs = self.editor.edit_samples(batch, self.steps, seeds_of(batch))
-        _synchronize(self.device)
-        self.seconds += time.perf_counter() - began
-        self.records += measure(scenes, outputs)
-        kept = self.shown.setdefault(batch[0].task, [])
-        kept += list(zip(batch, outputs))[: max(0, keep - len(kept))]
-
-    def report(self, world, seed, batch_size):
-        return Report(
-            self.name,
-            self.records,
-            world.difficulty_name,
-            (world.num_frames, world.height, world.width),
-            self.steps,
-            seed,
-            describe_hardware(self.device),
-            self.seconds / len(self.records),
-            batch_size,
-            _peak_memory(self.device),
-            self.shown,
-        )
+def _edit(editor, report, scenes, keep):
+    "Edit scenes of a task, and add what is measured to a report."
+    samples, began = [scene.sample for scene in scenes], time.perf_counter()
+    outputs = editor.edit_samples(samples, report.steps)
+    _synchronize(editor.device)
+    report.seconds_per_edit += time.perf_counter() - began
+    report.records += measure(scenes, outputs)
+    kept = report.shown.setdefault(samples[0].task, [])
+    kept += list(zip(samples, outputs))[: max(0, keep - len(kept))]
 
 
 def run_editors(
-    editors: dict,  # name in the report -> `KiwiEditPipeline`, or anything with `edit_samples(samples, steps, seeds)`
-    world: World,  # of the split "eval"
+    editors: dict,  # name in the report -> `KiwiEditPipeline`, or anything with `edit_samples(samples, steps)`
     tasks: tuple[str, ...] = TASKS,
     samples: int = 32,  # of each task
     seed: int = EVAL_SEED,  # of the first scene; the noise of an edit has the seed of its scene
     steps: int | None = None,  # denoising steps; None takes each model's own
     batch_size: int = 8,  # edits at once
-    vae: "AutoencoderKLWan | None" = None,  # which all are held against outside the edit
+    difficulty: str = "full",  # of the world
+    size: int | None = None,  # pixels, square; None takes the first model's own, the world's where there is none
+    num_frames: int | None = None,  # likewise
     progress: bool = True,
     keep: int = 4,  # samples of each task whose pictures the reports keep
 ) -> list[Report]:
-    "Measure several editors on the same scenes, each of which is prepared once for all of them."
+    "Measure editors on the same held-out scenes, against the autoencoder of the first that has one."
+    tasks = (tasks,) if isinstance(tasks, str) else tuple(tasks)
+    world = _bench_world(editors.values(), size, num_frames, difficulty)
     if wrong := [task for task in tasks or ["none"] if task not in TASKS]:
         raise InputError(f"`tasks` has to hold names of {', '.join(TASKS)} but holds {wrong[0]!r}.")
     for argument, value in dict(samples=samples, batch_size=batch_size, steps=steps).items():
         if value is not None and value < 1:
             raise InputError(f"`{argument}` has to be at least 1 but is {value}.")
-    subjects = [_Subject(name, editor, steps) for name, editor in editors.items()]
+    editors = [_as_editor(editor, name) for name, editor in editors.items()]
+    reports, shape = [], (world.num_frames, world.height, world.width)
+    for editor in editors:
+        if editor.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(editor.device)
+        asked = editor.steps if steps is None else steps
+        report = Report(editor.name, [], world.difficulty_name, shape, asked, seed, describe_hardware(editor.device))
+        reports.append(replace(report, seconds_per_edit=0.0, batch_size=min(batch_size, samples)))
+    vae = next((editor.vae for editor in editors if editor.vae is not None), None)
     features = perceptual_features("cpu" if vae is None else str(vae.device))
     with tqdm(total=len(tasks) * samples, unit="scene", disable=not progress) as bar:
         for task in tasks:
@@ -705,20 +675,18 @@ def run_editors(
                 batch = found[start : start + batch_size]
                 rebuilt = [None] * len(batch) if vae is None else reconstruct(vae, np.stack([s.target for s in batch]))
                 scenes = [Scene(world, sample, frames, features) for sample, frames in zip(batch, rebuilt)]
-                for subject in subjects:
-                    subject.edit(scenes, keep)
+                for editor, report in zip(editors, reports):
+                    _edit(editor, report, scenes, keep)
                 bar.update(len(batch))
-    return [subject.report(world, seed, min(batch_size, samples)) for subject in subjects]
+    for editor, report in zip(editors, reports):
+        report.seconds_per_edit /= len(report.records)
+        report.peak_memory_gb = _peak_memory(editor.device)
+    return reports
 
 # %% ../../nbs/library/40_benchmark.ipynb #ffced04a
-def bench_world(
-    pipe,  # a `KiwiEditPipeline`, or anything else
-    size: int | None = None,  # pixels, square; None takes the model's own, the world's where it has none
-    num_frames: int | None = None,  # None takes the model's own, the world's where it has none
-    difficulty: str = "full",
-) -> World:
+def _bench_world(editors, size, num_frames, difficulty):
     "Held-out scenes of the size that a model works at."
-    if isinstance(pipe, KiwiEditPipeline):
+    if pipe := next((editor for editor in editors if isinstance(editor, KiwiEditPipeline)), None):
         size = size or max(1, math.isqrt(pipe.config.max_pixels) // pipe.size_multiple) * pipe.size_multiple
         if size % pipe.size_multiple:
             raise InputError(f"`size` has to be a multiple of {pipe.size_multiple} for this model but is {size}.")
@@ -728,31 +696,13 @@ def bench_world(
 
 
 def run_benchmark(
-    pipe,  # a `KiwiEditPipeline`, or anything with `edit_samples(samples, steps, seeds)`
+    pipe,  # a `KiwiEditPipeline`, or anything with `edit_samples(samples, steps)`
     tasks: tuple[str, ...] = TASKS,
-    difficulty: str = "full",  # of the world
-    out: str | Path | None = None,  # folder for benchmark.json and benchmark.png, made if missing
-    size: int | None = None,  # pixels, square; None takes the model's own, the world's where it has none
-    num_frames: int | None = None,  # None takes the model's own, the world's where it has none
     name: str | None = None,  # of the model in the report; None takes its own
-    **options,  # `samples` of each task, first `seed`, `steps`, `batch_size`, `progress`, `keep`: see `run_editors`
+    **options,  # `samples` of each task, `steps`, `difficulty`, `size`, `progress` and more: see `run_editors`
 ) -> Report:
     "Measure a model on the world's held-out scenes."
-    tasks, world = (tasks,) if isinstance(tasks, str) else tuple(tasks), bench_world(pipe, size, num_frames, difficulty)
-    if out is not None:
-        Path(out).mkdir(parents=True, exist_ok=True)  # before the work, not after it
-    editors = {name or _name_of(pipe): pipe}
-    (report,) = run_editors(editors, world, tasks, vae=getattr(pipe, "vae", None), **options)
-    if out is not None:
-        report.save(Path(out) / "benchmark.json")
-        if any(report.shown.values()):
-            _save_picture(Path(out) / "benchmark.png", report.strips(2))
-    return report
-
-
-def _save_picture(path, figure):
-    with replacing(path, True) as temporary:
-        Path(temporary).write_bytes(figure._repr_png_())
+    return run_editors({name or _name_of(pipe): pipe}, tasks, **options)[0]
 
 
 def _name_of(pipe):
@@ -766,9 +716,7 @@ def _name_of(pipe):
     return path.name if path.exists() else str(name)
 
 # %% ../../nbs/library/40_benchmark.ipynb #b042000d
-def checkpoint_digest(
-    folder: str | Path,  # of a model
-) -> str:  # 16 hexadecimal digits
+def _checkpoint_digest(folder):
     "Tells models apart by the bytes of their configs and weights."
     folders = sorted(path for path in Path(folder).iterdir() if path.is_dir() and any(path.glob("*.safetensors")))
     if not folders:
@@ -785,7 +733,7 @@ def provenance(
     return dict(
         versions={name: version(name) for name in names},
         hardware=describe_hardware(device),
-        checkpoint=None if folder is None else checkpoint_digest(folder),
+        checkpoint=None if folder is None else _checkpoint_digest(folder),
     )
 
 # %% ../../nbs/library/40_benchmark.ipynb #b042000f
@@ -795,9 +743,10 @@ ceiling_outside_error flicker""".split()
 
 
 @dataclass
-class Ranking:
+class Ranking(Outcome):
     "Several editors on the same scenes."
 
+    indent = None
     reports: list[Report] = field(repr=False)  # the first is the one that the others are held against
     about: dict = field(default_factory=dict)  # what they were made with, see `provenance`
 
@@ -824,31 +773,24 @@ class Ranking:
         rows, first = {}, self._columns(self.reports[0], "success")
         for report in self.reports:
             success, error, distance = (self._columns(report, name) for name in ("success", "error", "distance"))
-            gap, tasks = first - success, report.rows.values()
-            known = not np.isnan(gap).any()
-            names = ("told_apart", "likeness", "sharpness", "psnr_lost")
+            tasks, names = report.rows.values(), ("told_apart", "likeness", "sharpness", "psnr_lost")
             rows[report.model] = dict(
-                **_share(success.ravel() if known else np.array([np.nan]), "success"),
-                difference=float(gap.mean()) if known else None,
-                difference_interval=bootstrap(gap.mean(1)) if known else None,
+                **_estimate("success", np.mean, success.ravel(), interval=share_interval),
+                **_estimate("difference", np.mean, first - success),
                 **{name: _mean(row[name] for row in tasks) for name in names},
                 flicker=_mean(self._columns(report, "flicker").ravel()),
-                done=float(done(error, distance)),
-                done_interval=bootstrap(error, distance, statistic=done),
+                **_estimate("pooled", done, error, distance),
             )
-        return dict(sorted(rows.items(), key=lambda item: (-(item[1]["success"] or 0), -item[1]["done"])))
+        return dict(sorted(rows.items(), key=lambda item: (-(item[1]["success"] or 0), -item[1]["pooled"])))
 
     def tables(self) -> list[Table]:
         "Success by task, and means over the tasks."
         first, rows, tasks = self.reports[0], self.rows, {report.model: report.rows for report in self.reports}
-        share = lambda row, name: _cell(row, name, digits=0, times=100)
-        success, means = [], []
+        success = []
         for model, row in rows.items():
-            against = None if model == first.model else share(row, "difference")
-            success.append([model, share(row, "success"), against])
-            success[-1] += [share(scores, "success") for scores in tasks[model].values()]
-            means.append([model, share(row, "told_apart"), _cell(row, "likeness"), _cell(row, "sharpness")])
-            means[-1] += [_cell(row, "psnr_lost", digits=1), _cell(row, "flicker", digits=1), _cell(row, "done")]
+            against = None if model == first.model else _cell(row, "difference")
+            success.append([model, _cell(row, "success"), against])
+            success[-1] += [_cell(scores, "success") for scores in tasks[model].values()]
         about = [f"checkpoint {self.about['checkpoint']}"] if self.about else []
         about += [f"{k} {v}" for part in ("versions", "hardware") for k, v in self.about.get(part, {}).items()]
         about += [_UNSEEN] if any(row["success"] is None for row in rows.values()) else []
@@ -856,15 +798,10 @@ class Ranking:
         scenes = f"{len(first.records) // len(tasks[first.model])} scenes a task from seed {first.seed:,}"
         world = f"world: {self.difficulty}, {frames} frames of {width}x{height}; {scenes}; intervals hold 95%"
         columns = ["success, %", "all tasks", f"{first.model} minus it", *tasks[first.model]]
-        names = ["told apart, %", "likeness", "sharpness", "lost outside", "flicker", "edit done"]
+        names = "told_apart", "likeness", "sharpness", "psnr_lost", "flicker", "pooled"
         note = "; ".join(["lost in dB, flicker in levels of 0 to 255", *about]) + "."
-        return [
-            Table("", columns, success, note=world + "."),
-            Table("", ["means over the tasks", *names], means, note=note),
-        ]
-
-    def _repr_markdown_(self) -> str:
-        return "\n\n".join(table._repr_markdown_() for table in self.tables())
+        means = [([model], row) for model, row in rows.items()]
+        return [Table("", columns, success, note=world + "."), _table("", ["means over the tasks"], means, names, note)]
 
     def strips(
         self,
@@ -884,54 +821,22 @@ class Ranking:
                 columns.append((sample.instruction if k == 1 else "", images))
         return film(["source", "reference", "target", *order], columns)
 
-    def save(
-        self,
-        path: str | Path,  # .json, made or replaced
-    ) -> Path:
-        "Write the numbers, column by column and without the words, to six digits."
+    def record(self) -> dict:
+        "The numbers, column by column and without the words, to six digits."
         rounded = lambda value: None if value is None else float(f"{float(value):.6g}")
-        kept = ("model", "difficulty", "size", "steps", "seed", "hardware", "seconds_per_edit", "batch_size")
         reports = []
         for report in self.reports:
             columns = {name: [rounded(record.get(name)) for record in report.records] for name in _NUMBERS}
-            reports.append({name: getattr(report, name) for name in kept} | dict(records=columns))
+            reports.append(report.facts() | dict(records=columns))
         scenes = {name: [record[name] for record in self.reports[0].records] for name in ("task", "seed")}
-        data = dict(about=self.about, scenes=scenes, reports=reports)
-        return write_text(path, json.dumps(data, allow_nan=False) + "\n")
+        return dict(about=self.about, scenes=scenes, reports=reports)
 
     @classmethod
-    def load(
-        cls,
-        path: str | Path,  # written by `save`
-    ) -> Ranking:
-        "Read a ranking."
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(data, dict) or not {"about", "scenes", "reports"} <= set(data):
-            raise InputError(f"`path` has to be a ranking written by `Ranking.save` but {str(path)!r} is none.")
+    def of(cls, record: dict) -> Ranking:
+        "The ranking that a file holds."
         reports = []
-        for one in data["reports"]:
-            columns = data["scenes"] | one["records"]
-            records = [dict(zip(columns, row), instruction="") for row in zip(*columns.values())]
-            reports.append(Report(**one | dict(size=tuple(one["size"]), records=records)))
-        return cls(reports, data["about"])
-
-# %% ../../nbs/library/40_benchmark.ipynb #b0420018
-def run_baselines(
-    pipe: KiwiEditPipeline,
-    name: str,  # of the model in the table
-    tasks: tuple[str, ...] = TASKS,
-    samples: int = BENCH_SAMPLES,  # scenes of each task
-    folder: str | Path | None = None,  # of the model, for its checkpoint's digest
-    out: str | Path | None = None,  # existing folder for baselines.json and baselines.png
-    progress: bool = True,
-    difficulty: str = "full",  # of the world
-) -> Ranking:
-    "Rank a model among the editors of this notebook."
-    others = [oracle(pipe.vae), frame_by_frame(pipe), BLURRED, PASTED, MEAN_COLOUR, NOISE, COPIED]
-    editors, world = {name: pipe} | {editor.name: editor for editor in others}, bench_world(pipe, difficulty=difficulty)
-    reports = run_editors(editors, world, tasks, samples, vae=pipe.vae, progress=progress, keep=2)
-    ranking = Ranking(reports, provenance(pipe._execution_device, folder))
-    if out is not None:
-        ranking.save(Path(out) / "baselines.json")
-        _save_picture(Path(out) / "baselines.png", ranking.strips(tasks[0], 2))
-    return ranking
+        for one in record["reports"]:
+            columns = record["scenes"] | one["records"]
+            records = [dict(zip(columns, row)) for row in zip(*columns.values())]
+            reports.append(Report.of(one | dict(records=records)))
+        return cls(reports, record["about"])

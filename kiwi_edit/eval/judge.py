@@ -13,7 +13,6 @@ import mimetypes
 import random
 import re
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -23,22 +22,22 @@ from pathlib import Path
 from urllib.parse import quote
 
 # %% auto #0
-__all__ = ['RUBRICS', 'PUBLISHED', 'Criterion', 'Rubric', 'load_rubric', 'rubric_for', 'released_scores', 'read_scores', 'capped',
-           'Case', 'Judgement', 'failed', 'picture_of', 'ChatJudge', 'clip_arrays', 'MetricJudge', 'Summary',
-           'aggregate', 'Published', 'krippendorff_alpha', 'Agreement', 'agreement', 'save_score_page',
-           'read_scores_file']
+__all__ = ['RUBRICS', 'PUBLISHED', 'Criterion', 'Rubric', 'load_rubric', 'rubric_for', 'released_scores', 'read_scores', 'Case',
+           'Judgement', 'ChatJudge', 'lay_beside', 'measure_case', 'MetricJudge', 'Summary', 'beside_published',
+           'krippendorff_alpha', 'agreement', 'save_score_page', 'read_scores_file']
 
 # %% ../../nbs/library/41_judge.ipynb #41a00004
-import cv2
 import numpy as np
 from tqdm.auto import tqdm
 
 from ..core import InputError, asset, shortened
 from ..data.backends import Chat, GeminiChat, Question, VideoPart, parse_json, shrunk, without_thoughts
+from ..data.files import renamed
 from ..metrics import bootstrap, measure_clip
 from ..quadruplets import BackendError
-from ..records import Table, Value, append_line, digest, logger, png_bytes, read_lines, run_rows
-from ..video import DEFAULT_FPS, read_image, read_video, replacing, sample_indices, video_info, write_video
+from ..records import Table, Value, digest, png_bytes, read_lines, run_rows, write_text
+from ..video import DEFAULT_FPS, VideoError, nearest_frame_count, read_image, read_video, replacing
+from ..video import resize_frames, sample_indices, video_info, write_video
 
 # %% ../../nbs/library/41_judge.ipynb #41a00007
 _OPENING = """You judge edits of videos. You are shown a clip before an edit, the clip after it, and the instruction \
@@ -84,6 +83,11 @@ class Rubric:
         if self.capped:
             parts.append(f"The first criterion decides: no other score may be higher than that of {self.names[0]}.")
         return "\n\n".join([*parts, _CLOSING + "\n".join(f"{name}: n" for name in self.names)])
+
+    def cap(self, scores: dict) -> dict:  # criterion -> score
+        "The scores, none above the first one where the rubric says so."
+        most = scores[self.names[0]] if self.capped else 5
+        return {name: min(score, most) for name, score in scores.items()}
 
     def _repr_markdown_(self):
         rows = [[f"**{c.name}** {c.asks}", *(c.anchors or [""] * 5)] for c in self.criteria]
@@ -278,30 +282,26 @@ def read_scores(
         raise ValueError(f"{', '.join(missing)} has no score")
     return {name: scores[name] for name in rubric.names}
 
-# %% ../../nbs/library/41_judge.ipynb #41a00019
-def capped(
-    scores: dict,  # criterion -> score
-    rubric: Rubric,
-) -> tuple[dict, bool]:  # the scores, and whether any was lowered
-    "No score above the first one, where the rubric says so."
-    most = scores[rubric.names[0]] if rubric.capped else 5
-    lowered = {name: min(score, most) for name, score in scores.items()}
-    return lowered, lowered != scores
-
 # %% ../../nbs/library/41_judge.ipynb #41a00021
-@dataclass
+@dataclass(eq=False)
 class Case:
-    "One edit that is to be judged."
+    "One edit: what is asked, and what came out of it once that is there."
 
     id: str
     instruction: str
-    source: object  # path, or (T, H, W, 3) uint8
-    edited: object  # path, or (T, H, W, 3) uint8
-    reference: object  # path, (h, w, 3) uint8 or None
-    rubric: Rubric
+    source: object = field(repr=False)  # path, or (T, H, W, 3) uint8
+    edited: object = field(repr=False)  # path, (T, H, W, 3) uint8, or None before it is made
+    reference: object = field(repr=False)  # path, (h, w, 3) uint8 or None
+    rubric: Rubric = field(repr=False)
     edit_type: str = ""
-    mask: np.ndarray | None = None  # (T, H, W) bool, the edited region, where it is known
-    target: np.ndarray | None = None  # (T, H, W, 3) uint8, what should have come out, where it is known
+    mask: np.ndarray | None = field(default=None, repr=False)  # (T, H, W) bool, the edited region, where it is known
+    target: np.ndarray | None = field(default=None, repr=False)  # (T, H, W, 3) uint8, what should have come out
+    bench: str = ""  # that asks for it, "kit", "refvie", "openve" or "imgedit"
+    output: str = ""  # name of the result below the folder of results, with slashes
+    fields: dict = field(default_factory=dict, repr=False)  # the row as the bench's file has it
+    note: str = ""  # what is unusual about it, such as a name that had to be changed
+    scene: tuple = field(default=(), repr=False)  # the `World` and the `Quadruplet` of the kit's own bench
+    frames: tuple = ()  # of the result and of its source, once they are laid beside each other
 
     @property
     def missing(self) -> list[str]:  # names
@@ -312,7 +312,21 @@ class Case:
     def digest(self) -> str:
         "A fingerprint of all that a judge is told and shown, files by what they hold; the id is not among it."
         media = [Path(m) if _is_path(m) else m for m in (self.reference, self.source, self.edited)]
+        media = [str(m) if isinstance(m, Path) and not m.exists() else m for m in media]
         return digest(self.instruction, self.edit_type, self.rubric.instruction(), asdict(self.rubric), media)
+
+    def judged(
+        self,
+        judge: str,  # its name
+        scores: dict | None = None,  # criterion -> score; they are capped where the rubric says so
+        error: str = "",  # why there are none: the kind, a colon and the reason
+        **facts,  # further fields
+    ) -> Judgement:
+        "What a judge said about this case."
+        scores, error = scores or dict.fromkeys(self.rubric.names), " ".join(error.split())
+        made = Judgement(self.id, judge, self.rubric.name, scores, error, edit_type=self.edit_type, **facts)
+        kept = scores if error else self.rubric.cap(scores)
+        return replace(made, scores=kept, capped=kept != scores)
 
 
 def _is_path(media):
@@ -353,24 +367,6 @@ class Judgement:
     def mean(self):
         return float(np.mean(list(self.scores.values()))) if self.ok else float("nan")
 
-
-def failed(
-    case: Case,
-    judge: str,  # its name
-    error: str,  # its kind, a colon and the reason
-    **facts,  # further fields
-) -> Judgement:
-    "A case that has no scores, with the reason."
-    scores, error = dict.fromkeys(case.rubric.names), " ".join(error.split())
-    return Judgement(case.id, judge, case.rubric.name, scores, error, edit_type=case.edit_type, **facts)
-
-
-def _scored(case, judge, scores, **facts):
-    "A case with its scores, capped where the rubric says so."
-    made = Judgement(case.id, judge, case.rubric.name, scores, edit_type=case.edit_type, **facts)
-    scores, lowered = capped(scores, case.rubric)
-    return replace(made, scores=scores, capped=lowered)
-
 # %% ../../nbs/library/41_judge.ipynb #41a00027
 _VIDEOS = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi")
 
@@ -383,7 +379,7 @@ def _size(media):
     return info.frames, info.height, info.width, info.duration
 
 
-def picture_of(media) -> np.ndarray:  # (h, w, 3) uint8
+def _picture(media):
     "A reference picture, from a path or as it is."
     return np.asarray(read_image(media)) if _is_path(media) else media
 
@@ -409,7 +405,7 @@ def _question_of(
     side: int = 512,  # pixels, longer side of pictures
 ) -> Question:
     "What a model is asked about a case: the rubric as its instruction, then reference, source and edited clip."
-    parts = [] if case.reference is None else ["Reference picture:", shrunk(picture_of(case.reference), side)]
+    parts = [] if case.reference is None else ["Reference picture:", shrunk(_picture(case.reference), side)]
     for name, media in (("before", case.source), ("after", case.edited)):
         still = _size(media)[0] == 1
         parts.append(f"The picture {name} the edit:" if still else f"The clip {name} the edit:")
@@ -426,14 +422,13 @@ class _Brake:
     "Remembers whether a judge has failed so often in a row, for reasons of its own, that asking on makes no sense."
 
     def __init__(self, most):
-        self.most, self.count, self.last, self._lock = most, 0, "", threading.Lock()
+        self.most, self.count, self.last = most, 0, ""
 
     def saw(self, judgement):
-        with self._lock:
-            if judgement.error.startswith(("endpoint:", "quota:", "time-out:")):
-                self.count, self.last = self.count + 1, judgement.error
-            elif not judgement.error.startswith("not asked:"):
-                self.count = 0
+        if judgement.error.startswith(("endpoint:", "quota:", "time-out:")):
+            self.count, self.last = self.count + 1, judgement.error
+        elif not judgement.error.startswith("not asked:"):
+            self.count = 0
 
     def reason(self):
         return f"not asked: {self.count} failures in a row, the last one {self.last}" if self.count >= self.most else ""
@@ -478,57 +473,35 @@ class ChatJudge:
 
     def judge(self, cases: Sequence[Case], progress: bool = True) -> list[Judgement]:  # in the order of the cases
         "Ask about each case that is not remembered; several are under way at once."
-        cases, known, path = list(cases), self._remembered(), self._path()
-        keys = [self._key(case) for case in cases]
-        found = {i: replace(known[k], id=cases[i].id) for i, k in enumerate(keys) if k in known}
-        left = [i for i in range(len(cases)) if i not in found]
-        size, workers = getattr(self.chat, "batch_size", 1), getattr(self.chat, "concurrency", 1)
-        brake = _Brake(max(8, 2 * workers))
-
-        def ask(rows):
-            return dict(judgements=self._ask([cases[i] for i in rows], brake))
-
-        def keep(record):
-            rows = batches[record["key"]]
-            broken = [failed(cases[i], self.name, f"broken: {record['error']}") for i in rows]
-            for i, judgement in zip(rows, record.get("judgements", broken)):
-                found[i] = judgement
-                if path and keys[i]:
-                    append_line(path, dict(key=keys[i]) | asdict(judgement))
-
+        cases, path = list(cases), self._path()
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
-        batches = {start: left[start : start + size] for start in range(0, len(left), size)}
-        pool = None if workers == 1 else lambda: ThreadPoolExecutor(workers)
-        run_rows(batches, ask, pool=pool, ahead=2 * workers, label=self.name if progress else "", each=keep)
-        return [found[i] for i in range(len(cases))]
+        keys = [digest(case.digest(), self.settings) for case in cases]
+        workers = getattr(self.chat, "concurrency", 1)
+        brake, pool = _Brake(max(8, 2 * workers)), None if workers == 1 else lambda: ThreadPoolExecutor(workers)
+        found = run_rows(
+            dict(zip(keys, cases)),
+            lambda cases: [asdict(judgement) for judgement in self._ask(cases, brake)],
+            path,
+            pool,
+            ahead=2 * workers,
+            label=self.name if progress else "",
+            together=getattr(self.chat, "batch_size", 1),
+        )
+        return [self._read(case, found[key]) for case, key in zip(cases, keys)]
 
     def _path(self):
         return self.folder and Path(self.folder).expanduser() / "judgements.jsonl"
 
-    def _remembered(self):
-        "Judgements of earlier runs with their scores, by key."
-        found, names = {}, Judgement.__dataclass_fields__
-        for row in read_lines(self._path()) if self.folder else ():
-            try:
-                judgement = Judgement(**{name: value for name, value in row.items() if name in names})
-            except (TypeError, ValueError) as error:
-                logger.warning("%s: left out a line that is no judgement: %s", self._path().name, error)
-                continue
-            if judgement.ok:
-                found[row.get("key")] = judgement
-        return found
-
-    def _key(self, case):
-        "None where nothing is remembered, or where the case cannot be read; it will fail when it is asked about."
-        try:
-            return digest(case.digest(), self.settings) if self.folder else None
-        except OSError:
-            return None
+    def _read(self, case, record):
+        if "scores" not in record:
+            return case.judged(self.name, error=f"broken: {record['error']}")
+        kept = {name: record[name] for name in Judgement.__dataclass_fields__ if name in record}
+        return Judgement(**kept | dict(id=case.id, edit_type=case.edit_type))
 
     def _ask(self, cases, brake):
         if why := brake.reason():
-            return [failed(case, self.name, why) for case in cases]
+            return [case.judged(self.name, error=why) for case in cases]
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             asked = [self._question(case, Path(folder) / str(i)) for i, case in enumerate(cases)]
@@ -552,22 +525,23 @@ class ChatJudge:
 
     def _judgement(self, case, found, seconds):
         if isinstance(found, str):
-            return failed(case, self.name, found)
+            return case.judged(self.name, error=found)
         shown, said = (sum(getattr(a, name) for a in found.attempts) for name in ("input_tokens", "output_tokens"))
         usage = dict(input_tokens=shown, output_tokens=said, calls=len(found.attempts), cost=self._cost(shown, said))
         facts = dict(replies=[a.text for a in found.attempts], usage=usage, seconds=seconds)
         if isinstance(found.answer, BackendError):
-            return failed(case, self.name, str(found.answer), **facts)
-        return _scored(case, self.name, found.answer, **facts)
+            return case.judged(self.name, error=str(found.answer), **facts)
+        return case.judged(self.name, found.answer, **facts)
 
     def _cost(self, shown, said):
         return None if self.prices is None else (shown * self.prices[0] + said * self.prices[1]) / 1e6
 
     def estimate(self, cases: Sequence[Case]) -> dict:  # calls, input_tokens, and cost in USD or None
         "What it will take, roughly: a picture counts as for Qwen or Gemini, whichever is more."
-        known, calls, tokens = self._remembered(), 0, 0
+        records = read_lines(self._path()) if self.folder else []
+        known, calls, tokens = {record.get("key") for record in records if not record.get("error")}, 0, 0
         for case in cases:
-            if self._key(case) in known:
+            if digest(case.digest(), self.settings) in known:
                 continue
             try:
                 tokens += self._tokens(case)
@@ -578,31 +552,16 @@ class ChatJudge:
 
     def _tokens(self, case):
         words = len(case.rubric.instruction() + case.instruction) // 4 + 40
-        pictures = [] if case.reference is None else [(1, *picture_of(case.reference).shape[:2])]
+        pictures = [] if case.reference is None else [(1, *_picture(case.reference).shape[:2])]
         for frames, h, w, seconds in map(_size, (case.source, case.edited)):
             pictures.append((min(frames, max(1, round(2 * seconds)) if self.video else self.frames), h, w))
         area = lambda h, w: h * w * min(1.0, self.side / max(h, w)) ** 2
         return words + sum(math.ceil(n * max(258, area(h, w) / 784)) for n, h, w in pictures)
 
 # %% ../../nbs/library/41_judge.ipynb #41a00041
-_WORTH = dict(  # number of `measure_clip` -> its value that is worth 1, and that which is worth 5
-    changed=(0.0, 0.015),
-    edit_done=(0.0, 0.8),
-    reference=(0.1, 0.8),
-    flicker=(4.0, 0.1),
-    warp_error=(5.0, 0.3),
-    sharpness=(0.05, 0.5),
-    frozen=(0.5, 0.1),
-    motion=(0.0, 0.8),
-    shift=(0.04, 0.005),
-    psnr_outside=(15.0, 45.0),
-)
-_DONE, _STEADY = ("changed", "edit_done"), ("flicker", "warp_error", "sharpness")
-_SCALES = {  # rubric -> for each criterion the numbers, the worst of which decides
-    "refvie-subject": ((*_DONE, "reference"), _STEADY, ("shift", "psnr_outside", "motion", "frozen")),
-    "refvie-background": ((*_DONE, "reference"), (*_STEADY, "frozen"), ("shift", "motion")),
-    "openve": (_DONE, (*_STEADY, "frozen"), ("shift", "psnr_outside")),
-}
+_FORMULA = json.loads(asset("formula.json").read_text(encoding="utf-8"))
+_WORTH = _FORMULA["worth"]  # number of `measure_clip` -> its value that is worth 1, and that which is worth 5
+_SCALES = _FORMULA["scales"]  # rubric -> for each criterion the numbers, the worst of which decides
 
 
 def _metric_scores(
@@ -626,26 +585,52 @@ def _metric_scores(
     return scores
 
 # %% ../../nbs/library/41_judge.ipynb #41a00043
-def clip_arrays(
+def _frames_of(media, count, size, mode, name):
+    "The first frames of a clip, at a size."
+    with renamed("`path`", f"`{name}`"):
+        if not _is_path(media):
+            frames = resize_frames(media[:count], *size, mode=mode)
+        else:
+            frames = read_video(media, num_frames=count, size=size, mode=mode, fast=True).frames
+    if len(frames) < count:
+        raise VideoError(f"`{name}` has to be whole but of {count} frames {len(frames)} decode.")
+    return frames
+
+
+def lay_beside(
     case: Case,
-    side: int = 256,  # pixels; files are read at this longer side, but whole where the case has a mask or a target
-) -> tuple:  # source and edited (T, H, W, 3) uint8 of one size and length
-    "Both clips of a case, the edited one stretched to the source's size, and both cut to the shorter one."
-    h, w = _size(case.source)[1:3]
-    whole = case.mask is not None or case.target is not None or not _is_path(case.source)
-    scale = 1.0 if whole else min(1.0, side / max(h, w))
-    size = max(1, round(w * scale)), max(1, round(h * scale))
+    side: int = 256,  # pixels; of a file the longer side at most, unless the case has a mask or a target
+    num_frames: int = 81,  # at most
+) -> Case:
+    "The same case with its clips as frames, of one size and of one length, and with a note where they were not."
+    with renamed("`path`", "`result`"):
+        made, height, width, _ = _size(case.edited)
+    with renamed("`path`", "`source`"):
+        there, h, w, _ = _size(case.source)
+    exact = case.mask is not None or case.target is not None
+    if exact and (width, height) != (w, h):
+        raise VideoError(f"`result` has to have the {w}x{h} pixels of its scene but has {width}x{height}.")
+    scale = min(1, side / max(width, height)) if _is_path(case.edited) and not exact else 1
+    count, size = min(made, there, num_frames), (max(1, round(width * scale)), max(1, round(height * scale)))
+    edited = _frames_of(case.edited, count, size, "stretch", "result")
+    source = _frames_of(case.source, count, size, "inference", "source")
+    with renamed("`path`", "`reference`"):
+        reference = None if case.reference is None else _picture(case.reference)
+    notes = [case.note] if case.note else []
+    if made < nearest_frame_count(min(there, num_frames)):
+        notes.append(f"{made} frames for {there} of the source")
+    if abs(math.log(width * h / (height * w))) > 0.1:
+        notes.append(f"{width}x{height} for a source of {w}x{h}")
+    mask, target = (None if x is None else x[:count] for x in (case.mask, case.target))
+    laid = dict(source=source, edited=edited, reference=reference, mask=mask, target=target)
+    return replace(case, **laid, frames=(made, there), note="; ".join(notes))
 
-    def read(media):
-        if _is_path(media):
-            return read_video(media, size=size, mode="stretch", fast=Path(media).suffix.lower() in _VIDEOS).frames
-        if media.shape[1:3] == size[::-1]:
-            return media
-        return np.stack([cv2.resize(f, size, interpolation=cv2.INTER_AREA) for f in media])
 
-    source, edited = read(case.source), read(case.edited)
-    shared = min(len(source), len(edited))
-    return source[:shared], edited[:shared]
+def measure_case(
+    case: Case,  # from `lay_beside`
+) -> dict[str, float]:  # see `measure_clip`
+    "What is to be seen of a result without a judge."
+    return measure_clip(case.edited, case.source, case.reference, case.mask, case.target)
 
 
 class MetricJudge:
@@ -664,14 +649,11 @@ class MetricJudge:
 
     def _judge(self, case):
         if case.missing:
-            return failed(case, self.name, f"missing: {', '.join(case.missing)}")
+            return case.judged(self.name, error=f"missing: {', '.join(case.missing)}")
         try:
-            reference = None if case.reference is None else picture_of(case.reference)
-            source, edited = clip_arrays(case)
+            return self.score(case, measure_case(lay_beside(case)))
         except (OSError, ValueError) as error:
-            return failed(case, self.name, f"unreadable: {error}")
-        cut = [None if x is None else x[: len(source)] for x in (case.mask, case.target)]
-        return self.score(case, measure_clip(edited, source, reference, *cut))
+            return case.judged(self.name, error=f"unreadable: {error}")
 
     def score(
         self,
@@ -682,11 +664,14 @@ class MetricJudge:
         try:
             scores = _metric_scores(measured, case.rubric)
         except ValueError as error:
-            return failed(case, self.name, f"unmeasured: {error}")
-        usage = dict(input_tokens=0, output_tokens=0, calls=0, cost=0.0)
-        return _scored(case, self.name, scores, usage=usage)
+            return case.judged(self.name, error=f"unmeasured: {error}")
+        return case.judged(self.name, scores, usage=dict(input_tokens=0, output_tokens=0, calls=0, cost=0.0))
 
 # %% ../../nbs/library/41_judge.ipynb #41a00051
+def _value(found):  # (value, low, high), or None where there is none
+    return None if found is None or math.isnan(found[0]) else Value(*found)
+
+
 def _column_mean(column):
     known = column[~np.isnan(column)]
     return known.mean() if len(known) else np.nan
@@ -701,140 +686,106 @@ def _estimated(columns):  # arrays (N,) with NaN -> mean of the column means, wi
     return float(statistic(*columns)), *interval
 
 
-@dataclass(frozen=True)
-class Summary:
-    "Scores of many cases by one judge, put together in every way: (value, low, high) each, with 95% intervals."
+def _by_case(
+    judgements,  # of one judge
+    name,  # of the argument
+):  # (id of the case, rubric) -> judgement
+    judgements = list(judgements)
+    found, judges = {(j.id, j.rubric): j for j in judgements}, {j.judge for j in judgements}
+    if len(found) < len(judgements) or len(judges) != 1:
+        rule = f"`{name}` has to be one judge's judgements of different cases"
+        raise InputError(f"{rule} but has {len(judges)} judges, {len(found)} cases, {len(judgements)} judgements.")
+    return found
 
-    judge: str
-    columns: dict  # (rubric, criterion) -> mean of its scores
-    subtasks: dict  # rubric -> mean of its criteria
-    types: dict  # edit type -> mean of all its scores
-    micro: tuple | None  # mean over the rows: what RefVIE-Bench's released code prints as overall; None without scores
-    six: tuple | None  # mean of the columns: the overall of the published table of RefVIE-Bench
-    macro: tuple | None  # mean of the types: the overall of OpenVE-Bench
-    counts: dict  # how many are "scored", "failed" and "missing"
-    reasons: dict  # kind of failure -> how many
-    capped: int  # rows in which a score was lowered
-    usage: dict  # input_tokens, output_tokens, calls, cost (None where it is not known)
+
+class Summary:
+    "Scores of many cases by one judge, put together in every way; a failure is counted, and in no mean."
+
+    def __init__(
+        self,
+        judgements: Sequence[Judgement],  # of one judge
+    ):
+        judgements = list(_by_case(judgements, "judgements").values())
+        good = [j for j in judgements if j.ok]
+        keys = dict.fromkeys((j.rubric, name) for j in good for name in j.scores)
+        nan, rows = math.nan, np.array([j.mean for j in good])
+        columns = {
+            (rubric, name): np.array([j.scores.get(name, nan) if j.rubric == rubric else nan for j in good])
+            for rubric, name in keys
+        }
+        kinds = dict.fromkeys(j.edit_type for j in good if j.edit_type)
+        types = {kind: np.where([j.edit_type == kind for j in good], rows, nan) for kind in kinds}
+        rubrics = {rubric: [columns[key] for key in keys if key[0] == rubric] for rubric, _ in keys}
+        # what RefVIE-Bench's released code prints as overall, the overall of its published table, that of OpenVE-Bench
+        means = {"rows": [rows] if good else [], "criteria": list(columns.values()), "edit types": list(types.values())}
+        costs = [j.usage.get("cost") for j in judgements if j.usage]
+        self.judge, self.judgements = judgements[0].judge, judgements
+        # (value, low, high) each, with 95% intervals
+        self.columns = {key: _estimated([column]) for key, column in columns.items()}  # (rubric, criterion) -> mean
+        self.subtasks = {rubric: _estimated(found) for rubric, found in rubrics.items()}  # rubric -> of its criteria
+        self.types = {kind: _estimated([found]) for kind, found in types.items()}  # edit type -> mean of all its scores
+        self.means = {name: _estimated(found) for name, found in means.items() if found}  # mean of what -> it
+        self.counts = {state: sum(j.state == state for j in judgements) for state in ("scored", "failed", "missing")}
+        self.reasons = dict(
+            Counter(j.error.split(":")[0] for j in judgements if not j.ok)
+        )  # kind of failure -> how many
+        self.capped = sum(j.capped for j in judgements)  # cases in which a score was lowered
+        self.usage = {n: sum(j.usage.get(n, 0) for j in judgements) for n in ("input_tokens", "output_tokens", "calls")}
+        self.usage["cost"] = None if None in costs else sum(costs)
 
     @property
     def counted(self) -> str:
         "The counts in words."
         return ", ".join(f"{n} {state}" for state, n in self.counts.items())
 
-    def _repr_markdown_(self):
-        rows = [[*key, v] for key, v in self.columns.items()] + [[r, "mean", v] for r, v in self.subtasks.items()]
-        rows += [["edit type", name, v] for name, v in self.types.items()] if len(self.types) > 1 else []
-        means = {"mean of the rows": self.micro, "mean of the columns": self.six, "mean of the types": self.macro}
-        rows += [["all", name, v] for name, v in means.items() if v]
+    def tables(self) -> list[Table]:
+        "Scores of each rubric by edit type, and all of them together."
+        tables = []
+        for rubric in dict.fromkeys(j.rubric for j in self.judgements):
+            own = [j for j in self.judgements if j.rubric == rubric]
+            kinds = dict.fromkeys(j.edit_type for j in own)
+            groups = {kind: [j for j in own if j.edit_type == kind] for kind in kinds}
+            groups = {
+                kind: Summary(some) for kind, some in (groups | (dict(all=own) if len(kinds) > 1 else {})).items()
+            }
+            names = [name for key, name in self.columns if key == rubric]
+            cells = []
+            for kind, some in groups.items():
+                means = [_value(some.columns.get((rubric, name))) for name in names]
+                counts = some.counts.values()
+                cells.append([kind, sum(counts), *counts, *means, _value(some.subtasks.get(rubric))])
+            columns = ["edit type", "rows", *self.counts, *names, "mean"]
+            tables.append(Table(f"Scores, rubric {rubric}", columns, cells))
         lost = f" ({', '.join(f'{kind} {n}' for kind, n in self.reasons.items())})" if self.reasons else ""
-        rows = [[*words, Value(*found)] for *words, found in rows]
-        title = f"{self.judge}: {self.counted}{lost}; {self.capped} capped"
-        return Table(title, ["rubric", "criterion", "mean, 95% interval"], rows)._repr_markdown_()
+        cells = [[f"of the {name}", _value(found)] for name, found in self.means.items()]
+        title = f"Overall, by {self.judge}: {self.counted}{lost}; {self.capped} capped"
+        return [*tables, Table(title, ["mean", "value, 95% interval"], cells)]
 
-# %% ../../nbs/library/41_judge.ipynb #41a00d51
-def aggregate(
-    judgements: Sequence[Judgement],  # of one judge
-) -> Summary:
-    "Means, intervals and counts. A failure is counted and in no mean."
-    judgements = list(judgements)
-    if len(names := sorted({j.judge for j in judgements})) != 1:
-        raise InputError(f"`judgements` have to be of one judge but are of {names or 'none'}.")
-    if double := [key for key, n in Counter((j.id, j.rubric) for j in judgements).items() if n > 1]:
-        raise InputError(f"`judgements` have to be of different cases but {double[0]} is there more than once.")
-    good = [j for j in judgements if j.ok]
-    keys = list(dict.fromkeys((j.rubric, name) for j in good for name in j.scores))
-
-    def column(rubric, name):
-        return np.array([j.scores.get(name, np.nan) if j.rubric == rubric else np.nan for j in good])
-
-    rows = np.array([j.mean for j in good])
-    kinds = dict.fromkeys(j.edit_type for j in good if j.edit_type)
-    types = {kind: np.where([j.edit_type == kind for j in good], rows, np.nan) for kind in kinds}
-    rubrics = {rubric: [column(*key) for key in keys if key[0] == rubric] for rubric, _ in keys}
-    costs = [j.usage.get("cost") for j in judgements if j.usage]
-    usage = {n: sum(j.usage.get(n, 0) for j in judgements) for n in ("input_tokens", "output_tokens", "calls")}
-    return Summary(
-        names[0],
-        columns={key: _estimated([column(*key)]) for key in keys},
-        subtasks={rubric: _estimated(columns) for rubric, columns in rubrics.items()},
-        types={kind: _estimated([values]) for kind, values in types.items()},
-        micro=_estimated([rows]) if good else None,
-        six=_estimated([column(*key) for key in keys]) if good else None,
-        macro=_estimated(list(types.values())) if types else None,
-        counts={state: sum(j.state == state for j in judgements) for state in ("scored", "failed", "missing")},
-        reasons=dict(Counter(j.error.split(":")[0] for j in judgements if not j.ok)),
-        capped=sum(j.capped for j in judgements),
-        usage=usage | dict(cost=None if None in costs else sum(costs)),
-    )
+    def _repr_markdown_(self):
+        return "\n\n".join(table._repr_markdown_() for table in self.tables())
 
 # %% ../../nbs/library/41_judge.ipynb #41a00054
-_TYPES = dict(  # column of OpenVE-Bench's table -> its name in the bench's file
-    style="global_style", background="background_change", change="local_change", remove="local_remove", add="local_add"
-)
+PUBLISHED = json.loads(asset("benchmarks/published.json").read_text(encoding="utf-8"))  # bench -> its published table
 
 
-@dataclass(frozen=True)
-class Published:
-    "A published table, and what it was made with."
-
-    bench: str
-    judge: str
-    columns: tuple
-    rows: dict  # system -> numbers in the order of the columns, None where there is none
-
-    def beside(
-        self,
-        summary: Summary,
-        name: str,  # of the row
-    ) -> Table:
-        "The same table with one more row."
-        if self.bench == "refvie":
-            keys = [(rubric, c) for rubric in ("refvie-subject", "refvie-background") for c in RUBRICS[rubric].names]
-            own = [*(summary.columns.get(key) for key in keys), summary.six]
-        else:
-            types = [summary.types.get(kind, summary.types.get(_TYPES[kind])) for kind in self.columns[1:]]
-            own = [summary.macro, *types]
-        own = [found and found[0] for found in own]
-        rows = self.rows | {f"{name} (judge: {summary.judge}; {summary.counted})": own}
-        paper = "Kiwi-Edit: Versatile Video Editing via Instruction and Reference Guidance (2026)"
-        return Table(
-            f"Beside the published table, whose judge was {self.judge}",
-            ["system", *self.columns],
-            [[system, *map(Value, values)] for system, values in rows.items()],
-            note=f"Published rows: {paper}, judged by {self.judge}.",
-        )
-
-
-# fmt: off
-PUBLISHED = dict(
-    refvie=Published(
-        "refvie",
-        "gemini-3-flash-preview",
-        ("Identity", "Temporal", "Physical", "Ref. fidelity", "Matting", "Harmony", "Overall"),
-        {
-            "Runway Aleph":              (3.79, 3.65, 3.58, 3.33, 2.81, 2.58, 3.29),
-            "Kling-O1":                  (4.75, 4.66, 4.60, 3.95, 3.21, 2.75, 3.99),
-            "Kiwi-Edit, all data":       (3.51, 2.96, 2.91, 3.40, 2.58, 2.40, 2.96),
-            "Kiwi-Edit, reference only": (3.98, 3.40, 3.34, 3.72, 2.90, 2.51, 3.31),
-            "ReCo_Ref":                  (2.90, 2.64, 2.49, 2.65, 2.00, 1.58, 2.48),
-        },
-    ),
-    openve=Published(
-        "openve",
-        "gemini-2.5-pro",
-        ("overall", "style", "background", "change", "remove", "add"),
-        {
-            "Lucy-Edit 5B":       (2.22, *[None] * 5),
-            "Ditto 14B":          (2.13, *[None] * 5),
-            "VACE 14B":           (1.57, *[None] * 5),
-            "OpenVE-Edit 5B":     (2.50, *[None] * 5),
-            "Kiwi-Edit, stage 3": (3.02, 3.64, 2.64, 3.83, 2.63, 2.36),
-            "Runway Aleph":       (3.49, *[None] * 5),
-        },
-    ),
-)
-# fmt: on
+def beside_published(
+    bench: str,  # of `PUBLISHED`
+    summary: Summary,
+    name: str,  # of the row
+) -> Table:
+    "The published table of a bench with one more row."
+    judge, columns, rows = (PUBLISHED[bench][key] for key in ("judge", "columns", "rows"))
+    known = {criterion: found for (_, criterion), found in summary.columns.items()} | summary.types
+    known |= {f"mean of the {what}": found for what, found in summary.means.items()}
+    own = [next((known[key][0] for key in keys if key in known), None) for keys in columns.values()]
+    rows = rows | {f"{name} (judge: {summary.judge}; {summary.counted})": own}
+    paper = "Kiwi-Edit: Versatile Video Editing via Instruction and Reference Guidance (2026)"
+    return Table(
+        f"Beside the published table, whose judge was {judge}",
+        ["system", *columns],
+        [[system, *map(Value, values)] for system, values in rows.items()],
+        note=f"Published rows: {paper}, judged by {judge}.",
+    )
 
 # %% ../../nbs/library/41_judge.ipynb #41a00061
 def krippendorff_alpha(
@@ -856,33 +807,7 @@ def krippendorff_alpha(
     return 1 - float((together * distance).sum() / chance) if chance else float("nan")
 
 # %% ../../nbs/library/41_judge.ipynb #41a00064
-_MEASURES = {
-    "tau": "Kendall tau-b",
-    "rho": "Spearman rho",
-    "ordinal": "alpha, ordinal",
-    "interval": "alpha, interval",
-    "close": "within a point",
-}
-
-
-@dataclass(frozen=True)
-class Agreement:
-    "How far two judges agree, criterion by criterion."
-
-    judges: tuple[str, str]
-    rows: dict  # criterion -> dict(n, tau, rho, ordinal, interval, close), (value, low, high) each
-    left_out: int  # cases that only one of them has, or has scored
-
-    def _repr_markdown_(self):
-        many = {name: row for name, row in self.rows.items() if row["n"] > 2}
-        cells = [[name, row["n"], *(_value(row[key]) for key in _MEASURES)] for name, row in many.items()]
-        few = f"; {n} criteria have fewer than 3 cases" if (n := len(self.rows) - len(many)) else ""
-        title = f"{self.judges[0]} and {self.judges[1]}; {self.left_out} cases are not scored by both{few}"
-        return Table(title, ["criterion", "cases", *_MEASURES.values()], cells)._repr_markdown_()
-
-
-def _value(found):
-    return None if math.isnan(found[0]) else Value(*found)
+_MEASURES = "Kendall tau-b", "Spearman rho", "alpha, ordinal", "alpha, interval", "within a point"
 
 
 def _measures(a, b):  # (cases, criteria) with NaN each -> the five numbers
@@ -898,43 +823,38 @@ def _measures(a, b):  # (cases, criteria) with NaN each -> the five numbers
 
 
 def _agreed(a, b, resamples):
-    found = dict(n=len(a))
-    if len(a) < 3:
-        return found | dict.fromkeys(_MEASURES, (math.nan,) * 3)  # nothing can be said
     drawn = np.random.default_rng(0).integers(len(a), size=(resamples, len(a)))
     low, high = np.quantile([np.nan_to_num(_measures(a[rows], b[rows])) for rows in drawn], (0.025, 0.975), axis=0)
-    return found | dict(zip(_MEASURES, zip(_measures(a, b).tolist(), low.tolist(), high.tolist())))
+    return [_value(found) for found in zip(_measures(a, b).tolist(), low.tolist(), high.tolist())]
 
 
 def agreement(
     a: Sequence[Judgement],  # of one judge
     b: Sequence[Judgement],  # of another, about the same cases
     resamples: int = 200,  # draws of cases for the 95% intervals
-) -> Agreement:
+) -> Table:  # a row for each criterion that three cases or more have, and for all of them
     "Agreement on the cases that both have scored. A draw in which one says the same of everything counts as 0."
-    sides = []
-    for name, judgements in (("a", a), ("b", b)):
-        found, judges = {(j.id, j.rubric): j for j in judgements}, {j.judge for j in judgements}
-        if len(found) < len(judgements) or len(judges) != 1:
-            rule = f"`{name}` has to be one judge's judgements of different cases"
-            raise InputError(f"{rule} but has {len(judges)} judges, {len(found)} cases, {len(judgements)} judgements.")
-        sides.append(found)
+    sides = _by_case(a, "a"), _by_case(b, "b")
     keys = [key for key in sides[0] if key in sides[1] and sides[0][key].ok and sides[1][key].ok]
     names = list(dict.fromkeys(name for key in keys for name in sides[0][key].scores))
     table = [[[side[key].scores.get(name, np.nan) for name in names] for key in keys] for side in sides]
     table = np.array(table, float).reshape(2, len(keys), len(names))
-    rows = {}
+    pairs = {}
     for i, name in enumerate(names):
         there = ~np.isnan(table[:, :, i]).any(0)
-        rows[name] = _agreed(table[0, there, i : i + 1], table[1, there, i : i + 1], resamples)
+        pairs[name] = table[:, there, i : i + 1]
     if len(names) > 1:
-        rows["all"] = _agreed(*table, resamples)
-    judges = tuple(next(iter(side.values())).judge for side in sides)
-    return Agreement(judges, rows, len(sides[0].keys() | sides[1].keys()) - len(keys))
+        pairs["all"] = table
+    rows = [[name, both.shape[1], *_agreed(*both, resamples)] for name, both in pairs.items() if both.shape[1] > 2]
+    judges = " and ".join(next(iter(side.values())).judge for side in sides)
+    left_out = len(sides[0].keys() | sides[1].keys()) - len(keys)
+    few = f"; {n} criteria have fewer than 3 cases" if (n := len(pairs) - len(rows)) else ""
+    title = f"{judges}; {left_out} cases are not scored by both{few}"
+    return Table(title, ["criterion", "cases", *_MEASURES], rows)
 
 # %% ../../nbs/library/41_judge.ipynb #41a00072
-def _shown_media(media, name, files, number, folder):
-    "HTML of one clip or picture: inside the page, or as a file beside it."
+def _page_media(media, name, files, number, folder):
+    "A clip or a picture for the page, inside it or as a file beside it."
     suffix = Path(media).suffix.lower() if _is_path(media) else ""
     if _is_path(media):
         still = suffix not in _VIDEOS and video_info(media).frames == 1
@@ -953,32 +873,24 @@ def _shown_media(media, name, files, number, folder):
         files.mkdir(parents=True, exist_ok=True)
         with replacing(files / f"{number}-{name}{suffix}", overwrite=True) as temporary:
             temporary.write_bytes(data)
-        place = html.escape(quote(f"{files.name}/{number}-{name}{suffix}"))
-    if still:
-        shown = f'<img src="{place}" alt="{name}">'
-    else:
-        shown = f'<video src="{place}" controls loop muted playsinline preload="metadata" aria-label="{name}"></video>'
-    return f"<figure><figcaption>{name.capitalize()}</figcaption>{shown}</figure>"
+        place = quote(f"{files.name}/{number}-{name}{suffix}")
+    return dict(name=name, still=still, src=place)
 
 
-_CAP = '<p class="hint">The first criterion decides: what you give to the others counts at most as much as that.</p>'
-
-
-def _section(case, number, files, folder):
-    media = dict(reference=case.reference, before=case.source, after=case.edited)
-    if case.reference is not None:
-        media["reference"] = picture_of(case.reference)
-    figures = [_shown_media(m, name, files, number, folder) for name, m in media.items() if m is not None]
-    sets = []
-    for c, criterion in enumerate(case.rubric.criteria):
-        words = [f"<b>{i}</b> {html.escape(text)}" for i, text in enumerate(criterion.anchors or [""] * 5, 1)]
-        button = '<label><input type="radio" name="s{}-{}" value="{}"> {}</label>'
-        labels = "".join(button.format(number, c, i, text) for i, text in enumerate(words, 1))
-        asked = f"<legend>{html.escape(criterion.name)}</legend><p>{html.escape(criterion.asks)}</p>"
-        sets.append(f'<fieldset>{asked}<div class="scale">{labels}</div></fieldset>')
-    said = f"<h2>The instruction was</h2><blockquote>{html.escape(case.instruction)}</blockquote>"
-    clips = f'<div class="clips">{"".join(figures)}</div>'
-    return f"<section hidden>{clips}{said}{_CAP * case.rubric.capped}{''.join(sets)}</section>"
+def _page_case(case, number, files, folder):
+    "What the page knows of a case."
+    reference = None if case.reference is None else _picture(case.reference)
+    media = dict(reference=reference, before=case.source, after=case.edited)
+    return dict(
+        place=number,
+        id=case.id,
+        edit_type=case.edit_type,
+        rubric=case.rubric.name,
+        capped=case.rubric.capped,
+        criteria=[asdict(criterion) for criterion in case.rubric.criteria],
+        instruction=case.instruction,
+        media=[_page_media(m, name, files, number, folder) for name, m in media.items() if m is not None],
+    )
 
 
 def save_score_page(
@@ -996,18 +908,13 @@ def save_score_page(
         raise InputError(f"`path` has to end in .html but is {path.name!r}.")
     if seed is not None:
         random.Random(seed).shuffle(cases)
-    files, facts = None if embed else path.with_name(path.stem + "_files"), []
+    files = None if embed else path.with_name(path.stem + "_files")
     with tempfile.TemporaryDirectory() as folder:
-        sections = "\n".join(_section(c, n, files, Path(folder)) for n, c in enumerate(cases, 1))
-    for place, c in enumerate(cases, 1):
-        known = dict(place=place, id=c.id, edit_type=c.edit_type)
-        facts.append(known | dict(rubric=c.rubric.name, capped=c.rubric.capped, criteria=c.rubric.names))
-    facts = json.dumps(dict(page=digest(facts, sections)[:16], cases=facts), ensure_ascii=False)
-    filled = dict(title=html.escape(title), sections=sections, facts=facts.replace("<", "\\u003c"))
+        shown = [_page_case(case, number, files, Path(folder)) for number, case in enumerate(cases, 1)]
+    facts = json.dumps(dict(page=digest(shown)[:16], cases=shown), ensure_ascii=False)
+    filled = dict(title=html.escape(title), facts=facts.replace("<", "\\u003c"))
     template = asset("score_page.html").read_text(encoding="utf-8")
-    with replacing(path, overwrite=True) as temporary:
-        temporary.write_text(re.sub("@(title|sections|facts)@", lambda m: filled[m[1]], template), encoding="utf-8")
-    return path
+    return write_text(path, re.sub("@(title|facts)@", lambda m: filled[m[1]], template))
 
 # %% ../../nbs/library/41_judge.ipynb #41a00075
 def read_scores_file(
@@ -1022,9 +929,9 @@ def read_scores_file(
             case = Case(row["id"], "", None, None, None, rubric, row.get("edit_type", ""))
             scores = dict(zip(rubric.names, row["scores"], strict=True))
             if silent := [name for name, score in scores.items() if score is None]:
-                found.append(failed(case, row["judge"], f"incomplete: {', '.join(silent)}"))
+                found.append(case.judged(row["judge"], error=f"incomplete: {', '.join(silent)}"))
             else:
-                found.append(_scored(case, row["judge"], scores))
+                found.append(case.judged(row["judge"], scores))
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(
                 f"`path` has to hold what the page saved but line {number} of {path.name} is {line[:80]!r}: {error}."

@@ -10,12 +10,12 @@ import csv
 import html
 import io
 import json
-import logging
 import math
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -26,105 +26,47 @@ import yaml
 from ..core import InputError
 from ..data.backends import GeminiChat
 from ..data.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, renamed
-from kiwi_edit.eval.benchmark import (
-    BENCH_SAMPLES,
-    Report,
-    Scene,
-    benchmark_samples,
-    by_task,
-    measure,
-    reconstruct,
+from .benchmark import BENCH_SAMPLES, Report, Scene, benchmark_samples, by_task, measure, reconstruct
+from .judge import PUBLISHED, Case, ChatJudge, Judgement, MetricJudge, Summary
+from .judge import beside_published, lay_beside, measure_case, rubric_for
+from ..metrics import perceptual_features
+from kiwi_edit.records import (
+    Table,
+    Value,
+    append_line,
+    digest,
+    image_tag,
+    logger,
+    page,
+    read_lines,
+    run_rows,
     write_text,
 )
-from kiwi_edit.eval.judge import (
-    PUBLISHED,
-    Case,
-    ChatJudge,
-    Judgement,
-    MetricJudge,
-    Summary,
-    aggregate,
-    failed,
-    rubric_for,
-)
-from ..metrics import measure_clip, perceptual_features
-from ..records import Table, Value, append_line, digest, image_tag, page, read_lines, run_rows
-from kiwi_edit.video import (
-    VideoError,
-    as_frames,
-    compare,
-    fit_size,
-    nearest_frame_count,
-    read_image,
-    read_video,
-    replacing,
-    resize_frames,
-    sample_indices,
-    video_info,
-    write_video,
-)
-from ..world import EVAL_SEED, TASKS, Quadruplet, World
-
-logger = logging.getLogger(__name__)
+from ..video import VideoError, as_frames, compare, film_strip, fit_size, nearest_frame_count, read_image
+from ..video import read_video, replacing, sample_indices, video_info, write_video
+from ..world import EVAL_SEED, TASKS, World
 
 # %% auto #0
-__all__ = ['logger', 'LAYOUTS', 'SETTINGS', 'TITLES', 'PUBLISHED_LINES', 'PUBLISHED_JUDGES', 'BenchRow', 'Layout', 'output_name',
-           'read_bench', 'world_rows', 'source_frames', 'edit_row', 'Made', 'edit_rows', 'write_imgedit_list', 'Beside',
-           'lay_beside', 'row_key', 'row_case', 'measure_row', 'BenchReport', 'published_lines', 'report_page',
-           'score_rows', 'judge_of']
-
-# %% ../../nbs/library/42_published.ipynb #c4500007
-@dataclass(frozen=True, eq=False)
-class BenchRow:
-    "One edit that a bench asks for."
-
-    id: str
-    source: Path | np.ndarray = field(repr=False)  # file, or (T, H, W, 3) uint8
-    instruction: str
-    reference: Path | np.ndarray | None = field(repr=False)  # file, or (h, w, 3) uint8
-    edit_type: str
-    output: str  # name of the result below the folder of results, with slashes
-    bench: str  # "kit", "refvie", "openve" or "imgedit"
-    fields: dict = field(default_factory=dict, repr=False)  # the row as its file has it
-    note: str = ""  # what is unusual about it, such as a name that had to be changed
-    world: World | None = field(default=None, repr=False)  # of the kit's own bench, which alone knows mask and target
-    sample: Quadruplet | None = field(default=None, repr=False)  # likewise
-
-    @property
-    def mask(self) -> np.ndarray | None:  # (T, H, W) bool
-        return self.sample and self.sample.mask
-
-    @property
-    def target(self) -> np.ndarray | None:  # (T, H, W, 3) uint8
-        return self.sample and self.sample.target
+__all__ = ['SETTINGS', 'read_bench', 'world_rows', 'edit_rows', 'write_imgedit_list', 'BenchReport', 'score_rows', 'judge_of']
 
 # %% ../../nbs/library/42_published.ipynb #c450000a
-@dataclass(frozen=True)
-class Layout:
-    "How a published bench is written down."
-
-    columns: dict  # what an edit needs -> column
-    read: Callable  # bytes -> list of (name of the row, row)
-    skipped: tuple = ()  # edit types that the released runner leaves out
-
-
-def _read_yaml(data):
-    rows = yaml.safe_load(data.decode("utf-8-sig"))
+def _read_yaml(text):
+    rows = yaml.safe_load(text)
     if not isinstance(rows, list):
         raise ValueError(f"it has to hold a list of rows but holds a {type(rows).__name__}")
     return [(str(number), row) for number, row in enumerate(rows)]
 
 
-def _read_csv(data):
-    rows = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True))
+def _read_csv(text):
+    rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
     for number, row in enumerate(rows):
         if None in row:
             raise ValueError(f"row {number} has {len(row[None])} more fields than the header has columns")
     return [(str(number), row) for number, row in enumerate(rows)]
 
 
-def _read_json(data):
-    rows = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_no_twins)
+def _read_json(text):
+    rows = json.loads(text, object_pairs_hook=_no_twins)
     if not isinstance(rows, dict):
         raise ValueError(f"it has to hold an object of rows but holds a {type(rows).__name__}")
     return list(rows.items())
@@ -137,17 +79,15 @@ def _no_twins(pairs):
     return dict(pairs)
 
 
-LAYOUTS = dict(
-    refvie=Layout(
-        dict(source="src_video", instruction="instruction", reference="ref_img", edit_type="edit_type"), _read_yaml
+_LAYOUTS = dict(  # bench -> what reads its file, and the columns of what an edit needs
+    refvie=(
+        _read_yaml,
+        dict(source="src_video", instruction="instruction", reference="ref_img", edit_type="edit_type"),
     ),
-    openve=Layout(
-        dict(source="original_video", instruction="prompt", edit_type="edited_type"),
-        _read_csv,
-        ("creative_edit", "camera_edit", "subtitle_edit"),
-    ),
-    imgedit=Layout(dict(source="id", instruction="prompt", edit_type="edit_type"), _read_json),
+    openve=(_read_csv, dict(source="original_video", instruction="prompt", edit_type="edited_type")),
+    imgedit=(_read_json, dict(source="id", instruction="prompt", edit_type="edit_type")),
 )
+_SKIPPED = "creative_edit", "camera_edit", "subtitle_edit"  # edit types that OpenVE's released runner leaves out
 
 # %% ../../nbs/library/42_published.ipynb #c450000d
 def _safe(text):
@@ -155,12 +95,8 @@ def _safe(text):
     return re.sub(r'[\\/:*?"<>|\x00-\x1f\x7f]', "_", text)
 
 
-def output_name(
-    kind: str,  # of `LAYOUTS`
-    name: str,  # of the row: its number, or its key
-    row: dict,  # "source", "instruction", "edit_type"
-) -> tuple[str, str]:  # name below the folder of results, and what had to be changed about the published one
-    "The published name of a result."
+def _output_name(kind, name, row):
+    "The published name of a result below the folder of results, and what had to be changed about it."
     base = PurePosixPath(row["source"].replace("\\", "/")).name
     stem, dot, _ = base.rpartition(".")
     wanted = dict(
@@ -181,37 +117,38 @@ def output_name(
 
 # %% ../../nbs/library/42_published.ipynb #c4500010
 def read_bench(
-    kind: str,  # of `LAYOUTS`
+    kind: str,  # "refvie", "openve" or "imgedit"
     path: str | Path,  # the bench's own file
     root: str | Path | None = None,  # folder in which its paths start; None: that of the file
-) -> list[BenchRow]:
+) -> list[Case]:
     "The rows of a published bench. What is wrong with the file is said before anything is made."
-    if kind not in LAYOUTS:
-        raise InputError(f"`kind` has to be one of {', '.join(LAYOUTS)} but is {kind!r}.")
-    path, layout = Path(path).expanduser(), LAYOUTS[kind]
+    if kind not in _LAYOUTS:
+        raise InputError(f"`kind` has to be one of {', '.join(_LAYOUTS)} but is {kind!r}.")
+    path, (read, columns) = Path(path).expanduser(), _LAYOUTS[kind]
     if not path.is_file():
         raise FileNotFoundError(f"`path` has to be the file of a bench but {str(path)!r} is none.")
     root = path.parent if root is None else Path(root).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"`root` has to be a folder but {str(root)!r} is none.")
     try:
-        found = layout.read(path.read_bytes())
+        found = read(path.read_bytes().decode("utf-8-sig"))
     except (ValueError, csv.Error, yaml.YAMLError, RecursionError) as error:
         why = " ".join(str(error).split())
         raise InputError(f"`path` has to be {kind}'s file but {path.name!r} is not: {why}.") from error
     rows, taken = [], {}
     for name, fields in found:
-        row = _checked(layout, path, name, fields)
-        if row["edit_type"] in layout.skipped:
+        row = _checked(columns, path, name, fields)
+        if kind == "openve" and row["edit_type"] in _SKIPPED:
             continue
         try:
-            output, note = output_name(kind, name, row)
+            output, note = _output_name(kind, name, row)
         except ValueError as error:
             raise InputError(f"`path` {error}: {path.name!r}, row {name}.") from None
         unique, twin = _own_name(output, taken, name)
         note = f"the published name {output!r} is that of row {twin}, too" if twin is not None else note
         source, reference = root / row["source"], root / row["reference"] if row.get("reference") else None
-        rows.append(BenchRow(name, source, row["instruction"], reference, row["edit_type"], unique, kind, fields, note))
+        asked = (name, row["instruction"], source, None, reference, rubric_for(kind, row["edit_type"]))
+        rows.append(Case(*asked, row["edit_type"], bench=kind, output=unique, fields=fields, note=note))
     if not rows:
         raise InputError(f"`path` has to hold at least one row to edit but {path.name!r} holds none.")
     if not any(row.source.exists() for row in rows):
@@ -225,14 +162,14 @@ def read_bench(
     return rows
 
 
-def _checked(layout, path, name, fields):
+def _checked(columns, path, name, fields):
     "The row with the names that are used here."
     where = f"row {name} of {path.name!r}"
     if not isinstance(fields, dict):
-        columns = ", ".join(layout.columns.values())
-        raise InputError(f"`path` has to hold rows with {columns} but {where} is {str(fields)[:60]!r}.")
+        wanted = ", ".join(columns.values())
+        raise InputError(f"`path` has to hold rows with {wanted} but {where} is {str(fields)[:60]!r}.")
     found = {}
-    for what, column in layout.columns.items():
+    for what, column in columns.items():
         value = fields.get(column)
         if what == "reference" and value in (None, ""):
             continue
@@ -261,20 +198,18 @@ def world_rows(
     samples: int = BENCH_SAMPLES,  # of each task
     seed: int = EVAL_SEED,  # of the first scene
     difficulty: str = "full",  # of the world; the results of another one have a folder of their own
-) -> list[BenchRow]:
+) -> list[Case]:
     "The kit's own bench, drawn in memory."
-    world, folder, rows = (
-        World(split="eval", difficulty=difficulty),
-        "" if difficulty == "full" else f"{difficulty}/",
-        [],
-    )
+    world, folder = World(split="eval", difficulty=difficulty), "" if difficulty == "full" else f"{difficulty}/"
+    rows = []
     for task in tasks:
         for s in benchmark_samples(world, task, samples, seed):
             number = s.meta["seed"]
+            asked = f"{task}-{number}", s.instruction, s.source, None, s.reference, rubric_for("kit", task), task
             output = f"{folder}{task}/{number}{'.mp4' if len(s.source) > 1 else '.png'}"
+            known = dict(mask=s.mask, target=s.target, scene=(world, s))
             fields = dict(task=task, seed=number, difficulty=difficulty)
-            asked = (f"{task}-{number}", s.source, s.instruction, s.reference, task, output, "kit", fields)
-            rows.append(BenchRow(*asked, world=world, sample=s))
+            rows.append(Case(*asked, bench="kit", output=output, fields=fields, **known))
     return rows
 
 # %% ../../nbs/library/42_published.ipynb #c4500018
@@ -282,10 +217,7 @@ def world_rows(
 SETTINGS = dict(seed=0, num_frames=81, max_pixels=921_600, fps=15.0)
 
 
-def source_frames(
-    pipe,  # its limits count where it has a `config`
-    row: BenchRow,
-) -> np.ndarray:  # (T, H, W, 3) uint8
+def _source_frames(pipe, row):
     "What of a source is edited: the first 4k+1 frames, cut and shrunk to what the bench and the model allow."
     config = getattr(pipe, "config", None)
     count = min(SETTINGS["num_frames"], getattr(config, "max_frames", math.inf))
@@ -300,19 +232,13 @@ def source_frames(
     return clip.frames[: nearest_frame_count(len(clip))]  # a damaged file holds fewer than it says
 
 # %% ../../nbs/library/42_published.ipynb #c450001a
-def edit_row(
-    pipe,  # called as `KiwiEditPipeline` is
-    row: BenchRow,
-    out: Path,  # folder of results
-    steps: int = 50,  # denoising steps
-    concat: bool = False,  # whether a second file shows source and result side by side
-) -> np.ndarray:  # (T, H, W, 3) uint8, what was written
+def _edit_row(pipe, row, out, steps=50, concat=False):
     "Make one video. It appears when it is complete, and after its side by side."
-    frames = source_frames(pipe, row)
+    frames = _source_frames(pipe, row)
     with renamed("`path`", "`reference`"):
         reference = None if row.reference is None else read_image(row.reference)
     # scenes of the kit's bench have noise of their own, there as here
-    noise = torch.Generator().manual_seed(row.fields["seed"] if row.sample else SETTINGS["seed"])
+    noise = torch.Generator().manual_seed(row.fields["seed"] if row.scene else SETTINGS["seed"])
     settings = dict(video=frames, reference=reference, num_inference_steps=steps, generator=noise)
     edited = as_frames(pipe(row.instruction, **settings).frames[0])
     path = out / row.output
@@ -333,7 +259,7 @@ def _write(path, frames):
 
 # %% ../../nbs/library/42_published.ipynb #c450001d
 @dataclass(frozen=True)
-class Made:
+class _Made:
     "What has become of the rows of a part."
 
     rows: int  # of the part
@@ -349,15 +275,15 @@ class Made:
 
 def edit_rows(
     pipe,  # called as `KiwiEditPipeline` is
-    rows: Sequence[BenchRow],
+    rows: Sequence[Case],
     out: str | Path,  # folder of results, made if missing
     steps: int = 50,  # denoising steps
-    concat: bool = False,  # see `edit_row`
+    concat: bool = False,  # whether a second file shows source and result side by side
     part: int = 0,  # which rows: those whose number leaves it when divided by `parts`
     parts: int = 1,
     about: dict | None = None,  # what says which model it is, see `provenance`
     progress: bool = True,
-) -> Made:
+) -> _Made:
     "Make the videos that are missing."
     if not rows or steps < 1:
         raise InputError(f"`rows` and `steps` have to be at least 1 but are {len(rows)} and {steps}.")
@@ -375,21 +301,21 @@ def edit_rows(
                 f"`out` has to hold nothing but results of these rows but {row.output!r} was made for {before!r}."
             )
     todo = {row.output: row for row in own if not (out / row.output).is_file()}
-    work = lambda row: dict(numbers=_against_target(pipe, row, edit_row(pipe, row, out, steps, concat)))
+    work = lambda row: dict(numbers=_against_target(pipe, row, _edit_row(pipe, row, out, steps, concat)))
     keep = lambda record: append_line(out / "made.jsonl", asked(todo[record["key"]]) | record)
     done = run_rows(todo, work, each=keep, label="edits" if progress else "")
     faults = [asked(row) | done[row.output] for row in own if row.output in done and done[row.output]["error"]]
-    return Made(len(own), len(todo) - len(faults), len(own) - len(todo), faults)
+    return _Made(len(own), len(todo) - len(faults), len(own) - len(todo), faults)
 
 
 def _against_target(pipe, row, edited):
     "What is measured of an edit whose target is known."
-    if row.sample is None or edited.shape != row.target.shape:
+    if not row.scene or edited.shape != row.target.shape:
         return {}
     vae = getattr(pipe, "vae", None)
     rebuilt = None if vae is None else reconstruct(vae, row.target[None])[0]
     features = perceptual_features("cpu" if vae is None else str(vae.device))
-    return measure([Scene(row.world, row.sample, rebuilt, features)], edited[None])[0]
+    return measure([Scene(*row.scene, rebuilt, features)], edited[None])[0]
 
 
 def _claim(out, settings, about):
@@ -406,7 +332,7 @@ def _claim(out, settings, about):
 
 # %% ../../nbs/library/42_published.ipynb #c4500020
 def write_imgedit_list(
-    rows: Sequence[BenchRow],
+    rows: Sequence[Case],
     out: str | Path,  # folder of results
 ) -> Path:
     "`image_edit_out.jsonl`: one line for each picture that is there."
@@ -415,133 +341,55 @@ def write_imgedit_list(
     return write_text(Path(out) / "image_edit_out.jsonl", "".join(lines))
 
 # %% ../../nbs/library/42_published.ipynb #c4500031
-@dataclass(frozen=True, eq=False)
-class Beside:
-    "Frames of a result and of its source at one size and of one length."
-
-    source: np.ndarray  # (T, h, w, 3) uint8
-    edited: np.ndarray  # (T, h, w, 3) uint8
-    reference: np.ndarray | None  # (h, w, 3) uint8
-    frames: tuple  # of the result, of the source
-    note: str  # what is unusual; empty where nothing is
-
-
-def lay_beside(
-    row: BenchRow,
-    path: Path,  # of the result
-    side: int = 256,  # pixels of the longer side at most
-) -> Beside:
-    "Read a result and what it was made from."
-    drawn = isinstance(row.source, np.ndarray)
-    with renamed("`path`", "`result`"):
-        info = video_info(path)
-    with renamed("`path`", "`source`"):
-        about = None if drawn else video_info(row.source)
-    there, height, width = row.source.shape[:3] if drawn else (about.frames, about.height, about.width)
-    _check_result(row, info, there, width, height)
-    count, scale = min(info.frames, SETTINGS["num_frames"]), min(1, side / max(info.width, info.height))
-    size = max(1, round(info.width * scale)), max(1, round(info.height * scale))
-    with renamed("`path`", "`result`"):
-        edited = read_video(path, num_frames=count, size=size, mode="stretch", fast=True).frames
-    with renamed("`path`", "`source`"):
-        if drawn:
-            source = resize_frames(row.source[:count], *size, mode="inference")
-        else:
-            source = read_video(row.source, num_frames=count, size=size, mode="inference", fast=True).frames
-    for name, frames in dict(result=edited, source=source).items():
-        if len(frames) < count:
-            raise VideoError(f"`{name}` has to be whole but of {count} frames {len(frames)} decode.")
-    with renamed("`path`", "`reference`"):
-        reference = None if row.reference is None else np.asarray(read_image(row.reference))
-    notes = []
-    if info.frames < nearest_frame_count(min(there, SETTINGS["num_frames"])):
-        notes.append(f"{info.frames} frames for {there} of the source")
-    if abs(math.log(info.width * height / (info.height * width))) > 0.1:
-        notes.append(f"{info.width}x{info.height} for a source of {width}x{height}")
-    return Beside(source, edited, reference, (info.frames, there), "; ".join(notes))
-
-
-def _check_result(row, info, there, width, height):
-    if info.frames > there:
-        raise VideoError(f"`result` has to have at most the {there} frames of its source but has {info.frames}.")
-    if info.frames == 1 and there > 4:
+def _lay_result(case):
+    "A result beside its source, where it can be one of it."
+    laid = lay_beside(case)
+    made, there = laid.frames
+    if made > there:
+        raise VideoError(f"`result` has to have at most the {there} frames of its source but has {made}.")
+    if made == 1 and there > 4:
         raise VideoError(f"`result` has to be a clip for a source of {there} frames but is one picture.")
-    if row.sample is not None and (info.width, info.height) != (width, height):
-        found = f"{info.width}x{info.height}"
-        raise VideoError(f"`result` has to have the {width}x{height} pixels of its scene but has {found}.")
+    return laid
 
 # %% ../../nbs/library/42_published.ipynb #c4500034
-def row_key(
-    row: BenchRow,
-    path: Path,  # of the result
-    judge,  # see `kiwi_edit.eval.judge`
-) -> str:  # 24 hexadecimal digits
-    "Another one for another instruction, clip, reference, rubric or judge."
-    asked = row.bench, row.id, row.instruction, row.edit_type, rubric_for(row.bench, row.edit_type).instruction()
-    media = [str(m) if isinstance(m, Path) and not m.exists() else m for m in (row.source, path, row.reference)]
-    return digest(asked, judge.settings, media)[:24]
-
-
-def row_case(
-    row: BenchRow,
-    path: Path,  # of the result
-    frames: tuple,  # of the result, of the source
-) -> Case:
+def _shown(case, frames):
     "What a judge is shown: the files, and of a result that is much shorter the part of the source that it is of."
-    n, there = frames
-    if isinstance(row.source, np.ndarray):
-        source = row.source[:n]
-    else:
-        whole = n >= 0.9 * min(there, SETTINGS["num_frames"])
-        source = row.source if whole else read_video(row.source, num_frames=n).frames
-    rubric = rubric_for(row.bench, row.edit_type)
-    return Case(row.id, row.instruction, source, path, row.reference, rubric, row.edit_type)
+    made, there = frames
+    if isinstance(case.source, np.ndarray):
+        return replace(case, source=case.source[:made])
+    whole = made >= 0.9 * min(there, SETTINGS["num_frames"])
+    return case if whole else replace(case, source=read_video(case.source, num_frames=made).frames)
 
-# %% ../../nbs/library/42_published.ipynb #c4500036
-def measure_row(
-    row: BenchRow,
-    path: Path,  # of the result
-    judge,  # whose scores follow from what is measured, unless it is a model
-) -> dict:  # "metrics", "frames", "note", and "judgement" where no model has to be asked
-    "Measure a result beside its source."
-    beside = lay_beside(row, path)
-    cut = [None if x is None else x[: len(beside.edited)] for x in (row.mask, row.target)]
-    found = measure_clip(beside.edited, beside.source, beside.reference, *cut)
-    record = dict(
-        metrics={name: round(float(v), 6) if math.isfinite(v) else None for name, v in found.items()},
-        frames=list(beside.frames),
-        note="; ".join(filter(None, (row.note, beside.note))),
-    )
-    if not judge.is_model:
-        case = row_case(row, path, beside.frames)
-        record["judgement"] = asdict(judge.score(case, found))
-    return record
+
+def _measured(case, judge):
+    "What is measured of a result, and what a judge says that goes by it."
+    laid = _lay_result(case)
+    found = measure_case(laid)
+    metrics = {name: round(float(v), 6) if math.isfinite(v) else None for name, v in found.items()}
+    record = dict(metrics=metrics, frames=list(laid.frames), note=laid.note)
+    return record if judge.is_model else record | dict(judgement=asdict(judge.score(case, found)))
 
 # %% ../../nbs/library/42_published.ipynb #c450003b
-TITLES = dict(kit="The kit's own bench", refvie="RefVIE-Bench", openve="OpenVE-Bench", imgedit="ImgEdit")
+_TITLES = dict(kit="The kit's own bench", refvie="RefVIE-Bench", openve="OpenVE-Bench", imgedit="ImgEdit")
 
 
-def _value(found, digits=2):
-    return None if found is None else Value(*found, digits=digits)
+def _openve_line(row, scores, said):
+    return dict(scores=scores, prompt=row.instruction, edited_type=row.edit_type, result=said)
 
 
-def _score_table(rubric, groups):
-    "Scores of one rubric, a line for each group of judgements."
-    names = list(dict.fromkeys(name for s in groups.values() for _, name in s.columns))
-    cells = []
-    for kind, summary in groups.items():
-        means = [_value(summary.columns.get((rubric, name))) for name in names]
-        rows = sum(summary.counts.values())
-        cells.append([kind, rows, *summary.counts.values(), *means, _value(summary.subtasks.get(rubric))])
-    columns = ["edit type", "rows", "scored", "failed", "missing", *names, "mean"]
-    return Table(f"Scores, rubric {rubric}", columns, cells)
+def _refvie_line(row, scores, said):
+    subtask = "subject" if row.edit_type == "subject" else "background"
+    return dict(scores=scores, result=said, meta_info=row.fields, subtask=subtask)
+
+
+_PUBLISHED_LINES = dict(openve=_openve_line, refvie=_refvie_line)
 
 
 @dataclass
 class BenchReport(Report):
     "What a judge made of a folder of results, beside what was measured of them."
 
-    bench: str = "kit"  # of `TITLES`
+    bench: str = "kit"
     judge: str = ""  # its name
     is_model: bool = False  # whether the judge is a model
     about: dict = field(default_factory=dict, repr=False)  # what the results were made with, see `provenance`
@@ -551,10 +399,10 @@ class BenchReport(Report):
         "What the judge said, row by row."
         return [Judgement(**record["judgement"]) for record in self.records]
 
-    @property
+    @cached_property
     def summary(self) -> Summary:
-        "All rows put together in the published ways, see `aggregate`."
-        return aggregate(self.judgements)
+        "All rows put together in the published ways."
+        return Summary(self.judgements)
 
     @property
     def counts(self) -> dict:  # how many rows are "scored", "failed" and "missing"
@@ -576,26 +424,17 @@ class BenchReport(Report):
 
     def tables(self) -> list[Table]:
         "All tables."
-        summary, judgements, tables = self.summary, self.judgements, super().tables()
-        for rubric in dict.fromkeys(j.rubric for j in judgements):
-            own = [j for j in judgements if j.rubric == rubric]
-            kinds = dict.fromkeys(j.edit_type for j in own)
-            groups = {kind: aggregate([j for j in own if j.edit_type == kind]) for kind in kinds}
-            tables.append(_score_table(rubric, groups | (dict(all=aggregate(own)) if len(kinds) > 1 else {})))
-        if summary.counts["scored"]:
-            means = {"rows": summary.micro, "criteria": summary.six, "edit types": summary.macro}
-            cells = [[name, _value(found)] for name, found in means.items()]
-            tables.append(Table("Overall, as a mean of", ["what", "mean"], cells))
-            # scores of what is no model cannot stand beside those of one
-            if self.is_model and self.bench in PUBLISHED:
-                tables.append(PUBLISHED[self.bench].beside(summary, self.model))
+        tables = [*super().tables(), *self.summary.tables()]
+        # scores of what is no model cannot stand beside those of one
+        if self.is_model and self.bench in PUBLISHED and self.counts["scored"]:
+            tables.append(beside_published(self.bench, self.summary, self.model))
         measured = {}
         for kind, records in by_task(self.records).items():
             for name in dict.fromkeys(name for record in records for name in record["metrics"]):
-                known = [r["metrics"][name] for r in records if r["metrics"].get(name) is not None]
-                measured.setdefault(kind, {})[name] = (np.mean(known),) if known else None
-        if names := list(dict.fromkeys(name for means in measured.values() for name, v in means.items() if v)):
-            cells = [[kind, *(_value(means.get(name), 3) for name in names)] for kind, means in measured.items()]
+                if known := [r["metrics"][name] for r in records if r["metrics"].get(name) is not None]:
+                    measured.setdefault(kind, {})[name] = Value(np.mean(known), digits=3)
+        if names := list(dict.fromkeys(name for means in measured.values() for name in means)):
+            cells = [[kind, *map(means.get, names)] for kind, means in measured.items()]
             tables.append(Table("Measured, without a judge", ["edit type", *names], cells))
         if self.reasons:
             tables.append(Table("Not scored", ["reason", "rows"], [list(item) for item in self.reasons[:20]]))
@@ -605,7 +444,7 @@ class BenchReport(Report):
     def lead(self) -> str:
         "Counts and judge in two sentences."
         notes, world = sum(bool(r["note"]) for r in self.records), f", world: {self.difficulty}" * bool(self.difficulty)
-        text = f"{TITLES[self.bench]}{world}: of {len(self.records)} rows {self.summary.counted}"
+        text = f"{_TITLES[self.bench]}{world}: of {len(self.records)} rows {self.summary.counted}"
         text += f"; {notes} with a note" * bool(notes)
         kind = "a model" if self.is_model else "no model"
         return f"{text}. Judge: {self.judge}, which is {kind}. Scale 1 to 5; intervals hold 95%."
@@ -616,102 +455,61 @@ class BenchReport(Report):
     def write(
         self,
         out: str | Path,  # folder
-        rows: dict[str, BenchRow],  # id -> row
-        folder: Path,  # of the results
+        cases: dict[str, Case],  # id -> row with its result
     ) -> Path:  # of the page
         "Write report.json, the page report.html, and the scores in the published format where there is one."
         self.save(Path(out) / "report.json")
-        if self.bench in PUBLISHED_LINES:
-            lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in published_lines(self, rows)]
-            write_text(Path(out) / f"{self.bench}_scores.jsonl", "".join(lines))
-        return write_text(Path(out) / "report.html", report_page(self, rows, folder))
-
-# %% ../../nbs/library/42_published.ipynb #c450003d
-def _openve_line(row, scores, said):
-    return dict(scores=scores, prompt=row.instruction, edited_type=row.edit_type, result=said)
-
-
-def _refvie_line(row, scores, said):
-    subtask = "subject" if row.edit_type == "subject" else "background"
-    return dict(scores=scores, result=said, meta_info=row.fields, subtask=subtask)
-
-
-PUBLISHED_LINES = dict(openve=_openve_line, refvie=_refvie_line)
-
-
-def published_lines(
-    report: BenchReport,
-    rows: dict[str, BenchRow],  # id -> row
-) -> list[dict]:
-    "The scored rows as the released tools write them."
-    lines = []
-    for judgement in report.judgements:
-        if judgement.ok:
-            written = "\n".join(f"{name}: {score:g}" for name, score in judgement.scores.items())
-            said = (judgement.replies or [written])[-1]
-            scores = list(judgement.scores.values())
-            lines.append(PUBLISHED_LINES[report.bench](rows[judgement.id], scores, said))
-    return lines
+        if line := _PUBLISHED_LINES.get(self.bench):
+            lines = []
+            for judgement in self.judgements:
+                if judgement.ok:
+                    written = "\n".join(f"{name}: {score:g}" for name, score in judgement.scores.items())
+                    said = (judgement.replies or [written])[-1]
+                    lines.append(line(cases[judgement.id], list(judgement.scores.values()), said))
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            write_text(Path(out) / f"{self.bench}_scores.jsonl", text)
+        return write_text(Path(out) / "report.html", _report_page(self, cases))
 
 # %% ../../nbs/library/42_published.ipynb #c4500040
-def _strip_jpeg(clips, height=90, columns=6):
-    "Frames of clips (T, h, w, 3) below each other, as a small JPEG."
-    lines = []
-    for clip in clips:
-        size = max(1, round(clip.shape[2] * height / clip.shape[1])), height
-        frames = clip[sample_indices(len(clip), columns)]
-        lines.append(np.concatenate([np.asarray(PIL.Image.fromarray(f).resize(size)) for f in frames], axis=1))
-    width = max(line.shape[1] for line in lines)
-    lines = [np.pad(line, ((0, 3), (0, width - line.shape[1]), (0, 0)), constant_values=255) for line in lines]
-    buffer = io.BytesIO()
-    PIL.Image.fromarray(np.concatenate(lines)).save(buffer, "JPEG", quality=82)
-    return buffer.getvalue()
-
-
-def _figure(row, record, path):
+def _figure(case, record):
     "A scored row as a film strip with its numbers."
-    beside = lay_beside(row, path)
-    clips = [beside.source, beside.edited] + ([] if beside.reference is None else [beside.reference[None]])
+    beside, picture = lay_beside(case), io.BytesIO()
+    clips = {"source": beside.source, "result": beside.edited}
+    clips |= {} if beside.reference is None else {"reference": beside.reference[None]}
+    film_strip(clips, height=0.9).savefig(picture, format="jpeg", pil_kwargs=dict(quality=82))
     scores = ", ".join(f"{name} {score:g}" for name, score in record["scores"].items())
     numbers = ", ".join(f"{name} {value:.3f}" for name, value in record["metrics"].items() if value is not None)
     said = html.escape("\n".join(record["judgement"]["replies"])[:1500])
-    words = f"<b>{html.escape(record['id'])}</b> {html.escape(f'{row.edit_type}: {row.instruction}')}"
+    words = f"<b>{html.escape(record['id'])}</b> {html.escape(f'{case.edit_type}: {case.instruction}')}"
     words += f"<br>{html.escape(scores)}<br><small>{html.escape('; '.join(filter(None, (numbers, record['note']))))}"
     words += (
         f"</small><details><summary>What the judge said</summary><pre>{said}</pre></details>" if said else "</small>"
     )
-    picture = image_tag(_strip_jpeg(clips), "Source above, result below, then the reference if there is one")
-    return f"<figure>{picture}<figcaption>{words}</figcaption></figure>"
+    shown = image_tag(picture.getvalue(), "Source above, result below, then the reference if there is one")
+    return f"<figure>{shown}<figcaption>{words}</figcaption></figure>"
 
 
-def report_page(
-    report: BenchReport,
-    rows: dict[str, BenchRow],  # id -> row
-    folder: Path,  # of the results
-    strips: int = 16,  # scored rows that are shown, evenly from the worst to the best
-) -> str:  # one page without links
-    "The report for a browser."
+def _report_page(report, cases, strips=16):
+    "The report for a browser, one page without links; scored rows are shown evenly from the worst to the best."
     scored = [record for record in report.records if record["status"] == "scored"]
     scored.sort(key=lambda record: np.mean(list(record["scores"].values())))
     shown = [scored[i] for i in sample_indices(len(scored), strips)] if scored else []
     parts = [f"<p>{html.escape(report.lead)}</p>", *report.tables()]
     if shown:
         parts.append(f"<h2>{len(shown)} of {len(scored)} scored rows, the worst first</h2>")
-    parts += [_figure(rows[record["id"]], record, folder / record["output"]) for record in shown]
+    parts += [_figure(cases[record["id"]], record) for record in shown]
     if lost := [
         [r[k] for k in ("id", "status", "output", "reason")] for r in report.records if r["status"] != "scored"
     ]:
         parts.append(Table("Rows that were not scored", ["row", "status", "result", "reason"], lost))
     parts.append(f"<p><small>{html.escape(', '.join(report.conditions()))}</small></p>")
-    return page(f"{TITLES[report.bench]}, judged by {report.judge}", *parts)
+    return page(f"{_TITLES[report.bench]}, judged by {report.judge}", *parts)
 
 # %% ../../nbs/library/42_published.ipynb #c4500043
-def _ask(judge, rows, measured, folder, out, say, progress):
+def _ask(judge, cases, measured, out, say, progress):
     "Judgements of a model about all rows that could be measured, by id."
-    cases = []
-    for row in rows:
-        if measured.get(row.id, {}).get("error", "none") is None:
-            cases.append(row_case(row, folder / row.output, measured[row.id]["frames"]))
+    there = {case.id: measured[case.id] for case in cases if measured.get(case.id, {}).get("error", "none") is None}
+    cases = [_shown(case, there[case.id]["frames"]) for case in cases if case.id in there]
     judge = copy.copy(judge)
     judge.folder = judge.folder or out
     plan = judge.estimate(cases)
@@ -719,15 +517,19 @@ def _ask(judge, rows, measured, folder, out, say, progress):
         say(f"{judge.name}: " + _cost(plan, "about "))
     found = {judgement.id: judgement for judgement in judge.judge(cases, progress)}
     if say and plan["calls"]:
-        say(f"{judge.name}: " + _cost(aggregate(found.values()).usage))
+        say(f"{judge.name}: " + _cost(Summary(found.values()).usage))
     return found
 
 
-def _record(row, measured, judgement, made):
+def _record(case, measured, judgement, made, judge):
     "What is written down of a row."
-    record = dict(
-        id=row.id, task=row.edit_type, instruction=row.instruction, output=row.output, metrics={}, note=row.note
-    )
+    if judgement is None and "judgement" in measured:
+        judgement = replace(Judgement(**measured["judgement"]), id=case.id)
+    if judgement is None:
+        error = measured["error"] if measured else f"missing: {made.get('error') or 'no such file'}"
+        judgement = case.judged(judge.name, error=error)
+    record = dict(id=case.id, task=case.edit_type, instruction=case.instruction, output=case.output)
+    record |= dict(metrics={}, note=case.note)
     record |= {name: measured[name] for name in ("metrics", "frames", "note") if name in measured}
     scores = judgement.scores if judgement.ok else {}
     record |= dict(status=judgement.state, scores=scores, reason=judgement.error.removeprefix("missing: "))
@@ -735,7 +537,7 @@ def _record(row, measured, judgement, made):
 
 
 def score_rows(
-    rows: Sequence[BenchRow],
+    rows: Sequence[Case],
     folder: str | Path,  # of the results
     judge,  # see `kiwi_edit.eval.judge`
     out: str | Path,  # folder for scores and report, made if missing
@@ -751,25 +553,17 @@ def score_rows(
         raise FileNotFoundError(f"`folder` has to be that of the results but {str(folder)!r} is none.")
     out.mkdir(parents=True, exist_ok=True)
     made = {record["output"]: record for record in read_lines(folder / "made.jsonl")}
-    keys = {row.id: row_key(row, folder / row.output, judge) for row in rows if (folder / row.output).is_file()}
-    there = {keys[row.id]: row for row in rows if row.id in keys}
-    work = lambda row: measure_row(row, folder / row.output, judge)
+    cases = [replace(row, edited=folder / row.output) for row in rows]
+    keys = {case.id: digest(case.digest(), judge.settings) for case in cases if case.edited.is_file()}
+    there = {keys[case.id]: case for case in cases if case.id in keys}
+    work = partial(_measured, judge=judge)
     found = run_rows(there, work, out / "scores.jsonl", label="measured" if progress else "")
     measured = {id: found[key] for id, key in keys.items()}
-    asked = _ask(judge, rows, measured, folder, out, say, progress) if judge.is_model else {}
+    asked = _ask(judge, cases, measured, out, say, progress) if judge.is_model else {}
     records = []
-    for row in rows:
-        known, before = measured.get(row.id, {}), made.get(row.output, {})
-        case = Case(row.id, row.instruction, None, None, None, rubric_for(row.bench, row.edit_type), row.edit_type)
-        if row.id in asked:
-            judgement = asked[row.id]
-        elif "judgement" in known:
-            judgement = Judgement(**known["judgement"])
-        elif known:
-            judgement = failed(case, judge.name, known["error"])
-        else:
-            judgement = failed(case, judge.name, f"missing: {before.get('error') or 'no such file'}")
-        records.append(_record(row, known, judgement, before))
+    for case in cases:
+        known, before = measured.get(case.id, {}), made.get(case.output, {})
+        records.append(_record(case, known, asked.get(case.id), before, judge))
     kit = rows[0].bench == "kit"
     report = BenchReport(
         str((about or {}).get("model", "these results")),
@@ -780,7 +574,7 @@ def score_rows(
         is_model=judge.is_model,
         about=about or {},
     )
-    report.write(out, {row.id: row for row in rows}, folder)
+    report.write(out, {case.id: case for case in cases})
     return report
 
 
@@ -790,9 +584,6 @@ def _cost(usage, about=""):
     return f"{about}{usage['calls']} calls, {about}{usage['input_tokens']:,} tokens in, {cost}"
 
 # %% ../../nbs/library/42_published.ipynb #c4500047
-PUBLISHED_JUDGES = {bench: table.judge for bench, table in PUBLISHED.items()}
-
-
 def judge_of(
     text: str,  # "metrics", "gemini", "gemini:MODEL", "openai:MODEL", "openai:MODEL@URL" or "transformers:PATH"
     bench: str = "refvie",  # whose published judge "gemini" is
@@ -812,6 +603,6 @@ def judge_of(
         raise InputError(f"`judge` has to be {words} but is {text!r}.")
     with renamed("`api_key` has to be given, or be", "`judge` has to have its key"):
         if kind == "gemini":  # the published ones think as they like
-            published = PUBLISHED_JUDGES.get(bench, PUBLISHED_JUDGES["refvie"])
+            published = PUBLISHED.get(bench, PUBLISHED["refvie"])["judge"]
             return ChatJudge(GeminiChat(rest or published, thinking=None))
         return ChatJudge(chat_of(text if kind == "openai" else rest, device, extra))
