@@ -12,12 +12,13 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.overrides import TorchFunctionMode
 
 import common
-from kiwi_edit import guidance, latents, pipeline
+from kiwi_edit import latents, pipeline
 from kiwi_edit.apps.approximations import APPROXIMATIONS, FlowUniPC, approximately, magnitude_ratios, parallelise
 from kiwi_edit.core import asset
 from kiwi_edit.guidance import find_wan
 from kiwi_edit.pipeline import KiwiEditPipeline, flow_sigmas
 from kiwi_edit.video import Clip, as_frames, read_video
+from kiwi_edit.windows import latent_windows
 from kiwi_edit.world import World
 
 sys.path.insert(0, str(asset("benchmarks")))
@@ -652,7 +653,7 @@ def test_flops_are_those_of_an_edit(pipe):
 
 
 def test_seams_are_borders_where_other_windows_take_over():
-    windows = guidance.latent_windows((5, 1, 1), (3, 1, 1), (1, 0, 0))  # latent frames 0-2 and 2-4
+    windows = latent_windows((5, 1, 1), (3, 1, 1), (1, 0, 0))  # latent frames 0-2 and 2-4
     clip = np.zeros((17, 4, 4, 3), np.uint8)
     for border, level in ((1, 10), (5, 20), (9, 30), (13, 40)):
         clip[border:] += np.uint8(level)  # from latent frame 0 to 1, 1 to 2, ...
@@ -660,7 +661,7 @@ def test_seams_are_borders_where_other_windows_take_over():
     target = np.zeros_like(clip)
     target[5:] += np.uint8(20)
     assert speed.seam_error(clip, windows, target) == dict(seam=15.0, inside=25.0)
-    alone = speed.seam_error(clip, guidance.latent_windows((5, 1, 1), (2, 1, 1), (1, 0, 0)))
+    alone = speed.seam_error(clip, latent_windows((5, 1, 1), (2, 1, 1), (1, 0, 0)))
     assert np.isnan(alone["inside"]) and alone["seam"] == 25.0
 
 

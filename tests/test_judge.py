@@ -19,7 +19,7 @@ from kiwi_edit.data.backends import GeminiChat, OpenAIChat, TransformersChat
 from kiwi_edit.core import asset
 from kiwi_edit.eval.judge import *
 from kiwi_edit.eval.judge import _WORTH, _metric_scores
-from kiwi_edit.metrics import DAMAGES
+from kiwi_edit.eval.clips import DAMAGES
 from kiwi_edit.video import read_video, resize_frames, write_video
 from kiwi_edit.world import World
 
