@@ -271,9 +271,8 @@ def test_fingerprint_covers_what_rows_depend_on_and_nothing_else(pipe, random_mo
         return survey_cache(pipe, data, tmp_path, settings, progress=False).folder.name
 
     now, images = fingerprint(pipe), fingerprint(pipe, single_frame=True)
-    assert (
-        now == fingerprint(KiwiEditPipeline.from_pretrained(random_model)) != images
-    )  # saving and loading changes nothing
+    # saving and loading changes nothing
+    assert now == fingerprint(KiwiEditPipeline.from_pretrained(random_model)) != images
 
     def with_more(p, place=...):
         with raised(p, place):

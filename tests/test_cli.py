@@ -113,11 +113,8 @@ def refused(result, *words, code=1):
 def test_edit_writes_result_strip_and_comparison(edit, clip, tmp_path):
     status, out, err = edit(clip, "--out", tmp_path / "new.mp4", "--compare")
     assert status == 0
-    assert (
-        str(tmp_path / "new.mp4") in out
-        and str(tmp_path / "new-strip.png") in out
-        and str(tmp_path / "new-compare.mp4") in out
-    )
+    assert str(tmp_path / "new.mp4") in out and str(tmp_path / "new-strip.png") in out
+    assert str(tmp_path / "new-compare.mp4") in out
     assert video_info(tmp_path / "new.mp4").frames == 5 and video_info(tmp_path / "new.mp4").fps == 10
     assert read_video(tmp_path / "new.mp4").frames.shape == (5, 32, 40, 3)
     assert read_video(tmp_path / "new-compare.mp4").frames.shape == (5, 32, 84, 3)
@@ -230,26 +227,15 @@ def bench(clip):
 def test_evaluate_makes_and_scores_the_rows_of_a_published_bench(kiwi, random_model, bench, tmp_path):
     command = "evaluate", *bench, "--model", random_model, "--steps", 1, "--out", tmp_path / "run"
     status, out, err = kiwi(*command, "--parts", "1/2")
-    assert (
-        status == 0
-        and "1 of 1 videos there" in out
-        and "part 1 of 2" in out
-        and not (tmp_path / "run" / "report.json").exists()
-    ), err
+    assert status == 0 and "1 of 1 videos there" in out and "part 1 of 2" in out, err
+    assert not (tmp_path / "run" / "report.json").exists(), err
     status, out, err = kiwi(*command)
-    assert (
-        status == 1
-        and "1 of 2 videos there, 1 of them before, 1 failed" in out
-        and "1 scored, 0 failed, 1 missing" in out
-    ), err
+    assert status == 1 and "1 of 2 videos there, 1 of them before, 1 failed" in out, err
+    assert "1 scored, 0 failed, 1 missing" in out, err
     assert "row 1 failed: `source` has to be" in err and "lost.mp4" in err
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert (
-        report["about"]["steps"] == 1
-        and report["about"]["seed"] == 0
-        and len(report["about"]["checkpoint"]) == 16
-        and report["about"]["versions"]["torch"]
-    )
+    assert report["about"]["steps"] == 1 and report["about"]["seed"] == 0 and len(report["about"]["checkpoint"]) == 16
+    assert report["about"]["versions"]["torch"]
     refused(
         kiwi("evaluate", *bench, "--model", random_model, "--steps", 2, "--out", tmp_path / "run"),
         "--out has to be new or of the same making",
@@ -257,12 +243,8 @@ def test_evaluate_makes_and_scores_the_rows_of_a_published_bench(kiwi, random_mo
     status, out, err = kiwi(
         "evaluate", *bench, "--videos", tmp_path / "run" / "videos", "--limit", 1, "--out", tmp_path / "again"
     )
-    assert (
-        status == 0
-        and "1 rows 1 scored, 0 failed, 0 missing" in out
-        and (tmp_path / "again" / "report.html").is_file()
-        and "steps 1" in out
-    ), err
+    assert status == 0 and "1 rows 1 scored, 0 failed, 0 missing" in out, err
+    assert (tmp_path / "again" / "report.html").is_file() and "steps 1" in out, err
 
 
 def test_evaluate_scores_videos_of_the_kits_bench(kiwi, tmp_path):
@@ -384,7 +366,8 @@ def test_evaluate_says_what_is_wrong_first(kiwi, bench, tmp_path, monkeypatch):
 def test_version_help_and_no_command(kiwi):
     assert re.fullmatch(r"kiwi-edit \d+\.\d+\S*\n", kiwi("--version")[1])
     status, out, _ = kiwi("edit", "--help")
-    assert status == 0 and all(
+    assert status == 0
+    assert all(
         flag in out
         for flag in "--instruction --reference --model --out --compare --overwrite --seed --steps --frames --size --device".split()
     )
@@ -564,9 +547,8 @@ def test_wrong_arguments_are_refused_before_a_model_is_looked_up(kiwi, clip, tmp
     arguments = [a.format(clip=clip, folder=tmp_path) for a in arguments]
     before = clip.read_bytes()
     refused(kiwi("edit", clip, *arguments, "--model", "never-looked-up"), *words)
-    assert (
-        clip.read_bytes() == before and not list(tmp_path.glob("new*")) and not list((tmp_path / "outputs").glob("*"))
-    )
+    assert clip.read_bytes() == before and not list(tmp_path.glob("new*"))
+    assert not list((tmp_path / "outputs").glob("*"))
 
 
 def test_wrong_arguments_are_refused_before_weights_are_read(kiwi, clip, tmp_path, random_model, monkeypatch):
@@ -818,7 +800,8 @@ def test_train_runs_stages_one_after_the_other_from_what_cache_has_made(kiwi, sm
     before = (run / "model" / "stages.json").stat().st_mtime_ns
     assert kiwi(*command, "--resume")[0] == 0 and (run / "model" / "stages.json").stat().st_mtime_ns == before
     status, out, err = kiwi("train", *command[3:], "--resume", "--steps", 3)
-    assert status == 1 and err.startswith(
+    assert status == 1
+    assert err.startswith(
         "stage files\nerror: --out has to hold a model without stage 'files', whose LoRA layers are merged"
     )
 
@@ -874,10 +857,8 @@ def test_dry_run_says_what_is_needed_and_loads_nothing(kiwi, small, monkeypatch,
         if name in ("as above", "online", "checkpointing of both networks", "optimizer in the host's memory")
     }
     assert len(choices) == 4 and all(abs(sum(row[:4]) - row[4]) < 0.03 for row in choices.values())
-    assert (
-        choices["checkpointing of both networks"][3] < choices["as above"][3]
-        and choices["optimizer in the host's memory"][2] == 0 < choices["as above"][2]
-    )
+    assert choices["checkpointing of both networks"][3] < choices["as above"][3]
+    assert choices["optimizer in the host's memory"][2] == 0 < choices["as above"][2]
     assert choices["online"][0] > choices["as above"][0]
     status, out, err = kiwi("train", "--stage", "encoder", "--dry-run")
     assert "TFLOP/s" in out and " minutes on two CPU cores" in out
@@ -1021,11 +1002,8 @@ def test_too_little_memory_is_said_first(kiwi, small, random_model, monkeypatch,
         line = one_error(
             "\n".join(part for part in re.split(r"[\r\n]+", kiwi(*command)[2]) if not part.startswith("dry run"))
         )
-        assert (
-            line.startswith("error: free memory has to be at least")
-            and "for stage 'small' of tiny" in line
-            and words in line
-        )
+        assert line.startswith("error: free memory has to be at least") and "for stage 'small' of tiny" in line
+        assert words in line
     assert not (tmp_path / "run").exists()
 
 
@@ -1047,7 +1025,8 @@ def test_a_stage_without_what_it_builds_on_warns_and_a_loss_that_is_no_number_is
 
     monkeypatch.setattr(training, "train", explode)
     status, out, err = kiwi("train", "--stage", "pictures", "--out", tmp_path)
-    assert status == 1 and err.splitlines() == [
+    assert status == 1
+    assert err.splitlines() == [
         "warning: stage pictures starts from a random model, without encoder, which it builds on",
         "stage pictures",
         "error: the loss is nan at step 3; its samples: a, b. The last checkpoint is kept.",
@@ -1118,10 +1097,8 @@ def test_trackers(monkeypatch):
 
     there = {"tensorboard"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in there or None)
-    assert (
-        cli._find_tracker(None) == cli._find_tracker("tensorboard") == ("tensorboard",)
-        and cli._find_tracker("none") == ()
-    )
+    assert cli._find_tracker(None) == cli._find_tracker("tensorboard") == ("tensorboard",)
+    assert cli._find_tracker("none") == ()
     with pytest.raises(ImportError, match="`wandb` has to be installed"):
         cli._find_tracker("wandb")
     there.clear()
@@ -1183,10 +1160,8 @@ def test_sharding_wraps_layers_that_exist(random_model):
         for name, module in model.named_modules()
         if plugin.auto_wrap_policy(module=module, recurse=False, nonwrapped_numel=1)
     ]
-    assert {name.rpartition(".")[0] for name in wrapped} == {
-        "transformer.blocks",
-        "mllm.model.language_model.layers",
-    } and len(wrapped) == len(model.transformer.blocks) + len(model.mllm.model.language_model.layers)
+    assert {name.rpartition(".")[0] for name in wrapped} == {"transformer.blocks", "mllm.model.language_model.layers"}
+    assert len(wrapped) == len(model.transformer.blocks) + len(model.mllm.model.language_model.layers)
 
 
 def test_deepspeed_files_are_the_official_recipe():
@@ -1197,10 +1172,8 @@ def test_deepspeed_files_are_the_official_recipe():
     for name, preset, stage in (("zero2", "wan2.2-5b", "stage3-mix"), ("zero3", "wan2.1-14b", "stage2-720")):
         config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
         asked = find_stage(preset, stage).deepspeed
-        assert (
-            asked.items() <= config.deepspeed_config.items()
-            and "gradient_accumulation_steps" not in config.deepspeed_config
-        )
+        assert asked.items() <= config.deepspeed_config.items()
+        assert "gradient_accumulation_steps" not in config.deepspeed_config
 
 
 def test_two_processes_train_one_model_and_speak_once(tmp_path, random_model):
@@ -1250,10 +1223,8 @@ def test_the_bundled_model_edits_the_sample(kiwi, tmp_path):
     )
     assert status == 0, err
     seconds = float(re.search(r"in ([\d.]+) s\)", out)[1])
-    before, after = (
-        read_video(samples / "clip.mp4").frames.astype(float),
-        read_video(tmp_path / "new.mp4").frames.astype(float),
-    )
+    before = read_video(samples / "clip.mp4").frames.astype(float)
+    after = read_video(tmp_path / "new.mp4").frames.astype(float)
     assert seconds < 60 and np.abs(after - before).mean() > 10, "an edit changes the clip"
     grain = np.abs(np.diff(after[:, ::4, ::4], axis=2)).mean()
     assert grain < 40, "and no noise"

@@ -735,9 +735,8 @@ def test_close_leaves_nothing(random_model, files):
     served = demo.launch("127.0.0.1", 0, random_model, block=False, say=lambda line: None)
     visitor, root = gradio_client.Client(served.local_url, verbose=False), Path(served.visitors.root.name)
     visitor.predict(**arguments(image=files / "blue.png"), api_name="/edit")
-    kept = {
-        f for block in served.blocks.values() for f in getattr(block, "keep_in_cache", ())
-    }  # examples, which go with the process
+    # examples, which go with the process
+    kept = {f for block in served.blocks.values() for f in getattr(block, "keep_in_cache", ())}
     own = {f for some in served.temp_file_sets for f in some} - kept
     visitor.close()
     assert own and any(Path(f).exists() for f in own)

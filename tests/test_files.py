@@ -157,9 +157,8 @@ def test_results_that_no_list_has_written_are_left_alone(folder, text):
 def test_names_of_results_fit(tmp_path):
     for stem in ("a" * 240, "é" * 120, "視" * 84, os.fsdecode(b"\xe9" * 240)):
         names = [files._file_name(stem + more, "-edited.mp4") for more in ("", "b")]
-        assert len(set(names)) == 2 and all(
-            name.startswith(stem[:50]) and name.endswith("-edited.mp4") for name in names
-        )
+        assert len(set(names)) == 2
+        assert all(name.startswith(stem[:50]) and name.endswith("-edited.mp4") for name in names)
         for name in names:
             (tmp_path / f"{Path(name).stem}-compare.mp4").touch()  # the longest that is written beside it
     assert files._file_name("clip", "-edited.mp4") == "clip-edited.mp4"
@@ -200,9 +199,8 @@ def test_only_what_is_missing_is_done(folder):
     ]
     assert all((out / name).stat().st_mtime_ns == times[name] for name in ("0001-clip.mp4", "0002-clip.mp4"))
 
-    (folder / "clip.mp4").write_bytes(
-        (assets_dir() / "samples" / "clip.mp4").read_bytes() + b"\0" * 8
-    )  # another clip of that name
+    # another clip of that name
+    (folder / "clip.mp4").write_bytes((assets_dir() / "samples" / "clip.mp4").read_bytes() + b"\0" * 8)
     with pytest.raises(files.BadEdits, match="was made from other files or by another model"):
         run_edits(read_edits(path, out), MODEL)
     assert all((out / name).stat().st_mtime_ns == times[name] for name in ("0001-clip.mp4", "0002-clip.mp4"))
@@ -267,20 +265,15 @@ def stopped(folder, until, stop):
 
 
 def test_a_list_that_is_stopped_twice_ends_with_the_same_results(folder, capfd, one_thread):
-    path, out = (
-        write(
-            folder,
-            *rows(6),
-            dict(
-                video="clip.mp4",
-                instruction="Erase the flamingo from the clip.",
-                reference="reference.png",
-                compare=True,
-            ),
-            '{"video": ',
+    path = write(
+        folder,
+        *rows(6),
+        dict(
+            video="clip.mp4", instruction="Erase the flamingo from the clip.", reference="reference.png", compare=True
         ),
-        folder / "out",
+        '{"video": ',
     )
+    out = folder / "out"
     # Ctrl-C reaches all of them
     status, said, err = stopped(folder, "[1-6]/7 rows", lambda pid: os.killpg(pid, signal.SIGINT))
     assert status == 130 and said == "" and "Traceback" not in err and "leaked" not in err
@@ -294,21 +287,14 @@ def test_a_list_that_is_stopped_twice_ends_with_the_same_results(folder, capfd, 
     with pytest.raises(SystemExit) as stop:
         cli.main(["edit", str(path), "--out", str(out), "--skip-bad"])
     said, err = capfd.readouterr()
-    assert (
-        stop.value.code == 1
-        and "row 8 bad: `line` has to be a JSON object" in err
-        and re.search(r"7 of 8 rows done, \d of them before, 1 bad", said)
-    )
-    assert [(r["row"], r["status"]) for r in records(out)] == [(k, "done") for k in range(1, 8)] + [
-        (8, "bad")
-    ] and left_behind(out) == set()
+    assert stop.value.code == 1 and "row 8 bad: `line` has to be a JSON object" in err
+    assert re.search(r"7 of 8 rows done, \d of them before, 1 bad", said)
+    assert [(r["row"], r["status"]) for r in records(out)] == [(k, "done") for k in range(1, 8)] + [(8, "bad")]
+    assert left_behind(out) == set()
 
     alone = run_edits(read_edits(path, folder / "alone"), MODEL, skip_bad=True)
-    assert (
-        alone.counts == dict(done=7, failed=0, bad=1)
-        and visible(out) == visible(folder / "alone")
-        and "0007-clip-compare.mp4" in visible(out)
-    )
+    assert alone.counts == dict(done=7, failed=0, bad=1) and visible(out) == visible(folder / "alone")
+    assert "0007-clip-compare.mp4" in visible(out)
     for name in visible(out) - {"results.jsonl"}:
         files = out / name, folder / "alone" / name
         if name.endswith(
@@ -463,10 +449,8 @@ def test_the_class_of_an_error_says_whose_fault_it_is():
     assert "No space left" in files.one_line(
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     )
-    assert (
-        files.one_line(OSError(28, "No space left on device", "x.mp4")) == "No space left on device: x.mp4"
-        and files.one_line(OSError("a library's own words")) == "a library's own words"
-    )
+    assert files.one_line(OSError(28, "No space left on device", "x.mp4")) == "No space left on device: x.mp4"
+    assert files.one_line(OSError("a library's own words")) == "a library's own words"
     assert "pip install 'kiwi-edit[judge]'" in files.one_line(missing_package("openai"))
     for module, extra in (("openai", "judge"), ("gradio", "demo"), ("datasets", "scale")):
         assert f"kiwi-edit[{extra}]" in files.one_line(ModuleNotFoundError(f"No module named {module!r}", name=module))
