@@ -12,7 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.overrides import TorchFunctionMode
 
 import common
-from kiwi_edit import latents, pipeline
+from kiwi_edit import guidance, latents, pipeline
 from kiwi_edit.apps.approximations import APPROXIMATIONS, FlowUniPC, approximately, magnitude_ratios, parallelise
 from kiwi_edit.core import asset
 from kiwi_edit.guidance import find_wan
