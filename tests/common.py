@@ -1,4 +1,4 @@
-"What several test files share: processes that start within a second, and disks that are full."
+"What several test files share: a small model, processes that start within a second, and disks that are full."
 
 import contextlib
 import multiprocessing
@@ -11,6 +11,22 @@ try:
     import resource
 except ImportError:  # Windows
     resource = None
+
+
+def small_sizes():
+    "Sizes of a model with the kinds of layers that tiny has, and fewer of each."
+    from kiwi_edit.core import preset
+
+    sizes = preset("tiny")
+    sizes.transformer.update(num_layers=1, num_attention_heads=2, attention_head_dim=32, ffn_dim=96)
+    sizes.vae.update(base_dim=8, decoder_base_dim=8)
+    text = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    sizes.mllm["text_config"].update(text, intermediate_size=96)
+    vision = dict(depth=2, hidden_size=32, num_heads=2, intermediate_size=48, out_hidden_size=64)
+    sizes.mllm["vision_config"].update(vision, fullatt_block_indexes=[1])
+    sizes.guidance.update(hidden_size=64, dim=64)
+    return sizes
+
 
 # one process imports what is slow to import, and the others are forked from it
 CONTEXT = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")

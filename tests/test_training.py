@@ -29,7 +29,6 @@ from torch.distributed.tensor import DTensor
 import common
 import kiwi_edit.train.engine
 from kiwi_edit.weights.checkpoints import load_trainer_checkpoint, merge_lora
-from kiwi_edit.core import preset
 from kiwi_edit.train.curriculum import Bucket, Lora, Loss, Stage, _add_lora, find_stage, part_parameters, select
 from kiwi_edit.data.dataset import WorldDataset, save_dataset, write_metadata
 from kiwi_edit.encoder import make_tokenizer
@@ -155,17 +154,10 @@ def run_toy(
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    "Folder of a model with random weights: the kinds of layers that tiny has, and fewer of each."
-    sizes, folder = preset("tiny"), tmp_path_factory.mktemp("model")
-    sizes.transformer.update(num_layers=2, num_attention_heads=2, attention_head_dim=32, ffn_dim=96)
-    sizes.vae.update(base_dim=8, decoder_base_dim=8)
-    sizes.mllm["text_config"].update(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=96
-    )
-    sizes.mllm["vision_config"].update(
-        depth=2, hidden_size=32, num_heads=2, intermediate_size=48, out_hidden_size=64, fullatt_block_indexes=[1]
-    )
-    sizes.guidance.update(hidden_size=64, dim=64, num_image_queries=4, num_video_queries=4, num_ref_queries=4)
+    "Folder of a small model with random weights."
+    sizes, folder = common.small_sizes(), tmp_path_factory.mktemp("model")
+    sizes.transformer.update(num_layers=2)
+    sizes.guidance.update(num_image_queries=4, num_video_queries=4, num_ref_queries=4)
     torch.manual_seed(0)
     KiwiEditPipeline.from_preset(
         sizes, make_tokenizer(["Replace the red fox with the object in the reference."] * 4)
