@@ -46,7 +46,7 @@ import psutil
 from .options import OPTIONS
 from ..core import PRESETS, assets_dir, choose_device, choose_dtype, count_weights, expect, settings
 from ..data.files import Limits, edit_file, find_model, load_model, one_line, parse_size, renamed
-from ..metrics import CLIP_METRICS
+from ..eval.clips import CLIP_METRICS
 from ..records import Table, image_tag, read_lines
 from ..video import as_frames, film_strip, read_image, read_video, replacing, video_info, write_video
 
