@@ -299,20 +299,12 @@ class Table:
             for line in lines
         ]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        return "\n".join([*filter(None, [self.title]), *lines, *filter(None, [self.note])])
+        return "\n".join(filter(None, [self.title, *lines, self.note]))
 
     def _repr_markdown_(self):
-        lines = [
-            "| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in [self.columns, *self._cells()]
-        ]
-        lines.insert(1, "|---" * len(self.columns) + "|")
-        return "\n".join(
-            [
-                *filter(None, [f"**{self.title}**\n" if self.title else ""]),
-                *lines,
-                *filter(None, [self.note and f"\n{self.note}"]),
-            ]
-        )
+        line = lambda cells: "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        lines = [line(self.columns), "|---" * len(self.columns) + "|", *map(line, self._cells())]
+        return "\n".join(filter(None, [self.title and f"**{self.title}**\n", *lines, self.note and f"\n{self.note}"]))
 
     def html(self) -> str:
         "The table for `page`."

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import platform
@@ -24,7 +25,7 @@ import PIL.Image
 import torch
 from tqdm.auto import tqdm
 
-from ..core import InputError
+from ..core import InputError, asset
 from ..encoder import encode_context, prepare_inputs
 from kiwi_edit.metrics import (
     PerceptualFeatures,
@@ -33,12 +34,8 @@ from kiwi_edit.metrics import (
     feature_distance,
     mean_inside,
     perceptual_features,
-    pooled_share,
-    psnr_from_error,
-    share_interval,
-    sharpness_share,
-    squared_error,
 )
+from ..metrics import pooled_share, psnr_from_error, share_interval, sharpness_share, squared_error
 from ..pipeline import KiwiEditPipeline, decode_latents, encode_frames, fit_reference, flow_sigmas, walk
 from ..records import Outcome, Table, Value, digest
 from ..video import Strip, resize_frames
@@ -70,14 +67,8 @@ def benchmark_samples(
 
 # %% ../../nbs/library/40_benchmark.ipynb #b0420002
 BENCH_SAMPLES = 48  # of each task, 5 frames of 96x96
-_DIGESTS = """
-easy 8ed0324f177e4571 17cca7b221e0715c 546b1c1f594ea6fd ed45a6604445f290
-     467f3aea724c6a48 314c5046c99eed03 a1acc22d0c509435 d616eaa9b87ecee8
-full 186a3213d7a276da f233d3d533fc3bd0 f12f4d6e94e001df 675d63ad5e7954ed
-     8ca60e27f6c6fb40 b423691084677e99 834f328755e43065 b986b379a715aea7
-""".split()
 # difficulty -> task -> digest
-BENCH_DIGESTS = {_DIGESTS[at]: dict(zip(TASKS, _DIGESTS[at + 1 :])) for at in (0, 9)}
+BENCH_DIGESTS = json.loads(asset("benchmarks/digests.json").read_text(encoding="utf-8"))
 
 
 def _blocks(frames):
@@ -539,11 +530,11 @@ class Report(Outcome):
         found.size = tuple(found.size)
         return found
 
-    def differences(
+    def compare(
         self,
         other: Report,  # on some of the same scenes
-    ) -> dict[str, dict]:  # task -> numbers of this report minus those of the other, with intervals
-        "Compare two reports sample by sample; the samples of intervals are drawn in pairs."
+    ) -> Table:
+        "This report minus another, sample by sample; the samples of intervals are drawn in pairs."
         if (self.difficulty, self.size) != (other.difficulty, other.size):
             theirs = f"{other.difficulty} {other.size}"
             raise InputError(
@@ -553,23 +544,14 @@ class Report(Outcome):
         shared = [record for record in self.records if (record["task"], record["seed"]) in known]
         if not shared:
             raise InputError("`other` has to be a report on some of the same scenes but the two share none.")
-        rows = {}
+        rows, undone = [], lambda error, distance: -error.sum() / distance.sum()
         for task, records in by_task(shared).items():
             others = [known[task, record["seed"]] for record in records]
             gap = lambda name: _column(records, name) - _column(others, name)
-            undone = lambda error, distance: -error.sum() / distance.sum()
-            rows[task] = dict(samples=len(records))
-            rows[task] |= _estimate("pooled", undone, gap("error"), _column(records, "distance"))
+            found = _estimate("pooled", undone, gap("error"), _column(records, "distance"))
             for name in ("success", "told_apart"):
-                rows[task] |= _estimate(name, np.mean, gap(name))
-        return rows
-
-    def compare(
-        self,
-        other: Report,  # on some of the same scenes
-    ) -> Table:
-        "This report minus another."
-        rows = [([task, row["samples"]], row) for task, row in self.differences(other).items()]
+                found |= _estimate(name, np.mean, gap(name))
+            rows.append(([task, len(records)], found))
         title = f"{self.model} minus {other.model}; world: {self.difficulty}"
         return _table(title, ["task", "samples"], rows, ("success", "told_apart", "pooled"))
 
@@ -611,11 +593,6 @@ def describe_hardware(device: torch.device) -> dict[str, str]:
     return dict(on=name, threads=str(torch.get_num_threads()), torch=version("torch"))
 
 
-def _synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _as_editor(editor, name=None):
     "A pipeline, or whatever else edits samples, with what a report says of it."
     name = name or _name_of(editor)
@@ -629,7 +606,8 @@ def _edit(editor, report, scenes, keep):
     "Edit scenes of a task, and add what is measured to a report."
     samples, began = [scene.sample for scene in scenes], time.perf_counter()
     outputs = editor.edit_samples(samples, report.steps)
-    _synchronize(editor.device)
+    if editor.device.type == "cuda":
+        torch.cuda.synchronize(editor.device)
     report.seconds_per_edit += time.perf_counter() - began
     report.records += measure(scenes, outputs)
     kept = report.shown.setdefault(samples[0].task, [])

@@ -616,7 +616,7 @@ def lay_beside(
     source = _frames_of(case.source, count, size, "inference", "source")
     with renamed("`path`", "`reference`"):
         reference = None if case.reference is None else _picture(case.reference)
-    notes = [case.note] if case.note else []
+    notes = []
     if made < nearest_frame_count(min(there, num_frames)):
         notes.append(f"{made} frames for {there} of the source")
     if abs(math.log(width * h / (height * w))) > 0.1:
