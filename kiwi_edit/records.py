@@ -207,6 +207,8 @@ def run_rows(
     Hashable, dict
 ]:  # key -> record in the order of `rows`: "key", "error" (None or a line), "seconds", and what `work` returned
     "Do the work of every row that no earlier run has done, and remember it line by line."
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
     known = {record.get("key"): record for record in read_lines(path)} if path else {}
     done = {key: known[key] for key in rows if key in known and not known[key].get("error")}
     waiting, size = [key for key in rows if key not in done], together or 1

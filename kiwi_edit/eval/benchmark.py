@@ -27,15 +27,8 @@ from tqdm.auto import tqdm
 
 from ..core import InputError, asset
 from ..encoder import encode_context, prepare_inputs
-from kiwi_edit.metrics import (
-    PerceptualFeatures,
-    bootstrap,
-    edit_box,
-    feature_distance,
-    mean_inside,
-    perceptual_features,
-)
-from ..metrics import pooled_share, psnr_from_error, share_interval, sharpness_share, squared_error
+from ..metrics import PerceptualFeatures, bootstrap, edit_box, feature_distance, mean_inside, pooled_share
+from ..metrics import perceptual_features, psnr_from_error, share_interval, sharpness_share, squared_error
 from ..pipeline import KiwiEditPipeline, decode_latents, encode_frames, fit_reference, flow_sigmas, walk
 from ..records import Outcome, Table, Value, digest
 from ..video import Strip, resize_frames

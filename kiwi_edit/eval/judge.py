@@ -302,6 +302,7 @@ class Case:
     note: str = ""  # what is unusual about it, such as a name that had to be changed
     scene: tuple = field(default=(), repr=False)  # the `World` and the `Quadruplet` of the kit's own bench
     frames: tuple = ()  # of the result and of its source, once they are laid beside each other
+    measured: dict = field(default_factory=dict, repr=False)  # what `measure_case` says, once it is known
 
     @property
     def missing(self) -> list[str]:  # names
@@ -473,16 +474,14 @@ class ChatJudge:
 
     def judge(self, cases: Sequence[Case], progress: bool = True) -> list[Judgement]:  # in the order of the cases
         "Ask about each case that is not remembered; several are under way at once."
-        cases, path = list(cases), self._path()
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        cases = list(cases)
         keys = [digest(case.digest(), self.settings) for case in cases]
         workers = getattr(self.chat, "concurrency", 1)
         brake, pool = _Brake(max(8, 2 * workers)), None if workers == 1 else lambda: ThreadPoolExecutor(workers)
         found = run_rows(
             dict(zip(keys, cases)),
             lambda cases: [asdict(judgement) for judgement in self._ask(cases, brake)],
-            path,
+            self._path(),
             pool,
             ahead=2 * workers,
             label=self.name if progress else "",
@@ -638,11 +637,6 @@ class MetricJudge:
 
     name, is_model = "metrics (no model)", False
 
-    @property
-    def settings(self) -> list:
-        "All that makes this judge another one."
-        return [self.name, _SCALES, _WORTH]
-
     def judge(self, cases: Sequence[Case], progress: bool = True) -> list[Judgement]:  # in the order of the cases
         "Measure the clips of each case and score what comes out."
         return [self._judge(case) for case in tqdm(cases, desc=self.name, disable=not progress)]
@@ -651,16 +645,9 @@ class MetricJudge:
         if case.missing:
             return case.judged(self.name, error=f"missing: {', '.join(case.missing)}")
         try:
-            return self.score(case, measure_case(lay_beside(case)))
+            measured = case.measured or measure_case(lay_beside(case))
         except (OSError, ValueError) as error:
             return case.judged(self.name, error=f"unreadable: {error}")
-
-    def score(
-        self,
-        case: Case,
-        measured: dict,  # by `measure_clip`
-    ) -> Judgement:
-        "The judgement that follows from numbers."
         try:
             scores = _metric_scores(measured, case.rubric)
         except ValueError as error:

@@ -31,18 +31,7 @@ from .benchmark import BENCH_SAMPLES, Report, Scene, benchmark_samples, by_task,
 from .judge import PUBLISHED, Case, ChatJudge, Judgement, MetricJudge, Summary
 from .judge import beside_published, lay_beside, measure_case, rubric_for
 from ..metrics import perceptual_features
-from kiwi_edit.records import (
-    Table,
-    Value,
-    append_line,
-    digest,
-    image_tag,
-    logger,
-    page,
-    read_lines,
-    run_rows,
-    write_text,
-)
+from ..records import Table, Value, append_line, image_tag, logger, page, read_lines, run_rows, write_text
 from ..video import VideoError, as_frames, compare, film_strip, fit_size, nearest_frame_count, read_image
 from ..video import read_video, replacing, sample_indices, video_info, write_video
 from ..world import EVAL_SEED, TASKS, World
@@ -348,22 +337,21 @@ def _lay_result(case):
     return laid
 
 # %% ../../nbs/library/42_published.ipynb #c4500034
-def _shown(case, frames):
+def _shown(case):
     "What a judge is shown: the files, and of a result that is much shorter the part of the source that it is of."
-    made, there = frames
+    made, there = case.frames
     if isinstance(case.source, np.ndarray):
         return replace(case, source=case.source[:made])
     whole = made >= 0.9 * min(there, SETTINGS["num_frames"])
     return case if whole else replace(case, source=read_video(case.source, num_frames=made).frames)
 
 
-def _measured(case, judge):
-    "What is measured of a result, and what a judge says that goes by it."
+def _measured(case):
+    "What is measured of a result, to the last digit."
     laid = _lay_result(case)
-    found = measure_case(laid)
-    metrics = {name: round(float(v), 6) if math.isfinite(v) else None for name, v in found.items()}
-    record = dict(metrics=metrics, frames=list(laid.frames), note=laid.note)
-    return record if judge.is_model else record | dict(judgement=asdict(judge.score(case, found)))
+    # JSON has neither nan nor inf
+    measured = {name: float(v) if math.isfinite(v) else str(v) for name, v in measure_case(laid).items()}
+    return dict(measured=measured, frames=laid.frames, note=laid.note)
 
 # %% ../../nbs/library/42_published.ipynb #c450003b
 _TITLES = dict(kit="The kit's own bench", refvie="RefVIE-Bench", openve="OpenVE-Bench", imgedit="ImgEdit")
@@ -487,34 +475,43 @@ def _report_page(report, cases, strips=16):
     return page(f"{_TITLES[report.bench]}, judged by {report.judge}", *parts)
 
 # %% ../../nbs/library/42_published.ipynb #c4500043
-def _ask(judge, cases, measured, out, say, progress):
-    "Judgements of a model about all rows that could be measured, by id."
-    there = {case.id: measured[case.id] for case in cases if measured.get(case.id, {}).get("error", "none") is None}
-    cases = [_shown(case, there[case.id]["frames"]) for case in cases if case.id in there]
-    judge = copy.copy(judge)
+def _ask(judge, cases, out, say, progress):
+    "What a judge says about rows that were measured; the cost is said before and after a model is asked."
+    if not judge.is_model:
+        return judge.judge(cases, progress)
+    judge, cases = copy.copy(judge), [_shown(case) for case in cases]
     judge.folder = judge.folder or out
     plan = judge.estimate(cases)
     if say and plan["calls"]:
         say(f"{judge.name}: " + _cost(plan, "about "))
-    found = {judgement.id: judgement for judgement in judge.judge(cases, progress)}
+    found = judge.judge(cases, progress)
     if say and plan["calls"]:
-        say(f"{judge.name}: " + _cost(Summary(found.values()).usage))
+        say(f"{judge.name}: " + _cost(Summary(found).usage))
     return found
 
 
-def _record(case, measured, judgement, made, judge):
+def _with_measures(case, known):
+    "A case with what is remembered of it."
+    measured = {name: float(v) for name, v in known.get("measured", {}).items()}
+    note = "; ".join(filter(None, (case.note, known.get("note"))))
+    return replace(case, measured=measured, frames=tuple(known.get("frames", ())), note=note)
+
+
+def _record(case, judgement):
     "What is written down of a row."
-    if judgement is None and "judgement" in measured:
-        judgement = replace(Judgement(**measured["judgement"]), id=case.id)
-    if judgement is None:
-        error = measured["error"] if measured else f"missing: {made.get('error') or 'no such file'}"
-        judgement = case.judged(judge.name, error=error)
-    record = dict(id=case.id, task=case.edit_type, instruction=case.instruction, output=case.output)
-    record |= dict(metrics={}) | {name: measured[name] for name in ("metrics", "frames") if name in measured}
-    record["note"] = "; ".join(filter(None, (case.note, measured.get("note"))))
-    scores = judgement.scores if judgement.ok else {}
-    record |= dict(status=judgement.state, scores=scores, reason=judgement.error.removeprefix("missing: "))
-    return record | made.get("numbers", {}) | dict(judgement=asdict(judgement))
+    return dict(
+        id=case.id,
+        task=case.edit_type,
+        instruction=case.instruction,
+        output=case.output,
+        metrics={name: round(v, 6) if math.isfinite(v) else None for name, v in case.measured.items()},
+        frames=list(case.frames),
+        note=case.note,
+        status=judgement.state,
+        scores=judgement.scores if judgement.ok else {},
+        reason=judgement.error.removeprefix("missing: "),
+        judgement=asdict(judgement),
+    )
 
 
 def score_rows(
@@ -535,16 +532,18 @@ def score_rows(
     out.mkdir(parents=True, exist_ok=True)
     made = {record["key"]: record for record in read_lines(folder / "made.jsonl")}
     cases = [replace(row, edited=folder / row.output) for row in rows]
-    keys = {case.id: digest(case.digest(), judge.settings) for case in cases if case.edited.is_file()}
+    keys = {case.id: case.digest() for case in cases if case.edited.is_file()}
     there = {keys[case.id]: case for case in cases if case.id in keys}
-    work = partial(_measured, judge=judge)
-    found = run_rows(there, work, out / "scores.jsonl", label="measured" if progress else "")
-    measured = {id: found[key] for id, key in keys.items()}
-    asked = _ask(judge, cases, measured, out, say, progress) if judge.is_model else {}
-    records = []
+    found = run_rows(there, _measured, out / "scores.jsonl", label="measured" if progress else "")
+    found = {id: found[key] for id, key in keys.items()}
+    cases = [_with_measures(case, found.get(case.id, {})) for case in cases]
+    said = _ask(judge, [case for case in cases if case.measured], out, say, progress)
+    said, records = {judgement.id: judgement for judgement in said}, []
     for case in cases:
-        known, before = measured.get(case.id, {}), made.get(case.output, {})
-        records.append(_record(case, known, asked.get(case.id), before, judge))
+        before = made.get(case.output, {})
+        lost = found[case.id]["error"] if case.id in found else f"missing: {before.get('error') or 'no such file'}"
+        judgement = said.get(case.id) or case.judged(judge.name, error=lost)
+        records.append(_record(case, judgement) | before.get("numbers", {}))
     kit = rows[0].bench == "kit"
     report = BenchReport(
         str((about or {}).get("model", "these results")),
