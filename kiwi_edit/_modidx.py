@@ -972,6 +972,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'kiwi_edit.eval.benchmark.film': ('library/benchmark.html#film', 'kiwi_edit/eval/benchmark.py'),
                                           'kiwi_edit.eval.benchmark.flicker_error': ( 'library/benchmark.html#flicker_error',
                                                                                       'kiwi_edit/eval/benchmark.py'),
+                                          'kiwi_edit.eval.benchmark.in_words': ( 'library/benchmark.html#in_words',
+                                                                                 'kiwi_edit/eval/benchmark.py'),
                                           'kiwi_edit.eval.benchmark.measure': ( 'library/benchmark.html#measure',
                                                                                 'kiwi_edit/eval/benchmark.py'),
                                           'kiwi_edit.eval.benchmark.provenance': ( 'library/benchmark.html#provenance',

@@ -37,7 +37,8 @@ from ..world import EVAL_SEED, TASKS, Quadruplet, World
 # %% auto #0
 __all__ = ['BENCH_SAMPLES', 'BENCH_DIGESTS', 'benchmark_samples', 'bench_digest', 'check_bench', 'candidate_targets', 'film',
            'edit_batch', 'denoise_batch', 'Editor', 'reconstruct', 'baselines', 'flicker_error', 'succeeded', 'Scene',
-           'measure', 'by_task', 'Report', 'describe_hardware', 'run_editors', 'run_benchmark', 'provenance', 'Ranking']
+           'measure', 'by_task', 'in_words', 'Report', 'describe_hardware', 'run_editors', 'run_benchmark',
+           'provenance', 'Ranking']
 
 # %% ../../nbs/library/40_benchmark.ipynb #e237106b
 _VISIBLE = 1.0  # squared levels: a smaller distance from source to target is no edit that anybody could see
@@ -456,6 +457,12 @@ def _table(title, head, rows, names, note=""):
     return Table(title, [*head, *(_COLUMNS[name][0] for name in names)], cells, note=note)
 
 
+def in_words(facts: dict) -> list[str]:
+    "Facts as they stand below a table, those of a group one by one."
+    groups = [value if isinstance(value, dict) else {name: value} for name, value in facts.items()]
+    return [f"{name} {value}" for group in groups for name, value in group.items() if value is not None]
+
+
 _UNSEEN = "what a network has to see is empty: it needs the extra `eval`, `pip install kiwi-edit[eval]`"
 
 # %% ../../nbs/library/40_benchmark.ipynb #6de4cd50
@@ -487,13 +494,15 @@ class Report(Outcome):
         if self.size:
             frames, height, width = self.size
             notes.append(f"world: {self.difficulty}, {frames} frames of {width}x{height}, from seed {self.seed:,}")
+        elif self.difficulty:
+            notes.append(f"world: {self.difficulty}")
         if self.steps:
             notes.append(f"{self.steps} steps")
         if self.seconds_per_edit:
             notes.append(f"{self.seconds_per_edit:.2f} s an edit in batches of {self.batch_size}")
         if self.peak_memory_gb:
             notes.append(f"{self.peak_memory_gb:.1f} GB of memory at most")
-        return [*notes, *(f"{k} {v}" for k, v in self.hardware.items())]
+        return [*notes, *in_words(self.hardware)]
 
     def tables(self) -> list[Table]:
         "All tables."
@@ -762,8 +771,7 @@ class Ranking(Outcome):
             against = None if model == first.model else _cell(row, "difference")
             success.append([model, _cell(row, "success"), against])
             success[-1] += [_cell(scores, "success") for scores in tasks[model].values()]
-        about = [f"checkpoint {self.about['checkpoint']}"] if self.about else []
-        about += [f"{k} {v}" for part in ("versions", "hardware") for k, v in self.about.get(part, {}).items()]
+        about = in_words(dict(checkpoint=None) | self.about)  # which model it was stands first
         about += [_UNSEEN] if any(row["success"] is None for row in rows.values()) else []
         frames, height, width = first.size
         scenes = f"{len(first.records) // len(tasks[first.model])} scenes a task from seed {first.seed:,}"

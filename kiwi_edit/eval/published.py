@@ -27,11 +27,13 @@ import yaml
 from ..core import InputError
 from ..data.backends import GeminiChat
 from ..data.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, renamed
-from .benchmark import BENCH_SAMPLES, Report, Scene, benchmark_samples, by_task, measure, reconstruct
+from .benchmark import BENCH_SAMPLES, Report, Scene, benchmark_samples, by_task, in_words, measure
+from .benchmark import reconstruct
 from .judge import PUBLISHED, Case, ChatJudge, Judgement, MetricJudge, Summary
 from .judge import beside_published, lay_beside, measure_case, rubric_for
 from ..metrics import perceptual_features
-from ..records import Table, Value, append_line, image_tag, logger, page, read_lines, run_rows, write_text
+from ..records import Table, Value, append_line, image_tag, logger, page, read_lines, run_rows
+from ..records import write_text
 from ..video import VideoError, as_frames, compare, film_strip, fit_size, nearest_frame_count, read_image
 from ..video import read_video, replacing, sample_indices, video_info, write_video
 from ..world import EVAL_SEED, TASKS, World
@@ -353,6 +355,13 @@ def _measured(case):
     measured = {name: float(v) if math.isfinite(v) else str(v) for name, v in measure_case(laid).items()}
     return dict(measured=measured, frames=laid.frames, note=laid.note)
 
+
+def _with_measures(case, known):
+    "A case with what is remembered of it."
+    measured = {name: float(v) for name, v in known.get("measured", {}).items()}
+    note = "; ".join(filter(None, (case.note, known.get("note"))))
+    return replace(case, measured=measured, frames=tuple(known.get("frames", ())), note=note)
+
 # %% ../../nbs/library/42_published.ipynb #c450003b
 _TITLES = dict(kit="The kit's own bench", refvie="RefVIE-Bench", openve="OpenVE-Bench", imgedit="ImgEdit")
 
@@ -391,11 +400,7 @@ class BenchReport(Report):
 
     def conditions(self) -> list[str]:
         "What the results were made with."
-        notes = [f"world: {self.difficulty}"] if self.difficulty else []
-        for name, value in self.about.items():
-            facts = value if isinstance(value, dict) else {name: value}
-            notes += [f"{k} {v}" for k, v in facts.items() if v is not None]
-        return notes
+        return [*super().conditions(), *in_words(self.about)]
 
     def tables(self) -> list[Table]:
         "All tables."
@@ -488,13 +493,6 @@ def _ask(judge, cases, out, say, progress):
     if say and plan["calls"]:
         say(f"{judge.name}: " + _cost(Summary(found).usage))
     return found
-
-
-def _with_measures(case, known):
-    "A case with what is remembered of it."
-    measured = {name: float(v) for name, v in known.get("measured", {}).items()}
-    note = "; ".join(filter(None, (case.note, known.get("note"))))
-    return replace(case, measured=measured, frames=tuple(known.get("frames", ())), note=note)
 
 
 def _record(case, judgement):
