@@ -161,8 +161,8 @@ def _attempt(work, rows, together):
     except Exception as fault:  # the other rows have nothing to do with it
         error, plain = _describe_fault(fault), isinstance(fault, (InputError, OSError))
         found = [{} if plain else {"traceback": traceback.format_exc()}] * len(rows)
-    known = {"error": error, "seconds": round((time.perf_counter() - began) / len(rows), 3)}
-    return [{**one, **{name: one.get(name, value) for name, value in known.items()}} for one in found]
+    spent = round((time.perf_counter() - began) / len(rows), 3)
+    return [{**one, "error": one.get("error") or error, "seconds": one.get("seconds") or spent} for one in found]
 
 
 def _in_pool(job, waiting, pool, ahead):

@@ -13,7 +13,6 @@ import mimetypes
 import random
 import re
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -496,18 +495,16 @@ class ChatJudge:
         if "scores" not in record:
             return case.judged(self.name, error=f"broken: {record['error']}")
         kept = {name: record[name] for name in Judgement.__dataclass_fields__ if name in record}
-        return Judgement(**kept | dict(id=case.id, edit_type=case.edit_type))
+        return Judgement(**kept | dict(id=case.id, edit_type=case.edit_type, error=record["error"] or ""))
 
     def _ask(self, cases, brake):
         if why := brake.reason():
             return [case.judged(self.name, error=why) for case in cases]
-        start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             asked = [self._question(case, Path(folder) / str(i)) for i, case in enumerate(cases)]
             exchanges = iter(self.chat.ask([q for q in asked if isinstance(q, Question)], self.attempts))
             found = [next(exchanges) if isinstance(q, Question) else q for q in asked]
-        seconds = round((time.perf_counter() - start) / len(cases), 3)
-        judgements = [self._judgement(*pair, seconds) for pair in zip(cases, found)]
+        judgements = list(map(self._judgement, cases, found))
         for judgement in judgements:
             brake.saw(judgement)
         return judgements
@@ -522,12 +519,12 @@ class ChatJudge:
         except (OSError, ValueError) as error:
             return f"unreadable: {error}"
 
-    def _judgement(self, case, found, seconds):
+    def _judgement(self, case, found):
         if isinstance(found, str):
             return case.judged(self.name, error=found)
         shown, said = (sum(getattr(a, name) for a in found.attempts) for name in ("input_tokens", "output_tokens"))
         usage = dict(input_tokens=shown, output_tokens=said, calls=len(found.attempts), cost=self._cost(shown, said))
-        facts = dict(replies=[a.text for a in found.attempts], usage=usage, seconds=seconds)
+        facts = dict(replies=[a.text for a in found.attempts], usage=usage)
         if isinstance(found.answer, BackendError):
             return case.judged(self.name, error=str(found.answer), **facts)
         return case.judged(self.name, found.answer, **facts)
