@@ -51,7 +51,8 @@ def defined(tree: ast.Module) -> list[str]:
     names = []
     for node in tree.body:
         if isinstance(node, DEFINITIONS):
-            names.append(node.name)
+            marks = {word.id for mark in node.decorator_list for word in ast.walk(mark) if isinstance(word, ast.Name)}
+            names += [] if marks & {"patch", "patch_to"} else [node.name]  # a method of a class elsewhere
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             names += [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]

@@ -19,9 +19,10 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, Wa
 from torch.overrides import TorchFunctionMode
 
 from .core import InputError
+from .windows import ramp
 
 # %% auto #0
-__all__ = ['latent_statistics', 'fast_layers', 'fire_hooks', 'ramp', 'in_tiles', 'encode_frames', 'decode_latents', 'regroup',
+__all__ = ['latent_statistics', 'fast_layers', 'fire_hooks', 'in_tiles', 'encode_frames', 'decode_latents', 'regroup',
            'stream_latents', 'stream_frames']
 
 # %% ../nbs/03_latents.ipynb #5884e9db
@@ -109,21 +110,6 @@ class _Unclamped(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return args[0] if function is torch.clamp else function(*args, **(kwargs or {}))
-
-
-def ramp(
-    length: int,  # of a tile
-    overlap: int,  # that it shares with each neighbour
-    first: bool,  # it lies at the near border of the picture
-    last: bool,  # it lies at the far border
-) -> torch.Tensor:  # (length,) in 0..1
-    "Weights along a tile: rising over an overlap, but not at a border of the picture."
-    weights, rise = torch.ones(length), (torch.arange(overlap) + 1) / overlap
-    if not first:
-        weights[:overlap] = rise[:length]
-    if overlap and not last:
-        weights[-overlap:] = torch.minimum(weights[-overlap:], rise.flip(0)[-length:])
-    return weights
 
 
 def _starts(length, tile, stride):

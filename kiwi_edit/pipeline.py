@@ -32,11 +32,11 @@ from kiwi_edit.encoder import (
     vision_features,
 )
 from .footage import Footage, Memory, picture_of, prepare_frames
-from .guidance import EditCache, KiwiGuidance, Window, denoise, denoise_windows, latent_windows
-from .guidance import rounded_sigma, window_caches
+from .guidance import EditCache, KiwiGuidance, denoise, rounded_sigma, window_caches
 from .latents import decode_latents, encode_frames, stream_frames, stream_latents
 from .records import digest
 from .video import check_frame_count, fit_size
+from .windows import Window, denoise_windows, latent_windows
 
 # %% auto #0
 __all__ = ['fit_reference', 'flow_sigmas', 'bundled_models', 'find_checkpoint', 'KiwiEditOutput', 'KiwiEditPipeline', 'walk']

@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 # %% auto #0
-__all__ = ['logger', 'digest', 'append_line', 'read_lines', 'replacing_folder', 'run_rows', 'Workers', 'Value', 'Table',
-           'write_text', 'Outcome', 'png_bytes', 'image_tag', 'page']
+__all__ = ['logger', 'digest', 'append_line', 'unique_names', 'read_lines', 'replacing_folder', 'run_rows', 'Workers', 'Value',
+           'Table', 'write_text', 'Outcome', 'png_bytes', 'image_tag', 'page']
 
 # %% ../nbs/library/02_records.ipynb #2ec00004
 import numpy as np
@@ -101,6 +101,16 @@ def append_line(
             if file.read(1) != b"\n":
                 line = b"\n" + line
         file.write(line)
+
+
+def unique_names(
+    pairs: list,  # (name, value) of an object
+) -> dict:
+    "For `json` as `object_pairs_hook`: a name that stands there twice is a ValueError."
+    names = [name for name, _ in pairs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"each name has to be unique but {twice!r} is there twice")
+    return dict(pairs)
 
 
 def read_lines(

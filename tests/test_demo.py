@@ -22,7 +22,7 @@ import httpx  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
 from browser import ARGUMENTS, ROOT, Page, chromium, why_no_browser  # noqa: E402
-from test_cli import picture, random_model  # noqa: E402, F401
+from test_cli import picture  # noqa: E402
 
 from kiwi_edit.apps import demo  # noqa: E402
 from kiwi_edit.core import assets_dir, settings  # noqa: E402
@@ -31,7 +31,7 @@ from kiwi_edit.video import read_video, video_info, write_video  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def server(random_model):  # noqa: F811
+def server(random_model):
     patch = pytest.MonkeyPatch()
     patch.setenv("KIWI_EDIT_DEVICE", "cpu")
     settings.cache_clear()
@@ -100,18 +100,7 @@ def refused(predict, *words, **given):
 
 def test_every_endpoint_has_a_name_and_documented_arguments(client):
     found = client.view_api(return_format="dict")["named_endpoints"]
-    assert set(found) == {
-        "/edit",
-        "/cancel",
-        "/frame",
-        "/look",
-        "/take_away",
-        "/versus",
-        "/pairs",
-        "/open_set",
-        "/funnel",
-        "/judge",
-    }
+    assert set(found) == set("/edit /cancel /frame /look /take_away /versus /pairs /open_set /funnel /judge".split())
     for name, endpoint in found.items():
         assert len(endpoint["description"]) > 20, name
         for argument in endpoint["parameters"]:
@@ -250,7 +239,7 @@ def test_an_edit_can_be_cancelled_and_others_wait_for_their_turn(server, client,
     assert "edited at" in predict(video=files / "clip.mp4")[3]
 
 
-def test_what_is_taken_home(client, predict, files, tmp_path, monkeypatch, random_model):  # noqa: F811
+def test_what_is_taken_home(client, predict, files, tmp_path, monkeypatch, random_model):
     "The call as Python makes the same clip; frame, GIF and archive hold it too."
     result = predict(video=files / "clip.mp4", references=[files / "red.png"], seed=3, steps=2)[0]
     (before, after), heat, text = client.predict(number=5, api_name="/frame")
@@ -558,7 +547,7 @@ def test_the_note_promises_what_the_model_takes():
     assert "procedural world" in demo._describe("kiwi-edit-tiny", Limits(5, 96 * 96, 16, 1))
 
 
-def test_the_memory_is_said_before_anything_is_loaded(random_model):  # noqa: F811
+def test_the_memory_is_said_before_anything_is_loaded(random_model):
     from kiwi_edit.core import count_weights, preset
 
     own = sum(count_weights(preset("tiny")).values())
@@ -742,13 +731,12 @@ def test_the_cell_of_the_notebook_in_jupyterlab(browser, tmp_path):
             lab.kill()
 
 
-def test_close_leaves_nothing(random_model, files):  # noqa: F811
+def test_close_leaves_nothing(random_model, files):
     served = demo.launch("127.0.0.1", 0, random_model, block=False, say=lambda line: None)
     visitor, root = gradio_client.Client(served.local_url, verbose=False), Path(served.visitors.root.name)
     visitor.predict(**arguments(image=files / "blue.png"), api_name="/edit")
-    kept = {
-        f for block in served.blocks.values() for f in getattr(block, "keep_in_cache", ())
-    }  # examples, which go with the process
+    # examples, which go with the process
+    kept = {f for block in served.blocks.values() for f in getattr(block, "keep_in_cache", ())}
     own = {f for some in served.temp_file_sets for f in some} - kept
     visitor.close()
     assert own and any(Path(f).exists() for f in own)

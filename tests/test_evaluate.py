@@ -16,7 +16,7 @@ from PIL import Image
 from kiwi_edit.eval import published
 from kiwi_edit.data.backends import OpenAIChat
 from kiwi_edit.eval.judge import ChatJudge, MetricJudge, lay_beside
-from kiwi_edit.metrics import DAMAGES
+from kiwi_edit.eval.clips import DAMAGES
 from kiwi_edit.core import InputError
 from kiwi_edit.eval.published import (
     BenchReport,

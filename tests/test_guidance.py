@@ -13,12 +13,11 @@ from kiwi_edit.guidance import (
     KiwiGuidance,
     attend,
     denoise,
-    denoise_windows,
-    latent_windows,
     rounded_sigma,
     to_velocity,
     window_caches,
 )
+from kiwi_edit.windows import denoise_windows, latent_windows
 
 SIZES = dict(
     patch_size=(1, 2, 2),

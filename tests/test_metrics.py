@@ -6,28 +6,30 @@ import PIL.Image
 import pytest
 import torch
 
-from kiwi_edit.metrics import (
+from kiwi_edit.eval.clips import (
     CLIP_METRICS,
     DAMAGES,
     DISTANCES,
+    frechet_distance,
+    gaussian_kl,
+    kernel_distance,
+    measure_clip,
+    optical_flow,
+    reference_match,
+    set_distance,
+)
+from kiwi_edit.metrics import (
     PerceptualFeatures,
     bootstrap,
     done_share,
     edit_box,
     edit_done,
     feature_distance,
-    frechet_distance,
-    gaussian_kl,
-    kernel_distance,
-    measure_clip,
     nearest,
-    optical_flow,
     perceptual_features,
     pooled_share,
     psnr,
     psnr_from_error,
-    reference_match,
-    set_distance,
     share_interval,
     sharpness_share,
     squared_error,

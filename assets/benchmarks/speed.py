@@ -37,7 +37,8 @@ from kiwi_edit.eval.benchmark import describe_hardware, run_benchmark
 from kiwi_edit.core import InputError, Preset, asset, choose_device, multiplies_bfloat16, preset
 from kiwi_edit.apps.approximations import approximately, magnitude_ratios
 from kiwi_edit.guidance import find_wan
-from kiwi_edit.pipeline import EditMemory, KiwiEditPipeline
+from kiwi_edit.footage import Memory
+from kiwi_edit.pipeline import KiwiEditPipeline
 from kiwi_edit.train.engine import allocated_by, cast_weights, measure_flops
 from kiwi_edit.video import (
     Clip,
@@ -259,7 +260,7 @@ SAVINGS = {
         Saving(
             "memory",
             "what the encoders made of a clip and of pictures is remembered",
-            lambda pipe: patched((pipe, "memory", EditMemory(0))),
+            lambda pipe: patched((pipe, "memory", Memory(0))),
             "the next edit",
         ),
         Saving("streams", "long clips go through the autoencoder in pieces", _all_at_once, "memory"),

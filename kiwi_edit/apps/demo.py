@@ -43,7 +43,7 @@ import PIL.Image
 from .options import OPTIONS
 from ..core import InputError, PRESETS, assets_dir, choose_device, choose_dtype, count_weights, settings
 from ..data.files import Limits, edit_file, find_model, load_model, one_line, parse_size
-from ..metrics import CLIP_METRICS
+from ..eval.clips import CLIP_METRICS
 from ..records import Table, image_tag, read_lines
 from ..video import as_frames, film_strip, read_image, read_video, replacing, video_info, write_video
 

@@ -35,7 +35,7 @@ from PIL import Image
 
 from ..core import InputError, choose_device, choose_dtype, require
 from ..quadruplets import BackendError, Check, CutoutSynthesizer, Grounding, full_frames
-from ..records import digest, png_bytes
+from ..records import digest, png_bytes, unique_names
 from ..video import read_video, sample_indices, video_info
 from ..world import TASKS, WORDINGS
 
@@ -76,14 +76,7 @@ class Exchange(NamedTuple):
     attempts: tuple[Attempt, ...] = ()
 
 # %% ../../nbs/library/11_backends.ipynb #b1300009
-def _once(pairs):
-    keys = [k for k, _ in pairs]
-    if len(set(keys)) < len(keys):
-        raise ValueError(f"keys have to be unique but are {keys}")
-    return dict(pairs)
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_once)
+_DECODER = json.JSONDecoder(object_pairs_hook=unique_names)
 _THINK = r"(?:\w+:)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|scratchpad)"
 _THINKS = (  # how models open and close their thoughts: tags, Magistral, Kimi, OpenThinker, Command A, gpt-oss, Gemma
     (rf"<{_THINK}(?:\s[^<>]*)?>", rf"</{_THINK}\s*>"),
@@ -215,12 +208,8 @@ class _Endpoint(Chat):
     "Questions to a server, from several threads. Its client waits and tries again where a server is busy or away."
 
     def __init__(self, model, base_url, key, timeout, tries, concurrency):
-        for name, value, good in (
-            ("concurrency", concurrency, concurrency >= 1),
-            ("tries", tries, tries >= 1),
-            ("timeout", timeout, timeout > 0),
-        ):
-            if not good:
+        for name, value in dict(concurrency=concurrency, tries=tries, timeout=timeout).items():
+            if value <= 0:
                 raise InputError(f"`{name}` has to be above 0 but is {value}.")
         self.name = self.model = model
         self.base_url, self.timeout, self.tries, self.concurrency = base_url, timeout, tries, concurrency
@@ -489,21 +478,11 @@ def _named(model):
 
 @functools.cache
 def _processor_class():
-    from transformers import BatchFeature, ProcessorMixin
+    from transformers import BatchFeature
+    from kiwi_edit.encoder import KiwiProcessor
 
-    class QwenProcessor(ProcessorMixin):
+    class QwenProcessor(KiwiProcessor):
         "Does for pictures and words what `Qwen2VLProcessor` does, which cannot be made without torchvision."
-
-        def __init__(self, tokenizer, image_processor):
-            self.tokenizer, self.image_processor = tokenizer, image_processor
-            self.chat_template = tokenizer.chat_template
-
-        def save_pretrained(self, save_directory, **kwargs):
-            for part in (self.tokenizer, self.image_processor):
-                part.save_pretrained(save_directory)
-
-        def __repr__(self):
-            return f"QwenProcessor({len(self.tokenizer)} tokens, patch {self.image_processor.patch_size})"
 
         def __call__(self, text, images=None, padding=True, padding_side="left", return_tensors="pt", **kwargs):
             text, pictures = [text] if isinstance(text, str) else list(text), {}

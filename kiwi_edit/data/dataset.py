@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Sample', 'WorldDataset', 'BadRow', 'GoodSamples', 'write_metadata', 'ParquetCell', 'read_rows', 'read_metadata',
-           'held', 'file_of', 'save_clip', 'save_dataset', 'MetadataDataset', 'shrink_reference']
+           'held', 'file_of', 'save_dataset', 'MetadataDataset', 'shrink_reference']
 
 # %% ../../nbs/library/10_dataset.ipynb #8d284d39
 import contextlib
@@ -404,18 +404,6 @@ def _save_bytes(path, data):
         temporary.write_bytes(data)
 
 # %% ../../nbs/library/10_dataset.ipynb #0cf4c582
-def save_clip(
-    path: Path,  # .png or a video's
-    frames: np.ndarray,  # (T, H, W, 3) uint8
-    fps: float,
-) -> None:
-    "Write a clip the way data sets keep them: a single frame as PNG, others as H.264 of high quality."
-    if path.suffix == ".png":
-        _save_bytes(path, png_bytes(frames[0]))
-    else:
-        video.write_video(path, frames, fps, overwrite=True, crf=12)
-
-
 def save_dataset(
     dataset,  # what `GoodSamples` takes
     folder: str | Path,  # made if missing; without a table so far
@@ -437,8 +425,8 @@ def save_dataset(
     for sample in tqdm(good, total=number, desc="saving", disable=not progress, mininterval=2):
         name, suffix = f"{good.kept[-1]:06d}", ".png" if len(sample.source) == 1 else ".mp4"
         clips = dict(src_video=f"clips/{name}-source{suffix}", tgt_video=f"clips/{name}-target{suffix}")
-        save_clip(folder / clips["src_video"], sample.source, fps)
-        save_clip(folder / clips["tgt_video"], sample.target, fps)
+        video.save_clip(folder / clips["src_video"], sample.source, fps, crf=12)
+        video.save_clip(folder / clips["tgt_video"], sample.target, fps, crf=12)
         row = dict(iid=name, prompt=sample.instruction, **clips, task=sample.task)
         reference = None if sample.reference is None else png_bytes(sample.reference)
         if format == "parquet":

@@ -13,20 +13,17 @@ import math
 import multiprocessing
 import os
 import re
-import signal
 import tempfile
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path, PureWindowsPath
 
 # %% auto #0
-__all__ = ['IMAGE_SUFFIXES', 'VIDEO_SUFFIXES', 'Limits', 'renamed', 'one_line', 'check_outputs', 'EditPlan', 'plan_edit',
-           'find_model', 'load_model', 'EditedFile', 'run_edit', 'edit_file', 'parse_size', 'EditRow', 'BadEdit',
-           'BadEdits', 'EditList', 'read_edits', 'EditRun', 'run_edits']
+__all__ = ['Limits', 'renamed', 'one_line', 'check_outputs', 'EditPlan', 'plan_edit', 'find_model', 'load_model', 'EditedFile',
+           'run_edit', 'edit_file', 'parse_size', 'BadEdits', 'EditList', 'read_edits', 'EditRun', 'run_edits']
 
 # %% ../../nbs/library/13_files.ipynb #d05f5ccf
 import numpy as np
@@ -46,10 +43,10 @@ from kiwi_edit.core import (
     settings,
     shortened,
 )
-from ..records import Table, digest, read_lines, run_rows
-from ..video import VideoError, VideoInfo, check_frame_count, compare, fit_size, nearest_frame_count
-from ..video import read_image, read_video, replacing, resize_frames, sample_indices, save_film_strip
-from ..video import stream_video, video_info, write_video
+from ..records import Table, Workers, digest, read_lines, run_rows, unique_names
+from ..video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoError, VideoInfo, check_frame_count, compare, fit_size
+from ..video import nearest_frame_count, read_image, read_video, replacing, resize_frames, sample_indices
+from ..video import save_clip, save_film_strip, stream_video, video_info
 
 # %% ../../nbs/library/13_files.ipynb #c227cfe4
 @dataclass(frozen=True)
@@ -77,10 +74,6 @@ class Limits:
         return cls(index["max_frames"], index["max_pixels"], multiple, index["default_steps"])
 
 # %% ../../nbs/library/13_files.ipynb #44cfc853
-IMAGE_SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".gif")
-
-
 @contextlib.contextmanager
 def renamed(
     inner: str,  # what errors say inside
@@ -362,13 +355,6 @@ def _title(plan, columns):
     return (text if len(text) <= room else text[: room - 1] + "…").replace("$", r"\$")
 
 
-def _write(path, frames, fps, sound):
-    if path.suffix.lower() in IMAGE_SUFFIXES:
-        PIL.Image.fromarray(frames[0]).save(path, format=IMAGE_SUFFIXES[path.suffix.lower()], quality=95)
-    else:
-        write_video(path, frames, fps, audio_from=sound, overwrite=True)
-
-
 def _write_edit(plan, source, edited, picks=(), progress=None):
     "Write result, film strip and comparison, all of them or none. Of a stream `source` holds only the frames `picks`."
     from kiwi_edit.pipeline import fit_reference
@@ -389,13 +375,13 @@ def _write_edit(plan, source, edited, picks=(), progress=None):
         fresh = {path: stack.enter_context(replacing(path, plan.overwrite)) for path in plan.files}
         for path, temporary in fresh.items():
             stack.enter_context(renamed(str(temporary), str(path)))
-        _write(fresh[plan.out], watched(edited, "writing", picks) if streamed else edited, source.fps, sound)
+        write = partial(save_clip, fps=source.fps, audio_from=sound)
+        write(fresh[plan.out], watched(edited, "writing", picks) if streamed else edited)
         if plan.comparison and streamed:  # the result is read back: it is not kept
             pairs = zip(stream_video(plan.video), stream_video(fresh[plan.out]))
-            both = watched((compare(before, after) for before, after in pairs), "comparing")
-            _write(fresh[plan.comparison], both, source.fps, sound)
+            write(fresh[plan.comparison], watched((compare(*pair) for pair in pairs), "comparing"))
         elif plan.comparison:
-            _write(fresh[plan.comparison], compare(source, edited), source.fps, sound)
+            write(fresh[plan.comparison], compare(source, edited))
         result = np.stack(shown) if streamed else edited
         height, width = source.frames.shape[1:3]
         scale = min(1, 440 / max(width, height))
@@ -524,17 +510,10 @@ def _value(name, value):
     raise InputError(f"`{name}` has to be {_WORDS[kind]} but is {value!r}.")
 
 
-def _once(pairs):
-    names = [name for name, _ in pairs]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"{twice!r} is there twice")
-    return dict(pairs)
-
-
 def _parse_row(line):
     "What a line of a list says, in the names and kinds of `plan_edit`."
     try:
-        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_once)
+        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique_names)
     except (ValueError, RecursionError) as error:
         raise InputError(f"`line` has to be a JSON object in UTF-8, each name once, but is not: {error}.") from error
     if not isinstance(row, dict):
@@ -560,27 +539,16 @@ def _model_digest(folder):
 
 # %% ../../nbs/library/13_files.ipynb #b17e0008
 @dataclass(frozen=True)
-class EditRow:
-    "A line of a list that can be done as far as anybody can tell without the model."
+class _Row:
+    "A line of a list; it can be done, as far as anybody can tell without the model, unless `reason` says why not."
 
     number: int  # of the line, from 1
-    plan: EditPlan  # without the pictures of its references
-    references: tuple  # paths
-    settings: dict  # what was asked for, for the record
-    inputs: str  # digest of what is read and asked for
-
-    @property
-    def name(self) -> str:
-        return self.plan.out.name
-
-
-@dataclass(frozen=True)
-class BadEdit:
-    "A line of a list that cannot be done."
-
-    number: int  # of the line, from 1
-    reason: str
-    name: str | None = None  # of the result, where that is known
+    name: str | None  # of the result, where that is known
+    reason: str = ""  # why it cannot be done
+    plan: EditPlan | None = None  # without the pictures of its references
+    references: tuple = ()  # paths
+    settings: dict | None = None  # what was asked for, for the record
+    inputs: str = ""  # digest of what is read and asked for
 
     def __str__(self):
         return f"row {self.number}: {self.reason}"
@@ -603,11 +571,17 @@ class EditList:
     "A list that was read and checked."
 
     folder: Path  # of the results
-    rows: list = field(default_factory=list)  # of `EditRow`
-    bad: list = field(default_factory=list)  # of `BadEdit`
+    lines: list = field(default_factory=list)  # good and bad rows in order
 
-    def __len__(self):
-        return len(self.rows) + len(self.bad)
+    @property
+    def rows(self) -> list:
+        "What can be done: `number`, `name` of the result, `plan`."
+        return [row for row in self.lines if not row.reason]
+
+    @property
+    def bad(self) -> list:
+        "What cannot be done: `number`, `reason`."
+        return [row for row in self.lines if row.reason]
 
     def __repr__(self):
         return f"{len(self.rows)} edits, {len(self.bad)} bad rows"
@@ -615,18 +589,16 @@ class EditList:
     def check(self, skip_bad: bool = False):
         "Raise `BadEdits` if there are bad rows that may not be skipped."
         if self.bad and not skip_bad:
-            raise BadEdits(self.bad, len(self))
+            raise BadEdits(self.bad, len(self.lines))
 
-    def refuse(self, row: EditRow, reason: str):
+    def refuse(self, row: _Row, reason: str):
         "Count a row among the bad ones."
-        self.rows = [r for r in self.rows if r is not row]
-        self.bad = sorted([*self.bad, BadEdit(row.number, reason, row.name)], key=lambda b: b.number)
+        self.lines = [replace(r, reason=reason) if r is row else r for r in self.lines]
 
     def _repr_markdown_(self):
-        lines = [[r.number, r.name, r.plan.instruction] for r in self.rows]
-        lines = sorted(lines + [[b.number, "bad", b.reason] for b in self.bad], key=lambda line: line[0])
-        more = f"and {len(lines) - 24} more" if len(lines) > 24 else ""
-        return Table(repr(self), ["row", "result", "instruction"], lines[:24], note=more)._repr_markdown_()
+        rows = [[r.number, "bad" if r.reason else r.name, r.reason or r.plan.instruction] for r in self.lines]
+        more = f"and {len(rows) - 24} more" if len(rows) > 24 else ""
+        return Table(repr(self), ["row", "result", "instruction"], rows[:24], note=more)._repr_markdown_()
 
 # %% ../../nbs/library/13_files.ipynb #b17e0011
 def _check_row(number, row, path, folder):
@@ -650,15 +622,16 @@ def _check_row(number, row, path, folder):
     asked = {o: value for o, value in options.items() if value != defaults[o]}
     asked |= dict(instruction=plan.instruction, seed=plan.seed)
     said = dict(video=row["video"], reference=list(row.get("reference", ())))
-    return EditRow(number, replace(plan, references=()), references, said | defaults | asked, digest(asked, read))
+    given, inputs = said | defaults | asked, digest(asked, read)
+    return _Row(number, name, "", replace(plan, references=()), references, given, inputs)
 
 
-def _checked(number, line, found, path, defaults, taken):
-    "Put a line among the rows of a list, or among the bad ones."
+def _checked(number, line, path, folder, defaults, taken):
+    "A line as a row, good or bad; `taken` are the files of the good ones before it."
     own = {}
     try:
         own = _parse_row(line)
-        row = _check_row(number, defaults | own, path, found.folder)
+        row = _check_row(number, defaults | own, path, folder)
         for file in row.plan.files:
             if other := taken.get(file.name.casefold()):
                 words = f"{file.name!r} is what row {other} writes, too"
@@ -667,10 +640,9 @@ def _checked(number, line, found, path, defaults, taken):
         reason, argument = one_line(error), re.match(r"`(\w+)`", str(error))
         if reason is None or argument and argument[1] in defaults and argument[1] not in own:
             raise  # a fault of the kit, or of the whole list
-        found.bad.append(BadEdit(number, reason, own.get("out")))
-    else:
-        found.rows.append(row)
-        taken |= {file.name.casefold(): number for file in row.plan.files}
+        return _Row(number, own.get("out"), reason)
+    taken.update({file.name.casefold(): number for file in row.plan.files})
+    return row
 
 
 def read_edits(
@@ -700,16 +672,14 @@ def read_edits(
     check_outputs([next(p for p in (folder, *folder.parents) if p.exists()) / "result"], [])
     found, taken = EditList(folder), {}
     for done, (number, line) in enumerate(lines, 1):
-        _checked(number, line, found, path, defaults, taken)
+        found.lines.append(_checked(number, line, path, folder, defaults, taken))
         if progress:
             progress(done, len(lines), "checking")
     read = {file.resolve() for row in found.rows for file in (row.plan.video, *row.references)}
-    for row in list(found.rows):
+    for row in found.rows:
         if own := [file for file in row.plan.files if {file.resolve(), folder.resolve()} & read]:
-            words = f"{str(own[0])!r} is"
-            found.refuse(
-                row, f"`out` has to be another file than those that are read, and not among them, but {words}."
-            )
+            rule = "`out` has to be another file than those that are read, and not among them"
+            found.refuse(row, f"{rule}, but {str(own[0])!r} is.")
     return found
 
 # %% ../../nbs/library/13_files.ipynb #b17e0017
@@ -729,27 +699,15 @@ def _write_records(path, records):
         temporary.write_bytes(b"".join(line + b"\n" for line in lines))
 
 
-def _record(row, key, model):
-    "The line of an edit that is about to be done; the lines that follow say more."
-    said = dict(
-        key=key, row=row.number, status="failed", out=row.name, seconds=None, error="the run was stopped", note=""
-    )
-    return said | dict(settings=row.settings | dict(model=model))
-
-
-def _bad_record(bad):
-    said = dict(key=None, row=bad.number, status="bad", out=bad.name)
-    return said | dict(seconds=None, error=bad.reason, note="", settings=None)
-
-
-def _row_number(record):
-    return record.get("row", 0)
+def _record(number, out, error, status="bad", key=None, settings=None):
+    "The line of an edit that is about to be done, or cannot be done; the lines that follow say more."
+    return dict(key=key, row=number, status=status, out=out, seconds=None, error=error, note="", settings=settings)
 
 
 def _survey(edits, last, keys, overwrite):
     "The rows that are left to do, by their keys. Rows whose place is taken become bad ones."
     todo = {}
-    for row in list(edits.rows):
+    for row in edits.rows:
         record, key = last.get(row.name, {}), keys[row.number]
         done = record.get("key") == key and record["error"] is None
         ours = done or record.get("seconds", 0) is None  # a run that was stopped may have left its files
@@ -777,27 +735,19 @@ def _edit_row(row, model, pipe, progress=None):
     return dict(row=row.number, status="done", out=row.name, note=note, settings=row.settings | dict(model=model))
 
 
-_worker = {}  # of a process of a pool: its device
-
-
 @functools.cache
-def _worker_model(folder):
-    return load_model(folder, _worker["device"])
+def _worker_model(folder, devices):
+    "The model of this process; processes take turns at the devices."
+    turn = int(re.findall(r"\d+", multiprocessing.current_process().name)[-1])
+    return load_model(folder, devices[turn % len(devices)])
 
 
-def _edit_in_worker(row, model, folder):
-    return _edit_row(row, model, _worker_model(folder))
+def _edit_in_worker(row, model, folder, devices):
+    return _edit_row(row, model, _worker_model(folder, devices))
 
 
-def _leave_with_parent():
-    multiprocessing.parent_process().join()  # a parent that was killed asks nobody to stop
-    os._exit(1)
-
-
-def _start_worker(turn, devices, threads):
+def _start_worker(threads):
     "What a process of a pool does first."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that was started
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
     import diffusers, torch, transformers
     from tqdm import tqdm
 
@@ -805,27 +755,6 @@ def _start_worker(turn, devices, threads):
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
     torch.set_num_threads(threads)
-    with turn.get_lock():
-        _worker["device"] = devices[turn.value % len(devices)]
-        turn.value += 1
-
-
-class _Pool(ProcessPoolExecutor):
-    "Processes that edit. What is started here does not hear Ctrl-C."
-
-    def __init__(self, number, devices, threads):
-        context = multiprocessing.get_context("spawn")
-        arguments = context.Value("i", 0), devices, threads
-        super().__init__(number, context, initializer=_start_worker, initargs=arguments)
-
-    def submit(self, *args, **kwargs):
-        if threading.current_thread() is not threading.main_thread():
-            return super().submit(*args, **kwargs)
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            return super().submit(*args, **kwargs)
-        finally:
-            signal.signal(signal.SIGINT, before)
 
 # %% ../../nbs/library/13_files.ipynb #b17e0022
 @dataclass
@@ -903,13 +832,13 @@ def _do_rows(todo, path, model, where, workers, stage, say):
         work = lambda row: _edit_row(row, model, pipe, lambda done, total, what: stage(f"row {row.number}: {what}"))
         return run_rows(todo, work, path, label="", each=each)
     several = where.type == "cuda" and where.index is None
-    devices = [f"cuda:{k}" for k in range(torch.cuda.device_count())] if several else [str(where)]
-    pool = partial(_Pool, number, devices, max(1, torch.get_num_threads() // number))
+    devices = tuple(f"cuda:{k}" for k in range(torch.cuda.device_count())) if several else (str(where),)
+    pool = partial(Workers, number, _start_worker, max(1, torch.get_num_threads() // number))
     if say:
         say(f"loading {model} in {number} processes ({where})")
     others = multiprocessing.active_children()
     try:
-        work = partial(_edit_in_worker, model=model, folder=find_model(model))
+        work = partial(_edit_in_worker, model=model, folder=find_model(model), devices=devices)
         return run_rows(todo, work, path, pool, ahead=number, label="", each=each)
     finally:
         for process in set(multiprocessing.active_children()).difference(others):
@@ -935,7 +864,7 @@ def run_edits(
     where, model = choose_device(device or settings().device), str(model or settings().checkpoint)
     folder = find_model(model)
     limits = Limits.read(folder)
-    for row in list(edits.rows) if limits else ():
+    for row in edits.rows if limits else ():
         try:
             row.plan.check(limits)
         except InputError as error:
@@ -948,7 +877,11 @@ def run_edits(
         edits.check(skip_bad)
         again = {row.name for row in todo.values()}
         kept = [record for name, record in last.items() if name not in again]
-        _write_records(path, kept + [_record(row, key, model) for key, row in todo.items()])
+        begun = {}
+        for row in edits.rows:
+            key, asked = keys[row.number], row.settings | dict(model=model)
+            begun[key] = _record(row.number, row.name, "the run was stopped", "failed", key, asked)
+        _write_records(path, kept + [begun[key] for key in todo])
         total, before = len(edits.rows), len(edits.rows) - len(todo)
         done = before
 
@@ -962,8 +895,8 @@ def run_edits(
         outcomes = _do_rows(todo, path, model, where, workers, stage, say)
         for row in edits.rows:
             key = keys[row.number]
-            last[row.name] = _record(row, key, model) | outcomes.get(key, last.get(row.name)) | {"row": row.number}
-        bad = [_bad_record(b) for b in edits.bad]
-        _write_records(path, sorted([*last.values(), *(b for b in bad if b["out"] not in last)], key=_row_number))
-    records = sorted([*(last[row.name] for row in edits.rows), *bad], key=_row_number)
+            last[row.name] = begun[key] | outcomes.get(key, last.get(row.name)) | {"row": row.number}
+        records = [_record(r.number, r.name, r.reason) if r.reason else last[r.name] for r in edits.lines]
+        bad = [record for record in records if record["status"] == "bad" and record["out"] not in last]
+        _write_records(path, sorted([*last.values(), *bad], key=lambda record: record.get("row", 0)))
     return EditRun(edits, records, before, time.perf_counter() - began)

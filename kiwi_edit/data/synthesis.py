@@ -38,7 +38,7 @@ from PIL import Image
 from ..core import InputError, asset, require, shortened
 from . import backends
 from .backends import chat_of
-from .dataset import ParquetCell, file_of, held, read_rows, save_clip
+from .dataset import ParquetCell, file_of, held, read_rows
 from kiwi_edit.quadruplets import (
     FingerprintStage,
     LoadOptions,
@@ -51,8 +51,8 @@ from kiwi_edit.quadruplets import (
     load_record,
     record_strip,
 )
-from ..records import Table, Workers, digest, image_tag, page, png_bytes, run_rows
-from ..video import as_frames, replacing
+from ..records import Table, Workers, digest, image_tag, page, png_bytes, run_rows, write_text
+from ..video import as_frames, replacing, save_clip
 from ..world import World
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400007
@@ -364,7 +364,7 @@ def _place_clip(clip, name, record, folder, copy):
         with replacing(path) as temporary:
             shutil.copyfile(clip, temporary)
     else:
-        save_clip(path, as_frames(clip), record.fps or 15)
+        save_clip(path, as_frames(clip), record.fps or 15, crf=12)
     return str(path.relative_to(folder))
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400015
@@ -482,11 +482,6 @@ def _sums(folder):
     "SHA-256 of all tables, as sha256sum writes them."
     tables = sorted([*folder.glob("chunk_*.parquet"), *folder.glob("verdicts/*.parquet")])
     return "".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(folder)}\n" for p in tables)
-
-
-def _save_text(path, text):
-    with replacing(path, overwrite=True) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400020
 def _stand_in(row):
@@ -895,11 +890,11 @@ def synthesize(
     _finish(folder, paths, options, key)
     seconds = {name: round(spent, 3) for name, spent in parts.seconds.items()}
     run = dict(key=key, settings=settings, seconds=seconds, wall=round(time.perf_counter() - began, 3), done=parts.seen)
-    _save_text(folder / "run.json", json.dumps(run, indent=1, default=str) + "\n")
+    write_text(folder / "run.json", json.dumps(run, indent=1, default=str) + "\n")
     result = _result(folder)
-    _save_text(folder / "README.md", _data_card(result))
-    _save_text(folder / "report.html", _report_html(result))
-    _save_text(folder / "SHA256SUMS", _sums(folder))  # last: says that all is there
+    write_text(folder / "README.md", _data_card(result))
+    write_text(folder / "report.html", _report_html(result))
+    write_text(folder / "SHA256SUMS", _sums(folder))  # last: says that all is there
     shutil.rmtree(folder / "parts", ignore_errors=True)
     return result
 
@@ -928,7 +923,7 @@ def _claim(folder, key, overwrite):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     if there != key:
-        _save_text(mark, json.dumps(dict(key=key)) + "\n")  # first: whoever is killed after this finds it to be its own
+        write_text(mark, json.dumps(dict(key=key)) + "\n")  # first: whoever is killed after this finds it to be its own
     for path in [*folder.glob(".*"), *folder.glob("verdicts/.*")]:
         if path.is_file() and half.fullmatch(path.name):
             path.unlink()

@@ -32,7 +32,8 @@ from tqdm.auto import tqdm
 from ..core import InputError, asset, shortened
 from ..data.backends import Chat, GeminiChat, Question, VideoPart, parse_json, shrunk, without_thoughts
 from ..data.files import renamed
-from ..metrics import bootstrap, measure_clip
+from .clips import measure_clip
+from ..metrics import bootstrap
 from ..quadruplets import BackendError
 from ..records import Table, Value, digest, png_bytes, read_lines, run_rows, write_text
 from ..video import DEFAULT_FPS, VideoError, nearest_frame_count, read_image, read_video, replacing

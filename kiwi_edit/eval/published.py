@@ -20,22 +20,22 @@ from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-import PIL.Image
+
 import torch
 import yaml
 
 from ..core import InputError
 from ..data.backends import GeminiChat
-from ..data.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, renamed
+from ..data.files import renamed
 from .benchmark import BENCH_SAMPLES, Report, Scene, benchmark_samples, by_task, in_words, measure
 from .benchmark import reconstruct
 from .judge import PUBLISHED, Case, ChatJudge, Judgement, MetricJudge, Summary
 from .judge import beside_published, lay_beside, measure_case, rubric_for
 from ..metrics import perceptual_features
 from ..records import Table, Value, append_line, image_tag, logger, page, read_lines, run_rows
-from ..records import write_text
-from ..video import VideoError, as_frames, compare, film_strip, fit_size, nearest_frame_count, read_image
-from ..video import read_video, replacing, sample_indices, video_info, write_video
+from ..records import unique_names, write_text
+from ..video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoError, as_frames, compare, film_strip, fit_size
+from ..video import nearest_frame_count, read_image, read_video, sample_indices, save_clip, video_info
 from ..world import EVAL_SEED, TASKS, World
 
 # %% auto #0
@@ -49,20 +49,13 @@ def _read_rows(kind, text):
         if long := [f"row {n} has {len(row[None])} more fields" for n, row in enumerate(rows) if None in row]:
             raise ValueError(f"{long[0]} than the header has columns")
     elif kind == "imgedit":
-        rows = json.loads(text, object_pairs_hook=_no_twins)
+        rows = json.loads(text, object_pairs_hook=unique_names)
     else:
         rows = yaml.safe_load(text)
     if not isinstance(rows, dict if kind == "imgedit" else list):
         wanted = "an object" if kind == "imgedit" else "a list"
         raise ValueError(f"it has to hold {wanted} of rows but holds a {type(rows).__name__}")
     return list(rows.items()) if kind == "imgedit" else [(str(number), row) for number, row in enumerate(rows)]
-
-
-def _no_twins(pairs):
-    keys = [key for key, _ in pairs]
-    if twice := next((key for key in keys if keys.count(key) > 1), None):
-        raise ValueError(f"the key {twice!r} is there twice")
-    return dict(pairs)
 
 
 _COLUMNS = dict(  # bench -> what an edit needs -> its column
@@ -227,18 +220,9 @@ def _edit_row(pipe, row, out, steps=50, concat=False):
     path = out / row.output
     path.parent.mkdir(parents=True, exist_ok=True)
     if concat:
-        _write(path.with_name("concat_" + path.name), compare(frames, edited))
-    _write(path, edited)
+        save_clip(path.with_name("concat_" + path.name), compare(frames, edited), SETTINGS["fps"])
+    save_clip(path, edited, SETTINGS["fps"])
     return edited
-
-
-def _write(path, frames):
-    "A picture or a video, as its name says."
-    if path.suffix.lower() not in IMAGE_SUFFIXES:
-        write_video(path, frames, SETTINGS["fps"], overwrite=True)
-        return
-    with replacing(path, True) as temporary:
-        PIL.Image.fromarray(frames[0]).save(temporary, IMAGE_SUFFIXES[path.suffix.lower()], quality=95)
 
 # %% ../../nbs/library/42_published.ipynb #c450001d
 @dataclass(frozen=True)
