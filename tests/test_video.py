@@ -38,15 +38,20 @@ def gradient(count=12, height=48, width=64):
     ).astype(np.uint8)
 
 
-def encode(path, frames, fps=10, codec="libx264", pixels="yuv420p", fmt=None, sound=0.0, **options):
+def encode(
+    path, frames, fps=10, codec="libx264", pixels="yuv420p", fmt=None, sound=0.0, tags={}, context={}, **options
+):
     "A video file made without the module under test; `sound` is the length of a tone that starts after half of it."
     with av.open(str(path), "w", format=fmt) as out:
         stream = out.add_stream(codec, rate=Fraction(fps), options={k: str(v) for k, v in options.items()})
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pixels
+        stream.metadata.update(tags)
+        for name, value in context.items():
+            setattr(stream.codec_context, name, value)
         tone = out.add_stream("aac", rate=48000, layout="mono") if sound else None
         for i, frame in enumerate(frames):
-            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-            picture.pts, picture.time_base = i, Fraction(1, fps)
+            picture = av.VideoFrame.from_ndarray(frame, format="rgba" if frame.shape[-1] == 4 else "rgb24")
+            picture.pts, picture.time_base = i, 1 / Fraction(fps)
             out.mux(stream.encode(picture))
         out.mux(stream.encode(None))
         if tone:
@@ -627,17 +632,7 @@ def test_square_pixels_come_out(folder):
     frames = frames_of(CASES / "sar43.mp4")
     assert frames.shape[1:3] == (96, 128) and corners(frames[3]) == "red lime blue yellow"
     for ratio, size in ((Fraction(3, 4), (128, 128)), (Fraction(16, 9), (96, 228)), (Fraction(1440, 1439), (96, 128))):
-        with av.open(str(folder / "ratio.mkv"), "w") as out:
-            stream = out.add_stream("libx264", rate=10)
-            stream.width, stream.height, stream.pix_fmt, stream.codec_context.sample_aspect_ratio = (
-                128,
-                96,
-                "yuv420p",
-                ratio,
-            )
-            for frame in four_corners(3):
-                out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-            out.mux(stream.encode(None))
+        encode(folder / "ratio.mkv", four_corners(3), context=dict(sample_aspect_ratio=ratio))
         frames = frames_of(folder / "ratio.mkv")
         assert frames.shape[1:3] == size and corners(frames[1]) == "red lime blue yellow", ratio
 
@@ -652,12 +647,7 @@ def test_rates_are_the_containers(tmp_path, name, rate):
 @pytest.mark.parametrize("rate", ["30000/1001", "60000/1001", "15/2", "25", "240"])
 def test_rates_in_milliseconds_are_exact(folder, rate):
     for suffix in ("mkv", "flv", "ts"):
-        with av.open(str(folder / f"rate.{suffix}"), "w") as out:
-            stream = out.add_stream("libx264", rate=Fraction(rate))
-            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-            for frame in gradient(48):
-                out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-            out.mux(stream.encode(None))
+        encode(folder / f"rate.{suffix}", gradient(48), rate)
         info = video_info(folder / f"rate.{suffix}")
         assert Fraction(info.fps).limit_denominator(1001) == Fraction(rate) and info.frames == 48, suffix
 
@@ -734,13 +724,8 @@ def test_a_picture_that_is_held_keeps_its_time(tmp_path, delays, seconds):
 
 
 def test_a_tag_of_transparency_on_another_codec_is_passed_over(folder):
-    path = folder / "tagged.mkv"
-    with av.open(str(path), "w") as out:
-        stream = out.add_stream("libx264", rate=10)
-        stream.width, stream.height, stream.metadata["alpha_mode"] = 64, 48, "1"
-        for _ in range(3):
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((48, 64, 3), 90, np.uint8))))
-        out.mux(stream.encode())
+    frames = np.full((3, 48, 64, 3), 90, np.uint8)
+    path = encode(folder / "tagged.mkv", frames, tags=dict(alpha_mode="1"))
     assert read_video(path).frames.shape == (3, 48, 64, 3)
 
 
@@ -821,15 +806,8 @@ def test_transparent_clips_lie_on_white(folder, codec, pixels, suffix):
         pytest.skip(f"{codec} is not in this build of FFmpeg")
     clear = np.concatenate([four_corners(), np.full((6, 96, 128, 1), 255, np.uint8)], axis=-1)
     clear[:, :48, 64:, 3], clear[:, 48:, 64:, 3] = 0, 128
-    path = folder / f"clear.{suffix}"
-    with av.open(str(path), "w") as out:
-        stream = out.add_stream(codec, rate=10, options={"auto-alt-ref": "0"} if "vpx" in codec else {})
-        stream.width, stream.height, stream.pix_fmt = 128, 96, pixels
-        if suffix == "webm":
-            stream.metadata["alpha_mode"] = "1"
-        for frame in clear:
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgba")))
-        out.mux(stream.encode(None))
+    tags, options = {"alpha_mode": "1"} if suffix == "webm" else {}, {"auto-alt-ref": 0} if "vpx" in codec else {}
+    path = encode(folder / f"clear.{suffix}", clear, 10, codec, pixels, tags=tags, **options)
     frames = frames_of(path)
     assert (frames[:, 4:40, 72:] > 250).all() and frames[3, 60, 80].tolist() == pytest.approx([191] * 3, abs=8)
     assert colour(frames[3, 8, 8]) == "red"
@@ -843,18 +821,12 @@ def test_a_transparent_half_is_white(name):
 
 @pytest.mark.parametrize("first", ["top", "bottom"])
 def test_half_pictures_become_whole_ones(folder, first):
-    path = folder / f"{first}.mp4"
-    with av.open(str(path), "w") as out:
-        stream = out.add_stream(
-            "libx264", rate=25, options={"crf": "4", "x264-params": "tff=1" if first == "top" else "bff=1"}
-        )
-        stream.width, stream.height, stream.pix_fmt = 128, 96, "yuv420p"
-        for t in range(10):
-            frame = np.full((96, 128, 3), 30, np.uint8)
-            for half in (0, 1):
-                frame[half if first == "top" else 1 - half :: 2, 8 * t + 4 * half : 8 * t + 4 * half + 16] = 220
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        out.mux(stream.encode(None))
+    frames = np.full((10, 96, 128, 3), 30, np.uint8)
+    for t, frame in enumerate(frames):
+        for half in (0, 1):
+            frame[half if first == "top" else 1 - half :: 2, 8 * t + 4 * half : 8 * t + 4 * half + 16] = 220
+    field = {"x264-params": "tff=1" if first == "top" else "bff=1"}
+    path = encode(folder / f"{first}.mp4", frames, 25, crf=4, **field)
     for clip, starts in ((frames_of(path), (40, 44)), (frames_of(CASES / "interlaced.mp4"), (44, 48))):
         bright = clip[5, 8:88, :, 0] > 125
         start = np.flatnonzero(bright[0])[0]

@@ -26,7 +26,7 @@ from types import SimpleNamespace
 
 # %% auto #0
 __all__ = ['FilePairs', 'read_pairs', 'WorldPairs', 'SynthesisOptions', 'Actors', 'model_stages', 'Synthesis', 'synthesize',
-           'inspect_folder', 'PlantedPairs']
+           'inspect_folder', 'sheet_html', 'PlantedPairs']
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400004
 import cv2
@@ -968,12 +968,16 @@ def _said(row):
     return "kept" if last["passed"] else f"{last['stage']}: {last['reason']}"
 
 
-def _sheet_html(row):
+def sheet_html(
+    row: dict,  # of a `Synthesis`
+) -> str:
+    "A pair for a page: what was made of it, whether it was kept, and its scores."
+    sheet = image_tag(row["sheet"], row["iid"]) if row["sheet"] else ""
     esc, look = html.escape, "kept" if row["verdicts"][-1]["passed"] else "out"
     shown = {name.split(".")[1]: row["scores"].get(name) for name in (_DRAWN[0], *_DRAWN[3:])}
     scores = ", ".join(f"{name} {value:.2f}" for name, value in shown.items() if value is not None)
     return (
-        f"<figure>{image_tag(row['sheet'], row['iid'])}<figcaption><b>{esc(row['iid'])}</b> "
+        f"<figure>{sheet}<figcaption><b>{esc(row['iid'])}</b> "
         f'<span class="{look}">{esc(_said(row))}</span><br>{esc(row["prompt"])}<br><small>{scores}</small>'
         "</figcaption></figure>"
     )
@@ -992,7 +996,7 @@ def _report_html(result):
     parts.append(
         "<h2>Contact sheets</h2><p>Source, edited clip, mask, reference, and an authentic one if there is one.</p>"
     )
-    parts += [_sheet_html(row) for row in result.rows if row["sheet"]]
+    parts += [sheet_html(row) for row in result.rows if row["sheet"]]
     return page(f"{len(result.kept)} of {len(result.rows)} pairs became quadruplets", *parts)
 
 # %% ../../nbs/library/12_synthesis.ipynb #12da0003
