@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import torch
 
 # %% auto #0
-__all__ = ['OPTIONAL', 'PRESETS', 'InputError', 'InputTypeError', 'MissingPackage', 'missing_package', 'require', 'shortened',
-           'check_local', 'check_instruction', 'Preset', 'preset', 'count_weights', 'Settings', 'checkout',
+__all__ = ['OPTIONAL', 'PRESETS', 'InputError', 'InputTypeError', 'MissingPackage', 'expect', 'missing_package', 'require',
+           'shortened', 'check_local', 'check_instruction', 'Preset', 'preset', 'count_weights', 'Settings', 'checkout',
            'read_settings', 'settings', 'choose_device', 'multiplies_bfloat16', 'choose_dtype', 'assets_dir', 'asset']
 
 # %% ../nbs/library/00_core.ipynb #c0e44002
@@ -34,6 +34,15 @@ class InputTypeError(InputError, TypeError):
 
 class MissingPackage(ImportError):
     "An optional package that is not installed; the message says how to get it."
+
+
+def expect(
+    good,  # what has to hold
+    message: str,  # the argument, the rule and the value
+) -> None:
+    "Raise an `InputError` unless something holds."
+    if not good:
+        raise InputError(message)
 
 
 OPTIONAL = {  # module -> its package, and the extra of the kit that brings it

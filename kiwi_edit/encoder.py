@@ -23,10 +23,10 @@ from .core import InputError, InputTypeError
 from .latents import fire_hooks
 
 # %% auto #0
-__all__ = ['SYSTEM_PROMPT', 'REFERENCE_SUFFIX', 'QUERY_TOKEN', 'IMAGE_TOKEN', 'VIDEO_TOKEN', 'MODES', 'make_tokenizer',
-           'sample_frames', 'video_sizes', 'resize_for_encoder', 'patchify_frames', 'KiwiProcessor', 'chat_text',
-           'mrope_positions', 'EncoderInputs', 'collate_inputs', 'prepare_sample', 'prepare_inputs', 'vision_features',
-           'encode_hidden', 'encode_context']
+__all__ = ['SYSTEM_PROMPT', 'REFERENCE_SUFFIX', 'QUERY_TOKEN', 'IMAGE_TOKEN', 'VIDEO_TOKEN', 'make_tokenizer', 'sample_frames',
+           'video_sizes', 'resize_for_encoder', 'patchify_frames', 'KiwiProcessor', 'chat_text', 'mrope_positions',
+           'EncoderInputs', 'collate_inputs', 'prepare_sample', 'prepare_inputs', 'vision_features', 'encode_hidden',
+           'encode_context']
 
 # %% ../nbs/04_encoder.ipynb #e04d1ef3
 SYSTEM_PROMPT = (
@@ -36,7 +36,6 @@ SYSTEM_PROMPT = (
 REFERENCE_SUFFIX = " Use the reference input from last frame."
 QUERY_TOKEN = "<|object_ref_start|>"
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
-MODES = ("image", "video", "ref")
 
 # %% ../nbs/04_encoder.ipynb #52201e1d
 _SPECIAL_TOKENS = (

@@ -66,8 +66,10 @@ class Page:
         self.page.wait_for_selector("#edit", timeout=60_000)
 
     def click_example(self, row=0):
-        self.page.locator("#examples tbody tr").nth(row).click()
-        self.page.wait_for_function("document.querySelector('#instruction textarea').value.length > 0")
+        example = self.page.locator("#examples button").nth(row)
+        words = example.inner_text().strip()
+        example.click()
+        self.page.wait_for_function("t => document.querySelector('#instruction textarea').value == t", arg=words)
         self.page.wait_for_selector("#clip video", timeout=60_000)
 
     def upload(self, field, *paths):

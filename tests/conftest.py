@@ -50,6 +50,23 @@ def own_settings(tmp_path, monkeypatch):
     logging.getLogger("kiwi_edit").setLevel(logging.NOTSET)
 
 
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory):
+    "Folder of a model of the tiny sizes that has learnt nothing."
+    import torch
+
+    from kiwi_edit.core import preset
+    from kiwi_edit.encoder import make_tokenizer
+    from kiwi_edit.pipeline import KiwiEditPipeline
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model") / "random-tiny"
+    KiwiEditPipeline.from_preset(preset("tiny"), make_tokenizer(["make it snow"], vocab_size=512)).save_pretrained(
+        folder
+    )
+    return folder
+
+
 def pytest_terminal_summary(terminalreporter):
     if not FOUND:
         return

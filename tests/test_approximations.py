@@ -1,7 +1,5 @@
 "Every approximation acts, stays near, and leaves nothing behind; the benchmark's exact savings act and change nothing."
 
-import os
-import subprocess
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -13,7 +11,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.overrides import TorchFunctionMode
 
-from kiwi_edit import latents, pipeline
+import common
+from kiwi_edit import footage, guidance, latents, pipeline
 from kiwi_edit.apps.approximations import APPROXIMATIONS, FlowUniPC, approximately, magnitude_ratios, parallelise
 from kiwi_edit.core import asset
 from kiwi_edit.guidance import find_wan
@@ -84,7 +83,7 @@ def state(pipe):
     wan, vae = find_wan(pipe.transformer), pipe.vae
     parts = [
         (name, id(value))
-        for module in (guidance, pipeline, latents)
+        for module in (footage, guidance, pipeline, latents)
         for name, value in sorted(vars(module).items())
         if not name.startswith("__")
     ]
@@ -148,9 +147,8 @@ def test_everything_recomputed_changes_nothing(pipe, exact, case):
     with recomputed(pipe):
         plain, again = edit(pipe, **CASES[case]), edit(pipe, output_type="np", **CASES[case])
     assert (plain - before).abs().max() < 1e-5 * before.abs().max()
-    assert (
-        np.abs(again.astype(int) - frames).max() <= 1
-    )  # a sum in another order may fall on the other side of a whole level
+    # a sum in another order may fall on the other side of a whole level
+    assert np.abs(again.astype(int) - frames).max() <= 1
 
 
 def amount(pipe, name):
@@ -207,9 +205,9 @@ def test_plain_reading_is_the_same(pipe, tmp_path):
     for options in (dict(num_frames=5), dict(indices=[1, 4, 7]), dict(num_frames=5, size=(32, 16), mode="inference")):
         quick = read_video(path, **options).frames
         with recomputed(pipe, "reading"):
-            assert pipeline.read_video is not read_video
-            assert np.array_equal(pipeline.read_video(path, **options).frames, quick)
-    assert pipeline.read_video is read_video
+            assert footage.read_video is not read_video
+            assert np.array_equal(footage.read_video(path, **options).frames, quick)
+    assert footage.read_video is read_video
 
 
 def test_streams_are_the_whole_in_pieces(pipe):
@@ -472,55 +470,36 @@ def test_ratios_of_other_steps(pipe):
 
 # -- many processes --------------------------------------------------------------------------------------------------------------------------
 
-SCRIPT = """
-import sys
-import torch
-from kiwi_edit.core import asset
-from kiwi_edit.pipeline import KiwiEditPipeline
-from kiwi_edit.apps.approximations import parallelise
-torch.set_num_threads(1)
-pipe = KiwiEditPipeline.from_pretrained("kiwi-edit-tiny"); pipe.set_progress_bar_config(disable=True)
-edit = lambda noise, **options: pipe("Make it snow.", asset("samples/clip.mp4"), generator=noise, output_type="latent", num_inference_steps=2, **options).frames
-seed = lambda: torch.Generator().manual_seed(0)
-options = dict(reference=asset("samples/reference.png")), dict(guidance_scale=2.)
-alone = [edit(seed(), **case) for case in options]
-with parallelise(pipe):
-    rank = torch.distributed.get_rank()
-    together = [edit(seed(), **case) for case in options]
-    shared = edit(torch.Generator().manual_seed(rank))  # other noise in each process: that of the first counts
-try: parallelise(pipe, ring=2)
-except ValueError as error: print(str(error))
-assert torch.equal(edit(seed(), **options[0]), alone[0])
-torch.save([*alone, *together, shared, edit(seed())], sys.argv[1] + str(rank))
-"""
+
+def parallel_job(folder):
+    torch.set_num_threads(1)
+    pipe = KiwiEditPipeline.from_pretrained("kiwi-edit-tiny")
+    pipe.set_progress_bar_config(disable=True)
+
+    def edit(seed=0, **options):
+        noise, clip = torch.Generator().manual_seed(seed), asset("samples/clip.mp4")
+        return pipe(
+            "Make it snow.", clip, generator=noise, output_type="latent", num_inference_steps=2, **options
+        ).frames
+
+    cases = dict(reference=asset("samples/reference.png")), dict(guidance_scale=2.0)
+    alone = [edit(**case) for case in cases]
+    with parallelise(pipe):
+        rank = torch.distributed.get_rank()
+        together = [edit(**case) for case in cases]
+        shared = edit(rank)  # other noise in each process: that of the first counts
+    with pytest.raises(ValueError, match="`ring` has to be 1 with PyTorch's own attention"):
+        parallelise(pipe, ring=2)
+    assert torch.equal(edit(**cases[0]), alone[0])
+    torch.save([*alone, *together, shared, edit()], folder / f"out{rank}")
 
 
 def test_parallel_in_two_processes(tmp_path):
-    (tmp_path / "two.py").write_text(SCRIPT)
-    ran = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            str(tmp_path / "two.py"),
-            str(tmp_path / "out"),
-        ],
-        capture_output=True,
-        text=True,
-        env=os.environ | dict(OMP_NUM_THREADS="1"),
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    assert ran.stdout.count("`ring` has to be 1 with PyTorch's own attention") == 2
+    common.together(tmp_path, parallel_job, tmp_path)
     for rank in (0, 1):
         alone, guided, together, together_guided, shared, first = torch.load(tmp_path / f"out{rank}")
-        assert (
-            (alone - together).abs().max() < 1e-5
-            and (guided - together_guided).abs().max() < 1e-5
-            and (shared - first).abs().max() < 1e-5
-        )
+        assert (alone - together).abs().max() < 1e-5 and (guided - together_guided).abs().max() < 1e-5
+        assert (shared - first).abs().max() < 1e-5
 
 
 def test_parallel_alone(pipe, monkeypatch):
@@ -537,9 +516,8 @@ def test_command_measures_and_writes(tmp_path, monkeypatch, capsys):
         speed, "QUICK", ({"first-block cache": dict(threshold=0.2)}, {"int8 weights": {}}, {"bfloat16": {}})
     )
     monkeypatch.setattr(speed, "multiplies_bfloat16", lambda device: False)
-    monkeypatch.setattr(
-        speed, "stream_memory", lambda pipe, lengths: [dict(frames=5, streamed=1, whole=1)]
-    )  # these three have tests of their own
+    # these three have tests of their own
+    monkeypatch.setattr(speed, "stream_memory", lambda pipe, lengths: [dict(frames=5, streamed=1, whole=1)])
     monkeypatch.setattr(
         speed,
         "measure_windows",
@@ -560,19 +538,13 @@ def test_command_measures_and_writes(tmp_path, monkeypatch, capsys):
     assert f"everything recomputed | {own} |" in shown and "emulated here" in shown and str(out) in shown
     rows = {(row["name"], row["steps"]): row for row in SpeedReport.rows(model)}
     assert rows["everything recomputed", own]["ratio"] == 1 and rows["everything recomputed", own]["latents"] < 1e-5
-    assert (
-        rows["exact", own]["psnr"] is None
-        and rows["exact", own]["gflop"] > rows["the next edit of the clip", own]["gflop"]
-    )
+    assert rows["exact", own]["psnr"] is None
+    assert rows["exact", own]["gflop"] > rows["the next edit of the clip", own]["gflop"]
     near = rows["first-block cache (threshold 0.2)", 20]
-    assert (
-        near["gflop"] < rows["exact", 20]["gflop"]
-        and NEAR < near["psnr"] < 90
-        and SpeedReport.best(model, NEAR)["name"] == near["name"]
-    )
-    assert set(report.start) == {"interpreter", "imports", "weights", "edit", "writing", "command"} and all(
-        seconds > 0 for seconds in report.start.values()
-    )
+    assert near["gflop"] < rows["exact", 20]["gflop"] and NEAR < near["psnr"] < 90
+    assert SpeedReport.best(model, NEAR)["name"] == near["name"]
+    assert set(report.start) == {"interpreter", "imports", "weights", "edit", "writing", "command"}
+    assert all(seconds > 0 for seconds in report.start.values())
     assert "Reading" in shown and set(report.windows) == {"tiny"} and len(report.reading) == 1
     assert {"on", "threads", "torch"} <= set(report.hardware) and "diffusers" in report.versions
 
@@ -590,11 +562,8 @@ def test_scores_name_their_world_and_may_lack_what_a_network_sees(pipe, monkeypa
     monkeypatch.setattr(speed, "run_benchmark", bench)
     way = speed.Configuration("exact", "exact", 1, None)
     scores = speed._scores(speed.Subject("tiny", pipe, {}), way, 2, "easy")
-    assert scores == dict(pooled=0.5, told_apart=told) and (asked["difficulty"], asked["samples"], asked["steps"]) == (
-        "easy",
-        2,
-        1,
-    )
+    assert scores == dict(pooled=0.5, told_apart=told)
+    assert (asked["difficulty"], asked["samples"], asked["steps"]) == ("easy", 2, 1)
     row = dict(
         name="exact",
         kind="recomputed",
@@ -631,12 +600,8 @@ def test_command_refuses(arguments, message, capsys):
 
 def test_committed_report():
     report = SpeedReport.load(asset("benchmarks/speed.json"))
-    assert (
-        {"tiny", "large"} <= {model["name"] for model in report.models}
-        and set(report.windows) == {"tiny", "large"}
-        and report.reading
-        and report.start
-    )
+    assert {"tiny", "large"} <= {model["name"] for model in report.models} and set(report.windows) == {"tiny", "large"}
+    assert report.reading and report.start
     for model in report.models:
         assert all(row["latents"] < 1e-5 for row in model["rows"] if row["kind"] in ("without", "recomputed"))
         if model["name"] == "tiny":
@@ -654,9 +619,8 @@ def test_subjects(tmp_path):
     one, other = large.edit(1, output_type="latent"), large.edit(1, output_type="latent")
     assert one.shape == (1, large.pipe.vae.config.z_dim, 17, 16, 16) and torch.equal(one, other)
     large.sample["reference"] = None
-    assert not torch.equal(
-        large.edit(1, output_type="latent"), one
-    )  # guidance says something although weights are random
+    # guidance says something although weights are random
+    assert not torch.equal(large.edit(1, output_type="latent"), one)
 
 
 def test_flops_are_those_of_an_edit(pipe):
@@ -685,13 +649,8 @@ def test_seams_are_borders_where_other_windows_take_over():
 def test_a_long_clip_is_measured_and_the_model_is_as_before(pipe):
     before = dict(pipe.config)
     found = speed.measure_windows(speed.Subject("tiny", pipe, {}), frames=21, tasks=("background",))
-    assert (
-        found["windows"] == 2
-        and found["frames"] == 21
-        and found["all_bytes"] < 1.3 * found["one_bytes"]
-        and found["seam"] > 0
-        and found["inside"] > 0
-    )
+    assert found["windows"] == 2 and found["frames"] == 21 and found["all_bytes"] < 1.3 * found["one_bytes"]
+    assert found["seam"] > 0 and found["inside"] > 0
     assert dict(pipe.config) == before and not pipe.memory.kept
 
 

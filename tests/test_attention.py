@@ -1,7 +1,5 @@
 "Watching attention: the shares are right, nothing is changed by looking, and what is taken away is gone."
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -25,12 +23,18 @@ from kiwi_edit.pipeline import KiwiEditPipeline
 from kiwi_edit.video import as_frames
 
 
-@pytest.fixture(scope="module")
-def pipe():
+def random_pipe(**guidance):
     torch.manual_seed(0)
-    made = KiwiEditPipeline.from_preset(preset("tiny"), make_tokenizer(["make it snow"], vocab_size=512))
+    sizes = preset("tiny")
+    sizes.guidance.update(guidance)
+    made = KiwiEditPipeline.from_preset(sizes, make_tokenizer(["make it snow"], vocab_size=512))
     made.set_progress_bar_config(disable=True)
     return made
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return random_pipe()
 
 
 @pytest.fixture(scope="module")
@@ -168,13 +172,7 @@ def test_layers_that_a_step_cache_leaves_out_look_as_in_the_step_before(pipe, cl
 
 
 def test_steps_may_share_a_rounded_timestep(clip):
-    torch.manual_seed(0)
-    small = preset("tiny")
-    rounded = KiwiEditPipeline.from_preset(
-        replace(small, guidance=small.guidance | dict(round_timestep=True)),
-        make_tokenizer(["make it snow"], vocab_size=512),
-    )
-    rounded.set_progress_bar_config(disable=True)
+    rounded = random_pipe(round_timestep=True)
     with _recording(rounded) as recorder:
         run(rounded, clip, sigmas=[1.0, 0.999, 0.5])
     looks = recorder.looks()
@@ -193,13 +191,7 @@ def test_steps_may_share_a_rounded_timestep(clip):
 )
 def test_queries_of_each_mode(clip, reference, parts, features, queries):
     "A model that has 4 queries for images, 8 for clips and 12 where there is a reference."
-    torch.manual_seed(0)
-    small = preset("tiny")
-    modes = KiwiEditPipeline.from_preset(
-        replace(small, guidance=small.guidance | dict(num_image_queries=4, num_video_queries=8, num_ref_queries=12)),
-        make_tokenizer(["make it snow"], vocab_size=512),
-    )
-    modes.set_progress_bar_config(disable=True)
+    modes = random_pipe(num_image_queries=4, num_video_queries=8, num_ref_queries=12)
     with _recording(modes) as recorder:
         run(without(modes, *parts), clip, reference)
     looks = recorder.looks()

@@ -18,7 +18,7 @@ from PIL import Image
 
 from kiwi_edit.data import backends as module
 from kiwi_edit.data.backends import *
-from kiwi_edit.data.backends import _called, _qwen_processor, _read_grounding, _read_score, _REFERENCE_PROMPTS, _seed_of
+from kiwi_edit.data.backends import _called, _qwen_processor, _read_grounding, _read_score, _seed_of
 from kiwi_edit.core import asset
 from kiwi_edit.encoder import KiwiProcessor
 from kiwi_edit.data.embedded import deduplicate, mask_boxes
@@ -128,11 +128,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def uploaded(self):
         "Gemini's upload protocol: an address for the bytes, then the bytes."
-        raw, server, headers = (
-            self.rfile.read(int(self.headers["content-length"])),
-            self.server,
-            {k.lower(): v for k, v in self.headers.items()},
-        )
+        raw, server = self.rfile.read(int(self.headers["content-length"])), self.server
+        headers = {k.lower(): v for k, v in self.headers.items()}
         with server.lock:
             name = (
                 f"files/f{len(server.uploads)}"
@@ -339,15 +336,13 @@ def test_request_carries_words_pictures_and_key(serve):
     chat, server = serve('{"score": 7}')
     assert chat.answer([ASK]) == [7]
     (model, system, key, parts), body = heard(server.asked[0]), server.asked[0][2]
-    assert (model, system, key, parts[0]) == (chat.model, "Be brief.", KEY, "What is it?") and np.array_equal(
-        parts[1], MADE.source[0]
-    )
+    assert (model, system, key, parts[0]) == (chat.model, "Be brief.", KEY, "What is it?")
+    assert np.array_equal(parts[1], MADE.source[0])
     if serve.openai:
         assert (body["temperature"], body["max_tokens"]) == (0, 256)
     else:
-        assert [body["generationConfig"][k] for k in ("temperature", "maxOutputTokens")] == [0, 256] and list(
-            body["generationConfig"]["thinkingConfig"].values()
-        ) == [0]
+        assert [body["generationConfig"][k] for k in ("temperature", "maxOutputTokens")] == [0, 256]
+        assert list(body["generationConfig"]["thinkingConfig"].values()) == [0]
 
 
 @pytest.mark.parametrize("away", [BUSY, BROKEN], ids=["busy", "broken"])
@@ -411,12 +406,8 @@ def test_what_cannot_get_better_is_asked_once(serve, status):
         (status, dict(error=dict(code=status, message=f"Incorrect API key provided: {KEY}", status="X")), {})
     )
     answer = str(chat.answer([ASK])[0])
-    assert (
-        answer == f"endpoint: {status} " + answer[14:]
-        and "Incorrect" in answer
-        and KEY not in answer
-        and len(server.asked) == 1
-    )
+    assert answer == f"endpoint: {status} " + answer[14:] and "Incorrect" in answer and KEY not in answer
+    assert len(server.asked) == 1
 
 
 def test_nobody_listens(serve):
@@ -514,11 +505,8 @@ def test_unreadable_replies_have_their_own_limit(serve):
 def test_an_echoed_key_is_cut_out(serve):
     chat, server = serve("x" * 190 + KEY, f"{KEY} is what you sent", tries=2)
     (exchange,) = chat.ask([ASK])
-    assert (
-        KEY not in str(exchange)
-        and not any(KEY[:n] in str(exchange) for n in range(6, len(KEY)))
-        and "***" in exchange.attempts[1].text
-    )
+    assert KEY not in str(exchange) and not any(KEY[:n] in str(exchange) for n in range(6, len(KEY)))
+    assert "***" in exchange.attempts[1].text
 
 
 def test_a_word_in_brackets_within_an_answer_is_no_thought():
@@ -671,10 +659,8 @@ def test_parameters_that_the_client_does_not_know_travel_too(one_chat):
     )
     assert chat.answer([ASK]) == [7]
     body = server.asked[0][2]
-    assert (body["top_k"], body["min_p"], body["max_completion_tokens"]) == (1, 0.1, 99) and not {
-        "max_tokens",
-        "temperature",
-    } & set(body)
+    assert (body["top_k"], body["min_p"], body["max_completion_tokens"]) == (1, 0.1, 99)
+    assert not {"max_tokens", "temperature"} & set(body)
 
 
 def test_cut_replies_get_more_room(serve):
@@ -685,12 +671,8 @@ def test_cut_replies_get_more_room(serve):
         body["max_tokens"] if serve.openai else body["generationConfig"]["maxOutputTokens"]
         for _, _, body in server.asked
     ]
-    assert (
-        exchange.answer == 7
-        and exchange.attempts[0].cut
-        and exchange.attempts[0].failure.startswith("rubbish: cut at 256 tokens")
-        and rooms == [256, 512, 1024]
-    )
+    assert exchange.answer == 7 and exchange.attempts[0].cut
+    assert exchange.attempts[0].failure.startswith("rubbish: cut at 256 tokens") and rooms == [256, 512, 1024]
 
 
 def test_a_used_up_quota_is_said(serve):
@@ -739,9 +721,8 @@ def test_thoughts_are_left_to_models_that_need_them(model, budget):
     chat, server = gemini('{"score": 7}', model=model)
     chat.answer([ASK])
     config = camel(server.asked[0][2])["generationConfig"]
-    assert config.get("thinkingConfig", {}).get("thinkingBudget") == budget and config["maxOutputTokens"] == (
-        256 if budget == 0 else 256 + 8192
-    )
+    assert config.get("thinkingConfig", {}).get("thinkingBudget") == budget
+    assert config["maxOutputTokens"] == (256 if budget == 0 else 256 + 8192)
 
 
 # videos
@@ -755,9 +736,8 @@ def test_openai_video(one_chat):
     assert chat.answer([FILM]) == [7]
     part = server.asked[0][2]["messages"][0]["content"][1]
     kind, _, data = part["video_url"]["url"].partition(",")
-    assert (
-        part["type"] == "video_url" and kind == "data:video/mp4;base64" and base64.b64decode(data) == CLIP.read_bytes()
-    )
+    assert part["type"] == "video_url" and kind == "data:video/mp4;base64"
+    assert base64.b64decode(data) == CLIP.read_bytes()
 
 
 def test_gemini_small_video_is_inside():
@@ -765,11 +745,8 @@ def test_gemini_small_video_is_inside():
     assert chat.answer([FILM]) == [7] and not server.uploads
     part = camel(server.asked[0][2])["contents"][0]["parts"][1]
     data = part["inlineData"]["data"].translate({45: "+", 95: "/"})
-    assert (
-        base64.b64decode(data + "=" * (-len(data) % 4)) == CLIP.read_bytes()
-        and part["inlineData"]["mimeType"] == "video/mp4"
-        and part["videoMetadata"]["fps"] == 2
-    )
+    assert base64.b64decode(data + "=" * (-len(data) % 4)) == CLIP.read_bytes()
+    assert part["inlineData"]["mimeType"] == "video/mp4" and part["videoMetadata"]["fps"] == 2
 
 
 def test_gemini_large_video_is_uploaded_once(tmp_path):
@@ -819,18 +796,14 @@ def test_scorer(serve):
     assert {r.verdicts[-1].backend for r in found} == {chat.model}
     model, system, key, parts = heard(server.asked[0])
     shown = [p for p in parts if not isinstance(p, str)]
-    assert len(shown) == 8 and all(
+    assert len(shown) == 8
+    assert all(
         np.array_equal(a, b)
         for i, t in enumerate((0, 1, 3, 4))
         for a, b in zip(shown[2 * i :], (MADE.source[t], MADE.target[t]))
     )
-    assert (
-        json.dumps(MADE.instruction) in parts[-2]
-        and '{"score": n}' in parts[-1]
-        and parts[10] == "Frame 3 after:"
-        and system == ChatBackend.system
-        and key == KEY
-    )
+    assert json.dumps(MADE.instruction) in parts[-2] and '{"score": n}' in parts[-1] and parts[10] == "Frame 3 after:"
+    assert system == ChatBackend.system and key == KEY
 
 
 def test_grounder(serve):
@@ -838,9 +811,8 @@ def test_grounder(serve):
     (found,) = GroundStage(ChatBackend(chat))([record()])
     truth = mask_boxes(MADE.mask)
     assert found.alive and (found.task, found.subject, found.in_source) == ("subject", "garden gnome", False)
-    assert np.abs(found.boxes[[0, 1, 3, 4]] - truth[[0, 1, 3, 4]]).max() < 1e-3 and np.allclose(
-        found.boxes[2], found.boxes[[1, 3]].mean(0), atol=1e-6
-    )
+    assert np.abs(found.boxes[[0, 1, 3, 4]] - truth[[0, 1, 3, 4]]).max() < 1e-3
+    assert np.allclose(found.boxes[2], found.boxes[[1, 3]].mean(0), atol=1e-6)
     assert found.boxes.dtype == np.float32 and found.verdicts[-1].scores == dict(confidence=1.0)
 
 
@@ -877,28 +849,20 @@ def test_removals_have_nothing_to_show(serve):
 )
 def test_grounding_is_read_strictly(serve, change, why):
     chat, server = serve(json.dumps(GOOD | change), json.dumps(GOOD))
-    assert (
-        GroundStage(ChatBackend(chat))([record()])[0].alive
-        and len(server.asked) == 2
-        and why in heard(server.asked[1])[3][-1]
-    )
+    assert GroundStage(ChatBackend(chat))([record()])[0].alive and len(server.asked) == 2
+    assert why in heard(server.asked[1])[3][-1]
     chat, server = serve(json.dumps(GOOD | change))
     (lost,) = GroundStage(ChatBackend(chat))([record()])
-    assert (
-        not lost.alive
-        and lost.verdicts[-1].reason.startswith("rubbish: ")
-        and why in lost.verdicts[-1].reason
-        and len(server.asked) == 3
-    )
+    assert not lost.alive and lost.verdicts[-1].reason.startswith("rubbish: ") and why in lost.verdicts[-1].reason
+    assert len(server.asked) == 3
 
 
 def test_boxes_between_frames():
     a, b = (0.0, 0.0, 0.2, 0.2), (0.4, 0.4, 0.6, 0.6)
     found = module._spread_boxes({0: a, 4: b, 8: None}, 10)
     assert np.allclose(found[1], (0.1, 0.1, 0.3, 0.3)) and np.allclose(found[5:7], b) and np.isnan(found[7:]).all()
-    assert np.isnan(module._spread_boxes({0: None, 2: None}, 3)).all() and np.allclose(
-        module._spread_boxes({1: a}, 3), a
-    )
+    assert np.isnan(module._spread_boxes({0: None, 2: None}, 3)).all()
+    assert np.allclose(module._spread_boxes({1: a}, 3), a)
     two = _read_grounding(
         json.dumps(dict(task="background", subject="sea", boxes=[[0, 0, 0, 100, 200], [0, 300, 100, 400, 500]])), [0], 1
     )
@@ -926,11 +890,8 @@ def test_verifier(serve):
     assert records[0].verdicts[-1].scores == dict(consistency=9.0, quality=6.0) and len(server.asked) == 8
     first, second = (heard(request)[3] for request in server.asked[:2])
     assert np.array_equal(first[-2], MADE.reference) and sum(not isinstance(p, str) for p in first) == 9
-    assert (
-        np.array_equal(second[0], MADE.reference)
-        and sum(not isinstance(p, str) for p in second) == 1
-        and '"garden gnome"' in second[1]
-    )
+    assert np.array_equal(second[0], MADE.reference) and sum(not isinstance(p, str) for p in second) == 1
+    assert '"garden gnome"' in second[1]
 
 
 def test_large_pictures_are_shrunk(serve):
@@ -997,9 +958,8 @@ def test_random_language_model_ends_as_rubbish(make):
     grounder = ChatBackend(chat, frames=2)
     grounder._where = lambda r, ask=grounder._where: replace(ask(r), max_tokens=8)
     found = GroundStage(grounder)([record("a"), record("b")])
-    assert [r.alive for r in found] == [False, False] and all(
-        r.verdicts[-1].reason.startswith("rubbish: ") and "(2 tries)" in r.verdicts[-1].reason for r in found
-    )
+    assert [r.alive for r in found] == [False, False]
+    assert all(r.verdicts[-1].reason.startswith("rubbish: ") and "(2 tries)" in r.verdicts[-1].reason for r in found)
     assert found[0].verdicts[-1].backend == type(chat.model).__name__
 
 
@@ -1021,14 +981,10 @@ def test_pictures_become_as_many_tokens_as_they_have_patches():
         images=[Image.new("RGB", size) for size in ((56, 28), (28, 28), (84, 56))],
     )
     grids = (inputs["image_grid_thw"].prod(1) // 4).tolist()  # four patches to a token
-    assert (
-        inputs["mm_token_type_ids"].sum(1).tolist() == [grids[0] + grids[1], grids[2]]
-        and grids[2] >= grids[0] >= grids[1] > 0
-    )
-    assert (
-        inputs["attention_mask"][:, -1].all()
-        and inputs["pixel_values"].shape[0] == inputs["image_grid_thw"].prod(1).sum()
-    )
+    assert inputs["mm_token_type_ids"].sum(1).tolist() == [grids[0] + grids[1], grids[2]]
+    assert grids[2] >= grids[0] >= grids[1] > 0
+    assert inputs["attention_mask"][:, -1].all()
+    assert inputs["pixel_values"].shape[0] == inputs["image_grid_thw"].prod(1).sum()
 
 
 def test_the_picture_reaches_the_model():
@@ -1152,20 +1108,16 @@ def test_masks_have_the_size_of_the_record(make):
     for r in records:
         r.mask = None
     masks = SamSegmenter(make(), device="cpu").segment(records)
-    assert (
-        [m.shape for m in masks[:2]] == [(5, 96, 96), (5, 60, 40)] and masks[0].dtype == bool and not masks[1][2].any()
-    )
+    assert [m.shape for m in masks[:2]] == [(5, 96, 96), (5, 60, 40)] and masks[0].dtype == bool
+    assert not masks[1][2].any()
     assert isinstance(masks[2], BackendError) and str(masks[2]) == "empty mask"
     by_batch, segmenter = [], SamSegmenter(make().double(), device="cpu")  # in float32 another order moves some pixels
     for segmenter.batch_size in (4, 1):
         by_batch.append(segmenter.segment(records[:2]))
     assert all(np.array_equal(a, b) for a, b in zip(*by_batch)) and 0 < by_batch[0][0].mean() < 1
     SegmentStage(SamSegmenter(make(), device="cpu"), smallest=0.0, largest=1.0)(records)
-    assert (
-        [r.alive for r in records] == [True, True, False]
-        and records[2].verdicts[-1].reason == "empty mask"
-        and records[0].mask.shape == (5, 96, 96)
-    )
+    assert [r.alive for r in records] == [True, True, False] and records[2].verdicts[-1].reason == "empty mask"
+    assert records[0].mask.shape == (5, 96, 96)
 
 
 @pytest.mark.parametrize("make", [sam, sam2])
@@ -1233,7 +1185,7 @@ def kontext():
     from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
     torch.manual_seed(0)
-    words = ["<pad>", "<eos>", "<unk>"] + sorted(set(" ".join(_REFERENCE_PROMPTS.values()).split()))
+    words = ["<pad>", "<eos>", "<unk>"] + sorted(set(" ".join(EditorSynthesizer.prompts.values()).split()))
     plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = lambda: PreTrainedTokenizerFast(
@@ -1360,24 +1312,15 @@ def test_editor(name, small):
         grounded("a", mask=np.zeros_like(MADE.mask)),
     ]
     SynthesizeStage(synthesizer)(records)
-    assert (
-        [r.alive for r in records] == [True, True, True, False]
-        and records[3].verdicts[-1].reason == "empty mask"
-        and records[0].verdicts[-1].backend == name
-    )
-    assert (
-        records[0].reference.shape == (options["height"], options["width"], 3)
-        and records[0].reference.dtype == np.uint8
-    )
+    assert [r.alive for r in records] == [True, True, True, False] and records[3].verdicts[-1].reason == "empty mask"
+    assert records[0].verdicts[-1].backend == name
+    assert records[0].reference.shape == (options["height"], options["width"], 3)
+    assert records[0].reference.dtype == np.uint8
     prompts = [prompt for prompt in calls if prompt.strip()]
-    assert (
-        "the garden gnome, whole" in prompts[0]
-        and prompts[2] == _REFERENCE_PROMPTS["background"]
-        and (len(calls) == 6) == name.startswith("Qwen")
-    )  # Qwen is guided away from a blank
-    assert np.array_equal(synthesizer.synthesize([grounded("a")])[0], records[0].reference) and not np.array_equal(
-        records[0].reference, records[1].reference
-    )
+    assert "the garden gnome, whole" in prompts[0] and prompts[2] == EditorSynthesizer.prompts["background"]
+    assert (len(calls) == 6) == name.startswith("Qwen")  # Qwen is guided away from a blank
+    assert np.array_equal(synthesizer.synthesize([grounded("a")])[0], records[0].reference)
+    assert not np.array_equal(records[0].reference, records[1].reference)
 
 
 @pytest.mark.parametrize("name", ["FluxKontextPipeline", "QwenImageEditPlusPipeline"])
@@ -1416,12 +1359,8 @@ def test_editor_sees_the_best_frame_at_full_size():
     pipe = Pipe()
     synthesizer = EditorSynthesizer(pipe)
     assert str(synthesizer.synthesize([found])[0]) == "rubbish: a picture of one colour"
-    assert (
-        np.array_equal(pipe.seen, big(MADE.target)[CutoutSynthesizer().best_frame(found)])
-        and pipe.prompt.startswith("Show only the hat, whole")
-        and pipe.seed == _seed_of("big")
-        and not pipe.kwargs
-    )
+    assert np.array_equal(pipe.seen, big(MADE.target)[CutoutSynthesizer().best_frame(found)])
+    assert pipe.prompt.startswith("Show only the hat, whole") and pipe.seed == _seed_of("big") and not pipe.kwargs
     found.task, found.mask = "background", MADE.mask.copy()
     found.mask[3] = False
     synthesizer.synthesize([found])
@@ -1429,9 +1368,8 @@ def test_editor_sees_the_best_frame_at_full_size():
 
 
 def test_seeds_and_words():
-    assert (
-        _seed_of("a") == 0xCA978112CA1BBDCA >> 1 and len({_seed_of(str(i)) for i in range(1000)}) == 1000
-    )  # the start of sha256("a")
+    # the start of sha256("a")
+    assert _seed_of("a") == 0xCA978112CA1BBDCA >> 1 and len({_seed_of(str(i)) for i in range(1000)}) == 1000
     assert [_called(s) for s in ("red fox", "The red fox.", "object in the reference image", "")] == [
         "the red fox",
         "the red fox",
@@ -1463,17 +1401,11 @@ def test_own_model_as_synthesizer(kiwi):
         SynthesizeStage(KiwiSynthesizer(kiwi, num_inference_steps=2))(records)
     finally:
         kiwi.encode_prompt = encode
-    assert [r.alive for r in records] == [True, True, False] and prompts == [
-        "Show only the garden gnome on a white canvas.",
-        "Show the scene without any objects.",
-    ]
+    assert [r.alive for r in records] == [True, True, False]
+    assert prompts == ["Show only the garden gnome on a white canvas.", "Show the scene without any objects."]
     image = records[0].reference
-    assert (
-        image.dtype == np.uint8
-        and image.ndim == 3
-        and image.shape[0] * image.shape[1] <= kiwi.config.max_pixels
-        and not any(s % kiwi.size_multiple for s in image.shape[:2])
-    )
+    assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[0] * image.shape[1] <= kiwi.config.max_pixels
+    assert not any(s % kiwi.size_multiple for s in image.shape[:2])
     again = KiwiSynthesizer(kiwi, num_inference_steps=2)
     assert np.array_equal(again.synthesize([records[0]])[0], image)
     other = load_record(replace(pair, id="other"))
@@ -1561,11 +1493,8 @@ def test_embeddings(make, size, tmp_path):
     embedder = ImageEmbedder(model, device="cpu")
     embedder.batch_size = 2
     vectors = embedder.embed(PICTURES)
-    assert (
-        vectors.shape == (5, size)
-        and vectors.dtype == np.float32
-        and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
-    )
+    assert vectors.shape == (5, size) and vectors.dtype == np.float32
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     assert np.allclose(vectors[0], vectors[3], atol=1e-5) and vectors[0] @ vectors[1] < 0.99999
     assert ImageEmbedder(model, device="cpu").embed([]).shape[0] == 0
     with torch.inference_mode():
@@ -1604,8 +1533,5 @@ def test_pictures_as_the_processors_make_them(make):
 def test_duplicates_by_embedding():
     records = [grounded(id, reference=MADE.reference) for id in "ab"] + [grounded("c", reference=PICTURES[1])]
     deduplicate(records, ImageEmbedder(dinov2(), device="cpu"), similarity=0.9999)
-    assert (
-        [r.alive for r in records] == [True, False, True]
-        and records[1].verdicts[-1].reason == "duplicate of a"
-        and records[1].verdicts[-1].backend == "Dinov2Model"
-    )
+    assert [r.alive for r in records] == [True, False, True] and records[1].verdicts[-1].reason == "duplicate of a"
+    assert records[1].verdicts[-1].backend == "Dinov2Model"

@@ -31,22 +31,11 @@ from kiwi_edit.train.cache import (
     survey_cache,
 )
 from kiwi_edit.data.dataset import BadRow, MetadataDataset, WorldDataset, save_dataset
-from kiwi_edit.encoder import encode_context, make_tokenizer
+from kiwi_edit.encoder import encode_context
 from kiwi_edit.guidance import denoise
 from kiwi_edit.pipeline import KiwiEditPipeline, decode_latents, fit_reference
 
 SMALL = dict(height=32, width=32)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    "Folder of a model with random weights."
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model")
-    KiwiEditPipeline.from_preset(
-        "tiny", make_tokenizer(["Replace the red circle with the object in the reference."] * 4)
-    ).save_pretrained(folder)
-    return folder
 
 
 @contextmanager
@@ -63,8 +52,8 @@ def raised(p, place=...):
 
 
 @pytest.fixture(scope="module")
-def pipe(model):
-    return KiwiEditPipeline.from_pretrained(model)
+def pipe(random_model):
+    return KiwiEditPipeline.from_pretrained(random_model)
 
 
 @dataclass
@@ -274,7 +263,7 @@ def test_a_batch_pads_the_words_and_goes_to_a_device(pipe):
 # fingerprints
 
 
-def test_fingerprint_covers_what_rows_depend_on_and_nothing_else(pipe, model, tmp_path, monkeypatch):
+def test_fingerprint_covers_what_rows_depend_on_and_nothing_else(pipe, random_model, tmp_path, monkeypatch):
     data = world(1)
 
     def fingerprint(pipe, settings=RowSettings(), single_frame=False):
@@ -282,7 +271,8 @@ def test_fingerprint_covers_what_rows_depend_on_and_nothing_else(pipe, model, tm
         return survey_cache(pipe, data, tmp_path, settings, progress=False).folder.name
 
     now, images = fingerprint(pipe), fingerprint(pipe, single_frame=True)
-    assert now == fingerprint(KiwiEditPipeline.from_pretrained(model)) != images  # saving and loading changes nothing
+    # saving and loading changes nothing
+    assert now == fingerprint(KiwiEditPipeline.from_pretrained(random_model)) != images
 
     def with_more(p, place=...):
         with raised(p, place):
@@ -387,16 +377,16 @@ def build(model, folder, kind=WorldDataset):
     return build_cache(KiwiEditPipeline.from_pretrained(model), data, folder, shard_size=3, progress=False)
 
 
-def test_a_killed_build_goes_on_where_it_was(pipe, model, tmp_path):
+def test_a_killed_build_goes_on_where_it_was(pipe, random_model, tmp_path):
     data = WorldDataset(dict(add=1.0), 1, 32, 32, samples=40)
-    process = common.start(build, model, tmp_path, Slow)
-    assert common.kill_when(process, lambda: len(list(tmp_path.glob("*/rows-*"))) >= 4) == -signal.SIGKILL
-    shards = {path.name: path.read_bytes() for path in tmp_path.glob("*/rows-*")}
+    process = common.start(build, random_model, tmp_path / "cache", Slow, said=tmp_path / "said")
+    assert common.kill_when(process, lambda: len(list((tmp_path / "cache").glob("*/rows-*"))) >= 4) == -signal.SIGKILL
+    shards = {path.name: path.read_bytes() for path in (tmp_path / "cache").glob("*/rows-*")}
     with pytest.raises(FileNotFoundError, match="`folder` has to hold a finished cache"):
-        LatentCache(next(tmp_path.glob("*/made_with.json")).parent)
-    state = survey_cache(pipe, data, tmp_path, progress=False)
+        LatentCache(next((tmp_path / "cache").glob("*/made_with.json")).parent)
+    state = survey_cache(pipe, data, tmp_path / "cache", progress=False)
     assert 4 <= len(shards) < 13 and state.missing == list(range(3 * len(shards), 40)) and not state.broken
-    cache = build(model, tmp_path)
+    cache = build(random_model, tmp_path / "cache")
     assert all((cache.folder / name).read_bytes() == content for name, content in shards.items())
     whole = encode_samples(pipe, [data[i] for i in range(40)])
     assert len(cache) == 40 and all(equal(cache.row(i), whole[i]) for i in range(40))

@@ -231,9 +231,7 @@ def test_a_repository_without_reference_embedder_takes_instructions_alone(tmp_pa
     (tmp_path / "plain/model_index.json").write_text(json.dumps(index))
     pipe = KiwiEditPipeline.from_pretrained(tmp_path / "plain")
     assert np.array_equal(edit(pipe), edit(load_official(RELEASED)))
-    with pytest.raises(
-        ValueError, match="`reference` has to be None for this model, which was trained on instructions alone"
-    ):
+    with pytest.raises(ValueError, match="`reference` has to be None for this model"):
         edit(pipe, name="ref")
     again = convert(tmp_path / "plain", tmp_path / "kit", "kit")
     assert not load_any(again).guidance.config.takes_reference

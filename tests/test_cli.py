@@ -5,7 +5,6 @@ import io
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -19,29 +18,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import common
 from kiwi_edit.apps import cli
 from kiwi_edit.core import assets_dir
 from kiwi_edit.video import read_video, video_info, write_video
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMAND = [sys.executable, "-m", "kiwi_edit.apps.cli"]
-
-
-@pytest.fixture(scope="session")
-def random_model(tmp_path_factory):
-    "Folder of a model of the tiny sizes that has learnt nothing."
-    import torch
-
-    from kiwi_edit.core import preset
-    from kiwi_edit.encoder import make_tokenizer
-    from kiwi_edit.pipeline import KiwiEditPipeline
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model") / "random-tiny"
-    KiwiEditPipeline.from_preset(preset("tiny"), make_tokenizer(["make it snow"], vocab_size=512)).save_pretrained(
-        folder
-    )
-    return folder
 
 
 pytestmark = pytest.mark.usefixtures("own_settings")
@@ -131,11 +113,8 @@ def refused(result, *words, code=1):
 def test_edit_writes_result_strip_and_comparison(edit, clip, tmp_path):
     status, out, err = edit(clip, "--out", tmp_path / "new.mp4", "--compare")
     assert status == 0
-    assert (
-        str(tmp_path / "new.mp4") in out
-        and str(tmp_path / "new-strip.png") in out
-        and str(tmp_path / "new-compare.mp4") in out
-    )
+    assert str(tmp_path / "new.mp4") in out and str(tmp_path / "new-strip.png") in out
+    assert str(tmp_path / "new-compare.mp4") in out
     assert video_info(tmp_path / "new.mp4").frames == 5 and video_info(tmp_path / "new.mp4").fps == 10
     assert read_video(tmp_path / "new.mp4").frames.shape == (5, 32, 40, 3)
     assert read_video(tmp_path / "new-compare.mp4").frames.shape == (5, 32, 84, 3)
@@ -248,26 +227,15 @@ def bench(clip):
 def test_evaluate_makes_and_scores_the_rows_of_a_published_bench(kiwi, random_model, bench, tmp_path):
     command = "evaluate", *bench, "--model", random_model, "--steps", 1, "--out", tmp_path / "run"
     status, out, err = kiwi(*command, "--parts", "1/2")
-    assert (
-        status == 0
-        and "1 of 1 videos there" in out
-        and "part 1 of 2" in out
-        and not (tmp_path / "run" / "report.json").exists()
-    ), err
+    assert status == 0 and "1 of 1 videos there" in out and "part 1 of 2" in out, err
+    assert not (tmp_path / "run" / "report.json").exists(), err
     status, out, err = kiwi(*command)
-    assert (
-        status == 1
-        and "1 of 2 videos there, 1 of them before, 1 failed" in out
-        and "1 scored, 0 failed, 1 missing" in out
-    ), err
+    assert status == 1 and "1 of 2 videos there, 1 of them before, 1 failed" in out, err
+    assert "1 scored, 0 failed, 1 missing" in out, err
     assert "row 1 failed: `source` has to be" in err and "lost.mp4" in err
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert (
-        report["about"]["steps"] == 1
-        and report["about"]["seed"] == 0
-        and len(report["about"]["checkpoint"]) == 16
-        and report["about"]["versions"]["torch"]
-    )
+    assert report["about"]["steps"] == 1 and report["about"]["seed"] == 0 and len(report["about"]["checkpoint"]) == 16
+    assert report["about"]["versions"]["torch"]
     refused(
         kiwi("evaluate", *bench, "--model", random_model, "--steps", 2, "--out", tmp_path / "run"),
         "--out has to be new or of the same making",
@@ -275,12 +243,8 @@ def test_evaluate_makes_and_scores_the_rows_of_a_published_bench(kiwi, random_mo
     status, out, err = kiwi(
         "evaluate", *bench, "--videos", tmp_path / "run" / "videos", "--limit", 1, "--out", tmp_path / "again"
     )
-    assert (
-        status == 0
-        and "1 rows 1 scored, 0 failed, 0 missing" in out
-        and (tmp_path / "again" / "report.html").is_file()
-        and "steps 1" in out
-    ), err
+    assert status == 0 and "1 rows 1 scored, 0 failed, 0 missing" in out, err
+    assert (tmp_path / "again" / "report.html").is_file() and "steps 1" in out, err
 
 
 def test_evaluate_scores_videos_of_the_kits_bench(kiwi, tmp_path):
@@ -342,11 +306,7 @@ def test_parameters_reach_a_judge_of_ones_own(kiwi, tmp_path):
         tmp_path / "out",
     )
     given = (
-        "--parameter",
-        "max_completion_tokens=4096",
-        "--parameter",
-        "temperature=null",
-        "--parameter",
+        *"--parameter max_completion_tokens=4096 --parameter temperature=null --parameter".split(),
         'chat_template_kwargs={"enable_thinking": false}',
         "--parameter",
         "reasoning_effort=low",
@@ -406,7 +366,8 @@ def test_evaluate_says_what_is_wrong_first(kiwi, bench, tmp_path, monkeypatch):
 def test_version_help_and_no_command(kiwi):
     assert re.fullmatch(r"kiwi-edit \d+\.\d+\S*\n", kiwi("--version")[1])
     status, out, _ = kiwi("edit", "--help")
-    assert status == 0 and all(
+    assert status == 0
+    assert all(
         flag in out
         for flag in "--instruction --reference --model --out --compare --overwrite --seed --steps --frames --size --device".split()
     )
@@ -586,9 +547,8 @@ def test_wrong_arguments_are_refused_before_a_model_is_looked_up(kiwi, clip, tmp
     arguments = [a.format(clip=clip, folder=tmp_path) for a in arguments]
     before = clip.read_bytes()
     refused(kiwi("edit", clip, *arguments, "--model", "never-looked-up"), *words)
-    assert (
-        clip.read_bytes() == before and not list(tmp_path.glob("new*")) and not list((tmp_path / "outputs").glob("*"))
-    )
+    assert clip.read_bytes() == before and not list(tmp_path.glob("new*"))
+    assert not list((tmp_path / "outputs").glob("*"))
 
 
 def test_wrong_arguments_are_refused_before_weights_are_read(kiwi, clip, tmp_path, random_model, monkeypatch):
@@ -622,9 +582,8 @@ def test_faults_of_the_kit_keep_their_traceback(monkeypatch):
         cli.main(["edit", "x.mp4", "-i", "x"])
 
 
-def test_text_that_is_no_unicode_is_refused(clip):
-    done = subprocess.run([*COMMAND, "edit", str(clip), "-i", b"snow \xff"], capture_output=True, text=True)
-    refused((done.returncode, done.stdout, done.stderr), "--instruction has to be Unicode text")
+def test_text_that_is_no_unicode_is_refused(kiwi, clip):
+    refused(kiwi("edit", clip, "-i", os.fsdecode(b"snow \xff")), "--instruction has to be Unicode text")
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
@@ -700,61 +659,44 @@ def test_full_disk(edit, clip, tmp_path):
         assert [p.name for p in folder.iterdir()] == ["new.mp4"] and (folder / "new.mp4").read_text() == "mine"
 
 
-def test_file_size_limit(clip, tmp_path, random_model):
-    done = subprocess.run(
-        [
-            *COMMAND,
-            "edit",
-            str(clip),
-            "-i",
-            "x",
-            "--steps",
-            "1",
-            "--model",
-            str(random_model),
-            "--out",
-            str(tmp_path / "new.mp4"),
-        ],
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)),
-    )
-    refused((done.returncode, done.stdout, done.stderr), "--out has to be on a disk that takes the whole file", "new")
+def test_file_size_limit(edit, clip, tmp_path):
+    with common.full_disk(9000):
+        found = edit(clip, "--out", tmp_path / "new.mp4")
+    refused(found, "--out has to be on a disk that takes the whole file", "new")
     assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
 
 
 # Ctrl-C
 
 
+def run_command(arguments):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(cli.main(arguments))
+
+
+@pytest.fixture
+def apart(tmp_path_factory):
+    "Run the command in a process of its own, and press Ctrl-C as soon as it says something; as `kiwi`."
+
+    def run(*arguments, moment):
+        said = tmp_path_factory.mktemp("said") / "said"
+        process = common.start(run_command, list(map(str, arguments)), said=said)
+        common.wait_until(process, lambda: moment in Path(f"{said}.err").read_text())
+        os.kill(process.pid, signal.SIGINT)
+        process.join(120)
+        return process.exitcode, Path(f"{said}.out").read_text(), Path(f"{said}.err").read_text()
+
+    return run
+
+
 @pytest.mark.parametrize("moment", ["loading", "editing"])
-def test_interrupt_leaves_nothing(clip, tmp_path, random_model, moment):
+def test_interrupt_leaves_nothing(apart, clip, tmp_path, random_model, moment):
     (tmp_path / "new.mp4").write_text("mine")
-    command = [
-        *COMMAND,
-        "edit",
-        str(clip),
-        "-i",
-        "x",
-        "--steps",
-        "1000",
-        "--model",
-        str(random_model),
-        "--out",
-        str(tmp_path / "new.mp4"),
-        "--overwrite",
-    ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        seen = b""
-        while moment.encode() not in seen:
-            seen += os.read(process.stderr.fileno(), 4096) or pytest.fail(seen.decode())
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and out == b""
-    assert one_error((seen + err).decode()) == "error: interrupted; no partial file is left"
-    assert (
-        sorted(p.name for p in tmp_path.iterdir()) == ["clip.mp4", "new.mp4"]
-        and (tmp_path / "new.mp4").read_text() == "mine"
-    )
+    arguments = "edit", clip, "-i", "x", "--steps", 1000, "--model", random_model
+    status, out, err = apart(*arguments, "--out", tmp_path / "new.mp4", "--overwrite", moment=moment)
+    assert (status, out) == (130, "") and one_error(err) == "error: interrupted; no partial file is left"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.mp4", "new.mp4"]
+    assert (tmp_path / "new.mp4").read_text() == "mine"
 
 
 def test_a_lost_signal_stops_at_the_next_step():
@@ -764,7 +706,7 @@ def test_a_lost_signal_stops_at_the_next_step():
 
     steps = []
     with pytest.raises(SystemExit) as stop:
-        with cli.tidy_signals(), cli.bar() as report:
+        with cli._tidy_signals(), cli._bar() as report:
             hook, sys.unraisablehook = sys.unraisablehook, lambda lost: None
             Deaf()
             sys.unraisablehook = hook
@@ -839,19 +781,13 @@ def test_train_runs_stages_one_after_the_other_from_what_cache_has_made(kiwi, sm
     assert len(made) == 4
     flags = [flag for text in data for flag in ("--data", text)]
     command = [
-        "train",
-        "--stage",
-        "small",
-        "--stage",
-        "files",
+        *"train --stage small --stage files".split(),
         *flags,
         "--cache",
         caches,
         "--out",
         run,
-        "--track",
-        "none",
-        "--keep",
+        *"--track none --keep".split(),
         1,
     ]
     status, out, err = kiwi(*command, "--start", random_model, "--seed", 3)
@@ -864,7 +800,8 @@ def test_train_runs_stages_one_after_the_other_from_what_cache_has_made(kiwi, sm
     before = (run / "model" / "stages.json").stat().st_mtime_ns
     assert kiwi(*command, "--resume")[0] == 0 and (run / "model" / "stages.json").stat().st_mtime_ns == before
     status, out, err = kiwi("train", *command[3:], "--resume", "--steps", 3)
-    assert status == 1 and err.startswith(
+    assert status == 1
+    assert err.startswith(
         "stage files\nerror: --out has to hold a model without stage 'files', whose LoRA layers are merged"
     )
 
@@ -911,19 +848,14 @@ def test_dry_run_says_what_is_needed_and_loads_nothing(kiwi, small, monkeypatch,
         "train", "--stage", "wide", "--dry-run", "--steps", 1800, "--seconds-per-step", 2, "--options"
     )
     assert status == 0 and "1,800 steps, 2 s each, 1.0 hours" in out and "matrix products" not in out
-    table = dict(re.findall(r"^\| ([^|]+?) +\| (.+) \|$", out, re.M))
     parts = {name: (trains, frozen) for name, trains, frozen in re.findall(r"^(\w+) +([\d,]+) +([\d,]+)$", out, re.M)}
     assert len(parts["transformer"][1]) >= 5 and parts["vae"][0] == "0"
-    choices = {
-        name: [float(x) for x in row.split("|")]
-        for name, row in table.items()
-        if name in ("as above", "online", "checkpointing of both networks", "optimizer in the host's memory")
-    }
+    named = "as above|online|checkpointing of both networks|optimizer in the host's memory"
+    rows = re.findall(rf"^({named}) +([\d. ]+)$", out, re.M)
+    choices = {name: [float(x) for x in row.split()] for name, row in rows}
     assert len(choices) == 4 and all(abs(sum(row[:4]) - row[4]) < 0.03 for row in choices.values())
-    assert (
-        choices["checkpointing of both networks"][3] < choices["as above"][3]
-        and choices["optimizer in the host's memory"][2] == 0 < choices["as above"][2]
-    )
+    assert choices["checkpointing of both networks"][3] < choices["as above"][3]
+    assert choices["optimizer in the host's memory"][2] == 0 < choices["as above"][2]
     assert choices["online"][0] > choices["as above"][0]
     status, out, err = kiwi("train", "--stage", "encoder", "--dry-run")
     assert "TFLOP/s" in out and " minutes on two CPU cores" in out
@@ -961,7 +893,7 @@ REF = "--data", "ref={ref}"
             ["--stage", "later", "--steps", "1", "--data", "sound={ref}"],
             ["--data has to be MODE=METADATA", "image, video, ref"],
         ),
-        (["--stage", "later", "--steps", "1", *REF, *REF], ["--data has to name one file", "two for ref"]),
+        (["--stage", "later", "--steps", "1", *REF, *REF], ["--data has to give each name once", "'ref' twice"]),
         (["--stage", "encoder", *REF], ["--data has to be left out", "ref"]),
         (["--stage", "later", "--steps", "1"], ["--data has to name a metadata file for ref but names none"]),
         (["--stage", "files", *REF], ["--data has to name a metadata file for image, ref but names ref"]),
@@ -1051,8 +983,7 @@ def test_places_and_processes_that_do_not_fit_are_refused(kiwi, small, tables, r
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     refused(
         kiwi("train", "--stage", "encoder", "--out", tmp_path / "run"),
-        "--stage has to be one that AdamW trains",
-        "'encoder'",
+        "--stage 'encoder' has to be one that AdamW trains",
     )
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["model"] and not (tmp_path / "new").exists()
 
@@ -1067,11 +998,8 @@ def test_too_little_memory_is_said_first(kiwi, small, random_model, monkeypatch,
         line = one_error(
             "\n".join(part for part in re.split(r"[\r\n]+", kiwi(*command)[2]) if not part.startswith("dry run"))
         )
-        assert (
-            line.startswith("error: free memory has to be at least")
-            and "for stage 'small' of tiny" in line
-            and words in line
-        )
+        assert line.startswith("error: free memory has to be at least") and "for stage 'small' of tiny" in line
+        assert words in line
     assert not (tmp_path / "run").exists()
 
 
@@ -1093,7 +1021,8 @@ def test_a_stage_without_what_it_builds_on_warns_and_a_loss_that_is_no_number_is
 
     monkeypatch.setattr(training, "train", explode)
     status, out, err = kiwi("train", "--stage", "pictures", "--out", tmp_path)
-    assert status == 1 and err.splitlines() == [
+    assert status == 1
+    assert err.splitlines() == [
         "warning: stage pictures starts from a random model, without encoder, which it builds on",
         "stage pictures",
         "error: the loss is nan at step 3; its samples: a, b. The last checkpoint is kept.",
@@ -1152,24 +1081,10 @@ def test_wrong_caches_are_refused_before_weights_are_read(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_interrupted_cache_says_how_to_go_on(tmp_path, random_model):
-    command = [
-        *COMMAND,
-        "cache",
-        "--stage",
-        "pictures",
-        "--model",
-        str(random_model),
-        "--out",
-        str(tmp_path / "caches"),
-    ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        seen = b""
-        while b"rows:" not in seen:
-            seen += os.read(process.stderr.fileno(), 4096) or pytest.fail(seen.decode())
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "error: interrupted; the same command goes on from here" in err.decode()
+def test_an_interrupted_cache_says_how_to_go_on(apart, tmp_path, random_model):
+    arguments = "cache", "--stage", "pictures", "--model", random_model, "--out", tmp_path / "caches"
+    status, _, err = apart(*arguments, moment="rows:")
+    assert status == 130 and "error: interrupted; the same command goes on from here" in err
     assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} <= {".json", ".safetensors"}
 
 
@@ -1178,10 +1093,8 @@ def test_trackers(monkeypatch):
 
     there = {"tensorboard"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in there or None)
-    assert (
-        cli._find_tracker(None) == cli._find_tracker("tensorboard") == ("tensorboard",)
-        and cli._find_tracker("none") == ()
-    )
+    assert cli._find_tracker(None) == cli._find_tracker("tensorboard") == ("tensorboard",)
+    assert cli._find_tracker("none") == ()
     with pytest.raises(ImportError, match="`wandb` has to be installed"):
         cli._find_tracker("wandb")
     there.clear()
@@ -1243,10 +1156,8 @@ def test_sharding_wraps_layers_that_exist(random_model):
         for name, module in model.named_modules()
         if plugin.auto_wrap_policy(module=module, recurse=False, nonwrapped_numel=1)
     ]
-    assert {name.rpartition(".")[0] for name in wrapped} == {
-        "transformer.blocks",
-        "mllm.model.language_model.layers",
-    } and len(wrapped) == len(model.transformer.blocks) + len(model.mllm.model.language_model.layers)
+    assert {name.rpartition(".")[0] for name in wrapped} == {"transformer.blocks", "mllm.model.language_model.layers"}
+    assert len(wrapped) == len(model.transformer.blocks) + len(model.mllm.model.language_model.layers)
 
 
 def test_deepspeed_files_are_the_official_recipe():
@@ -1257,10 +1168,8 @@ def test_deepspeed_files_are_the_official_recipe():
     for name, preset, stage in (("zero2", "wan2.2-5b", "stage3-mix"), ("zero3", "wan2.1-14b", "stage2-720")):
         config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
         asked = find_stage(preset, stage).deepspeed
-        assert (
-            asked.items() <= config.deepspeed_config.items()
-            and "gradient_accumulation_steps" not in config.deepspeed_config
-        )
+        assert asked.items() <= config.deepspeed_config.items()
+        assert "gradient_accumulation_steps" not in config.deepspeed_config
 
 
 def test_two_processes_train_one_model_and_speak_once(tmp_path, random_model):
@@ -1275,14 +1184,7 @@ def test_two_processes_train_one_model_and_speak_once(tmp_path, random_model):
     ]
     command = [
         *launch,
-        "train",
-        "--device",
-        "cpu",
-        "--stage",
-        "encoder",
-        "--steps",
-        "1",
-        "--start",
+        *"train --device cpu --stage encoder --steps 1 --start".split(),
         str(random_model),
         "--out",
         str(tmp_path / "run"),
@@ -1317,10 +1219,8 @@ def test_the_bundled_model_edits_the_sample(kiwi, tmp_path):
     )
     assert status == 0, err
     seconds = float(re.search(r"in ([\d.]+) s\)", out)[1])
-    before, after = (
-        read_video(samples / "clip.mp4").frames.astype(float),
-        read_video(tmp_path / "new.mp4").frames.astype(float),
-    )
+    before = read_video(samples / "clip.mp4").frames.astype(float)
+    after = read_video(tmp_path / "new.mp4").frames.astype(float)
     assert seconds < 60 and np.abs(after - before).mean() > 10, "an edit changes the clip"
     grain = np.abs(np.diff(after[:, ::4, ::4], axis=2)).mean()
     assert grain < 40, "and no noise"
@@ -1357,13 +1257,8 @@ def test_a_missing_package_is_one_line_that_names_the_extra(
 
 
 def test_weights_that_the_disk_does_not_take_are_one_line(kiwi, random_model, tmp_path):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    try:
-        found = kiwi("convert", random_model, tmp_path / "copy")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    status, out, err = found
+    with common.full_disk(20_000):
+        status, out, err = kiwi("convert", random_model, tmp_path / "copy")
     refused((status, out, err.removeprefix("reading and writing the weights\n")), "too large")
     assert not list(tmp_path.iterdir())
 

@@ -255,10 +255,7 @@ def test_assets(tmp_path, monkeypatch):
     monkeypatch.setattr(core, "_PACKAGE", package)
     assert core.checkout() is None
     assert asset("samples/clip.mp4") == package / "assets" / "samples" / "clip.mp4"
-    with pytest.raises(
-        FileNotFoundError,
-        match=r"`asset` has to name something in `samples` but is 'samples/clop.mp4'; there are: clip.mp4",
-    ):
+    with pytest.raises(FileNotFoundError, match=r"`asset` .* 'samples/clop.mp4'; there are: clip.mp4"):
         asset("samples/clop.mp4")
     with pytest.raises(FileNotFoundError, match="there are: samples"):
         asset("sample/clip.mp4")

@@ -97,125 +97,45 @@ def test_tiny_is_trained_as_its_card_says():
 IMAGE = {"image_queries", "connector"}
 CLIPS = IMAGE | {"video_queries", "transformer", "source_embedder"}
 ALL = CLIPS | {"ref_queries", "ref_connector", "ref_embedder"}
-QKVO = {"q_proj", "k_proj", "v_proj", "o_proj"}
-FEED = {"gate_proj", "up_proj", "down_proj"}
-WAN = {"to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"}
+FROZEN = CLIPS - {"transformer"}
+QKVO = 64, {"q_proj", "k_proj", "v_proj", "o_proj"}
+WIDE = 256, QKVO[1] | {"gate_proj", "up_proj", "down_proj"}
+WAN = 128, {"to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"}
+PAIRS, MIX = ("image", "video"), ("image", "video", "ref")
 ZERO2 = dict(zero_stage=2, offload_optimizer_device="cpu")
+AWAY = ZERO2 | dict(offload_param_device="cpu")
+ZERO3 = dict(zero_stage=3, zero3_save_16bit_model=True)
+SMALL, LARGE = "wan2.2-5b", "wan2.1-14b"
 TABLE = [  # preset, stage, trains, language model's LoRA, denoiser's LoRA, data, frames, pixels, rate, accumulation, DeepSpeed, steps, follows
-    ("wan2.2-5b", "stage1-image", IMAGE, (64, QKVO), None, ("image",), 1, 1024 * 1024, 1e-5, 1, {}, 30_000, ""),
-    (
-        "wan2.2-5b",
-        "stage2-600",
-        CLIPS,
-        (64, QKVO),
-        None,
-        ("image", "video"),
-        81,
-        360_000,
-        1e-5,
-        2,
-        ZERO2,
-        20_000,
-        "stage1-image",
-    ),
-    (
-        "wan2.2-5b",
-        "stage2-720",
-        CLIPS,
-        (64, QKVO),
-        None,
-        ("image", "video"),
-        81,
-        921_600,
-        1e-5,
-        2,
-        ZERO2,
-        20_000,
-        "stage2-600",
-    ),
-    (
-        "wan2.2-5b",
-        "stage3-mix",
-        ALL,
-        (64, QKVO),
-        None,
-        ("image", "video", "ref"),
-        81,
-        921_600,
-        5e-6,
-        3,
-        ZERO2,
-        15_000,
-        "stage2-720",
-    ),
-    ("wan2.2-5b", "stage3-ref", ALL, (64, QKVO), None, ("ref",), 81, 921_600, 5e-6, 1, ZERO2, 30_000, "stage2-720"),
-    ("wan2.1-14b", "stage1-image", IMAGE, (256, QKVO | FEED), None, ("image",), 1, 1024 * 1024, 1e-5, 1, {}, None, ""),
-    (
-        "wan2.1-14b",
-        "stage2-600",
-        CLIPS - {"transformer"},
-        (256, QKVO | FEED),
-        (128, WAN),
-        ("image", "video"),
-        49,
-        360_000,
-        1e-5,
-        2,
-        ZERO2 | dict(offload_param_device="cpu"),
-        None,
-        "stage1-image",
-    ),
-    (
-        "wan2.1-14b",
-        "stage2-720",
-        CLIPS - {"transformer"},
-        (256, QKVO | FEED),
-        (128, WAN),
-        ("image", "video"),
-        49,
-        921_600,
-        5e-6,
-        2,
-        dict(zero_stage=3, zero3_save_16bit_model=True),
-        None,
-        "stage2-600",
-    ),
+    (SMALL, "stage1-image", IMAGE, QKVO, None, ("image",), 1, 1024 * 1024, 1e-5, 1, {}, 30_000, ""),
+    (SMALL, "stage2-600", CLIPS, QKVO, None, PAIRS, 81, 360_000, 1e-5, 2, ZERO2, 20_000, "stage1-image"),
+    (SMALL, "stage2-720", CLIPS, QKVO, None, PAIRS, 81, 921_600, 1e-5, 2, ZERO2, 20_000, "stage2-600"),
+    (SMALL, "stage3-mix", ALL, QKVO, None, MIX, 81, 921_600, 5e-6, 3, ZERO2, 15_000, "stage2-720"),
+    (SMALL, "stage3-ref", ALL, QKVO, None, ("ref",), 81, 921_600, 5e-6, 1, ZERO2, 30_000, "stage2-720"),
+    (LARGE, "stage1-image", IMAGE, WIDE, None, ("image",), 1, 1024 * 1024, 1e-5, 1, {}, None, ""),
+    (LARGE, "stage2-600", FROZEN, WIDE, WAN, PAIRS, 49, 360_000, 1e-5, 2, AWAY, None, "stage1-image"),
+    (LARGE, "stage2-720", FROZEN, WIDE, WAN, PAIRS, 49, 921_600, 5e-6, 2, ZERO3, None, "stage2-600"),
 ]
+
+
+RECIPE = dict(optimizer="adamw", weight_decay=0.01, schedule="constant", warmup=0, batch_size=1, dtype="bfloat16")
+RECIPE |= dict(alternation="round_robin", autocast=False, ema=0, minutes=None)
+RECIPE |= dict(loss=Loss(sampling="table", weighting="gaussian", balance=1.0))
 
 
 @pytest.mark.parametrize("row", TABLE, ids=[f"{row[0]}-{row[1]}" for row in TABLE])
 def test_official_stage_is_that_of_the_table(row):
-    name, stage_name, trains, language, denoiser, data, frames, pixels, lr, accumulation, deepspeed, steps, follows = (
-        row
-    )
+    name, stage_name, trains, language, denoiser, *columns = row
     stage = find_stage(name, stage_name)
     assert stage is OFFICIAL[name][stage_name]
-    assert (stage.preset, stage.name, stage.follows) == (name, stage_name, follows)
+    named = "mix", "num_frames", "max_pixels", "lr", "accumulation", "deepspeed", "steps", "follows"
+    for key, value in (RECIPE | dict(zip(named, columns, strict=True))).items():
+        assert getattr(stage, key) == value, key
     lora = {part: (lora.rank, set(lora.targets)) for part, lora in stage.lora.items()}
-    assert set(stage.trains) == trains
+    assert (stage.preset, stage.name, set(stage.trains)) == (name, stage_name, trains)
     assert lora == {"language_model": language} | ({"transformer": denoiser} if denoiser else {})
-    assert (
-        stage.mix,
-        stage.num_frames,
-        stage.max_pixels,
-        stage.lr,
-        stage.accumulation,
-        stage.deepspeed,
-        stage.steps,
-    ) == (data, frames, pixels, lr, accumulation, deepspeed, steps)
-    assert (stage.optimizer, stage.weight_decay, stage.schedule, stage.warmup, stage.batch_size, stage.alternation) == (
-        "adamw",
-        0.01,
-        "constant",
-        0,
-        1,
-        "round_robin",
-    )
-    assert (stage.dtype, stage.autocast, stage.ema, stage.minutes) == ("bfloat16", False, 0, None)
-    assert "transformer" in stage.checkpointing
-    assert stage.loss == Loss(sampling="table", weighting="gaussian", balance=1.0)
+    assert "transformer" in stage.checkpointing and stage.source == (stage_name != "stage1-image")
     assert stage.loss.dropout == stage.loss.pixel_metric == 0
-    assert stage.source == (stage_name != "stage1-image")
 
 
 def test_the_table_has_no_other_rows():
@@ -272,10 +192,7 @@ def test_a_wrong_stage_is_refused(name, arguments):
 
 
 def test_unknown_stages_are_named_with_those_there_are():
-    with pytest.raises(
-        ValueError,
-        match="`name` has to be a stage of wan2.2-5b but is 'pictures'; there are stage1-image, stage2-600, stage2-720, stage3-mix, stage3-ref",
-    ):
+    with pytest.raises(ValueError, match="`name` .* wan2.2-5b .* 'pictures'; .* stage1-image, .*, stage3-ref"):
         find_stage("wan2.2-5b", "pictures")
     with pytest.raises(ValueError, match="`preset` has to be one of tiny, wan2.2-5b, wan2.1-14b but is 'huge'"):
         find_stage("huge", "pictures")
@@ -436,9 +353,7 @@ def test_lora_is_added_as_it_is_in_the_number_format_of_the_model_and_only_once(
         )
     again = select(pipe, find_stage("wan2.2-5b", "stage2-720"))["language_model"]
     assert {key: id(p) for key, p in again.items()} == {key: id(p) for key, p in chosen.items()}
-    with pytest.raises(
-        ValueError, match=r"`lora.rank` has to be that of the LoRA layers that are there, \[64\], but is 8"
-    ):
+    with pytest.raises(ValueError, match=r"`lora.rank` .* that are there, \[64\], but is 8"):
         select(pipe, replace(stage, lora=dict(language_model=Lora(8, ("q_proj",)))))
 
 
@@ -647,8 +562,7 @@ def test_the_full_size_needs_no_memory():
     assert result.hours == pytest.approx(30_000 * result.seconds_per_step / 3600)
     assert 40 * 10**9 < result.peak < 80 * 10**9
     with pytest.raises(
-        ValueError,
-        match=r"`memory` has to be at least 5\d\.\d GB for stage 'stage3-ref' of wan2.2-5b but is 24 GB; it needs weights 16.3 GB.*the optimizer offloaded",
+        ValueError, match=r"`memory` .* at least 5\d\.\d GB .* 24 GB; .* weights 16.3 GB.*the optimizer offloaded"
     ):
         result.check_fits(24 * 10**9)
     result.check_fits(80 * 10**9)
@@ -664,10 +578,7 @@ def test_stages_of_tiny_are_estimated_too():
     encoder = estimate(STAGES["encoder"], progress=False)
     assert not encoder.batches and encoder.flops == 0 and "does not denoise" in str(encoder)
     assert encoder.parameters["vision"][0] == 1_007_552
-    with pytest.raises(
-        ValueError,
-        match="`changes` of stage 'pictures' have to leave frames and pixels to its buckets but name max_pixels",
-    ):
+    with pytest.raises(ValueError, match="`changes` of stage 'pictures' .* name max_pixels"):
         estimate(STAGES["pictures"], max_pixels=4096)
 
 

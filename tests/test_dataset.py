@@ -121,12 +121,8 @@ def test_frames_are_the_first_of_the_file(pair):
     sample = MetadataDataset(table(pair, [ROW]), num_frames=5, max_pixels=32 * 64)[0]
     assert sample.source.shape == (5, 32, 32, 3)
     assert np.array_equal(sample.source, read_video(pair / "a.mp4", num_frames=5, size=(32, 32)).frames)
-    assert (
-        sample.mode == "ref"
-        and sample.reference.shape == (70, 50, 3)
-        and sample.id == "meta.csv row 0"
-        and sample.task == ""
-    )
+    assert sample.mode == "ref" and sample.reference.shape == (70, 50, 3) and sample.id == "meta.csv row 0"
+    assert sample.task == ""
 
 
 def test_a_narrow_source_is_enlarged(tmp_path):
@@ -177,9 +173,8 @@ def test_shards_in_natural_order_and_references_only_when_wanted(pair):
     assert all(isinstance(row["ref_image_bytes"], ParquetCell) for row in rows)
     assert rows[0]["ref_image_bytes"].read() is None and {row["ref_image_bytes"].group for row in rows} == {0, 1}
     ds = MetadataDataset(pair / "shards", num_frames=1)
-    assert (
-        ds[0].mode == "image" and ds[70 + 69].reference.shape == (30, 78, 3) and ds[65].reference.shape == (29, 74, 3)
-    )
+    assert ds[0].mode == "image" and ds[70 + 69].reference.shape == (30, 78, 3)
+    assert ds[65].reference.shape == (29, 74, 3)
     assert ds[139].id == "chunk_10.parquet row 69"
 
 
@@ -393,9 +388,8 @@ def test_images_are_clips_of_one_frame(pair):
     assert one[0].mode == "image" and MetadataDataset(pair / "v.csv")[0].mode == "video"
 
 
-CELL = pa.struct(
-    [("bytes", pa.binary()), ("path", pa.string())]
-)  # of an image or a video in a table that `datasets` writes
+# of an image or a video in a table that `datasets` writes
+CELL = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 def parquet(folder, kinds=None, **columns):
@@ -425,9 +419,8 @@ def test_images_as_datasets_writes_them(pair, column, monkeypatch):
     wanted = MetadataDataset(table(pair, [ROW, ROW | dict(ref_image=None)]))
     for i in range(6):
         sample, same = ds[i], wanted[i > 3]
-        assert (sample.reference is None) == (same.reference is None) == (i > 3) and np.array_equal(
-            sample.source, same.source
-        )
+        assert (sample.reference is None) == (same.reference is None) == (i > 3)
+        assert np.array_equal(sample.source, same.source)
         assert i > 3 or np.array_equal(sample.reference, same.reference)
         assert ds.key(i) == wanted.key(i > 3)
     monkeypatch.chdir(pair)
@@ -450,11 +443,8 @@ def test_videos_as_datasets_writes_them(pair, monkeypatch):
     }
     ds, wanted = parquet(pair, **cells), MetadataDataset(table(pair, [dict(ROW, ref_image=None)]))
     for i in (2, 0, 1):
-        assert (
-            np.array_equal(ds[i].source, wanted[0].source)
-            and np.array_equal(ds[i].target, wanted[0].target)
-            and ds.key(i) == wanted.key(0)
-        )
+        assert np.array_equal(ds[i].source, wanted[0].source) and np.array_equal(ds[i].target, wanted[0].target)
+        assert ds.key(i) == wanted.key(0)
     pictures = parquet(
         pair,
         src_video=[dict(bytes=png(gradient(1)[0]), path=None)],
@@ -481,9 +471,8 @@ def test_columns_of_files_are_read_side_by_side(pair):
         patch.setattr(module, "_Stream", Counted)
         module._streams.clear()
         shifts = [int(ds[i].reference[0, 0, 2]) for i in range(6)]
-    assert shifts == [10 + i for i in range(6)] and sorted(opened) == sorted(
-        (g, c) for g in range(3) for c in ("ref_image", "src_video")
-    )
+    assert shifts == [10 + i for i in range(6)]
+    assert sorted(opened) == sorted((g, c) for g in range(3) for c in ("ref_image", "src_video"))
 
 
 def test_bytes_and_lists_of_images(pair):
@@ -587,7 +576,8 @@ def test_bad_rows_are_skipped_counted_and_named(mixed, caplog):
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert [s.instruction for s in good] == ["Number 7.", "Number 0.", "Number 9."]
-    assert good.kept == [7, 0, 9] and [(b.index, b.name) for b in good.skipped] == [
+    assert good.kept == [7, 0, 9]
+    assert [(b.index, b.name) for b in good.skipped] == [
         (2, "meta.csv row 2"),
         (6, "meta.csv row 6"),
         (5, "meta.csv row 5"),

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,13 +14,13 @@ import pytest
 from filelock import FileLock
 from test_video import encode, gradient
 
+import common
 from kiwi_edit.apps import cli
 from kiwi_edit.data import files
 from kiwi_edit.core import assets_dir
 from kiwi_edit.data.files import read_edits, run_edits
 from kiwi_edit.video import read_video, video_info
 
-COMMAND = [sys.executable, "-m", "kiwi_edit.apps.cli"]
 MODEL = "kiwi-edit-tiny"
 SNOW = "Make everything look snowy."
 pytestmark = [
@@ -158,9 +157,8 @@ def test_results_that_no_list_has_written_are_left_alone(folder, text):
 def test_names_of_results_fit(tmp_path):
     for stem in ("a" * 240, "é" * 120, "視" * 84, os.fsdecode(b"\xe9" * 240)):
         names = [files._file_name(stem + more, "-edited.mp4") for more in ("", "b")]
-        assert len(set(names)) == 2 and all(
-            name.startswith(stem[:50]) and name.endswith("-edited.mp4") for name in names
-        )
+        assert len(set(names)) == 2
+        assert all(name.startswith(stem[:50]) and name.endswith("-edited.mp4") for name in names)
         for name in names:
             (tmp_path / f"{Path(name).stem}-compare.mp4").touch()  # the longest that is written beside it
     assert files._file_name("clip", "-edited.mp4") == "clip-edited.mp4"
@@ -201,9 +199,8 @@ def test_only_what_is_missing_is_done(folder):
     ]
     assert all((out / name).stat().st_mtime_ns == times[name] for name in ("0001-clip.mp4", "0002-clip.mp4"))
 
-    (folder / "clip.mp4").write_bytes(
-        (assets_dir() / "samples" / "clip.mp4").read_bytes() + b"\0" * 8
-    )  # another clip of that name
+    # another clip of that name
+    (folder / "clip.mp4").write_bytes((assets_dir() / "samples" / "clip.mp4").read_bytes() + b"\0" * 8)
     with pytest.raises(files.BadEdits, match="was made from other files or by another model"):
         run_edits(read_edits(path, out), MODEL)
     assert all((out / name).stat().st_mtime_ns == times[name] for name in ("0001-clip.mp4", "0002-clip.mp4"))
@@ -245,46 +242,44 @@ def test_a_fault_fails_its_row_and_keeps_its_traceback(folder, monkeypatch):
 # processes
 
 
-def start(path, out, until, stop):
-    "Run the command on a list in a group of processes of its own, and send it a signal when it has got somewhere."
-    command = [*COMMAND, "edit", str(path), "--out", str(out), "--workers", "2", "--skip-bad"]
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        env=os.environ | dict(OMP_NUM_THREADS="1"),
-    ) as process:
-        seen = b""
-        while not re.search(until, seen):
-            seen += os.read(process.stderr.fileno(), 4096) or pytest.fail(seen.decode())
-        stop(process.pid)
-        said, err = process.communicate(timeout=300)
-    return process.returncode, said.decode(), (seen + err).decode()
+def run_list(path, out):
+    "The command on a list, in a group of processes of its own; its workers are forked, which is quick."
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    common.fork_workers()
+    sys.exit(cli.main(["edit", str(path), "--out", str(out), "--workers", "2", "--skip-bad"]))
+
+
+def stopped(folder, until, stop):
+    "Run it, and send it a signal when it has got somewhere; its exit code and what it said."
+    said = folder / "said"
+    process = common.start(run_list, folder / "edits.jsonl", folder / "out", said=said, OMP_NUM_THREADS="1")
+    common.wait_until(process, lambda: re.search(until, Path(f"{said}.err").read_text()))
+    stop(process.pid)
+    process.join(300)
+    found = [Path(f"{said}{suffix}") for suffix in (".out", ".err")]
+    texts = [file.read_text() for file in found]
+    for file in found:
+        file.unlink()
+    return process.exitcode, *texts
 
 
 def test_a_list_that_is_stopped_twice_ends_with_the_same_results(folder, capfd, one_thread):
-    path, out = (
-        write(
-            folder,
-            *rows(6),
-            dict(
-                video="clip.mp4",
-                instruction="Erase the flamingo from the clip.",
-                reference="reference.png",
-                compare=True,
-            ),
-            '{"video": ',
+    path = write(
+        folder,
+        *rows(6),
+        dict(
+            video="clip.mp4", instruction="Erase the flamingo from the clip.", reference="reference.png", compare=True
         ),
-        folder / "out",
+        '{"video": ',
     )
-    status, said, err = start(
-        path, out, rb"[1-6]/7 rows", lambda pid: os.killpg(pid, signal.SIGINT)
-    )  # Ctrl-C reaches all of them
+    out = folder / "out"
+    # Ctrl-C reaches all of them
+    status, said, err = stopped(folder, "[1-6]/7 rows", lambda pid: os.killpg(pid, signal.SIGINT))
     assert status == 130 and said == "" and "Traceback" not in err and "leaked" not in err
     done = int(re.search(r"error: interrupted; (\d) of 7 rows are done; the same command goes on from here\n$", err)[1])
     assert 1 <= done < 7 and sum(r["status"] == "done" for r in records(out)) == done and left_behind(out) == set()
-    status, *_ = start(path, out, rb"[%d-7]/7 rows" % (done + 1), lambda pid: os.kill(pid, signal.SIGKILL))
+    status, *_ = stopped(folder, f"[{done + 1}-7]/7 rows", lambda pid: os.kill(pid, signal.SIGKILL))
     assert status in (-9, 1)  # 1 where the last rows came too quickly
     with (out / "results.jsonl").open("ab") as file:
         file.write(b'{"key": "1", "sta')  # a line that was cut
@@ -292,21 +287,14 @@ def test_a_list_that_is_stopped_twice_ends_with_the_same_results(folder, capfd, 
     with pytest.raises(SystemExit) as stop:
         cli.main(["edit", str(path), "--out", str(out), "--skip-bad"])
     said, err = capfd.readouterr()
-    assert (
-        stop.value.code == 1
-        and "row 8 bad: `line` has to be a JSON object" in err
-        and re.search(r"7 of 8 rows done, \d of them before, 1 bad", said)
-    )
-    assert [(r["row"], r["status"]) for r in records(out)] == [(k, "done") for k in range(1, 8)] + [
-        (8, "bad")
-    ] and left_behind(out) == set()
+    assert stop.value.code == 1 and "row 8 bad: `line` has to be a JSON object" in err
+    assert re.search(r"7 of 8 rows done, \d of them before, 1 bad", said)
+    assert [(r["row"], r["status"]) for r in records(out)] == [(k, "done") for k in range(1, 8)] + [(8, "bad")]
+    assert left_behind(out) == set()
 
     alone = run_edits(read_edits(path, folder / "alone"), MODEL, skip_bad=True)
-    assert (
-        alone.counts == dict(done=7, failed=0, bad=1)
-        and visible(out) == visible(folder / "alone")
-        and "0007-clip-compare.mp4" in visible(out)
-    )
+    assert alone.counts == dict(done=7, failed=0, bad=1) and visible(out) == visible(folder / "alone")
+    assert "0007-clip-compare.mp4" in visible(out)
     for name in visible(out) - {"results.jsonl"}:
         files = out / name, folder / "alone" / name
         if name.endswith(
@@ -340,6 +328,7 @@ def test_a_process_that_is_killed_fails_one_row_and_is_replaced(folder, monkeypa
     shutil.copy(folder / "clip.mp4", folder / "passing.mp4")
     with monkeypatch.context() as patch:
         patch.setattr(files, "_start_worker", start_and_die)
+        patch.setattr(multiprocessing, "get_context", lambda kind: common.CONTEXT)
         edits = read_edits(
             write(
                 folder, *rows(3), dict(video="lost.mp4", instruction=SNOW), dict(video="passing.mp4", instruction=SNOW)
@@ -460,10 +449,8 @@ def test_the_class_of_an_error_says_whose_fault_it_is():
     assert "No space left" in files.one_line(
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     )
-    assert (
-        files.one_line(OSError(28, "No space left on device", "x.mp4")) == "No space left on device: x.mp4"
-        and files.one_line(OSError("a library's own words")) == "a library's own words"
-    )
+    assert files.one_line(OSError(28, "No space left on device", "x.mp4")) == "No space left on device: x.mp4"
+    assert files.one_line(OSError("a library's own words")) == "a library's own words"
     assert "pip install 'kiwi-edit[judge]'" in files.one_line(missing_package("openai"))
     for module, extra in (("openai", "judge"), ("gradio", "demo"), ("datasets", "scale")):
         assert f"kiwi-edit[{extra}]" in files.one_line(ModuleNotFoundError(f"No module named {module!r}", name=module))

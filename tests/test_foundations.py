@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKLWan
 
 import kiwi_edit.train.foundations
-from kiwi_edit.core import preset
+import common
 from kiwi_edit.train.curriculum import STAGES
 from kiwi_edit.encoder import make_tokenizer
 from kiwi_edit.train.foundations import (
@@ -30,18 +30,7 @@ from kiwi_edit.world import World
 
 @pytest.fixture(scope="module")
 def small():
-    "Sizes of a model with the kinds of layers that tiny has, and fewer of each."
-    sizes = preset("tiny")
-    sizes.transformer.update(num_layers=1, num_attention_heads=2, attention_head_dim=32, ffn_dim=96)
-    sizes.vae.update(base_dim=8, decoder_base_dim=8)
-    sizes.mllm["text_config"].update(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=96
-    )
-    sizes.mllm["vision_config"].update(
-        depth=2, hidden_size=32, num_heads=2, intermediate_size=48, out_hidden_size=64, fullatt_block_indexes=[1]
-    )
-    sizes.guidance.update(hidden_size=64, dim=64)
-    return sizes
+    return common.small_sizes()
 
 
 @pytest.fixture

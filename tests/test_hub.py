@@ -325,10 +325,7 @@ def test_lora_beside_the_weights_is_refused(pipe, hub, tmp_path):
         lambda: lora.save_pretrained(tmp_path / "model"),
         lambda: lora.push_to_hub("somebody/lora", token=TOKEN),
     ):
-        with pytest.raises(
-            ValueError,
-            match="`transformer` has to have its LoRA layers merged .* has 12 beside its weights, the first at blocks.0.attn1.to_q",
-        ):
+        with pytest.raises(ValueError, match="`transformer` .* LoRA layers merged .* 12 .* blocks.0.attn1.to_q"):
             save()
     assert not (tmp_path / "model").exists() and "somebody/lora" not in hub.heads
 
@@ -386,9 +383,7 @@ def test_a_card_without_a_licence_names_none(pipe, hub):
     ],
 )
 def test_pushes_that_are_refused(pipe, hub, repo, token, reason):
-    with pytest.raises(
-        OSError, match=f"`repo_id` has to be a repository that can be written to but '{repo}' cannot"
-    ) as error:
+    with pytest.raises(OSError, match=f"`repo_id` .* can be written to but '{repo}'") as error:
         pipe.push_to_hub(repo, token=token)
     assert reason in str(error.value) and "\n" not in str(error.value) and repo not in hub.heads
 

@@ -73,13 +73,12 @@ def test_published_names_and_scale():
     assert OPENVE.names == ("Instruction Compliance", "Visual Quality & Stability", "Consistency & Detail Fidelity")
     for rubric in RUBRICS.values():
         text = rubric.instruction()
-        assert rubric.capped and all(
+        assert rubric.capped
+        assert all(
             len(c.anchors) == 5 and c.asks in text and all(a in text for a in c.anchors) for c in rubric.criteria
         )
-        assert (
-            text.endswith("\n".join(f"{name}: n" for name in rubric.names))
-            and f"higher than that of {rubric.names[0]}" in text
-        )
+        assert text.endswith("\n".join(f"{name}: n" for name in rubric.names))
+        assert f"higher than that of {rubric.names[0]}" in text
 
 
 @pytest.mark.parametrize(
@@ -186,9 +185,8 @@ def test_released_means():
 
     openve = found["openve"]["aggregate"]
     total = Summary([made(row, OPENVE, i, row["edited_type"]) for i, row in enumerate(openve["records"])])
-    assert {name: value for name, (value, _, _) in total.types.items()} == pytest.approx(
-        openve["per_type"]
-    ) and total.means["edit types"][0] == pytest.approx(openve["overall"])
+    assert {name: value for name, (value, _, _) in total.types.items()} == pytest.approx(openve["per_type"])
+    assert total.means["edit types"][0] == pytest.approx(openve["overall"])
     printed = found["refvie"]["aggregate"]
     rubrics = dict(subject=SUBJECT, background=BACKGROUND)
     total = Summary([made(row, rubrics[row["subtask"]], i) for i, row in enumerate(printed["records"])])
@@ -254,9 +252,8 @@ A, B, C = OPENVE.names
     ],
 )
 def test_replies_that_everybody_can_read(text, scores):
-    assert read_scores(text, OPENVE) == dict(zip(OPENVE.names, scores)) and list(read_scores(text, OPENVE)) == list(
-        OPENVE.names
-    )
+    assert read_scores(text, OPENVE) == dict(zip(OPENVE.names, scores))
+    assert list(read_scores(text, OPENVE)) == list(OPENVE.names)
 
 
 @pytest.mark.parametrize(
@@ -397,19 +394,16 @@ def test_frames_in_the_published_order(serve):
     chat, server = serve(GOOD)
     (found,) = ChatJudge(chat, frames=2, media="frames", prices=(1.0, 10.0)).judge([case()], progress=False)
     shown, said = TOKENS["openai" if serve.openai else "gemini"]
-    assert (
-        found.ok
-        and found.scores == dict(zip(SUBJECT.names, (5, 4, 3)))
-        and (found.judge, found.rubric, found.edit_type, found.replies) == ("vlm", "refvie-subject", "subject", [GOOD])
+    assert found.ok and found.scores == dict(zip(SUBJECT.names, (5, 4, 3)))
+    assert (found.judge, found.rubric, found.edit_type, found.replies) == ("vlm", "refvie-subject", "subject", [GOOD])
+    assert found.usage == dict(
+        input_tokens=shown, output_tokens=said, calls=1, cost=pytest.approx((shown + 10 * said) / 1e6)
     )
-    assert (
-        found.usage
-        == dict(input_tokens=shown, output_tokens=said, calls=1, cost=pytest.approx((shown + 10 * said) / 1e6))
-        and found.seconds > 0
-    )
+    assert found.seconds > 0
     system, parts = heard(server.asked[0])
     frames = ["Frame 1:", "image/png", "Frame 9:", "image/png"]
-    assert system == SUBJECT.instruction() and kinds(parts) == [
+    assert system == SUBJECT.instruction()
+    assert kinds(parts) == [
         "Reference picture:",
         "image/png",
         "The clip before the edit:",
@@ -418,32 +412,27 @@ def test_frames_in_the_published_order(serve):
         *frames,
         f"Kind of edit: subject. Instruction: {json.dumps(case().instruction)}",
     ]
-    assert np.array_equal(np.array(Image.open(io.BytesIO(parts[4][1]))), case().source[0]) and np.array_equal(
-        np.array(Image.open(io.BytesIO(parts[11][1]))), case().edited[-1]
-    )
+    assert np.array_equal(np.array(Image.open(io.BytesIO(parts[4][1]))), case().source[0])
+    assert np.array_equal(np.array(Image.open(io.BytesIO(parts[11][1]))), case().edited[-1])
 
 
 def test_clips_as_video(serve, tmp_path):
     chat, server = serve(GOOD)
     (found,) = ChatJudge(chat, media="video").judge([case(source=CLIP)], progress=False)
     system, parts = heard(server.asked[0])
-    assert (
-        found.ok
-        and kinds(parts)[:-1]
-        == [
-            "Reference picture:",
-            "image/png",
-            "The clip before the edit:",
-            "video/mp4",
-            "The clip after the edit:",
-            "video/mp4",
-        ]
-        and parts[3][1] == CLIP.read_bytes()
-    )
+    assert found.ok
+    assert kinds(parts)[:-1] == [
+        "Reference picture:",
+        "image/png",
+        "The clip before the edit:",
+        "video/mp4",
+        "The clip after the edit:",
+        "video/mp4",
+    ]
+    assert parts[3][1] == CLIP.read_bytes()
     (tmp_path / "sent.mp4").write_bytes(parts[5][1])
-    assert (
-        np.abs(read_video(tmp_path / "sent.mp4").frames.astype(int) - case().edited).mean() < 8
-    )  # colours are stored for 2x2 pixels
+    # colours are stored for 2x2 pixels
+    assert np.abs(read_video(tmp_path / "sent.mp4").frames.astype(int) - case().edited).mean() < 8
     assert ChatJudge(chat).video is (not serve.openai)
 
 
@@ -471,19 +460,12 @@ def test_cap_is_said(serve):
 
 def test_rubbish_is_asked_about_so_many_times(serve):
     chat, server = serve("Nice.", lines(SUBJECT, 5, 4), GOOD, tries=9)
-    assert (
-        ChatJudge(chat).judge([case()], progress=False)[0].ok
-        and "Physical Integration & Tracking has no score" in heard(server.asked[2])[1][-1]
-    )
+    assert ChatJudge(chat).judge([case()], progress=False)[0].ok
+    assert "Physical Integration & Tracking has no score" in heard(server.asked[2])[1][-1]
     chat, server = serve("Nice.", tries=9)
     (found,) = ChatJudge(chat, attempts=2).judge([case()], progress=False)
-    assert (
-        found.error.startswith("rubbish: ")
-        and found.error.endswith("(2 tries)")
-        and found.replies == ["Nice."] * 2
-        and set(found.scores.values()) == {None}
-        and found.usage["calls"] == 2
-    )
+    assert found.error.startswith("rubbish: ") and found.error.endswith("(2 tries)") and found.replies == ["Nice."] * 2
+    assert set(found.scores.values()) == {None} and found.usage["calls"] == 2
 
 
 FAILURES = {
@@ -531,17 +513,13 @@ def test_one_failure_leaves_the_others_alone(serve, name, tmp_path, caplog):
     chat, server = serve(answer, tries=2)
     judge = ChatJudge(chat, frames=1, folder=tmp_path)
     found = judge.judge([case(id="1"), case(id="2", instruction=told), case(id="3")], progress=False)
-    assert (
-        [j.id for j in found] == ["1", "2", "3"]
-        and [j.state for j in found] == ["scored", "failed", "scored"]
-        and found[1].error.startswith(kind + ":")
-    )
+    assert [j.id for j in found] == ["1", "2", "3"] and [j.state for j in found] == ["scored", "failed", "scored"]
+    assert found[1].error.startswith(kind + ":")
     if name == "cut":
         assert "cut at 2048 tokens" in found[1].error
     written = "".join(p.read_text() for p in tmp_path.iterdir())
-    assert not any(KEY in text for text in (written, repr(judge), str(found), caplog.text)) and found[
-        1
-    ].error in written.replace('\\"', '"')
+    assert not any(KEY in text for text in (written, repr(judge), str(found), caplog.text))
+    assert found[1].error in written.replace('\\"', '"')
     total = Summary(found)
     assert total.counts == dict(scored=2, failed=1, missing=0) and total.reasons == {kind: 1}
 
@@ -561,11 +539,9 @@ def test_server_that_goes_down_and_a_second_run(serve, tmp_path):
     second = ChatJudge(chat, frames=1, folder=tmp_path).judge(
         [replace(c, id="renamed " + c.id) for c in cases], progress=False
     )
-    assert (
-        len(server.asked) == asked + 2
-        and [list(j.scores.values()) for j in second] == [[5, 4, 3]] * 2 + [[3, 3, 3]] * 2
-        and second[0].id == "renamed 5"
-    )
+    assert len(server.asked) == asked + 2
+    assert [list(j.scores.values()) for j in second] == [[5, 4, 3]] * 2 + [[3, 3, 3]] * 2
+    assert second[0].id == "renamed 5"
     assert [j.state for j in judge.judge(cases, progress=False)] == ["scored"] * 4 and len(server.asked) == asked + 2
 
 
@@ -580,16 +556,10 @@ def test_what_is_another_question_is_asked_again(serve, tmp_path):
         len(server.asked),
     )[1]
     assert count(one) == count(one) == 1 and count(replace(one, edited=CLIP)) == 1
-    assert (
-        count(replace(one, instruction="else")) == 2
-        and count(one, frames=2) == 3
-        and count(one, media="video") == 4
-        and count(one, side=64) == 5
-    )
-    assert (
-        count(replace(one, rubric=replace(SUBJECT, system="Other words."))) == 6
-        and count(replace(one, reference=one.reference[:-1])) == 7
-    )
+    assert count(replace(one, instruction="else")) == 2 and count(one, frames=2) == 3 and count(one, media="video") == 4
+    assert count(one, side=64) == 5
+    assert count(replace(one, rubric=replace(SUBJECT, system="Other words."))) == 6
+    assert count(replace(one, reference=one.reference[:-1])) == 7
     write_video(tmp_path / "a.mp4", one.source, overwrite=True)
     assert count(one) == 8 and count(one) == 8
 
@@ -597,11 +567,8 @@ def test_what_is_another_question_is_asked_again(serve, tmp_path):
 def test_nobody_answers_any_more(serve):
     chat, server = serve((503, dict(error=dict(code=503, message="gone")), {}), tries=1)
     found = ChatJudge(chat, frames=1).judge([case(id=str(i), instruction=f"do {i}") for i in range(12)], progress=False)
-    assert (
-        len(server.asked) == 8
-        and all(j.error.startswith("endpoint: 503") for j in found[:8])
-        and all(j.error.startswith("not asked: 8 failures in a row, the last one endpoint: 503") for j in found[8:])
-    )
+    assert len(server.asked) == 8 and all(j.error.startswith("endpoint: 503") for j in found[:8])
+    assert all(j.error.startswith("not asked: 8 failures in a row, the last one endpoint: 503") for j in found[8:])
     assert Summary(found).reasons == {"endpoint": 8, "not asked": 4}
 
 
@@ -617,11 +584,8 @@ def test_cases_without_their_files(serve, tmp_path):
     ]
     for judge in (ChatJudge(chat, frames=1, media="frames", folder=tmp_path / "kept"), MetricJudge()):
         found = judge.judge(cases, progress=False)
-        assert (
-            [j.state for j in found] == ["missing", "failed", "failed", "scored"]
-            and found[0].error == "missing: none.mp4"
-            and all(j.error.startswith("unreadable: ") for j in found[1:3])
-        )
+        assert [j.state for j in found] == ["missing", "failed", "failed", "scored"]
+        assert found[0].error == "missing: none.mp4" and all(j.error.startswith("unreadable: ") for j in found[1:3])
     assert len(server.asked) == 1
 
 
@@ -645,16 +609,11 @@ def test_estimate_grows_with_what_is_shown(serve):
     few, many = (
         ChatJudge(chat, frames=n, side=1280, media="frames", prices=(2.0, 0.0)).estimate([big, big]) for n in (1, 8)
     )
-    assert (
-        few["calls"] == many["calls"] == 2
-        and many["input_tokens"] - few["input_tokens"] == 2 * 2 * (8 - 1) * 720 * 1280 // 784 + 4 - 2
-        and many["cost"] == pytest.approx(2e-6 * many["input_tokens"])
-    )
-    assert (
-        ChatJudge(chat).estimate([])["calls"] == 0
-        and not server.asked
-        and ChatJudge(chat).estimate([big])["cost"] is None
-    )
+    assert few["calls"] == many["calls"] == 2
+    assert many["input_tokens"] - few["input_tokens"] == 2 * 2 * (8 - 1) * 720 * 1280 // 784 + 4 - 2
+    assert many["cost"] == pytest.approx(2e-6 * many["input_tokens"])
+    assert ChatJudge(chat).estimate([])["calls"] == 0 and not server.asked
+    assert ChatJudge(chat).estimate([big])["cost"] is None
 
 
 @pytest.mark.parametrize(
@@ -682,11 +641,9 @@ def test_large_clips_are_uploaded_once(tmp_path):
     found = ChatJudge(chat, folder=tmp_path / "kept").judge(cases, progress=False)
     server.shutdown()
     server.server_close()
-    assert (
-        [j.state for j in found] == ["scored"] * 3
-        and len(server.uploads) == 4
-        and sorted(server.bytes.values())
-        == sorted(Path(p).read_bytes() for p in {c.source for c in cases} | {c.edited for c in cases})
+    assert [j.state for j in found] == ["scored"] * 3 and len(server.uploads) == 4
+    assert sorted(server.bytes.values()) == sorted(
+        Path(p).read_bytes() for p in {c.source for c in cases} | {c.edited for c in cases}
     )
     assert KEY not in (tmp_path / "kept" / "judgements.jsonl").read_text()
 
@@ -696,7 +653,8 @@ def test_language_model_that_cannot_speak():
     judge = ChatJudge(chat, frames=1, attempts=1)
     judge._question = lambda c, folder, ask=judge._question: replace(ask(c, folder), max_tokens=6)
     found = judge.judge([case(id=str(i)) for i in range(3)], progress=False)
-    assert [j.state for j in found] == ["failed"] * 3 and all(
+    assert [j.state for j in found] == ["failed"] * 3
+    assert all(
         j.error.startswith("rubbish: ")
         and j.usage["calls"] == 1
         and j.usage["input_tokens"] > 100
@@ -744,9 +702,8 @@ def test_damage_lowers_its_criterion(task, falls):
     names = one.rubric.names
     cases = [one] + [replace(one, id=name, edited=DAMAGES[name](one.edited)) for name in falls]
     best, *found = MetricJudge().judge(cases, progress=False)
-    assert (
-        best.ok and min(best.scores.values()) > 3.5 and best.judge == "metrics (no model)" and not MetricJudge.is_model
-    )
+    assert best.ok and min(best.scores.values()) > 3.5 and best.judge == "metrics (no model)"
+    assert not MetricJudge.is_model
     for (name, at), worse in zip(falls.items(), found):
         assert worse.scores[names[at]] < best.scores[names[at]] - 1, (name, worse.scores, best.scores)
 
@@ -806,13 +763,11 @@ def test_counts_and_intervals():
     ]
     total = Summary([*rows, *lost])
     assert total.counts == dict(scored=40, failed=2, missing=1)
-    assert total.reasons == {"missing": 1, "rubbish": 1, "time-out": 1} and total.usage == dict(
-        input_tokens=400, output_tokens=40, calls=40, cost=20.0
-    )
+    assert total.reasons == {"missing": 1, "rubbish": 1, "time-out": 1}
+    assert total.usage == dict(input_tokens=400, output_tokens=40, calls=40, cost=20.0)
     means = np.array([list(r.scores.values()) for r in rows])
-    assert [total.columns["openve", n][0] for n in OPENVE.names] == pytest.approx(means.mean(0)) and total.means[
-        "rows"
-    ][0] == pytest.approx(means.mean())
+    assert [total.columns["openve", n][0] for n in OPENVE.names] == pytest.approx(means.mean(0))
+    assert total.means["rows"][0] == pytest.approx(means.mean())
     for value, low, high in (
         *total.columns.values(),
         *total.types.values(),
@@ -824,9 +779,8 @@ def test_counts_and_intervals():
     half = 1.96 * means.mean(1).std() / math.sqrt(40)
     assert total.means["rows"][2] - total.means["rows"][1] == pytest.approx(2 * half, rel=0.15)
     assert "40 scored, 2 failed, 1 missing" in total._repr_markdown_()
-    rare = Summary(
-        [judgement(str(i), (3, 4, 2 + i % 3), edit_type="rare" if i < 2 else "often") for i in range(42)]
-    )  # many draws have none of the rare type
+    # many draws have none of the rare type
+    rare = Summary([judgement(str(i), (3, 4, 2 + i % 3), edit_type="rare" if i < 2 else "often") for i in range(42)])
     assert rare.means["edit types"][1] < rare.means["edit types"][0] < rare.means["edit types"][2]
     none = Summary(lost)
     assert (none.counts["scored"], none.means, none.columns) == (0, {}, {}) and "0 scored" in none._repr_markdown_()
@@ -873,10 +827,8 @@ KRIPPENDORFF = [
 
 def test_alpha_of_the_published_example():
     "Four observers, twelve units, missing values: Krippendorff, Computing Krippendorff's Alpha-Reliability (2011)."
-    assert (
-        round(krippendorff_alpha(KRIPPENDORFF, "ordinal"), 3) == 0.815
-        and round(krippendorff_alpha(KRIPPENDORFF, "interval"), 3) == 0.849
-    )
+    assert round(krippendorff_alpha(KRIPPENDORFF, "ordinal"), 3) == 0.815
+    assert round(krippendorff_alpha(KRIPPENDORFF, "interval"), 3) == 0.849
 
 
 def by_definition(ratings, distance):
@@ -906,12 +858,10 @@ def test_alpha_is_its_definition():
         ratings[rng.random(ratings.shape) < 0.2] = N
         assert krippendorff_alpha(ratings, "interval") == pytest.approx(
             by_definition(ratings, lambda a, b, _: (a - b) ** 2)
-        ) and krippendorff_alpha(ratings) == pytest.approx(by_definition(ratings, ordinal))
-    assert (
-        krippendorff_alpha([[1, 2, 3], [1, 2, 3]]) == 1
-        and math.isnan(krippendorff_alpha([[1, N], [N, 2]]))
-        and math.isnan(krippendorff_alpha([[2, 2], [2, 2]]))
-    )
+        )
+        assert krippendorff_alpha(ratings) == pytest.approx(by_definition(ratings, ordinal))
+    assert krippendorff_alpha([[1, 2, 3], [1, 2, 3]]) == 1 and math.isnan(krippendorff_alpha([[1, N], [N, 2]]))
+    assert math.isnan(krippendorff_alpha([[2, 2], [2, 2]]))
 
 
 def test_agreement_of_judges():
@@ -927,16 +877,10 @@ def test_agreement_of_judges():
     keep = [i for i in range(19) if i != 16]
     rows = {name: rest for name, *rest in found.rows}
     n, tau, rho, ordinal, _, close = rows[A]
-    assert (
-        n == 18
-        and tau.value == pytest.approx(kendalltau(x[keep, 0], y[keep, 0]).statistic)
-        and rho.value == pytest.approx(spearmanr(x[keep, 0], y[keep, 0]).statistic)
-    )
-    assert (
-        rows["all"][3].value == pytest.approx(krippendorff_alpha([x[keep].ravel(), y[keep].ravel()]))
-        and close.value == 1
-        and all(v.low <= v.value <= v.high for v in (tau, ordinal))
-    )
+    assert n == 18 and tau.value == pytest.approx(kendalltau(x[keep, 0], y[keep, 0]).statistic)
+    assert rho.value == pytest.approx(spearmanr(x[keep, 0], y[keep, 0]).statistic)
+    assert rows["all"][3].value == pytest.approx(krippendorff_alpha([x[keep].ravel(), y[keep].ravel()]))
+    assert close.value == 1 and all(v.low <= v.value <= v.high for v in (tau, ordinal))
     assert "a and b; 2 cases" in found._repr_markdown_()
     same = agreement(a, [replace(j, judge="b", scores=dict.fromkeys(OPENVE.names, 3.0)) for j in a], resamples=20)
     assert same.rows[0][:3] == [A, 20, None] and "nan" not in str(same)
@@ -966,18 +910,10 @@ def facts(text):
 
 def test_page_is_whole_and_safe(tmp_path):
     text = save_score_page(page_cases(), tmp_path / "p.html").read_text()
-    assert (
-        "<img src=x" not in text
-        and [c["instruction"] for c in facts(text)] == [c.instruction for c in page_cases()]
-        and "://" not in text
-        and text.count("data:video/mp4") == 6
-        and text.count("data:image/png") == 2
-    )
-    assert (
-        text.count("</script>") == 2
-        and all(a in text for a in ("fieldset", "legend", "aria-live"))
-        and base64.b64encode(CLIP.read_bytes()).decode() in text
-    )
+    assert "<img src=x" not in text and [c["instruction"] for c in facts(text)] == [c.instruction for c in page_cases()]
+    assert "://" not in text and text.count("data:video/mp4") == 6 and text.count("data:image/png") == 2
+    assert text.count("</script>") == 2 and all(a in text for a in ("fieldset", "legend", "aria-live"))
+    assert base64.b64encode(CLIP.read_bytes()).decode() in text
     with pytest.raises(ValueError, match="`cases`"):
         save_score_page([], tmp_path / "q.html")
     with pytest.raises(ValueError, match="`cases`"):
@@ -993,21 +929,17 @@ def test_page_with_files_beside_it(tmp_path):
     odd = save_score_page(page_cases(), tmp_path / "new/100% #1.html", embed=False).read_text()
     assert facts(odd)[0]["media"][0]["src"].startswith("100%25%20%231_files/1-")
     text = save_score_page(page_cases(), tmp_path / "p.html", embed=False).read_text()
-    assert (
-        "data:" not in text
-        and len(list((tmp_path / "p_files").iterdir())) == 8
-        and facts(text)[2]["media"][0] == dict(name="before", still=False, src="p_files/3-before.mp4")
-        and (tmp_path / "p_files" / "3-before.mp4").read_bytes() == CLIP.read_bytes()
-    )
+    assert "data:" not in text and len(list((tmp_path / "p_files").iterdir())) == 8
+    assert facts(text)[2]["media"][0] == dict(name="before", still=False, src="p_files/3-before.mp4")
+    assert (tmp_path / "p_files" / "3-before.mp4").read_bytes() == CLIP.read_bytes()
 
 
 def test_blind_order(tmp_path):
     cases = [case(id=f"kiwi-{i}", instruction=f"do {i}") for i in range(6)]
     shown = lambda **o: facts(save_score_page(cases, tmp_path / "p.html", **o).read_text())
     order = lambda **o: [int(c["instruction"].removeprefix("do ")) for c in shown(**o)]
-    assert order() == list(range(6)) != order(seed=3) == order(seed=3) != order(seed=4) and sorted(
-        order(seed=4)
-    ) == list(range(6))
+    assert order() == list(range(6)) != order(seed=3) == order(seed=3) != order(seed=4)
+    assert sorted(order(seed=4)) == list(range(6))
     assert "kiwi-" not in (tmp_path / "p.html").read_text().split('<script type="application/json"')[0]
 
 
@@ -1057,11 +989,8 @@ def test_a_person_scores_in_a_browser(tmp_path):
         page.on("request", lambda r: None if r.url.startswith(("file:", "data:", "blob:")) else foreign.append(r.url))
         page.goto(page_file.as_uri())
         page.wait_for_function("[...document.querySelectorAll('video')].every(v => v.readyState && v.videoWidth)")
-        assert (
-            page.locator("section:visible").count() == 1
-            and page.locator("#place").inner_text() == "Edit 1 of 3"
-            and page.locator("#count").inner_text() == "0 of 3 scored"
-        )
+        assert page.locator("section:visible").count() == 1 and page.locator("#place").inner_text() == "Edit 1 of 3"
+        assert page.locator("#count").inner_text() == "0 of 3 scored"
         page.locator("section:visible input").first.focus()
         for key in "452":
             page.keyboard.press(key)
@@ -1073,10 +1002,8 @@ def test_a_person_scores_in_a_browser(tmp_path):
         for at in (1, 2):
             page.locator("section:visible fieldset").nth(at).locator("label").nth(3).click()
         page.reload()
-        assert (
-            page.locator("#count").inner_text() == "2 of 3 scored"
-            and page.locator("#place").inner_text() == "Edit 3 of 3"
-        )
+        assert page.locator("#count").inner_text() == "2 of 3 scored"
+        assert page.locator("#place").inner_text() == "Edit 3 of 3"
         page.locator("#save").click()  # nobody's
         page.locator("#person").fill("Ada L. 15")
         with page.expect_download() as download:
@@ -1087,8 +1014,5 @@ def test_a_person_scores_in_a_browser(tmp_path):
     assert not faults and not foreign and saved.name == "scores-Ada-L-15.jsonl"
     found = read_scores_file(saved)
     assert {j.id for j in found} == {c.id for c in page_cases()} and {j.judge for j in found} == {"Ada L. 15"}
-    assert (
-        [list(j.scores.values()) for j in found if j.ok] == [[4, 4, 2], [3, 3, 3]]
-        and [j.state for j in found] == ["scored", "failed", "scored"]
-        and all(j.capped for j in found if j.ok)
-    )
+    assert [list(j.scores.values()) for j in found if j.ok] == [[4, 4, 2], [3, 3, 3]]
+    assert [j.state for j in found] == ["scored", "failed", "scored"] and all(j.capped for j in found if j.ok)

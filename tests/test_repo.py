@@ -15,23 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = {
-    ".py",
-    ".md",
-    ".ini",
-    ".toml",
-    ".txt",
-    ".json",
-    ".jsonl",
-    ".ipynb",
-    ".yaml",
-    ".yml",
-    ".csv",
-    ".html",
-    ".css",
-    ".js",
-    "",
-}
+TEXT = {*".py .md .ini .toml .txt .json .jsonl .ipynb .yaml .yml .csv .html .css .js".split(), ""}
 UNWATCHED = {".git", ".venv", "build", "dist", "__pycache__", ".ipynb_checkpoints", ".gradio"}
 UNWATCHED |= {".pytest_cache", ".ruff_cache"}
 LOCAL = {ROOT / "outputs", ROOT / "data", ROOT / "runs"}  # what git ignores at the top
@@ -331,18 +315,7 @@ def test_wheel_carries_the_assets(tmp_path):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(tmp_path),
-        str(tree),
-    ]
+    command = [sys.executable, *"-m pip wheel -q --no-deps --no-build-isolation -w".split(), str(tmp_path), str(tree)]
     subprocess.run(command, check=True, capture_output=True, text=True)
     wheel = next(tmp_path.glob("*.whl"))
     names = set(zipfile.ZipFile(wheel).namelist())

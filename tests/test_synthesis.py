@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+import common
 from kiwi_edit.core import InputError
 from kiwi_edit.data.dataset import MetadataDataset, write_metadata
 from kiwi_edit.data.embedded import embedded_stages
@@ -122,9 +122,8 @@ def test_a_folder_of_clips_is_read_by_their_names(table, tmp_path):
             (here / f"{'clip-' if i else ''}{name}.mp4").symlink_to(table.parent / f"{i}-{name}.mp4")
         (here / ("clip.txt" if i else "instruction.txt")).write_text("Add a red fox.")
     found = read_pairs(tmp_path / "flat")
-    assert [p.id for p in found] == ["clip", "deep"] and all(
-        Path(p.edited).is_file() and p.instruction == "Add a red fox." for p in found
-    )
+    assert [p.id for p in found] == ["clip", "deep"]
+    assert all(Path(p.edited).is_file() and p.instruction == "Add a red fox." for p in found)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="has none of them"):
         read_pairs(tmp_path / "empty")
@@ -133,7 +132,7 @@ def test_a_folder_of_clips_is_read_by_their_names(table, tmp_path):
 def test_a_row_with_more_fields_than_the_header_is_named(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("src_video,tgt_video,prompt\na.mp4,b.mp4,Add a star.\na.mp4,b.mp4,Add a star, red and small.\n")
-    with pytest.raises(ValueError, match="row 1 of '.*t.csv' has 1 more; text with a comma needs quotes"):
+    with pytest.raises(ValueError, match="t.csv row 1 has 1 more; text with a comma needs quotes"):
         read_pairs(path)
     path.write_text("src_video,tgt_video,prompt\na.mp4,b.mp4," + "x" * 140000 + "\n")
     with pytest.raises(ValueError, match="`pairs` has to be readable UTF-8 .csv but '.*t.csv' is not: field larger"):
@@ -142,10 +141,8 @@ def test_a_row_with_more_fields_than_the_header_is_named(tmp_path):
 
 def test_tables_of_datasets_are_read_as_training_reads_them(table, tmp_path, monkeypatch):
     monkeypatch.setattr("kiwi_edit.data.dataset.settings", lambda: SimpleNamespace(cache_dir=tmp_path / "cache"))
-    rows, cell = (
-        [json.loads(line) for line in table.read_text().splitlines()],
-        pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
-    )
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    cell = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     data = [(table.parent / row["source"]).read_bytes() for row in rows[:3]]
     cells = [
         dict(bytes=data[0], path="x.mp4"),
@@ -186,25 +183,19 @@ def test_slices_are_light_and_the_same():
 def test_the_released_columns_come_first_and_training_reads_the_shards(undisturbed):
     rows = [row for path in sorted(undisturbed.glob("chunk_*.parquet")) for row in pq.read_table(path).to_pylist()]
     assert list(rows[0])[:5] == ["iid", "prompt", "src_video", "tgt_video", "ref_image_bytes"]
-    assert [r["iid"] for r in rows] == sorted(r["iid"] for r in rows) and len(rows) == len(
-        inspect_folder(undisturbed).kept
-    ) > 3
+    assert [r["iid"] for r in rows] == sorted(r["iid"] for r in rows)
+    assert len(rows) == len(inspect_folder(undisturbed).kept) > 3
     data = MetadataDataset(undisturbed, num_frames=5, max_pixels=96 * 96, factor=16)
-    assert (
-        len(data) == len(rows)
-        and data[0].reference.ndim == 3
-        and data[0].mode == "ref"
-        and data[0].instruction == rows[0]["prompt"]
-    )
+    assert len(data) == len(rows) and data[0].reference.ndim == 3 and data[0].mode == "ref"
+    assert data[0].instruction == rows[0]["prompt"]
     assert {r["task"] for r in rows} <= {"subject", "background"} and {r["ref_source"] for r in rows} == {"synthesised"}
 
 
 def test_huggingface_datasets_reads_the_folder_and_it_reads_datasets(undisturbed, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     data = datasets.load_dataset(str(undisturbed), split="train", cache_dir=str(tmp_path / "cache"))
-    assert list(data.features)[:5] == ["iid", "prompt", "src_video", "tgt_video", "ref_image_bytes"] and len(
-        data
-    ) == len(inspect_folder(undisturbed).kept)
+    assert list(data.features)[:5] == ["iid", "prompt", "src_video", "tgt_video", "ref_image_bytes"]
+    assert len(data) == len(inspect_folder(undisturbed).kept)
     asked = []
 
     def load(name, split):
@@ -213,11 +204,8 @@ def test_huggingface_datasets_reads_the_folder_and_it_reads_datasets(undisturbed
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     pairs = read_pairs("somebody/pairs:train[:4]", root=undisturbed)
-    assert (
-        asked == [("somebody/pairs", "train[:4]")]
-        and pairs[1:3][0].id == data["iid"][1]
-        and isinstance(pairs[0].reference, bytes)
-    )
+    assert asked == [("somebody/pairs", "train[:4]")] and pairs[1:3][0].id == data["iid"][1]
+    assert isinstance(pairs[0].reference, bytes)
 
 
 def test_doubles_far_apart_are_found_and_leave_no_clips(undisturbed, tmp_path):
@@ -236,9 +224,8 @@ def test_doubles_far_apart_are_found_and_leave_no_clips(undisturbed, tmp_path):
     assert [(r["iid"], r["verdicts"][-1]["reason"]) for r in result.rows if not r["verdicts"][-1]["passed"]] == [
         ("99", "duplicate of 03")
     ]
-    assert (
-        not list((tmp_path / "out" / "clips").glob("99-*")) and len(list((tmp_path / "out" / "clips").iterdir())) == 12
-    )
+    assert not list((tmp_path / "out" / "clips").glob("99-*"))
+    assert len(list((tmp_path / "out" / "clips").iterdir())) == 12
 
 
 def test_clips_are_copied_or_referred_to(table, tmp_path):
@@ -271,10 +258,9 @@ def test_clips_that_are_folders_of_frames_are_copied(tmp_path):
     out = tmp_path / "out"
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     result = synthesize(tmp_path / "t.jsonl", out, options=SynthesisOptions(clips="copy"), progress=False)
-    assert [r["iid"] for r in result.kept] == ["a"] and sorted(p.name for p in (out / "clips").iterdir()) == [
-        "a-edited",
-        "a-source",
-    ]  # b is a double, c has nothing to show
+    assert [r["iid"] for r in result.kept] == ["a"]
+    # b is a double, c has nothing to show
+    assert sorted(p.name for p in (out / "clips").iterdir()) == ["a-edited", "a-source"]
     assert MetadataDataset(out, num_frames=5, max_pixels=96 * 96, factor=16)[0].source.shape == (5, 96, 96, 3)
 
 
@@ -326,11 +312,8 @@ def test_keys_of_a_world_know_its_difficulty_and_its_pictures(monkeypatch):
         WorldPairs(6, world=World(difficulty="easy")).key,
         WorldPairs(6, world=World(difficulty=Difficulty(motion=0.5))).key,
     }
-    assert (
-        len(keys) == 3
-        and WorldPairs(6, world=World(difficulty=Difficulty())).key in keys
-        and PlantedPairs(6).key not in keys
-    )
+    assert len(keys) == 3 and WorldPairs(6, world=World(difficulty=Difficulty())).key in keys
+    assert PlantedPairs(6).key not in keys
     monkeypatch.setattr("kiwi_edit.data.synthesis.asset", lambda name: Path(__file__))
     assert WorldPairs(6).key not in keys
 
@@ -403,44 +386,29 @@ def test_workers_change_nothing(undisturbed, tmp_path):
     assert shards(tmp_path / "two") == shards(undisturbed)
 
 
-PROGRAM = """
-import sys
-from kiwi_edit.data.synthesis import *
-if __name__ == "__main__": synthesize(PlantedPairs(16), sys.argv[1], options=SynthesisOptions(shard=4, workers=int(sys.argv[2]), engine=sys.argv[3]), progress=False)
-"""
-
-
-def start(program, *arguments):
-    return subprocess.Popen(
-        [sys.executable, program, *map(str, arguments)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        env=os.environ | dict(OMP_NUM_THREADS="1"),
-    )
+def job(out, workers, engine):
+    common.fork_workers()
+    options = SynthesisOptions(shard=4, workers=workers, engine=engine)
+    synthesize(PlantedPairs(16), out, options=options, progress=False)
 
 
 @pytest.mark.parametrize("engine, workers, moments", [("local", 0, (1, 2, 3)), ("local", 2, (1, 3)), ("ray", 1, (1,))])
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(undisturbed, tmp_path, engine, workers, moments):
     if engine == "ray":
         pytest.importorskip("ray")
-    program, out = tmp_path / "program.py", tmp_path / "out"
-    program.write_text(PROGRAM)
-    kept = {}
+    out, said, kept = tmp_path / "out", tmp_path / "said", {}
+    start = partial(common.start, job, out, workers, engine, said=said, OMP_NUM_THREADS="1")
     for parts in moments:  # killed once so many parts are there
-        process = start(program, out, workers, engine)
-        until = time.monotonic() + 240
-        while process.poll() is None and len(list((out / "parts").glob("part_*"))) < parts and time.monotonic() < until:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        common.kill_when(start(), lambda: len(list((out / "parts").glob("part_*"))) >= parts)
         if not (out / "parts").is_dir() or (out / "SHA256SUMS").exists():
             break  # it was faster than the kill
         for name, stamp in kept.items():
             assert (out / "parts" / name).stat().st_mtime_ns == stamp, "a finished part was done again"
         kept = {p.name: p.stat().st_mtime_ns for p in (out / "parts").glob("part_*")}
         assert len(kept) >= parts
-    process = start(program, out, workers, engine)
-    assert process.wait(timeout=300) == 0, process.stderr.read().decode()[-2000:]
+    process = start()
+    process.join(300)
+    assert process.exitcode == 0, Path(f"{said}.err").read_text()[-2000:]
     assert shards(out) == shards(undisturbed) and not (out / "parts").exists()
     assert not [p for p in out.rglob(".*")], "temporary files stay"
 
@@ -485,17 +453,10 @@ def test_failures_are_recorded_per_row_and_too_many_stop_the_run(tmp_path):
     pairs = WorldPairs(20, tasks=("add",))
     result = synthesize(pairs, tmp_path / "some", partial(failing, 0.2), SynthesisOptions(batch=5), progress=False)
     verdicts = {r["iid"][-2:]: r["verdicts"][-1] for r in result.rows}
-    assert (
-        verdicts["01"]["reason"].startswith("time-out")
-        and verdicts["01"]["error"]
-        and verdicts["07"]["reason"].startswith("RuntimeError: a crash")
-        and result.failures == 6
-    )
+    assert verdicts["01"]["reason"].startswith("time-out") and verdicts["01"]["error"]
+    assert verdicts["07"]["reason"].startswith("RuntimeError: a crash") and result.failures == 6
     assert verdicts["08"]["passed"]
-    with pytest.raises(
-        InputError,
-        match=r"`max_failures` allows 30% .* 14 of 20 did; 12 times score: time-out, first: time-out: no reply",
-    ):
+    with pytest.raises(InputError, match=r"`max_failures` .* 30% .* 14 of 20 .* 12 times score: time-out"):
         synthesize(
             pairs, tmp_path / "many", partial(failing, 0.6), SynthesisOptions(batch=5, max_failures=0.3), progress=False
         )
@@ -616,10 +577,7 @@ def dying():
 
 
 def test_a_factory_that_raises_is_said_by_its_worker(tmp_path):
-    with pytest.raises(
-        ValueError,
-        match="`make_stages` has to make the stages in each worker but raised InputError: `thresholds` has to name .* names 'verify.beauty'",
-    ):
+    with pytest.raises(ValueError, match="`make_stages` .* InputError: `thresholds` .* 'verify.beauty'"):
         synthesize(
             WorldPairs(3),
             tmp_path / "out",
@@ -682,12 +640,8 @@ def test_wrong_options(changes, words):
 
 def test_thresholds_reach_their_stages():
     by = {s.name: s for s in model_stages(thresholds={"verify.quality": 9, "score.edit": 0.7, "segment.area": 0.01})}
-    assert (
-        by["verify"].quality == 9
-        and by["score"].threshold == 0.7
-        and by["segment"].smallest == 0.01
-        and [*by] == list(model_stages.names)
-    )
+    assert by["verify"].quality == 9 and by["score"].threshold == 0.7 and by["segment"].smallest == 0.01
+    assert [*by] == list(model_stages.names)
     with pytest.raises(ValueError, match="names 'verify.beauty'"):
         model_stages(thresholds={"verify.beauty": 1})
 

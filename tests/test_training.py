@@ -29,7 +29,6 @@ from torch.distributed.tensor import DTensor
 import common
 import kiwi_edit.train.engine
 from kiwi_edit.weights.checkpoints import load_trainer_checkpoint, merge_lora
-from kiwi_edit.core import preset
 from kiwi_edit.train.curriculum import Bucket, Lora, Loss, Stage, _add_lora, find_stage, part_parameters, select
 from kiwi_edit.data.dataset import WorldDataset, save_dataset, write_metadata
 from kiwi_edit.encoder import make_tokenizer
@@ -155,17 +154,10 @@ def run_toy(
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    "Folder of a model with random weights: the kinds of layers that tiny has, and fewer of each."
-    sizes, folder = preset("tiny"), tmp_path_factory.mktemp("model")
-    sizes.transformer.update(num_layers=2, num_attention_heads=2, attention_head_dim=32, ffn_dim=96)
-    sizes.vae.update(base_dim=8, decoder_base_dim=8)
-    sizes.mllm["text_config"].update(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=96
-    )
-    sizes.mllm["vision_config"].update(
-        depth=2, hidden_size=32, num_heads=2, intermediate_size=48, out_hidden_size=64, fullatt_block_indexes=[1]
-    )
-    sizes.guidance.update(hidden_size=64, dim=64, num_image_queries=4, num_video_queries=4, num_ref_queries=4)
+    "Folder of a small model with random weights."
+    sizes, folder = common.small_sizes(), tmp_path_factory.mktemp("model")
+    sizes.transformer.update(num_layers=2)
+    sizes.guidance.update(num_image_queries=4, num_video_queries=4, num_ref_queries=4)
     torch.manual_seed(0)
     KiwiEditPipeline.from_preset(
         sizes, make_tokenizer(["Replace the red fox with the object in the reference."] * 4)
@@ -279,7 +271,7 @@ def test_a_killed_run_continues_to_the_bit(job, last, tmp_path, start, data):
     home = killed if job == toy_job else killed / "edits"
     process = common.start(killed_job, job, killed, last, *more, said=tmp_path / "said")
     code = common.kill_when(process, lambda: len(lines(killed / "records")) == last)
-    assert code == -signal.SIGKILL, (tmp_path / "said").read_text()
+    assert code == -signal.SIGKILL, (tmp_path / "said.err").read_text()
     before = lines(killed / "records")
     assert checkpoints(home / "checkpoints")[-1].name == f"step-{last - 1:08d}"
     with open(home / "log.jsonl", "a") as f:
@@ -1157,17 +1149,10 @@ def test_a_stage_of_the_world_is_logged_looked_at_and_published(start, tmp_path,
     records = run_stage(WORLD, tmp_path / "run", start, evaluate=evaluate, steps=4)
     assert len(records) == 4 and asked == [False, False]  # before and after
     for record in records:
-        assert {
-            "step",
-            "loss",
-            "grad_norm",
-            "lr",
-            "seconds",
-            "samples_per_second",
-            "tokens_per_second",
-            "memory_gb",
-            "flops_use",
-        } <= record.keys()
+        assert (
+            set("step loss grad_norm lr seconds samples_per_second tokens_per_second memory_gb flops_use".split())
+            <= record.keys()
+        )
         mode, task = ("image", "add") if "loss/image" in record else ("ref", "subject")
         assert {f"loss/{mode}", f"loss/{task}"} < record.keys()
         assert any(key in record for key in ("loss/0-0.25", "loss/0.25-0.5", "loss/0.5-0.75", "loss/0.75-1"))

@@ -32,12 +32,13 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm.auto import tqdm
 
-from kiwi_edit import guidance, latents, pipeline
+from kiwi_edit import footage, guidance, latents, pipeline
 from kiwi_edit.eval.benchmark import describe_hardware, run_benchmark
 from kiwi_edit.core import InputError, Preset, asset, choose_device, multiplies_bfloat16, preset
 from kiwi_edit.apps.approximations import approximately, magnitude_ratios
 from kiwi_edit.guidance import find_wan
-from kiwi_edit.pipeline import EditMemory, KiwiEditPipeline
+from kiwi_edit.footage import Memory
+from kiwi_edit.pipeline import KiwiEditPipeline
 from kiwi_edit.train.engine import allocated_by, cast_weights, measure_flops
 from kiwi_edit.video import (
     Clip,
@@ -106,7 +107,9 @@ def profile_edit(
 
         return run
 
-    owners = {name: pipe if hasattr(type(pipe), name) else pipeline for name in PARTS}
+    modules = (pipeline, footage)
+    at = lambda name: pipe if hasattr(type(pipe), name) else next(m for m in modules if hasattr(m, name))
+    owners = {name: at(name) for name in PARTS}
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (pipe._execution_device.type == "cuda")
     with (
         patched(*((owner, name, named(PARTS[name], getattr(owner, name))) for name, owner in owners.items())),
@@ -254,12 +257,12 @@ SAVINGS = {
         Saving(
             "reading",
             "frames are decoded by threads and resized by others",
-            lambda pipe: patched((pipeline, "read_video", _frame_by_frame)),
+            lambda pipe: patched((footage, "read_video", _frame_by_frame)),
         ),
         Saving(
             "memory",
             "what the encoders made of a clip and of pictures is remembered",
-            lambda pipe: patched((pipe, "memory", EditMemory(0))),
+            lambda pipe: patched((pipe, "memory", Memory(0))),
             "the next edit",
         ),
         Saving("streams", "long clips go through the autoencoder in pieces", _all_at_once, "memory"),
@@ -746,11 +749,11 @@ import sys, time
 times = dict(start=float(sys.argv[1]), interpreter=time.time())
 import torch
 from kiwi_edit.apps import cli
-from kiwi_edit.data.files import plan_edit, run_edit
+from kiwi_edit.data.files import load_model, plan_edit, run_edit
 from kiwi_edit.pipeline import KiwiEditPipeline
 times["imports"] = time.time()
 plan = plan_edit(sys.argv[2], sys.argv[3], [sys.argv[4]], sys.argv[5], overwrite=True)
-pipe = cli.load(None, None, check=plan.check)
+pipe = load_model(check=plan.check)
 times["weights"] = time.time()
 done = run_edit(pipe, plan, lambda *_: None)
 times["edit"], times["writing"] = times["weights"] + done.seconds, time.time()

@@ -33,19 +33,18 @@ from diffusers.hooks.context_parallel import apply_context_parallel
 from diffusers.models._modeling_parallel import ContextParallelOutput, ParallelConfig
 from torch import distributed
 
-from ..core import InputError, MissingPackage, multiplies_bfloat16
+from ..core import MissingPackage, expect, multiplies_bfloat16
 from ..guidance import KiwiAttnProcessor, attend, find_wan, hooked
 
 # %% auto #0
-__all__ = ['logger', 'APPROXIMATIONS', 'Approximation', 'check_approximations', 'approximately', 'magnitude_ratios', 'FlowUniPC',
-           'parallelise']
+__all__ = ['APPROXIMATIONS', 'check_approximations', 'approximately', 'magnitude_ratios', 'FlowUniPC', 'parallelise']
 
 # %% ../../nbs/library/50_approximations.ipynb #04021a01
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 # %% ../../nbs/library/50_approximations.ipynb #04c7bb14
 @dataclass(frozen=True)
-class Approximation:
+class _Approximation:
     "A way to nearly the same edit in less time or memory."
 
     what: str
@@ -58,14 +57,14 @@ class Approximation:
         return {name: p.default for name, p in list(inspect.signature(self.start).parameters.items())[1:]}
 
 
-APPROXIMATIONS: dict[str, Approximation] = {}
+APPROXIMATIONS: dict[str, _Approximation] = {}
 
 
 def _approximation(name, what, take):
     "Add an entry whose options are the keyword arguments of the decorated function."
 
     def add(start):
-        APPROXIMATIONS[name] = Approximation(what, take, start)
+        APPROXIMATIONS[name] = _Approximation(what, take, start)
         return start
 
     return add
@@ -98,16 +97,13 @@ def check_approximations(
 ):
     "Raise where one is not of `APPROXIMATIONS`, or has no such option."
     for name, given in chosen.items():
-        if name not in APPROXIMATIONS:
-            raise InputError(f"`chosen` has to be among {', '.join(APPROXIMATIONS)} but is {name!r}.")
+        expect(name in APPROXIMATIONS, f"`chosen` has to be among {', '.join(APPROXIMATIONS)} but is {name!r}.")
+        form = f'`chosen` has to have options for {name!r} such as {{"steps": 8}} but they are {given!r}.'
+        expect(isinstance(given, dict), form)
         known = APPROXIMATIONS[name].options
-        if not isinstance(given, dict):
-            raise InputError(
-                f'`chosen` has to have options for {name!r} such as {{"steps": 8}} but they are {given!r}.'
-            )
-        if unknown := sorted(set(given) - set(known)):
+        for option in given:
             listed = ", ".join(known) or "none"
-            raise InputError(f"`chosen` has to give {name!r} options among {listed} but gives {unknown[0]!r}.")
+            expect(option in known, f"`chosen` has to give {name!r} options among {listed} but gives {option!r}.")
 
 
 def approximately(
@@ -128,10 +124,8 @@ def approximately(
 def _cache(pipe, config, check=None):
     "Enable a cache of diffusers; `check` sees the name and the facts of every call."
     wan = find_wan(pipe.transformer)
-    if wan.is_cache_enabled:
-        raise InputError(
-            f"`chosen` has to hold one step cache at most but a {type(wan._cache_config).__name__} is enabled already."
-        )
+    before = f"a {type(wan._cache_config).__name__} is enabled already"
+    expect(not wan.is_cache_enabled, f"`chosen` has to hold one step cache at most but {before}.")
     wan.enable_cache(config)
     if check:
         context = wan.cache_context
@@ -144,8 +138,7 @@ def _cache(pipe, config, check=None):
 
 
 def _one_window(name, facts):
-    if name != "edit":
-        raise InputError("`chosen` has to be another cache for a clip in windows: this one cannot tell them apart.")
+    expect(name == "edit", "`chosen` has to be another cache for a clip in windows: this one cannot tell them apart.")
 
 
 @_approximation(
@@ -231,12 +224,11 @@ def magnitude_ratios(
     "one model and one number of steps, many clips",
 )
 def _magnitude(pipe, ratios: list[float] | None = None, threshold: float = 0.06, most: int = 3, keep: float = 0.2):
-    if not ratios:
-        raise InputError(f"`ratios` has to hold what `magnitude_ratios` measures on this model but is {ratios!r}.")
+    expect(ratios, f"`ratios` has to hold what `magnitude_ratios` measures on this model but is {ratios!r}.")
 
     def check(name, facts):
-        if (steps := facts["num_inference_steps"]) != len(ratios):
-            raise InputError(f"`num_inference_steps` has to be {len(ratios)}, the number of `ratios`, but is {steps}.")
+        steps, number = facts["num_inference_steps"], len(ratios)
+        expect(steps == number, f"`num_inference_steps` has to be {number}, the number of `ratios`, but is {steps}.")
 
     _cache(pipe, MagCacheConfig(threshold, most, keep, len(ratios), torch.tensor(ratios)), check)
 
@@ -273,8 +265,7 @@ class FlowUniPC(UniPCMultistepScheduler):
 )
 def _fewer_steps(pipe, steps: int | None = None, order: int = 2):
     steps = max(1, pipe.config.default_steps // 2) if steps is None else steps
-    if steps < 1:
-        raise InputError(f"`steps` has to be at least 1 but is {steps}.")
+    expect(steps >= 1, f"`steps` has to be at least 1 but is {steps}.")
     pipe.scheduler = FlowUniPC.like(pipe.scheduler, order)
     pipe.register_to_config(default_steps=steps)
 
@@ -287,7 +278,7 @@ def _fewer_steps(pipe, steps: int | None = None, order: int = 2):
 def _bfloat16(pipe):
     device, wan = pipe._execution_device, find_wan(pipe.transformer)
     if not multiplies_bfloat16(device):
-        logger.warning("`bfloat16` is emulated on this device (%s), and many times slower than float32.", device)
+        _logger.warning("`bfloat16` is emulated on this device (%s), and many times slower than float32.", device)
     for network in (pipe.mllm, pipe.guidance, wan):
         exact = wan._keep_in_fp32_modules if network is wan else ()
         for name, weight in network.named_parameters():
@@ -325,10 +316,8 @@ def _int8(pipe):
 )
 def _tiled(pipe, tile: int = 256, overlap: float = 0.25):
     unit = pipe.vae.config.scale_factor_spatial
-    if tile < unit or tile % unit:
-        raise InputError(f"`tile` has to be a multiple of {unit} pixels but is {tile}.")
-    if not 0 <= overlap < 1:
-        raise InputError(f"`overlap` has to be from 0 to below 1 but is {overlap}.")
+    expect(tile >= unit and tile % unit == 0, f"`tile` has to be a multiple of {unit} pixels but is {tile}.")
+    expect(0 <= overlap < 1, f"`overlap` has to be from 0 to below 1 but is {overlap}.")
     stride = max(1, round(tile * (1 - overlap) / unit)) * unit
     pipe.vae.enable_tiling(tile, tile, stride, stride)
 
@@ -387,8 +376,8 @@ def _check_compiler(device):
 )
 def _compiled(pipe, backend: str | Callable = "inductor"):
     wan = find_wan(pipe.transformer)
-    if wan.is_cache_enabled:
-        raise InputError("`chosen` has to name 'compiled' before a step cache but one is enabled already.")
+    before = "`chosen` has to name 'compiled' before a step cache but one is enabled already."
+    expect(not wan.is_cache_enabled, before)
     if backend == "inductor":
         _check_compiler(wan.device)
     for layer, block in enumerate(wan.blocks):
@@ -414,14 +403,13 @@ def parallelise(
             )
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     world = distributed.get_world_size()
-    if world < 2 or ring < 1 or world % ring:
-        raise InputError(f"`ring` has to divide the number of processes, 2 at least, but is {ring} of {world}.")
+    good = world >= 2 and ring >= 1 and world % ring == 0
+    expect(good, f"`ring` has to divide the number of processes, 2 at least, but is {ring} of {world}.")
     backend = str(wan.blocks[0].attn1.processor._attention_backend or "native")
-    if ring > 1 and backend == "native":
-        raise InputError(
-            "`ring` has to be 1 with PyTorch's own attention, which does not give the sums that a ring joins; "
-            "`pipe.transformer.set_attention_backend('flash')` or another first."
-        )
+    own = "`ring` has to be 1 with PyTorch's own attention, which does not give the sums that a ring joins; "
+    expect(
+        ring == 1 or backend != "native", f"{own}`pipe.transformer.set_attention_backend('flash')` or another first."
+    )
     context = ContextParallelConfig(ring_degree=ring, ulysses_degree=world // ring, ulysses_anything=ring == 1)
     mesh = distributed.device_mesh.init_device_mesh(
         device.type, context.mesh_shape, mesh_dim_names=context.mesh_dim_names

@@ -13,7 +13,6 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
 import warnings
 from dataclasses import replace
@@ -22,14 +21,14 @@ from types import SimpleNamespace
 from typing import List, Optional
 
 # %% auto #0
-__all__ = ['app', 'tidy_signals', 'stop_if_asked', 'load', 'bar', 'main']
+__all__ = ['app', 'main']
 
 # %% ../../nbs/library/52_cli.ipynb #6b6a4eb3
 import typer
 
 from .. import __version__
-from .options import COMMANDS
-from ..core import InputError, check_local, require, settings
+from .options import COMMANDS, OPTIONS
+from ..core import check_local, expect, require, settings
 
 # %% ../../nbs/library/52_cli.ipynb #4c2fa40d
 app = typer.Typer(
@@ -50,15 +49,12 @@ def _root(version: bool = typer.Option(False, "--version", help="Show the versio
         raise typer.Exit()
 
 # %% ../../nbs/library/52_cli.ipynb #001c6c2c
-_KINDS = dict(str=str, int=int, float=float, path=Path, flag=bool)
-
-
 def _parameter(option):
     "An option as Typer reads it from a signature."
     about = dict(help=option.help, metavar=option.metavar)
     default = ... if option.required else option.default
     made = typer.Option(default, *option.flags, **about) if option.flags else typer.Argument(default, **about)
-    kind = List[_KINDS[option.kind]] if option.many else _KINDS[option.kind]
+    kind = List[option.type] if option.many else option.type
     if default is None:
         kind = Optional[kind]
     return inspection.Parameter(option.name, inspection.Parameter.KEYWORD_ONLY, default=made, annotation=kind)
@@ -70,9 +66,7 @@ def _command(function):
     parameters = [_parameter(option) for option in COMMANDS[name]]
 
     def run(**given):
-        for option in COMMANDS[name]:
-            option.check(given[option.name])
-        return function(SimpleNamespace(**given))
+        return function(SimpleNamespace(**{o.name: o.read(given[o.name]) for o in COMMANDS[name]}))
 
     run.__doc__, run.__signature__ = function.__doc__, inspection.Signature(parameters)
     run.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -80,28 +74,19 @@ def _command(function):
     return function
 
 # %% ../../nbs/library/52_cli.ipynb #8cf7d720
-_ALIASES = dict(  # what modules of the kit call it -> the command's option
-    columns="column",
-    sheets="pairs",
-    name="model",
-    prompt="instruction",
-    folder="out",
-    metadata="data",
-    dataset="data",
-    trackers="track",
-    checkpoint="source",
-    transformer_config="heads",
-    overrides="model",
-    extra="parameter",
-    chosen="approximate",
-)
+# what modules of the kit call it, and the command's option
+_ALIASES = """
+checkpoint source, chosen approximate, columns column, dataset data, extra parameter, folder out, metadata data,
+name model, prompt instruction, trackers track, transformer_config heads
+"""
 
 
 def _flags(command):
     "What a command's user calls the arguments of what it runs."
     labels = {option.name: option.label for name in (*COMMANDS, command) for option in COMMANDS.get(name, ())}
     own = {option.name for option in COMMANDS.get(command, ())}
-    labels |= {name: labels[to] for name, to in _ALIASES.items() if name not in own}
+    aliases = dict(pair.split() for pair in _ALIASES.split(","))
+    labels |= {name: labels[to] for name, to in aliases.items() if name not in own}
     return labels | dict(memory="free memory", path={"edit": "VIDEO"}.get(command, "`path`"))
 
 # %% ../../nbs/library/52_cli.ipynb #9ee31343
@@ -116,24 +101,20 @@ def _say(line):
         typer.echo(line, err=True)
 
 # %% ../../nbs/library/52_cli.ipynb #1f79d891
-_stopping = []  # exit code of the signal that came
+_now = SimpleNamespace(stop=0, left="")  # of the command that runs: exit code of the signal that came; what stays then
+_AGAIN = "the same command goes on from here"
 
 
 @contextlib.contextmanager
-def tidy_signals():
+def _tidy_signals():
     "SIGINT and SIGTERM end the block by `SystemExit`, once. Helpers of the first process just end."
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread hears signals
-        return
     last = -10.0
 
     def stop(number, frame):
         nonlocal last
-        _stopping[:] = [128 + number]
-        now, before = time.monotonic(), last
-        last = now
-        if now - before > 1:
-            raise SystemExit(128 + number)
+        _now.stop, before, last = 128 + number, last, time.monotonic()
+        if last - before > 1:
+            raise SystemExit(_now.stop)
 
     handler = signal.SIG_DFL if _rank() else stop
     previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -142,23 +123,13 @@ def tidy_signals():
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-        _stopping.clear()
+        _now.stop = 0
 
 
-def stop_if_asked():
+def _stop_if_asked():
     "Raise the `SystemExit` of a signal that was lost on its way."
-    if _stopping:
-        raise SystemExit(_stopping[0])
-
-
-@contextlib.contextmanager
-def _left(words):
-    "An interrupted block says what is left of it."
-    try:
-        yield
-    except SystemExit as stop:
-        stop.left = words
-        raise
+    if _now.stop:
+        raise SystemExit(_now.stop)
 
 # %% ../../nbs/library/52_cli.ipynb #2b667ea1
 class _Plain(logging.Formatter):
@@ -188,24 +159,17 @@ def _hush_bars():
         library.utils.logging.disable_progress_bar()
 
 
-def load(
-    model: str | None,  # bundled name, folder or hub id; None takes the settings'
-    device: str | None,  # None takes the settings'
-    check=None,  # called with the model's `Limits` before its weights are read
-):
-    "The pipeline, loaded without bars of libraries."
+def _load(o, check=None):
+    "The pipeline, loaded without bars of libraries; `check` sees the model's `Limits` before its weights are read."
     from kiwi_edit.data.files import load_model
 
     _hush_bars()
-    return load_model(model, device, check, say=lambda line: typer.echo(line, err=True))
+    return load_model(o.model, o.device, check, say=_say)
 
 # %% ../../nbs/library/52_cli.ipynb #04157cce
 @contextlib.contextmanager
-def bar(
-    unit: str = "steps",  # that are counted
-    delay: float = 0,  # seconds without a bar, for what is mostly quicker
-):
-    "A progress bar that `run_edit` and its like report to."
+def _bar(unit="steps", delay=0.0):
+    "A progress bar that `run_edit` and its like report to; `delay` is seconds without one, for what is mostly quicker."
     from tqdm import tqdm
 
     width, pause = (9, 0) if unit == "steps" else (18, 0.1)
@@ -215,7 +179,7 @@ def bar(
 
         def report(done, total, what):
             nonlocal drawn
-            stop_if_asked()
+            _stop_if_asked()
             line.total, line.n = total, done
             line.set_description_str(what, refresh=False)
             if time.monotonic() - drawn >= pause:
@@ -225,44 +189,11 @@ def bar(
         yield report
 
 # %% ../../nbs/library/52_cli.ipynb #1cfd0496
-def _pairs(texts, name, form, read=str):
-    "NAME=VALUE texts as a dict; `form` says in an error what was expected, `read` may raise a ValueError."
-    found = {}
-    for text in texts or ():
-        key, sign, value = text.partition("=")
-        try:
-            if not sign or not key.strip() or not value:
-                raise ValueError
-            found[key.strip()] = read(value)
-        except ValueError:
-            raise InputError(f"`{name}` has to be {form} but is {text!r}.") from None
-    return found
-
-
-def _json_or_text(value):
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
-
-
-def _parse_approximations(texts):
-    "Name -> options; raise where there is no such approximation."
-    found = {text.partition("=")[0].strip(): text.partition("=")[2] for text in texts or ()}
-    if not found:
-        return {}
-    from kiwi_edit.apps.approximations import check_approximations
-
-    chosen = {name: _json_or_text(options) if options else {} for name, options in found.items()}
-    check_approximations(chosen)
-    return chosen
-
-
 def _parse_parts(text):
     "(part from 0, parts) of such as 2/8."
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text.strip())
-    if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise InputError(f"`parts` has to be I/N with I from 1 to N, such as 2/8, but is {text!r}.")
+    good = match and 1 <= int(match[1]) <= int(match[2])
+    expect(good, f"`parts` has to be I/N with I from 1 to N, such as 2/8, but is {text!r}.")
     return int(match[1]) - 1, int(match[2])
 
 # %% ../../nbs/library/52_cli.ipynb #50180eaf
@@ -278,40 +209,26 @@ def _edit(o):
     options = dict(size=parse_size(o.size)) | {name: getattr(o, name) for name in names}
     listed = o.video.suffix.lower() == ".jsonl" and not o.video.is_dir()
     if not listed and o.instruction is None:
-        raise _Missing("Missing option '--instruction' / '-i'.")
+        raise typer.BadParameter("has to be given unless VIDEO is a list.", param_hint="'--instruction' / '-i'")
+    where = f"{'where' if listed else 'unless'} VIDEO is a list (.jsonl) but that is {str(o.video)!r}."
     wrong = dict(approximate=o.approximate) if listed else dict(workers=o.workers > 1, skip_bad=o.skip_bad)
     for name, value in wrong.items():
-        if value:
-            where = "where" if listed else "unless"
-            raise InputError(
-                f"`{name}` has to be left out {where} VIDEO is a list (.jsonl) but that is {str(o.video)!r}."
-            )
+        expect(not value, f"`{name}` has to be left out {where}")
     if listed:
         return _edit_list(o, options | dict(reference=o.reference))
-    chosen = _parse_approximations(o.approximate)
+    if o.approximate:
+        from kiwi_edit.apps.approximations import approximately, check_approximations
+
+        check_approximations(o.approximate)
     plan = plan_edit(o.video, options.pop("instruction"), o.reference or (), o.out, overwrite=o.overwrite, **options)
-    pipe = load(o.model, o.device, plan.check)
-    if chosen:
-        from kiwi_edit.apps.approximations import approximately
-
-        approximately(pipe, chosen)
-    with bar() as report:
-        _show_edit(run_edit(pipe, plan, report))
-
-
-class _Missing(typer.BadParameter):  # as typer says it, which cannot know that only a list does without
-    def format_message(self):
-        return self.message
-
-
-def _show_edit(done):
-    "Say what has come out of an edit."
+    pipe = _load(o, plan.check)
+    if o.approximate:
+        approximately(pipe, o.approximate)
+    with _bar() as report:
+        done = run_edit(pipe, plan, report)
     if done.note:
         typer.echo(re.sub(r"`(\w+)`", lambda match: _flags("edit")[match[1]], done.note))
-    what = f"{done.frames} frames" if done.frames > 1 else "1 frame"
-    (width, height), (w, h) = done.size, done.work_size
-    typer.echo(f"result:     {done.path}  ({what} of {width}x{height}, edited at {w}x{h} in {done.seconds:.1f} s)")
-    typer.echo(f"film strip: {done.strip}")
+    typer.echo(f"result:     {done.path}  ({done.about})\nfilm strip: {done.strip}")
     if done.comparison:
         typer.echo(f"comparison: {done.comparison}")
 
@@ -330,29 +247,22 @@ def _edit_list(o, defaults):
     from kiwi_edit.data.files import BadEdits, read_edits, run_edits
 
     say = lambda line: tqdm.write(line, file=sys.stderr)
-    seen = None
 
     def watched(done, total, what):
-        nonlocal seen
-        seen = done, total
+        _now.left = f"{done} of {total} rows are done; {_AGAIN}"
         report(done, total, what)
 
     try:
-        with bar("rows", delay=2) as report:
+        with _bar("rows", delay=2) as report:
             edits = read_edits(o.video, o.out, report, **defaults)
         edits.check(o.skip_bad)
         _hush_bars()
-        with bar("rows") as report:
+        with _bar("rows") as report:
             run = run_edits(edits, o.model, o.device, o.workers, o.overwrite, o.skip_bad, watched, say)
     except BadEdits as error:
         _some([str(bad).replace("`overwrite`", "--overwrite") for bad in error.bad])
-        raise InputError(
-            f"`path` has to hold good rows unless `skip_bad` is set but {len(error.bad)} of {error.total} rows are bad."
-        ) from error
-    except SystemExit as stop:
-        if seen:
-            stop.left = f"{seen[0]} of {seen[1]} rows are done; the same command goes on from here"
-        raise
+        bad = f"{len(error.bad)} of {error.total} rows are bad"
+        expect(False, f"`path` has to hold good rows unless `skip_bad` is set but {bad}.")
     wrong = [record for record in run.records if record["status"] != "done"]
     _some([f"row {record['row']} {record['status']}: {record['error']}" for record in wrong])
     typer.echo(run.summary())
@@ -379,39 +289,31 @@ def _demo(o):
 @_command
 def _evaluate(o):
     "Score a model, or finished videos, on the kit's own bench or on a published one."
-    from kiwi_edit.world import DIFFICULTIES, TASKS
+    from kiwi_edit.world import TASKS
 
     tasks = list(TASKS) if o.tasks is None else [task.strip() for task in o.tasks.split(",")]
-    for name, values, known in (
-        ("difficulty", [o.difficulty or "full"], DIFFICULTIES),
-        ("bench", [o.bench], ("kit", "refvie", "openve", "imgedit")),
-        ("tasks", tasks, TASKS),
-    ):
-        for value in values:
-            if value not in known:
-                raise InputError(f"`{name}` has to be of {', '.join(known)} but is {value!r}.")
+    for task in tasks:
+        expect(task in TASKS, f"`tasks` has to be of {', '.join(TASKS)} but is {task!r}.")
     o.part, o.number = _parse_parts(o.parts)
-    o.extra = _pairs(o.parameter, "extra", "NAME=VALUE, such as temperature=1,", _json_or_text)
-    if o.bench != "kit" and o.data is None:
-        raise InputError(f"`data` has to be the file of {o.bench} but is not given.")
-    alone = o.bench == "kit" and o.judge is None and o.videos is None
-    unwanted = dict.fromkeys(
-        ("data", "root", "limit") if o.bench == "kit" else ("tasks", "difficulty"), f"of the bench {o.bench}"
-    )
-    if o.videos is not None:
-        unwanted |= dict.fromkeys(("model", "steps", "concat", "parts"), "where finished videos are scored")
-    if alone:
-        unwanted |= dict.fromkeys(("concat", "parameter", "parts"), "of the kit's bench unless `judge` is given")
-    else:
-        unwanted["overwrite"] = "where rows are scored one by one: a folder is gone on in, and what is there is kept"
-    for name, where in unwanted.items():
-        if (value := getattr(o, name)) not in (None, False, "1/1", []):
-            raise InputError(f"`{name}` has to be left out {where} but is {value!r}.")
+    kit = o.bench == "kit"
+    alone = kit and o.judge is None and o.videos is None
+    expect(kit or o.data, f"`data` has to be the file of {o.bench} but is not given.")
+    finished, scored = o.videos is not None, "where rows are scored one by one, in a folder that keeps what is there,"
+    for wrong, names, where in (
+        (kit, "data root limit", "of the bench kit"),
+        (not kit, "tasks difficulty", f"of the bench {o.bench}"),
+        (finished, "model steps concat parts", "where finished videos are scored"),
+        (alone, "concat parameter parts", "of the kit's bench unless `judge` is given"),
+        (not alone, "overwrite", scored),
+    ):
+        for name in names.split() if wrong else ():
+            value = getattr(o, name)
+            expect(value in (None, False, "1/1", {}), f"`{name}` has to be left out {where} but is {value!r}.")
     o.tasks, o.difficulty = tasks, o.difficulty or "full"
     if alone:
         return _measure_model(o)
-    with _left("the same command goes on from here"):
-        _score_rows(o)
+    _now.left = _AGAIN
+    _score_rows(o)
 
 # %% ../../nbs/library/52_cli.ipynb #e7a10001
 def _measure_model(o):
@@ -421,17 +323,15 @@ def _measure_model(o):
     if o.out is None:
         o.out = settings().output_dir / "report.json"
         o.out.parent.mkdir(parents=True, exist_ok=True)
-    if o.out.suffix.lower() != ".json":
-        raise InputError(f"`out` has to end in .json but is {str(o.out)!r}.")
+    expect(o.out.suffix.lower() == ".json", f"`out` has to end in .json but is {str(o.out)!r}.")
     check_outputs([o.out], [], o.overwrite)
-    pipe = load(o.model, o.device)
+    pipe = _load(o)
     from kiwi_edit.eval.benchmark import run_benchmark
 
     options = dict(samples=o.samples, steps=o.steps, difficulty=o.difficulty)
     report = run_benchmark(pipe, tasks=tuple(o.tasks), progress=True, **options)
     report.save(o.out)
-    typer.echo(report._repr_markdown_())
-    typer.echo(f"report: {o.out}")
+    typer.echo(f"{report._repr_markdown_()}\nreport: {o.out}")
 
 
 def _score_rows(o):
@@ -439,38 +339,35 @@ def _score_rows(o):
     from kiwi_edit.data.files import renamed
 
     out = (o.out or settings().output_dir / f"evaluation-{o.bench}").expanduser()
-    if out.suffix.lower() == ".json" or out.is_file():
-        raise InputError(f"`out` has to be a folder where rows are scored one by one but is {str(out)!r}.")
+    good = out.suffix.lower() != ".json" and not out.is_file()
+    expect(good, f"`out` has to be a folder where rows are scored one by one but is {str(out)!r}.")
     if o.videos is not None and not o.videos.expanduser().is_dir():
         raise FileNotFoundError(f"`videos` has to be a folder of results but {str(o.videos)!r} is none.")
     from kiwi_edit.eval.published import judge_of, read_bench, score_rows, world_rows
 
     name = o.judge or {"embedded": "metrics"}.get(settings().judge, settings().judge)
     later = name.startswith("transformers:")  # it would lie in memory while the videos are made
-    if later and o.extra:
-        raise InputError(f"`extra` has to be left out unless the judge is openai:MODEL but is {o.extra!r}.")
-    judge = None if later else judge_of(name, o.bench, extra=o.extra)
+    unasked = f"`parameter` has to be left out unless the judge is openai:MODEL but is {o.parameter!r}."
+    expect(not (later and o.parameter), unasked)
+    judge = None if later else judge_of(name, o.bench, extra=o.parameter)
     if o.bench == "kit":
         rows = world_rows(o.tasks, o.samples, difficulty=o.difficulty)
     else:
         with renamed("`path`", "`data`"):
             rows = read_bench(o.bench, o.data, o.root)[: o.limit]
     folder = out / "videos" if o.videos is None else o.videos.expanduser()
-    about = _make_rows(o, rows, folder) if o.videos is None else _made_with(folder)
+    about, mark = None, folder / "bench.json"  # where finished videos say what made them
+    if o.videos is None:
+        about = _make_rows(o, rows, folder)
+    elif mark.is_file():
+        about = json.loads(mark.read_text(encoding="utf-8"))["about"]
     if o.number > 1:
         return typer.echo(f"part {o.part + 1} of {o.number}; without --parts the same command scores all")
-    judge = judge or judge_of(name, o.bench, o.device or settings().device, o.extra)
+    judge = judge or judge_of(name, o.bench, o.device or settings().device, o.parameter)
     report = score_rows(rows, folder, judge, out, about=about, say=_say, progress=True)
-    typer.echo(report._repr_markdown_())
-    typer.echo(f"report: {out / 'report.html'}")
+    typer.echo(f"{report._repr_markdown_()}\nreport: {out / 'report.html'}")
     if report.counts["scored"] < len(rows):
         raise typer.Exit(1)
-
-
-def _made_with(folder):
-    "What finished videos were made with, where it is written."
-    mark = folder / "bench.json"
-    return json.loads(mark.read_text(encoding="utf-8"))["about"] if mark.is_file() else None
 
 
 def _make_rows(o, rows, folder):
@@ -479,7 +376,7 @@ def _make_rows(o, rows, folder):
     from kiwi_edit.eval.benchmark import provenance
     from kiwi_edit.eval.published import SETTINGS, edit_rows, write_imgedit_list
 
-    pipe = load(o.model, o.device)
+    pipe = _load(o)
     steps = o.steps or (pipe.config.default_steps if o.bench == "kit" else 50)
     about = dict(model=str(o.model or settings().checkpoint), steps=steps, seed=SETTINGS["seed"])
     about |= provenance(pipe._execution_device, find_model(o.model))
@@ -498,34 +395,11 @@ def _choose_stages(preset, names, official_defects=False):
     from kiwi_edit.train.curriculum import OFFICIAL, STAGES, as_official, find_stage
 
     get_preset(preset)
-    if not names and preset != "tiny":
-        raise InputError(
-            f"`stage` has to be given for {preset}, whose stages need data of their own: {', '.join(OFFICIAL[preset])}."
-        )
+    needed = f"`stage` has to be given for {preset}, of {', '.join(OFFICIAL.get(preset, ()))}, but is not."
+    expect(names or preset == "tiny", needed)
     with renamed("`name`", "`stage`"):
         stages = [find_stage(preset, name) for name in names or STAGES]
     return [as_official(stage) if official_defects else stage for stage in stages]
-
-
-def _parse_data(texts, default=""):
-    "Mode -> metadata file, of MODE=METADATA; `default` is the mode of a file that names none."
-    if not texts:
-        return {}
-    from kiwi_edit.encoder import MODES
-
-    data = {}
-    for text in texts:
-        mode, _, path = text.partition("=")
-        if mode not in MODES and default:
-            mode, path = default, text
-        if mode not in MODES or not path:
-            raise InputError(
-                f"`data` has to be MODE=METADATA, where MODE is one of {', '.join(MODES)}, but is {text!r}."
-            )
-        if mode in data:
-            raise InputError(f"`data` has to name one file for each mode but names two for {mode}.")
-        data[mode] = Path(path).expanduser()
-    return data
 
 # %% ../../nbs/library/52_cli.ipynb #402c0c28
 def _check_data(stages, data, factor):
@@ -533,41 +407,32 @@ def _check_data(stages, data, factor):
     from kiwi_edit.train.engine import stage_data
 
     wanted = dict.fromkeys(mode for stage in stages for mode in stage.mix)
-    if data and not wanted:
-        raise InputError(f"`data` has to be left out where stages draw their own but names {', '.join(data)}.")
-    if set(data) != set(wanted):
-        named = ", ".join(data) or "none"
-        raise InputError(f"`data` has to name a metadata file for {', '.join(wanted)} but names {named}.")
+    needs = f"name a metadata file for {', '.join(wanted)}" if wanted else "be left out where stages draw their own"
+    expect(set(data) == set(wanted), f"`data` has to {needs} but names {', '.join(data) or 'none'}.")
     seen = {}
     for stage in stages:
         seen |= stage_data(stage, {mode: data[mode] for mode in stage.mix}, factor) if stage.mix else {}
     for mode, (dataset, _) in seen.items():
         sample = _good_row(dataset, f"`data` of {mode}", data[mode])
-        if (sample.reference is not None) != (mode == "ref"):
-            needs = "a reference (ref_image or ref_image_bytes)" if mode == "ref" else "no references"
-            has = "none" if mode == "ref" else "one"
-            raise InputError(f"`data` of {mode} has to have {needs} but {sample.id} has {has}.")
+        needs = "a reference (ref_image or ref_image_bytes)" if mode == "ref" else "no references"
+        has = "none" if sample.reference is None else "one"
+        expect((has == "one") == (mode == "ref"), f"`data` of {mode} has to have {needs} but {sample.id} has {has}.")
 
 
 def _good_row(dataset, name, path):
     "The first row that can be read, of the first eight."
     from kiwi_edit.data.dataset import BadRow
 
-    bad = []
     for i in range(min(8, len(dataset))):
         try:
             return dataset[i]
         except BadRow as error:
-            bad.append(error)
-    raise InputError(f"{name} has to have a good row among its first {len(bad)} but {str(path)!r} has none: {bad[0]}")
+            bad = error
+    expect(False, f"{name} has to have a good row among its first {i + 1} but {str(path)!r} has none: {bad}")
 
 # %% ../../nbs/library/52_cli.ipynb #e44dd7e9
 def _check_model(name, preset, argument):
     "The folder of a model that has a preset's sizes; one on the hub is downloaded. `argument` is what named it."
-    if str(name).endswith(".safetensors"):
-        raise InputError(
-            f"`{argument}` has to be a model, which `kiwi-edit convert` makes of checkpoints, but is {str(name)!r}."
-        )
     from kiwi_edit.data.files import renamed
     from kiwi_edit.pipeline import find_checkpoint
 
@@ -575,11 +440,10 @@ def _check_model(name, preset, argument):
         folder = find_checkpoint(str(name))
     found = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
     for size in ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels"):
-        if found.get(size) != preset.transformer[size]:
-            wanted, has = f"{size} {preset.transformer[size]}", found.get(size)
-            raise InputError(
-                f"`{argument}` has to be a model of the sizes of {preset.name}, with {wanted}, but has {has}."
-            )
+        rule = f"a model of the sizes of {preset.name}, with {size} {preset.transformer[size]}"
+        expect(
+            found.get(size) == preset.transformer[size], f"`{argument}` has to be {rule}, but has {found.get(size)}."
+        )
     return folder
 
 
@@ -590,19 +454,9 @@ def _check_trainer(start, bases):
     if not Path(start).is_file():
         raise FileNotFoundError(f"`start` has to be a file, if it ends in .safetensors, but {start!r} does not exist.")
     for part in ("vae", "mllm"):
-        if part not in bases:
-            raise InputError(f"`base` has to name vae and mllm for a trainer's checkpoint but lacks {part}.")
+        expect(part in bases, f"`base` has to name vae and mllm for a trainer's checkpoint but lacks {part}.")
     for part, source in bases.items():
         find_base(part, source)
-
-
-def _parse_bases(texts):
-    "Part -> file, folder or hub id."
-    form = "PART=SOURCE, where PART is transformer, vae or mllm,"
-    for text in texts or ():
-        if text.partition("=")[0] not in ("transformer", "vae", "mllm"):
-            raise InputError(f"`base` has to be {form} but is {text!r}.")
-    return _pairs(texts, "base", form)
 
 # %% ../../nbs/library/52_cli.ipynb #4fe0b251
 def _sharded():
@@ -613,20 +467,16 @@ def _sharded():
 def _check_stages(out, stages, resume):
     "Raise unless the stages can be run in that folder by this many processes."
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    if out.exists() and not out.is_dir():
-        raise InputError(f"`out` has to be a folder but {str(out)!r} is a file.")
+    expect(out.is_dir() or not out.exists(), f"`out` has to be a folder but {str(out)!r} is a file.")
     for stage in stages:
+        name = f"`stage` {stage.name!r}"
         if (out / stage.name / "log.jsonl").exists() and not resume:
             raise FileExistsError(f"`out` has to hold no run of stage {stage.name!r} unless `resume` is given.")
-        if _sharded() and stage.optimizer == "muon":
-            raise InputError(
-                f"`stage` has to be one that AdamW trains where weights are sharded but Muon trains {stage.name!r}."
-            )
+        adam = not _sharded() or stage.optimizer != "muon"
+        expect(adam, f"{name} has to be one that AdamW trains where weights are sharded but Muon trains it.")
         for bucket in stage.buckets:
-            if bucket.batch_size % processes:
-                raise InputError(
-                    f"`stage` {stage.name!r} has batches of {bucket.batch_size} samples for {processes} processes."
-                )
+            size = bucket.batch_size
+            expect(size % processes == 0, f"{name} has batches of {size} samples for {processes} processes.")
 
 
 def _check_start(out, stage, start, resume, bases):
@@ -635,22 +485,18 @@ def _check_start(out, stage, start, resume, bases):
     from kiwi_edit.train.engine import find_model
 
     preset, model, trainer = get_preset(stage.preset), find_model(out), str(start).endswith(".safetensors")
-    if model and start and not resume:
-        raise InputError(f"`start` has to be left out where `out` holds a model to go on from but is {start!r}.")
-    if bases and not trainer:
-        raise InputError(
-            f"`base` has to be left out unless `start` is a trainer's checkpoint but is {', '.join(bases)}."
-        )
+    taken = f"`start` has to be left out where `out` holds a model to go on from but is {start!r}."
+    expect(resume or not (model and start), taken)
+    named = f"unless `start` is a trainer's checkpoint but is {', '.join(bases)}."
+    expect(trainer or not bases, f"`base` has to be left out {named}")
     if not model and trainer:
         _check_trainer(start, bases)
     elif model or start:
         _check_model(model or start, preset, "out" if model else "start")
-    elif preset.name != "tiny":
-        raise InputError(
-            f"`start` has to be given for {preset.name} where `out` holds no model yet: a folder or a hub id."
-        )
-    elif stage.follows:
+    elif stage.follows and preset.name == "tiny":
         _say(f"warning: stage {stage.name} starts from a random model, without {stage.follows}, which it builds on")
+    needed = f"`start` has to be given for {preset.name} where `out` holds no model yet: a folder or a hub id."
+    expect(model or start or preset.name == "tiny", needed)
 
 # %% ../../nbs/library/52_cli.ipynb #2eb7071c
 def _free_memory(device):
@@ -676,7 +522,8 @@ def _check_memory(stage, online, memory):
 
 # %% ../../nbs/library/52_cli.ipynb #c09c695d
 def _options_table(whole):
-    "Memory of the fullest kind of batch of an `Estimate` under other choices, one at a time, as markdown."
+    "Memory of the fullest kind of batch of an `Estimate` under other choices, one at a time."
+    from kiwi_edit.records import Table
     from kiwi_edit.train.estimate import estimate
 
     stage, preset = whole.stage, whole.preset
@@ -689,33 +536,28 @@ def _options_table(whole):
     mix = dict(mix=(fullest.mode,), shares=(1.0,) if stage.shares else ()) if stage.mix else {}
     one = replace(stage, buckets=tuple(buckets[:1]), **mix)
     other = ("transformer", "language_model") if not stage.checkpointing else ()
-    kept = estimate(one, preset, whole.online, checkpointing=other)
     choices = {
         "as above": whole,
         "from a cache" if whole.online else "online": estimate(one, preset, not whole.online),
-        "checkpointing of both networks" if other else "no checkpointing": kept,
+        "checkpointing of both networks" if other else "no checkpointing": estimate(
+            one, preset, whole.online, checkpointing=other
+        ),
         "optimizer in the host's memory": replace(whole, offload_optimizer=True),
     }
     kinds = ("weights", "gradients", "optimizer", "activations")
-    lines = [f"| {'choice, GB':30} | " + " | ".join(f"{name:11}" for name in (*kinds, "all")) + " |"]
-    lines.append(f"|{'-' * 32}|" + f"{'-' * 13}|" * 5)
-    for name, found in choices.items():
-        sizes = [*map(found.memory.get, kinds), found.peak]
-        lines.append(f"| {name:30} | " + " | ".join(f"{size / 1e9:11.2f}" for size in sizes) + " |")
-    return "\n".join(lines)
+    rows = [(name, [*map(found.memory.get, kinds), found.peak]) for name, found in choices.items()]
+    rows = [[name, *(f"{size / 1e9:.2f}" for size in sizes)] for name, sizes in rows]
+    return Table("", ["choice, GB", *kinds, "all"], rows)
 
 # %% ../../nbs/library/52_cli.ipynb #3683c664
 def _find_tracker(track):
     "The trackers of a run, by names that Accelerate knows; TensorBoard where it is installed and nothing is said."
     from importlib.util import find_spec
 
-    if track not in (None, "tensorboard", "wandb", "none"):
-        raise InputError(f"`track` has to be tensorboard, wandb or none but is {track!r}.")
-    name = track or "tensorboard"
-    if name == "none" or track is None and find_spec(name) is None:
+    if track == "none" or track is None and find_spec("tensorboard") is None:
         return ()
-    require(name)
-    return (name,)
+    require(track or "tensorboard")
+    return (track or "tensorboard",)
 
 # %% ../../nbs/library/52_cli.ipynb #67026be1
 @_command
@@ -724,12 +566,10 @@ def _train(o):
     preset, seed = o.preset or settings().preset, settings().seed if o.seed is None else o.seed
     trackers = _find_tracker(o.track)
     stages = _choose_stages(preset, o.stage, o.official_defects)
-    for option in ("seconds_per_step", "options"):
-        if getattr(o, option) and not o.dry_run:
-            raise InputError(f"`{option}` has to come with `dry_run`, which it is for.")
-    if o.score and preset != "tiny":
-        raise InputError(f"`score` has to be left out for {preset}, which has no bench, but is {o.score}.")
-    data, bases = _parse_data(o.data), _parse_bases(o.base)
+    for name in ("seconds_per_step", "options"):
+        expect(o.dry_run or not getattr(o, name), f"`{name}` has to come with `dry_run`, which it is for.")
+    no_bench = f"`score` has to be left out for {preset}, which has no bench, but is {o.score}."
+    expect(preset == "tiny" or not o.score, no_bench)
     if o.steps or o.minutes:
         stages = [replace(s, minutes=o.minutes, steps=o.steps or s.steps) for s in stages]
     from kiwi_edit.core import choose_device
@@ -737,31 +577,30 @@ def _train(o):
     where = choose_device(o.device or settings().device)
     if o.dry_run:
         return _dry(o, stages, where)
-    _check_train(o, stages, data, bases, where)
+    for s in stages:
+        unsaid = f"`steps` has to be given for stage {s.name!r} of {s.preset}, whose recipe does not say."
+        expect(s.steps is not None, unsaid)
+    if not _rank():
+        _check_train(o, stages, where)
     from kiwi_edit.train.engine import train
 
     _hush_bars()
-    given = dict(bases=bases, seed=seed, device=str(where), keep=o.keep, trackers=trackers)
+    given = dict(bases=o.base, seed=seed, device=str(where), keep=o.keep, trackers=trackers)
     for s in stages:
         _say(f"stage {s.name}")
-        files = {mode: data[mode] for mode in s.mix}
+        files = {mode: o.data[mode] for mode in s.mix}
         train(s, o.out, o.start, files, o.cache, evaluate=_scorer(s, o.score), **given)
     if not _rank():
         typer.echo(f"model: {o.out / 'model'}")
 
 
-def _check_train(o, stages, data, bases, where):
+def _check_train(o, stages, where):
     "Everything that can be said before weights are read."
     from kiwi_edit.core import preset as get_preset
 
-    for s in stages:
-        if s.steps is None:
-            raise InputError(f"`steps` has to be given for stage {s.name!r} of {s.preset}, whose recipe does not say.")
-    if _rank():
-        return
-    _check_data(stages, data, get_preset(stages[0].preset).size_multiple)
+    _check_data(stages, o.data, get_preset(stages[0].preset).size_multiple)
     _check_stages(o.out, stages, o.resume)
-    _check_start(o.out, stages[0], o.start, o.resume, bases)
+    _check_start(o.out, stages[0], o.start, o.resume, o.base)
     for s in () if _sharded() else stages:
         _check_memory(s, bool(s.mix) and o.cache is None, _free_memory(where))
 
@@ -790,10 +629,9 @@ def _dry(o, stages, where):
     speed = dict(seconds_per_step=o.seconds_per_step, flops_per_second=rate)
     for stage in stages:
         found = estimate(stage, online=bool(stage.mix) and o.cache is None, **speed)
-        typer.echo(found)
+        typer.echo(f"{found}\n")
         if o.options and found.batches:
-            typer.echo(f"\n{_options_table(found)}")
-        typer.echo("")
+            typer.echo(f"{_options_table(found)}\n")
     if rate:
         typer.echo(
             f"Steps are counted as fast as plain matrix products are on {where}, {rate / 1e12:.3g} TFLOP/s; real ones "
@@ -808,23 +646,28 @@ def _cache(o):
 
     preset = o.preset or settings().preset
     sizes = get_preset(preset)
-    part, parts = _parse_parts(o.parts)
-    if o.prune and parts > 1:
-        raise InputError(f"`prune` has to be left to a run over all rows but `parts` is {o.parts}.")
+    o.part, o.number = _parse_parts(o.parts)
+    expect(o.number == 1 or not o.prune, f"`prune` has to be left to a run over all rows but `parts` is {o.parts}.")
     where = choose_device(o.device or settings().device)
     if o.stage is None:
         o.dtype = o.dtype or "bfloat16"
         sources = _table_source(o, sizes)
     else:
         for name in ("num_frames", "max_pixels", "dtype"):
-            if getattr(o, name) is not None:
-                raise InputError(f"`{name}` has to be left to `stage` where one is given but is {getattr(o, name)}.")
+            value = getattr(o, name)
+            expect(value is None, f"`{name}` has to be left to `stage` where one is given but is {value}.")
         stage = _choose_stages(preset, [o.stage], o.official_defects)[0]
         sources, o.dtype = _stage_sources(o.data, stage, sizes), stage.dtype
     model = o.model or (settings().checkpoint if preset == settings().preset else PRESETS[preset].checkpoint)
-    if not model:
-        raise InputError(f"`model` has to be given for {preset}, for which no weights are published.")
-    _fill_caches(o, _check_model(model, sizes, "model"), sources, where, part, parts)
+    expect(model, f"`model` has to be given for {preset}, for which no weights are published.")
+    _fill_caches(o, _check_model(model, sizes, "model"), sources, where)
+
+
+def _by_mode(texts, mode):
+    "Mode -> metadata file; `mode` is that of a file that names none."
+    table = OPTIONS["train.data"]
+    named = lambda text: text.partition("=")[0] in table.choices or not mode
+    return table.read([text if named(text) else f"{mode}={text}" for text in texts or ()])
 
 
 def _table_source(o, sizes):
@@ -832,11 +675,11 @@ def _table_source(o, sizes):
     from kiwi_edit.data.dataset import MetadataDataset
     from kiwi_edit.train.cache import RowSettings
 
-    if not o.data or len(o.data) != 1:
-        raise InputError(f"`data` has to be one metadata file without `stage` but there are {len(o.data or ())}.")
+    number = len(o.data or ())
+    expect(number == 1, f"`data` has to be one metadata file without `stage` but there are {number}.")
     frames = sizes.num_frames if o.num_frames is None else o.num_frames
     pixels = sizes.max_pixels if o.max_pixels is None else o.max_pixels
-    [(mode, path)] = _parse_data(o.data, "image" if frames == 1 else "video").items()
+    [(mode, path)] = _by_mode(o.data, "image" if frames == 1 else "video").items()
     dataset = MetadataDataset(path, num_frames=frames, max_pixels=pixels, factor=sizes.size_multiple)
     return {mode: (dataset, RowSettings(o.dtype, (0.7, 1.0)))}
 
@@ -845,34 +688,18 @@ def _stage_sources(data, stage, sizes):
     "What a stage learns from, or the modes of it that are named, as {folder: (dataset, RowSettings)}."
     from kiwi_edit.train.engine import stage_data
 
-    if not (stage.buckets or stage.mix):
-        raise InputError(f"`stage` has to be one that denoises but {stage.name!r} draws new samples all the time.")
-    if stage.buckets and data:
-        raise InputError(
-            f"`data` has to be left out for stage {stage.name!r}, which draws its own, but is {' '.join(data)!r}."
-        )
-    found = _parse_data(data, stage.mix[0] if len(stage.mix) == 1 else "")
-    if stage.mix and not (found and set(found) <= set(stage.mix)):
-        named = ", ".join(found) or "missing"
-        raise InputError(f"`data` has to be of {', '.join(stage.mix)} for stage {stage.name!r} but is {named}.")
+    own = f"`stage` has to be one that denoises but {stage.name!r} draws new samples all the time."
+    expect(stage.buckets or stage.mix, own)
+    found = _by_mode(data, stage.mix[0] if len(stage.mix) == 1 else "" if stage.mix else "image")
+    modes = f"be of {', '.join(stage.mix)}" if stage.mix else "be left out"
+    good = set(found) <= set(stage.mix) and bool(found) == bool(stage.mix)
+    expect(good, f"`data` has to {modes} for stage {stage.name!r} but is {', '.join(found) or 'missing'}.")
     stage = replace(stage, mix=tuple(found), alternation="round_robin", shares=())
     _check_data([stage], found, sizes.size_multiple)
     return stage_data(stage, found, sizes.size_multiple)
 
 # %% ../../nbs/library/52_cli.ipynb #75272048
-@contextlib.contextmanager
-def _loudness(name, level):
-    "Within it, a logger says more or less than usual."
-    log = logging.getLogger(name)
-    before = log.level
-    log.setLevel(level)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
-
-
-def _fill_caches(o, folder, sources, where, part, parts):
+def _fill_caches(o, folder, sources, where):
     "Say what is there, name what is bad, compute what is missing."
     import torch
     from kiwi_edit.pipeline import KiwiEditPipeline
@@ -883,42 +710,35 @@ def _fill_caches(o, folder, sources, where, part, parts):
     _say(f"loading {folder.name} ({where}, {o.dtype})")
     pipe = KiwiEditPipeline.from_pretrained(folder)
     pipe = cast_weights(pipe, getattr(torch, o.dtype)).to(where)  # as training does, for the same numbers
+    log, split = logging.getLogger("kiwi_edit.train.cache"), dict(part=o.part, parts=o.number)
     for name, (dataset, row_settings) in sources.items():
         place = o.out / name
-        with _loudness("kiwi_edit.train.cache", logging.INFO):  # what is reused, what is stale, which rows are bad
-            made = build_cache(pipe, dataset, place, row_settings, workers=o.workers, part=part, parts=parts)
-        done = f"part {part + 1} of {parts} is done"
+        log.setLevel(logging.INFO)  # what is reused, what is stale, which rows are bad
+        made = build_cache(pipe, dataset, place, row_settings, workers=o.workers, **split)
+        log.setLevel(logging.ERROR)  # and nothing of it twice
+        done = f"part {o.part + 1} of {o.number} is done"
         if made is not None:
             done = f"{len(made)} rows, {len(made.bad)} bad, in {made.folder}"
         typer.echo(f"{name}: {done}")
         if o.prune:
-            with _loudness("kiwi_edit.train.cache", logging.ERROR):
-                stale = survey_cache(pipe, dataset, place, row_settings)
-            typer.echo(f"{name}: {stale.prune() / 2**20:.1f} MiB deleted")
+            freed = survey_cache(pipe, dataset, place, row_settings).prune()
+            typer.echo(f"{name}: {freed / 2**20:.1f} MiB deleted")
 
 # %% ../../nbs/library/52_cli.ipynb #c0ffee11
-def _kiwi_synthesizer(model, device):
+def _kiwi_synthesizer(o, model):
     "The kit's own model as a maker of references; for `model_stages`."
     from kiwi_edit.data.backends import KiwiSynthesizer
 
-    pipe = load(model, device)
-    pipe.set_progress_bar_config(disable=True)
-    return KiwiSynthesizer(pipe)
+    return KiwiSynthesizer(_load(SimpleNamespace(model=model, device=o.device)))
 
 
-def _parse_thresholds(texts):
-    return _pairs(texts, "thresholds", "STAGE.SCORE=NUMBER, such as verify.quality=8,", float)
-
-
-def _parse_actors(texts):
-    "Stage -> its number of actors and the GPUs of each."
+def _actors(text):
+    "How many, and the GPUs of each, of such as 2x0.5."
     from kiwi_edit.data.synthesis import Actors
 
-    def read(value):
-        number, gpus = value.split("x")
-        return Actors(int(number), gpus=float(gpus))
-
-    return _pairs(texts, "actors", "STAGE=NUMBERxGPUS, such as segment=2x0.5,", read)
+    match = re.fullmatch(r"(\d+)x(\d+|\d*\.\d+)", text)
+    expect(match, f"`actors` has to be STAGE=NUMBERxGPUS, such as segment=2x0.5, but has {text!r}.")
+    return Actors(int(match[1]), gpus=float(match[2]))
 
 
 @_command
@@ -927,27 +747,22 @@ def _synthesize(o):
     from functools import partial
     from kiwi_edit.data.synthesis import SynthesisOptions, model_stages, read_pairs, synthesize
 
-    clips = "copy" if o.copy else "refer"
-    batch = o.batch
-    if batch is None:
-        batch = 8 if o.vlm or o.sam or o.embedder else 1
+    batch = (8 if o.vlm or o.sam or o.embedder else 1) if o.batch is None else o.batch
     same = {name: getattr(o, name) for name in ("shard", "workers", "engine", "authentic", "max_failures")}
-    options = SynthesisOptions(batch=batch, clips=clips, **same)
-    columns = _pairs(o.column, "columns", "WHAT=COLUMN")
+    options = SynthesisOptions(batch=batch, clips="copy" if o.copy else "refer", **same)
     kiwi = re.fullmatch(r"kiwi(?::(.+))?", o.editor or "")
     chosen = dict(vlm=o.vlm, sam=o.sam, embedder=o.embedder, device=o.device or settings().device)
-    chosen["editor"] = partial(_kiwi_synthesizer, kiwi[1], o.device) if kiwi else o.editor
-    chosen["thresholds"] = _parse_thresholds(o.thresholds) or None
-    if extra := _pairs(o.parameter, "extra", "NAME=VALUE, such as temperature=1,", _json_or_text):
-        chosen["extra"] = extra  # only then: it is a part of what names a run
-        if not (o.vlm or "").startswith("openai:"):
-            raise InputError(f"`extra` has to be left out unless --vlm is openai:MODEL but is {o.parameter[0]!r}.")
-    if o.thresholds:
-        model_stages(thresholds=chosen["thresholds"])  # wrong names are said before anything is loaded
-    pairs, stages = read_pairs(o.pairs, o.root, columns), partial(model_stages, **chosen)
-    result = synthesize(pairs, o.out, stages, options, _parse_actors(o.actors), o.overwrite)
-    typer.echo(result._repr_markdown_())
-    typer.echo(f"report: {o.out / 'report.html'}")
+    chosen["editor"] = partial(_kiwi_synthesizer, o, kiwi[1]) if kiwi else o.editor
+    chosen["thresholds"] = o.thresholds or None
+    if o.parameter:
+        chosen["extra"] = o.parameter  # only then: it is a part of what names a run
+        asked = (o.vlm or "").startswith("openai:")
+        expect(asked, f"`parameter` has to be left out unless `vlm` is openai:MODEL but is {o.parameter}.")
+    model_stages(thresholds=chosen["thresholds"])  # wrong names are said before anything is loaded
+    pairs, stages = read_pairs(o.pairs, o.root, o.column), partial(model_stages, **chosen)
+    actors = {stage: _actors(text) for stage, text in o.actors.items()}
+    result = synthesize(pairs, o.out, stages, options, actors, o.overwrite)
+    typer.echo(f"{result._repr_markdown_()}\nreport: {o.out / 'report.html'}")
 
 # %% ../../nbs/library/52_cli.ipynb #82d8d575
 @_command
@@ -958,11 +773,10 @@ def _inspect(o):
     result = inspect_folder(o.folder)
     if o.row is not None:
         return _show_row(result.rows, o.row)
-    typer.echo(result._repr_markdown_())
     kinds = ", ".join(f"{kind} {kept} of {n}" for kind, (kept, n) in result.mix().items())
-    typer.echo(f"\nkinds (kept of all): {kinds}")
+    typer.echo(f"{result._repr_markdown_()}\n\nkinds (kept of all): {kinds}")
     if o.thresholds:
-        left = result.funnel(_parse_thresholds(o.thresholds))
+        left = result.funnel(o.thresholds)
         typer.echo("with these thresholds: " + ", ".join(f"{stage} {n}" for stage, n in left.items()))
     typer.echo(f"report: {o.folder / 'report.html'}")
 
@@ -970,8 +784,7 @@ def _inspect(o):
 def _show_row(rows, iid):
     "Say what every stage said of a pair."
     found = next((row for row in rows if row["iid"] == iid), None)
-    if found is None:
-        raise InputError(f"`row` has to be the id of a pair but {iid!r} is none; the first is {rows[0]['iid']!r}.")
+    expect(found, f"`row` has to be the id of a pair but {iid!r} is none; the first is {rows[0]['iid']!r}.")
     typer.echo(f"{iid}: {found['prompt']}")
     typer.echo(f"edit: {found['edit_type'] or 'not grounded'}, subject: {found['subject'] or 'none'}")
     for verdict in found["verdicts"]:
@@ -986,23 +799,18 @@ def _show_row(rows, iid):
 @_command
 def _convert(o):
     "Write a model in another layout."
-    if o.to not in ("kit", "official", "trainer"):
-        raise InputError(f"`to` has to be kit, official or trainer but is {o.to!r}.")
+    from kiwi_edit.core import choose_dtype
+    from kiwi_edit.weights.checkpoints import convert
+
     given = {name: getattr(o, name) for name in ("transformer", "vae", "mllm", "ref_pad_first")}
     given["transformer_config"] = None if o.heads is None else dict(num_attention_heads=o.heads)
     given = {name: value for name, value in given.items() if value is not None}
     trainer = o.source.endswith(".safetensors") or any(Path(o.source).glob("step-*.safetensors"))
-    if given and not trainer:
-        raise InputError(
-            f"`{min(given)}` has to be left out unless SOURCE is a trainer checkpoint, which {o.source!r} is not."
-        )
-    from kiwi_edit.core import choose_dtype
-    from kiwi_edit.weights.checkpoints import convert
-
+    strange = f"`{min(given, default='')}` has to be left out unless SOURCE is a trainer checkpoint"
+    expect(trainer or not given, f"{strange}, which {o.source!r} is not.")
     _say("reading and writing the weights")
     _hush_bars()
-    dtype = None if o.dtype is None else choose_dtype(o.dtype)
-    convert(o.source, o.destination, o.to, dtype, o.overwrite, **given)
+    convert(o.source, o.destination, o.to, o.dtype and choose_dtype(o.dtype), o.overwrite, **given)
     size = sum(file.stat().st_size for file in o.destination.rglob("*") if file.is_file())
     typer.echo(f"{o.to}: {o.destination} ({size / 1e6:,.1f} MB)")
 
@@ -1027,9 +835,7 @@ def _error_line(error, command, arguments):
     return one_line(error, _flags(command), "`size` and `frames` have" if command == "edit" else f"`{command}` has"), 1
 
 # %% ../../nbs/library/52_cli.ipynb #c7cdb1ae
-_GOES_ON = dict(train="`--resume` goes on from the last checkpoint") | dict.fromkeys(
-    ("cache", "synthesize"), "the same command goes on from here"
-)
+_GOES_ON = dict(train="`--resume` goes on from the last checkpoint", cache=_AGAIN, synthesize=_AGAIN)
 
 
 def main(
@@ -1042,14 +848,14 @@ def main(
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     _hush()
+    _now.left = _GOES_ON.get(command, "no partial file is left")
     try:
-        with tidy_signals():
+        with _tidy_signals():
             status = app(args=arguments, prog_name="kiwi-edit", standalone_mode=False) or 0
     except SystemExit as stop:
         status = stop.code if stop.code is not None else 0
         if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-            left = getattr(stop, "left", None) or _GOES_ON.get(command, "no partial file is left")
-            _say(f"\nerror: interrupted; {left}")
+            _say(f"\nerror: interrupted; {_now.left}")
     except Exception as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             typer.echo(error.format_message(), err=True)

@@ -11,6 +11,7 @@ import errno
 import gc
 import hashlib
 import html
+import json
 import logging
 import math
 import os
@@ -22,12 +23,13 @@ import tempfile
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['UPLOADS', 'logger', 'KEEP', 'UPLOAD', 'LONGEST', 'LARGEST', 'DEVICE', 'LOOK', 'make_demo', 'launch', 'close']
+__all__ = ['LOOK', 'make_demo', 'launch', 'close']
 
 # %% ../../nbs/library/51_demo.ipynb #dd6a8ad3
 # before the import: the page talks to nobody but the browser, and keeps no list of what was edited
@@ -35,19 +37,20 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("GRADIO_RUN_HISTORY", "False")
 _PREFIX = "kiwi-edit-page-"  # of temporary folders, before the number of the process
 _OWN = str(Path(tempfile.gettempdir()) / f"{_PREFIX}{os.getpid()}-uploads")  # goes with the process
-UPLOADS = Path(os.environ.setdefault("GRADIO_TEMP_DIR", _OWN))
+_UPLOADS = Path(os.environ.setdefault("GRADIO_TEMP_DIR", _OWN))
 import gradio as gr
 import numpy as np
 import PIL.Image
+import psutil
 
 from .options import OPTIONS
-from ..core import InputError, PRESETS, assets_dir, choose_device, choose_dtype, count_weights, settings
-from ..data.files import Limits, edit_file, find_model, load_model, one_line, parse_size
+from ..core import PRESETS, assets_dir, choose_device, choose_dtype, count_weights, expect, settings
+from ..data.files import Limits, edit_file, find_model, load_model, one_line, parse_size, renamed
 from ..eval.clips import CLIP_METRICS
 from ..records import Table, image_tag, read_lines
 from ..video import as_frames, film_strip, read_image, read_video, replacing, video_info, write_video
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 # %% ../../nbs/library/51_demo.ipynb #51874866
 def _sample_examples():
@@ -61,74 +64,66 @@ def _sample_examples():
     ]
 
 
-_SUGGESTIONS = (
-    "Make everything look snowy.",
-    "Swap the background for the scene shown in the reference.",
-    "Replace the flamingo with what the reference shows.",
-    "Turn the color of the flamingo to blue.",
-    "Erase the flamingo from the clip.",
-    "Put a pumpkin at the bottom right of the video.",
-)
+_FIRST = 1  # of the examples, which the page opens with
+
+
+def _opening(name):
+    "What the page opens with: the path of a file that is made beforehand, or the words for a place of the page."
+    folder = assets_dir() / "demo"
+    words = json.loads((folder / "words.json").read_text(encoding="utf-8"))
+    return words[name] if name in words else str(folder / name)
 
 # %% ../../nbs/library/51_demo.ipynb #d0000001
-def _weights_in(folder):
-    "How many weights a model folder in any layout holds, from the headers of its files."
-    from safetensors import safe_open
-
-    total = 0
-    for file in Path(folder).rglob("*.safetensors"):
-        with safe_open(file, "np") as weights:
-            total += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())
-    return total
-
-
-def _is_here(model):
-    "Whether a model lies on this machine."
-    return Path(model).is_dir() or (assets_dir() / model / "model_index.json").is_file()
-
-# %% ../../nbs/library/51_demo.ipynb #d0000003
+_TINY = "restyles, swaps backgrounds, adds, removes and replaces things of the kit's small world, softly"
 _PEAKS = {
     "tiny": (0.07, "5 frames of 96x96, float32"),
     "wan2.2-5b": (23.5, "81 frames of 832x480, bfloat16"),
 }  # GB, and of which edit: `curriculum.edit_cost`
 
 
+def _is_here(model):
+    "Whether a model lies on this machine."
+    return Path(model).is_dir() or (assets_dir() / model / "model_index.json").is_file()
+
+
 @lru_cache
 def _memory_note(model):
     "What a model needs in memory, without loading or fetching it, as one sentence."
     known = next((preset for preset in PRESETS.values() if preset.checkpoint == model), None)
-    here = _is_here(model)
-    if not here and not known:
+    if _is_here(model):
+        size = sum(file.stat().st_size for file in find_model(model).rglob("*.safetensors"))
+        note = f"Its weights take {size / 1e9:.2f} GB on disk"
+    elif known:
+        device = choose_device(settings().device)
+        dtype, number = choose_dtype(settings().dtype, device), sum(count_weights(known).values())
+        size = f"{number * dtype.itemsize / 1e9:.2f} GB on this {device.type.upper()}"
+        note = f"It is fetched at the first edit; its {number / 1e6:,.1f} million weights take {size}"
+    else:
         return "What it needs in memory is known once it is fetched, at the first edit."
-    device = choose_device(settings().device)
-    dtype = choose_dtype(settings().dtype, device)
-    number = _weights_in(find_model(model)) if here else sum(count_weights(known).values())
-    size, kind = number * dtype.itemsize / 1e9, str(dtype).removeprefix("torch.")
-    note = f"Its {number / 1e6:,.1f} million weights take {size:.2f} GB on this {device.type.upper()} in {kind}"
-    if known and known.name in _PEAKS:
+    if known:
         peak, edit = _PEAKS[known.name]
-        note += f"; an edit of {edit} takes {peak:g} GB with all that it works with"
-    return f"{note}." if here else f"{note}. It is fetched at the first edit."
-
-# %% ../../nbs/library/51_demo.ipynb #37c2abe7
-_OF_TINY = (
-    "It is small enough to travel with the kit and was trained on the kit's own procedural world: cut-out things that "
-    "move on photographs. There it restyles, swaps backgrounds, and adds, removes, recolours and replaces things, some "
-    "better than others. It knows the words of that world and no others. A reference has to show a thing about where "
-    "it will stand and about as large. On footage of the real world it does styles and new backgrounds, softly."
-)
+        note += f", and an edit of {edit} takes {peak:g} GB with all that it works with"
+    return f"{note}."
 
 
 def _describe(model, limits):
-    "What can be expected of a model that takes so much at once, as markdown; `limits` is None where nobody knows yet."
-    lines, name = [], Path(model).name
+    "What can be expected of a model, as a line of markdown; `limits` is None where nobody knows yet what it takes."
+    name, tiny = Path(model).name, Path(model).name == "kiwi-edit-tiny"
+    card = "card" if tiny else "" if Path(model).is_dir() else f"https://huggingface.co/{model}"
+    what = f"**{name}** {_TINY if tiny else 'edits by instruction and reference'}"
     if limits:
-        side, frames = round(limits.max_pixels**0.5), limits.max_frames
-        lines.append(
-            f"**{name}** edits the first **{frames} frames** of a clip, or an image, at about "
-            f"**{side}x{side} pixels**, and enlarges the result to the size of yours."
-        )
-    return "\n\n".join(lines + [_OF_TINY] * (name == "kiwi-edit-tiny"))
+        side = round(limits.max_pixels**0.5)
+        what += f": {limits.max_frames} frames, or an image, of about {side}x{side} pixels"
+    return f"{what}." + (f" [Its card]({card})" if card else "")
+
+
+def _card():
+    "The card of the embedded model, its pictures inside."
+    folder = assets_dir() / "kiwi-edit-tiny"
+    text = "[Back to the page](./)\n\n" + re.sub(
+        r"\[([^\]]+)\]\(\.\./[^)]+\)", r"\1", (folder / "README.md").read_text(encoding="utf-8")
+    )
+    return re.sub(r"!\[(.*?)\]\((.+?)\)", lambda link: image_tag((folder / link[2]).read_bytes(), link[1]), text)
 
 # %% ../../nbs/library/51_demo.ipynb #a199d9fa
 class _LazyPipeline:
@@ -142,10 +137,9 @@ class _LazyPipeline:
 
     def check(self, model):
         "Raise where a visitor may not have a model."
-        if model != self.model and not (self.own and (model in self.names or self.any_model)):
-            raise InputError(
-                f"`model` has to be of the page's list, {', '.join(map(str, self.names))}, but is {model!r}."
-            )
+        good = model == self.model or self.own and (model in self.names or self.any_model)
+        listed = ", ".join(map(str, self.names))
+        expect(good, f"`model` has to be of the page's list, {listed}, but is {model!r}.")
 
     def __call__(self, model=None):
         model = model or self.model
@@ -164,32 +158,18 @@ class _LazyPipeline:
         return Limits.read(find_model(self.model)) if self.pipe is None else Limits.of(self.pipe)
 
 # %% ../../nbs/library/51_demo.ipynb #d0000007
-KEEP = 600, 3600  # seconds: how often files are looked through, and from what age they go
-if _PREFIX in UPLOADS.name:
-    atexit.register(shutil.rmtree, UPLOADS, ignore_errors=True)
-
-
-def _alive(pid):
-    "Whether a process of this machine runs."
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+_KEEP = 600, 3600  # seconds: how often files are looked through, and from what age they go
+_OURS = _PREFIX in _UPLOADS.name  # and nobody else's
+if _OURS:
+    atexit.register(shutil.rmtree, _UPLOADS, ignore_errors=True)
 
 
 def _sweep(folder=None):
     "Delete what pages of processes that were killed have left among the temporary files."
     for left in Path(folder or tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         pid = left.name.removeprefix(_PREFIX).split("-")[0]
-        if pid.isdigit() and not _alive(int(pid)):
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _is_old(path):
-    return time.time() - path.stat().st_mtime > KEEP[1]
 
 # %% ../../nbs/library/51_demo.ipynb #bff01bfb
 class _Visitors:
@@ -199,7 +179,7 @@ class _Visitors:
         _sweep()
         self.root = tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{os.getpid()}-", ignore_cleanup_errors=True)
         self.stops = {}  # session -> `threading.Event`
-        self.kept = set()  # paths below `UPLOADS` that stay: those of the examples
+        self.kept = set()  # paths below `_UPLOADS` that stay: those of the examples
 
     def place(self, session):
         "The visitor's folder. The name that a browser sends is not used for a path as it is."
@@ -216,31 +196,30 @@ class _Visitors:
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)
             raise
-        forgotten = [other for other in Path(self.root.name).iterdir() if other != home and _is_old(other)]
-        for old in [*home.iterdir(), *forgotten]:
+        for old in home.iterdir():
             if old != fresh:
                 shutil.rmtree(old, ignore_errors=True)
+        self.tidy()
 
     def tidy(self):
-        "Delete uploads, and Gradio's copies of results, that are old; Gradio itself forgets some."
-        for file in UPLOADS.rglob("*") if _PREFIX in UPLOADS.name else ():
-            if str(file) not in self.kept and file.is_file() and _is_old(file):
-                file.unlink(missing_ok=True)
+        "Delete old results, and old uploads and Gradio's copies; Gradio itself forgets some."
+        for folder in [self.root.name] + [_UPLOADS] * _OURS:
+            for file in Path(folder).rglob("*"):
+                old = file.is_file() and time.time() - file.stat().st_mtime > _KEEP[1]
+                if old and str(file) not in self.kept:
+                    file.unlink(missing_ok=True)
 
     def begin(self, session):
         self.stops[session] = threading.Event()
 
     def stop(self, session):
-        if session in self.stops:
-            self.stops[session].set()
+        self.stops.get(session, threading.Event()).set()
 
     @contextlib.contextmanager
     def editing(self, session):
         "The switch of the edit that is made in the block; it may have been set while the edit waited for its turn."
-        if session not in self.stops:
-            self.begin(session)
         try:
-            yield self.stops[session]
+            yield self.stops.setdefault(session, threading.Event())
         finally:
             self.stops.pop(session, None)
 
@@ -252,45 +231,38 @@ class _Visitors:
         shutil.rmtree(self.place(session), ignore_errors=True)
 
 # %% ../../nbs/library/51_demo.ipynb #d000000a
-UPLOAD = "100mb"
-LONGEST, LARGEST = 120, 4096 * 2304  # seconds of a clip, pixels of a frame or picture
+_UPLOAD_SIZE = "100mb"
+_LONGEST, _LARGEST = 120, 4096 * 2304  # seconds of a clip, pixels of a frame or picture
 _MOST = 2**63 - 1  # of a seed
 
 
 def _check_source(path):
     "Raise where a clip or an image is more than the page takes."
-    from kiwi_edit.data.files import renamed
-
     with renamed("`path`", "`video`"):
         info = video_info(path)
-    if round(info.duration) > LONGEST and info.frames > 1:
-        raise InputError(f"`video` has to be at most {LONGEST} s long but is {info.duration:.0f} s.")
-    _check_pixels("`video` has to have at most {} million pixels a frame", info.width, info.height)
+    short = info.frames <= 1 or round(info.duration) <= _LONGEST
+    expect(short, f"`video` has to be at most {_LONGEST} s long but is {info.duration:.0f} s.")
+    _check_pixels("video", info.width, info.height)
 
 
-def _check_pixels(rule, width, height):
-    if width * height > LARGEST:
-        raise InputError(f"{rule.format(f'{LARGEST / 1e6:.1f}')} but has {width}x{height}.")
+def _check_pixels(name, width, height):
+    most = f"at most {_LARGEST / 1e6:.1f} million pixels"
+    expect(width * height <= _LARGEST, f"`{name}` has to have {most} but has {width}x{height}.")
 
 
 def _check_references(paths):
     "Raise where a reference is larger than the page takes, or there are too many."
-    if len(paths) > 8:
-        raise InputError(f"`references` have to be at most 8 but are {len(paths)}.")
+    expect(len(paths) <= 8, f"`references` have to be at most 8 but are {len(paths)}.")
     for path in paths:
-        try:
-            with PIL.Image.open(path) as image:
-                size = image.size
-        except (OSError, ValueError, PIL.Image.DecompressionBombError):
-            continue  # the reader says it better
-        _check_pixels("`reference` has to have at most {} million pixels", *size)
+        with contextlib.suppress(OSError, PIL.Image.DecompressionBombError), PIL.Image.open(path) as image:
+            _check_pixels("reference", *image.size)  # what is no picture its reader says better
 
 
 def _whole(value, name, least, most):
     "A whole number out of a number field, which is None where it was emptied."
-    if value is None or not least <= value <= most or int(value) != value:
-        found = "empty" if value is None else value
-        raise InputError(f"`{name}` has to be a whole number from {least:,} to {most:,} but is {found}.")
+    good = value is not None and least <= value <= most and int(value) == value
+    found = "empty" if value is None else value
+    expect(good, f"`{name}` has to be a whole number from {least:,} to {most:,} but is {found}.")
     return int(value)
 
 # %% ../../nbs/library/51_demo.ipynb #925274c6
@@ -326,7 +298,7 @@ def _messages(title):
     except Exception as error:
         message = one_line(error, _LABELS)
         if message is None:
-            logger.exception("A fault behind the page.")
+            _logger.exception("A fault behind the page.")
             message = f"There is a fault in the kit ({type(error).__name__}); the server's log says more."
         message = re.sub(r"'[^'\n]*[/\\]([^'/\\]+)'", r"'\1'", message)
         raise _told(title, html.escape(message, quote=False), duration=None) from error
@@ -334,11 +306,9 @@ def _messages(title):
 # %% ../../nbs/library/51_demo.ipynb #d000000f
 def _crop(image, left, right, top, bottom):
     "A part of a picture that begins and ends at these percents of the sides."
-    if not (0 <= left < right <= 100 and 0 <= top < bottom <= 100):
-        asked = f"{left:g} to {right:g} and {top:g} to {bottom:g} %"
-        raise InputError(
-            f"`reference` has to be cut where left is before right and top above bottom but {asked} is asked for."
-        )
+    good = 0 <= left < right <= 100 and 0 <= top < bottom <= 100
+    asked = f"{left:g} to {right:g} and {top:g} to {bottom:g} % is asked for"
+    expect(good, f"`reference` has to be cut where left is before right and top above bottom but {asked}.")
     w, h = image.width / 100, image.height / 100
     x, y = int(left * w), int(top * h)
     return image.crop((x, y, max(math.ceil(right * w), x + 1), max(math.ceil(bottom * h), y + 1)))
@@ -354,24 +324,14 @@ class _Watched:
 
     def __init__(self, pipe, show, stop):
         self.pipe, self.show, self.stop = pipe, show, stop
+        self.before, self.free = None, 0.0
 
     def __getattr__(self, name):
         return getattr(self.pipe, name)
 
     def __call__(self, *args, callback_on_step_end=None, **kwargs):
-        before, free = None, 0.0
-
         def stepped(pipe, step, timestep, tensors):
-            nonlocal before, free
-            self._go_on()
-            sigmas, at, latents = pipe.scheduler.sigmas.tolist(), pipe.scheduler.step_index, tensors["latents"]
-            began = time.monotonic()
-            if (
-                before is not None and sigmas[at] > 0 and began >= free
-            ):  # the last one is the result, which comes anyway
-                self.show(self._picture(_clean_guess(before, latents, sigmas[at - 1], sigmas[at])))
-                free = time.monotonic() + 3 * (time.monotonic() - began)  # looking takes a quarter of the time at most
-            before = latents.clone()
+            self._look(pipe.scheduler, tensors["latents"])
             return callback_on_step_end(pipe, step, timestep, tensors)
 
         self._go_on()
@@ -380,6 +340,16 @@ class _Watched:
     def _go_on(self):
         if self.stop.is_set():
             raise _Stopped
+
+    def _look(self, scheduler, latents):
+        "Show where the step leads, unless it is the last one: the result comes anyway."
+        self._go_on()
+        at, began = scheduler.step_index, time.monotonic()
+        a, b = scheduler.sigmas[at - 1 : at + 1].tolist()
+        if self.before is not None and b > 0 and began >= self.free:
+            self.show(self._picture(_clean_guess(self.before, latents, a, b)))
+            self.free = time.monotonic() + 3 * (time.monotonic() - began)  # a quarter of the time at most
+        self.before = latents.clone()
 
     def _picture(self, latents):
         from kiwi_edit.latents import decode_latents
@@ -390,36 +360,33 @@ class _Watched:
 
 # %% ../../nbs/library/51_demo.ipynb #d0000016
 def _running(job, stop):
-    'What a job in a thread tells, as ("told", value), and at last ("done", result).'
-    told = queue.Queue()
-
-    def go():
+    "What a job in a thread tells, and at last its result."
+    told, end = queue.SimpleQueue(), object()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(job, told.put)
+        running.add_done_callback(lambda _: told.put(end))
         try:
-            told.put(("done", job(lambda value: told.put(("told", value)))))
-        except BaseException as error:
-            told.put(("failed", error))  # it is raised where somebody can hear it
-
-    thread, ended = threading.Thread(target=go, daemon=True), False
-    thread.start()
-    try:
-        while not ended:
-            kind, value = told.get()
-            ended = kind != "told"
-            if kind == "failed":
-                raise value
-            yield kind, value
-    finally:
-        if not ended:
-            stop.set()  # nobody listens any more
-        thread.join()
+            yield from iter(told.get, end)
+        finally:
+            stop.set()  # where nobody listens any more
+        yield running.result()
 
 # %% ../../nbs/library/51_demo.ipynb #d0000018
-def _time_left(seconds, done, total):
-    "How long it will still take, as people say it, so many seconds after the first step began."
-    if not done:
-        return ""
-    left = seconds / done * (total - done)
-    return f", about {left:.0f} s left" if left < 90 else f", about {left / 60:.0f} min left"
+class _Pace:
+    "How far an edit is, and how long it will still take, as people say it."
+
+    began = None
+
+    def __call__(self, done, total, what):
+        if self.began is None and what == "looking":
+            self.began = time.monotonic()
+        return f"{what.capitalize()}: step {done} of {total}{self._left(done, total)}."
+
+    def _left(self, done, total):
+        if self.began is None or not done:
+            return ""
+        left = (time.monotonic() - self.began) / done * (total - done)
+        return f", about {left:.0f} s left" if left < 90 else f", about {left / 60:.0f} min left"
 
 # %% ../../nbs/library/51_demo.ipynb #d000001b
 @dataclass
@@ -432,6 +399,13 @@ class _Edit:
     instruction: str
     frames: int
     call: str  # the same edit in Python
+
+
+def _opening_edit():
+    "The example that the page opens with, edited beforehand."
+    clip, _, instruction, references = _sample_examples()[_FIRST]
+    call = _call_as_python("kiwi-edit-tiny", clip, instruction, references, "edited.mp4", steps=1, seed=0)
+    return _Edit(clip, _opening("edited.mp4"), references, instruction, _opening("frames"), call)
 
 
 def _frame_pair(edit, index):
@@ -451,31 +425,26 @@ def _difference_map(before, after):
 # %% ../../nbs/library/51_demo.ipynb #d000001e
 def _call_as_python(model, source, instruction, references, out, approximate=(), **options):
     "An edit as a program; of files the names are used."
-    if options.get("size") is None:
-        options.pop("size", None)
-    given = "".join(f", {name}={value!r}" for name, value in options.items())
-    names = [Path(r).name for r in references]
-    lines = ["from kiwi_edit.data.files import edit_file, load_model", "", f"pipe = load_model({model!r})"]
-    if approximate:
-        lines.insert(0, "from kiwi_edit.apps.approximations import approximately")
-        lines.append(f"approximately(pipe, {dict.fromkeys(approximate, {})!r})")
-    lines += [
-        f"edit_file(pipe, {Path(source).name!r}, {instruction!r},",
-        f"          {names!r}, out={out!r}{given})",
-        "",
-    ]
-    return "\n".join(lines)
+    given = "".join(f", {name}={value!r}" for name, value in options.items() if value is not None)
+    files = Path(source).name, instruction, [Path(r).name for r in references or ()]
+    ways = "from kiwi_edit.apps.approximations import approximately\n" if approximate else ""
+    chosen = f"approximately(pipe, {dict.fromkeys(approximate, {})!r})\n" if approximate else ""
+    return f"""{ways}from kiwi_edit.data.files import edit_file, load_model
+
+pipe = load_model({model!r})
+{chosen}edit_file(pipe, {", ".join(map(repr, files))}, out={out!r}{given})
+"""
 
 
 def _make_downloads(edit):
     "Paths of the files that a visitor may take: the result, where it moves a GIF and all frames, the call as Python."
     result = Path(edit.edited)
-    program = result.with_name("edit.py")
+    program, gif, frames = (result.with_name(name) for name in ("edit.py", f"{result.stem}.gif", "frames.zip"))
     with replacing(program, overwrite=True) as temporary:
         temporary.write_text(edit.call, encoding="utf-8")
     if edit.frames == 1:
         return [str(result), str(program)]
-    clip, gif, frames = read_video(result), result.with_suffix(".gif"), result.with_name("frames.zip")
+    clip = read_video(result)
     write_video(gif, clip, overwrite=True)
     with replacing(frames, overwrite=True) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for i, frame in enumerate(clip.frames):
@@ -486,6 +455,8 @@ def _make_downloads(edit):
 # %% ../../nbs/library/51_demo.ipynb #d0000021
 def _given_files(video, image, references):
     "Paths of what is edited and of the references, checked."
+    missing = "`video` has to be there first: drop a video or an image into the Edit tab, or click an example."
+    expect(video or image, missing)
     source, paths = Path(video or image), [path for path, _ in references or []]
     _check_source(source)
     _check_references(paths)
@@ -512,49 +483,35 @@ def _make_editor(load, visitors):
         several pictures; steps: of denoising; seed: of the noise; size: WIDTHxHEIGHT at which the model works, empty
         for what fits; model: of the page's list; approximate: names of approximations, none for the exact edit.
         What comes back: the edited clip or the edited image, a film strip, and a line about what was done."""
-        session, wait = getattr(request, "session_hash", None) or "local", (gr.skip(),) * 2
+        session, quiet = getattr(request, "session_hash", None) or "local", [gr.skip()] * 5
         with _messages("Not edited"), visitors.editing(session) as stop, visitors.results(session) as folder:
-            if not video and not image:
-                raise _told(
-                    "Nothing to edit",
-                    "The clip is missing: drop a video or an image into the field on the left, or click an example.",
-                )
             source, paths = _given_files(video, image, references)
             options = dict(
                 steps=_whole(steps, "steps", 1, 1000),
                 seed=_whole(seed, "seed", 0, _MOST),
                 size=parse_size(size or None),
             )
-            out, began = folder / f"edited{'.mp4' if video else '.png'}", None
-            yield *wait, gr.skip(), "Loading the model …", gr.skip()
+            out = folder / f"edited{'.mp4' if video else '.png'}"
+            yield *quiet[:3], "Loading the model …", gr.skip()
             pipe = load(model)
 
             def job(tell):
-                watched = _Watched(pipe, lambda picture: tell((picture, None)), stop)
-                options["progress"] = lambda *stage: tell((None, stage))
+                watched = _Watched(pipe, lambda picture: tell((picture, gr.skip())), stop)
+                told = dict(options, progress=lambda *stage: tell((gr.skip(), pace(*stage))))
                 with _approximate(pipe, approximate):
-                    return edit_file(watched, source, instruction or "", paths, out=out, overwrite=True, **options)
+                    return edit_file(watched, source, instruction or "", paths, out=out, overwrite=True, **told)
 
-            for kind, value in _running(job, stop):
-                if kind == "done":
-                    break
-                picture, stage = value
-                if picture is not None:
-                    yield *wait, picture, gr.skip(), gr.skip()
-                    continue
-                done, total, what = stage
-                if began is None and what == "looking":
-                    began = time.monotonic()
-                left = _time_left(time.monotonic() - (began or time.monotonic()), done, total)
-                yield *wait, gr.skip(), f"{what.capitalize()}: step {done} of {total}{left}.", gr.skip()
+            pace = _Pace()
+            for value in _running(job, stop):
+                if isinstance(value, tuple):
+                    yield *quiet[:2], *value, gr.skip()
         path = str(value.path)
-        options.pop("progress")
         call = _call_as_python(str(load.model), source, instruction, paths, out.name, approximate or (), **options)
         yield (
             gr.update(value=path if video else None, visible=bool(video)),
             gr.update(value=None if video else path, visible=not video),
             str(value.strip),
-            _note(value),
+            f"{value.about}. {value.note[:1].upper()}{value.note[1:]}".strip(),
             _Edit(str(source), path, paths, instruction, value.frames, call),
         )
 
@@ -563,19 +520,9 @@ def _make_editor(load, visitors):
 # %% ../../nbs/library/51_demo.ipynb #40b0d18e
 def _approximate(pipe, names):
     "Within it, edits are approximate in these ways."
-    if not names:
-        return contextlib.nullcontext()
     from kiwi_edit.apps.approximations import approximately
 
-    return approximately(pipe, {name: {} for name in names})
-
-
-def _note(done):
-    "A line about a finished edit."
-    what = f"{done.frames} frames" if done.frames > 1 else "1 frame"
-    (width, height), (w, h) = done.size, done.work_size
-    more = done.note[:1].upper() + done.note[1:]
-    return f"{what} of {width}x{height}, edited at {w}x{h} in {done.seconds:.1f} s. {more}".strip()
+    return approximately(pipe, {name: {} for name in names}) if names else contextlib.nullcontext()
 
 # %% ../../nbs/library/51_demo.ipynb #d0000024
 def _to_picture(figure):
@@ -607,11 +554,9 @@ def _show_looks(pipe, source, instruction, references, steps, seed):
     text = f"Most looked at are the queries {names}, with {share:.0f} % of all cross-attention."
     if images:
         tokens, even, features = (100 * shares[name] for name in ("reference", "even", "features"))
-        text = (
-            f"The clip's tokens give **{tokens:.0f} %** of their self-attention to the tokens of the reference (evenly "
-            f"spread it would be {even:.0f} %) and **{features:.0f} %** of their cross-attention to its features. "
-            + text
-        )
+        given = f"The clip's tokens give **{tokens:.0f} %** of their self-attention to the tokens of the reference "
+        given += f"(evenly spread it would be {even:.0f} %) and **{features:.0f} %** of their cross-attention to its "
+        text = f"{given}features. {text}"
     return _to_picture(draw_looks(looks, frames, edited, fitted)), text
 
 # %% ../../nbs/library/51_demo.ipynb #d0000026
@@ -627,10 +572,9 @@ def _show_without(pipe, source, instruction, references, steps, seed, away):
     "An edit with all that guides it, and without some of it: a picture and what it says."
     from kiwi_edit.attention import apart, without
 
-    if away not in _AWAY:
-        raise InputError(f"`away` has to be of {', '.join(_AWAY)} but is {away!r}.")
-    if not references and away != "the queries":
-        raise InputError("`reference` has to be there before it can be taken away: put one into the Edit tab.")
+    expect(away in _AWAY, f"`away` has to be of {', '.join(_AWAY)} but is {away!r}.")
+    absent = "`reference` has to be there before it can be taken away: put one into the Edit tab."
+    expect(references or away == "the queries", absent)
     frames, images = pipe.prepare_video(source), [read_image(r) for r in references]
     full = _plain_edit(pipe, frames, instruction, images, steps, seed)
     less = _plain_edit(without(pipe, *_AWAY[away]), frames, instruction, images, steps, seed)
@@ -644,8 +588,8 @@ def _show_versus(pipe, source, instruction, references, steps, seed, other):
     "Two references, the first of the list and another: each alone, then both at once; a picture and what it says."
     from kiwi_edit.attention import watch_edit
 
-    if not references or not other:
-        raise InputError("`references` have to be two: the first one of the Edit tab, and another one here.")
+    two = "`references` have to be two: the first one of the Edit tab, and another one here."
+    expect(references and other, two)
     frames, (one, two) = pipe.prepare_video(source), (read_image(path) for path in (references[0], other))
     first, second = (_plain_edit(pipe, frames, instruction, [image], steps, seed) for image in (one, two))
     both, looks = watch_edit(pipe, instruction, frames, [one, two], seed, steps)
@@ -669,13 +613,12 @@ def _data_sets():
     return {folder.relative_to(root).as_posix(): folder for folder in found}
 
 
-def _world_set(number, first_seed=0):
+def _world_set(folder, number, first_seed=0):
     "Pairs of the procedural world, every fourth spoilt, judged by the embedded pipeline, none dropped for a score."
     from kiwi_edit.data.synthesis import PlantedPairs, model_stages, synthesize
 
     stages = partial(model_stages, thresholds={name: 0 for name in _THRESHOLDS})
-    with tempfile.TemporaryDirectory() as folder:
-        return synthesize(PlantedPairs(number, first_seed), Path(folder) / "set", stages, progress=False)
+    return synthesize(PlantedPairs(number, first_seed), Path(folder) / "set", stages, progress=False)
 
 
 def _read_set(name):
@@ -683,9 +626,8 @@ def _read_set(name):
     from kiwi_edit.data.synthesis import inspect_folder
 
     found = _data_sets()
-    if name not in found:
-        listed = ", ".join(found) or "the data folder, which holds none,"
-        raise InputError(f"`folder` has to be of {listed} but is {name!r}.")
+    listed = ", ".join(found) or "the data folder, which holds none,"
+    expect(name in found, f"`folder` has to be of {listed} but is {name!r}.")
     return inspect_folder(found[name])
 
 # %% ../../nbs/library/51_demo.ipynb #d000002b
@@ -698,31 +640,19 @@ background:linear-gradient(90deg,#3a7d44 {after:.1f}%,#b7d3bb 0 {before:.1f}%,#e
 def _funnel_html(result, thresholds=None):
     "How many pairs each stage leaves, as bars; pale what it left before the thresholds were raised."
     before, after, total = result.funnel(), result.funnel(thresholds), len(result.rows)
-    share = 100 / max(total, 1)
+    share, said = 100 / max(total, 1), "; ".join(f"{stage}: {n} of {total} left" for stage, n in after.items())
     bars = [
-        _BAR.format(
-            stage=html.escape(stage), after=share * after[stage], before=share * n, left=after[stage], total=total
-        )
+        _BAR.format(stage=stage, after=share * after[stage], before=share * n, left=after[stage], total=total)
         for stage, n in before.items()
     ]
-    said = "; ".join(f"{stage}: {after[stage]} of {total} left" for stage in before)
     return f'<div role="img" aria-label="{said}">{"".join(bars)}</div>'
-
-
-def _pair_html(row):
-    verdict = row["verdicts"][-1]
-    scores = {name.split(".")[1]: row["scores"][name] for name in _THRESHOLDS if name in row["scores"]}
-    said = "through all stages" if verdict["passed"] else f"dropped at {verdict['stage']}: {verdict['reason']}"
-    lines = [f"<b>{html.escape(row['prompt'])}</b>", html.escape(f"{row['iid']}: {said}")]
-    lines.append(", ".join(f"{name} {score:.2f}" for name, score in scores.items()))
-    sheet = row["sheet"] and image_tag(row["sheet"], "Source, edited clip, mask and reference as far as they were made")
-    return f"<figure>{sheet or ''}<figcaption>{'<br>'.join(lines)}</figcaption></figure>"
 
 
 def _set_html(result, most=64):
     "Of each pair source, edited clip, mask and reference side by side, what the pipeline says of it, and its scores."
-    look = "<style>#sheets figure{margin:0 0 1.2em}#sheets img{max-width:100%;max-height:160px}</style>"
-    return look + "".join(map(_pair_html, result.rows[:most]))
+    from kiwi_edit.data.synthesis import sheet_html
+
+    return "".join(map(sheet_html, result.rows[:most]))
 
 # %% ../../nbs/library/51_demo.ipynb #d000002f
 _METRICS = "metrics, no model"
@@ -745,21 +675,19 @@ def _judge_edit(judge, kind, source, edited, reference, instruction):
     from kiwi_edit.eval.published import judge_of
 
     for name, value, known in (("judge", judge, _judge_names()), ("kind", kind, _KINDS)):
-        if value not in known:
-            raise InputError(f"`{name}` has to be of {', '.join(known)} but is {value!r}.")
-    if not source or not edited:
-        raise InputError("`video` has to be there before and after the edit: give both files, or take the last edit.")
+        expect(value in known, f"`{name}` has to be of {', '.join(known)} but is {value!r}.")
+    missing = "`video` has to be there before and after the edit: give both files, or take the last edit."
+    expect(source and edited, missing)
     for path in (source, edited):
         _check_source(path)
     case = Case("edit", instruction or "", source, edited, reference or None, RUBRICS[_KINDS[kind]])
     asked = MetricJudge() if judge == _METRICS else judge_of(judge, device=settings().device)
     found = asked.judge([case], progress=False)[0]
-    if not found.ok:
-        raise InputError(f"`judge` has to be able to score this but is not: {found.error}.")
+    expect(found.ok, f"`judge` has to be able to score this but is not: {found.error}.")
     rows = [[c.name, f"{found.scores[c.name]:.2f}", c.asks] for c in case.rubric.criteria]
     capped = "No score may exceed the first one, so some were lowered to it." if found.capped else ""
-    scores = Table("", ["criterion", "of 5", "what is asked"], rows, note=capped)
-    parts = [f"### {found.mean:.2f} of 5, by {html.escape(found.judge)}", scores._repr_markdown_()]
+    parts = [f"### {found.mean:.2f} of 5, by {html.escape(found.judge)}"]
+    parts.append(Table("", ["criterion", "of 5", "what is asked"], rows, note=capped)._repr_markdown_())
     if judge != _METRICS:
         return "\n\n".join([*parts, *map(html.escape, found.replies[-1:])])
     numbers = measure_case(lay_beside(case))
@@ -769,7 +697,7 @@ def _judge_edit(judge, kind, source, edited, reference, instruction):
     return "\n\n".join(parts)
 
 # %% ../../nbs/library/51_demo.ipynb #d0000032
-DEVICE = dict(concurrency_id="device", concurrency_limit=1)
+_DEVICE = dict(concurrency_id="device", concurrency_limit=1)
 _GLUE = dict(api_visibility="private")
 _QUICK = dict(queue=False, show_progress="hidden")
 _PLAIN = dict(_GLUE, show_progress="hidden")
@@ -777,20 +705,20 @@ _UPLOAD = partial(gr.Image, image_mode=None, format="png", type="filepath", sour
 _SHOWN = partial(gr.Image, interactive=False, format="png")
 
 
-def _about(name, explained=True):
+def _about(name):
     "Label and explanation of a field, out of the table of options."
     option = OPTIONS[name]
-    info = re.sub(r" *\[.*?\]$", "", option.help) if explained else None
+    info = re.split(r" *\[|, such as|\. Only|;", option.help)[0]
     return dict(label=option.name.capitalize().replace("_", " "), info=info, elem_id=name.replace("_", "-"))
 
 
-def _source_fields():
+def _source_fields(clip):
     "Fields for what is edited: a clip or an image."
     with gr.Tabs() as tabs:
         with gr.Tab("Clip", id="clip"):
-            video = gr.Video(label="Clip", sources=["upload"], height=260, loop=True, elem_id="clip")
+            video = gr.Video(clip, label="Clip", sources=["upload"], height=210, loop=True, elem_id="clip")
         with gr.Tab("Image", id="image"):
-            image = _UPLOAD(label="Image", height=260, elem_id="image")
+            image = _UPLOAD(label="Image", height=210, elem_id="image")
     video.upload(lambda: None, outputs=image, **_GLUE)  # there is one source
     image.upload(lambda: None, outputs=video, **_GLUE)
     return tabs, video, image
@@ -801,8 +729,7 @@ def _crop_fields(references):
 
     def part(references, which, left, right, top, bottom):
         with _messages("Not cut"):
-            if not references:
-                raise InputError("`reference` has to be there before it can be cut but there is none.")
+            expect(references, "`reference` has to be there before it can be cut but there is none.")
             number = _whole(which, "which", 1, len(references))
             return _crop(read_image(references[number - 1][0]), left, right, top, bottom)
 
@@ -811,28 +738,25 @@ def _crop_fields(references):
         return [(cut if i == which - 1 else path, caption) for i, (path, caption) in enumerate(references)]
 
     with gr.Accordion("Crop a reference", open=False):
-        which = gr.Number(
-            1, precision=0, minimum=1, label="Which reference", info="1 is the first.", elem_id="crop-which"
-        )
-        sides = []
+        look = dict(label="Which reference", info="1 is the first.", elem_id="crop-which")
+        given = [references, gr.Number(1, precision=0, minimum=1, **look)]
         for pair in (("Left", 0), ("Right", 100)), (("Top", 0), ("Bottom", 100)):
             with gr.Row():
-                for name, value in pair:
-                    sides.append(gr.Slider(0, 100, value, step=1, label=f"{name} edge (%)", min_width=130))
+                given += [gr.Slider(0, 100, at, step=1, label=f"{name} edge (%)", min_width=130) for name, at in pair]
         preview = _SHOWN(label="The part", height=160, buttons=[], elem_id="crop-preview")
         button = gr.Button("Keep only this part", size="sm", elem_id="crop")
-    given = [references, which, *sides]
-    for slider in sides:
-        slider.release(part, given, preview, **_GLUE)
+    gr.on([slider.release for slider in given[2:]], part, given, preview, **_GLUE)
     button.click(put, given, references, **_GLUE)
 
 # %% ../../nbs/library/51_demo.ipynb #d0000033
 def _result_fields():
     "Fields for what comes out."
-    video = gr.Video(label="Result", interactive=False, height=260, loop=True, autoplay=True, elem_id="result")
-    image = gr.Image(label="Result", interactive=False, height=260, visible=False, elem_id="result-image")
-    note = gr.Markdown("Nothing is edited yet.", elem_id="note", container=True)
-    strip = gr.Image(label="Film strip", interactive=False, elem_id="strip", buttons=["download", "fullscreen"])
+    look = dict(label="Result", interactive=False, height=260)
+    video = gr.Video(_opening("edited.mp4"), loop=True, autoplay=True, elem_id="result", **look)
+    image = gr.Image(visible=False, elem_id="result-image", **look)
+    note = gr.Markdown(_opening("note"), elem_id="note", container=True)
+    look = dict(label="Film strip", interactive=False, buttons=["download", "fullscreen"])
+    strip = gr.Image(_opening("strip.png"), elem_id="strip", **look)
     return video, image, strip, note
 
 
@@ -843,8 +767,6 @@ def _compare_fields(last):
         """A frame of this session's last edit: before and after, where they differ, and by how much.
         number: of the frame, from 1."""
         with _messages("No frame"):
-            if edit is None:
-                raise InputError("`out` has to be there first: edit something.")
             before, after = _frame_pair(edit, number - 1)
             heat, most = _difference_map(before, after)
             return (before, after), heat, f"Brightest: {max(most, 32):.0f} levels of 255 apart. Dark: the same."
@@ -852,11 +774,12 @@ def _compare_fields(last):
     def first(edit):
         return gr.update(value=1, maximum=max(edit.frames, 2), visible=edit.frames > 1), *frame(edit, 1)
 
-    look = dict(interactive=False, format="png", buttons=["fullscreen"])
-    number = gr.Slider(1, 100_000, 1, step=1, label="Frame", visible=False, elem_id="frame")
-    wipe = gr.ImageSlider(label="Before and after: move the handle", max_height=420, elem_id="wipe", **look)
-    heat = gr.Image(label="Where it differs", height=260, elem_id="heat", **look)
-    scale = gr.Markdown()
+    look, opening = dict(interactive=False, format="png", buttons=["fullscreen"]), last.value
+    pair, map_, words = frame(opening)
+    number = gr.Slider(1, opening.frames, 1, step=1, label="Frame", elem_id="frame")
+    wipe = gr.ImageSlider(pair, label="Before and after: move the handle", max_height=420, elem_id="wipe", **look)
+    heat = gr.Image(map_, label="Where it differs", height=260, elem_id="heat", **look)
+    scale = gr.Markdown(words)
     number.input(frame, [last, number], [wipe, heat, scale], api_name="frame", trigger_mode="always_last", **_QUICK)
     return first, [number, wipe, heat, scale]
 
@@ -870,65 +793,35 @@ def _model_fields(load, limits, about):
             load.check(model)
             limits = Limits.read(find_model(model)) if _is_here(model) else None
             steps = gr.update(value=limits.steps if limits else 50)
-            return f"{_describe(model, limits)}\n\n{_memory_note(model)}", steps
+            return _describe(model, limits), steps, gr.update(info=_memory_note(model))
 
     with gr.Row():
         steps = gr.Slider(1, 100, limits.steps if limits else 50, step=1, min_width=160, **_about("steps"))
         seed = gr.Number(settings().seed, precision=0, min_width=100, **_about("seed"))
     size = gr.Textbox("", placeholder="what fits, or 96x96", max_lines=1, max_length=20, **_about("size"))
     free = dict(allow_custom_value=load.any_model, interactive=load.own)
-    model = gr.Dropdown(load.names, value=load.model, **free, **_about("model", load.any_model))
+    about_model = _about("model") | (dict(info=_memory_note(load.model)) if load.own else {})
+    model = gr.Dropdown(load.names, value=load.model, **free, **about_model)
     known = [name for name in APPROXIMATIONS if name != "magnitude cache"]  # which has to be measured first
-    approximate = gr.Dropdown(
-        known,
-        value=[],
-        multiselect=True,
-        label="Approximate",
-        info="Nearly the same edit in less time or memory.",
-        elem_id="approximate",
-    )
-    model.change(chosen, model, [about, steps], **_GLUE)
+    approximate = gr.Dropdown(known, value=[], multiselect=True, **_about("approximate"))
+    model.change(chosen, model, [about, steps, model], **_GLUE)
     return steps, seed, size, model, approximate
 
 # %% ../../nbs/library/51_demo.ipynb #d0000035
-def _given_fields(load, limits, about):
+def _given_fields(opening):
     "The left side of the *Edit* tab: what is edited and how."
-    tabs, video, image = _source_fields()
-    text = dict(placeholder="What to change, in words.", lines=2, max_length=2000, elem_id="instruction")
-    instruction = gr.Textbox(label="Instruction", **text)
-    suggestions = [[text] for text in _SUGGESTIONS]
-    gr.Examples(suggestions, instruction, label="Suggestions", elem_id="suggestions", **_GLUE)
-    references = gr.Gallery(
-        label="Reference images (none, one or several)",
-        file_types=["image"],
-        type="filepath",
-        format="png",
-        columns=3,
-        fit_columns=False,
-        height=180,
-        object_fit="contain",
-        interactive=True,
-        elem_id="references",
-    )
+    tabs, video, image = _source_fields(opening.source)
+    instruction = gr.Textbox(opening.instruction, lines=1, max_length=2000, **_about("instruction"))
+    look = dict(columns=3, fit_columns=False, height=140, object_fit="contain", elem_id="references")
+    kinds = dict(file_types=["image"], type="filepath", format="png", interactive=True)
+    references = gr.Gallery(opening.references, label="References (none, one or several)", **kinds, **look)
     with gr.Row():
         button = gr.Button("Edit", variant="primary", min_width=120, elem_id="edit")
         halt = gr.Button("Cancel", interactive=False, min_width=120, elem_id="cancel")
-    steps, seed, size, model, approximate = _model_fields(load, limits, about)
-    _crop_fields(references)
-    given = [video, image, instruction, references, steps, seed, size, model, approximate]
-    return tabs, given, button, halt
-
-
-def _example_fields(tabs, given):
-    "The examples below."
-    video, image, instruction, references, *_ = given
-    look = dict(visible_columns=[0, 2, 3], cache_examples=False, elem_id="examples")
-    fields, label = [video, image, instruction, references], "Examples: click one, then Edit"
-    shown = gr.Examples(_sample_examples(), fields, label=label, **look, **_GLUE)
-    shown.load_input_event.then(lambda: (gr.Tabs(selected="clip"), None), outputs=[tabs, image], **_GLUE)
+    return tabs, [video, image, instruction, references], button, halt
 
 # %% ../../nbs/library/51_demo.ipynb #9a818b58
-def _edit_tab(load, visitors):
+def _edit_tab(load, visitors, about):
     "The *Edit* tab; what the other tabs take from it comes back."
 
     def begin(request: gr.Request):
@@ -939,21 +832,30 @@ def _edit_tab(load, visitors):
         "Stop this session's edit at its next step; one that waits for its turn gives it up."
         visitors.stop(request.session_hash)
 
-    limits, last = load.limits(), gr.State(None)
-    said = [_describe(load.model, limits)] + [_memory_note(load.model)] * load.own
-    about = gr.Markdown("\n\n".join(said), elem_id="about")
+    last, column = gr.State(_opening_edit()), partial(gr.Column, min_width=320)
+    above = gr.Column()
     with gr.Row():
-        with gr.Column(min_width=320):
-            tabs, given, button, halt = _given_fields(load, limits, about)
-        with gr.Column(min_width=320):
+        with column():
+            tabs, given, button, halt = _given_fields(last.value)
+        with column():
             results = _result_fields()
+    with gr.Row():  # on a telephone, below the result
+        with column():
+            numbers = _model_fields(load, load.limits(), about)
+            _crop_fields(given[3])
+        with column():
             first, compared = _compare_fields(last)
-            files = gr.File(label="Take it home", file_count="multiple", interactive=False, elem_id="downloads")
-    _example_fields(tabs, given)
+            look = dict(file_count="multiple", interactive=False, elem_id="downloads")
+            files = gr.File([last.value.edited], label="Take it home", **look)
+    with above:
+        look = dict(label="Examples: click one, then Edit", visible_columns=[2], cache_examples=False)
+        shown = gr.Examples(_sample_examples(), given, elem_id="examples", **look, **_GLUE)
+    shown.load_input_event.then(lambda: (gr.Tabs(selected="clip"), None), outputs=[tabs, given[1]], **_GLUE)
+    given += numbers
     note, editor = results[3], _make_editor(load, visitors)
     look = dict(api_name="edit", show_progress="minimal", show_progress_on=note)
     done = gr.on([button.click, given[2].submit], begin, outputs=halt, **_QUICK, **_GLUE)
-    done = done.then(editor, given, [*results, last], **look, **DEVICE)
+    done = done.then(editor, given, [*results, last], **look, **_DEVICE)
     done.then(lambda: gr.update(interactive=False), outputs=halt, **_QUICK, **_GLUE)
     done.failure(lambda: "Nothing was edited. What is shown is from before.", outputs=note, **_QUICK, **_GLUE)
     done.success(first, last, compared, **_PLAIN).success(_make_downloads, last, files, **_PLAIN)
@@ -967,8 +869,6 @@ def _guidance_tab(load, given):
     def prepared(video, image, instruction, references, steps, seed, model):
         from kiwi_edit.data.files import check_instruction
 
-        if not video and not image:
-            raise InputError("`video` has to be in the Edit tab first: drop one there, or click an example.")
         source, paths = _given_files(video, image, references)
         steps, seed = _whole(steps, "steps", 1, 1000), _whole(seed, "seed", 0, _MOST)
         return load(model=model), source, check_instruction(instruction or ""), paths, steps, seed
@@ -998,22 +898,24 @@ def _guidance_tab(load, given):
         with gr.Column(min_width=300, scale=1):
             show = gr.Button("Where does it look?", variant="primary", elem_id="look")
             away = gr.Radio(list(_AWAY), label="Take away, with one click", elem_id="away")
-            other = _UPLOAD(label="Another reference", height=200, elem_id="other")
+            second = _sample_examples()[0][3][0]
+            other = _UPLOAD(second, label="Another reference", height=200, elem_id="other")
             duel = gr.Button("One against the other", elem_id="versus")
         with gr.Column(min_width=320, scale=2):
-            tools = ["download", "fullscreen"]
-            picture = _SHOWN(label="What guided the edit", buttons=tools, elem_id="guidance-picture")
-            text = gr.Markdown(elem_id="guidance-text")
-    for trigger, function, more in (
-        (show.click, look, []),
-        (away.input, take_away, [away]),
-        (duel.click, versus, [other]),
-    ):
-        trigger(function, given + more, [picture, text], api_name=function.__name__, show_progress_on=picture, **DEVICE)
+            look_of = dict(buttons=["download", "fullscreen"], elem_id="guidance-picture")
+            picture = _SHOWN(_opening("looks.png"), label="What guided the edit", **look_of)
+            text = gr.Markdown(_opening("looks"), elem_id="guidance-text")
+    shown = dict(outputs=[picture, text], show_progress_on=picture, **_DEVICE)
+    show.click(look, given, api_name="look", **shown)
+    away.input(take_away, [*given, away], api_name="take_away", **shown)
+    duel.click(versus, [*given, other], api_name="versus", **shown)
 
 # %% ../../nbs/library/51_demo.ipynb #d0000037
 def _data_tab():
     "The *Data* tab."
+    from kiwi_edit.data.synthesis import inspect_folder
+
+    own = [own for *_, own, _ in _THRESHOLDS.values()]
 
     def shown(result, least):
         return result, *counted(result, *least), _set_html(result), *least
@@ -1027,9 +929,9 @@ def _data_tab():
         """Send pairs of the procedural world, every fourth of them spoilt, through the embedded pipeline.
         number: of pairs, 1 to 24; first_seed: of the world. What comes back: a line, the funnel and the pairs with
         verdicts and scores as HTML, and the pipeline's own thresholds."""
-        with _messages("No pairs"):
-            made = _world_set(_whole(number, "number", 1, 24), _whole(first_seed, "first_seed", 0, _MOST))
-            return shown(made, [own for _, _, _, own, _ in _THRESHOLDS.values()])
+        with _messages("No pairs"), tempfile.TemporaryDirectory() as folder:
+            number, first_seed = _whole(number, "number", 1, 24), _whole(first_seed, "first_seed", 0, _MOST)
+            return shown(_world_set(folder, number, first_seed), own)
 
     def open_set(folder):
         """Open a data set of `kiwi-edit synthesize` that lies in the settings' data folder.
@@ -1041,20 +943,18 @@ def _data_tab():
         """The funnel of this session's pairs with other thresholds; nothing is computed anew.
         The arguments are the least values of the edit score, the grounding confidence, and the consistency and the
         quality of the reference."""
-        with _messages("No funnel"):
-            if result is None:
-                raise InputError("`number` has to be chosen first: make or open some pairs.")
-            return counted(result, *least)
+        return counted(result, *least)
 
-    result = gr.State(None)
+    opening, line, funnel_html, sheets, *_ = shown(inspect_folder(_opening("pairs")), own)
+    result = gr.State(opening)
     with gr.Row():
         with gr.Column(min_width=300, scale=1):
             number, first, make, folder, least = _set_fields()
         with gr.Column(min_width=320, scale=2):
-            kept = gr.Markdown("Run the pipeline, or open a data set.", elem_id="kept")
-            bars, pictures = gr.HTML(elem_id="funnel"), gr.HTML(elem_id="sheets")
+            kept = gr.Markdown(line, elem_id="kept")
+            bars, pictures = gr.HTML(funnel_html, elem_id="funnel"), gr.HTML(sheets, elem_id="sheets")
     outputs = [result, kept, bars, pictures, *least]
-    make.click(pairs, [number, first], outputs, api_name="pairs", show_progress_on=kept, **DEVICE)
+    make.click(pairs, [number, first], outputs, api_name="pairs", show_progress_on=kept, **_DEVICE)
     folder.input(open_set, folder, outputs, api_name="open_set", show_progress_on=kept, concurrency_limit=1)
     moved = [slider.input for slider in least]
     again = dict(api_name="funnel", trigger_mode="always_last")
@@ -1080,10 +980,16 @@ def _judge_tab(last):
     "The *Judge* tab."
 
     def taken(edit):
-        with _messages("Nothing to take"):
-            if edit is None:
-                raise InputError("`out` has to be there first: edit something in the Edit tab.")
-            return edit.source, edit.edited, next(iter(edit.references), None), edit.instruction
+        return edit.source, edit.edited, next(iter(edit.references), None), edit.instruction
+
+    def strip(*paths):
+        if not all(paths):
+            return None
+        with _messages("Not shown"):
+            for path in paths:
+                _check_source(path)
+            clips = [read_video(path).frames[:25] for path in paths]
+            return _to_picture(film_strip(dict(zip(("before", "after"), clips))))
 
     def judge(source=None, edited=None, reference=None, instruction="", kind="any edit", judge=_METRICS):
         """Score an edit.
@@ -1092,23 +998,26 @@ def _judge_tab(last):
         with _messages("Not judged"):
             return _judge_edit(judge, kind, source, edited, reference, instruction)
 
+    before, after, shown, asked = taken(last.value)
     kinds = [".mp4", ".mov", ".m4v", ".gif", ".webm", ".mkv", ".png", ".jpg", ".jpeg", ".webp"]
     file = partial(gr.File, file_types=kinds, height=110)
     with gr.Row():
         with gr.Column(min_width=300, scale=1):
             take = gr.Button("Take the last edit", elem_id="take")
-            source = file(label="Before the edit (clip or image)", elem_id="judge-source")
-            edited = file(label="After the edit", elem_id="judge-edited")
-            reference = _UPLOAD(label="Reference, if there was one", height=160, elem_id="judge-reference")
-            instruction = gr.Textbox("", label="What was asked for", max_length=2000, elem_id="judge-instruction")
+            source = file(before, label="Before the edit (clip or image)", elem_id="judge-source")
+            edited = file(after, label="After the edit", elem_id="judge-edited")
+            reference = _UPLOAD(shown, label="Reference, if there was one", height=160, elem_id="judge-reference")
+            instruction = gr.Textbox(asked, label="What was asked for", max_length=2000, elem_id="judge-instruction")
             kind = gr.Radio(list(_KINDS), value="any edit", label="What kind of edit", elem_id="kind")
             who = gr.Dropdown(_judge_names(), value=_METRICS, label="Judge", elem_id="judge-who")
             button = gr.Button("Judge", variant="primary", elem_id="judge")
         with gr.Column(min_width=320, scale=2):
-            text = gr.Markdown("Nothing is judged yet.", elem_id="judgement", container=True)
+            picture = _SHOWN(_opening("judged.png"), label="Before and after", buttons=["fullscreen"])
+            text = gr.Markdown(_opening("judgement"), elem_id="judgement", container=True)
     fields = [source, edited, reference, instruction]
+    gr.on([source.change, edited.change], strip, fields[:2], picture, **_PLAIN)
     take.click(taken, last, fields, **_GLUE)
-    button.click(judge, [*fields, kind, who], text, api_name="judge", **DEVICE)
+    button.click(judge, [*fields, kind, who], text, api_name="judge", **_DEVICE)
 
 # %% ../../nbs/library/51_demo.ipynb #39e77cb9
 _DARK, _SUBDUED = "#2f6b3a", "#52525b"
@@ -1123,9 +1032,15 @@ _COLORS = {
     "#3f3f46": "block_title_text_color",
     "white": "button_primary_text_color",
 }
-LOOK = dict(
-    theme=_THEME.set(**{name: color for color, names in _COLORS.items() for name in names.split()})
-)  # for `launch`
+_STYLE = """
+.nav-holder {display: none}
+#judgement table {display: block; overflow-x: auto; border: 0}
+#judgement :is(td, th) {overflow-wrap: normal; word-break: normal; padding: .3em .6em}
+#sheets figure {margin: 0 0 1.2em}
+#sheets img {max-width: 100%; max-height: 160px}
+"""
+_COLORED = _THEME.set(**{name: color for color, names in _COLORS.items() for name in names.split()})
+LOOK = dict(theme=_COLORED, css=_STYLE)  # for `launch`
 
 
 def _uploaded(move):
@@ -1163,11 +1078,12 @@ def make_demo(
     def leave(request: gr.Request):
         visitors.leave(request.session_hash)
 
-    with gr.Blocks(title="kiwi-edit", analytics_enabled=False, delete_cache=KEEP) as page:
-        gr.Markdown("# kiwi-edit\n\nEdit a clip by saying what to change and showing what it should look like.")
+    with gr.Blocks(title="kiwi-edit", analytics_enabled=False, delete_cache=_KEEP) as page:
+        gr.Markdown("## kiwi-edit: say what to change, show what it should look like")
+        about = gr.Markdown(_describe(load.model, load.limits()), elem_id="about")
         with gr.Tabs():
             with gr.Tab("Edit"):
-                given, last = _edit_tab(load, visitors)
+                given, last = _edit_tab(load, visitors, about)
             with gr.Tab("Guidance"):
                 _guidance_tab(load, given)
             with gr.Tab("Data"):
@@ -1175,6 +1091,8 @@ def make_demo(
             with gr.Tab("Judge"):
                 _judge_tab(last)
         page.unload(leave)
+    with page.route("The embedded model", "card", show_in_navbar=False):
+        gr.Markdown(_card())
     for block in page.blocks.values():
         if hasattr(block, "async_move_resource_to_block_cache"):
             block.async_move_resource_to_block_cache = _uploaded(block.async_move_resource_to_block_cache)
@@ -1188,27 +1106,18 @@ def make_demo(
 # %% ../../nbs/library/51_demo.ipynb #b774e2eb
 def _free_port(host, port):
     "The port, after a look whether it is free; 0 takes any that is."
-    if not 0 <= port <= 65535:
-        raise InputError(f"`port` has to lie between 0 and 65535 but is {port}.")
-    strange = InputError(f"`host` has to be an address of this machine but is {host!r}.")
+    expect(0 <= port <= 65535, f"`port` has to lie between 0 and 65535 but is {port}.")
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError:
-        raise strange from None
-    with socket.socket(family, kind) as probe:
-        if os.name != "nt":
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(address)
-        except PermissionError:
-            raise PermissionError(
-                f"`port` has to be one that may be opened, above 1023 for most, but is {port}."
-            ) from None
-        except OSError as error:
-            if error.errno == errno.EADDRNOTAVAIL:
-                raise strange from None
-            raise InputError(f"`port` has to be free but {port} is taken; 0 takes any that is free.") from None
-        return probe.getsockname()[1]
+        family = socket.getaddrinfo(host, port)[0][0]
+        with socket.create_server((host, port), family=family) as probe:
+            return probe.getsockname()[1]
+    except PermissionError:
+        rule = "`port` has to be one that may be opened, above 1023 for most,"
+        raise PermissionError(f"{rule} but is {port}.") from None
+    except OSError as error:
+        taken = getattr(error, "errno", None) == errno.EADDRINUSE
+        expect(not taken, f"`port` has to be free but {port} is taken; 0 takes any that is free.")
+        expect(False, f"`host` has to be an address of this machine but is {host!r}.")
 
 # %% ../../nbs/library/51_demo.ipynb #7119ac1f
 def launch(
@@ -1234,7 +1143,7 @@ def launch(
         ssr_mode=False,
         enable_monitoring=False,
         footer_links=["api"],
-        max_file_size=UPLOAD,
+        max_file_size=_UPLOAD_SIZE,
         _frontend=False,  # don't wait three seconds for the page and take a busy machine for a closed door
         **LOOK,
     )

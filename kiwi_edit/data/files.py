@@ -321,6 +321,13 @@ class EditedFile:
     note: str  # what of the source was edited, where that is not all of it; else empty
     seconds: float  # that the edit took, reading and writing included
 
+    @property
+    def about(self) -> str:
+        "What was made, in a line."
+        what = f"{self.frames} frames" if self.frames > 1 else "1 frame"
+        (width, height), (w, h) = self.size, self.work_size
+        return f"{what} of {width}x{height}, edited at {w}x{h} in {self.seconds:.1f} s"
+
     def _repr_png_(self):
         return self.strip.read_bytes()
 
