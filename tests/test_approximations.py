@@ -12,7 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.overrides import TorchFunctionMode
 
 import common
-from kiwi_edit import guidance, latents, pipeline
+from kiwi_edit import footage, guidance, latents, pipeline
 from kiwi_edit.apps.approximations import APPROXIMATIONS, FlowUniPC, approximately, magnitude_ratios, parallelise
 from kiwi_edit.core import asset
 from kiwi_edit.guidance import find_wan
@@ -205,9 +205,9 @@ def test_plain_reading_is_the_same(pipe, tmp_path):
     for options in (dict(num_frames=5), dict(indices=[1, 4, 7]), dict(num_frames=5, size=(32, 16), mode="inference")):
         quick = read_video(path, **options).frames
         with recomputed(pipe, "reading"):
-            assert pipeline.read_video is not read_video
-            assert np.array_equal(pipeline.read_video(path, **options).frames, quick)
-    assert pipeline.read_video is read_video
+            assert footage.read_video is not read_video
+            assert np.array_equal(footage.read_video(path, **options).frames, quick)
+    assert footage.read_video is read_video
 
 
 def test_streams_are_the_whole_in_pieces(pipe):
