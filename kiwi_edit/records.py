@@ -171,8 +171,8 @@ def _attempt(work, rows, together):
     except Exception as fault:  # the other rows have nothing to do with it
         error, plain = _describe_fault(fault), isinstance(fault, (InputError, OSError))
         found = [{} if plain else {"traceback": traceback.format_exc()}] * len(rows)
-    known = {"error": error, "seconds": round((time.perf_counter() - began) / len(rows), 3)}
-    return [{**one, **{name: one.get(name, value) for name, value in known.items()}} for one in found]
+    spent = round((time.perf_counter() - began) / len(rows), 3)
+    return [{**one, "error": one.get("error") or error, "seconds": one.get("seconds") or spent} for one in found]
 
 
 def _in_pool(job, waiting, pool, ahead):
@@ -217,6 +217,8 @@ def run_rows(
     Hashable, dict
 ]:  # key -> record in the order of `rows`: "key", "error" (None or a line), "seconds", and what `work` returned
     "Do the work of every row that no earlier run has done, and remember it line by line."
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
     known = {record.get("key"): record for record in read_lines(path)} if path else {}
     done = {key: known[key] for key in rows if key in known and not known[key].get("error")}
     waiting, size = [key for key in rows if key not in done], together or 1
@@ -309,20 +311,12 @@ class Table:
             for line in lines
         ]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        return "\n".join([*filter(None, [self.title]), *lines, *filter(None, [self.note])])
+        return "\n".join(filter(None, [self.title, *lines, self.note]))
 
     def _repr_markdown_(self):
-        lines = [
-            "| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in [self.columns, *self._cells()]
-        ]
-        lines.insert(1, "|---" * len(self.columns) + "|")
-        return "\n".join(
-            [
-                *filter(None, [f"**{self.title}**\n" if self.title else ""]),
-                *lines,
-                *filter(None, [self.note and f"\n{self.note}"]),
-            ]
-        )
+        line = lambda cells: "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        lines = [line(self.columns), "|---" * len(self.columns) + "|", *map(line, self._cells())]
+        return "\n".join(filter(None, [self.title and f"**{self.title}**\n", *lines, self.note and f"\n{self.note}"]))
 
     def html(self) -> str:
         "The table for `page`."

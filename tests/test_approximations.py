@@ -83,7 +83,7 @@ def state(pipe):
     wan, vae = find_wan(pipe.transformer), pipe.vae
     parts = [
         (name, id(value))
-        for module in (guidance, pipeline, latents)
+        for module in (footage, guidance, pipeline, latents)
         for name, value in sorted(vars(module).items())
         if not name.startswith("__")
     ]

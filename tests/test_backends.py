@@ -18,7 +18,7 @@ from PIL import Image
 
 from kiwi_edit.data import backends as module
 from kiwi_edit.data.backends import *
-from kiwi_edit.data.backends import _called, _qwen_processor, _read_grounding, _read_score, _REFERENCE_PROMPTS, _seed_of
+from kiwi_edit.data.backends import _called, _qwen_processor, _read_grounding, _read_score, _seed_of
 from kiwi_edit.core import asset
 from kiwi_edit.encoder import KiwiProcessor
 from kiwi_edit.quadruplets import (
@@ -1186,7 +1186,7 @@ def kontext():
     from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
     torch.manual_seed(0)
-    words = ["<pad>", "<eos>", "<unk>"] + sorted(set(" ".join(_REFERENCE_PROMPTS.values()).split()))
+    words = ["<pad>", "<eos>", "<unk>"] + sorted(set(" ".join(EditorSynthesizer.prompts.values()).split()))
     plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = lambda: PreTrainedTokenizerFast(
@@ -1318,7 +1318,7 @@ def test_editor(name, small):
     assert records[0].reference.shape == (options["height"], options["width"], 3)
     assert records[0].reference.dtype == np.uint8
     prompts = [prompt for prompt in calls if prompt.strip()]
-    assert "the garden gnome, whole" in prompts[0] and prompts[2] == _REFERENCE_PROMPTS["background"]
+    assert "the garden gnome, whole" in prompts[0] and prompts[2] == EditorSynthesizer.prompts["background"]
     assert (len(calls) == 6) == name.startswith("Qwen")  # Qwen is guided away from a blank
     assert np.array_equal(synthesizer.synthesize([grounded("a")])[0], records[0].reference)
     assert not np.array_equal(records[0].reference, records[1].reference)

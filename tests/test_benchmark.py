@@ -352,11 +352,14 @@ def test_comparison_in_pairs():
     report, copied, target = (
         run_benchmark(e, ("add", "style"), samples=4, **QUICK) for e in (Noise(), COPIED, Target())
     )
-    rows = target.differences(copied)
-    assert [row["pooled"] for row in rows.values()] == [1, 1] and rows["add"]["pooled_interval"] == (1, 1)
-    assert report.differences(copied)["add"]["pooled"] == pytest.approx(report.rows["add"]["pooled"])
-    better = with_success(target, 3).differences(with_success(copied, 1))["add"]
-    assert better["success"] == 0.5 and better["success_interval"][0] <= 0.5 <= better["success_interval"][1]
+    minus = lambda a, b: {
+        task: dict(zip(("success", "told_apart", "pooled"), rest)) for task, _, *rest in a.compare(b).rows
+    }
+    rows = minus(target, copied)
+    assert [row["pooled"].value for row in rows.values()] == [1, 1] and rows["add"]["pooled"][1:3] == (1, 1)
+    assert minus(report, copied)["add"]["pooled"].value == pytest.approx(report.rows["add"]["pooled"])
+    better = minus(with_success(target, 3), with_success(copied, 1))["add"]["success"]
+    assert better.value == 50 and better.low <= 50 <= better.high
     assert "minus" in target.compare(copied)._repr_markdown_()
     with pytest.raises(ValueError, match="same difficulty"):
         copied.compare(replace(copied, difficulty="easy"))

@@ -31,9 +31,10 @@ __all__ = ['VideoPart', 'Question', 'Attempt', 'Exchange', 'without_thoughts', '
 # %% ../../nbs/library/11_backends.ipynb #b1300004
 import cv2
 import numpy as np
+import yaml
 from PIL import Image
 
-from ..core import InputError, choose_device, choose_dtype, require
+from ..core import InputError, asset, choose_device, choose_dtype, require
 from ..quadruplets import BackendError, Check, CutoutSynthesizer, Grounding, full_frames
 from ..records import digest, png_bytes, unique_names
 from ..video import read_video, sample_indices, video_info
@@ -591,40 +592,8 @@ def chat_of(
     return GeminiChat(rest) if kind == "gemini" and rest else TransformersChat(text, device=device)
 
 # %% ../../nbs/library/11_backends.ipynb #b1300029
-_SYSTEM = """You check data for training a video editor. You look closely, you are strict, \
-and you answer with one JSON object and nothing else."""
-_PROMPTS = dict(
-    score="""The pictures are frames of a clip before the edit and the same frames after it. Judge the edit \
-as a whole with one integer from 1 to 10:
-is what the instruction asks for there, in every frame and in the right place; has everything else stayed as it \
-was; is the result free of flicker, smears and broken shapes?
-10 is an edit without fault, 5 one with a fault that is seen at once, 1 one that does something else or nothing. \
-A serious fault in one of the three points decides.
-Answer: {"score": n}""",
-    ground="""The pictures are frames of a clip before the edit and the same frames after it, each with its \
-number. Say what kind of edit it is, what it is about, and where.
-"task" is one of: "subject" (something is replaced by what a reference picture shows), "background" (the scene \
-behind is another one), "add" (something new appears), "remove" (something is gone),
-"change" (something gets another colour, shape, material or identity), "style" (the whole picture looks \
-different), "isolate" (one thing is left, on white), "plate" (the scene is left, without things in front).
-"subject" is a short noun phrase for what came in, with the look it has after the edit, such as "blue winter \
-jacket" or "snowy mountain valley"; for a removal it is what went.
-"boxes" holds one [frame, left, top, right, bottom] for each frame in which it is seen after the edit, tight \
-around it; for a removal, before the edit; for a background, around all that stands in front of it.
-Coordinates are integers from 0 to 1000 of the width and of the height. Leave out frames where it is not seen.
-Answer: {"task": "...", "subject": "...", "boxes": [[frame, left, top, right, bottom], ...]}""",
-    consistency="""The last picture is meant as the reference for this edit: with it and the instruction, an \
-editor should be able to make the edited frames from the original ones.
-Judge with one integer from 1 to 10 whether it shows what the edit brought in: the same thing or scene, with the \
-same colours, material, shape and markings, and of the kind that the instruction speaks of.
-10 is the very same, 5 something alike with wrong details, 1 something else.
-Answer: {"score": n}""",
-    quality="""Judge this picture as a reference with one integer from 1 to 10: is it sharp, whole and free \
-of artefacts, and is what it is meant to show the one thing that catches the eye, not cut off and not covered?
-10 is a clean catalogue picture or an undisturbed scene, 5 one that is usable with visible faults, 1 one that is \
-broken or shows mostly other things.
-Answer: {"score": n}""",
-)
+# what those are told that judge edits, and those that draw references
+_PROMPTS = yaml.safe_load(asset("prompts.yaml").read_text(encoding="utf-8"))
 
 # %% ../../nbs/library/11_backends.ipynb #b1300030
 def _number(value):
@@ -708,7 +677,7 @@ def shrunk(
 class ChatBackend:
     "Scores edits, grounds them and verifies references by what a vision-language model sees."
 
-    prompts, system = _PROMPTS, _SYSTEM
+    prompts, system = _PROMPTS["judge"], _PROMPTS["system"]
 
     def __init__(
         self,
@@ -821,13 +790,6 @@ class SamSegmenter:
             yield (F.interpolate(full, frame.shape[:2], mode="bilinear")[0, 0] > 0).cpu().numpy()
 
 # %% ../../nbs/library/11_backends.ipynb #b1300042
-_REFERENCE_PROMPTS = dict(
-    subject="Show only {x}, whole and centred on a plain white background, with its exact colours, material, shape and "
-    "markings. Nothing else is in the picture: no person wearing or holding it, no hands, no text, no shadow of other "
-    "things.",
-    background="Show this scene with everything in the foreground gone: no people, animals or objects in front. Keep "
-    "camera, light and background exactly as they are, and continue the background naturally where something stood.",
-)
 _POINTS = re.compile(r"\b(reference|picture)\b")  # words that point to a picture which is still to be made
 
 
@@ -865,7 +827,7 @@ class _Drawer:
 class EditorSynthesizer(_Drawer):
     'References by an image editor of diffusers: Qwen-Image-Edit (2509 and later are "Plus"), FLUX.1 Kontext.'
 
-    prompts = _REFERENCE_PROMPTS
+    prompts = _PROMPTS["reference"]
 
     def __init__(
         self,

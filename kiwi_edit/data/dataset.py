@@ -180,15 +180,6 @@ class GoodSamples:
 _COLUMNS = ("src_video", "tgt_video", "prompt")
 
 
-def _check_columns(columns, path):
-    if missing := [c for c in _COLUMNS if c not in columns]:
-        there = shortened(", ".join(map(str, columns)), 100)
-        raise InputError(
-            f"`metadata` has to have the columns {', '.join(_COLUMNS)} "
-            f"but {str(path)!r} lacks {', '.join(missing)}; it has {there}."
-        )
-
-
 def _suffix(path, what="metadata"):
     if path.suffix.lower() not in _READERS:
         raise InputError(f"`{what}` has to end in {', '.join(_READERS)} but is {str(path)!r}.")
@@ -205,7 +196,7 @@ def write_metadata(
     suffix = _suffix(path)
     if not rows:
         raise InputError("`rows` has to hold at least one row but is empty.")
-    _check_columns(columns, path)
+    _check_columns(columns, _COLUMNS, path, "rows")
     if suffix != ".parquet" and any(isinstance(value, bytes) for row in rows for value in row.values()):
         raise InputError(f"`rows` have to be text for {suffix} but hold bytes, which only .parquet keeps.")
     with video.replacing(path, overwrite) as temporary:
@@ -318,18 +309,35 @@ def _read_parquet(path):
 _READERS = {".csv": _read_csv, ".json": _read_json, ".jsonl": _read_json, ".parquet": _read_parquet}
 
 
+def _check_columns(columns, needs, path, what):
+    if missing := [c for c in needs if c not in columns]:
+        there = shortened(", ".join(map(str, columns)), 100)
+        lacks = f"{str(path)!r} lacks {', '.join(missing)}; it has {there}"
+        raise InputError(f"`{what}` has to have the columns {', '.join(needs)} but {lacks}.")
+
+
 def read_rows(
-    path: Path,  # .csv, .json, .jsonl or .parquet
+    paths: list[Path],  # .csv, .json, .jsonl or .parquet
     what: str = "metadata",  # the argument that errors speak of
-) -> tuple[list, list[dict]]:  # columns, rows; what a .parquet holds of files as `ParquetCell`
-    "One table, whatever its columns are."
-    suffix = _suffix(path, what)
-    try:
-        return _READERS[suffix](path)
-    except (ValueError, OSError, csv.Error, pa.ArrowException) as error:
-        kind = suffix if suffix == ".parquet" else f"UTF-8 {suffix}"
-        reason = shortened(str(error), 200)
-        raise InputError(f"`{what}` has to be readable {kind} but {str(path)!r} is not: {reason}.") from error
+    needs: tuple = (),  # columns that each table has to have
+) -> tuple[list, list]:  # columns, (name, row) of all rows; what a .parquet holds of files as `ParquetCell`
+    "One table in one or more files."
+    columns, rows = {}, []
+    for path in paths:
+        suffix = _suffix(path, what)
+        try:
+            header, found = _READERS[suffix](path)
+        except (ValueError, OSError, csv.Error, pa.ArrowException) as error:
+            kind = suffix if suffix == ".parquet" else f"UTF-8 {suffix}"
+            reason = shortened(str(error), 200)
+            raise InputError(f"`{what}` has to be readable {kind} but {str(path)!r} is not: {reason}.") from error
+        if found or header:
+            _check_columns(header, needs, path, what)
+        columns |= dict.fromkeys(header)
+        rows += [(f"{path.name} row {i}", row) for i, row in enumerate(found)]
+    if not rows:
+        raise InputError(f"`{what}` has to hold at least one row but {str(paths[0])!r} holds none.")
+    return list(columns), rows
 
 # %% ../../nbs/library/10_dataset.ipynb #84e9f223
 def _natural(path):
@@ -338,7 +346,7 @@ def _natural(path):
 
 def _named_rows(metadata):
     "(name, row) of all rows of a file or a folder of shards."
-    path, rows = Path(metadata).expanduser(), []
+    path = Path(metadata).expanduser()
     if not path.exists():
         raise FileNotFoundError(
             f"`metadata` has to be an existing file or a folder of parquet shards but {str(path)!r} does not exist."
@@ -348,14 +356,7 @@ def _named_rows(metadata):
         files = sorted((f for f in path.glob("*.parquet") if not f.name.startswith(".")), key=_natural)
         if not files:
             raise InputError(f"`metadata` has to be a folder with .parquet files but {str(path)!r} has none.")
-    for file in files:
-        columns, found = read_rows(file)
-        if found or columns:
-            _check_columns(columns, file)
-        rows += [(f"{file.name} row {i}", row) for i, row in enumerate(found)]
-    if not rows:
-        raise InputError(f"`metadata` has to hold at least one row but {str(path)!r} holds none.")
-    return rows
+    return read_rows(files, needs=_COLUMNS)[1]
 
 
 def read_metadata(

@@ -221,18 +221,14 @@ def read_pairs(
                 f"or clips named NAME-source and NAME-edited but {text!r} has none of them."
             )
         return FilePairs(rows, {column: column for column in rows[0]}, root or path, path.name)
-    rows, names = [], {}
-    for table in tables:
-        header, found = read_rows(table, "pairs")
-        if long := [i for i, row in enumerate(found) if None in row]:
-            raise InputError(
-                f"`pairs` has to have as many fields in a row as in the header but row {long[0]} of {str(table)!r} "
-                f"has {len(found[long[0]][None])} more; text with a comma needs quotes."
-            )
-        rows, names = rows + found, names | dict.fromkeys(header)
-    if not rows:
-        raise InputError(f"`pairs` has to hold at least one row but {text!r} holds none.")
-    return FilePairs(rows, _columns(list(names), columns, repr(tables[0].name)), root or tables[0].parent, path.stem)
+    names, found = read_rows(tables, "pairs")
+    if long := [(name, len(row[None])) for name, row in found if None in row]:
+        raise InputError(
+            f"`pairs` has to have as many fields in a row as in the header but {long[0][0]} has {long[0][1]} more; "
+            "text with a comma needs quotes."
+        )
+    columns = _columns(names, columns, repr(tables[0].name))
+    return FilePairs([row for _, row in found], columns, root or tables[0].parent, path.stem)
 
 
 def _hub_pairs(text, root, columns):
@@ -1000,48 +996,6 @@ def _report_html(result):
     return page(f"{len(result.kept)} of {len(result.rows)} pairs became quadruplets", *parts)
 
 # %% ../../nbs/library/12_synthesis.ipynb #12da0003
-_CARD = """---
-configs:
-- config_name: default
-  data_files: chunk_*.parquet
-task_categories:
-- image-to-video
-size_categories:
-- {size}
----
-
-# {number} quadruplets for video editing by instruction and reference
-
-Each row is a source clip (`src_video`), an instruction (`prompt`), a reference image (`ref_image_bytes`) and the \
-edited clip (`tgt_video`); paths start in this folder.
-
-## References
-
-| edit | reference | rows |
-|---|---|--:|
-{references}
-
-*Synthesised* references were made from the edited clip itself, so they share its pixels or its look; *authentic* ones \
-came with the pairs. The column `ref_source` says which is which;
-`authentic_ref_image_bytes` holds an authentic one that the synthesised one stands in for.
-
-## Sources
-
-| data set | licence | rows |
-|---|---|--:|
-{sources}
-
-The licence of a clip is that of its source; this table repeats what the source said.
-
-## How it was made
-
-| stage | judged by | left |
-|---|---|--:|
-{stages}
-
-Every pair, kept or dropped, is in `verdicts/` with what each stage said of it. `SHA256SUMS` covers all tables \
-(`sha256sum -c SHA256SUMS`).
-"""
 _EMBEDDED = """
 The backends `change`, `grabcut`, `cutout` and `pixels` look at pixels and a list of verbs; they do not know what \
 things are. Look at the contact sheets before you train on this.
@@ -1058,12 +1012,16 @@ def _data_card(result):
     backends = {v["stage"]: v["backend"] for row in result.rows for v in row["verdicts"] if v["backend"]}
     lines = lambda cells: "\n".join("| " + " | ".join(map(str, line)) + " |" for line in cells)
     counted = lambda pairs: lines((*pair, n) for pair, n in sorted(Counter(pairs).items()))
-    card = _CARD.format(
-        size=next(name for limit, name in _SIZES.items() if len(kept) < limit),
-        number=len(kept),
-        references=counted(made),
-        sources=counted(origins),
-        stages=lines((stage, backends.get(stage, ""), left) for stage, left in result.funnel().items()),
+    card = (
+        asset("data_card.md")
+        .read_text(encoding="utf-8")
+        .format(
+            size=next(name for limit, name in _SIZES.items() if len(kept) < limit),
+            number=len(kept),
+            references=counted(made),
+            sources=counted(origins),
+            stages=lines((stage, backends.get(stage, ""), left) for stage, left in result.funnel().items()),
+        )
     )
     return card + _EMBEDDED * bool({"change", "grabcut", "cutout", "pixels"} & set(backends.values()))
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import platform
@@ -24,21 +25,10 @@ import PIL.Image
 import torch
 from tqdm.auto import tqdm
 
-from ..core import InputError
+from ..core import InputError, asset
 from ..encoder import encode_context, prepare_inputs
-from kiwi_edit.metrics import (
-    PerceptualFeatures,
-    bootstrap,
-    edit_box,
-    feature_distance,
-    mean_inside,
-    perceptual_features,
-    pooled_share,
-    psnr_from_error,
-    share_interval,
-    sharpness_share,
-    squared_error,
-)
+from ..metrics import PerceptualFeatures, bootstrap, edit_box, feature_distance, mean_inside, pooled_share
+from ..metrics import perceptual_features, psnr_from_error, share_interval, sharpness_share, squared_error
 from ..pipeline import KiwiEditPipeline, decode_latents, encode_frames, fit_reference, flow_sigmas, walk
 from ..records import Outcome, Table, Value, digest
 from ..video import Strip, resize_frames
@@ -47,7 +37,8 @@ from ..world import EVAL_SEED, TASKS, Quadruplet, World
 # %% auto #0
 __all__ = ['BENCH_SAMPLES', 'BENCH_DIGESTS', 'benchmark_samples', 'bench_digest', 'check_bench', 'candidate_targets', 'film',
            'edit_batch', 'denoise_batch', 'Editor', 'reconstruct', 'baselines', 'flicker_error', 'succeeded', 'Scene',
-           'measure', 'by_task', 'Report', 'describe_hardware', 'run_editors', 'run_benchmark', 'provenance', 'Ranking']
+           'measure', 'by_task', 'in_words', 'Report', 'describe_hardware', 'run_editors', 'run_benchmark',
+           'provenance', 'Ranking']
 
 # %% ../../nbs/library/40_benchmark.ipynb #e237106b
 _VISIBLE = 1.0  # squared levels: a smaller distance from source to target is no edit that anybody could see
@@ -70,14 +61,8 @@ def benchmark_samples(
 
 # %% ../../nbs/library/40_benchmark.ipynb #b0420002
 BENCH_SAMPLES = 48  # of each task, 5 frames of 96x96
-_DIGESTS = """
-easy 8ed0324f177e4571 17cca7b221e0715c 546b1c1f594ea6fd ed45a6604445f290
-     467f3aea724c6a48 314c5046c99eed03 a1acc22d0c509435 d616eaa9b87ecee8
-full 186a3213d7a276da f233d3d533fc3bd0 f12f4d6e94e001df 675d63ad5e7954ed
-     8ca60e27f6c6fb40 b423691084677e99 834f328755e43065 b986b379a715aea7
-""".split()
 # difficulty -> task -> digest
-BENCH_DIGESTS = {_DIGESTS[at]: dict(zip(TASKS, _DIGESTS[at + 1 :])) for at in (0, 9)}
+BENCH_DIGESTS = json.loads(asset("benchmarks/digests.json").read_text(encoding="utf-8"))
 
 
 def _blocks(frames):
@@ -472,6 +457,12 @@ def _table(title, head, rows, names, note=""):
     return Table(title, [*head, *(_COLUMNS[name][0] for name in names)], cells, note=note)
 
 
+def in_words(facts: dict) -> list[str]:
+    "Facts as they stand below a table, those of a group one by one."
+    groups = [value if isinstance(value, dict) else {name: value} for name, value in facts.items()]
+    return [f"{name} {value}" for group in groups for name, value in group.items() if value is not None]
+
+
 _UNSEEN = "what a network has to see is empty: it needs the extra `eval`, `pip install kiwi-edit[eval]`"
 
 # %% ../../nbs/library/40_benchmark.ipynb #6de4cd50
@@ -503,13 +494,15 @@ class Report(Outcome):
         if self.size:
             frames, height, width = self.size
             notes.append(f"world: {self.difficulty}, {frames} frames of {width}x{height}, from seed {self.seed:,}")
+        elif self.difficulty:
+            notes.append(f"world: {self.difficulty}")
         if self.steps:
             notes.append(f"{self.steps} steps")
         if self.seconds_per_edit:
             notes.append(f"{self.seconds_per_edit:.2f} s an edit in batches of {self.batch_size}")
         if self.peak_memory_gb:
             notes.append(f"{self.peak_memory_gb:.1f} GB of memory at most")
-        return [*notes, *(f"{k} {v}" for k, v in self.hardware.items())]
+        return [*notes, *in_words(self.hardware)]
 
     def tables(self) -> list[Table]:
         "All tables."
@@ -539,11 +532,11 @@ class Report(Outcome):
         found.size = tuple(found.size)
         return found
 
-    def differences(
+    def compare(
         self,
         other: Report,  # on some of the same scenes
-    ) -> dict[str, dict]:  # task -> numbers of this report minus those of the other, with intervals
-        "Compare two reports sample by sample; the samples of intervals are drawn in pairs."
+    ) -> Table:
+        "This report minus another, sample by sample; the samples of intervals are drawn in pairs."
         if (self.difficulty, self.size) != (other.difficulty, other.size):
             theirs = f"{other.difficulty} {other.size}"
             raise InputError(
@@ -553,23 +546,14 @@ class Report(Outcome):
         shared = [record for record in self.records if (record["task"], record["seed"]) in known]
         if not shared:
             raise InputError("`other` has to be a report on some of the same scenes but the two share none.")
-        rows = {}
+        rows, undone = [], lambda error, distance: -error.sum() / distance.sum()
         for task, records in by_task(shared).items():
             others = [known[task, record["seed"]] for record in records]
             gap = lambda name: _column(records, name) - _column(others, name)
-            undone = lambda error, distance: -error.sum() / distance.sum()
-            rows[task] = dict(samples=len(records))
-            rows[task] |= _estimate("pooled", undone, gap("error"), _column(records, "distance"))
+            found = _estimate("pooled", undone, gap("error"), _column(records, "distance"))
             for name in ("success", "told_apart"):
-                rows[task] |= _estimate(name, np.mean, gap(name))
-        return rows
-
-    def compare(
-        self,
-        other: Report,  # on some of the same scenes
-    ) -> Table:
-        "This report minus another."
-        rows = [([task, row["samples"]], row) for task, row in self.differences(other).items()]
+                found |= _estimate(name, np.mean, gap(name))
+            rows.append(([task, len(records)], found))
         title = f"{self.model} minus {other.model}; world: {self.difficulty}"
         return _table(title, ["task", "samples"], rows, ("success", "told_apart", "pooled"))
 
@@ -611,11 +595,6 @@ def describe_hardware(device: torch.device) -> dict[str, str]:
     return dict(on=name, threads=str(torch.get_num_threads()), torch=version("torch"))
 
 
-def _synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _as_editor(editor, name=None):
     "A pipeline, or whatever else edits samples, with what a report says of it."
     name = name or _name_of(editor)
@@ -629,7 +608,8 @@ def _edit(editor, report, scenes, keep):
     "Edit scenes of a task, and add what is measured to a report."
     samples, began = [scene.sample for scene in scenes], time.perf_counter()
     outputs = editor.edit_samples(samples, report.steps)
-    _synchronize(editor.device)
+    if editor.device.type == "cuda":
+        torch.cuda.synchronize(editor.device)
     report.seconds_per_edit += time.perf_counter() - began
     report.records += measure(scenes, outputs)
     kept = report.shown.setdefault(samples[0].task, [])
@@ -791,8 +771,7 @@ class Ranking(Outcome):
             against = None if model == first.model else _cell(row, "difference")
             success.append([model, _cell(row, "success"), against])
             success[-1] += [_cell(scores, "success") for scores in tasks[model].values()]
-        about = [f"checkpoint {self.about['checkpoint']}"] if self.about else []
-        about += [f"{k} {v}" for part in ("versions", "hardware") for k, v in self.about.get(part, {}).items()]
+        about = in_words(dict(checkpoint=None) | self.about)  # which model it was stands first
         about += [_UNSEEN] if any(row["success"] is None for row in rows.values()) else []
         frames, height, width = first.size
         scenes = f"{len(first.records) // len(tasks[first.model])} scenes a task from seed {first.seed:,}"

@@ -13,7 +13,6 @@ import mimetypes
 import random
 import re
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -303,6 +302,7 @@ class Case:
     note: str = ""  # what is unusual about it, such as a name that had to be changed
     scene: tuple = field(default=(), repr=False)  # the `World` and the `Quadruplet` of the kit's own bench
     frames: tuple = ()  # of the result and of its source, once they are laid beside each other
+    measured: dict = field(default_factory=dict, repr=False)  # what `measure_case` says, once it is known
 
     @property
     def missing(self) -> list[str]:  # names
@@ -474,16 +474,14 @@ class ChatJudge:
 
     def judge(self, cases: Sequence[Case], progress: bool = True) -> list[Judgement]:  # in the order of the cases
         "Ask about each case that is not remembered; several are under way at once."
-        cases, path = list(cases), self._path()
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        cases = list(cases)
         keys = [digest(case.digest(), self.settings) for case in cases]
         workers = getattr(self.chat, "concurrency", 1)
         brake, pool = _Brake(max(8, 2 * workers)), None if workers == 1 else lambda: ThreadPoolExecutor(workers)
         found = run_rows(
             dict(zip(keys, cases)),
             lambda cases: [asdict(judgement) for judgement in self._ask(cases, brake)],
-            path,
+            self._path(),
             pool,
             ahead=2 * workers,
             label=self.name if progress else "",
@@ -498,18 +496,16 @@ class ChatJudge:
         if "scores" not in record:
             return case.judged(self.name, error=f"broken: {record['error']}")
         kept = {name: record[name] for name in Judgement.__dataclass_fields__ if name in record}
-        return Judgement(**kept | dict(id=case.id, edit_type=case.edit_type))
+        return Judgement(**kept | dict(id=case.id, edit_type=case.edit_type, error=record["error"] or ""))
 
     def _ask(self, cases, brake):
         if why := brake.reason():
             return [case.judged(self.name, error=why) for case in cases]
-        start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             asked = [self._question(case, Path(folder) / str(i)) for i, case in enumerate(cases)]
             exchanges = iter(self.chat.ask([q for q in asked if isinstance(q, Question)], self.attempts))
             found = [next(exchanges) if isinstance(q, Question) else q for q in asked]
-        seconds = round((time.perf_counter() - start) / len(cases), 3)
-        judgements = [self._judgement(*pair, seconds) for pair in zip(cases, found)]
+        judgements = list(map(self._judgement, cases, found))
         for judgement in judgements:
             brake.saw(judgement)
         return judgements
@@ -524,12 +520,12 @@ class ChatJudge:
         except (OSError, ValueError) as error:
             return f"unreadable: {error}"
 
-    def _judgement(self, case, found, seconds):
+    def _judgement(self, case, found):
         if isinstance(found, str):
             return case.judged(self.name, error=found)
         shown, said = (sum(getattr(a, name) for a in found.attempts) for name in ("input_tokens", "output_tokens"))
         usage = dict(input_tokens=shown, output_tokens=said, calls=len(found.attempts), cost=self._cost(shown, said))
-        facts = dict(replies=[a.text for a in found.attempts], usage=usage, seconds=seconds)
+        facts = dict(replies=[a.text for a in found.attempts], usage=usage)
         if isinstance(found.answer, BackendError):
             return case.judged(self.name, error=str(found.answer), **facts)
         return case.judged(self.name, found.answer, **facts)
@@ -617,7 +613,7 @@ def lay_beside(
     source = _frames_of(case.source, count, size, "inference", "source")
     with renamed("`path`", "`reference`"):
         reference = None if case.reference is None else _picture(case.reference)
-    notes = [case.note] if case.note else []
+    notes = []
     if made < nearest_frame_count(min(there, num_frames)):
         notes.append(f"{made} frames for {there} of the source")
     if abs(math.log(width * h / (height * w))) > 0.1:
@@ -639,11 +635,6 @@ class MetricJudge:
 
     name, is_model = "metrics (no model)", False
 
-    @property
-    def settings(self) -> list:
-        "All that makes this judge another one."
-        return [self.name, _SCALES, _WORTH]
-
     def judge(self, cases: Sequence[Case], progress: bool = True) -> list[Judgement]:  # in the order of the cases
         "Measure the clips of each case and score what comes out."
         return [self._judge(case) for case in tqdm(cases, desc=self.name, disable=not progress)]
@@ -652,16 +643,9 @@ class MetricJudge:
         if case.missing:
             return case.judged(self.name, error=f"missing: {', '.join(case.missing)}")
         try:
-            return self.score(case, measure_case(lay_beside(case)))
+            measured = case.measured or measure_case(lay_beside(case))
         except (OSError, ValueError) as error:
             return case.judged(self.name, error=f"unreadable: {error}")
-
-    def score(
-        self,
-        case: Case,
-        measured: dict,  # by `measure_clip`
-    ) -> Judgement:
-        "The judgement that follows from numbers."
         try:
             scores = _metric_scores(measured, case.rubric)
         except ValueError as error:

@@ -13,6 +13,7 @@ import json
 import math
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -26,23 +27,13 @@ import yaml
 from ..core import InputError
 from ..data.backends import GeminiChat
 from ..data.files import renamed
-from .benchmark import BENCH_SAMPLES, Report, Scene, benchmark_samples, by_task, measure, reconstruct
+from .benchmark import BENCH_SAMPLES, Report, Scene, benchmark_samples, by_task, in_words, measure
+from .benchmark import reconstruct
 from .judge import PUBLISHED, Case, ChatJudge, Judgement, MetricJudge, Summary
 from .judge import beside_published, lay_beside, measure_case, rubric_for
 from ..metrics import perceptual_features
-from kiwi_edit.records import (
-    Table,
-    Value,
-    append_line,
-    digest,
-    image_tag,
-    logger,
-    page,
-    read_lines,
-    run_rows,
-    unique_names,
-    write_text,
-)
+from ..records import Table, Value, append_line, image_tag, logger, page, read_lines, run_rows
+from ..records import unique_names, write_text
 from ..video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoError, as_frames, compare, film_strip, fit_size
 from ..video import nearest_frame_count, read_image, read_video, sample_indices, save_clip, video_info
 from ..world import EVAL_SEED, TASKS, World
@@ -51,35 +42,26 @@ from ..world import EVAL_SEED, TASKS, World
 __all__ = ['SETTINGS', 'read_bench', 'world_rows', 'edit_rows', 'write_imgedit_list', 'BenchReport', 'score_rows', 'judge_of']
 
 # %% ../../nbs/library/42_published.ipynb #c450000a
-def _read_yaml(text):
-    rows = yaml.safe_load(text)
-    if not isinstance(rows, list):
-        raise ValueError(f"it has to hold a list of rows but holds a {type(rows).__name__}")
-    return [(str(number), row) for number, row in enumerate(rows)]
+def _read_rows(kind, text):
+    "Name and row of each row that a bench's file holds."
+    if kind == "openve":
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+        if long := [f"row {n} has {len(row[None])} more fields" for n, row in enumerate(rows) if None in row]:
+            raise ValueError(f"{long[0]} than the header has columns")
+    elif kind == "imgedit":
+        rows = json.loads(text, object_pairs_hook=unique_names)
+    else:
+        rows = yaml.safe_load(text)
+    if not isinstance(rows, dict if kind == "imgedit" else list):
+        wanted = "an object" if kind == "imgedit" else "a list"
+        raise ValueError(f"it has to hold {wanted} of rows but holds a {type(rows).__name__}")
+    return list(rows.items()) if kind == "imgedit" else [(str(number), row) for number, row in enumerate(rows)]
 
 
-def _read_csv(text):
-    rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
-    for number, row in enumerate(rows):
-        if None in row:
-            raise ValueError(f"row {number} has {len(row[None])} more fields than the header has columns")
-    return [(str(number), row) for number, row in enumerate(rows)]
-
-
-def _read_json(text):
-    rows = json.loads(text, object_pairs_hook=unique_names)
-    if not isinstance(rows, dict):
-        raise ValueError(f"it has to hold an object of rows but holds a {type(rows).__name__}")
-    return list(rows.items())
-
-
-_LAYOUTS = dict(  # bench -> what reads its file, and the columns of what an edit needs
-    refvie=(
-        _read_yaml,
-        dict(source="src_video", instruction="instruction", reference="ref_img", edit_type="edit_type"),
-    ),
-    openve=(_read_csv, dict(source="original_video", instruction="prompt", edit_type="edited_type")),
-    imgedit=(_read_json, dict(source="id", instruction="prompt", edit_type="edit_type")),
+_COLUMNS = dict(  # bench -> what an edit needs -> its column
+    refvie=dict(source="src_video", instruction="instruction", reference="ref_img", edit_type="edit_type"),
+    openve=dict(source="original_video", instruction="prompt", edit_type="edited_type"),
+    imgedit=dict(source="id", instruction="prompt", edit_type="edit_type"),
 )
 _SKIPPED = "creative_edit", "camera_edit", "subtitle_edit"  # edit types that OpenVE's released runner leaves out
 
@@ -116,22 +98,22 @@ def read_bench(
     root: str | Path | None = None,  # folder in which its paths start; None: that of the file
 ) -> list[Case]:
     "The rows of a published bench. What is wrong with the file is said before anything is made."
-    if kind not in _LAYOUTS:
-        raise InputError(f"`kind` has to be one of {', '.join(_LAYOUTS)} but is {kind!r}.")
-    path, (read, columns) = Path(path).expanduser(), _LAYOUTS[kind]
+    if kind not in _COLUMNS:
+        raise InputError(f"`kind` has to be one of {', '.join(_COLUMNS)} but is {kind!r}.")
+    path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"`path` has to be the file of a bench but {str(path)!r} is none.")
     root = path.parent if root is None else Path(root).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"`root` has to be a folder but {str(root)!r} is none.")
     try:
-        found = read(path.read_bytes().decode("utf-8-sig"))
+        found = _read_rows(kind, path.read_bytes().decode("utf-8-sig"))
     except (ValueError, csv.Error, yaml.YAMLError, RecursionError) as error:
         why = " ".join(str(error).split())
         raise InputError(f"`path` has to be {kind}'s file but {path.name!r} is not: {why}.") from error
     rows, taken = [], {}
     for name, fields in found:
-        row = _checked(columns, path, name, fields)
+        row = _checked(_COLUMNS[kind], path, name, fields)
         if kind == "openve" and row["edit_type"] in _SKIPPED:
             continue
         try:
@@ -278,19 +260,23 @@ def edit_rows(
     out.mkdir(parents=True, exist_ok=True)
     making = dict(steps=steps, **SETTINGS, concat=concat)
     _claim(out, dict(making=making, model=(about or {}).get("checkpoint")), about)
-    own, known = list(rows)[part::parts], {record["output"]: record for record in read_lines(out / "made.jsonl")}
-    asked = lambda row: dict(id=row.id, output=row.output, instruction=row.instruction, edit_type=row.edit_type)
+    own, known = list(rows)[part::parts], {record["key"]: record for record in read_lines(out / "made.jsonl")}
     for row in own:
         if (before := known.get(row.output, {}).get("instruction", row.instruction)) != row.instruction:
             raise FileExistsError(
                 f"`out` has to hold nothing but results of these rows but {row.output!r} was made for {before!r}."
             )
+
+    def work(row):
+        edited = _edit_row(pipe, row, out, steps, concat)
+        return dict(instruction=row.instruction, numbers=_against_target(pipe, row, edited))
+
     todo = {row.output: row for row in own if not (out / row.output).is_file()}
-    work = lambda row: dict(numbers=_against_target(pipe, row, _edit_row(pipe, row, out, steps, concat)))
-    keep = lambda record: append_line(out / "made.jsonl", asked(todo[record["key"]]) | record)
-    done = run_rows(todo, work, each=keep, label="edits" if progress else "")
-    faults = [asked(row) | done[row.output] for row in own if row.output in done and done[row.output]["error"]]
-    return _Made(len(own), len(todo) - len(faults), len(own) - len(todo), faults)
+    done = run_rows(todo, work, each=partial(append_line, out / "made.jsonl"), label="edits" if progress else "")
+    failed = [
+        dict(id=todo[name].id, output=name, error=found["error"]) for name, found in done.items() if found["error"]
+    ]
+    return _Made(len(own), len(todo) - len(failed), len(own) - len(todo), failed)
 
 
 def _against_target(pipe, row, edited):
@@ -337,37 +323,40 @@ def _lay_result(case):
     return laid
 
 # %% ../../nbs/library/42_published.ipynb #c4500034
-def _shown(case, frames):
+def _shown(case):
     "What a judge is shown: the files, and of a result that is much shorter the part of the source that it is of."
-    made, there = frames
+    made, there = case.frames
     if isinstance(case.source, np.ndarray):
         return replace(case, source=case.source[:made])
     whole = made >= 0.9 * min(there, SETTINGS["num_frames"])
     return case if whole else replace(case, source=read_video(case.source, num_frames=made).frames)
 
 
-def _measured(case, judge):
-    "What is measured of a result, and what a judge says that goes by it."
+def _measured(case):
+    "What is measured of a result, to the last digit."
     laid = _lay_result(case)
-    found = measure_case(laid)
-    metrics = {name: round(float(v), 6) if math.isfinite(v) else None for name, v in found.items()}
-    record = dict(metrics=metrics, frames=list(laid.frames), note=laid.note)
-    return record if judge.is_model else record | dict(judgement=asdict(judge.score(case, found)))
+    # JSON has neither nan nor inf
+    measured = {name: float(v) if math.isfinite(v) else str(v) for name, v in measure_case(laid).items()}
+    return dict(measured=measured, frames=laid.frames, note=laid.note)
+
+
+def _with_measures(case, known):
+    "A case with what is remembered of it."
+    measured = {name: float(v) for name, v in known.get("measured", {}).items()}
+    note = "; ".join(filter(None, (case.note, known.get("note"))))
+    return replace(case, measured=measured, frames=tuple(known.get("frames", ())), note=note)
 
 # %% ../../nbs/library/42_published.ipynb #c450003b
 _TITLES = dict(kit="The kit's own bench", refvie="RefVIE-Bench", openve="OpenVE-Bench", imgedit="ImgEdit")
 
 
-def _openve_line(row, scores, said):
-    return dict(scores=scores, prompt=row.instruction, edited_type=row.edit_type, result=said)
-
-
-def _refvie_line(row, scores, said):
-    subtask = "subject" if row.edit_type == "subject" else "background"
-    return dict(scores=scores, result=said, meta_info=row.fields, subtask=subtask)
-
-
-_PUBLISHED_LINES = dict(openve=_openve_line, refvie=_refvie_line)
+def _published_line(case, judgement):
+    "A scored row as the released tools write it."
+    written = "\n".join(f"{name}: {score:g}" for name, score in judgement.scores.items())
+    line = dict(scores=list(judgement.scores.values()), result=(judgement.replies or [written])[-1])
+    if case.bench == "openve":
+        return line | dict(prompt=case.instruction, edited_type=case.edit_type)
+    return line | dict(meta_info=case.fields, subtask="subject" if case.edit_type == "subject" else "background")
 
 
 @dataclass
@@ -393,19 +382,9 @@ class BenchReport(Report):
     def counts(self) -> dict:  # how many rows are "scored", "failed" and "missing"
         return self.summary.counts
 
-    @property
-    def reasons(self) -> list[tuple[str, int]]:
-        "Why rows were not scored, the most frequent reason first. Names of files count as one."
-        reasons = [re.sub(r"'[^']*'", "…", r["reason"]) for r in self.records if r["status"] != "scored"]
-        return sorted(((reason, reasons.count(reason)) for reason in dict.fromkeys(reasons)), key=lambda item: -item[1])
-
     def conditions(self) -> list[str]:
         "What the results were made with."
-        notes = [f"world: {self.difficulty}"] if self.difficulty else []
-        for name, value in self.about.items():
-            for k, v in value.items() if isinstance(value, dict) else [(name, value)]:
-                notes += [f"{k} {v}"] if v is not None else []
-        return notes
+        return [*super().conditions(), *in_words(self.about)]
 
     def tables(self) -> list[Table]:
         "All tables."
@@ -421,8 +400,10 @@ class BenchReport(Report):
         if names := list(dict.fromkeys(name for means in measured.values() for name in means)):
             cells = [[kind, *map(means.get, names)] for kind, means in measured.items()]
             tables.append(Table("Measured, without a judge", ["edit type", *names], cells))
-        if self.reasons:
-            tables.append(Table("Not scored", ["reason", "rows"], [list(item) for item in self.reasons[:20]]))
+        # names of files count as one
+        reasons = Counter(re.sub(r"'[^']*'", "…", r["reason"]) for r in self.records if r["status"] != "scored")
+        if reasons:
+            tables.append(Table("Not scored", ["reason", "rows"], [list(item) for item in reasons.most_common(20)]))
         return tables
 
     @property
@@ -444,13 +425,8 @@ class BenchReport(Report):
     ) -> Path:  # of the page
         "Write report.json, the page report.html, and the scores in the published format where there is one."
         self.save(Path(out) / "report.json")
-        if line := _PUBLISHED_LINES.get(self.bench):
-            lines = []
-            for judgement in self.judgements:
-                if judgement.ok:
-                    written = "\n".join(f"{name}: {score:g}" for name, score in judgement.scores.items())
-                    said = (judgement.replies or [written])[-1]
-                    lines.append(line(cases[judgement.id], list(judgement.scores.values()), said))
+        if self.bench in PUBLISHED:
+            lines = [_published_line(cases[judgement.id], judgement) for judgement in self.judgements if judgement.ok]
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             write_text(Path(out) / f"{self.bench}_scores.jsonl", text)
         return write_text(Path(out) / "report.html", _report_page(self, cases))
@@ -464,14 +440,12 @@ def _figure(case, record):
     film_strip(clips, height=0.9).savefig(picture, format="jpeg", pil_kwargs=dict(quality=82))
     scores = ", ".join(f"{name} {score:g}" for name, score in record["scores"].items())
     numbers = ", ".join(f"{name} {value:.3f}" for name, value in record["metrics"].items() if value is not None)
-    said = html.escape("\n".join(record["judgement"]["replies"])[:1500])
-    words = f"<b>{html.escape(record['id'])}</b> {html.escape(f'{case.edit_type}: {case.instruction}')}"
-    words += f"<br>{html.escape(scores)}<br><small>{html.escape('; '.join(filter(None, (numbers, record['note']))))}"
-    words += (
-        f"</small><details><summary>What the judge said</summary><pre>{said}</pre></details>" if said else "</small>"
-    )
+    words = [f"<b>{html.escape(case.id)}</b> {html.escape(f'{case.edit_type}: {case.instruction}')}"]
+    words += [html.escape(scores), f"<small>{html.escape('; '.join(filter(None, (numbers, record['note']))))}</small>"]
+    if said := html.escape("\n".join(record["judgement"]["replies"])[:1500]):
+        words[-1] += f"<details><summary>What the judge said</summary><pre>{said}</pre></details>"
     shown = image_tag(picture.getvalue(), "Source above, result below, then the reference if there is one")
-    return f"<figure>{shown}<figcaption>{words}</figcaption></figure>"
+    return f"<figure>{shown}<figcaption>{'<br>'.join(words)}</figcaption></figure>"
 
 
 def _report_page(report, cases, strips=16):
@@ -483,42 +457,43 @@ def _report_page(report, cases, strips=16):
     if shown:
         parts.append(f"<h2>{len(shown)} of {len(scored)} scored rows, the worst first</h2>")
     parts += [_figure(cases[record["id"]], record) for record in shown]
-    if lost := [
-        [r[k] for k in ("id", "status", "output", "reason")] for r in report.records if r["status"] != "scored"
-    ]:
+    lost = [[r[k] for k in ("id", "status", "output", "reason")] for r in report.records if r["status"] != "scored"]
+    if lost:
         parts.append(Table("Rows that were not scored", ["row", "status", "result", "reason"], lost))
     parts.append(f"<p><small>{html.escape(', '.join(report.conditions()))}</small></p>")
     return page(f"{_TITLES[report.bench]}, judged by {report.judge}", *parts)
 
 # %% ../../nbs/library/42_published.ipynb #c4500043
-def _ask(judge, cases, measured, out, say, progress):
-    "Judgements of a model about all rows that could be measured, by id."
-    there = {case.id: measured[case.id] for case in cases if measured.get(case.id, {}).get("error", "none") is None}
-    cases = [_shown(case, there[case.id]["frames"]) for case in cases if case.id in there]
-    judge = copy.copy(judge)
+def _ask(judge, cases, out, say, progress):
+    "What a judge says about rows that were measured; the cost is said before and after a model is asked."
+    if not judge.is_model:
+        return judge.judge(cases, progress)
+    judge, cases = copy.copy(judge), [_shown(case) for case in cases]
     judge.folder = judge.folder or out
     plan = judge.estimate(cases)
     if say and plan["calls"]:
         say(f"{judge.name}: " + _cost(plan, "about "))
-    found = {judgement.id: judgement for judgement in judge.judge(cases, progress)}
+    found = judge.judge(cases, progress)
     if say and plan["calls"]:
-        say(f"{judge.name}: " + _cost(Summary(found.values()).usage))
+        say(f"{judge.name}: " + _cost(Summary(found).usage))
     return found
 
 
-def _record(case, measured, judgement, made, judge):
+def _record(case, judgement):
     "What is written down of a row."
-    if judgement is None and "judgement" in measured:
-        judgement = replace(Judgement(**measured["judgement"]), id=case.id)
-    if judgement is None:
-        error = measured["error"] if measured else f"missing: {made.get('error') or 'no such file'}"
-        judgement = case.judged(judge.name, error=error)
-    record = dict(id=case.id, task=case.edit_type, instruction=case.instruction, output=case.output)
-    record |= dict(metrics={}, note=case.note)
-    record |= {name: measured[name] for name in ("metrics", "frames", "note") if name in measured}
-    scores = judgement.scores if judgement.ok else {}
-    record |= dict(status=judgement.state, scores=scores, reason=judgement.error.removeprefix("missing: "))
-    return record | made.get("numbers", {}) | dict(judgement=asdict(judgement))
+    return dict(
+        id=case.id,
+        task=case.edit_type,
+        instruction=case.instruction,
+        output=case.output,
+        metrics={name: round(v, 6) if math.isfinite(v) else None for name, v in case.measured.items()},
+        frames=list(case.frames),
+        note=case.note,
+        status=judgement.state,
+        scores=judgement.scores if judgement.ok else {},
+        reason=judgement.error.removeprefix("missing: "),
+        judgement=asdict(judgement),
+    )
 
 
 def score_rows(
@@ -537,18 +512,20 @@ def score_rows(
     if not folder.is_dir():
         raise FileNotFoundError(f"`folder` has to be that of the results but {str(folder)!r} is none.")
     out.mkdir(parents=True, exist_ok=True)
-    made = {record["output"]: record for record in read_lines(folder / "made.jsonl")}
+    made = {record["key"]: record for record in read_lines(folder / "made.jsonl")}
     cases = [replace(row, edited=folder / row.output) for row in rows]
-    keys = {case.id: digest(case.digest(), judge.settings) for case in cases if case.edited.is_file()}
+    keys = {case.id: case.digest() for case in cases if case.edited.is_file()}
     there = {keys[case.id]: case for case in cases if case.id in keys}
-    work = partial(_measured, judge=judge)
-    found = run_rows(there, work, out / "scores.jsonl", label="measured" if progress else "")
-    measured = {id: found[key] for id, key in keys.items()}
-    asked = _ask(judge, cases, measured, out, say, progress) if judge.is_model else {}
-    records = []
+    found = run_rows(there, _measured, out / "scores.jsonl", label="measured" if progress else "")
+    found = {id: found[key] for id, key in keys.items()}
+    cases = [_with_measures(case, found.get(case.id, {})) for case in cases]
+    said = _ask(judge, [case for case in cases if case.measured], out, say, progress)
+    said, records = {judgement.id: judgement for judgement in said}, []
     for case in cases:
-        known, before = measured.get(case.id, {}), made.get(case.output, {})
-        records.append(_record(case, known, asked.get(case.id), before, judge))
+        before = made.get(case.output, {})
+        lost = found[case.id]["error"] if case.id in found else f"missing: {before.get('error') or 'no such file'}"
+        judgement = said.get(case.id) or case.judged(judge.name, error=lost)
+        records.append(_record(case, judgement) | before.get("numbers", {}))
     kit = rows[0].bench == "kit"
     report = BenchReport(
         str((about or {}).get("model", "these results")),
