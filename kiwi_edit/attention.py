@@ -262,7 +262,7 @@ def draw_looks(
     ax.bar(range(len(looks.queries)), looks.queries, color="#3a7d44")
     return figure
 
-
+# %% ../nbs/07_where_it_looks.ipynb #36cc8f25
 def _panel(ax, title, x, y=""):
     ax.set_title(title, fontsize=8)
     ax.set_xlabel(x, fontsize=7)
@@ -272,7 +272,7 @@ def _panel(ax, title, x, y=""):
         axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     return ax
 
-
+# %% ../nbs/07_where_it_looks.ipynb #50d65f71
 def _picture(ax, image, title="", label=""):
     ax.imshow(image, interpolation="nearest")
     ax.set(xticks=[], yticks=[])
@@ -302,7 +302,7 @@ def without(
         other.encode_prompt = partial(_encode_without, pipe, parts)
     return other
 
-
+# %% ../nbs/07_where_it_looks.ipynb #56465e7c
 def _encode_without(pipe, parts, prompts, frames, references=(), device=None):
     context, mask = pipe.encode_prompt(prompts, frames, references, device)
     mode = "ref" if len(references) else "image" if len(frames) == 1 else "video"

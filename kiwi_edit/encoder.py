@@ -181,7 +181,7 @@ def image_patches(self: KiwiProcessor, image: PIL.Image.Image, min_pixels: int, 
     out = self.image_processor(image, size=size, return_tensors="pt")
     return out["pixel_values"], tuple(out["image_grid_thw"][0].tolist())
 
-
+# %% ../nbs/04_encoder.ipynb #373a5cf6
 @patch
 def video_patches(self: KiwiProcessor, frames: np.ndarray, min_pixels: int, max_pixels: int | None):
     "A clip (T, H, W, 3) uint8 as patch rows (P, 1176) and its grid (t, gh, gw); at most 16 frames are looked at."
@@ -263,7 +263,7 @@ def __getitem__(self: EncoderInputs, i: int) -> EncoderInputs:
     text = (self.input_ids[row, :n], self.position_ids[:, row, :n], self.lengths[row])
     return EncoderInputs(*text, self.modes[row], self.grids[row], pixels, self.token_ids)
 
-
+# %% ../nbs/04_encoder.ipynb #9d914776
 @patch
 def to(self: EncoderInputs, device: torch.device | str) -> EncoderInputs:
     "The same inputs on another device."
@@ -271,7 +271,7 @@ def to(self: EncoderInputs, device: torch.device | str) -> EncoderInputs:
     moved = {name: getattr(self, name).to(device) for name in names if getattr(self, name) is not None}
     return replace(self, **moved)
 
-
+# %% ../nbs/04_encoder.ipynb #b8af427b
 @patch
 def without_pixels(self: EncoderInputs) -> EncoderInputs:
     "The same inputs to be used with cached vision features."
@@ -310,7 +310,7 @@ def _pictures(processor, c, mode, source, references):
         pictures[IMAGE_TOKEN] = processor.image_patches(image, c.min_image_pixels, limit)
     return pictures
 
-
+# %% ../nbs/04_encoder.ipynb #b528d502
 def _check_sample(prompt, source):
     "An instruction that holds a placeholder would shift every picture."
     if not isinstance(prompt, str):

@@ -60,7 +60,7 @@ def done_share(
         )
     return 1 - error / distance
 
-
+# %% ../nbs/09_metrics.ipynb #936ecda1
 def edit_done(
     output: np.ndarray,  # (..., T, H, W, 3) uint8, what the model made
     source: np.ndarray,  # what it was given
@@ -145,7 +145,7 @@ def distance(
     "How different two clips look in a region."
     return feature_distance(self.features(a), self.features(b), mask)
 
-
+# %% ../nbs/09_metrics.ipynb #33a9a918
 @patch
 def embed(
     self: PerceptualFeatures,
@@ -236,7 +236,7 @@ def psnr_from_error(
     with np.errstate(divide="ignore"):
         return 20 * np.log10(255) - 10 * np.log10(np.asarray(error, dtype=np.float64))[()]
 
-
+# %% ../nbs/09_metrics.ipynb #a3851274
 def psnr(
     a: np.ndarray,  # (..., T, H, W, 3), 0 to 255
     b: np.ndarray,  # of the same size

@@ -79,7 +79,7 @@ def bundled_models() -> list[str]:
     "Names of the models that ship with the kit."
     return sorted(p.parent.name for p in assets_dir().glob("[!.]*/model_index.json"))
 
-
+# %% ../nbs/06_pipeline.ipynb #e14a4b40
 def find_checkpoint(
     name: str | Path,  # bundled name, local folder or hub id
     variant: str | None = None,  # of the weights, such as "fp16"; those of another are not downloaded
@@ -134,122 +134,137 @@ class KiwiEditPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         self.memory = Memory()
         self._interrupt, self._guidance_scale, self._num_timesteps, self._current_timestep = False, 1.0, 0, None
 
-    @property
-    def interrupt(self) -> bool:
-        "Whether a callback has set `_interrupt`: no more steps are done, and what is there is decoded."
-        return self._interrupt
+# %% ../nbs/06_pipeline.ipynb #06n00001
+@patch_to(KiwiEditPipeline, as_prop=True)
+def interrupt(self) -> bool:
+    "Whether a callback has set `_interrupt`: no more steps are done, and what is there is decoded."
+    return self._interrupt
 
-    @property
-    def guidance_scale(self) -> float:
-        "Of the edit under way; a callback may change `_guidance_scale`."
-        return self._guidance_scale
 
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        "Whether the edit under way is guided by a negative prompt."
-        return self._guidance_scale > 1
+@patch_to(KiwiEditPipeline, as_prop=True)
+def guidance_scale(self) -> float:
+    "Of the edit under way; a callback may change `_guidance_scale`."
+    return self._guidance_scale
 
-    @property
-    def num_timesteps(self) -> int:
-        "Steps of the edit under way."
-        return self._num_timesteps
 
-    @property
-    def current_timestep(self):
-        "Of the edit under way; None where none is."
-        return self._current_timestep
+@patch_to(KiwiEditPipeline, as_prop=True)
+def do_classifier_free_guidance(self) -> bool:
+    "Whether the edit under way is guided by a negative prompt."
+    return self._guidance_scale > 1
 
-    @property
-    def size_multiple(self) -> int:
-        "Width and height of an edit are multiples of this many pixels."
-        return self.vae.config.scale_factor_spatial * self.transformer.config.patch_size[-1]
 
-    @property
-    def window_frames(self) -> int:
-        "Frames that are denoised at once of a clip that is longer than `max_frames`."
-        return max(self.config.max_frames, self.config.window_frames or 0)
+@patch_to(KiwiEditPipeline, as_prop=True)
+def num_timesteps(self) -> int:
+    "Steps of the edit under way."
+    return self._num_timesteps
 
-    @classmethod
-    def from_preset(
-        cls,
-        preset: str | Preset,  # a name of `core.PRESETS` or a preset
-        tokenizer,  # from `make_tokenizer`
-    ) -> KiwiEditPipeline:
-        "A model of a preset's sizes with random weights, ready to be trained."
-        preset = get_preset(preset)
-        config = Qwen2_5_VLConfig(**preset.mllm)
-        for token in ("image_pad", "video_pad", "vision_start", "vision_end"):
-            name = token.replace("pad", "token") + ("" if "pad" in token else "_token")
-            setattr(config, f"{name}_id", tokenizer.convert_tokens_to_ids(f"<|{token}|>"))
-        text = config.text_config
-        if len(tokenizer) > text.vocab_size:
-            size = f"the {text.vocab_size} tokens of the preset"
-            raise InputError(f"`tokenizer` has to have at most {size} but has {len(tokenizer)}.")
-        text.bos_token_id = text.pad_token_id = tokenizer.pad_token_id
-        text.eos_token_id = tokenizer.eos_token_id
-        return cls(
-            WanTransformer3DModel(**preset.transformer).eval(),
-            AutoencoderKLWan(**preset.vae).eval(),
-            FlowMatchEulerDiscreteScheduler(shift=preset.shift),
-            Qwen2_5_VLForConditionalGeneration(config).eval(),
-            KiwiProcessor(tokenizer),
-            KiwiGuidance(**preset.guidance).eval(),
-            max_pixels=preset.max_pixels,
-            max_frames=preset.num_frames,
-            window_frames=preset.window_frames,
-            default_steps=preset.num_inference_steps,
-        )
+# %% ../nbs/06_pipeline.ipynb #06n00002
+@patch_to(KiwiEditPipeline, as_prop=True)
+def current_timestep(self):
+    "Of the edit under way; None where none is."
+    return self._current_timestep
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        name: str | Path,  # bundled name, local folder or hub id, in the kit's layout or a released one
-        torch_dtype=torch.float32,  # of the weights: a type or its name, "auto" as on disk, or a dict of these by part
-        variant: str
-        | None = None,  # of the files, such as "fp16": where a part has it, it is read instead of the plain ones
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        token: str | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,  # as in huggingface_hub
-        **options,  # parts that are loaded already, and what the loader of the layout or diffusers' takes
-    ) -> KiwiEditPipeline:
-        "Load a model; no code that comes with it is run."
-        hub = dict(revision=revision, cache_dir=cache_dir, token=token)
-        hub |= dict(local_files_only=local_files_only, force_download=force_download)
-        return _library("hub:load_model")(name, options.pop("dtype", torch_dtype), variant, hub, **options)
 
-    def load_lora_weights(
-        self,
-        pretrained_model_name_or_path_or_dict,  # file, folder, hub id, or a dict of tensors
-        adapter_name: str | None = None,
-        **kwargs,  # of diffusers' `load_lora_weights`: weight_name, subfolder, revision, token, ...
-    ) -> None:
-        "Put a LoRA beside the denoiser's weights; `fuse_lora`, `set_adapters` and the like are diffusers' own."
-        _library("hub:load_lora")(self, pretrained_model_name_or_path_or_dict, adapter_name, **kwargs)
+@patch_to(KiwiEditPipeline, as_prop=True)
+def size_multiple(self) -> int:
+    "Width and height of an edit are multiples of this many pixels."
+    return self.vae.config.scale_factor_spatial * self.transformer.config.patch_size[-1]
 
-    def push_to_hub(
-        self,
-        repo_id: str,  # made where it is missing; without an owner it is yours
-        **options,  # commit_message, private, token, create_pr, max_shard_size, license: see `weights.hub.push`
-    ) -> str:  # address of the commit
-        "Upload the model and a card; of a card that is there only a named `license` changes."
-        return _library("hub:push")(self, repo_id, **options)
 
-    def save_pretrained(
-        self,
-        save_directory: str | Path,  # gets the kit's layout; what else lies there stays
-        max_shard_size: int | str | None = None,  # of a file of weights, such as "5GB"; None: the libraries' default
-    ) -> None:
-        "Write the model, weights as safetensors; an error or a kill on the way leaves no half of it."
-        _library("hub:save_model")(self, save_directory, max_shard_size)
+@patch_to(KiwiEditPipeline, as_prop=True)
+def window_frames(self) -> int:
+    "Frames that are denoised at once of a clip that is longer than `max_frames`."
+    return max(self.config.max_frames, self.config.window_frames or 0)
+
+# %% ../nbs/06_pipeline.ipynb #06n00004
+@patch_to(KiwiEditPipeline, cls_method=True)
+def from_preset(
+    cls,
+    preset: str | Preset,  # a name of `core.PRESETS` or a preset
+    tokenizer,  # from `make_tokenizer`
+) -> KiwiEditPipeline:
+    "A model of a preset's sizes with random weights, ready to be trained."
+    preset = get_preset(preset)
+    config = Qwen2_5_VLConfig(**preset.mllm)
+    for token in ("image_pad", "video_pad", "vision_start", "vision_end"):
+        name = token.replace("pad", "token") + ("" if "pad" in token else "_token")
+        setattr(config, f"{name}_id", tokenizer.convert_tokens_to_ids(f"<|{token}|>"))
+    text = config.text_config
+    if len(tokenizer) > text.vocab_size:
+        size = f"the {text.vocab_size} tokens of the preset"
+        raise InputError(f"`tokenizer` has to have at most {size} but has {len(tokenizer)}.")
+    text.bos_token_id = text.pad_token_id = tokenizer.pad_token_id
+    text.eos_token_id = tokenizer.eos_token_id
+    return cls(
+        WanTransformer3DModel(**preset.transformer).eval(),
+        AutoencoderKLWan(**preset.vae).eval(),
+        FlowMatchEulerDiscreteScheduler(shift=preset.shift),
+        Qwen2_5_VLForConditionalGeneration(config).eval(),
+        KiwiProcessor(tokenizer),
+        KiwiGuidance(**preset.guidance).eval(),
+        max_pixels=preset.max_pixels,
+        max_frames=preset.num_frames,
+        window_frames=preset.window_frames,
+        default_steps=preset.num_inference_steps,
+    )
+
+# %% ../nbs/06_pipeline.ipynb #06n00006
+@patch_to(KiwiEditPipeline, cls_method=True)
+def from_pretrained(
+    cls,
+    name: str | Path,  # bundled name, local folder or hub id, in the kit's layout or a released one
+    torch_dtype=torch.float32,  # of the weights: a type or its name, "auto" as on disk, or a dict of these by part
+    variant: str
+    | None = None,  # of the files, such as "fp16": where a part has it, it is read instead of the plain ones
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,  # as in huggingface_hub
+    **options,  # parts that are loaded already, and what the loader of the layout or diffusers' takes
+) -> KiwiEditPipeline:
+    "Load a model; no code that comes with it is run."
+    hub = dict(revision=revision, cache_dir=cache_dir, token=token)
+    hub |= dict(local_files_only=local_files_only, force_download=force_download)
+    return _library("hub:load_model")(name, options.pop("dtype", torch_dtype), variant, hub, **options)
+
+# %% ../nbs/06_pipeline.ipynb #06n00007
+@patch_to(KiwiEditPipeline)
+def load_lora_weights(
+    self,
+    pretrained_model_name_or_path_or_dict,  # file, folder, hub id, or a dict of tensors
+    adapter_name: str | None = None,
+    **kwargs,  # of diffusers' `load_lora_weights`: weight_name, subfolder, revision, token, ...
+) -> None:
+    "Put a LoRA beside the denoiser's weights; `fuse_lora`, `set_adapters` and the like are diffusers' own."
+    _library("hub:load_lora")(self, pretrained_model_name_or_path_or_dict, adapter_name, **kwargs)
+
+# %% ../nbs/06_pipeline.ipynb #06n00008
+@patch_to(KiwiEditPipeline)
+def push_to_hub(
+    self,
+    repo_id: str,  # made where it is missing; without an owner it is yours
+    **options,  # commit_message, private, token, create_pr, max_shard_size, license: see `weights.hub.push`
+) -> str:  # address of the commit
+    "Upload the model and a card; of a card that is there only a named `license` changes."
+    return _library("hub:push")(self, repo_id, **options)
+
+# %% ../nbs/06_pipeline.ipynb #06n00009
+@patch_to(KiwiEditPipeline)
+def save_pretrained(
+    self,
+    save_directory: str | Path,  # gets the kit's layout; what else lies there stays
+    max_shard_size: int | str | None = None,  # of a file of weights, such as "5GB"; None: the libraries' default
+) -> None:
+    "Write the model, weights as safetensors; an error or a kill on the way leaves no half of it."
+    _library("hub:save_model")(self, save_directory, max_shard_size)
 
 # %% ../nbs/06_pipeline.ipynb #50157f31
 def _check(holds, name, rule, value, kind=InputError):
     if not holds:
         raise kind(f"`{name}` has to {rule} but is {reprlib.repr(value)}.")
 
-
+# %% ../nbs/06_pipeline.ipynb #4754c7be
 def _check_call(pipe, prompt, negative_prompt, height, width, num_frames, steps, sigmas, guidance_scale, strength,
                 generator, output_type, tensors, window_overlap, video):  # fmt: skip
     "Raise before anything is computed where an argument of an edit cannot be right."
@@ -302,7 +317,7 @@ def check_references(self, reference) -> list[PIL.Image.Image]:
         raise InputError(f"{rule} but has {len(images)} image{'s' * (len(images) > 1)}.")
     return [picture_of(image) for image in images]
 
-
+# %% ../nbs/06_pipeline.ipynb #2a607c9d
 @patch_to(KiwiEditPipeline)
 def check_footage(self, video, height, width, num_frames) -> Footage:
     "The source of an edit as it will be edited."
@@ -344,7 +359,7 @@ def _latents_of(pipe, content, make, device):
     about = (vae.use_slicing, vae.use_tiling, tile, stride, content)
     return pipe.memory.get(vae, about, make).to(device)  # they may have been made elsewhere
 
-
+# %% ../nbs/06_pipeline.ipynb #c89baba3
 @patch_to(KiwiEditPipeline)
 def encode_source(
     self, footage: Footage, device: torch.device | None = None
@@ -359,7 +374,7 @@ def encode_source(
 
     return _latents_of(self, footage.key, make, device)
 
-
+# %% ../nbs/06_pipeline.ipynb #0716da3b
 @patch_to(KiwiEditPipeline)
 def encode_references(
     self,
@@ -488,7 +503,7 @@ def walk(
                 break
     return latents
 
-
+# %% ../nbs/06_pipeline.ipynb #dbb450fc
 def _as_many(x, context, dtype):
     return None if x is None else x.to(dtype).expand(len(context), -1, -1, -1, -1)
 

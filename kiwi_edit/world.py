@@ -55,7 +55,7 @@ def ids_of(
     "Which rows of a table belong to a split."
     return tuple(i for i, row in enumerate(read_table(kind)) if row["split"] == split)
 
-
+# %% ../nbs/01_world.ipynb #77f97b24
 @lru_cache(maxsize=2048)
 def _picture(kind, index):
     "A stored picture as uint8, with alpha for objects."
@@ -102,7 +102,7 @@ def _recolored(pixels, color):
     dark = np.float32(COLORS[color]) * np.minimum(light * 1.3 + 0.15, 1)
     return dark + (255 - dark) * np.clip(light * 2 - 1.1, 0, 1) * 0.7
 
-
+# %% ../nbs/01_world.ipynb #aee9c047
 @lru_cache(maxsize=1024)
 def _sprite(index, color, mirrored, side):
     "An object with premultiplied alpha (h, w, 4) float32, colours in 0..255, its longer side at most `side`."
@@ -152,7 +152,7 @@ def _draw_thing(frame, thing, time, shadow=_SHADOW):
     frame[place] += layer[..., :3]
     return place, alpha, shade
 
-
+# %% ../nbs/01_world.ipynb #1f766e04
 def _ellipse(sprite_shape, scale, angle, x, y, shape):
     "(h, w, 1) in 0..1, soft and flat, under the foot of a sprite."
     high, wide = sprite_shape[0] * scale, sprite_shape[1] * scale
@@ -187,7 +187,7 @@ def _shade(light, height, width):
     across = np.cos(direction) * (2 * x / max(width - 1, 1) - 1) + np.sin(direction) * (2 * y / max(height - 1, 1) - 1)
     return (1 - strength * (0.5 + 0.5 * across / 1.42))[..., None].astype(np.float32)
 
-
+# %% ../nbs/01_world.ipynb #79ce3112
 def _view(scene, time, height, width):
     "The plate as the camera shows it at a time, (H, W, 3) float32."
     import cv2
@@ -199,7 +199,7 @@ def _view(scene, time, height, width):
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     return cv2.warpAffine(scene.plate, matrix, (width, height), flags=flags, borderMode=cv2.BORDER_REFLECT)
 
-
+# %% ../nbs/01_world.ipynb #2e63574c
 def render(
     scene: Scene,
     num_frames: int,
@@ -232,19 +232,19 @@ def _tint(frames, dark, bright):
     share = _luma(frames) / 255
     return np.float32(dark) * (1 - share) + np.float32(bright) * share
 
-
+# %% ../nbs/01_world.ipynb #99000fe4
 def _blur(frames):
     for axis in (1, 2):
         for _ in range(2):
             frames = (np.roll(frames, 1, axis) + 2 * frames + np.roll(frames, -1, axis)) / 4
     return frames
 
-
+# %% ../nbs/01_world.ipynb #cd42eade
 def _snowy(frames):
     light = _luma(frames)
     return np.clip(0.45 * (light * 0.7 + frames * 0.3) + np.float32([138, 142, 150]), 0, 255)
 
-
+# %% ../nbs/01_world.ipynb #7e498a55
 def _sketch(frames):
     light = _luma(_blur(frames))
     edge = np.abs(light - np.roll(light, 1, 1)) + np.abs(light - np.roll(light, 1, 2))
@@ -268,7 +268,7 @@ def _canvas_size(rng, short, change):
     ratio = math.exp(rng.uniform(-0.2, 0.2) * change)
     return round(short * max(1, 1 / ratio)), round(short * max(1, ratio))
 
-
+# %% ../nbs/01_world.ipynb #57ae304d
 def thing_reference(
     thing: Thing,
     rng: np.random.Generator,
@@ -295,7 +295,7 @@ def thing_reference(
     canvas *= _shade((rng.uniform(0, 0.3) * change, rng.uniform(0, 2 * math.pi)), height, width)
     return np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
 
-
+# %% ../nbs/01_world.ipynb #b8f0a2b0
 def plate_reference(
     plate: np.ndarray,  # (h, w, 3) float32
     rng: np.random.Generator,
@@ -404,7 +404,7 @@ def named_objects() -> dict:  # name -> place in `read_table("objects")`
     names = {read_table("objects")[i]["name"]: i for i in ids_of("objects", "train")}
     return {name: i for name, i in names.items() if name in NAMED}
 
-
+# %% ../nbs/01_world.ipynb #f6418165
 _PLURALS = """
 blueberries boots cherries clothes cutters fries glasses goggles grapes headphones jeans keys pancakes pliers
 scissors shoes shorts sneakers sunglasses fishes
@@ -444,7 +444,7 @@ class Quadruplet:
         rows = {"source": self.source} | reference | {"target": self.target}
         return film_strip(rows, title=f"{self.task}: {self.instruction}", dpi=60)._repr_png_()
 
-
+# %% ../nbs/01_world.ipynb #0b23fcdd
 @dataclass(frozen=True)
 class Difficulty:
     "How hard the world is. Every score of the kit names it."
@@ -552,7 +552,7 @@ class _Edit:
     picture: np.ndarray | None = None  # the target where it is no scene
     caption: str | None = None
 
-
+# %% ../nbs/01_world.ipynb #48be8040
 def caption(scene: Scene) -> str:
     "The scene in words."
     names = [with_article(f"{thing.color} {thing.name}" if thing.color else thing.name) for thing in scene.things]
@@ -582,7 +582,7 @@ def _plate(self: World, rng):
     tint = rng.uniform(0.9, 1.1, 3) * rng.uniform(0.85, 1.1)
     return np.clip(piece * tint, 0, 255).astype(np.float32), read_table("scenes")[index]["name"]
 
-
+# %% ../nbs/01_world.ipynb #8b594625
 @patch
 def _object(self: World, rng, split, taken=()):
     "An object of a split whose name is not taken."
@@ -592,7 +592,7 @@ def _object(self: World, rng, split, taken=()):
         if read_table("objects")[index]["name"] not in taken:
             return index
 
-
+# %% ../nbs/01_world.ipynb #9afc5fc4
 @patch
 def _thing(self: World, rng, split, taken):
     "A thing with a pose that stays in the picture."
@@ -610,7 +610,7 @@ def _thing(self: World, rng, split, taken):
         mirrored=bool(rng.random() < 0.5),
     )
 
-
+# %% ../nbs/01_world.ipynb #7621ed00
 @patch
 def _scene(self: World, rng):
     "A place with one to three things that do not hide each other."
@@ -630,13 +630,13 @@ def _scene(self: World, rng):
     light = (rng.uniform(0, 0.35) if rng.random() < 0.6 else 0.0, rng.uniform(0, 2 * math.pi))
     return Scene(plate, plate_name, tuple(things), tuple(pan.tolist()), zoom, light)
 
-
+# %% ../nbs/01_world.ipynb #29788824
 @patch
 def _say(self: World, kind, rng, **words):
     lines = WORDINGS[kind][self.split]
     return lines[rng.integers(len(lines))].format(**words)
 
-
+# %% ../nbs/01_world.ipynb #25afbebb
 @patch
 def _pick(self: World, scene, rng):
     "One of the things, and how to call it."
@@ -651,12 +651,12 @@ def _swap(scene, i, thing):
 def _joined(scene, thing):
     return replace(scene, things=scene.things + (thing,))
 
-
+# %% ../nbs/01_world.ipynb #6f0145e3
 @patch(as_prop=True)
 def _short(self: World):
     return round(min(self.height, self.width) * 1.25)
 
-
+# %% ../nbs/01_world.ipynb #d075bc8e
 @patch
 def _edit_subject(self: World, scene, words, rng):
     index = self._object(rng, self.split, [thing.name for thing in scene.things])
@@ -690,7 +690,7 @@ def _named(rng, taken):
     name = names[rng.integers(len(names))]
     return name, named_objects()[name]
 
-
+# %% ../nbs/01_world.ipynb #b0905d0a
 @patch
 def _edit_add(self: World, scene, words, rng):
     name, index = _named(rng, [thing.name for thing in scene.things])
@@ -745,7 +745,7 @@ def _edit_isolate(self: World, scene, words, rng):
     name = with_article(scene.things[i].name)
     return _Edit(None, self._say("isolate", words, x=x), before=i, picture=picture, caption=f"{name} alone on white")
 
-
+# %% ../nbs/01_world.ipynb #4d2d64c6
 @patch
 def _edit_plate(self: World, scene, words, rng):
     return _Edit(replace(scene, things=()), self._say("plate", words))

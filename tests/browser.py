@@ -109,6 +109,13 @@ class Page:
         self.page.wait_for_selector("#strip img", timeout=seconds * 1000)
         return self.page.locator(selector).first.get_attribute("src"), note
 
+    def look(self):
+        "Ask where the denoiser looks, and wait for an answer that is not the one of the opening."
+        self.click("look")
+        self.page.wait_for_function(
+            "(t => t.includes('self-attention') && !t.includes('“'))(document.querySelector('#guidance-text').innerText)"
+        )
+
     def wait_for_comparison(self):
         "Names of the files that can be taken home."
         self.page.wait_for_selector("#wipe img")
@@ -151,9 +158,7 @@ def pictures(page, out, example):
     page.shot(out)
     beside = lambda name: out.with_name(f"{out.stem}-{name}.png")
     page.open_tab("Guidance")
-    page.click("look")
-    page.wait_for_text("guidance-text", "self-attention")
-    page.page.wait_for_selector("#guidance-picture img")
+    page.look()
     page.shot(beside("guidance"))
     page.open_tab("Data")
     page.click("pairs")

@@ -21,6 +21,7 @@ from kiwi_edit.data.backends import *
 from kiwi_edit.data.backends import _called, _qwen_processor, _read_grounding, _read_score, _seed_of
 from kiwi_edit.core import asset
 from kiwi_edit.encoder import KiwiProcessor
+from kiwi_edit.data.embedded import deduplicate, mask_boxes
 from kiwi_edit.quadruplets import (
     BackendError,
     GroundStage,
@@ -29,9 +30,7 @@ from kiwi_edit.quadruplets import (
     SegmentStage,
     SynthesizeStage,
     VerifyStage,
-    deduplicate,
     load_record,
-    mask_boxes,
 )
 from kiwi_edit.world import World
 
@@ -1351,7 +1350,8 @@ def test_editor_sees_the_best_frame_at_full_size():
             self.seen, self.prompt, self.seed, self.kwargs = np.array(image), prompt, generator.initial_seed(), kwargs
             return type("Out", (), dict(images=[Image.new("RGB", (8, 8))]))
 
-    from kiwi_edit.quadruplets import CutoutSynthesizer, LoadOptions
+    from kiwi_edit.data.embedded import CutoutSynthesizer
+    from kiwi_edit.quadruplets import LoadOptions
 
     big = lambda clip: clip.repeat(4, 1).repeat(4, 2)
     found = load_record(Pair("big", big(MADE.source), big(MADE.target), "Add a hat"), LoadOptions(side=64))

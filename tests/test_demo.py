@@ -668,10 +668,7 @@ def test_cancel_and_bad_files_in_a_browser(page, tmp_path):
 
 def test_the_other_tabs_in_a_browser(page):
     page.open_tab("Guidance")
-    page.click("look")
-    page.page.wait_for_function(
-        "(t => t.includes('self-attention') && !t.includes('“'))(document.querySelector('#guidance-text').innerText)"
-    )
+    page.look()
     page.page.locator("#away").get_by_label("the queries").check()
     page.wait_for_text("guidance-text", "Without the queries")
     page.open_tab("Data")

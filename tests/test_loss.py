@@ -22,6 +22,7 @@ from kiwi_edit.latents import encode_frames, latent_statistics
 from kiwi_edit.pipeline import KiwiEditPipeline, fit_reference, flow_sigmas
 from kiwi_edit.train.cache import Batch
 from kiwi_edit.train.engine import FlowMatching, _split_losses
+from kiwi_edit.train.foundations import metric_factor, pixel_metric
 from kiwi_edit.training import (
     Dice,
     draw_noise,
@@ -29,8 +30,6 @@ from kiwi_edit.training import (
     drop_instructions,
     edit_weights,
     flow_matching_loss,
-    metric_factor,
-    pixel_metric,
     training_table,
 )
 from kiwi_edit.world import World

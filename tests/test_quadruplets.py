@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kiwi_edit.data.embedded import *
 from kiwi_edit.quadruplets import *
-from kiwi_edit.quadruplets import _fill_patches
+from kiwi_edit.data.embedded import _fill_patches
 from kiwi_edit.world import World
 
 WORLD = World()

@@ -438,8 +438,9 @@ def test_what_a_caller_can_mend_is_said_by_a_class():
             )
 
 
-def test_the_package_keeps_to_its_limits():
-    found = subprocess.run([sys.executable, ROOT / ".ci" / "size.py"], capture_output=True, text=True)
+@pytest.mark.parametrize("script", ["size.py", "lessons.py"])
+def test_package_and_lessons_keep_to_their_limits(script):
+    found = subprocess.run([sys.executable, ROOT / ".ci" / script], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
 
 

@@ -21,7 +21,8 @@ from PIL import Image
 import common
 from kiwi_edit.core import InputError
 from kiwi_edit.data.dataset import MetadataDataset, write_metadata
-from kiwi_edit.quadruplets import BackendError, Pair, ScoreStage, embedded_stages
+from kiwi_edit.data.embedded import embedded_stages
+from kiwi_edit.quadruplets import BackendError, Pair, ScoreStage
 from kiwi_edit.data.synthesis import *
 from kiwi_edit.data.synthesis import _settings_of, _stage_groups
 from kiwi_edit.video import write_video

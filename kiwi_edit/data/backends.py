@@ -35,7 +35,8 @@ import yaml
 from PIL import Image
 
 from ..core import InputError, asset, choose_device, choose_dtype, require
-from ..quadruplets import BackendError, Check, CutoutSynthesizer, Grounding, full_frames
+from .embedded import CutoutSynthesizer
+from ..quadruplets import BackendError, Check, Grounding, full_frames
 from ..records import digest, png_bytes, unique_names
 from ..video import read_video, sample_indices, video_info
 from ..world import TASKS, WORDINGS

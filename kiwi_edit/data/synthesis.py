@@ -39,18 +39,8 @@ from ..core import InputError, asset, require, shortened
 from . import backends
 from .backends import chat_of
 from .dataset import ParquetCell, file_of, held, read_rows
-from kiwi_edit.quadruplets import (
-    FingerprintStage,
-    LoadOptions,
-    Pair,
-    Record,
-    Verdict,
-    deduplicate,
-    embedded_stages,
-    funnel,
-    load_record,
-    record_strip,
-)
+from .embedded import FingerprintStage, deduplicate, embedded_stages
+from ..quadruplets import LoadOptions, Pair, Record, Verdict, funnel, load_record, record_strip
 from ..records import Table, Workers, digest, image_tag, page, png_bytes, run_rows, write_text
 from ..video import as_frames, replacing, save_clip
 from ..world import World

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..core import InputError
 from ..metrics import edit_done, psnr
-from ..quadruplets import changed_region, color_distance, sharpness
+from ..data.embedded import changed_region, color_distance, sharpness
 from ..records import Table, Value
 from ..video import sample_indices
 

@@ -46,8 +46,8 @@ from ..records import append_line, image_tag, read_lines, replacing_folder
 from .cache import Batches, LatentCache, OnlineRows, RowSettings, build_cache
 from .curriculum import PARTS, Loss, Stage, find_stage, select
 from .foundations import Description, Reconstruction, autoencoder_batch, description_batch
-from .foundations import fit_projection, measure_latents, start_model
-from ..training import draw_noise, drop_instructions, flow_matching_loss, metric_factor, pixel_metric
+from .foundations import fit_projection, measure_latents, metric_factor, pixel_metric, start_model
+from ..training import draw_noise, drop_instructions, flow_matching_loss
 from ..video import as_frames, replacing, save_film_strip
 from ..weights.checkpoints import load_any, merge_lora
 from ..world import EVAL_SEED, TASKS, World

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['autoencoder_batch', 'fit_projection', 'Reconstruction', 'measure_latents', 'description', 'description_batch',
-           'Description', 'start_model']
+           'Description', 'start_model', 'pixel_metric', 'metric_factor']
 
 # %% ../../nbs/library/32_foundations.ipynb #2205c541
 import math
@@ -16,11 +16,13 @@ import PIL.Image
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
+from tqdm.auto import tqdm
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from ..core import multiplies_bfloat16, preset as get_preset
+from ..core import InputError, multiplies_bfloat16, preset as get_preset
 from ..encoder import REFERENCE_SUFFIX, SYSTEM_PROMPT, collate_inputs, encode_hidden, make_tokenizer
 from ..encoder import prepare_sample
+from ..latents import latent_statistics
 from ..pipeline import KiwiEditPipeline, fit_reference
 from ..world import EVAL_SEED, TASKS, World
 
@@ -261,3 +263,33 @@ def start_model(preset="tiny", seed: int = 0):
             for norm in (norm for block in wan.blocks for norm in (block.attn1.norm_q, block.attn1.norm_k)):
                 norm.weight.mul_(1.5)  # it can pick one place among many: norms bound products of queries and keys
     return pipe
+
+# %% ../../nbs/library/32_foundations.ipynb #08000016
+def pixel_metric(
+    vae: AutoencoderKLWan,
+    latents: torch.Tensor,  # (N, z, f, h, w) normalised, of clips as the model will meet them; a few dozen
+    progress: bool = True,
+) -> torch.Tensor:  # (z, z) float64 on the CPU, symmetric and positive semi-definite
+    "G, with which e^T G e is the mean squared pixel error in -1..1 that a small error e of the latents makes."
+    mean, std = latent_statistics(vae, latents.device)
+    generator, gram = torch.Generator().manual_seed(0), 0
+    for clip in tqdm(latents.float().split(1), disable=not progress, desc="pixel metric"):
+        clip = clip.detach().requires_grad_(True)
+        with torch.enable_grad():
+            pixels = vae.decode((clip * std + mean).to(vae.dtype)).sample.float()
+        signs = torch.randint(2, pixels.shape, generator=generator).to(pixels) * 2 - 1
+        pulled = torch.autograd.grad(pixels, clip, signs)[0].movedim(1, -1).flatten(0, -2).double()
+        gram += (pulled.T @ pulled).cpu() / (pixels.numel() * len(latents))
+    return gram
+
+# %% ../../nbs/library/32_foundations.ipynb #08000020
+def metric_factor(
+    gram: torch.Tensor,  # (z, z) from `pixel_metric`
+    share: float,  # 0 the plain squared error, 1 the decoder's view alone
+) -> torch.Tensor:  # (z, z) float32
+    "F with F F^T = (1 - share) I + share G / mean(diag G)."
+    if not 0 <= share <= 1:
+        raise InputError(f"`share` has to lie in 0..1 but is {share}.")
+    eye = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+    values, vectors = torch.linalg.eigh((1 - share) * eye + share * gram.double() / gram.diagonal().double().mean())
+    return (vectors * values.clamp(min=0).sqrt()).float()
