@@ -10,7 +10,7 @@ LIGHT = {  # what is done in one process after the other, and what is not import
     "import kiwi_edit.train.curriculum": "numpy torch transformers diffusers peft",
     "from kiwi_edit.apps.cli import main; main(['--help'])": "numpy torch transformers diffusers av gradio",
     "import kiwi_edit.data.backends": "torch transformers diffusers openai google.genai",
-    "import kiwi_edit.eval.judge": "torch transformers diffusers openai google.genai scipy.stats yaml",
+    "import kiwi_edit.eval.judge": "torch transformers diffusers openai google.genai scipy.stats",
     "from kiwi_edit.video import *": "torch transformers diffusers matplotlib decord",
     "from PIL import Image; figure = film_strip(Image.new('RGB', (8, 8)))": "torch transformers diffusers decord",
 }
