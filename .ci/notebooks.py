@@ -72,12 +72,13 @@ def shrink_figures(
         image.thumbnail((1200, 10_000))
         white = Image.new("RGBA", image.size, "white")
         white.alpha_composite(image)
-        drawing = saved(white.convert("RGB").quantize(256), "PNG", optimize=True)
-        photograph = saved(white.convert("RGB"), "JPEG", quality=85, subsampling=0, optimize=True)
-        best = min(raw, drawing, photograph, key=len)
+        flat = white.convert("RGB")
+        if flat.getcolors(4096):
+            kind, best = "image/png", saved(flat.quantize(256), "PNG", optimize=True)
+        else:
+            kind, best = "image/jpeg", saved(flat, "JPEG", quality=88, subsampling=0, optimize=True)
         if len(best) < 0.95 * len(raw):
             del data["image/png"]
-            kind = "image/jpeg" if best is photograph else "image/png"
             data[kind], smaller = base64.b64encode(best).decode(), True
     if smaller:
         path.write_text(json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

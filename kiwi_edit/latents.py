@@ -44,7 +44,7 @@ def _forward_flat(self, x, cache_x=None):
         x = torch.cat([cache_x.to(x.device), x], dim=2)
         past -= cache_x.shape[2]
     frames = (x.shape[2] + past - time_taps) // stride + 1
-    if frames == 1:  # frames before the first are black for the autoencoder: they add nothing
+    if frames == 1:  # frames before the first are zeros for the autoencoder: they add nothing
         taps = time_taps - past
         stacked, weight = x[:, :, :taps].flatten(1, 2), self.weight[:, :, past:]
     else:

@@ -178,12 +178,20 @@ class GoodSamples:
 
 # %% ../../nbs/library/10_dataset.ipynb #4aee49aa
 _COLUMNS = ("src_video", "tgt_video", "prompt")
+_SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
 
 
 def _suffix(path, what="metadata"):
-    if path.suffix.lower() not in _READERS:
-        raise InputError(f"`{what}` has to end in {', '.join(_READERS)} but is {str(path)!r}.")
+    if path.suffix.lower() not in _SUFFIXES:
+        raise InputError(f"`{what}` has to end in {', '.join(_SUFFIXES)} but is {str(path)!r}.")
     return path.suffix.lower()
+
+
+def _check_columns(columns, needs, path, what):
+    if missing := [c for c in needs if c not in columns]:
+        there = shortened(", ".join(map(str, columns)), 100)
+        lacks = f"{str(path)!r} lacks {', '.join(missing)}; it has {there}"
+        raise InputError(f"`{what}` has to have the columns {', '.join(needs)} but {lacks}.")
 
 # %% ../../nbs/library/10_dataset.ipynb #3b2a5d50
 def write_metadata(
@@ -307,13 +315,6 @@ def _read_parquet(path):
 
 
 _READERS = {".csv": _read_csv, ".json": _read_json, ".jsonl": _read_json, ".parquet": _read_parquet}
-
-
-def _check_columns(columns, needs, path, what):
-    if missing := [c for c in needs if c not in columns]:
-        there = shortened(", ".join(map(str, columns)), 100)
-        lacks = f"{str(path)!r} lacks {', '.join(missing)}; it has {there}"
-        raise InputError(f"`{what}` has to have the columns {', '.join(needs)} but {lacks}.")
 
 
 def read_rows(
