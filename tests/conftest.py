@@ -47,7 +47,8 @@ def own_settings(tmp_path, monkeypatch):
     yield
     settings.cache_clear()
     logging.getLogger("kiwi_edit").handlers.clear()
-    logging.getLogger("kiwi_edit").setLevel(logging.NOTSET)
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("kiwi_edit")]:
+        logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")
