@@ -433,7 +433,7 @@ def test_kit_explains_itself(tmp_path):
 @pytest.mark.parametrize(
     "python, message",
     [
-        (None, "no Python 3.10, 3.11, 3.12 or 3.13 found"),
+        (None, "no Python 3.11, 3.12 or 3.13 found"),
         ("echo 3.9", "python3 is 3.9"),
         ("echo 3.14", "python3 is 3.14"),
         ('case "$2" in *ensurepip*) exit 1 ;; esac; echo 3.12', "apt-get install python3.12-venv"),
