@@ -31,11 +31,11 @@ from kiwi_edit.encoder import (
     sample_frames,
     vision_features,
 )
-from .footage import Footage, Memory, picture_of, prepare_frames
+from .footage import Footage, Memory, prepare_frames
 from .guidance import EditCache, KiwiGuidance, denoise, rounded_sigma, window_caches
 from .latents import decode_latents, encode_frames, stream_frames, stream_latents
 from .records import digest
-from .video import check_frame_count, fit_size
+from .video import check_frame_count, fit_size, read_image
 from .windows import Window, denoise_windows, latent_windows
 
 # %% auto #0
@@ -315,7 +315,7 @@ def check_references(self, reference) -> list[PIL.Image.Image]:
     if images and not self.guidance.config.takes_reference:
         rule = "`reference` has to be None for this model, which was trained on instructions alone,"
         raise InputError(f"{rule} but has {len(images)} image{'s' * (len(images) > 1)}.")
-    return [picture_of(image) for image in images]
+    return [read_image(image, "reference") for image in images]
 
 # %% ../nbs/06_pipeline.ipynb #2a607c9d
 @patch_to(KiwiEditPipeline)

@@ -432,10 +432,9 @@ def test_the_class_of_an_error_says_whose_fault_it_is():
     from safetensors import SafetensorError
     from kiwi_edit.core import InputError, InputTypeError, missing_package
     from kiwi_edit.data.dataset import BadRow
-    from kiwi_edit.video import VideoError
 
     message = "`seed` has to be at least 0 but is -1."
-    for error in (InputError(message), InputTypeError(message), VideoError(message)):
+    for error in (InputError(message), InputTypeError(message)):
         assert files.one_line(error, dict(seed="--seed")) == "--seed" + message[6:]
     for error in (
         ValueError(message),

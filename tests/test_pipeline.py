@@ -21,9 +21,8 @@ from kiwi_edit.pipeline import (
     encode_frames,
     fit_reference,
     flow_sigmas,
-    picture_of,
 )
-from kiwi_edit.video import as_frames, read_video, write_video
+from kiwi_edit.video import as_frames, read_image, read_video, write_video
 from kiwi_edit.weights import hub
 
 PROMPT = "Replace the red fox with the object in the reference."
@@ -381,7 +380,7 @@ def test_forms_of_references_and_clips(pipe, tmp_path):
         [data],
     ):
         assert torch.equal(edit(pipe, reference=one, num_inference_steps=1), base)
-    assert np.array_equal(picture_of((first / 255).bfloat16()).size, image.size)
+    assert np.array_equal(read_image((first / 255).bfloat16()).size, image.size)
     tensor = torch.from_numpy(frames)
     names = [tmp_path / f"{i}.png" for i in range(5)]
     for frame, name in zip(frames, names):

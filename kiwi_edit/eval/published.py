@@ -34,8 +34,8 @@ from .judge import beside_published, lay_beside, measure_case, rubric_for
 from ..metrics import perceptual_features
 from ..records import Table, Value, append_line, image_tag, logger, page, read_lines, run_rows
 from ..records import unique_names, write_text
-from ..video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoError, as_frames, compare, film_strip, fit_size
-from ..video import nearest_frame_count, read_image, read_video, sample_indices, save_clip, video_info
+from ..video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, as_frames, compare, film_strip, fit_size
+from ..video import nearest_frame_count, read_image, read_video, sample_indices, video_info, write_video
 from ..world import EVAL_SEED, TASKS, World
 
 # %% auto #0
@@ -220,8 +220,8 @@ def _edit_row(pipe, row, out, steps=50, concat=False):
     path = out / row.output
     path.parent.mkdir(parents=True, exist_ok=True)
     if concat:
-        save_clip(path.with_name("concat_" + path.name), compare(frames, edited), SETTINGS["fps"])
-    save_clip(path, edited, SETTINGS["fps"])
+        write_video(path.with_name("concat_" + path.name), compare(frames, edited), SETTINGS["fps"], overwrite=True)
+    write_video(path, edited, SETTINGS["fps"], overwrite=True)
     return edited
 
 # %% ../../nbs/library/42_published.ipynb #c450001d
@@ -317,9 +317,9 @@ def _lay_result(case):
     laid = lay_beside(case)
     made, there = laid.frames
     if made > there:
-        raise VideoError(f"`result` has to have at most the {there} frames of its source but has {made}.")
+        raise InputError(f"`result` has to have at most the {there} frames of its source but has {made}.")
     if made == 1 and there > 4:
-        raise VideoError(f"`result` has to be a clip for a source of {there} frames but is one picture.")
+        raise InputError(f"`result` has to be a clip for a source of {there} frames but is one picture.")
     return laid
 
 # %% ../../nbs/library/42_published.ipynb #c4500034
