@@ -17,7 +17,15 @@ import torch
 
 from .core import check_local
 from .records import digest
-from .video import as_frames, fit_size, nearest_frame_count, read_video, resize_frames, stream_video, video_info
+from kiwi_edit.video import (
+    as_frames,
+    fit_size,
+    nearest_frame_count,
+    read_video,
+    resize_frames,
+    stream_video,
+    video_info,
+)
 
 # %% auto #0
 __all__ = ['prepare_frames', 'Footage', 'Memory']

@@ -21,7 +21,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from fastcore.basics import patch_to
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from .core import InputError, InputTypeError, Preset, assets_dir, check_instruction
+from .core import InputError, InputTypeError, Preset, asset, check_instruction
 from .core import preset as get_preset
 from kiwi_edit.encoder import (
     KiwiProcessor,
@@ -77,7 +77,7 @@ def _library(name):
 # %% ../nbs/06_pipeline.ipynb #f5dc0098
 def bundled_models() -> list[str]:
     "Names of the models that ship with the kit."
-    return sorted(p.parent.name for p in assets_dir().glob("[!.]*/model_index.json"))
+    return sorted(p.parent.name for p in asset().glob("[!.]*/model_index.json"))
 
 # %% ../nbs/06_pipeline.ipynb #e14a4b40
 def find_checkpoint(
@@ -87,7 +87,7 @@ def find_checkpoint(
 ) -> Path:  # folder with a model_index.json
     "Where a model lies; one on the hub is downloaded, its weights and configs and none of its code."
     if str(name) in bundled_models() and not Path(name).is_dir():
-        return assets_dir() / name
+        return asset(name)
     return _library("hub:fetch")(name, variant, **hub)
 
 # %% ../nbs/06_pipeline.ipynb #aa4659df

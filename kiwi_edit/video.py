@@ -114,7 +114,7 @@ def _as_array(array):
 
 
 def as_frames(
-    frames,  # `Clip`, list of images in any form, array or tensor (T,H,W,3), (T,H,W) or (H,W,3), uint8 or float in [0,1]
+    frames,  # `Clip`, list of images, or array or tensor (T,H,W,3), (T,H,W) or (H,W,3), uint8 or float in [0,1]
     name: str = "frames",  # what errors call them
 ) -> np.ndarray:  # (T,H,W,3) uint8
     "Any common form of frames as one uint8 RGB array. Three axes that end in 3 are one frame in colour."

@@ -30,9 +30,7 @@ def gradient(count=12, height=48, width=64):
     ).astype(np.uint8)
 
 
-def encode(
-    path, frames, fps=10, codec="libx264", pixels="yuv420p", fmt=None, sound=0.0, context={}, **options
-):
+def encode(path, frames, fps=10, codec="libx264", pixels="yuv420p", fmt=None, sound=0.0, context={}, **options):
     "A video file made without the module under test; `sound` is the length of a tone that starts after half of it."
     with av.open(str(path), "w", format=fmt) as out:
         stream = out.add_stream(codec, rate=Fraction(fps), options={k: str(v) for k, v in options.items()})
@@ -750,12 +748,7 @@ def test_colours_that_nobody_converts_are_refused(folder):
 
 @pytest.mark.parametrize(
     "codec,pixels,suffix",
-    [
-        ("prores_ks", "yuva444p10le", "mov"),
-        ("png", "rgba", "mov"),
-        ("qtrle", "argb", "mov"),
-        ("ffv1", "bgra", "mkv"),
-    ],
+    [("prores_ks", "yuva444p10le", "mov"), ("png", "rgba", "mov"), ("qtrle", "argb", "mov"), ("ffv1", "bgra", "mkv")],
 )
 def test_transparent_clips_lie_on_white(folder, codec, pixels, suffix):
     if codec not in av.codecs_available:
@@ -1000,7 +993,9 @@ def test_read_only_folder(tmp_path):
 def test_full_disk(tmp_path, name):
     noise = np.random.default_rng(0).integers(0, 255, (20, 128, 128, 3), dtype=np.uint8)
     with pytest.raises(InputError, match=f"{name}.*File too large"), common.full_disk(50_000):
-        film_strip(noise, height=4).save(tmp_path / name) if name == "strip.png" else write_video(tmp_path / name, noise)
+        film_strip(noise, height=4).save(tmp_path / name) if name == "strip.png" else write_video(
+            tmp_path / name, noise
+        )
     assert not list(tmp_path.iterdir())
 
 

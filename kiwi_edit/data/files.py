@@ -35,11 +35,9 @@ from kiwi_edit.core import (
     InputError,
     InputTypeError,
     MissingPackage,
-    OPTIONAL,
     check_instruction,
     choose_device,
     choose_dtype,
-    missing_package,
     settings,
     shortened,
 )
@@ -110,8 +108,6 @@ def one_line(
     elif isinstance(error, OSError):
         where = f": {error.filename}" if error.strerror and error.filename else ""
         message = (error.strerror or message or kind) + where
-    elif isinstance(error, ModuleNotFoundError) and error.name in OPTIONAL:
-        message = str(missing_package(error.name))
     elif not isinstance(error, (InputError, MissingPackage)):
         return None
     return shortened(re.sub(r"`(\w+)`", lambda match: (names or {}).get(match[1], match[0]), message))
