@@ -2,13 +2,10 @@
 
 python .ci/notebooks.py export    write kiwi_edit/, clean nbs/, write README.md
 python .ci/notebooks.py check     do that in a copy and show what would change; the checkout stays as it is
-python .ci/notebooks.py site OUT  write all notebooks as web pages that need no network, with an index of the API
 python .ci/notebooks.py badges OWNER/REPOSITORY [BRANCH]  put badges into all notebooks that open them at Colab and Kaggle, and a first cell that installs the kit there
 """
 
-import ast
 import difflib
-import html
 import json
 import re
 import shutil
@@ -187,120 +184,6 @@ def check(
     return len(stale)
 
 
-# --- web pages ------------------------------------------------------------------------------------------------------
-
-STYLE = """
-body.jp-Notebook { max-width: 62rem; margin: 0 auto; padding: 0 1rem 4rem; }
-nav.kit { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; padding: .8rem 0; border-bottom: 1px solid #ccc; margin-bottom: 1rem; font: 15px/1.4 system-ui, sans-serif; }
-nav.kit a, main.kit a { color: #14602b; } nav.kit .here { font-weight: 600; } nav.kit .way { margin-left: auto; }
-.jp-InputPrompt, .jp-OutputPrompt { display: none; } .jp-RenderedHTMLCommon { font-size: 16px; line-height: 1.55; }
-.jp-OutputArea-output img, .jp-RenderedHTMLCommon img { max-width: 100%; height: auto; } .jp-Cell { padding: 2px 0; }
-main.kit { max-width: 62rem; margin: 0 auto; padding: 0 1rem 4rem; font: 16px/1.55 system-ui, sans-serif; } main.kit dt { font-family: monospace; margin-top: .4rem; }
-@media (max-width: 40rem) { .jp-CodeCell pre { font-size: 12px; } nav.kit .way { margin-left: 0; } }
-"""
-
-
-def symbols(
-    path: Path,  # a notebook
-) -> dict[str, tuple[str, str]]:  # public name -> id of the cell that defines it, first line of its docstring
-    "What a notebook exports."
-    found = {}
-    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-        source = "".join(cell["source"])
-        if cell["cell_type"] != "code" or not re.match(r"#\|\s*export", source):
-            continue
-        for node in ast.parse(source).body:
-            if (
-                isinstance(node, (ast.FunctionDef, ast.ClassDef))
-                and not node.name.startswith("_")
-                and not any("patch" in ast.dump(d) for d in node.decorator_list)
-            ):
-                found[node.name] = cell["id"], (ast.get_docstring(node) or "").split("\n")[0]
-    return found
-
-
-def site(
-    root: Path,  # a checkout
-    out: Path,  # folder, made if missing
-) -> None:
-    "Every notebook as a page by nbconvert: links lead to pages, names of the library to the cell that defines them, nothing is fetched from elsewhere."
-    import nbformat
-    from nbconvert import HTMLExporter
-
-    paths = notebooks(root)
-    paths.sort(key=lambda p: (p.stem != "index", p.stem))
-    exported = {p.stem: symbols(p) for p in paths}
-    places = {name: f"{stem}.html#{cell}" for stem, found in exported.items() for name, (cell, _) in found.items()}
-    for module in exported.values():  # a name that two modules have leads nowhere, which is better than astray
-        for name in module:
-            if sum(name in other for other in exported.values()) > 1:
-                places.pop(name, None)
-
-    def nav(at: str, stem: str | None = None) -> str:
-        links = [("index.html", "kiwi-edit"), ("api.html", "API")]
-        bar = "".join(f'<a href="{to}"{" class=here" if at == to else ""}>{label}</a>' for to, label in links)
-        if stem:
-            i = [p.stem for p in paths].index(stem)
-            ways = [
-                (paths[j].stem, label.format(paths[j].stem))
-                for j, label in ((i - 1, "← {}"), (i + 1, "{} →"))
-                if 0 <= j < len(paths)
-            ]
-            bar += (
-                '<span class="way">'
-                + " &nbsp; ".join(f'<a href="{to}.html">{label}</a>' for to, label in ways)
-                + "</span>"
-            )
-        return f'<nav class="kit" aria-label="notebooks">{bar}</nav>'
-
-    exporter = HTMLExporter(
-        template_name="lab",
-        embed_images=True,
-        mathjax_url="",
-        require_js_url="",
-        jquery_url="",
-        mermaid_js_url="",
-        widget_renderer_url="",
-        jupyter_widgets_base_url="",
-    )
-    out.mkdir(parents=True, exist_ok=True)
-    for path in paths:
-        notebook = nbformat.read(path, as_version=4)
-        notebook.cells = [c for c in notebook.cells if not re.search(r"^#\|\s*(hide|default_exp)\b", c.source, re.M)]
-        for cell in notebook.cells:
-            if cell.cell_type == "markdown":
-                cell.source = re.sub(r"(\]\(|href=\")(?:(?:\.\./|library/)?([\w-]+))\.ipynb", r"\1\2.html", cell.source)
-                cell.source = re.sub(
-                    r"(?<![`\[])`([A-Za-z_]\w+)`(?![`\]])",
-                    lambda m: f"[`{m[1]}`]({places[m[1]]})" if m[1] in places else m[0],
-                    cell.source,
-                )
-            else:
-                cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip()
-                cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
-        body, _ = exporter.from_notebook_node(
-            notebook, resources=dict(metadata=dict(path=str(path.parent), name=path.stem))
-        )
-        for _, (cell, _) in exported[path.stem].items():
-            body = body.replace(f'id="cell-id={cell}"', f'id="{cell}"')
-        body = re.sub(r'<script[^>]*src="[^"]*"[^>]*></script>', "", body)  # what is left of the template's scripts
-        body = body.replace("</head>", f"<style>{STYLE}</style></head>", 1)
-        body = re.sub(r"(<body[^>]*>)", lambda m: m[1] + nav(f"{path.stem}.html", path.stem), body, count=1)
-        (out / f"{path.stem}.html").write_text(body, encoding="utf-8")
-    lists = [
-        f'<h2 id="{stem}"><a href="{stem}.html">{stem}</a></h2><dl>'
-        + "".join(
-            f'<dt><a href="{stem}.html#{cell}">{name}</a></dt><dd>{html.escape(text)}</dd>'
-            for name, (cell, text) in found.items()
-        )
-        + "</dl>"
-        for stem, found in exported.items()
-        if found
-    ]
-    page = f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>kiwi-edit: API</title><style>{STYLE}</style></head><body><main class="kit">{nav("api.html")}<h1>API</h1>{"".join(lists)}</main></body></html>'
-    (out / "api.html").write_text(page, encoding="utf-8")
-
-
 # --- badges ---------------------------------------------------------------------------------------------------------
 
 INSTALL = """#| hide
@@ -351,8 +234,6 @@ if __name__ == "__main__":
         export(ROOT)
     elif sys.argv[1:] == ["check"]:
         sys.exit(1 if check(ROOT) else 0)
-    elif sys.argv[1:2] == ["site"] and len(sys.argv) <= 3:
-        site(ROOT, Path(sys.argv[2] if sys.argv[2:] else ROOT / "outputs" / "site").resolve())
     elif sys.argv[1:2] == ["badges"] and 3 <= len(sys.argv) <= 4:
         try:
             badges(ROOT, *sys.argv[2:])

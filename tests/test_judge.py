@@ -18,7 +18,7 @@ from test_backends import BROKEN, KEY, PROCESSOR, Server, camel, gemini_reply, o
 from kiwi_edit.data.backends import GeminiChat, OpenAIChat, TransformersChat
 from kiwi_edit.core import asset
 from kiwi_edit.eval.judge import *
-from kiwi_edit.eval.judge import _WORTH, _metric_scores
+from kiwi_edit.eval.judge import _WORTH, _krippendorff_alpha, _metric_scores, _read_scores
 from kiwi_edit.eval.clips import DAMAGES
 from kiwi_edit.video import read_video, resize_frames, write_video
 from kiwi_edit.world import World
@@ -159,19 +159,6 @@ golden = pytest.mark.skipif(GOLDEN is None, reason="KIWI_EDIT_GOLDEN names no fo
 
 
 @golden
-@pytest.mark.parametrize("bench", ["openve", "refvie"])
-def test_released_parsers(bench):
-    rubrics = [OPENVE] if bench == "openve" else [SUBJECT, BACKGROUND]
-    rows = json.loads(GOLDEN.read_text())[bench]["replies"]
-    assert len(rows) > 10
-    for row in rows:
-        for rubric in rubrics:
-            assert (released_scores(row["reply"], rubric) or ([] if row["result"] == [] else False)) == row["result"], (
-                row["reply"]
-            )
-
-
-@golden
 def test_released_means():
     found = json.loads(GOLDEN.read_text())
 
@@ -252,8 +239,8 @@ A, B, C = OPENVE.names
     ],
 )
 def test_replies_that_everybody_can_read(text, scores):
-    assert read_scores(text, OPENVE) == dict(zip(OPENVE.names, scores))
-    assert list(read_scores(text, OPENVE)) == list(OPENVE.names)
+    assert _read_scores(text, OPENVE) == dict(zip(OPENVE.names, scores))
+    assert list(_read_scores(text, OPENVE)) == list(OPENVE.names)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +276,7 @@ def test_replies_that_everybody_can_read(text, scores):
 )
 def test_replies_that_nobody_should_guess_at(text, why):
     with pytest.raises(ValueError, match=why):
-        read_scores(text, OPENVE)
+        _read_scores(text, OPENVE)
 
 
 @pytest.mark.parametrize(
@@ -304,14 +291,14 @@ def test_thoughts_are_no_scores(opening, closing):
             f"{draft}\n{closing}\n\n{lines(OPENVE, 5, 4, 3)}",
             f"{draft}{closing}{json.dumps({A: 5, B: 4, C: 3})}",
         ):
-            assert read_scores(text, OPENVE) == {A: 5, B: 4, C: 3}
+            assert _read_scores(text, OPENVE) == {A: 5, B: 4, C: 3}
         with pytest.raises(ValueError, match="cut off"):
-            read_scores(f"{opening}{draft}\nBut the sky flickers", OPENVE)
+            _read_scores(f"{opening}{draft}\nBut the sky flickers", OPENVE)
 
 
 def test_names_inside_names():
     rubric = Rubric("x", (Criterion("Quality", "?"), Criterion("Visual Quality", "?")))
-    assert read_scores("Visual Quality: 4\nQuality: 2", rubric) == {"Quality": 2, "Visual Quality": 4}
+    assert _read_scores("Visual Quality: 4\nQuality: 2", rubric) == {"Quality": 2, "Visual Quality": 4}
 
 
 def test_cap():
@@ -634,7 +621,7 @@ def test_settings_are_checked(settings, why):
 
 def test_large_clips_are_uploaded_once(tmp_path):
     server = Server(gemini_reply, [GOOD])
-    chat = GeminiChat("vlm", KEY, f"http://127.0.0.1:{server.server_port}", 5, 2, 2, thinking=0, inline=100)
+    chat = GeminiChat("vlm", f"http://127.0.0.1:{server.server_port}", KEY, 5, 2, 2, thinking=0, inline=100)
     cases = [
         case(id=str(i), source=CLIP, edited=write_video(tmp_path / f"{i}.mp4", case(5 + i).edited)) for i in range(3)
     ]
@@ -827,8 +814,8 @@ KRIPPENDORFF = [
 
 def test_alpha_of_the_published_example():
     "Four observers, twelve units, missing values: Krippendorff, Computing Krippendorff's Alpha-Reliability (2011)."
-    assert round(krippendorff_alpha(KRIPPENDORFF, "ordinal"), 3) == 0.815
-    assert round(krippendorff_alpha(KRIPPENDORFF, "interval"), 3) == 0.849
+    assert round(_krippendorff_alpha(KRIPPENDORFF, "ordinal"), 3) == 0.815
+    assert round(_krippendorff_alpha(KRIPPENDORFF, "interval"), 3) == 0.849
 
 
 def by_definition(ratings, distance):
@@ -856,12 +843,12 @@ def test_alpha_is_its_definition():
     for _ in range(5):
         ratings = rng.integers(1, 6, (3, 15)).astype(float)
         ratings[rng.random(ratings.shape) < 0.2] = N
-        assert krippendorff_alpha(ratings, "interval") == pytest.approx(
+        assert _krippendorff_alpha(ratings, "interval") == pytest.approx(
             by_definition(ratings, lambda a, b, _: (a - b) ** 2)
         )
-        assert krippendorff_alpha(ratings) == pytest.approx(by_definition(ratings, ordinal))
-    assert krippendorff_alpha([[1, 2, 3], [1, 2, 3]]) == 1 and math.isnan(krippendorff_alpha([[1, N], [N, 2]]))
-    assert math.isnan(krippendorff_alpha([[2, 2], [2, 2]]))
+        assert _krippendorff_alpha(ratings) == pytest.approx(by_definition(ratings, ordinal))
+    assert _krippendorff_alpha([[1, 2, 3], [1, 2, 3]]) == 1 and math.isnan(_krippendorff_alpha([[1, N], [N, 2]]))
+    assert math.isnan(_krippendorff_alpha([[2, 2], [2, 2]]))
 
 
 def test_agreement_of_judges():
@@ -879,7 +866,7 @@ def test_agreement_of_judges():
     n, tau, rho, ordinal, _, close = rows[A]
     assert n == 18 and tau.value == pytest.approx(kendalltau(x[keep, 0], y[keep, 0]).statistic)
     assert rho.value == pytest.approx(spearmanr(x[keep, 0], y[keep, 0]).statistic)
-    assert rows["all"][3].value == pytest.approx(krippendorff_alpha([x[keep].ravel(), y[keep].ravel()]))
+    assert rows["all"][3].value == pytest.approx(_krippendorff_alpha([x[keep].ravel(), y[keep].ravel()]))
     assert close.value == 1 and all(v.low <= v.value <= v.high for v in (tau, ordinal))
     assert "a and b; 2 cases" in found._repr_markdown_()
     same = agreement(a, [replace(j, judge="b", scores=dict.fromkeys(OPENVE.names, 3.0)) for j in a], resamples=20)

@@ -6,18 +6,8 @@ import PIL.Image
 import pytest
 import torch
 
-from kiwi_edit.eval.clips import (
-    CLIP_METRICS,
-    DAMAGES,
-    DISTANCES,
-    frechet_distance,
-    gaussian_kl,
-    kernel_distance,
-    measure_clip,
-    optical_flow,
-    reference_match,
-    set_distance,
-)
+from kiwi_edit.eval.clips import CLIP_METRICS, DAMAGES, measure_clip, reference_match, set_distance
+from kiwi_edit.eval.clips import _DISTANCES, _frechet_distance, _gaussian_kl, _kernel_distance, _optical_flow
 from kiwi_edit.metrics import (
     PerceptualFeatures,
     bootstrap,
@@ -335,17 +325,17 @@ def test_nothing_is_loaded_where_the_extra_is_missing(monkeypatch):
 def test_distances_of_sets_have_known_values():
     rng = np.random.default_rng(0)
     a = rng.normal(0, 1, (3000, 4))
-    for distance in DISTANCES.values():
+    for distance in _DISTANCES.values():
         assert distance(a, a) == pytest.approx(0, abs=0.01)
-    assert frechet_distance(a[:, :1], a[:, :1] + 2) == pytest.approx(4)
+    assert _frechet_distance(a[:, :1], a[:, :1] + 2) == pytest.approx(4)
     with pytest.raises(ValueError, match="`b` has to hold finite features .N, d. of 4 pictures or more"):
         set_distance(a, a[:3])
-    assert frechet_distance(a, a * 3 + 2) == pytest.approx(4 * (4 + 4), rel=0.05)
-    assert gaussian_kl(a * 2, a, ridge=0) == pytest.approx(4 * (4 - 1 - np.log(4)) / 2, rel=0.05)
+    assert _frechet_distance(a, a * 3 + 2) == pytest.approx(4 * (4 + 4), rel=0.05)
+    assert _gaussian_kl(a * 2, a, ridge=0) == pytest.approx(4 * (4 - 1 - np.log(4)) / 2, rel=0.05)
     x, y = a[:40], a[40:90] + 1
     slow = lambda p, q: np.array([[(u @ v / 4 + 1) ** 3 for v in q] for u in p])
     within = lambda p: (slow(p, p).sum() - np.trace(slow(p, p))) / (len(p) * (len(p) - 1))
-    assert kernel_distance(x, y) == pytest.approx(within(x) + within(y) - 2 * slow(x, y).mean())
+    assert _kernel_distance(x, y) == pytest.approx(within(x) + within(y) - 2 * slow(x, y).mean())
 
 
 def test_a_set_distance_names_what_it_measured():
@@ -428,7 +418,7 @@ def test_flow_of_thin_and_of_small_clips(height, width):
         np.random.default_rng(0).integers(0, 256, (height, width + 4, 3)).astype(np.uint8), (0, 0), 2
     )
     clip = np.stack([wide[:, 2 * t : 2 * t + width] for t in range(3)])
-    flow = optical_flow(clip)
+    flow = _optical_flow(clip)
     assert flow.shape == (2, height, width, 2)
     if width == 256:
         assert np.median(flow[..., 0]) == pytest.approx(-2, abs=0.3) and measure_clip(clip, clip)["frozen"] == 0

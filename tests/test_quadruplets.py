@@ -10,7 +10,7 @@ from PIL import Image
 
 from kiwi_edit.data.embedded import *
 from kiwi_edit.quadruplets import *
-from kiwi_edit.data.embedded import _fill_patches
+from kiwi_edit.data.embedded import _fill_patches, _parse_instruction
 from kiwi_edit.world import World
 
 WORLD = World()
@@ -50,14 +50,14 @@ def run(pairs):
     ],
 )
 def test_parse(text, task, subject):
-    found = parse_instruction(text)
+    found = _parse_instruction(text)
     assert (found.task, found.subject) == (task, subject)
 
 
 def test_world_tasks_are_parsed():
     for seed in range(200):
         made = WORLD.sample(seed)
-        assert parse_instruction(made.instruction).task == made.task, made.instruction
+        assert _parse_instruction(made.instruction).task == made.task, made.instruction
 
 
 def test_load_failures(tmp_path):

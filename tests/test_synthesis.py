@@ -24,7 +24,7 @@ from kiwi_edit.data.dataset import MetadataDataset, write_metadata
 from kiwi_edit.data.embedded import embedded_stages
 from kiwi_edit.quadruplets import BackendError, Pair, ScoreStage
 from kiwi_edit.data.synthesis import *
-from kiwi_edit.data.synthesis import _settings_of, _stage_groups
+from kiwi_edit.data.synthesis import _FilePairs, _settings_of, _stage_groups
 from kiwi_edit.video import write_video
 from kiwi_edit.world import Difficulty, World
 
@@ -325,7 +325,7 @@ def test_keys_of_a_table_know_what_is_embedded_in_it(tmp_path):
         found.add(read_pairs(path).key)
     columns = dict(source="v", edited="v", instruction="p", reference="r")
     for video, image in ((b"1", b"1"), (b"2", b"1"), (b"1", b"2")):
-        found.add(FilePairs([dict(v=dict(bytes=video, path="v.mp4"), p="Add a star.", r=image)], columns).key)
+        found.add(_FilePairs([dict(v=dict(bytes=video, path="v.mp4"), p="Add a star.", r=image)], columns).key)
     assert len(found) == 5
 
 
@@ -415,14 +415,10 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(undisturbed, tmp_path,
 
 def test_stages_with_actors_of_their_own_stand_alone():
     names = ["score", "ground", "segment"]
-    assert _stage_groups(names, {}, 3) == [(0, 3, Actors(3))]
-    assert _stage_groups(names, dict(ground=Actors(2, gpus=1.0)), 3) == [
-        (0, 1, Actors(3)),
-        (1, 2, Actors(2, gpus=1.0)),
-        (2, 3, Actors(3)),
-    ]
+    assert _stage_groups(names, {}, 3) == [(0, 3, (3, 0))]
+    assert _stage_groups(names, dict(ground=(2, 1.0)), 3) == [(0, 1, (3, 0)), (1, 2, (2, 1.0)), (2, 3, (3, 0))]
     with pytest.raises(ValueError, match="names dance"):
-        _stage_groups(names, dict(dance=Actors()), 1)
+        _stage_groups(names, dict(dance=(1, 0)), 1)
 
 
 # --- failures

@@ -733,12 +733,10 @@ def _kiwi_synthesizer(o, model):
 
 
 def _actors(text):
-    "How many, and the GPUs of each, of such as 2x0.5."
-    from kiwi_edit.data.synthesis import Actors
-
+    "How many processes, and the GPUs of each, of such as 2x0.5."
     match = re.fullmatch(r"(\d+)x(\d+|\d*\.\d+)", text)
     expect(match, f"`actors` has to be STAGE=NUMBERxGPUS, such as segment=2x0.5, but has {text!r}.")
-    return Actors(int(match[1]), gpus=float(match[2]))
+    return int(match[1]), float(match[2])
 
 
 @_command

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 # %% auto #0
-__all__ = ['VideoPart', 'Question', 'Attempt', 'Exchange', 'without_thoughts', 'parse_json', 'Chat', 'OpenAIChat', 'GeminiChat',
+__all__ = ['VideoPart', 'Question', 'Attempt', 'without_thoughts', 'parse_json', 'Chat', 'OpenAIChat', 'GeminiChat',
            'TransformersChat', 'chat_of', 'shrunk', 'ChatBackend', 'SamSegmenter', 'EditorSynthesizer',
            'KiwiSynthesizer', 'ImageEmbedder']
 
@@ -34,7 +34,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from ..core import InputError, asset, choose_device, choose_dtype, require
+from ..core import asset, choose_device, choose_dtype, expect, require
 from .embedded import CutoutSynthesizer
 from ..quadruplets import BackendError, Check, Grounding, full_frames
 from ..records import digest, png_bytes, unique_names
@@ -71,7 +71,7 @@ class Attempt:
     failure: str = ""  # "" where the reply was used
 
 
-class Exchange(NamedTuple):
+class _Exchange(NamedTuple):
     "A question's answer and every try that it took."
 
     answer: object  # or a `BackendError` that begins with time-out, refused, rubbish, quota or endpoint
@@ -153,9 +153,9 @@ class Chat:
         self,
         questions: Sequence[Question],
         unreadable: int | None = None,  # the same as `tries` for these questions, where it is less
-    ) -> list[Exchange]:
+    ) -> list[_Exchange]:
         "The exchanges, in the order of the questions."
-        exchanges, asked, left = [Exchange(None)] * len(questions), list(questions), list(range(len(questions)))
+        exchanges, asked, left = [_Exchange(None)] * len(questions), list(questions), list(range(len(questions)))
         for attempt in range(min(self.tries, unreadable or self.tries)):
             replies, waiting, left = self._send([asked[i] for i in left]), left, []
             for i, said in zip(waiting, replies):
@@ -169,7 +169,7 @@ class Chat:
                         answer = BackendError(why + (f" ({attempt + 1} tries)" if attempt else ""))
                         asked[i] = _asked_again(asked[i], questions[i], said)
                         left.append(i)
-                exchanges[i] = Exchange(answer, (*exchanges[i].attempts, said))
+                exchanges[i] = _Exchange(answer, (*exchanges[i].attempts, said))
         return exchanges
 
     def _read(self, question, said):
@@ -206,16 +206,22 @@ def _mime(path):
     return mimetypes.guess_type(str(path))[0] or "video/mp4"
 
 
+@dataclass(repr=False, eq=False)
 class _Endpoint(Chat):
     "Questions to a server, from several threads. Its client waits and tries again where a server is busy or away."
 
-    def __init__(self, model, base_url, key, timeout, tries, concurrency):
-        for name, value in dict(concurrency=concurrency, tries=tries, timeout=timeout).items():
-            if value <= 0:
-                raise InputError(f"`{name}` has to be above 0 but is {value}.")
-        self.name = self.model = model
-        self.base_url, self.timeout, self.tries, self.concurrency = base_url, timeout, tries, concurrency
-        self._key, self._client = key, None
+    model: str
+    base_url: str | None = None  # such as "http://host:8000/v1"; None is the service's own
+    api_key: str | None = None  # None takes it from the environment
+    timeout: float = 120.0  # seconds without a byte
+    tries: int = 4  # of a request that fails, and of a question whose reply cannot be read
+    concurrency: int = 8  # questions under way at once
+
+    def __post_init__(self):
+        for name in ("concurrency", "tries", "timeout"):
+            value = getattr(self, name)
+            expect(value > 0, f"`{name}` has to be above 0 but is {value}.")
+        self.name, self._client = self.model, None
 
     def __repr__(self):
         address = f", {re.sub('//[^/@]*@', '//', self.base_url)!r}" if self.base_url else ""
@@ -240,7 +246,7 @@ class _Endpoint(Chat):
 
     def _clean(self, text):
         "A text without the key: it is taken out of what is kept, not out of what is read."
-        return text.replace(self._key, "***") if self._key and len(self._key) >= _SECRET else text
+        return text.replace(self.api_key, "***") if self.api_key and len(self.api_key) >= _SECRET else text
 
 
 def _status(code, message):
@@ -251,31 +257,26 @@ def _status(code, message):
 _SPELLINGS = dict(max_tokens="max_completion_tokens", max_completion_tokens="max_tokens", temperature=None)
 
 
+@dataclass(repr=False, eq=False)
 class OpenAIChat(_Endpoint):
     "Any endpoint with OpenAI's chat completions: vLLM, SGLang, llama.cpp, hosted ones."
 
-    def __init__(
-        self,
-        model: str,
-        base_url: str | None = None,  # "http://host:8000/v1"; None is OpenAI's own
-        api_key: str | None = None,  # None takes OPENAI_API_KEY
-        timeout: float = 120.0,  # seconds without a byte
-        tries: int = 4,  # of a request that fails, and of a question whose reply cannot be read
-        concurrency: int = 8,  # questions under way at once
-        extra: dict | None = None,  # further parameters, such as `top_k`; None in place of a value leaves one out
-    ):
+    extra: dict | None = None  # further parameters, such as `top_k`; None in place of a value leaves one out
+
+    def __post_init__(self):
         require("openai")
-        key = os.environ.get("OPENAI_API_KEY") if api_key is None else api_key
-        if not key and base_url is None:
-            raise InputError("`api_key` has to be given, or be in OPENAI_API_KEY, where `base_url` is None.")
-        super().__init__(model, base_url, key, timeout, tries, concurrency)
-        self.extra, self.spellings = extra or {}, {}
+        if self.api_key is None:
+            self.api_key = os.environ.get("OPENAI_API_KEY")
+        known = self.api_key or self.base_url
+        expect(known, "`api_key` has to be given, or be in OPENAI_API_KEY, where `base_url` is None.")
+        super().__post_init__()
+        self.extra, self.spellings = self.extra or {}, {}
 
     def _connect(self):
         import openai
 
         how = dict(base_url=self.base_url, timeout=self.timeout, max_retries=self.tries - 1)
-        return openai.OpenAI(api_key=self._key or "none", **how)
+        return openai.OpenAI(api_key=self.api_key or "none", **how)
 
     def _reply(self, question):
         import openai
@@ -316,12 +317,12 @@ def _openai_part(part):
     return {"type": name, name: dict(url=f"data:{kind};base64,{base64.b64encode(data).decode()}")}
 
 # %% ../../nbs/library/11_backends.ipynb #11da0002
+_KINDS = dict(insufficient_quota="quota", content_filter="refused", content_policy_violation="refused")
+
+
 def _openai_failure(error):
-    if error.code == "insufficient_quota":
-        return _Failure("quota", error.message)
-    if error.code in ("content_filter", "content_policy_violation"):
-        return _Failure("refused", error.message)
-    return _status(error.status_code, error.message)
+    kind = _KINDS.get(error.code)
+    return _Failure(kind, error.message) if kind else _status(error.status_code, error.message)
 
 
 def _openai_attempt(reply):
@@ -350,27 +351,22 @@ def _words(content):
 _BLOCKED = "SAFETY RECITATION BLOCKLIST PROHIBITED_CONTENT SPII IMAGE_SAFETY IMAGE_PROHIBITED_CONTENT IMAGE_RECITATION"
 
 
+@dataclass(repr=False, eq=False)
 class GeminiChat(_Endpoint):
     "Gemini through google-genai."
 
-    def __init__(
-        self,
-        model: str = "gemini-2.5-flash",
-        api_key: str | None = None,  # None takes GEMINI_API_KEY or GOOGLE_API_KEY
-        base_url: str | None = None,  # None is Google's own
-        timeout: float = 120.0,  # seconds without a byte
-        tries: int = 4,  # of a request that fails, and of a question whose reply cannot be read
-        concurrency: int = 8,  # questions under way at once
-        thinking: int | None | str = "auto",  # tokens to think with; None: the model's own, "auto": 0 where it can be
-        inline: int = 12 * 2**20,  # bytes of a question's videos that travel inside it; more are uploaded, once
-    ):
+    model: str = "gemini-2.5-flash"
+    thinking: int | None | str = "auto"  # tokens to think with; None: the model's own, "auto": 0 where it can be
+    inline: int = 12 * 2**20  # bytes of a question's videos that travel inside it; more are uploaded, once
+
+    def __post_init__(self):
         require("google.genai")
-        key = api_key or os.environ.get("GEMINI_API_KEY") or os.environ.get("GOOGLE_API_KEY")
-        if not key:
-            raise InputError("`api_key` has to be given, or be in GEMINI_API_KEY or GOOGLE_API_KEY.")
-        super().__init__(model, base_url, key, timeout, tries, concurrency)
-        self.thinking = (0 if "2.5-flash" in model else None) if thinking == "auto" else thinking
-        self.inline, self._files = inline, {}
+        self.api_key = self.api_key or os.environ.get("GEMINI_API_KEY") or os.environ.get("GOOGLE_API_KEY")
+        expect(self.api_key, "`api_key` has to be given, or be in GEMINI_API_KEY or GOOGLE_API_KEY.")
+        super().__post_init__()
+        if self.thinking == "auto":
+            self.thinking = 0 if "2.5-flash" in self.model else None
+        self._files = {}
 
     def __getstate__(self):
         return super().__getstate__() | dict(_files={})
@@ -381,7 +377,7 @@ class GeminiChat(_Endpoint):
         logging.getLogger("google_genai").setLevel(logging.ERROR)  # it quotes replies, which may quote the key
         again = types.HttpRetryOptions(attempts=self.tries, initial_delay=0.5, jitter=0.5)
         how = types.HttpOptions(base_url=self.base_url, timeout=round(self.timeout * 1000), retry_options=again)
-        return Client(api_key=self._key, vertexai=False, http_options=how)
+        return Client(api_key=self.api_key, vertexai=False, http_options=how)
 
     def _reply(self, question):
         from google.genai import errors, types
@@ -499,11 +495,8 @@ def _processor_class():
     return QwenProcessor
 
 
-def _qwen_processor(
-    source,  # hub id or folder, or anything with a `tokenizer` and an `image_processor`
-    **where,  # of `from_pretrained`
-):  # called as (text=, images=), gives input_ids, attention_mask, pixel_values, image_grid_thw, mm_token_type_ids
-    "Reads words and pictures for Qwen2.5-VL and Qwen3-VL, without torchvision."
+def _qwen_processor(source, **where):
+    "The processor of Qwen2.5-VL or Qwen3-VL at a hub id or folder, or of what has `tokenizer` and `image_processor`."
     if not isinstance(source, (str, Path)):
         return _processor_class()(source.tokenizer, source.image_processor)
     from transformers import AutoTokenizer
@@ -535,17 +528,16 @@ class TransformersChat(Chat):
         batch_size: int = 4,  # questions at once
         tries: int = 2,
     ):
-        if batch_size < 1 or tries < 1:
-            raise InputError(f"`batch_size` and `tries` have to be at least 1 but are {batch_size} and {tries}.")
+        good = batch_size > 0 and tries > 0
+        expect(good, f"`batch_size` and `tries` have to be at least 1 but are {batch_size} and {tries}.")
         self.device, self.batch_size, self.tries = choose_device(device), batch_size, tries
         if isinstance(model, (str, Path)):
             from transformers import AutoModelForImageTextToText
 
             self.name, processor = str(model), model if processor is None else processor
             model = AutoModelForImageTextToText.from_pretrained(model, dtype=choose_dtype(dtype, self.device))
-        elif processor is None:
-            raise InputError("`processor` has to be given with a loaded model but is None.")
         else:
+            expect(processor is not None, "`processor` has to be given with a loaded model but is None.")
             self.name = _named(model)
         self.processor, self.model = _qwen_processor(processor), model.to(self.device).eval()
 
@@ -586,10 +578,8 @@ def chat_of(
     if kind == "openai" and rest:
         model, _, url = rest.partition("@")
         return OpenAIChat(model, url or None, extra=extra)
-    if extra:
-        raise InputError(
-            f"`extra` has to be left out unless requests go to a server, openai:MODEL, but is {extra} for {text!r}."
-        )
+    rule = "`extra` has to be left out unless requests go to a server, openai:MODEL,"
+    expect(not extra, f"{rule} but is {extra} for {text!r}.")
     return GeminiChat(rest) if kind == "gemini" and rest else TransformersChat(text, device=device)
 
 # %% ../../nbs/library/11_backends.ipynb #b1300029
@@ -608,8 +598,7 @@ def _read_score(text):
     "The score of a reply, 1 to 10."
     said = parse_json(text).get("score")
     score = _number(re.sub(r"\s*(?:/|out of)\s*10\s*$", "", said) if isinstance(said, str) else said)
-    if score not in range(1, 11):
-        raise InputError(f"`score` has to be an integer from 1 to 10 but is {said!r}")
+    expect(score in range(1, 11), f"`score` has to be an integer from 1 to 10 but is {said!r}")
     return int(score)
 
 
@@ -629,23 +618,16 @@ def _spread_boxes(found, count):
 def _read_box(box, shown):
     "Frame, left, top, right and bottom, the last four in 0..1."
     numbers = [_number(x) for x in box] if isinstance(box, list) else []
-    if len(numbers) != 5 or None in numbers:
-        raise ValueError(f"a box has to be five numbers but is {box!r}")
+    expect(len(numbers) == 5 and None not in numbers, f"a box has to be five numbers but is {box!r}")
     frame, l, t, r, b = numbers
-    if frame not in shown:
-        raise ValueError(f"a box has to be of a frame of {list(shown)} but is of {frame!r}")
-    if not (0 <= l < r <= 1000 and 0 <= t < b <= 1000):
-        raise ValueError(f"a box has to run from left to right and top to bottom in 0..1000 but is {box[1:]}")
+    good = 0 <= l < r <= 1000 and 0 <= t < b <= 1000
+    expect(frame in shown, f"a box has to be of a frame of {list(shown)} but is of {frame!r}")
+    expect(good, f"a box has to run from left to right and top to bottom in 0..1000 but is {box[1:]}")
     return frame, l / 1000, t / 1000, r / 1000, b / 1000
 
 
-def _read_grounding(
-    text,
-    shown,  # frames that were looked at
-    count,  # frames in all
-    task="",  # where the data says it
-):
-    "Task, subject and boxes of a reply."
+def _read_grounding(text, shown, count, task=""):
+    "Task, subject and boxes of a reply about the frames `shown` of `count`; a task that the data says is kept."
     answer = parse_json(text)
     said, subject, boxes = (answer.get(key) for key in ("task", "subject", "boxes"))
     for key, value, rule, good in (
@@ -653,15 +635,13 @@ def _read_grounding(
         ("subject", subject, "words", isinstance(subject, str) and subject.strip()),
         ("boxes", boxes, "a list", isinstance(boxes, list)),
     ):
-        if not good:
-            raise InputError(f"`{key}` has to be {rule} but is {value!r}")
+        expect(good, f"`{key}` has to be {rule} but is {value!r}")
     task, found = task or said, dict.fromkeys(shown)
     for frame, l, t, r, b in (_read_box(box, shown) for box in boxes):
         old = found[frame] or (1.0, 1.0, 0.0, 0.0)  # several boxes of a frame become the one around them
         found[frame] = (min(old[0], l), min(old[1], t), max(old[2], r), max(old[3], b))
     wide, have = task in ("background", "style", "plate"), sum(box is not None for box in found.values())
-    if not have and not wide:
-        raise InputError(f"`boxes` has to hold a box for the task {task!r} but is empty")
+    expect(have or wide, f"`boxes` has to hold a box for the task {task!r} but is empty")
     confidence = 1.0 if wide else have / len(found)
     return Grounding(task, subject.strip(), _spread_boxes(found, count), task == "remove", confidence)
 
@@ -730,11 +710,7 @@ class ChatBackend:
         return next((s for s in scores if isinstance(s, BackendError)), None) or Check(*map(float, scores))
 
 # %% ../../nbs/library/11_backends.ipynb #b1300038
-_IMAGENET = (np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225]))
-
-
-def _normal(image, mean, std):
-    return ((np.asarray(image, np.float32) / 255 - mean) / std).transpose(2, 0, 1)
+_IMAGENET = dict(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
 
 
 class SamSegmenter:
@@ -778,8 +754,9 @@ class SamSegmenter:
         for out, frame, box in zip(pixels, frames, boxes):
             h, w = frame.shape[:2]
             height, width = [int(x * self.side / (x if self.square else max(h, w)) + 0.5) for x in (h, w)]
-            image = Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR)
-            out[:, :height, :width] = _normal(image, *_IMAGENET)
+            image = np.float32(Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR)) / 255
+            normal = (image - _IMAGENET["image_mean"]) / _IMAGENET["image_std"]
+            out[:, :height, :width] = normal.transpose(2, 0, 1)
             scaled.append([box * np.float32([width / w, height / h] * 2)])
             sizes.append((height, width))
         inputs = dict(pixel_values=pixels, input_boxes=np.float32(scaled))
@@ -878,9 +855,6 @@ class KiwiSynthesizer(_Drawer):
         return np.asarray(self.pipe(prompt, video=view[None], generator=generator, **self.call).frames[0][0])
 
 # %% ../../nbs/library/11_backends.ipynb #b1300049
-_CLIP = (np.float32([0.48145466, 0.4578275, 0.40821073]), np.float32([0.26862954, 0.26130258, 0.27577711]))
-
-
 class ImageEmbedder:
     "Pictures as vectors of unit length, by DINOv2 (its class token) or CLIP."
 
@@ -897,19 +871,24 @@ class ImageEmbedder:
 
             clip = AutoConfig.from_pretrained(model).model_type.startswith("clip")
             model = (CLIPVisionModelWithProjection if clip else AutoModel).from_pretrained(model)
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
         config = getattr(model.config, "vision_config", model.config)
-        self.device = choose_device(device)
+        self.device, self.clip = choose_device(device), config.model_type.startswith("clip")
         self.model, self.name = model.to(self.device).eval(), _named(model)
-        self.clip, self.side = config.model_type.startswith("clip"), min(self.most, config.image_size)
+        side = min(self.most, config.image_size)
+        sizes = dict(size=dict(shortest_edge=side), crop_size=dict(height=side, width=side))
+        self.processor = CLIPImageProcessorPil(**sizes, **({} if self.clip else _IMAGENET))
 
     def embed(self, images):
         import torch
 
         out = []
         for start in range(0, len(images), self.batch_size):
-            pixels = np.stack([self._pixels(image) for image in images[start : start + self.batch_size]])
+            pictures = [Image.fromarray(image) for image in images[start : start + self.batch_size]]
+            pixels = self.processor(pictures, return_tensors="pt")["pixel_values"]
             with torch.inference_mode():
-                found = self._features(torch.from_numpy(pixels).to(self.device, self.model.dtype))
+                found = self._features(pixels.to(self.device, self.model.dtype))
                 out.append(torch.nn.functional.normalize(found.float(), dim=-1).cpu().numpy())
         return np.concatenate(out) if out else np.zeros((0, 1), np.float32)
 
@@ -919,13 +898,3 @@ class ImageEmbedder:
             return getattr(found, "pooler_output", found)  # newer versions of transformers wrap it
         found = self.model(pixel_values=pixels)
         return found.image_embeds if self.clip else found.last_hidden_state[:, 0]
-
-    def _pixels(self, image):
-        "The middle of a picture whose shorter side has been brought to the model's size."
-        picture = Image.fromarray(image)
-        scale = self.side / min(picture.size)
-        w, h = (max(self.side, round(x * scale)) for x in picture.size)
-        left, top = (w - self.side) // 2, (h - self.side) // 2
-        box = left, top, left + self.side, top + self.side
-        look = _CLIP if self.clip else _IMAGENET
-        return _normal(picture.resize((w, h), Image.Resampling.BICUBIC).crop(box), *look)

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .. import video
-from ..core import InputError, asset, settings, shortened
+from ..core import InputError, asset, expect, settings, shortened
 from ..records import digest, png_bytes
 from ..world import EVAL_SEED, TASKS, World
 
@@ -78,16 +78,13 @@ class WorldDataset:
     ):
         if not tasks or set(tasks) - set(TASKS):
             raise InputError(f"`tasks` have to be some of {', '.join(TASKS)} but are {', '.join(tasks) or 'none'}.")
-        if not all(0 < share < float("inf") for share in tasks.values()):
-            raise InputError(f"`tasks` have to have shares above 0 but have {tasks}.")
-        if samples < 1:
-            raise InputError(f"`samples` has to be at least 1 but is {samples}.")
+        shared = all(0 < share < float("inf") for share in tasks.values())
+        expect(shared, f"`tasks` have to have shares above 0 but have {tasks}.")
+        expect(samples >= 1, f"`samples` has to be at least 1 but is {samples}.")
         low, high = (EVAL_SEED, float("inf")) if split == "eval" else (0, EVAL_SEED)
-        if first_seed < low or first_seed + samples > high:
-            raise InputError(
-                f"`first_seed` has to leave all seeds of the {split} split between {low} and {high} "
-                f"but is {first_seed} with {samples} samples."
-            )
+        rule = f"`first_seed` has to leave all seeds of the {split} split between {low} and {high}"
+        good = low <= first_seed and first_seed + samples <= high
+        expect(good, f"{rule} but is {first_seed} with {samples} samples.")
         self.num_frames, self.first_seed = video.check_frame_count(num_frames), first_seed
         self.world = World(height, width, num_frames, split, difficulty)
         shares = np.array(list(tasks.values()), float)
@@ -182,8 +179,8 @@ _SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
 
 
 def _suffix(path, what="metadata"):
-    if path.suffix.lower() not in _SUFFIXES:
-        raise InputError(f"`{what}` has to end in {', '.join(_SUFFIXES)} but is {str(path)!r}.")
+    good = path.suffix.lower() in _SUFFIXES
+    expect(good, f"`{what}` has to end in {', '.join(_SUFFIXES)} but is {str(path)!r}.")
     return path.suffix.lower()
 
 
@@ -202,11 +199,10 @@ def write_metadata(
     "Write a table of rows."
     path, columns = Path(path).expanduser(), _columns(rows)
     suffix = _suffix(path)
-    if not rows:
-        raise InputError("`rows` has to hold at least one row but is empty.")
+    expect(rows, "`rows` has to hold at least one row but is empty.")
     _check_columns(columns, _COLUMNS, path, "rows")
-    if suffix != ".parquet" and any(isinstance(value, bytes) for row in rows for value in row.values()):
-        raise InputError(f"`rows` have to be text for {suffix} but hold bytes, which only .parquet keeps.")
+    good = suffix == ".parquet" or not any(isinstance(value, bytes) for row in rows for value in row.values())
+    expect(good, f"`rows` have to be text for {suffix} but hold bytes, which only .parquet keeps.")
     with video.replacing(path, overwrite) as temporary:
         if suffix == ".parquet":
             types = dict.fromkeys(columns) | {"ref_image_bytes": pa.binary()}
@@ -265,10 +261,8 @@ class ParquetCell:
                 _streams[of] = _Stream(self.path, self.group, self.column)
             return _streams[of][self.row]
         except (StopIteration, IndexError, KeyError, OSError, pa.ArrowException) as error:
-            raise InputError(
-                f"`{self.column}` has to be where it was when the table was read "
-                f"but {str(self.path)!r} has changed or is damaged."
-            ) from error
+            rule = f"`{self.column}` has to be where it was when the table was read"
+            raise InputError(f"{rule} but {str(self.path)!r} has changed or is damaged.") from error
 
 # %% ../../nbs/library/10_dataset.ipynb #e09b4a12
 def _read_csv(path):
@@ -336,8 +330,7 @@ def read_rows(
             _check_columns(header, needs, path, what)
         columns |= dict.fromkeys(header)
         rows += [(f"{path.name} row {i}", row) for i, row in enumerate(found)]
-    if not rows:
-        raise InputError(f"`{what}` has to hold at least one row but {str(paths[0])!r} holds none.")
+    expect(rows, f"`{what}` has to hold at least one row but {str(paths[0])!r} holds none.")
     return list(columns), rows
 
 # %% ../../nbs/library/10_dataset.ipynb #84e9f223
@@ -349,14 +342,12 @@ def _named_rows(metadata):
     "(name, row) of all rows of a file or a folder of shards."
     path = Path(metadata).expanduser()
     if not path.exists():
-        raise FileNotFoundError(
-            f"`metadata` has to be an existing file or a folder of parquet shards but {str(path)!r} does not exist."
-        )
+        rule = "`metadata` has to be an existing file or a folder of parquet shards"
+        raise FileNotFoundError(f"{rule} but {str(path)!r} does not exist.")
     files = [path]
     if path.is_dir():
         files = sorted((f for f in path.glob("*.parquet") if not f.name.startswith(".")), key=_natural)
-        if not files:
-            raise InputError(f"`metadata` has to be a folder with .parquet files but {str(path)!r} has none.")
+        expect(files, f"`metadata` has to be a folder with .parquet files but {str(path)!r} has none.")
     return read_rows(files, needs=_COLUMNS)[1]
 
 
@@ -418,8 +409,8 @@ def save_dataset(
     folder, number = Path(folder).expanduser(), len(dataset) if number is None else number
     table, rows = folder / f"metadata.{format}", []
     _suffix(table)
-    if not 1 <= number <= len(dataset):
-        raise InputError(f"`number` has to be from 1 to the dataset's {len(dataset)} but is {number}.")
+    most = len(dataset)
+    expect(1 <= number <= most, f"`number` has to be from 1 to the dataset's {most} but is {number}.")
     if there := sorted(folder.glob("metadata.*")):
         raise FileExistsError(f"`folder` has to be without a dataset but has {str(there[0])!r}.")
     (folder / "clips").mkdir(parents=True, exist_ok=True)
@@ -447,17 +438,11 @@ def _blank(value):
 def _text(row, column):
     "A row's text, or an `InputError` that says why there is none."
     value = row.get(column)
-    if None in row:
-        raise InputError(
-            f"the row has to have as many fields as the header but has {len(row[None])} more; "
-            "text with a comma needs quotes."
-        )
-    if _blank(value):
-        raise InputError(f"`{column}` has to be given but is missing.")
-    if not isinstance(value, str) or not value.strip():
-        raise InputError(f"`{column}` has to be text but is {reprlib.repr(value)}.")
-    if re.search("[\ud800-\udfff]", value):
-        raise InputError(f"`{column}` has to be Unicode text but is {reprlib.repr(value)}.")
+    shown, more = reprlib.repr(value), f"{len(row.get(None, ()))} more; text with a comma needs quotes"
+    expect(None not in row, f"the row has to have as many fields as the header but has {more}.")
+    expect(not _blank(value), f"`{column}` has to be given but is missing.")
+    expect(isinstance(value, str) and value.strip(), f"`{column}` has to be text but is {shown}.")
+    expect(not re.search("[\ud800-\udfff]", value), f"`{column}` has to be Unicode text but is {shown}.")
     return value
 
 
@@ -487,10 +472,9 @@ class MetadataDataset:
         self.root = Path(root).expanduser()
         if not self.root.is_dir():
             raise FileNotFoundError(f"`root` has to be an existing folder but {str(self.root)!r} is none.")
-        if factor < 1:
-            raise InputError(f"`factor` has to be at least 1 but is {factor}.")
-        if max_pixels < factor**2:
-            raise InputError(f"`max_pixels` has to be at least factor*factor = {factor**2} but is {max_pixels}.")
+        least = factor**2
+        expect(factor >= 1, f"`factor` has to be at least 1 but is {factor}.")
+        expect(max_pixels >= least, f"`max_pixels` has to be at least factor*factor = {least} but is {max_pixels}.")
         self.num_frames, self.max_pixels, self.factor = video.check_frame_count(num_frames), max_pixels, factor
         self.crop_reference = crop_reference
 
@@ -521,11 +505,9 @@ class MetadataDataset:
             plan = self._size(info.width, info.height), min(video.nearest_frame_count(info.frames), self.num_frames)
             found[column] = path, *plan
         (_, (w, h), n), (_, (w2, h2), n2) = found.values()
-        if (w, h, n) != (w2, h2, n2):
-            raise InputError(
-                "`src_video` and `tgt_video` have to come out with one size and length "
-                f"but are {w}x{h} with {n} frames and {w2}x{h2} with {n2}."
-            )
+        are = f"{w}x{h} with {n} frames and {w2}x{h2} with {n2}"
+        same = (w, h, n) == (w2, h2, n2)
+        expect(same, f"`src_video` and `tgt_video` have to come out with one size and length but are {are}.")
         return found
 
     def _reference_bytes(self, row):
@@ -548,9 +530,8 @@ class MetadataDataset:
         try:
             pixels = np.array(video.read_image(data))
         except Exception as error:  # decoders of images raise what they like
-            raise InputError(
-                f"the reference has to be a complete image but its {len(data)} bytes are not one that can be decoded."
-            ) from error
+            what = f"its {len(data)} bytes are not one that can be decoded"
+            raise InputError(f"the reference has to be a complete image but {what}.") from error
         if not self.crop_reference:
             return pixels
         return video.resize_frames(pixels[None], *self._size(*pixels.shape[1::-1]))[0]
@@ -595,8 +576,7 @@ def shrink_reference(
     shrink: float = 1.0,  # above 0, up to 1: of the size that just fits; the official trainer draws from 0.7 to 1
 ) -> np.ndarray:  # (height, width, 3) uint8
     "A reference as the autoencoder sees it in training: fitted, shrunk, centred on white."
-    if not 0 < shrink <= 1:
-        raise InputError(f"`shrink` has to lie above 0 and up to 1 but is {shrink}.")
+    expect(0 < shrink <= 1, f"`shrink` has to lie above 0 and up to 1 but is {shrink}.")
     image = Image.fromarray(image)
     scale = min(width / image.width, height / image.height)
     fitted = [max(1, round(side * scale)) for side in image.size]

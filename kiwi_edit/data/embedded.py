@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import cv2
@@ -18,25 +19,13 @@ import numpy as np
 from scipy import ndimage
 from skimage import feature, filters
 
-from kiwi_edit.quadruplets import (
-    BackendError,
-    Check,
-    Grounding,
-    GroundStage,
-    Record,
-    ScoreStage,
-    SegmentStage,
-    SynthesizeStage,
-    Verdict,
-    VerifyStage,
-    full_frames,
-)
+from ..quadruplets import BackendError, Check, Grounding, Record, Verdict, full_frames
+from ..quadruplets import GroundStage, ScoreStage, SegmentStage, SynthesizeStage, VerifyStage
 from ..world import COLORS, PLACES
 
 # %% auto #0
-__all__ = ['parse_instruction', 'ChangeOptions', 'color_distance', 'changed_region', 'mask_boxes', 'ChangeScorer',
-           'ChangeGrounder', 'GrabCutSegmenter', 'sharpness', 'CutoutSynthesizer', 'PixelVerifier', 'PixelEmbedder',
-           'embedded_stages', 'FingerprintStage', 'deduplicate']
+__all__ = ['color_distance', 'changed_region', 'sharpness', 'CutoutSynthesizer', 'PixelEmbedder', 'embedded_stages',
+           'FingerprintStage', 'deduplicate']
 
 # %% ../../nbs/library/09_embedded.ipynb #q11b0003
 class _Request(NamedTuple):
@@ -99,11 +88,8 @@ _OBJECTS = (
 )
 
 
-def parse_instruction(
-    text: str,
-    task: str = "",  # where the data says it
-):  # `task`, `subject`, `old` (what it takes the place of) and `place`; "" where the words do not say
-    "Task, object words and place of an instruction, by its verbs."
+def _parse_instruction(text, task=""):
+    "Task, object words and place of an instruction, by its verbs; a task that the data says is kept."
     words = " ".join(text.lower().replace("\u2019", "'").split()).rstrip(".! ")
     if not task:
         task = next((task for task, pattern in _TASKS.items() if re.search(pattern, words)), "")
@@ -117,16 +103,6 @@ def parse_instruction(
     return _Request(task, new or words, old, place)
 
 # %% ../../nbs/library/09_embedded.ipynb #q11b0006
-@dataclass(frozen=True)
-class ChangeOptions:
-    "When a pixel counts as changed."
-
-    low: float = 5.0  # distance in CIE Lab that counts next to a sure change
-    high: float = 12.0  # distance that is a sure change
-    share: float = 0.2  # regions smaller than this share of the largest are dropped
-    close: float = 0.02  # gaps up to this share of the shorter side are closed
-
-
 def _lab(frames):
     return np.stack([cv2.cvtColor(f.astype(np.float32) / 255, cv2.COLOR_RGB2Lab) for f in frames])
 
@@ -168,27 +144,25 @@ def _main_parts(mask, share):
 
 
 def changed_region(
-    distance: np.ndarray,  # (T, h, w)
-    options: ChangeOptions = ChangeOptions(),
+    distance: np.ndarray,  # (T, h, w) in CIE Lab
 ) -> np.ndarray:  # (T, h, w) bool
     "Hysteresis over what a decoder's noise moves everywhere; gaps closed, crumbs dropped."
     noise = min(float(np.median(distance)), 4.0)
-    low, high = max(options.low, 2.5 * noise), max(options.high, 4 * noise)
-    mask = np.stack([filters.apply_hysteresis_threshold(d, low, high) for d in distance])
+    likely, sure = max(5.0, 2.5 * noise), max(12.0, 4 * noise)  # what is likely counts next to what is sure
+    mask = np.stack([filters.apply_hysteresis_threshold(d, likely, sure) for d in distance])
     short = min(mask.shape[1:])
     if short > 128:
         mask = _morph(mask, cv2.MORPH_OPEN, short / 160)
-    mask = _morph(mask, cv2.MORPH_CLOSE, options.close * short)
-    return _filled(_main_parts(mask, options.share))
+    return _filled(_main_parts(_morph(mask, cv2.MORPH_CLOSE, 0.02 * short), 0.2))
 
 
-def mask_boxes(mask: np.ndarray) -> np.ndarray:  # (T, 4), NaN where empty
-    "Boxes around masks, in 0..1."
+def _mask_boxes(mask):
+    "Boxes around masks, (T, 4) in 0..1, NaN where a mask is empty."
     boxes = np.full((len(mask), 4), np.nan, np.float32)
     for box, m in zip(boxes, mask):
         if m.any():
-            y, x = np.flatnonzero(m.any(1)), np.flatnonzero(m.any(0))
-            box[:] = x[0] / m.shape[1], y[0] / m.shape[0], (x[-1] + 1) / m.shape[1], (y[-1] + 1) / m.shape[0]
+            x, y, w, h = cv2.boundingRect(m.astype(np.uint8))
+            box[:] = x / m.shape[1], y / m.shape[0], (x + w) / m.shape[1], (y + h) / m.shape[0]
     return boxes
 
 # %% ../../nbs/library/09_embedded.ipynb #9a110013
@@ -201,11 +175,8 @@ def _named_lab(name):
     return _lab(np.uint8([[[_SHADES[name]]]]))[0, 0, 0]
 
 
-def _color_share(
-    pixels: np.ndarray,  # (N, 3) uint8
-    name: str,  # of a colour
-) -> float:  # 0..1
-    "Share of the pixels near a colour's name, or of its hue: things have shade."
+def _color_share(pixels, name):
+    "Share of the pixels, (N, 3) uint8, near a colour's name, or of its hue: things have shade."
     if not len(pixels):
         return 0.0
     a, b = _lab(pixels[None, None])[0, 0], _named_lab(name)
@@ -220,86 +191,77 @@ def _colors_in(text):
     return _COLOR.findall(text.split(" with ")[0])
 
 # %% ../../nbs/library/09_embedded.ipynb #9a110014
-class ChangeScorer:
-    "Scores edits by what changed and what was kept."
+def _score_change(record):
+    "Scores of an edit by what changed and what was kept."
+    source, edited, want = record.source, record.edited, _parse_instruction(record.pair.instruction, record.task)
+    distance = color_distance(source, edited)
+    mask = changed_region(distance)
+    share = float(mask.mean())
+    wide = want.task in ("background", "style")
+    scores = dict(
+        change=min(1.0, share / 0.004),
+        share=share,
+        aligned=_aligned(source, edited),
+        steady=_steady(source, edited, distance, want.task),
+        kept=1.0 if wide else float(np.clip((0.9 - share) / 0.3, 0, 1)),
+        fits=_fits(want, edited, mask),
+    )
+    return scores | dict(edit=min(scores[k] for k in ("change", "aligned", "steady", "kept", "fits")))
 
-    name = "change"
 
-    def __init__(self, options: ChangeOptions = ChangeOptions()):
-        self.options = options
+def _aligned(source, edited):
+    "Whether shifting the edited clip back as a whole would not bring its edges nearer to the source's."
+    h, w = source.shape[1:3]
+    source, edited = (np.stack([_edges(frame) for frame in clip]) for clip in (source, edited))
+    window = cv2.createHanningWindow((w, h), cv2.CV_32F)
+    shifts = [cv2.phaseCorrelate(*pair, window)[0] for pair in zip(source, edited)]
+    dx, dy = np.median(np.array(shifts), 0).round().astype(int)
+    if max(abs(dx), abs(dy)) < min(h, w) / 40 or abs(dx) > w // 3 or abs(dy) > h // 3:
+        return 1.0
+    inner = (slice(None), slice(max(dy, 0), h + min(dy, 0)), slice(max(dx, 0), w + min(dx, 0)))
+    other = (slice(None), slice(max(-dy, 0), h + min(-dy, 0)), slice(max(-dx, 0), w + min(-dx, 0)))
+    likeness = lambda a, b: float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
+    before, after = likeness(source, edited), likeness(source[other], edited[inner])
+    return max(before, 0.0) / after if after > before + 0.1 else 1.0
 
-    def score(self, records):
-        return [self._one(record) for record in records]
 
-    def _one(self, record):
-        source, edited, want = record.source, record.edited, parse_instruction(record.pair.instruction, record.task)
-        distance = color_distance(source, edited)
-        mask = changed_region(distance, self.options)
-        share = float(mask.mean())
-        wide = want.task in ("background", "style")
-        scores = dict(
-            change=min(1.0, share / 0.004),
-            share=share,
-            aligned=self._aligned(source, edited),
-            steady=self._steady(source, edited, distance, want.task),
-            kept=1.0 if wide else float(np.clip((0.9 - share) / 0.3, 0, 1)),
-            fits=self._fits(want, edited, mask),
-        )
-        return scores | dict(edit=min(scores[k] for k in ("change", "aligned", "steady", "kept", "fits")))
+def _edges(frame):
+    "Edges beside those around them: that a region has many says nothing of where they are."
+    gray = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    edges = np.hypot(cv2.Sobel(gray, cv2.CV_32F, 1, 0), cv2.Sobel(gray, cv2.CV_32F, 0, 1))
+    return edges - cv2.GaussianBlur(edges, (0, 0), min(frame.shape[:2]) / 24)
 
-    def _aligned(self, source, edited):
-        "Whether shifting the edited clip back as a whole would not bring its edges nearer to the source's."
-        h, w = source.shape[1:3]
-        source, edited = (np.stack([self._edges(frame) for frame in clip]) for clip in (source, edited))
-        window = cv2.createHanningWindow((w, h), cv2.CV_32F)
-        shifts = [cv2.phaseCorrelate(*pair, window)[0] for pair in zip(source, edited)]
-        dx, dy = np.median(np.array(shifts), 0).round().astype(int)
-        if max(abs(dx), abs(dy)) < min(h, w) / 40 or abs(dx) > w // 3 or abs(dy) > h // 3:
-            return 1.0
-        inner = (slice(None), slice(max(dy, 0), h + min(dy, 0)), slice(max(dx, 0), w + min(dx, 0)))
-        other = (slice(None), slice(max(-dy, 0), h + min(-dy, 0)), slice(max(-dx, 0), w + min(-dx, 0)))
-        likeness = lambda a, b: float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
-        before, after = likeness(source, edited), likeness(source[other], edited[inner])
-        return max(before, 0.0) / after if after > before + 0.1 else 1.0
 
-    def _edges(self, frame):
-        "Edges beside those around them: that a region has many says nothing of where they are."
-        gray = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY).astype(np.float32)
-        edges = np.hypot(cv2.Sobel(gray, cv2.CV_32F, 1, 0), cv2.Sobel(gray, cv2.CV_32F, 0, 1))
-        return edges - cv2.GaussianBlur(edges, (0, 0), min(frame.shape[:2]) / 24)
+def _steady(source, edited, distance, task):
+    "No frame black, frozen, or further from the source than the rest."
+    if len(source) < 2:
+        return 1.0
+    level = np.median(distance.reshape(len(distance), -1), 1) + distance.reshape(len(distance), -1).mean(1)
+    jump = float((level / (2.5 * np.median(level) + 14)).max())
+    before, after = (np.abs(np.diff(c.astype(np.float32), axis=0)) for c in (source, edited))
+    level_of = np.median if task == "remove" else np.mean  # what went may be all that moved
+    frozen = bool(((after.mean((1, 2, 3)) < 0.02) & (level_of(before, axis=(1, 2, 3)) > 0.3)).any())
+    dark = bool(((edited.mean((1, 2, 3)) < 4) & (source.mean((1, 2, 3)) > 16)).any())
+    return 0.0 if frozen or dark else min(1.0, 1 / max(jump, 1e-6) ** 2)
 
-    def _steady(self, source, edited, distance, task):
-        "No frame black, frozen, or further from the source than the rest."
-        if len(source) < 2:
-            return 1.0
-        level = np.median(distance.reshape(len(distance), -1), 1) + distance.reshape(len(distance), -1).mean(1)
-        jump = float((level / (2.5 * np.median(level) + 14)).max())
-        before, after = (np.abs(np.diff(c.astype(np.float32), axis=0)) for c in (source, edited))
-        level_of = np.median if task == "remove" else np.mean  # what went may be all that moved
-        frozen = bool(((after.mean((1, 2, 3)) < 0.02) & (level_of(before, axis=(1, 2, 3)) > 0.3)).any())
-        dark = bool(((edited.mean((1, 2, 3)) < 4) & (source.mean((1, 2, 3)) > 16)).any())
-        return 0.0 if frozen or dark else min(1.0, 1 / max(jump, 1e-6) ** 2)
 
-    def _fits(self, want, edited, mask):
-        "Whether colours, place and extent are those that the words ask for; 1 where they say nothing of them."
-        fits = [1.0]
-        if not mask.any():
-            return 0.0
-        if want.task in ("background", "style"):
-            fits.append(min(1.0, float(mask.mean()) / 0.5))
-        if want.task in ("add", "change"):
-            fits += [min(1.0, _color_share(edited[mask], c) / 0.08) for c in _colors_in(want.subject)]
-        if want.place and want.task in ("add", "subject"):
-            _, y, x = np.nonzero(mask[:1] if mask[0].any() else mask)
-            off = math.dist(PLACES[want.place], (x.mean() / mask.shape[2], y.mean() / mask.shape[1]))
-            fits.append(float(np.clip(2 - off / 0.12, 0, 1)))
-        return min(fits)
+def _fits(want, edited, mask):
+    "Whether colours, place and extent are those that the words ask for; 1 where they say nothing of them."
+    fits = [1.0]
+    if not mask.any():
+        return 0.0
+    if want.task in ("background", "style"):
+        fits.append(min(1.0, float(mask.mean()) / 0.5))
+    if want.task in ("add", "change"):
+        fits += [min(1.0, _color_share(edited[mask], c) / 0.08) for c in _colors_in(want.subject)]
+    if want.place and want.task in ("add", "subject"):
+        _, y, x = np.nonzero(mask[:1] if mask[0].any() else mask)
+        off = math.dist(PLACES[want.place], (x.mean() / mask.shape[2], y.mean() / mask.shape[1]))
+        fits.append(float(np.clip(2 - off / 0.12, 0, 1)))
+    return min(fits)
 
 # %% ../../nbs/library/09_embedded.ipynb #9a110018
-def _same_look(
-    source: np.ndarray,  # (h, w, 3) uint8
-    edited: np.ndarray,
-) -> np.ndarray:  # (h, w) bool
+def _same_look(source, edited):
     "Where a frame shows the same thing, perhaps under another light: structure correlates, relit colours agree."
     a, b = _lab(np.stack([source, edited]))
     sigma = min(a.shape[:2]) / 90
@@ -316,66 +278,50 @@ def _same_look(
     return np.where(np.maximum(*spread) < 2.5, gap < 6, np.where(alike > 0.75, gap < 22, (alike > 0.45) & (gap < 8)))
 
 
-class ChangeGrounder:
-    "Grounds edits where the pixels differ; for a background, what stayed is in front."
-
-    name = "change"
-
-    def __init__(self, options: ChangeOptions = ChangeOptions()):
-        self.options = options
-
-    def ground(self, records):
-        return [self._one(record) for record in records]
-
-    def _one(self, record):
-        want = parse_instruction(record.pair.instruction, record.task)
-        if not want.task:
-            return BackendError("no task: the instruction has no verb that is known")
-        if want.task in ("style", "remove"):
-            return Grounding(want.task, want.subject, in_source=want.task == "remove")
-        distance = color_distance(record.source, record.edited)
-        if want.task == "background":
-            mask = self._stayed(record, distance)
-        else:
-            mask = changed_region(distance, self.options)
-        record.changed = ~mask if want.task == "background" else mask
-        if want.task != "background" and not mask.any():
+def _ground_change(record):
+    "An edit is where the pixels differ; for a background, what stayed is in front."
+    want = _parse_instruction(record.pair.instruction, record.task)
+    if not want.task:
+        return BackendError("no task: the instruction has no verb that is known")
+    if want.task in ("style", "remove"):
+        return Grounding(want.task, want.subject, in_source=want.task == "remove")
+    distance = color_distance(record.source, record.edited)
+    if want.task == "background":
+        mask = _stayed(record, distance)
+        record.changed = ~mask
+    else:
+        mask = record.changed = changed_region(distance)
+        if not mask.any():
             return BackendError("nothing changed")
-        return Grounding(want.task, want.subject, mask_boxes(mask), confidence=float(mask.any((1, 2)).mean()))
+    return Grounding(want.task, want.subject, _mask_boxes(mask), confidence=float(mask.any((1, 2)).mean()))
 
-    def _stayed(self, record, distance):
-        short = min(distance.shape[1:])
-        if short <= 128:
-            mask = ~np.stack([filters.apply_hysteresis_threshold(d, 3, 6) for d in distance])
-            mask = _morph(mask, cv2.MORPH_OPEN, 1)
-        else:
-            mask = np.stack([_same_look(s, e) for s, e in zip(record.source, record.edited)])
-            mask = _morph(_morph(mask, cv2.MORPH_OPEN, short / 90), cv2.MORPH_CLOSE, short / 50)
-        return _filled(_main_parts(mask, 0.1))
+
+def _stayed(record, distance):
+    short = min(distance.shape[1:])
+    if short <= 128:
+        mask = ~np.stack([filters.apply_hysteresis_threshold(d, 3, 6) for d in distance])
+        mask = _morph(mask, cv2.MORPH_OPEN, 1)
+    else:
+        mask = np.stack([_same_look(s, e) for s, e in zip(record.source, record.edited)])
+        mask = _morph(_morph(mask, cv2.MORPH_OPEN, short / 90), cv2.MORPH_CLOSE, short / 50)
+    return _filled(_main_parts(mask, 0.1))
 
 # %% ../../nbs/library/09_embedded.ipynb #9a110019
-class GrabCutSegmenter:
-    "Cuts each frame along colours around what was grounded, and drops what is small in space and time together."
-
-    name = "grabcut"
-
-    def segment(self, records):
-        return [self._one(record) for record in records]
-
-    def _one(self, record):
-        place = record.task == "background"
-        if record.changed is None:
-            seed = _in_boxes(record.boxes, record.edited.shape[:3])
-        else:
-            seed = ~record.changed if place else record.changed
-        if not seed.any():
-            return seed if place else BackendError("empty mask")
-        if place or min(seed.shape[1:]) <= 128:
-            cut = _cut_along_colors
-        else:
-            names = _colors_in(record.subject)
-            cut = lambda frame, seed: _cut_thing(frame, seed, names)
-        return _main_parts(np.stack([cut(f, m) for f, m in zip(record.edited, seed)]), 0.1)
+def _segment_change(record):
+    "Cut each frame along colours around what was grounded, and drop what is small in space and time together."
+    place = record.task == "background"
+    if record.changed is None:
+        seed = _in_boxes(record.boxes, record.edited.shape[:3])
+    else:
+        seed = ~record.changed if place else record.changed
+    if not seed.any():
+        return seed if place else BackendError("empty mask")
+    if place or min(seed.shape[1:]) <= 128:
+        cut = _cut_along_colors
+    else:
+        names = _colors_in(record.subject)
+        cut = lambda frame, seed: _cut_thing(frame, seed, names)
+    return _main_parts(np.stack([cut(f, m) for f, m in zip(record.edited, seed)]), 0.1)
 
 
 def _in_boxes(boxes, shape):
@@ -446,7 +392,9 @@ def _cut_thing(frame, seed, names):
     return cut | ndimage.binary_fill_holes(closed) & seed
 
 # %% ../../nbs/library/09_embedded.ipynb #9a11001d
-def sharpness(image):
+def sharpness(
+    image: np.ndarray,  # (h, w, 3) uint8
+) -> float:
     "Variance of the Laplacian: of frames without a target, so not the bench's share of a target's sharpness."
     return float(cv2.Laplacian(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.CV_64F).var())
 
@@ -459,9 +407,7 @@ class CutoutSynthesizer:
     "Cuts the subject out of its best frame onto white; a background becomes a plate without what is in front."
 
     name = "cutout"
-
-    def __init__(self, margin: float = 0.12):
-        self.margin = margin  # white around the subject, of its longer side
+    margin = 0.12  # white around the subject, of its longer side
 
     def synthesize(self, records):
         return [self._plate(r) if r.task == "background" else self._subject(r) for r in records]
@@ -489,16 +435,14 @@ class CutoutSynthesizer:
         if scale > 1:
             alpha = cv2.GaussianBlur(alpha, (0, 0), scale * 0.6)
         alpha = np.clip((alpha - 0.4) / 0.4, 0, 1)[..., None]  # the rim mixes with what is behind, so it is left out
-        y, x = np.flatnonzero((alpha > 0.05).any((1, 2))), np.flatnonzero((alpha > 0.05).any((0, 2)))
-        if not len(y):
+        x, y, wide, high = cv2.boundingRect((alpha > 0.05).astype(np.uint8))
+        if not wide:
             return BackendError("empty mask")
-        cut = np.s_[y[0] : y[-1] + 1, x[0] : x[-1] + 1]
-        image = frame[cut] * alpha[cut] + 255 * (1 - alpha[cut])
-        long = max(image.shape[:2])
-        side = long + 2 * max(round(self.margin * long), 2)
+        cut = np.s_[y : y + high, x : x + wide]
+        side = max(wide, high) + 2 * max(round(self.margin * max(wide, high)), 2)
+        top, left = (side - high) // 2, (side - wide) // 2
         canvas = np.full((side, side, 3), 255, np.uint8)
-        top, left = (side - image.shape[0]) // 2, (side - image.shape[1]) // 2
-        canvas[top : top + image.shape[0], left : left + image.shape[1]] = image.round()
+        canvas[top : top + high, left : left + wide] = (frame[cut] * alpha[cut] + 255 * (1 - alpha[cut])).round()
         return canvas
 
     def _overlay(self, record, at):
@@ -592,14 +536,9 @@ def _full_size(image, hole, full, shift, r):
     return image * (1 - soft) + full * soft
 
 
-def _fill_patches(
-    image: np.ndarray,  # (h, w, 3) uint8
-    hole: np.ndarray,  # (h, w) bool
-    side: int = 160,  # longer side up to which patches are compared
-    radius: int = 3,  # of a patch, pixels
-    rounds: int = 4,
-) -> np.ndarray:  # (h, w, 3) uint8
-    "Holes filled with patches from elsewhere, from coarse to fine (Wexler, Shechtman and Irani, 2007)."
+def _fill_patches(image, hole, side=160, radius=3, rounds=4):
+    """An image whose hole is filled with patches from elsewhere, from coarse to fine (Wexler, Shechtman and Irani, 2007).
+    `side` is the longer side up to which patches are compared, `radius` that of a patch, in pixels."""
     if not hole.any():
         return image
     (h, w), scale, sizes, now = hole.shape, min(1.0, side / max(hole.shape)), [], None
@@ -622,32 +561,25 @@ def _fill_patches(
     return filled.astype(np.uint8)
 
 # %% ../../nbs/library/09_embedded.ipynb #9a110022
-class PixelVerifier:
-    "Judges references by size, sharpness, wholeness and colour words."
-
-    name = "pixels"
-
-    def verify(self, records):
-        return [self._one(record) for record in records]
-
-    def _one(self, record):
-        image = record.reference
-        if image is None or not image.size:
-            return BackendError("no reference")
-        detail = np.clip(math.log10(sharpness(image) + 1) / 2, 0, 1)
-        if record.task == "background":
-            share = 0.0 if record.mask is None else float(record.mask.mean())
-            seen = np.clip((0.7 - share) / 0.35, 0, 1)  # more than that is guessed
-            return Check(float(1 + 9 * seen), float(1 + 9 * detail))
-        shown = (image < 245).any(-1)
-        parts = np.bincount(ndimage.label(record.mask[CutoutSynthesizer().best_frame(record)])[0].ravel())[1:]
-        whole = 0.0  # half of it elsewhere: something stands before it
-        if len(parts):
-            whole = float(np.clip((parts.max() / parts.sum() - 0.5) / 0.4, 0, 1))
-        colors = [min(1.0, _color_share(image[shown], c) / 0.08) for c in _colors_in(record.subject)]
-        big = float(np.clip(record.mask.mean() / 0.004, 0, 1))
-        free = float(np.clip(1.2 - min(_touches(m) for m in record.mask if m.any()), 0, 1))
-        return Check(float(1 + 9 * min([big, 1.0] + colors)), float(1 + 9 * min(whole, free, max(detail, 0.3))))
+def _verify_pixels(record):
+    "What a reference is worth, by size, sharpness, wholeness and colour words."
+    image = record.reference
+    if image is None or not image.size:
+        return BackendError("no reference")
+    detail = np.clip(math.log10(sharpness(image) + 1) / 2, 0, 1)
+    if record.task == "background":
+        share = 0.0 if record.mask is None else float(record.mask.mean())
+        seen = np.clip((0.7 - share) / 0.35, 0, 1)  # more than that is guessed
+        return Check(float(1 + 9 * seen), float(1 + 9 * detail))
+    shown = (image < 245).any(-1)
+    parts = np.bincount(ndimage.label(record.mask[CutoutSynthesizer().best_frame(record)])[0].ravel())[1:]
+    whole = 0.0  # half of it elsewhere: something stands before it
+    if len(parts):
+        whole = float(np.clip((parts.max() / parts.sum() - 0.5) / 0.4, 0, 1))
+    colors = [min(1.0, _color_share(image[shown], c) / 0.08) for c in _colors_in(record.subject)]
+    big = float(np.clip(record.mask.mean() / 0.004, 0, 1))
+    free = float(np.clip(1.2 - min(_touches(m) for m in record.mask if m.any()), 0, 1))
+    return Check(float(1 + 9 * min([big, 1.0] + colors)), float(1 + 9 * min(whole, free, max(detail, 0.3))))
 
 # %% ../../nbs/library/09_embedded.ipynb #9a110023
 class PixelEmbedder:
@@ -673,19 +605,26 @@ def _gray(image, side):
     )
 
 
-def _perceptual_hash(image: np.ndarray) -> int:  # 64 bits
-    "Signs of the low frequencies of an image of (h, w, 3) uint8."
+def _perceptual_hash(image):
+    "Signs of the low frequencies of an image, as 64 bits."
     low = cv2.dct(_gray(image, 32))[:8, :8].ravel()
     return int("".join("1" if v else "0" for v in low > np.median(low[1:])), 2)
 
 # %% ../../nbs/library/09_embedded.ipynb #9a110027
-def embedded_stages(
-    change: ChangeOptions = ChangeOptions(),
-) -> list:  # of callables, in the paper's order; `deduplicate` comes after all batches
+def _each(name, method, one):
+    "A backend that looks at one record after the other."
+    return SimpleNamespace(**{"name": name, method: lambda records: [one(record) for record in records]})
+
+
+def embedded_stages() -> list:  # of callables, in the paper's order; `deduplicate` comes after all batches
     "The stages that need no weights."
-    score, ground = ScoreStage(ChangeScorer(change)), GroundStage(ChangeGrounder(change))
-    cut, make, check = GrabCutSegmenter(), CutoutSynthesizer(), PixelVerifier()
-    return [score, ground, SegmentStage(cut), SynthesizeStage(make), VerifyStage(check)]
+    return [
+        ScoreStage(_each("change", "score", _score_change)),
+        GroundStage(_each("change", "ground", _ground_change)),
+        SegmentStage(_each("grabcut", "segment", _segment_change)),
+        SynthesizeStage(CutoutSynthesizer()),
+        VerifyStage(_each("pixels", "verify", _verify_pixels)),
+    ]
 
 
 def _score_of(record):
@@ -730,12 +669,11 @@ def deduplicate(
     alive = sorted((r for r in records if r.alive), key=lambda r: (-_score_of(r), r.pair.id))
     for i, record in enumerate(alive):
         shelves = _shelves(record.hashes[0])
-        near = [
-            k for k in sorted({k for shelf in shelves for k in kept[shelf]}) if _alike(record, alive[k], similarity)
-        ]
-        reason = f"duplicate of {alive[near[0]].pair.id}" if near else ""
-        record.verdicts.append(Verdict("deduplicate", not near, reason, {}, backend.name))
-        for shelf in shelves if not near else ():
+        near = sorted({k for shelf in shelves for k in kept[shelf]})
+        twin = next((k for k in near if _alike(record, alive[k], similarity)), None)
+        reason = "" if twin is None else f"duplicate of {alive[twin].pair.id}"
+        record.verdicts.append(Verdict("deduplicate", not reason, reason, {}, backend.name))
+        for shelf in () if reason else shelves:
             kept[shelf].append(i)
     return records
 

@@ -13,7 +13,6 @@ import math
 import multiprocessing
 import os
 import re
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -22,8 +21,8 @@ from functools import partial
 from pathlib import Path, PureWindowsPath
 
 # %% auto #0
-__all__ = ['Limits', 'renamed', 'one_line', 'check_outputs', 'EditPlan', 'plan_edit', 'find_model', 'load_model', 'EditedFile',
-           'run_edit', 'edit_file', 'parse_size', 'BadEdits', 'EditList', 'read_edits', 'EditRun', 'run_edits']
+__all__ = ['Limits', 'renamed', 'one_line', 'check_outputs', 'EditPlan', 'plan_edit', 'find_model', 'load_model', 'run_edit',
+           'edit_file', 'parse_size', 'BadEdits', 'read_edits', 'run_edits']
 
 # %% ../../nbs/library/13_files.ipynb #d05f5ccf
 import numpy as np
@@ -31,17 +30,9 @@ import PIL.Image
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from kiwi_edit.core import (
-    InputError,
-    InputTypeError,
-    MissingPackage,
-    check_instruction,
-    choose_device,
-    choose_dtype,
-    settings,
-    shortened,
-)
-from ..records import Table, Workers, digest, read_lines, run_rows, unique_names
+from ..core import InputError, InputTypeError, MissingPackage, check_instruction, choose_device
+from ..core import choose_dtype, expect, settings, shortened
+from ..records import Table, Workers, digest, read_lines, run_rows, unique_names, write_text
 from ..video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoInfo, check_frame_count, compare, fit_size
 from ..video import nearest_frame_count, read_image, read_video, replacing, resize_frames, sample_indices
 from ..video import film_strip, stream_video, video_info, write_video
@@ -123,18 +114,13 @@ def check_outputs(
     if not folder.is_dir():
         raise FileNotFoundError(f"`out` has to be in an existing folder but {str(folder)!r} is none.")
     for path in outputs:
-        if path.is_dir():
-            raise InputError(f"`out` has to be a file but {str(path)!r} is a folder.")
-        if any(path.exists() and i.exists() and path.samefile(i) for i in inputs):
-            raise InputError(f"`out` has to be another file than those that are read but {str(path)!r} is one of them.")
+        read = any(path.exists() and i.exists() and path.samefile(i) for i in inputs)
+        expect(not path.is_dir(), f"`out` has to be a file but {str(path)!r} is a folder.")
+        expect(not read, f"`out` has to be another file than those that are read but {str(path)!r} is one of them.")
         if path.exists() and not overwrite:
             raise FileExistsError(f"`out` has to be a new file unless `overwrite` is set but {str(path)!r} exists.")
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        words = f"{str(folder)!r} is not: {error.strerror}."
-        raise PermissionError(f"`out` has to be in a folder that can be written but {words}") from error
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"`out` has to be in a folder that can be written but {str(folder)!r} is not.")
 
 # %% ../../nbs/library/13_files.ipynb #4c6494c1
 def _suffix(video, info):
@@ -186,20 +172,17 @@ class EditPlan:
     def __post_init__(self):
         if self.seed is None:
             object.__setattr__(self, "seed", settings().seed)
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"`seed` has to be from 0 to 2**63 - 1 but is {self.seed}.")
-        if self.steps is not None and not 1 <= self.steps <= 1000:
-            raise InputError(f"`steps` has to be from 1 to 1000 but is {self.steps}.")
-        if self.frames is not None:
-            check_frame_count(self.frames, "frames")
-        if self.frames is not None and self.whole:
-            raise InputError(f"`frames` has to be left out where `whole` is set but is {self.frames}.")
-        if self.size is not None and not all(1 <= side <= 8192 for side in self.size):
-            raise InputError(f"`size` has to have sides from 1 to 8192 but is {self.size[0]}x{self.size[1]}.")
-        if not 0 < self.strength <= 1:
-            raise InputError(f"`strength` has to lie above 0 and up to 1 but is {self.strength}.")
-        if not 1 <= self.guidance_scale < math.inf:
-            raise InputError(f"`guidance_scale` has to be a number from 1, which is off, but is {self.guidance_scale}.")
+        steps, frames, strength, scale = self.steps, self.frames, self.strength, self.guidance_scale
+        expect(0 <= self.seed < 2**63, f"`seed` has to be from 0 to 2**63 - 1 but is {self.seed}.")
+        expect(steps is None or 1 <= steps <= 1000, f"`steps` has to be from 1 to 1000 but is {steps}.")
+        if frames is not None:
+            check_frame_count(frames, "frames")
+            expect(not self.whole, f"`frames` has to be left out where `whole` is set but is {frames}.")
+        if self.size is not None:
+            good = all(1 <= side <= 8192 for side in self.size)
+            expect(good, f"`size` has to have sides from 1 to 8192 but is {self.size[0]}x{self.size[1]}.")
+        expect(0 < strength <= 1, f"`strength` has to lie above 0 and up to 1 but is {strength}.")
+        expect(1 <= scale < math.inf, f"`guidance_scale` has to be a number from 1, which is off, but is {scale}.")
         suffix, most = self.out.suffix.lower(), min(self.info.frames, self.frames or self.info.frames)
         kinds = VIDEO_SUFFIXES if nearest_frame_count(most) > 1 else (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
         if suffix not in kinds:
@@ -232,10 +215,9 @@ class EditPlan:
 
     def check(self, limits: Limits):
         "Raise where the plan asks for what the model cannot do."
-        multiple = limits.size_multiple
-        if self.size and any(side % multiple for side in self.size):
-            words = f"but is {self.size[0]}x{self.size[1]}"
-            raise InputError(f"`size` has to be multiples of {multiple} for this model {words}.")
+        if self.size and any(side % limits.size_multiple for side in self.size):
+            rule = f"`size` has to be multiples of {limits.size_multiple} for this model"
+            raise InputError(f"{rule} but is {self.size[0]}x{self.size[1]}.")
 
 # %% ../../nbs/library/13_files.ipynb #13279530
 def _planned(video, instruction, references, out, **options):
@@ -275,9 +257,8 @@ def find_model(
     "Its folder."
     from kiwi_edit.pipeline import find_checkpoint
 
-    model = model or settings().checkpoint
-    if not model:
-        raise InputError(f"`model` has to be given for the preset {settings().preset!r}: no weights are published.")
+    model, missing = model or settings().checkpoint, f"for the preset {settings().preset!r}: no weights are published."
+    expect(model, f"`model` has to be given {missing}")
     with renamed("`name`", "`model`"):
         return find_checkpoint(model)
 
@@ -304,7 +285,7 @@ def load_model(
 
 # %% ../../nbs/library/13_files.ipynb #044867e1
 @dataclass(frozen=True)
-class EditedFile:
+class _EditedFile:
     "What an edit has left behind."
 
     path: Path  # the result
@@ -397,7 +378,7 @@ def run_edit(
     pipe,  # `KiwiEditPipeline`
     plan: EditPlan,  # from `plan_edit`
     progress: Callable | None = None,  # called as (done, total, what) along the way
-) -> EditedFile:
+) -> _EditedFile:
     "Do what a plan says. A clip that is longer than the model takes is read, edited and written piece by piece."
     import torch
     from kiwi_edit.pipeline import Footage
@@ -449,7 +430,7 @@ def run_edit(
     else:
         _write_edit(plan, clip, resize_frames(edited, clip.width, clip.height, mode="stretch"))
     size, note, seconds = (clip.width, clip.height), _edited_span(plan, count, limits), time.perf_counter() - began
-    return EditedFile(plan.out, plan.strip, plan.comparison, count, size, (width, height), note, seconds)
+    return _EditedFile(plan.out, plan.strip, plan.comparison, count, size, (width, height), note, seconds)
 
 # %% ../../nbs/library/13_files.ipynb #4e1dc629
 def edit_file(
@@ -460,7 +441,7 @@ def edit_file(
     out: str | Path | None = None,  # file for the result; None makes one in the settings' output folder
     progress: Callable | None = None,  # called as (done, total, what) along the way
     **options,  # further fields of `EditPlan`
-) -> EditedFile:
+) -> _EditedFile:
     "Edit a file: the result has the source's size, rate and sound."
     return run_edit(pipe, plan_edit(video, instruction, references, out, **options), progress)
 
@@ -487,8 +468,7 @@ def parse_size(
     if text is None:
         return None
     match = re.fullmatch(r"(\d{1,6})[xX×](\d{1,6})", text.strip())
-    if not match:
-        raise InputError(f"`size` has to be WIDTHxHEIGHT, such as 64x64, but is {text!r}.")
+    expect(match, f"`size` has to be WIDTHxHEIGHT, such as 64x64, but is {text!r}.")
     return int(match[1]), int(match[2])
 
 
@@ -518,17 +498,14 @@ def _parse_row(line):
         row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique_names)
     except (ValueError, RecursionError) as error:
         raise InputError(f"`line` has to be a JSON object in UTF-8, each name once, but is not: {error}.") from error
-    if not isinstance(row, dict):
-        raise InputError(f"`line` has to be a JSON object but is {str(row)[:60]!r}.")
+    expect(isinstance(row, dict), f"`line` has to be a JSON object but is {str(row)[:60]!r}.")
     found, known = {}, ("video", "instruction", "reference", "out", *_ROW_NAMES, *_ROW_OPTIONS)
     for name, value in row.items():
         what = _ROW_NAMES.get(name, name)
         if name in _ROW_NOTES or value is None:
             continue
-        if name not in known:
-            raise InputError(f"`line` has to have names out of {', '.join(known)} but has {name!r}.")
-        if what in found:
-            raise InputError(f"`{what}` has to be given once but {name!r} is there too.")
+        expect(name in known, f"`line` has to have names out of {', '.join(known)} but has {name!r}.")
+        expect(what not in found, f"`{what}` has to be given once but {name!r} is there too.")
         found[what] = _value(what, value)
     return found
 
@@ -551,6 +528,7 @@ class _Row:
     references: tuple = ()  # paths
     settings: dict | None = None  # what was asked for, for the record
     inputs: str = ""  # digest of what is read and asked for
+    key: str = ""  # the same and the model, and the name
 
     def __str__(self):
         return f"row {self.number}: {self.reason}"
@@ -569,7 +547,7 @@ class BadEdits(InputError):
 
 
 @dataclass(repr=False)
-class EditList:
+class _EditList:
     "A list that was read and checked."
 
     folder: Path  # of the results
@@ -606,8 +584,7 @@ class EditList:
 def _check_row(number, row, path, folder):
     "A row as a plan, its files, and what they hold."
     for what in ("video", "instruction"):
-        if what not in row:
-            raise InputError(f"`{what}` has to be given, by the row or for the whole list.")
+        expect(what in row, f"`{what}` has to be given, by the row or for the whole list.")
     video = path.parent / Path(row["video"]).expanduser()
     references = tuple(path.parent / Path(r).expanduser() for r in row.get("reference", ()))
     options = {option: row[option] for option in _ROW_OPTIONS if option in row}
@@ -635,9 +612,8 @@ def _checked(number, line, path, folder, defaults, taken):
         own = _parse_row(line)
         row = _check_row(number, defaults | own, path, folder)
         for file in row.plan.files:
-            if other := taken.get(file.name.casefold()):
-                words = f"{file.name!r} is what row {other} writes, too"
-                raise InputError(f"`out` has to be a name of its own but {words}.")
+            other = taken.get(file.name.casefold())
+            expect(not other, f"`out` has to be a name of its own but {file.name!r} is what row {other} writes, too.")
     except (ValueError, TypeError, OSError) as error:
         reason, argument = one_line(error), re.match(r"`(\w+)`", str(error))
         if reason is None or argument and argument[1] in defaults and argument[1] not in own:
@@ -652,7 +628,7 @@ def read_edits(
     out: str | Path | None = None,  # folder for the results; None: one in the settings' output folder
     progress: Callable | None = None,  # called as (done, total, what) along the way
     **defaults,  # for rows that say nothing of it: `instruction`, `reference` and options of a row
-) -> EditList:
+) -> _EditList:
     "Check a list of edits before any model is loaded."
     known = ("instruction", "reference", *_ROW_OPTIONS)
     if wrong := [name for name in defaults if name not in known]:
@@ -667,12 +643,11 @@ def read_edits(
     if not path.is_file():
         raise FileNotFoundError(f"`path` has to be an existing list of edits but {str(path)!r} is none.")
     lines = [(number, line) for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
-    if not lines:
-        raise InputError(f"`path` has to hold at least one edit but {str(path)!r} holds none.")
+    expect(lines, f"`path` has to hold at least one edit but {str(path)!r} holds none.")
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"`out` has to be a folder for a list but {str(folder)!r} is a file.")
     check_outputs([next(p for p in (folder, *folder.parents) if p.exists()) / "result"], [])
-    found, taken = EditList(folder), {}
+    found, taken = _EditList(folder), {}
     for done, (number, line) in enumerate(lines, 1):
         found.lines.append(_checked(number, line, path, folder, defaults, taken))
         if progress:
@@ -696,28 +671,27 @@ def _last_records(path):
 
 
 def _write_records(path, records):
-    lines = (json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") for record in records)
-    with replacing(path, overwrite=True) as temporary:
-        temporary.write_bytes(b"".join(line + b"\n" for line in lines))
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
-def _record(number, out, error, status="bad", key=None, settings=None):
+def _record(row, error, status="bad", key=None, settings=None):
     "The line of an edit that is about to be done, or cannot be done; the lines that follow say more."
-    return dict(key=key, row=number, status=status, out=out, seconds=None, error=error, note="", settings=settings)
+    said = dict(key=key, row=row.number, status=status, out=row.name, seconds=None, error=error)
+    return said | dict(note="", settings=settings)
 
 
-def _survey(edits, last, keys, overwrite):
+def _survey(edits, last, overwrite):
     "The rows that are left to do, by their keys. Rows whose place is taken become bad ones."
     todo = {}
     for row in edits.rows:
-        record, key = last.get(row.name, {}), keys[row.number]
-        done = record.get("key") == key and record["error"] is None
+        record = last.get(row.name, {})
+        done = record.get("key") == row.key and record["error"] is None
         ours = done or record.get("seconds", 0) is None  # a run that was stopped may have left its files
         taken = [file.name for file in row.plan.files if file.exists()]
         if done and row.plan.out.exists():
             continue
         if not taken or ours or overwrite:
-            todo[key] = row
+            todo[row.key] = row
         elif record.get("error", "") is None:
             was, now = record["settings"], json.loads(json.dumps(row.settings))
             changed = [name for name in now if was.get(name) != now[name]]
@@ -760,10 +734,10 @@ def _start_worker(threads):
 
 # %% ../../nbs/library/13_files.ipynb #b17e0022
 @dataclass
-class EditRun:
+class _EditRun:
     "What has become of a list."
 
-    edits: EditList = field(repr=False)
+    edits: _EditList = field(repr=False)
     records: list = field(repr=False)  # of all rows in order, as in results.jsonl
     before: int  # rows that earlier runs had done
     seconds: float  # of this run
@@ -804,8 +778,8 @@ def _alone(folder):
     try:
         lock = FileLock(folder / ".lock", timeout=0).acquire()
     except Timeout:
-        words = f"one writes to {str(folder)!r} now"
-        raise InputError(f"`out` has to be a folder that no other run writes to but {words}.") from None
+        rule = "`out` has to be a folder that no other run writes to"
+        raise InputError(f"{rule} but one writes to {str(folder)!r} now.") from None
     with lock:
         _sweep(folder)
         try:
@@ -849,7 +823,7 @@ def _do_rows(todo, path, model, where, workers, stage, say):
 
 
 def run_edits(
-    edits: EditList,  # from `read_edits`
+    edits: _EditList,  # from `read_edits`
     model: str | Path | None = None,  # bundled name, folder or hub id; None takes the settings'
     device: str | None = None,  # None takes the settings'
     workers: int = 1,  # processes that edit; 1 is this one
@@ -857,10 +831,9 @@ def run_edits(
     skip_bad: bool = False,  # whether the good rows are done where there are bad ones
     progress: Callable | None = None,  # called as (rows done, rows, what) along the way
     say: Callable | None = None,  # called with a line when the weights are read
-) -> EditRun:
+) -> _EditRun:
     "Do a list of edits. What earlier runs have done is kept."
-    if workers < 1:
-        raise InputError(f"`workers` has to be at least 1 but is {workers}.")
+    expect(workers >= 1, f"`workers` has to be at least 1 but is {workers}.")
     began, edits, path = time.perf_counter(), replace(edits), edits.folder / "results.jsonl"
     edits.check(skip_bad)
     where, model = choose_device(device or settings().device), str(model or settings().checkpoint)
@@ -874,16 +847,14 @@ def run_edits(
     edits.check(skip_bad)
     with _alone(edits.folder):
         last, weights = _last_records(path), _model_digest(folder)
-        keys = {row.number: f"{digest(row.inputs, weights)[:16]} {row.name}" for row in edits.rows}
-        todo = _survey(edits, last, keys, overwrite)
+        keyed = lambda row: replace(row, key=f"{digest(row.inputs, weights)[:16]} {row.name}")
+        edits.lines = [row if row.reason else keyed(row) for row in edits.lines]
+        todo = _survey(edits, last, overwrite)
         edits.check(skip_bad)
         again = {row.name for row in todo.values()}
         kept = [record for name, record in last.items() if name not in again]
-        begun = {}
-        for row in edits.rows:
-            key, asked = keys[row.number], row.settings | dict(model=model)
-            begun[key] = _record(row.number, row.name, "the run was stopped", "failed", key, asked)
-        _write_records(path, kept + [begun[key] for key in todo])
+        begin = lambda row: _record(row, "the run was stopped", "failed", row.key, row.settings | dict(model=model))
+        _write_records(path, [*kept, *map(begin, todo.values())])
         total, before = len(edits.rows), len(edits.rows) - len(todo)
         done = before
 
@@ -896,9 +867,8 @@ def run_edits(
         stage("loading")
         outcomes = _do_rows(todo, path, model, where, workers, stage, say)
         for row in edits.rows:
-            key = keys[row.number]
-            last[row.name] = begun[key] | outcomes.get(key, last.get(row.name)) | {"row": row.number}
-        records = [_record(r.number, r.name, r.reason) if r.reason else last[r.name] for r in edits.lines]
+            last[row.name] = begin(row) | outcomes.get(row.key, last.get(row.name)) | {"row": row.number}
+        records = [_record(row, row.reason) if row.reason else last[row.name] for row in edits.lines]
         bad = [record for record in records if record["status"] == "bad" and record["out"] not in last]
         _write_records(path, sorted([*last.values(), *bad], key=lambda record: record.get("row", 0)))
-    return EditRun(edits, records, before, time.perf_counter() - began)
+    return _EditRun(edits, records, before, time.perf_counter() - began)

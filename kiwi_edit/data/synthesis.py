@@ -25,8 +25,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 # %% auto #0
-__all__ = ['FilePairs', 'read_pairs', 'WorldPairs', 'SynthesisOptions', 'Actors', 'model_stages', 'Synthesis', 'synthesize',
-           'inspect_folder', 'sheet_html', 'PlantedPairs']
+__all__ = ['read_pairs', 'WorldPairs', 'SynthesisOptions', 'model_stages', 'synthesize', 'inspect_folder', 'sheet_html',
+           'PlantedPairs']
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400004
 import cv2
@@ -35,7 +35,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from ..core import InputError, asset, require, shortened
+from ..core import InputError, asset, expect, require, shortened
 from . import backends
 from .backends import chat_of
 from .dataset import ParquetCell, file_of, held, read_rows
@@ -69,31 +69,20 @@ def _printable(text):
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-class FilePairs(Sequence):
-    "Pairs of a table, in the order of their ids. A slice is light: it goes to a worker, and files are opened there."
+class _FilePairs(Sequence):
+    """Pairs of a table, in the order of their ids. A slice is light: it goes to a worker, and files are opened there.
+    `rows` are dicts or a `datasets.Dataset`; `columns` says which of theirs hold "source", "edited", "instruction"."""
 
-    def __init__(
-        self,
-        rows,  # list of dicts, or a `datasets.Dataset`
-        columns: dict,  # "source", "edited", "instruction" and what else there is -> column
-        root: str | Path = ".",  # where relative paths start
-        name: str = "row",  # of a row without an id
-        ids: list | None = None,  # of the rows, where they are known
-    ):
+    def __init__(self, rows, columns, root=".", name="row"):
         self.rows, self.columns, self.root, self.name = rows, columns, Path(root), name
-        if ids is None:
-            found = self._ids()
-            order = sorted(range(len(found)), key=found.__getitem__)
-            self.rows, ids = self._select(order), [found[i] for i in order]
-            _check_unique(ids)
-        self.ids = ids
+        found = self._ids()
+        order = sorted(range(len(found)), key=found.__getitem__)
+        self.rows, self.ids = self._select(order), [found[i] for i in order]
+        _check_unique(self.ids)
 
     def _ids(self):
         column = self.columns.get("id")
-        if column and hasattr(self.rows, "select"):
-            found = self.rows[column]
-        else:
-            found = [row.get(column) for row in self.rows]
+        found = self.rows[column] if column and hasattr(self.rows, "select") else [row.get(column) for row in self.rows]
         return [_printable(str(value)) if _given(value) else f"{self.name}-{i:07d}" for i, value in enumerate(found)]
 
     def _select(self, indices):
@@ -104,7 +93,9 @@ class FilePairs(Sequence):
 
     def __getitem__(self, i):
         if isinstance(i, slice):
-            return FilePairs(self._select(range(len(self))[i]), self.columns, self.root, self.name, self.ids[i])
+            part = copy.copy(self)
+            part.rows, part.ids = self._select(range(len(self))[i]), self.ids[i]
+            return part
         row = self.rows[i]
         found = {what: row.get(column) for what, column in self.columns.items()}
         found = {what: value for what, value in found.items() if _given(value)}
@@ -198,19 +189,14 @@ def read_pairs(
     if not path.exists():
         if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.\[\]%:+-]+)?", text):
             return _hub_pairs(text, root, columns)
-        raise FileNotFoundError(
-            "`pairs` has to be an existing table or folder, world:NUMBER or a dataset's id "
-            f"but {text!r} is none of them."
-        )
+        known = "an existing table or folder, world:NUMBER or a dataset's id"
+        raise FileNotFoundError(f"`pairs` has to be {known} but {text!r} is none of them.")
     tables = _tables_of_folder(path) if path.is_dir() else [path]
     if not tables:
         rows = [_clip_row(path, source) for source in sorted(path.rglob("*source.*"))]
-        if not rows:
-            raise InputError(
-                "`pairs` has to be a folder with .parquet shards, pairs.jsonl, metadata.csv "
-                f"or clips named NAME-source and NAME-edited but {text!r} has none of them."
-            )
-        return FilePairs(rows, {column: column for column in rows[0]}, root or path, path.name)
+        known = ".parquet shards, pairs.jsonl, metadata.csv or clips named NAME-source and NAME-edited"
+        expect(rows, f"`pairs` has to be a folder with {known} but {text!r} has none of them.")
+        return _FilePairs(rows, {column: column for column in rows[0]}, root or path, path.name)
     names, found = read_rows(tables, "pairs")
     if long := [(name, len(row[None])) for name, row in found if None in row]:
         raise InputError(
@@ -218,7 +204,7 @@ def read_pairs(
             "text with a comma needs quotes."
         )
     columns = _columns(names, columns, repr(tables[0].name))
-    return FilePairs([row for _, row in found], columns, root or tables[0].parent, path.stem)
+    return _FilePairs([row for _, row in found], columns, root or tables[0].parent, path.stem)
 
 
 def _hub_pairs(text, root, columns):
@@ -230,7 +216,7 @@ def _hub_pairs(text, root, columns):
     for column, kind in data.features.items():
         if isinstance(kind, (datasets.Image, getattr(datasets, "Video", datasets.Image))):
             data = data.cast_column(column, type(kind)(decode=False))
-    return FilePairs(data, _columns(data.column_names, columns, repr(name)), root or ".", name)
+    return _FilePairs(data, _columns(data.column_names, columns, repr(name)), root or ".", name)
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400010
 class WorldPairs(Sequence):
@@ -243,8 +229,7 @@ class WorldPairs(Sequence):
         tasks: Sequence[str] | None = None,  # in turn; None draws one for each seed
         world: World | None = None,  # 5 frames of 96x96 pixels when None
     ):
-        if number < 1:
-            raise InputError(f"`number` has to be at least 1 but is {number}.")
+        expect(number >= 1, f"`number` has to be at least 1 but is {number}.")
         self.first_seed, self.tasks, self.world = first_seed, tuple(tasks or ()), world or World()
         self.turns = range(number)  # a slice has some of them
 
@@ -288,20 +273,18 @@ class SynthesisOptions:
     clips: str = "refer"  # "refer" to the files of the pool, or "copy" them
     authentic: bool = False  # keep authentic references, where the pool has them, instead of synthesised ones
     similarity: float = 0.99  # see `deduplicate`
-    max_failures: float = (
-        0.5  # share of unreadable or unanswered rows from which the run stops; counted from 20 rows on
-    )
+    max_failures: float = 0.5  # share of unreadable or unanswered rows, of 20 or more, from which the run stops
     sheets: int = 64  # pairs that the report shows as pictures
 
     def __post_init__(self):
         for name, least in dict(shard=1, batch=1, workers=0, sheets=0).items():
-            if getattr(self, name) < least:
-                raise InputError(f"`{name}` has to be at least {least} but is {getattr(self, name)}.")
+            value = getattr(self, name)
+            expect(value >= least, f"`{name}` has to be at least {least} but is {value}.")
         for name, known in dict(engine=("local", "ray"), clips=("refer", "copy")).items():
-            if getattr(self, name) not in known:
-                raise InputError(f"`{name}` has to be {' or '.join(known)} but is {getattr(self, name)!r}.")
-        if not 0 < self.max_failures <= 1:
-            raise InputError(f"`max_failures` has to lie above 0 and up to 1 but is {self.max_failures}.")
+            value = getattr(self, name)
+            expect(value in known, f"`{name}` has to be {' or '.join(known)} but is {value!r}.")
+        share = self.max_failures
+        expect(0 < share <= 1, f"`max_failures` has to lie above 0 and up to 1 but is {share}.")
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400014
 def _reason(error):
@@ -334,10 +317,7 @@ def _place_clip(clip, name, record, folder, copy):
     is_file = isinstance(clip, str)
     if is_file and not copy:
         return os.path.relpath(clip, folder)
-    if is_file:
-        suffix = Path(clip).suffix
-    else:
-        suffix = ".png" if len(as_frames(clip)) == 1 else ".mp4"
+    suffix = Path(clip).suffix if is_file else ".png" if len(as_frames(clip)) == 1 else ".mp4"
     path = folder / "clips" / f"{_safe(record.pair.id)}-{name}{suffix}"
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
@@ -374,19 +354,14 @@ def _jpeg(picture):
 
 def _to_row(record, folder, options, shown):
     "What stays of a record once its frames are let go; `shown` says whether the report may picture it."
-    pair, scores = (
-        record.pair,
-        {f"{v.stage}.{k}": round(float(x), 6) for v in record.verdicts for k, x in v.scores.items()},
-    )
-    row = dict.fromkeys(_SCHEMA.names) | dict(
+    pair = record.pair
+    scores = {f"{v.stage}.{k}": round(float(x), 6) for v in record.verdicts for k, x in v.scores.items()}
+    row = dict(
         iid=pair.id,
         prompt=pair.instruction.encode("utf-8", "replace").decode(),
-        src_video="",
-        tgt_video="",
         task="background" if record.task == "background" else "subject",
         edit_type=record.task,
         subject=record.subject,
-        ref_source="",
         scores=json.dumps(scores, sort_keys=True),
         origin=json.dumps(pair.origin, sort_keys=True),
         backends=json.dumps({v.stage: v.backend for v in record.verdicts}),
@@ -415,31 +390,34 @@ def _to_row(record, folder, options, shown):
     return row
 
 
-def _timed(name, call, records, spent):
+def _timed(name, call, spent):
     began = time.perf_counter()
-    found = call(records)
+    found = call()
     spent[name] = spent.get(name, 0.0) + time.perf_counter() - began
     return found
 
 
-def _load(pairs, options, spent):
-    return _timed("load", lambda pairs: [load_record(pair, options.load) for pair in pairs], pairs, spent)
+class _Line:
+    "Stages that batches go through. The first group of a line opens pairs; the last makes rows, which are small."
 
+    def __init__(self, make_stages, options, folder, first=0, last=None):
+        stages = make_stages()
+        self.stages, self.opens, self.closes = stages[first:last], first == 0, last in (None, len(stages))
+        self.options, self.folder = options, folder
 
-def _rows(records, folder, options, shown, spent):
-    if any(r.alive and r.embedding is None for r in records):
-        FingerprintStage()(records)
-    rows = lambda records: [_to_row(r, folder, options, s) for r, s in zip(records, shown)]
-    return dict(rows=_timed("write", rows, records, spent), spent=spent)
-
-
-def _run_batch(job, stages, options, folder):
-    "Pairs, and which of them the report may picture, through all stages; what comes back is small."
-    (pairs, shown), spent = job, {}
-    records = _load(pairs, options, spent)
-    for stage in stages:
-        records = _timed(stage.name, functools.partial(_through, stage), records, spent)
-    return _rows(records, folder, options, shown, spent)
+    def __call__(self, job):
+        "Pairs or records, which of them the report may picture, and the seconds that each stage has spent so far."
+        items, shown, spent = job
+        if self.opens:
+            items = _timed("load", lambda: [load_record(pair, self.options.load) for pair in items], spent)
+        for stage in self.stages:
+            items = _timed(stage.name, lambda: _through(stage, items), spent)
+        if not self.closes:
+            return items, shown, spent
+        if any(record.alive and record.embedding is None for record in items):
+            FingerprintStage()(items)
+        rows = lambda: [_to_row(record, self.folder, self.options, s) for record, s in zip(items, shown)]
+        return dict(rows=_timed("write", rows, spent), spent=spent)
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400019
 def _write_table(path, rows, names=_SCHEMA.names, key=""):
@@ -523,7 +501,7 @@ def _finish(folder, parts, options, key):
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400022
 class _Jobs(Mapping):
-    "(part, first pair, last pair + 1) -> the pairs, and which of them the report may picture: evenly over the pool."
+    "(part, first pair, last pair + 1) -> a job of `_Line`; the report pictures pairs evenly over the pool."
 
     def __init__(self, pairs, bounds, missing, options):
         self.pairs, self.sheets = pairs, options.sheets
@@ -539,7 +517,7 @@ class _Jobs(Mapping):
 
     def __getitem__(self, key):
         turn = lambda i: i * self.sheets // len(self.pairs)
-        return self.pairs[key[1] : key[2]], [turn(i) != turn(i - 1) for i in range(*key[1:])]
+        return self.pairs[key[1] : key[2]], [turn(i) != turn(i - 1) for i in range(*key[1:])], {}
 
 
 _worker = {}  # of this process: what does a batch, or why nothing does
@@ -548,7 +526,7 @@ _worker = {}  # of this process: what does a batch, or why nothing does
 def _start_worker(make_stages, options, folder):
     cv2.setNumThreads(1)
     try:
-        _worker["run"] = functools.partial(_run_batch, stages=make_stages(), options=options, folder=folder)
+        _worker["run"] = _Line(make_stages, options, folder)
     except Exception as error:
         _worker["error"] = f"`make_stages` has to make the stages in each worker but raised {_reason(error)}"
 
@@ -566,46 +544,25 @@ def _local(jobs, make_stages, options, folder, note, progress):
         work = _in_worker
         pool = functools.partial(Workers, options.workers, _start_worker, make_stages, options, folder)
     else:
-        work, pool = functools.partial(_run_batch, stages=make_stages(), options=options, folder=folder), None
+        work, pool = _Line(make_stages, options, folder), None
     run_rows(jobs, work, pool=pool, ahead=2 * options.workers, label=label if progress else "", each=note)
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400023
-@dataclass(frozen=True)
-class Actors:
-    "What one stage is given on a cluster."
-
-    count: int = 1  # processes
-    cpus: float = 1.0  # of each
-    gpus: float = 0.0  # of each; a share lets several sit on one
-
-
-class _RayGroup:
+class _RayLine(_Line):
     "Neighbouring stages in one actor of Ray. Records travel between groups, rows leave the last one."
 
-    def __init__(self, make_stages, first, last, options, folder):
-        cv2.setNumThreads(1)
-        stages = make_stages()
-        self.stages, self.first, self.last = stages[first:last], first == 0, last == len(stages)
-        self.options, self.folder = options, folder
-
     def __call__(self, row):
-        key, items, shown, spent = pickle.loads(row["job"])
-        if self.first:
-            items = _load(items, self.options, spent)
-        for stage in self.stages:
-            items = _timed(stage.name, functools.partial(_through, stage), items, spent)
-        if not self.last:
-            return dict(job=pickle.dumps((key, items, shown, spent)))
-        found = _rows(items, self.folder, self.options, shown, spent)
-        return dict(job=pickle.dumps(dict(key=key, error=None, **found)))
+        cv2.setNumThreads(1)
+        key, job = pickle.loads(row["job"])
+        return dict(job=pickle.dumps((key, super().__call__(job))))
 
 
 def _stage_groups(names, actors, workers):
-    "(first stage, last + 1, `Actors`): stages with actors of their own stand alone; what lies between is joined."
-    if wrong := set(actors) - set(names):
-        raise InputError(f"`actors` has to name stages ({', '.join(names)}) but names {', '.join(sorted(wrong))}.")
+    "(first stage, last + 1, actors): stages with actors of their own stand alone; what lies between is joined."
+    wrong = ", ".join(sorted(set(actors) - set(names)))
+    expect(not wrong, f"`actors` has to name stages ({', '.join(names)}) but names {wrong}.")
     cuts = sorted({0, len(names)} | {i + k for i, n in enumerate(names) if n in actors for k in (0, 1)})
-    return [(a, b, actors.get(names[a], Actors(max(workers, 1)))) for a, b in zip(cuts, cuts[1:])]
+    return [(a, b, actors.get(names[a], (max(workers, 1), 0))) for a, b in zip(cuts, cuts[1:])]
 
 
 def _ray(jobs, make_stages, options, folder, note, actors):
@@ -621,18 +578,14 @@ def _ray(jobs, make_stages, options, folder, note, actors):
     context.enable_progress_bars = context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
-        rows = [dict(job=pickle.dumps((key, *jobs[key], {}))) for key in jobs]
+        rows = [dict(job=pickle.dumps((key, jobs[key]))) for key in jobs]
         data = ray.data.from_items(rows, override_num_blocks=len(rows))
-        for first, last, actor in _stage_groups(_stage_names(make_stages), actors, options.workers):
-            data = data.map(
-                _RayGroup,
-                fn_constructor_args=(make_stages, first, last, options, folder),
-                concurrency=min(actor.count, len(rows)),
-                num_cpus=actor.cpus,
-                num_gpus=actor.gpus or None,
-            )
+        for first, last, (count, gpus) in _stage_groups(_stage_names(make_stages), actors, options.workers):
+            made = dict(fn_constructor_args=(make_stages, options, folder, first, last), num_gpus=gpus or None)
+            data = data.map(_RayLine, concurrency=min(count, len(rows)), num_cpus=1, **made)
         for row in data.iter_rows():
-            note(pickle.loads(row["job"]))
+            key, found = pickle.loads(row["job"])
+            note(dict(key=key, error=None, **found))
     finally:
         if started:
             ray.shutdown()
@@ -673,11 +626,8 @@ def model_stages(
     for name, least in (thresholds or {}).items():
         stage, _, score = name.partition(".")
         limit = _THRESHOLDS.get(score, score)
-        if stage not in by or not hasattr(by[stage], limit):
-            raise InputError(
-                "`thresholds` has to name score.edit, ground.confidence, segment.area, segment.largest, "
-                f"verify.consistency or verify.quality but names {name!r}."
-            )
+        known = "score.edit, ground.confidence, segment.area, segment.largest, verify.consistency or verify.quality"
+        expect(hasattr(by.get(stage), limit), f"`thresholds` has to name {known} but names {name!r}.")
         setattr(by[stage], limit, float(least))
     return list(by.values())
 
@@ -689,7 +639,7 @@ _DRAWN = ("score.edit", "ground.confidence", "segment.area", "verify.consistency
 
 
 @dataclass
-class Synthesis:
+class _Synthesis:
     "What a run has left in its folder, and what it says of every pair."
 
     folder: Path = field(repr=False)
@@ -800,7 +750,7 @@ def _settings_of(pairs, make_stages, options):
 
 def _in_order(pairs):
     "Pairs in the order of ids that every file can hold."
-    if isinstance(pairs, (FilePairs, WorldPairs)):
+    if isinstance(pairs, (_FilePairs, WorldPairs)):
         return pairs
     pairs = sorted((replace(pair, id=_printable(pair.id)) for pair in pairs), key=lambda p: p.id)
     _check_unique([pair.id for pair in pairs])
@@ -810,8 +760,8 @@ def _in_order(pairs):
 class _Parts:
     "Keeps the rows of batches until their part can be written, and stops a run in which too much fails."
 
-    def __init__(self, folder, key, options, jobs):
-        self.folder, self.key, self.options = folder, key, options
+    def __init__(self, folder, key, most, jobs):
+        self.folder, self.key, self.most = folder, key, most
         self.waiting, self.todo = Counter(k for k, *_ in jobs), sum(b - a for _, a, b in jobs)
         self.rows, self.failed, self.seconds, self.seen = {}, [], Counter(), 0
 
@@ -831,18 +781,15 @@ class _Parts:
         if not self.waiting[k]:
             whole = [row for _, batch in sorted(self.rows.pop(k).items()) for row in batch]
             _write_table(_part_path(self.folder, k), whole, key=self.key)
-        if self.seen >= min(20, self.todo) and len(self.failed) > self.options.max_failures * self.seen:
-            raise InputError(self._complaint())
-
-    def _complaint(self):
-        kind = lambda v: f"{v['stage']}: {v['reason'].split(':')[0]}"
-        [(most, n)] = Counter(map(kind, self.failed)).most_common(1)
-        first = next(v["reason"] for v in self.failed if kind(v) == most)
-        return (
-            f"`max_failures` allows {self.options.max_failures:.0%} of the rows to fail but {len(self.failed)} of "
-            f"{self.seen} did; {n} times {most}, first: {first.rstrip('.')}. "
-            f"What is finished stays in {str(self.folder)!r}."
-        )
+        if self.seen >= min(20, self.todo) and len(self.failed) > self.most * self.seen:
+            kind = lambda v: f"{v['stage']}: {v['reason'].split(':')[0]}"
+            [(often, n)] = Counter(map(kind, self.failed)).most_common(1)
+            first = next(v["reason"] for v in self.failed if kind(v) == often).rstrip(".")
+            rule = (
+                f"`max_failures` allows {self.most:.0%} of the rows to fail but {len(self.failed)} of {self.seen} did"
+            )
+            left = f"What is finished stays in {str(self.folder)!r}."
+            raise InputError(f"{rule}; {n} times {often}, first: {first}. {left}")
 
 
 def synthesize(
@@ -850,25 +797,24 @@ def synthesize(
     out: str | Path,  # folder, made if missing; one with a run of the same settings is continued
     make_stages: Callable[[], list] = embedded_stages,  # makes the stages, in each worker; a `partial` for options
     options: SynthesisOptions = SynthesisOptions(),
-    actors: dict | None = None,  # stage -> `Actors`, for Ray
+    actors: dict | None = None,  # for Ray: stage -> (processes of its own, GPUs of each, which may be a share of one)
     overwrite: bool = False,  # whether a run of other settings may be thrown away
     progress: bool = True,
-) -> Synthesis:
+) -> _Synthesis:
     "Quadruplets from pairs: shards, a data card and a report in a folder. A run that was stopped goes on where it was."
     pairs = _in_order(read_pairs(pairs) if isinstance(pairs, (str, Path)) else pairs)
-    if not len(pairs):
-        raise InputError("`pairs` has to hold at least one pair but is empty.")
+    expect(len(pairs), "`pairs` has to hold at least one pair but is empty.")
     folder, settings, began = Path(out).expanduser(), _settings_of(pairs, make_stages, options), time.perf_counter()
     key = digest(settings)
     _claim(folder, key, overwrite)
     if (folder / "SHA256SUMS").is_file():
         return inspect_folder(folder)
-    n, ids = len(pairs), pairs.ids if hasattr(pairs, "ids") else [p.id for p in pairs]
-    bounds = [(a, min(a + options.shard, n)) for a in range(0, n, options.shard)]
+    ids = pairs.ids if hasattr(pairs, "ids") else [pair.id for pair in pairs]
+    bounds = [(a, min(a + options.shard, len(ids))) for a in range(0, len(ids), options.shard)]
     paths = [_part_path(folder, k) for k in range(len(bounds))]
     good = [_part_is_good(path, key, ids[a:b], options.max_failures) for path, (a, b) in zip(paths, bounds)]
     jobs = _Jobs(pairs, bounds, [k for k in range(len(bounds)) if not good[k]], options)
-    parts = _Parts(folder, key, options, jobs)
+    parts = _Parts(folder, key, options.max_failures, jobs)
     if options.engine == "local":
         _local(jobs, make_stages, options, folder, parts.note, progress)
     elif jobs:
@@ -894,16 +840,14 @@ def _claim(folder, key, overwrite):
     half = re.compile(r"\.\w{8}(\.\w+)?")  # names of files that a killed run was writing
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"`out` has to be a folder but {str(folder)!r} is a file.")
-    there = _key_of(mark)
+    found = re.search(r'"key": "([0-9a-f]{64})"', mark.read_text(errors="replace")) if mark.is_file() else None
+    there = found and found[1]  # the key of a run of ours
     if not there and folder.is_dir() and not all(half.fullmatch(p.name) for p in folder.iterdir()):
-        raise FileExistsError(
-            f"`out` has to be a new or empty folder, or one of an earlier run, but {str(folder)!r} holds other things."
-        )
+        rule = "`out` has to be a new or empty folder, or one of an earlier run"
+        raise FileExistsError(f"{rule}, but {str(folder)!r} holds other things.")
     if there and there != key and not overwrite:
-        raise FileExistsError(
-            "`out` has to be new, or of a run with the same pairs, stages and options, unless overwrite is set, "
-            f"but {str(folder)!r} is of another run."
-        )
+        rule = "`out` has to be new, or of a run with the same pairs, stages and options, unless overwrite is set"
+        raise FileExistsError(f"{rule}, but {str(folder)!r} is of another run.")
     if there and there != key:
         for path in [*folder.glob("chunk_*.parquet"), *(folder / name for name in _WRITTEN)]:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -917,24 +861,15 @@ def _claim(folder, key, overwrite):
         (folder / "parts").mkdir(exist_ok=True)
 
 
-def _key_of(mark):
-    "The key of a run; None where this is no mark of ours."
-    try:
-        found = json.loads(mark.read_text()).get("key", "")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return found if isinstance(found, str) and re.fullmatch("[0-9a-f]{64}", found) else None
-
-
 def _result(folder):
     rows = [row for path in sorted((folder / "verdicts").glob("records_*.parquet")) for row in _read_rows(path)]
     run = json.loads((folder / "run.json").read_text())
-    return Synthesis(folder, rows, run.get("seconds", {}), run.get("wall", 0.0), run.get("done", 0))
+    return _Synthesis(folder, rows, run.get("seconds", {}), run.get("wall", 0.0), run.get("done", 0))
 
 
 def inspect_folder(
     folder: str | Path,  # of a finished run
-) -> Synthesis:
+) -> _Synthesis:
     "What a run has left. Its checksums are compared."
     folder = Path(folder).expanduser()
     if not (folder / "SHA256SUMS").is_file():
@@ -955,18 +890,16 @@ def _said(row):
 
 
 def sheet_html(
-    row: dict,  # of a `Synthesis`
+    row: dict,  # of a `synthesize`'s result
 ) -> str:
     "A pair for a page: what was made of it, whether it was kept, and its scores."
     sheet = image_tag(row["sheet"], row["iid"]) if row["sheet"] else ""
-    esc, look = html.escape, "kept" if row["verdicts"][-1]["passed"] else "out"
+    iid, said, words = (html.escape(text) for text in (row["iid"], _said(row), row["prompt"]))
+    look = "kept" if row["verdicts"][-1]["passed"] else "out"
     shown = {name.split(".")[1]: row["scores"].get(name) for name in (_DRAWN[0], *_DRAWN[3:])}
     scores = ", ".join(f"{name} {value:.2f}" for name, value in shown.items() if value is not None)
-    return (
-        f"<figure>{sheet}<figcaption><b>{esc(row['iid'])}</b> "
-        f'<span class="{look}">{esc(_said(row))}</span><br>{esc(row["prompt"])}<br><small>{scores}</small>'
-        "</figcaption></figure>"
-    )
+    caption = f'<b>{iid}</b> <span class="{look}">{said}</span><br>{words}<br><small>{scores}</small>'
+    return f"<figure>{sheet}<figcaption>{caption}</figcaption></figure>"
 
 
 def _report_html(result):
@@ -979,9 +912,8 @@ def _report_html(result):
         seconds = [[stage, round(spent, 1)] for stage, spent in result.seconds.items()]
         note = f"{result.done} pairs in {result.wall:.1f} s with all that comes before and after the stages."
         parts.append(Table("Where the time went", ["stage", "seconds of one process"], seconds, note=note))
-    parts.append(
-        "<h2>Contact sheets</h2><p>Source, edited clip, mask, reference, and an authentic one if there is one.</p>"
-    )
+    what = "Source, edited clip, mask, reference, and an authentic one if there is one."
+    parts.append(f"<h2>Contact sheets</h2><p>{what}</p>")
     parts += [sheet_html(row) for row in result.rows if row["sheet"]]
     return page(f"{len(result.kept)} of {len(result.rows)} pairs became quadruplets", *parts)
 
@@ -1016,10 +948,6 @@ def _data_card(result):
     return card + _EMBEDDED * bool({"change", "grabcut", "cutout", "pixels"} & set(backends.values()))
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400032
-def _brighter(clip):
-    return np.clip(clip.astype(np.int16) + 3, 0, 255).astype(np.uint8)
-
-
 class PlantedPairs(WorldPairs):
     "Pairs of the world of which every fourth is spoilt in a known way, in turn."
 
@@ -1046,7 +974,7 @@ class PlantedPairs(WorldPairs):
             return replace(pair, instruction=self.made(i, 1).instruction)
         if kind == "duplicate":  # the pair before, a shade brighter
             made = self.made(i, -1)
-            source, edited = _brighter(made.source), _brighter(made.target)
+            source, edited = (np.minimum(clip, 252) + 3 for clip in (made.source, made.target))
             return replace(pair, source=source, edited=edited, instruction=made.instruction)
         return pair
 

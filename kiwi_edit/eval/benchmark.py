@@ -19,26 +19,24 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-import cv2
 import numpy as np
 import PIL.Image
 import torch
 from tqdm.auto import tqdm
 
-from ..core import InputError, asset
+from ..core import InputError, asset, expect
 from ..encoder import encode_context, prepare_inputs
 from ..metrics import PerceptualFeatures, bootstrap, edit_box, feature_distance, mean_inside, pooled_share
 from ..metrics import perceptual_features, psnr_from_error, share_interval, sharpness_share, squared_error
 from ..pipeline import KiwiEditPipeline, decode_latents, encode_frames, fit_reference, flow_sigmas, walk
 from ..records import Outcome, Table, Value, digest
-from ..video import Strip, resize_frames
+from ..video import Strip
 from ..world import EVAL_SEED, TASKS, Quadruplet, World
 
 # %% auto #0
-__all__ = ['BENCH_SAMPLES', 'BENCH_DIGESTS', 'benchmark_samples', 'bench_digest', 'check_bench', 'candidate_targets', 'film',
-           'edit_batch', 'denoise_batch', 'Editor', 'reconstruct', 'baselines', 'flicker_error', 'succeeded', 'Scene',
-           'measure', 'by_task', 'in_words', 'Report', 'describe_hardware', 'run_editors', 'run_benchmark',
-           'provenance', 'Ranking']
+__all__ = ['BENCH_SAMPLES', 'BENCH_DIGESTS', 'benchmark_samples', 'check_bench', 'candidate_targets', 'denoise_batch', 'Editor',
+           'reconstruct', 'Scene', 'measure', 'by_task', 'in_words', 'Report', 'describe_hardware', 'run_editors',
+           'run_benchmark', 'provenance']
 
 # %% ../../nbs/library/40_benchmark.ipynb #e237106b
 _VISIBLE = 1.0  # squared levels: a smaller distance from source to target is no edit that anybody could see
@@ -72,8 +70,8 @@ def _blocks(frames):
     return ((blocks + 0.37) // 16).astype(np.uint8).tobytes()
 
 
-def bench_digest(samples: list[Quadruplet]) -> str:  # 16 hexadecimal digits
-    "Digest of seeds, words and pixels."
+def _bench_digest(samples):
+    "Digest of seeds, words and pixels in 16 hexadecimal digits."
     # processors differ in the last bit, so pixels count as the means of 16 blocks in steps of 16 levels
     found = hashlib.sha256()
     for sample in samples:
@@ -89,15 +87,13 @@ def check_bench(
     difficulty: str = "full",  # of `BENCH_DIGESTS`
 ) -> dict[str, str]:  # task -> digest
     "Raise unless this installation draws the fixed set of a difficulty."
-    if difficulty not in BENCH_DIGESTS:
-        raise InputError(f"`difficulty` has to be one of {', '.join(BENCH_DIGESTS)} but is {difficulty!r}.")
+    known = ", ".join(BENCH_DIGESTS)
+    expect(difficulty in BENCH_DIGESTS, f"`difficulty` has to be one of {known} but is {difficulty!r}.")
     world = World(split="eval", difficulty=difficulty)
-    found = {task: bench_digest(benchmark_samples(world, task, BENCH_SAMPLES)) for task in tasks}
-    if wrong := [task for task in tasks if found[task] != BENCH_DIGESTS[difficulty][task]]:
-        raise InputError(
-            f"`tasks` have to be drawn as the published bench has them but {', '.join(wrong)} are not: "
-            "the world or a version of numpy, OpenCV or Pillow differs."
-        )
+    found = {task: _bench_digest(benchmark_samples(world, task, BENCH_SAMPLES)) for task in tasks}
+    wrong = ", ".join(task for task in tasks if found[task] != BENCH_DIGESTS[difficulty][task])
+    why = "the world or a version of numpy, OpenCV or Pillow differs"
+    expect(not wrong, f"`tasks` have to be drawn as the published bench has them but {wrong} are not: {why}.")
     return found
 
 # %% ../../nbs/library/40_benchmark.ipynb #81df1457
@@ -122,17 +118,14 @@ def candidate_targets(
         other = world.sample(seed + step * turn, tasks[turn % len(tasks)], edit=turn // len(tasks)).target
         if all(squared_error(other, target) > _VISIBLE for target in found):
             found.append(other)
-        if turn > 50 * number:
-            raise InputError(f"`number` has to be at most the {len(found)} targets of scene {seed} but is {number}.")
+        there = f"the {len(found)} targets of scene {seed}"
+        expect(turn <= 50 * number, f"`number` has to be at most {there} but is {number}.")
     own = seed % number  # anywhere, so that nothing is won by always answering the same
     return np.stack(found[1 : own + 1] + found[:1] + found[own + 1 :]), own
 
 # %% ../../nbs/library/40_benchmark.ipynb #6de4cd51
-def film(
-    labels: list[str],  # of the rows
-    columns: list[tuple],  # title and the pictures below it, (h, w, 3) uint8 or None
-) -> Strip:
-    "Pictures in rows and columns, titles above and labels on the left."
+def _film(labels, columns):
+    "Pictures in rows with labels and in columns, each of a title and the pictures below it, some of them None."
     left = 0.1 + 0.09 * max(map(len, labels))
     width, height = left + 1.1 * len(columns), 0.75 + 1.1 * len(labels)
     figure = Strip(figsize=(width, height), dpi=90)
@@ -150,12 +143,8 @@ def film(
 
 # %% ../../nbs/library/40_benchmark.ipynb #9a4a22c2
 @torch.no_grad()
-def edit_batch(
-    pipe: KiwiEditPipeline,
-    samples: list[Quadruplet],  # of one size; with a reference or without
-    steps: int | None = None,  # denoising steps; None takes the model's own
-) -> np.ndarray:  # (B, T, H, W, 3) uint8
-    "Edit several clips at once; each comes out as the pipeline gives it alone with a generator of its scene's seed."
+def _edit_batch(pipe, samples, steps=None):
+    "Edit samples of one size at once; each comes out as the pipeline gives it alone with a generator of its scene's seed."
     device = pipe._execution_device
     images = [[] if sample.reference is None else [PIL.Image.fromarray(sample.reference)] for sample in samples]
     words, sources = [sample.instruction for sample in samples], [sample.source for sample in samples]
@@ -222,77 +211,9 @@ def reconstruct(
     "Frames through the autoencoder and back."
     return decode_latents(vae, encode_frames(vae, frames))
 
-# %% ../../nbs/library/40_benchmark.ipynb #b0420005
-def _frame_by_frame(pipe, samples, steps=None):
-    "Each frame alone, as a clip of one frame, with noise of the same seed."
-    clips = [[replace(sample, source=frame[None]) for frame in sample.source] for sample in samples]
-    return np.stack([edit_batch(pipe, frames, steps)[:, 0] for frames in clips])
-
-
-def _pasted(sample):
-    "The reference's canvas in the box of the mask, or, as a background, behind what stays."
-    out = sample.source.copy()
-    if sample.reference is None:
-        return out
-    height, width = out.shape[1:3]
-    if sample.task == "background":
-        out[sample.mask] = np.broadcast_to(resize_frames(sample.reference[None], width, height), out.shape)[sample.mask]
-        return out
-    picture = PIL.Image.fromarray(sample.reference)
-    for frame, mask in zip(out, sample.mask):
-        if mask.any():
-            rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-            box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-            pasted = np.asarray(picture.resize(mask[box].shape[::-1], PIL.Image.BICUBIC))
-            frame[box][mask[box]] = pasted[mask[box]]
-    return out
-
-
-def _mean_colour(sample):
-    colour = sample.target[sample.mask].mean(0).round().astype(np.uint8)
-    return np.where(sample.mask[..., None], colour, sample.source)
-
-
-def _noise(sample):
-    noise = np.random.default_rng(sample.meta["seed"]).integers(0, 256, sample.source.shape, np.uint8)
-    return np.where(sample.mask[..., None], noise, sample.source)
-
-
-def _blurred(sample):
-    deviation = min(sample.target.shape[1:3]) / 48  # 2 pixels where a frame has 96
-    soft = np.stack([cv2.GaussianBlur(frame, (0, 0), deviation) for frame in sample.target])
-    return np.where(sample.mask[..., None], soft, sample.target)
-
-
-_ONE_BY_ONE = {  # what edits one sample after the other -> how
-    "target, blurred": _blurred,  # knows the target, and blurs it inside the mask
-    "reference pasted": _pasted,  # knows the mask, and pastes the reference there as it is
-    "mean colour": _mean_colour,  # knows the target's mean colour, and fills the mask with it
-    "pixel noise": _noise,  # knows the mask, and fills it with noise
-    "copy of the source": lambda sample: sample.source,
-}
-
-
-def baselines(
-    pipe: KiwiEditPipeline | None = None,  # whose autoencoder and denoiser two of them use; None leaves these out
-) -> dict[str, Editor]:  # name -> editor
-    "What a model is compared with. The autoencoder of the target is as good as a latent model can get."
-    found = {}
-    if pipe is not None:
-        rebuilt = lambda samples, steps=None: reconstruct(pipe.vae, np.stack([sample.target for sample in samples]))
-        edits = {"autoencoder of the target": rebuilt, "frame by frame": partial(_frame_by_frame, pipe)}
-        found = {name: Editor(name, edit, pipe.vae) for name, edit in edits.items()}
-    for name, edit in _ONE_BY_ONE.items():
-        found[name] = Editor(name, lambda samples, steps=None, edit=edit: np.stack([edit(s) for s in samples]))
-    return found
-
 # %% ../../nbs/library/40_benchmark.ipynb #b042000a
-def flicker_error(
-    output: np.ndarray,  # (..., T, H, W, 3) uint8
-    target: np.ndarray,  # of the same shape
-    mask: np.ndarray,  # (..., T, H, W) bool, the edited region
-) -> np.ndarray:  # (...) levels of 0 to 255, NaN for a single frame
-    "How far the changes from frame to frame are from those of the target, on average over the edited region."
+def _flicker_error(output, target, mask):
+    "How far the changes from frame to frame are from those of the target, on average over the edited region, in levels."
     step = lambda frames: np.diff(frames.astype(np.float32), axis=-4)
     wrong = np.abs(step(output) - step(target)).mean(-1)
     return mean_inside(wrong, mask[..., 1:, :, :] & mask[..., :-1, :, :])
@@ -304,9 +225,7 @@ _MAX_LOST = 2.0  # dB outside the edit, against the autoencoder's own reconstruc
 _ROUNDED = 0.01
 
 
-def succeeded(
-    record: dict,  # of `measure`
-) -> bool:
+def _succeeded(record):
     "Whether an edit is told apart, sharp, nearer to the target than the source is, and keeps the rest."
     may_lose = max(_ROUNDED, 10 ** (_MAX_LOST / 10) * np.nan_to_num(record["ceiling_outside_error"]))
     keeps = not record["outside_error"] > may_lose  # NaN where nothing lies outside
@@ -360,8 +279,8 @@ def measure(
     "What is measured of a batch of edits."
     names = "source", "target", "mask"
     source, target, mask = (np.stack([getattr(scene.sample, name) for scene in scenes]) for name in names)
-    if outputs.shape != target.shape:
-        raise InputError(f"`outputs` has to be {target.shape} as the targets are but is {outputs.shape}.")
+    good = outputs.shape == target.shape
+    expect(good, f"`outputs` has to be {target.shape} as the targets are but is {outputs.shape}.")
     known = all(scene.reconstruction is not None for scene in scenes)
     ceiling = np.stack([scene.reconstruction for scene in scenes]) if known else None
     nothing = np.full(len(scenes), np.nan)
@@ -371,14 +290,14 @@ def measure(
         outside_error=squared_error(outputs, target, ~mask),
         ceiling_error=squared_error(ceiling, target, mask) if known else nothing,
         ceiling_outside_error=squared_error(ceiling, target, ~mask) if known else nothing,
-        flicker=flicker_error(outputs, target, mask),
+        flicker=_flicker_error(outputs, target, mask),
         sharpness=sharpness_share(outputs, target, mask),
     )
     records = []
     for i, scene in enumerate(scenes):
         record = dict(task=scene.sample.task, seed=scene.sample.meta["seed"], instruction=scene.sample.instruction)
         record |= {name: float(values[i]) for name, values in numbers.items()} | scene.looks(outputs[i])
-        record["success"] = succeeded(record) if scene.features else math.nan
+        record["success"] = _succeeded(record) if scene.features else math.nan
         # JSON has no NaN
         records.append({k: None if isinstance(v, float) and math.isnan(v) else v for k, v in record.items()})
     return records
@@ -537,15 +456,11 @@ class Report(Outcome):
         other: Report,  # on some of the same scenes
     ) -> Table:
         "This report minus another, sample by sample; the samples of intervals are drawn in pairs."
-        if (self.difficulty, self.size) != (other.difficulty, other.size):
-            theirs = f"{other.difficulty} {other.size}"
-            raise InputError(
-                f"`other` has to be of the same difficulty and size, {self.difficulty} {self.size}, but is of {theirs}."
-            )
+        ours, theirs = (f"{report.difficulty} {report.size}" for report in (self, other))
+        expect(ours == theirs, f"`other` has to be of the same difficulty and size, {ours}, but is of {theirs}.")
         known = {(record["task"], record["seed"]): record for record in other.records}
         shared = [record for record in self.records if (record["task"], record["seed"]) in known]
-        if not shared:
-            raise InputError("`other` has to be a report on some of the same scenes but the two share none.")
+        expect(shared, "`other` has to be a report on some of the same scenes but the two share none.")
         rows, undone = [], lambda error, distance: -error.sum() / distance.sum()
         for task, records in by_task(shared).items():
             others = [known[task, record["seed"]] for record in records]
@@ -568,9 +483,8 @@ class Report(Outcome):
                 middle = len(output) // 2
                 images = [sample.source[middle], sample.reference, sample.target[middle], output[middle]]
                 columns.append((f"{task}: {sample.instruction}", images))
-        if not columns:
-            raise InputError("`shown` has to hold samples but is empty: a saved report has no pictures.")
-        return film(["source", "reference", "target", "output"], columns)
+        expect(columns, "`shown` has to hold samples but is empty: a saved report has no pictures.")
+        return _film(["source", "reference", "target", "output"], columns)
 
 # %% ../../nbs/library/40_benchmark.ipynb #ffced049
 def _peak_memory(device):
@@ -600,7 +514,7 @@ def _as_editor(editor, name=None):
     name = name or _name_of(editor)
     if isinstance(editor, KiwiEditPipeline):
         own = editor.config.default_steps, editor._execution_device
-        return Editor(name, partial(edit_batch, editor), editor.vae, *own)
+        return Editor(name, partial(_edit_batch, editor), editor.vae, *own)
     return Editor(name, editor.edit_samples, getattr(editor, "vae", None))
 
 
@@ -635,8 +549,7 @@ def run_editors(
     if wrong := [task for task in tasks or ["none"] if task not in TASKS]:
         raise InputError(f"`tasks` has to hold names of {', '.join(TASKS)} but holds {wrong[0]!r}.")
     for argument, value in dict(samples=samples, batch_size=batch_size, steps=steps).items():
-        if value is not None and value < 1:
-            raise InputError(f"`{argument}` has to be at least 1 but is {value}.")
+        expect(value is None or value >= 1, f"`{argument}` has to be at least 1 but is {value}.")
     editors = [_as_editor(editor, name) for name, editor in editors.items()]
     reports, shape = [], (world.num_frames, world.height, world.width)
     for editor in editors:
@@ -667,9 +580,9 @@ def run_editors(
 def _bench_world(editors, size, num_frames, difficulty):
     "Held-out scenes of the size that a model works at."
     if pipe := next((editor for editor in editors if isinstance(editor, KiwiEditPipeline)), None):
-        size = size or max(1, math.isqrt(pipe.config.max_pixels) // pipe.size_multiple) * pipe.size_multiple
-        if size % pipe.size_multiple:
-            raise InputError(f"`size` has to be a multiple of {pipe.size_multiple} for this model but is {size}.")
+        multiple = pipe.size_multiple
+        size = size or max(1, math.isqrt(pipe.config.max_pixels) // multiple) * multiple
+        expect(size % multiple == 0, f"`size` has to be a multiple of {multiple} for this model but is {size}.")
         num_frames = num_frames or pipe.config.max_frames
     asked = dict(height=size, width=size, num_frames=num_frames)
     return World(**{name: value for name, value in asked.items() if value}, split="eval", difficulty=difficulty)
@@ -699,8 +612,7 @@ def _name_of(pipe):
 def _checkpoint_digest(folder):
     "Tells models apart by the bytes of their configs and weights."
     folders = sorted(path for path in Path(folder).iterdir() if path.is_dir() and any(path.glob("*.safetensors")))
-    if not folders:
-        raise InputError(f"`folder` has to hold folders with safetensors but {str(folder)!r} holds none.")
+    expect(folders, f"`folder` has to hold folders with safetensors but {str(folder)!r} holds none.")
     return digest({path.name: path for path in folders})[:16]
 
 
@@ -715,107 +627,3 @@ def provenance(
         hardware=describe_hardware(device),
         checkpoint=None if folder is None else _checkpoint_digest(folder),
     )
-
-# %% ../../nbs/library/40_benchmark.ipynb #b042000f
-# numbers of a record that a ranking is saved with
-_NUMBERS = """success told_apart feature_error feature_distance sharpness error distance outside_error ceiling_error
-ceiling_outside_error flicker""".split()
-
-
-@dataclass
-class Ranking(Outcome):
-    "Several editors on the same scenes."
-
-    indent = None
-    reports: list[Report] = field(repr=False)  # the first is the one that the others are held against
-    about: dict = field(default_factory=dict)  # what they were made with, see `provenance`
-
-    def __post_init__(self):
-        scenes = [(r.difficulty, r.size, [(x["task"], x["seed"]) for x in r.records]) for r in self.reports]
-        if not scenes or any(known != scenes[0] for known in scenes):
-            raise InputError("`reports` have to be one or more on the same scenes but are not.")
-        names = [report.model for report in self.reports]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise InputError(f"`reports` have to have different names but {twice[0]!r} is there more than once.")
-
-    @property
-    def difficulty(self) -> str:
-        return self.reports[0].difficulty  # of the world, the same for all
-
-    def _columns(self, report, name):
-        "(scenes, tasks) of a number; all tasks have as many scenes."
-        return np.stack([_column(records, name) for records in by_task(report.records).values()], 1)
-
-    @property
-    def rows(self) -> dict[str, dict]:  # editor -> numbers, the best first
-        "Means over the tasks. Scenes are drawn again for the intervals, each with all its tasks."
-        done = lambda error, distance: (1 - error.sum(0) / distance.sum(0)).mean()
-        rows, first = {}, self._columns(self.reports[0], "success")
-        for report in self.reports:
-            success, error, distance = (self._columns(report, name) for name in ("success", "error", "distance"))
-            tasks, names = report.rows.values(), ("told_apart", "likeness", "sharpness", "psnr_lost")
-            rows[report.model] = dict(
-                **_estimate("success", np.mean, success.ravel(), interval=share_interval),
-                **_estimate("difference", np.mean, first - success),
-                **{name: _mean(row[name] for row in tasks) for name in names},
-                flicker=_mean(self._columns(report, "flicker").ravel()),
-                **_estimate("pooled", done, error, distance),
-            )
-        return dict(sorted(rows.items(), key=lambda item: (-(item[1]["success"] or 0), -item[1]["pooled"])))
-
-    def tables(self) -> list[Table]:
-        "Success by task, and means over the tasks."
-        first, rows, tasks = self.reports[0], self.rows, {report.model: report.rows for report in self.reports}
-        success = []
-        for model, row in rows.items():
-            against = None if model == first.model else _cell(row, "difference")
-            success.append([model, _cell(row, "success"), against])
-            success[-1] += [_cell(scores, "success") for scores in tasks[model].values()]
-        about = in_words(dict(checkpoint=None) | self.about)  # which model it was stands first
-        about += [_UNSEEN] if any(row["success"] is None for row in rows.values()) else []
-        frames, height, width = first.size
-        scenes = f"{len(first.records) // len(tasks[first.model])} scenes a task from seed {first.seed:,}"
-        world = f"world: {self.difficulty}, {frames} frames of {width}x{height}; {scenes}; intervals hold 95%"
-        columns = ["success, %", "all tasks", f"{first.model} minus it", *tasks[first.model]]
-        names = "told_apart", "likeness", "sharpness", "psnr_lost", "flicker", "pooled"
-        note = "; ".join(["lost in dB, flicker in levels of 0 to 255", *about]) + "."
-        means = [([model], row) for model, row in rows.items()]
-        return [Table("", columns, success, note=world + "."), _table("", ["means over the tasks"], means, names, note)]
-
-    def strips(
-        self,
-        task: str,
-        samples: int = 1,  # scenes of the task, side by side
-    ) -> Strip:
-        "First, middle and last frames of source, reference, target and what each editor made, in the table's order."
-        shown = {report.model: report.shown.get(task, [])[:samples] for report in self.reports}
-        if not shown[self.reports[0].model]:
-            raise InputError(f"`task` has to be one whose pictures the reports keep but is {task!r}.")
-        columns, order = [], list(self.rows)
-        for j, (sample, _) in enumerate(shown[order[0]]):
-            clips = [sample.source, None, sample.target, *(shown[editor][j][1] for editor in order)]
-            for k, at in enumerate((0, len(sample.source) // 2, -1)):
-                images = [None if clip is None else clip[at] for clip in clips]
-                images[1] = sample.reference if k == 0 else None
-                columns.append((sample.instruction if k == 1 else "", images))
-        return film(["source", "reference", "target", *order], columns)
-
-    def record(self) -> dict:
-        "The numbers, column by column and without the words, to six digits."
-        rounded = lambda value: None if value is None else float(f"{float(value):.6g}")
-        reports = []
-        for report in self.reports:
-            columns = {name: [rounded(record.get(name)) for record in report.records] for name in _NUMBERS}
-            reports.append(report.facts() | dict(records=columns))
-        scenes = {name: [record[name] for record in self.reports[0].records] for name in ("task", "seed")}
-        return dict(about=self.about, scenes=scenes, reports=reports)
-
-    @classmethod
-    def of(cls, record: dict) -> Ranking:
-        "The ranking that a file holds."
-        reports = []
-        for one in record["reports"]:
-            columns = record["scenes"] | one["records"]
-            records = [dict(zip(columns, row)) for row in zip(*columns.values())]
-            reports.append(Report.of(one | dict(records=records)))
-        return cls(reports, record["about"])

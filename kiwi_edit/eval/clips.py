@@ -17,19 +17,15 @@ from ..records import Table, Value
 from ..video import sample_indices
 
 # %% auto #0
-__all__ = ['CLIP_METRICS', 'DAMAGES', 'DISTANCES', 'flicker', 'optical_flow', 'warp_error', 'motion_agreement', 'frozen_share',
-           'displacement', 'reference_match', 'measure_clip', 'frechet_distance', 'kernel_distance', 'gaussian_kl',
-           'SetDistance', 'set_distance']
+__all__ = ['CLIP_METRICS', 'DAMAGES', 'reference_match', 'measure_clip', 'SetDistance', 'set_distance']
 
 # %% ../../nbs/library/39_clips.ipynb #40a00013
 def _resized(clip, width, height):
     return np.stack([cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA) for frame in clip])
 
 
-def flicker(
-    clip: np.ndarray,  # (T, H, W, 3) uint8, at least 3 frames
-) -> float:  # levels of 0 to 255; NaN for fewer frames
-    "How far a picture of 8x8 squares of each frame is from the mean of those before and after it."
+def _flicker(clip):
+    "How far a picture of 8x8 squares of each frame is from the mean of its neighbours, in levels; NaN below 3 frames."
     if len(clip) < 3:
         return float("nan")
     small = _resized(clip, 8, 8).astype(np.float32)
@@ -40,10 +36,8 @@ def _gray(clip):
     return np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in clip])
 
 
-def optical_flow(
-    clip: np.ndarray,  # (T, H, W, 3) uint8
-) -> np.ndarray:  # (T - 1, H, W, 2) float32, pixels to the right and down
-    "Where each pixel goes from a frame to the next, by OpenCV's DIS."
+def _optical_flow(clip):
+    "Where each pixel goes from a frame to the next, by OpenCV's DIS: (T - 1, H, W, 2) pixels to the right and down."
     (h, w), finder = clip.shape[1:3], cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
     if len(clip) < 2:
         return np.zeros((0, h, w, 2), np.float32)
@@ -53,14 +47,11 @@ def optical_flow(
     return np.stack([finder.calc(a, b, None)[:h, :w] for a, b in zip(gray, gray[1:])])
 
 
-def warp_error(
-    clip: np.ndarray,  # (T, H, W, 3) uint8
-    flow: np.ndarray | None = None,  # from `optical_flow`; None computes it
-) -> float:  # levels of 0 to 255; NaN for a single frame
+def _warp_error(clip, flow):
     "How far each frame is from the next one pulled back along the flow, without the worst twentieth of the pixels."
     if len(clip) < 2:
         return float("nan")
-    flow, (h, w) = optical_flow(clip) if flow is None else flow, clip.shape[1:3]
+    h, w = clip.shape[1:3]
     grid, left = np.stack(np.meshgrid(np.arange(w), np.arange(h)), -1).astype(np.float32), []
     for now, then, step in zip(clip, clip[1:], flow):
         x, y = np.moveaxis(grid + step, -1, 0)
@@ -71,32 +62,23 @@ def warp_error(
     return float(np.mean(left))
 
 # %% ../../nbs/library/39_clips.ipynb #40a00019
-def motion_agreement(
-    flow: np.ndarray,  # (T - 1, H, W, 2) of the edited clip
-    source: np.ndarray,  # (T - 1, H, W, 2) of the source
-) -> float:  # 1 the same motion, 0 none of it, -1 the opposite; NaN where the source stands still
-    "Cosine between the motion of two clips, over all pixels and frames."
+def _motion_agreement(flow, source):
+    "Cosine between the flows of a clip and of its source, over all pixels and frames; NaN where the source stands still."
     if not source.size or np.linalg.norm(source, axis=-1).mean() < 0.05:
         return float("nan")
     norm = float(np.linalg.norm(flow) * np.linalg.norm(source))
     return float((flow * source).sum(dtype=np.float64) / norm) if norm else 0.0
 
 
-def frozen_share(
-    clip: np.ndarray,  # (T, H, W, 3) uint8
-    source: np.ndarray,  # of the same size
-) -> float:  # 0..1; NaN where the source stands still
-    "The share of the source's moving frames in which the clip repeats its frame before."
+def _frozen_share(clip, source):
+    "The share of the source's moving frames in which the clip repeats its frame before; NaN where the source stands still."
     moved = [np.abs(np.diff(c.astype(np.int16), axis=0)).mean((1, 2, 3)) for c in (clip, source)]
     moving = moved[1] > 0.3
     return float((moved[0] < 0.1 * moved[1])[moving].mean()) if moving.any() else float("nan")
 
 
-def displacement(
-    clip: np.ndarray,  # (T, H, W, 3) uint8
-    source: np.ndarray,  # of the same size
-) -> float:  # share of the frame's sides, 0 where nothing has slid
-    "How far the edges of a clip lie from those of its source as a whole, by phase correlation; the median over frames."
+def _displacement(clip, source):
+    "How far a clip has slid as a whole: the phase correlation of its edges and its source's, as a share of the sides."
     h, w = source.shape[1:3]
 
     def edges(frames):
@@ -141,8 +123,8 @@ def reference_match(
         new = (_histogram(edited[region]) - _histogram(source[region])).clip(0)
         return float(np.sqrt(new / max(new.sum(), 1e-9) * _histogram(_without_canvas(reference))).sum())
     t = int(region.sum((1, 2)).argmax())
-    y, x = (np.flatnonzero(region[t].any(axis)) for axis in (1, 0))
-    a, b = embedder.embed([edited[t, y[0] : y[-1] + 1, x[0] : x[-1] + 1], reference])
+    x, y, w, h = cv2.boundingRect(region[t].astype(np.uint8))
+    a, b = embedder.embed([edited[t, y : y + h, x : x + w], reference])
     return float(np.dot(a, b))
 
 # %% ../../nbs/library/39_clips.ipynb #40a00021
@@ -164,9 +146,8 @@ CLIP_METRICS = dict(  # name -> what it is
 def _check_clips(source, mask, clips):
     for name, clip in clips.items():
         if clip is not None and (source.ndim != 4 or clip.dtype != np.uint8 or clip.shape != source.shape):
-            raise InputError(
-                f"`{name}` has to be uint8 {source.shape}, as the source, but is {clip.dtype} {clip.shape}."
-            )
+            what = f"is {clip.dtype} {clip.shape}"
+            raise InputError(f"`{name}` has to be uint8 {source.shape}, as the source, but {what}.")
     if mask is not None and (mask.shape != source.shape[:3] or mask.dtype != bool):
         raise InputError(f"`mask` has to be bool {source.shape[:3]} but is {mask.dtype} {mask.shape}.")
 
@@ -202,17 +183,17 @@ def measure_clip(
     window = min(7, (min(height, width) - 1) // 2 * 2 + 1)
     ssim = lambda a, b: structural_similarity(a, b, channel_axis=-1, win_size=window, full=True)[1].mean(-1)
     alike = np.stack([ssim(a, b) for a, b in zip(source, edited)])
-    flows = [optical_flow(clip) for clip in (edited, source)]
+    flows = [_optical_flow(clip) for clip in (edited, source)]
     edges = [np.mean([sharpness(frame) for frame in clip]) for clip in (edited, source)]
     return dict(
         changed=float(region.mean()),
         psnr_outside=float(psnr(edited, source, calm)),
         ssim_outside=float(alike[calm].mean()) if calm.any() else float("nan"),
-        flicker=flicker(edited) - flicker(source),
-        warp_error=warp_error(edited, flows[0]) - warp_error(source, flows[1]),
-        motion=motion_agreement(*flows),
-        frozen=frozen_share(edited, source),
-        shift=displacement(edited, source),
+        flicker=_flicker(edited) - _flicker(source),
+        warp_error=_warp_error(edited, flows[0]) - _warp_error(source, flows[1]),
+        motion=_motion_agreement(*flows),
+        frozen=_frozen_share(edited, source),
+        shift=_displacement(edited, source),
         sharpness=float(edges[0] / max(edges[1], 1e-6)),
         reference=float("nan") if reference is None else reference_match(edited, source, reference, region, embedder),
         edit_done=done,
@@ -241,10 +222,7 @@ DAMAGES = dict(  # name -> (clip of (T, H, W, 3) uint8) -> the same clip with on
 )
 
 # %% ../../nbs/library/39_clips.ipynb #5e7d0002
-def frechet_distance(
-    a: np.ndarray,  # (N, d) features of one set
-    b: np.ndarray,  # (M, d) features of the other
-) -> float:  # 0 for the same mean and covariance; in squared units of the features
+def _frechet_distance(a, b):
     "Distance of the normal distributions that fit two sets; with Inception's features it is FID (Heusel et al., 2017)."
     (mean_a, cov_a), (mean_b, cov_b) = ((x.mean(0), np.atleast_2d(np.cov(x, rowvar=False))) for x in (a, b))
     values, vectors = np.linalg.eigh(cov_a)
@@ -253,23 +231,16 @@ def frechet_distance(
     return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * shared)
 
 # %% ../../nbs/library/39_clips.ipynb #5e7d0005
-def kernel_distance(
-    a: np.ndarray,  # (N, d) features of one set
-    b: np.ndarray,  # (M, d) features of the other
-) -> float:  # 0 on average for two samples of one distribution, and then below 0 as often as above
+def _kernel_distance(a, b):
     "Unbiased squared maximum mean discrepancy under the kernel (x y / d + 1)^3: KID (Binkowski et al., 2018)."
     kernel = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3
     within = lambda x: (kernel(x, x).sum() - np.trace(kernel(x, x))) / (len(x) * (len(x) - 1))
     return float(within(a) + within(b) - 2 * kernel(a, b).mean())
 
 
-def gaussian_kl(
-    a: np.ndarray,  # (N, d) features of one set
-    b: np.ndarray,  # (M, d) features of the other
-    ridge: float = 1e-3,  # added to both covariances, as a share of the mean variance of `b`
-) -> float:  # nats, 0 for the same mean and covariance
-    "How surprising `a` is to one who knows `b`: KL(a || b) of the normal distributions that fit the two."
-    # without a ridge the directions in which `b` hardly varies would decide alone
+def _gaussian_kl(a, b, ridge=1e-3):
+    "How surprising `a` is to one who knows `b`: KL(a || b) of the normal distributions that fit the two, in nats."
+    # without a ridge, a share of the mean variance of `b`, the directions in which `b` hardly varies would decide alone
     cov_a, cov_b = (np.cov(x, rowvar=False) + ridge * b.var(0).mean() * np.eye(b.shape[1]) for x in (a, b))
     moved, solved = b.mean(0) - a.mean(0), np.linalg.solve(cov_b, cov_a)
     spread = np.trace(solved) + moved @ np.linalg.solve(cov_b, moved)
@@ -289,15 +260,14 @@ class SetDistance:
 
     def _repr_markdown_(self):
         (a, b), (n, m) = self.names, self.sizes
-        rows = [
-            [name, Value(*found, digits=4), Value(self.floor[name], digits=4)] for name, found in self.values.items()
-        ]
+        four = lambda *found: Value(*found, digits=4)
+        rows = [[name, four(*found), four(self.floor[name])] for name, found in self.values.items()]
         columns = ["distance", "value, 95% interval", f"two halves of {b}"]
         features = f"Features: {self.features}, {self.dims} numbers."
         return Table(f"{a} ({n} pictures) from {b} ({m})", columns, rows, note=features)._repr_markdown_()
 
 
-DISTANCES = dict(frechet=frechet_distance, kernel=kernel_distance, kl=gaussian_kl)
+_DISTANCES = dict(frechet=_frechet_distance, kernel=_kernel_distance, kl=_gaussian_kl)
 
 
 def set_distance(
@@ -313,16 +283,15 @@ def set_distance(
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     for name, x, least in (("a", a, 2), ("b", b, 4)):
         if x.ndim != 2 or len(x) < least or x.shape[1] != b.shape[-1] or not np.isfinite(x).all():
-            raise InputError(
-                f"`{name}` has to hold finite features (N, d) of {least} pictures or more but is {x.shape}."
-            )
+            what = f"has to hold finite features (N, d) of {least} pictures or more"
+            raise InputError(f"`{name}` {what} but is {x.shape}.")
     if dims is not None and dims < a.shape[1]:
         directions = np.linalg.svd(b - b.mean(0), full_matrices=False)[2][:dims]
         a, b = (a - b.mean(0)) @ directions.T, (b - b.mean(0)) @ directions.T
     rng, values, floor = np.random.default_rng(seed), {}, {}
     order = rng.permutation(len(b))
     drawn = [(a[rng.integers(len(a), size=len(a))], b[rng.integers(len(b), size=len(b))]) for _ in range(resamples)]
-    for name, distance in DISTANCES.items():
+    for name, distance in _DISTANCES.items():
         low, high = np.quantile([distance(*pair) for pair in drawn], (0.025, 0.975))
         values[name] = (distance(a, b), float(low), float(high))
         floor[name] = distance(b[order[: len(b) // 2]], b[order[len(b) // 2 :]])

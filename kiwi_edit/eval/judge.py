@@ -13,7 +13,7 @@ import mimetypes
 import random
 import re
 import tempfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -21,15 +21,16 @@ from pathlib import Path
 from urllib.parse import quote
 
 # %% auto #0
-__all__ = ['RUBRICS', 'PUBLISHED', 'Criterion', 'Rubric', 'load_rubric', 'rubric_for', 'released_scores', 'read_scores', 'Case',
-           'Judgement', 'ChatJudge', 'lay_beside', 'measure_case', 'MetricJudge', 'Summary', 'beside_published',
-           'krippendorff_alpha', 'agreement', 'save_score_page', 'read_scores_file']
+__all__ = ['RUBRICS', 'PUBLISHED', 'Criterion', 'Rubric', 'load_rubric', 'rubric_for', 'Case', 'Judgement', 'ChatJudge',
+           'lay_beside', 'measure_case', 'MetricJudge', 'Summary', 'beside_published', 'agreement', 'save_score_page',
+           'read_scores_file']
 
 # %% ../../nbs/library/41_judge.ipynb #41a00004
 import numpy as np
+import yaml
 from tqdm.auto import tqdm
 
-from ..core import InputError, asset, shortened
+from ..core import InputError, asset, expect, shortened
 from ..data.backends import Chat, GeminiChat, Question, VideoPart, parse_json, shrunk, without_thoughts
 from ..data.files import renamed
 from .clips import measure_clip
@@ -105,14 +106,10 @@ def _is_text(value):
 
 
 def _read_mapping(path):
-    text = path.read_text(encoding="utf-8")
+    read = json.loads if path.suffix == ".json" else yaml.safe_load
     try:
-        if path.suffix == ".json":
-            return json.loads(text)
-        import yaml
-
-        return yaml.safe_load(text)
-    except Exception as error:
+        return read(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         _check(False, "YAML or JSON", shortened(str(error), 160))
 
 
@@ -159,7 +156,6 @@ def load_rubric(
 
 
 RUBRICS = {r.name: r for r in map(load_rubric, sorted(asset("rubrics").glob("*.json")))}
-_SUBJECT, _BACKGROUND = RUBRICS["refvie-subject"].names, RUBRICS["refvie-background"].names
 
 
 def rubric_for(
@@ -170,30 +166,6 @@ def rubric_for(
     if bench == "refvie":
         return RUBRICS["refvie-subject" if edit_type == "subject" else "refvie-background"]
     return RUBRICS.get(f"refvie-{edit_type}" if bench == "kit" else "openve", RUBRICS["openve"])
-
-# %% ../../nbs/library/41_judge.ipynb #41a00010
-def released_scores(
-    text: str,  # a reply
-    rubric: Rubric,  # the two of RefVIE-Bench are read by its parser, all others by that of OpenVE-Bench
-) -> list | None:  # integers; None where the parser gives up
-    "The scores as the released evaluation code reads them, its habits included."
-    refvie, found = rubric.names in (_SUBJECT, _BACKGROUND), []
-    names = _SUBJECT + _BACKGROUND if refvie else rubric.names
-    for line in text.split("\n"):
-        for name in names:
-            if not line.startswith(f"{name}:"):
-                continue
-            try:
-                score = int(float(line.split(":")[-1]))
-            except (ValueError, OverflowError):
-                return None
-            if not 1 <= score <= 5:
-                return None
-            found.append((name, score))
-    if refvie:
-        return [score for _, score in found]
-    last = dict(found)
-    return [last[name] for name in names] if len(last) == len(names) else None
 
 # %% ../../nbs/library/41_judge.ipynb #41a00013
 _FILL = r"(?:[\s*_~\"'`:\uff1a=>|(\[\u2013\u2014]|-(?!\d))*"
@@ -261,11 +233,8 @@ def _said_in_text(text, pattern, ordered):
             yield name, score
 
 # %% ../../nbs/library/41_judge.ipynb #41a00014
-def read_scores(
-    text: str,  # a reply
-    rubric: Rubric,
-) -> dict:  # criterion -> score in the rubric's order
-    "The scores of a reply; ValueError where there are none to be had without guessing."
+def _read_scores(text, rubric):
+    "The scores of a reply in the rubric's order; ValueError where there are none to be had without guessing."
     text, (pattern, ordered) = without_thoughts(text), _names_pattern(rubric.names)
     try:
         answer = parse_json(text) if "{" in text else {}
@@ -351,10 +320,9 @@ class Judgement:
 
     def __post_init__(self):
         values = list(self.scores.values()) if isinstance(self.scores, dict) else []
-        if self.ok and not (values and all(type(v) in (int, float) and 1 <= v <= 5 for v in values)):
-            raise InputError(
-                f"`scores` have to be from 1 to 5, by criterion, where all is well but are {self.scores!r}."
-            )
+        good = values and all(type(v) in (int, float) and 1 <= v <= 5 for v in values)
+        said = f"`scores` have to be from 1 to 5, by criterion, where all is well but are {self.scores!r}."
+        expect(good or not self.ok, said)
 
     @property
     def ok(self):
@@ -399,13 +367,9 @@ def _video_part(media, path):
     return VideoPart(write_video(path, read_video(media) if _is_path(media) else media, crf=8))
 
 
-def _question_of(
-    case: Case,
-    folder: Path | None = None,  # where clips in memory become files: clips are sent as video; None sends frames
-    frames: int = 8,  # of each clip
-    side: int = 512,  # pixels, longer side of pictures
-) -> Question:
-    "What a model is asked about a case: the rubric as its instruction, then reference, source and edited clip."
+def _question_of(case, folder=None, frames=8, side=512):
+    """What a model is asked about a case: the rubric as its instruction, then reference, source and edited clip.
+    Clips are sent as video files, those in memory by way of `folder`, or where there is none as so many frames each."""
     parts = [] if case.reference is None else ["Reference picture:", shrunk(_picture(case.reference), side)]
     for name, media in (("before", case.source), ("after", case.edited)):
         still = _size(media)[0] == 1
@@ -416,23 +380,7 @@ def _question_of(
             parts += _numbered_frames(media, frames, side)
     kind = f"Kind of edit: {case.edit_type.replace('_', ' ')}. " if case.edit_type else ""
     parts.append(f"{kind}Instruction: {json.dumps(case.instruction, ensure_ascii=False)}")
-    return Question(tuple(parts), case.rubric.instruction(), lambda text: read_scores(text, case.rubric), 1024)
-
-# %% ../../nbs/library/41_judge.ipynb #41a0002a
-class _Brake:
-    "Remembers whether a judge has failed so often in a row, for reasons of its own, that asking on makes no sense."
-
-    def __init__(self, most):
-        self.most, self.count, self.last = most, 0, ""
-
-    def saw(self, judgement):
-        if judgement.error.startswith(("endpoint:", "quota:", "time-out:")):
-            self.count, self.last = self.count + 1, judgement.error
-        elif not judgement.error.startswith("not asked:"):
-            self.count = 0
-
-    def reason(self):
-        return f"not asked: {self.count} failures in a row, the last one {self.last}" if self.count >= self.most else ""
+    return Question(tuple(parts), case.rubric.instruction(), lambda text: _read_scores(text, case.rubric), 1024)
 
 # %% ../../nbs/library/41_judge.ipynb #41a0002d
 _REPLY = 300  # tokens of a reply that gives its reasons, for estimates
@@ -454,12 +402,10 @@ class ChatJudge:
         folder=None,  # remembers judgements here, so that a second run asks only what is missing
     ):
         for name, value in dict(attempts=attempts, frames=frames, side=side).items():
-            if value < 1:
-                raise InputError(f"`{name}` has to be at least 1 but is {value}.")
-        if media not in ("auto", "frames", "video"):
-            raise InputError(f"`media` has to be auto, frames or video but is {media!r}.")
-        if prices is not None and (len(prices) != 2 or min(prices) < 0):
-            raise InputError(f"`prices` has to be two numbers of at least 0, for input and output, but is {prices}.")
+            expect(value >= 1, f"`{name}` has to be at least 1 but is {value}.")
+        expect(media in ("auto", "frames", "video"), f"`media` has to be auto, frames or video but is {media!r}.")
+        good = prices is None or len(prices) == 2 and min(prices) >= 0
+        expect(good, f"`prices` has to be two numbers of at least 0, for input and output, but is {prices}.")
         self.chat, self.name, self.attempts, self.prices, self.folder = chat, chat.name, attempts, prices, folder
         self.frames, self.side = frames, side
         self.video = isinstance(chat, GeminiChat) if media == "auto" else media == "video"
@@ -477,10 +423,11 @@ class ChatJudge:
         cases = list(cases)
         keys = [digest(case.digest(), self.settings) for case in cases]
         workers = getattr(self.chat, "concurrency", 1)
-        brake, pool = _Brake(max(8, 2 * workers)), None if workers == 1 else lambda: ThreadPoolExecutor(workers)
+        pool = None if workers == 1 else lambda: ThreadPoolExecutor(workers)
+        lately = deque(maxlen=max(8, 2 * workers))  # errors; where all of them are the judge's own, asking on is no use
         found = run_rows(
             dict(zip(keys, cases)),
-            lambda cases: [asdict(judgement) for judgement in self._ask(cases, brake)],
+            lambda cases: [asdict(judgement) for judgement in self._ask(cases, lately)],
             self._path(),
             pool,
             ahead=2 * workers,
@@ -498,16 +445,17 @@ class ChatJudge:
         kept = {name: record[name] for name in Judgement.__dataclass_fields__ if name in record}
         return Judgement(**kept | dict(id=case.id, edit_type=case.edit_type, error=record["error"] or ""))
 
-    def _ask(self, cases, brake):
-        if why := brake.reason():
+    def _ask(self, cases, lately):
+        if len(lately) == lately.maxlen and all(lately):
+            why = f"not asked: {len(lately)} failures in a row, the last one {lately[-1]}"
             return [case.judged(self.name, error=why) for case in cases]
         with tempfile.TemporaryDirectory() as folder:
             asked = [self._question(case, Path(folder) / str(i)) for i, case in enumerate(cases)]
             exchanges = iter(self.chat.ask([q for q in asked if isinstance(q, Question)], self.attempts))
             found = [next(exchanges) if isinstance(q, Question) else q for q in asked]
         judgements = list(map(self._judgement, cases, found))
-        for judgement in judgements:
-            brake.saw(judgement)
+        own = "endpoint:", "quota:", "time-out:"
+        lately.extend(judgement.error if judgement.error.startswith(own) else "" for judgement in judgements)
         return judgements
 
     def _question(self, case, folder):
@@ -561,22 +509,16 @@ _WORTH = _FORMULA["worth"]  # number of `measure_clip` -> its value that is wort
 _SCALES = _FORMULA["scales"]  # rubric -> for each criterion the numbers, the worst of which decides
 
 
-def _metric_scores(
-    measured,  # name -> number, from `measure_clip`; NaN where it has nothing to stand on
-    rubric,  # one of `_SCALES`
-):  # criterion -> 1..5
+def _metric_scores(measured, rubric):
     "The score of each criterion: that of its worst number on a line between worth 1 and worth 5, cut at both ends."
-    if rubric.name not in _SCALES:
-        raise InputError(
-            f"`rubric` has to be one of {', '.join(_SCALES)} unless a model judges but is {rubric.name!r}."
-        )
+    known = ", ".join(_SCALES)
+    expect(rubric.name in _SCALES, f"`rubric` has to be one of {known} unless a model judges but is {rubric.name!r}.")
     if measured["changed"] > 0.9:  # of a picture that is new as a whole nothing is outside
         measured = measured | dict(psnr_outside=math.nan)
     scores = {}
     for name, numbers in zip(rubric.names, _SCALES[rubric.name]):
         known = [(measured[number], *_WORTH[number]) for number in numbers if not np.isnan(measured[number])]
-        if not known:
-            raise ValueError(f"{name} has nothing to be measured by")
+        expect(known, f"{name} has nothing to be measured by")
         worst = min(float(np.clip(1 + 4 * (value - one) / (five - one), 1, 5)) for value, one, five in known)
         scores[name] = round(worst, 3)
     return scores
@@ -662,8 +604,8 @@ def _column_mean(column):
     return known.mean() if len(known) else np.nan
 
 
-def _estimated(columns):  # arrays (N,) with NaN -> mean of the column means, with its interval over rows
-    # a draw may miss a rare type
+def _estimated(columns):
+    "The mean of the means of columns, arrays with NaN, with its interval over rows; a draw may miss a rare type."
     statistic = lambda *drawn: np.mean([m for m in map(_column_mean, drawn) if not np.isnan(m)])
     there = ~np.isnan(columns).all(0)
     columns = [c[there] for c in columns]
@@ -671,15 +613,13 @@ def _estimated(columns):  # arrays (N,) with NaN -> mean of the column means, wi
     return float(statistic(*columns)), *interval
 
 
-def _by_case(
-    judgements,  # of one judge
-    name,  # of the argument
-):  # (id of the case, rubric) -> judgement
+def _by_case(judgements, name):
+    "(id of the case, rubric) -> judgement, for the argument of that name."
     judgements = list(judgements)
     found, judges = {(j.id, j.rubric): j for j in judgements}, {j.judge for j in judgements}
-    if len(found) < len(judgements) or len(judges) != 1:
-        rule = f"`{name}` has to be one judge's judgements of different cases"
-        raise InputError(f"{rule} but has {len(judges)} judges, {len(found)} cases, {len(judgements)} judgements.")
+    counted = f"{len(judges)} judges, {len(found)} cases, {len(judgements)} judgements"
+    good = len(found) == len(judgements) and len(judges) == 1
+    expect(good, f"`{name}` has to be one judge's judgements of different cases but has {counted}.")
     return found
 
 
@@ -711,9 +651,8 @@ class Summary:
         self.types = {kind: _estimated([found]) for kind, found in types.items()}  # edit type -> mean of all its scores
         self.means = {name: _estimated(found) for name, found in means.items() if found}  # mean of what -> it
         self.counts = {state: sum(j.state == state for j in judgements) for state in ("scored", "failed", "missing")}
-        self.reasons = dict(
-            Counter(j.error.split(":")[0] for j in judgements if not j.ok)
-        )  # kind of failure -> how many
+        # kind of failure -> how many
+        self.reasons = dict(Counter(j.error.split(":")[0] for j in judgements if not j.ok))
         self.capped = sum(j.capped for j in judgements)  # cases in which a score was lowered
         self.usage = {n: sum(j.usage.get(n, 0) for j in judgements) for n in ("input_tokens", "output_tokens", "calls")}
         self.usage["cost"] = None if None in costs else sum(costs)
@@ -728,14 +667,12 @@ class Summary:
         tables = []
         for rubric in dict.fromkeys(j.rubric for j in self.judgements):
             own = [j for j in self.judgements if j.rubric == rubric]
-            kinds = dict.fromkeys(j.edit_type for j in own)
-            groups = {kind: [j for j in own if j.edit_type == kind] for kind in kinds}
-            groups = {
-                kind: Summary(some) for kind, some in (groups | (dict(all=own) if len(kinds) > 1 else {})).items()
-            }
+            groups = {kind: [j for j in own if j.edit_type == kind] for kind in dict.fromkeys(j.edit_type for j in own)}
+            if len(groups) > 1:
+                groups["all"] = own
             names = [name for key, name in self.columns if key == rubric]
             cells = []
-            for kind, some in groups.items():
+            for kind, some in zip(groups, map(Summary, groups.values())):
                 means = [_value(some.columns.get((rubric, name))) for name in names]
                 counts = some.counts.values()
                 cells.append([kind, sum(counts), *counts, *means, _value(some.subtasks.get(rubric))])
@@ -773,11 +710,9 @@ def beside_published(
     )
 
 # %% ../../nbs/library/41_judge.ipynb #41a00061
-def krippendorff_alpha(
-    ratings: np.ndarray,  # (judges, cases), NaN where a judge did not score
-    level: str = "ordinal",  # "ordinal" or "interval": what the distance of two scores is
-) -> float:  # 1 agreement, 0 chance, below 0 contradiction; NaN where all scores are the same or no case has two
-    "Krippendorff's alpha: one minus the disagreement that is there over the disagreement that chance would bring."
+def _krippendorff_alpha(ratings, level="ordinal"):
+    """Krippendorff's alpha: one minus the disagreement that is there over the disagreement that chance would bring.
+    `ratings` are (judges, cases), NaN where a judge did not score; `level` is "ordinal" or "interval"."""
     ratings = np.asarray(ratings, float)
     ratings = ratings[:, (~np.isnan(ratings)).sum(0) > 1]  # a score without a second one has nothing to agree with
     values = np.unique(ratings[~np.isnan(ratings)])
@@ -803,7 +738,7 @@ def _measures(a, b):  # (cases, criteria) with NaN each -> the five numbers
     tau = rho = math.nan
     if np.ptp(a) and np.ptp(b):
         tau, rho = kendalltau(a, b, method="asymptotic").statistic, spearmanr(a, b).statistic
-    alphas = [krippendorff_alpha(np.stack([a, b]), level) for level in ("ordinal", "interval")]
+    alphas = [_krippendorff_alpha(np.stack([a, b]), level) for level in ("ordinal", "interval")]
     return np.array([tau, rho, *alphas, (np.abs(a - b) <= 1).mean()])
 
 
@@ -840,15 +775,11 @@ def agreement(
 # %% ../../nbs/library/41_judge.ipynb #41a00072
 def _page_media(media, name, files, number, folder):
     "A clip or a picture for the page, inside it or as a file beside it."
-    suffix = Path(media).suffix.lower() if _is_path(media) else ""
-    if _is_path(media):
-        still = suffix not in _VIDEOS and video_info(media).frames == 1
-    else:
-        still = media.ndim == 3
-    if suffix in (".mp4", ".webm") or suffix and still:
-        data = Path(media).read_bytes()
-    elif still:
-        data, suffix = png_bytes(media), ".png"
+    still = video_info(media).frames == 1 if _is_path(media) else media.ndim == 3
+    if still:
+        data, suffix = png_bytes(_picture(media)), ".png"
+    elif _is_path(media) and Path(media).suffix.lower() in (".mp4", ".webm"):
+        data, suffix = Path(media).read_bytes(), Path(media).suffix.lower()
     else:
         clip, path = read_video(media) if _is_path(media) else media, folder / f"{number}-{name}.mp4"
         data, suffix = write_video(path, clip, crf=10).read_bytes(), ".mp4"
@@ -887,10 +818,9 @@ def save_score_page(
 ) -> Path:
     "A page on which a person scores cases; `read_scores_file` reads what it saves."
     cases, path = list(cases), Path(path).expanduser()
-    if not cases or len({c.id for c in cases}) < len(cases):
-        raise InputError(f"`cases` have to be one or more with different ids but are {[c.id for c in cases]}.")
-    if path.suffix.lower() != ".html":
-        raise InputError(f"`path` has to end in .html but is {path.name!r}.")
+    ids = [case.id for case in cases]
+    expect(ids and len(set(ids)) == len(ids), f"`cases` have to be one or more with different ids but are {ids}.")
+    expect(path.suffix.lower() == ".html", f"`path` has to end in .html but is {path.name!r}.")
     if seed is not None:
         random.Random(seed).shuffle(cases)
     files = None if embed else path.with_name(path.stem + "_files")
@@ -918,7 +848,6 @@ def read_scores_file(
             else:
                 found.append(case.judged(row["judge"], scores))
         except (ValueError, TypeError, KeyError) as error:
-            raise InputError(
-                f"`path` has to hold what the page saved but line {number} of {path.name} is {line[:80]!r}: {error}."
-            ) from None
+            what = f"line {number} of {path.name} is {line[:80]!r}: {error}"
+            raise InputError(f"`path` has to hold what the page saved but {what}.") from None
     return found

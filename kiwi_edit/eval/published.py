@@ -25,8 +25,8 @@ import numpy as np
 import torch
 import yaml
 
-from ..core import InputError
-from ..data.backends import GeminiChat
+from ..core import InputError, expect
+from ..data.backends import GeminiChat, chat_of
 from ..data.files import renamed
 from .benchmark import BENCH_SAMPLES, Report, Scene, benchmark_samples, by_task, in_words, measure
 from .benchmark import reconstruct
@@ -99,8 +99,7 @@ def read_bench(
     root: str | Path | None = None,  # folder in which its paths start; None: that of the file
 ) -> list[Case]:
     "The rows of a published bench. What is wrong with the file is said before anything is made."
-    if kind not in _COLUMNS:
-        raise InputError(f"`kind` has to be one of {', '.join(_COLUMNS)} but is {kind!r}.")
+    expect(kind in _COLUMNS, f"`kind` has to be one of {', '.join(_COLUMNS)} but is {kind!r}.")
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"`path` has to be the file of a bench but {str(path)!r} is none.")
@@ -126,13 +125,10 @@ def read_bench(
         source, reference = root / row["source"], root / row["reference"] if row.get("reference") else None
         asked = (name, row["instruction"], source, None, reference, rubric_for(kind, row["edit_type"]))
         rows.append(Case(*asked, row["edit_type"], bench=kind, output=unique, fields=fields, note=note))
-    if not rows:
-        raise InputError(f"`path` has to hold at least one row to edit but {path.name!r} holds none.")
+    expect(rows, f"`path` has to hold at least one row to edit but {path.name!r} holds none.")
     if not any(row.source.exists() for row in rows):
-        raise FileNotFoundError(
-            f"`root` has to be where the {len(rows)} sources of {path.name!r} are but none is there, "
-            f"the first is {str(rows[0].source)!r}."
-        )
+        rule = f"`root` has to be where the {len(rows)} sources of {path.name!r} are"
+        raise FileNotFoundError(f"{rule} but none is there, the first is {str(rows[0].source)!r}.")
     if changed := [row for row in rows if row.note]:
         first, counts = changed[0], f"{len(changed)} of {len(rows)} results"
         logging.getLogger(__name__).warning(
@@ -144,17 +140,15 @@ def read_bench(
 def _checked(columns, path, name, fields):
     "The row with the names that are used here."
     where = f"row {name} of {path.name!r}"
-    if not isinstance(fields, dict):
-        wanted = ", ".join(columns.values())
-        raise InputError(f"`path` has to hold rows with {wanted} but {where} is {str(fields)[:60]!r}.")
+    wanted = ", ".join(columns.values())
+    expect(isinstance(fields, dict), f"`path` has to hold rows with {wanted} but {where} is {str(fields)[:60]!r}.")
     found = {}
     for what, column in columns.items():
         value = fields.get(column)
         if what == "reference" and value in (None, ""):
             continue
-        text = isinstance(value, str) and value.strip() and "\0" not in value
-        if not text or value.encode("utf-8", "replace").decode() != value:
-            raise InputError(f"`path` has to have text in the column {column!r} but {where} has {value!r}.")
+        text = isinstance(value, str) and value.strip() and not re.search("[\0\ud800-\udfff]", value)
+        expect(text, f"`path` has to have text in the column {column!r} but {where} has {value!r}.")
         found[what] = value
     return found
 
@@ -255,10 +249,8 @@ def edit_rows(
     progress: bool = True,
 ) -> _Made:
     "Make the videos that are missing."
-    if not rows or steps < 1:
-        raise InputError(f"`rows` and `steps` have to be at least 1 but are {len(rows)} and {steps}.")
-    if not 0 <= part < parts:
-        raise InputError(f"`part` has to be from 0 to {parts - 1}, one less than `parts`, but is {part}.")
+    expect(rows and steps >= 1, f"`rows` and `steps` have to be at least 1 but are {len(rows)} and {steps}.")
+    expect(0 <= part < parts, f"`part` has to be from 0 to {parts - 1}, one less than `parts`, but is {part}.")
     out = Path(out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     making = dict(steps=steps, **SETTINGS, concat=concat)
@@ -266,9 +258,8 @@ def edit_rows(
     own, known = list(rows)[part::parts], {record["key"]: record for record in read_lines(out / "made.jsonl")}
     for row in own:
         if (before := known.get(row.output, {}).get("instruction", row.instruction)) != row.instruction:
-            raise FileExistsError(
-                f"`out` has to hold nothing but results of these rows but {row.output!r} was made for {before!r}."
-            )
+            rule = "`out` has to hold nothing but results of these rows"
+            raise FileExistsError(f"{rule} but {row.output!r} was made for {before!r}.")
 
     def work(row):
         edited = _edit_row(pipe, row, out, steps, concat)
@@ -276,9 +267,8 @@ def edit_rows(
 
     todo = {row.output: row for row in own if not (out / row.output).is_file()}
     done = run_rows(todo, work, each=partial(append_line, out / "made.jsonl"), label="edits" if progress else "")
-    failed = [
-        dict(id=todo[name].id, output=name, error=found["error"]) for name, found in done.items() if found["error"]
-    ]
+    lost = [(name, found["error"]) for name, found in done.items() if found["error"]]
+    failed = [dict(id=todo[name].id, output=name, error=error) for name, error in lost]
     return _Made(len(own), len(todo) - len(failed), len(own) - len(todo), failed)
 
 
@@ -299,10 +289,8 @@ def _claim(out, settings, about):
         write_text(mark, json.dumps(dict(settings=settings, about=about), indent=1) + "\n")
     there = json.loads(mark.read_text(encoding="utf-8"))["settings"]
     if wrong := [name for name in settings if there.get(name) != settings[name]]:
-        held = ", ".join(str(there.get(name)) for name in wrong)
-        raise FileExistsError(
-            f"`out` has to be new or of the same {', '.join(wrong)} but {str(out)!r} holds videos of {held}."
-        )
+        held = f"{str(out)!r} holds videos of {', '.join(str(there.get(name)) for name in wrong)}"
+        raise FileExistsError(f"`out` has to be new or of the same {', '.join(wrong)} but {held}.")
 
 # %% ../../nbs/library/42_published.ipynb #c4500020
 def write_imgedit_list(
@@ -319,10 +307,9 @@ def _lay_result(case):
     "A result beside its source, where it can be one of it."
     laid = lay_beside(case)
     made, there = laid.frames
-    if made > there:
-        raise InputError(f"`result` has to have at most the {there} frames of its source but has {made}.")
-    if made == 1 and there > 4:
-        raise InputError(f"`result` has to be a clip for a source of {there} frames but is one picture.")
+    expect(made <= there, f"`result` has to have at most the {there} frames of its source but has {made}.")
+    still = made == 1 and there > 4
+    expect(not still, f"`result` has to be a clip for a source of {there} frames but is one picture.")
     return laid
 
 # %% ../../nbs/library/42_published.ipynb #c4500034
@@ -509,8 +496,7 @@ def score_rows(
     progress: bool = True,
 ) -> BenchReport:
     "Score every row. What earlier runs have measured or scored is kept."
-    if not rows:
-        raise InputError("`rows` has to hold at least one row but is empty.")
+    expect(rows, "`rows` has to hold at least one row but is empty.")
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"`folder` has to be that of the results but {str(folder)!r} is none.")
@@ -529,16 +515,11 @@ def score_rows(
         lost = found[case.id]["error"] if case.id in found else f"missing: {before.get('error') or 'no such file'}"
         judgement = said.get(case.id) or case.judged(judge.name, error=lost)
         records.append(_record(case, judgement) | before.get("numbers", {}))
-    kit = rows[0].bench == "kit"
-    report = BenchReport(
-        str((about or {}).get("model", "these results")),
-        records,
-        difficulty=rows[0].fields["difficulty"] if kit else "",
-        bench=rows[0].bench,
-        judge=judge.name,
-        is_model=judge.is_model,
-        about=about or {},
-    )
+    about, bench = about or {}, rows[0].bench
+    said_by = dict(bench=bench, judge=judge.name, is_model=judge.is_model)
+    difficulty = rows[0].fields["difficulty"] if bench == "kit" else ""
+    model = str(about.get("model", "these results"))
+    report = BenchReport(model, records, difficulty=difficulty, about=about, **said_by)
     report.write(out, {case.id: case for case in cases})
     return report
 
@@ -556,11 +537,9 @@ def judge_of(
     extra: dict | None = None,  # further parameters of the requests to a server, see `OpenAIChat`
 ):
     "The judge that a word names."
-    from kiwi_edit.data.synthesis import chat_of
-
     kind, _, rest = text.partition(":")
-    if extra and kind != "openai":
-        raise InputError(f"`extra` has to be left out unless the judge is openai:MODEL but is {extra} for {text!r}.")
+    told = f"is {extra} for {text!r}"
+    expect(not extra or kind == "openai", f"`extra` has to be left out unless the judge is openai:MODEL but {told}.")
     if text == "metrics":
         return MetricJudge()
     if text != "gemini" and (kind not in ("gemini", "openai", "transformers") or not rest.strip("@")):
