@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import os
 import re
+import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['PRESETS', 'InputError', 'InputTypeError', 'MissingPackage', 'expect', 'require', 'shortened', 'check_local',
            'check_instruction', 'Preset', 'preset', 'Settings', 'checkout', 'settings', 'choose_device',
-           'multiplies_bfloat16', 'choose_dtype', 'asset']
+           'multiplies_bfloat16', 'choose_dtype', 'peak_memory', 'asset']
 
 # %% ../nbs/library/00_core.ipynb #c0e44002
 class InputError(ValueError):
@@ -457,6 +458,21 @@ def choose_dtype(
     if choose_device(device).type != "cuda":
         return torch.float32
     return torch.bfloat16 if multiplies_bfloat16(device) else torch.float16
+
+# %% ../nbs/library/00_core.ipynb #4c375d21
+def peak_memory(
+    device: str | torch.device,  # "cpu", "cuda", ...
+) -> float | None:  # GB; None where the system does not say
+    "The most memory that was used so far: by the allocator on a GPU, by the process elsewhere."
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 # %% ../nbs/library/00_core.ipynb #a555e292
 def asset(

@@ -21,7 +21,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from fastcore.basics import patch_to
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from .core import InputError, InputTypeError, Preset, asset, check_instruction
+from .core import InputError, InputTypeError, Preset, asset, check_instruction, expect
 from .core import preset as get_preset
 from kiwi_edit.encoder import (
     KiwiProcessor,
@@ -65,8 +65,7 @@ def flow_sigmas(
     schedule: str = "native",  # one of `_SCHEDULES`
 ) -> list[float]:
     "Evenly spaced noise levels from 1 down to, but without, the last; the scheduler shifts them."
-    if schedule not in _SCHEDULES:
-        raise InputError(f"`schedule` has to be one of {', '.join(_SCHEDULES)} but is {schedule!r}.")
+    expect(schedule in _SCHEDULES, f"`schedule` has to be one of {', '.join(_SCHEDULES)} but is {schedule!r}.")
     return np.linspace(1, _SCHEDULES[schedule], num_inference_steps + 1)[:-1].tolist()
 
 # %% ../nbs/06_pipeline.ipynb #c23e31e4
@@ -190,9 +189,8 @@ def from_preset(
         name = token.replace("pad", "token") + ("" if "pad" in token else "_token")
         setattr(config, f"{name}_id", tokenizer.convert_tokens_to_ids(f"<|{token}|>"))
     text = config.text_config
-    if len(tokenizer) > text.vocab_size:
-        size = f"the {text.vocab_size} tokens of the preset"
-        raise InputError(f"`tokenizer` has to have at most {size} but has {len(tokenizer)}.")
+    size = f"the {text.vocab_size} tokens of the preset"
+    expect(len(tokenizer) <= text.vocab_size, f"`tokenizer` has to have at most {size} but has {len(tokenizer)}.")
     text.bos_token_id = text.pad_token_id = tokenizer.pad_token_id
     text.eos_token_id = tokenizer.eos_token_id
     return cls(
@@ -214,8 +212,7 @@ def from_pretrained(
     cls,
     name: str | Path,  # bundled name, local folder or hub id, in the kit's layout or a released one
     torch_dtype=torch.float32,  # of the weights: a type or its name, "auto" as on disk, or a dict of these by part
-    variant: str
-    | None = None,  # of the files, such as "fp16": where a part has it, it is read instead of the plain ones
+    variant: str | None = None,  # of the files, such as "fp16"; a part without it is read from the plain ones
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     token: str | None = None,
@@ -226,7 +223,7 @@ def from_pretrained(
     "Load a model; no code that comes with it is run."
     hub = dict(revision=revision, cache_dir=cache_dir, token=token)
     hub |= dict(local_files_only=local_files_only, force_download=force_download)
-    return _library("hub:load_model")(name, options.pop("dtype", torch_dtype), variant, hub, **options)
+    return _library("checkpoints:load_model")(name, options.pop("dtype", torch_dtype), variant, hub, **options)
 
 # %% ../nbs/06_pipeline.ipynb #06n00007
 @patch_to(KiwiEditPipeline)
@@ -312,9 +309,9 @@ def check_references(self, reference) -> list[PIL.Image.Image]:
     if reference is None:
         return []
     images = reference if isinstance(reference, (list, tuple)) else [reference]
-    if images and not self.guidance.config.takes_reference:
-        rule = "`reference` has to be None for this model, which was trained on instructions alone,"
-        raise InputError(f"{rule} but has {len(images)} image{'s' * (len(images) > 1)}.")
+    rule = "`reference` has to be None for this model, which was trained on instructions alone,"
+    taken = self.guidance.config.takes_reference or not images
+    expect(taken, f"{rule} but has {len(images)} image{'s' * (len(images) > 1)}.")
     return [read_image(image, "reference") for image in images]
 
 # %% ../nbs/06_pipeline.ipynb #2a607c9d
@@ -426,8 +423,8 @@ def prepare_latents(self, source_latents, sigma, strength, generator, latents):
     shape, device = source_latents.shape, source_latents.device
     if latents is None:
         latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-    if latents.shape != shape:
-        raise InputError(f"`latents` has to be {tuple(shape)} for this clip but is {tuple(latents.shape)}.")
+    said = f"`latents` has to be {tuple(shape)} for this clip but is {tuple(latents.shape)}."
+    expect(latents.shape == shape, said)
     latents = latents.to(device, torch.float32)
     return latents if strength == 1 else sigma * latents + (1 - sigma) * source_latents
 

@@ -1,6 +1,7 @@
 "What several test files share: a small model, processes that start within a second, and disks that are full."
 
 import contextlib
+import json
 import multiprocessing
 import os
 import socket
@@ -53,6 +54,16 @@ def start(function, *arguments, said, **environment):
 def fork_workers():
     "From now on, worker processes that would start anew are forked from this one."
     multiprocessing.get_context = lambda kind=None, get=multiprocessing.get_context: get("fork")
+
+
+def defined_in(notebook, module, cell):
+    "What a cell of a notebook defines that is not exported, beside what the notebook's module has."
+    from kiwi_edit.core import checkout
+
+    names = dict(vars(module))
+    cells = json.loads((checkout() / "nbs" / notebook).read_text(encoding="utf-8"))["cells"]
+    exec("".join(next(c["source"] for c in cells if c["id"] == cell)), names)
+    return names
 
 
 def wait_until(process, reached, seconds=300):

@@ -24,9 +24,9 @@ from kiwi_edit.train.cache import (
     build_cache,
     collate_rows,
     _draw_shrink,
-    encode_samples,
+    _encode_samples,
     _frozen_digests,
-    placeholder_ids,
+    _placeholder_ids,
     _sample_shape,
     survey_cache,
 )
@@ -151,7 +151,7 @@ def test_cached_and_online_steps_are_equal_to_the_bit(pipe, tmp_path, settings):
 
 def test_cached_context_is_that_of_the_pixels(pipe):
     data = world(3, ("subject", "background"), num_frames=5)
-    batch = collate_rows(encode_samples(pipe, data.samples), placeholder_ids(pipe.processor))
+    batch = collate_rows(_encode_samples(pipe, data.samples), _placeholder_ids(pipe.processor))
     with torch.no_grad():
         cached, mask = encode_context(pipe.mllm, pipe.guidance, batch.inputs, batch.vision)
         for i, s in enumerate(data.samples):
@@ -162,15 +162,15 @@ def test_cached_context_is_that_of_the_pixels(pipe):
 
 def test_neighbours_and_autocast_change_nothing(pipe):
     samples, settings = world(5, num_frames=5).samples, RowSettings("float32", batch=4)
-    alone = encode_samples(pipe, samples[:1], settings)[0]
-    assert equal(alone, encode_samples(pipe, samples[::-1], settings)[4])
+    alone = _encode_samples(pipe, samples[:1], settings)[0]
+    assert equal(alone, _encode_samples(pipe, samples[::-1], settings)[4])
     with torch.autocast("cpu", torch.bfloat16):
-        assert equal(alone, encode_samples(pipe, samples[:3], settings)[0])
+        assert equal(alone, _encode_samples(pipe, samples[:3], settings)[0])
 
 
 def test_rows_are_made_while_another_thread_decodes(pipe, monkeypatch, one_thread):
     samples, inside = world(5, num_frames=5).samples, []
-    alone, encode = encode_samples(pipe, samples[:1])[0], kiwi_edit.train.cache.encode_frames
+    alone, encode = _encode_samples(pipe, samples[:1])[0], kiwi_edit.train.cache.encode_frames
 
     def watched(*arguments):
         inside.append(1)
@@ -186,7 +186,7 @@ def test_rows_are_made_while_another_thread_decodes(pipe, monkeypatch, one_threa
 
     monkeypatch.setattr(kiwi_edit.train.cache, "encode_frames", checked)
     with ThreadPoolExecutor(3) as pool:
-        rows = [pool.submit(lambda: [encode_samples(pipe, samples[:1])[0] for _ in range(4)]) for _ in range(2)]
+        rows = [pool.submit(lambda: [_encode_samples(pipe, samples[:1])[0] for _ in range(4)]) for _ in range(2)]
 
         def decode():
             with torch.no_grad():
@@ -213,7 +213,7 @@ def test_a_shrink_belongs_to_a_row_and_a_seed(pipe, tmp_path):
     assert data.read[-1] == 0 and equal(again.row(1), shrunk.row(0))
     whole = data.samples[1]
     canvas = fit_reference(Image.fromarray(whole.reference), 32, 32)
-    same = encode_samples(pipe, [replace(whole, reference=canvas)])[0]
+    same = _encode_samples(pipe, [replace(whole, reference=canvas)])[0]
     assert torch.equal(same["reference"], plain.row(0)["reference"])
 
 
@@ -223,12 +223,12 @@ def test_what_cannot_be_kept_is_named(pipe):
     pipe.vae.register_to_config(latents_mean=[1e6] + mean[1:])
     try:
         with pytest.raises(ValueError, match="`dtype`.*float16.*world train seed 1000"):
-            encode_samples(pipe, [sample])
-        assert encode_samples(pipe, [sample], RowSettings("bfloat16"))[0]["target"].isfinite().all()
+            _encode_samples(pipe, [sample])
+        assert _encode_samples(pipe, [sample], RowSettings("bfloat16"))[0]["target"].isfinite().all()
     finally:
         pipe.vae.register_to_config(latents_mean=mean)
     with pytest.raises(ValueError, match="multiples of 8 .*world train seed 1000 is 20x32"):
-        encode_samples(pipe, [replace(sample, source=sample.source[:, :, :20], target=sample.target[:, :, :20])])
+        _encode_samples(pipe, [replace(sample, source=sample.source[:, :, :20], target=sample.target[:, :, :20])])
     for wrong, name in (
         (dict(dtype="int8"), "dtype"),
         (dict(shrink=(1.0, 0.7)), "shrink"),
@@ -237,22 +237,22 @@ def test_what_cannot_be_kept_is_named(pipe):
     ):
         with pytest.raises(ValueError, match=f"`{name}`"):
             RowSettings(**wrong)
-    rows = encode_samples(pipe, [sample, world(1, width=64).samples[0]])
+    rows = _encode_samples(pipe, [sample, world(1, width=64).samples[0]])
     with pytest.raises(ValueError, match="`rows` have to have one shape"):
-        collate_rows(rows, placeholder_ids(pipe.processor))
+        collate_rows(rows, _placeholder_ids(pipe.processor))
     with pytest.raises(ValueError, match="`rows`.*none"):
-        collate_rows([], placeholder_ids(pipe.processor))
+        collate_rows([], _placeholder_ids(pipe.processor))
 
 
 def test_a_batch_pads_the_words_and_goes_to_a_device(pipe):
-    token_ids = placeholder_ids(pipe.processor)
+    token_ids = _placeholder_ids(pipe.processor)
     short, long = (
         replace(s, instruction=text)
         for s, text in zip(
             world(2).samples, ("Add a ring.", "Add a small yellow ring to the top left of the picture, please.")
         )
     )
-    batch = collate_rows(encode_samples(pipe, [short, long]), token_ids, places=[3, 1]).to("cpu")
+    batch = collate_rows(_encode_samples(pipe, [short, long]), token_ids, places=[3, 1]).to("cpu")
     n, m = batch.inputs.lengths.tolist()
     assert n < m == batch.inputs.input_ids.shape[1] and (batch.inputs.input_ids[0, n:] == token_ids["pad"]).all()
     assert pipe.processor.tokenizer.decode(batch.inputs.input_ids[0, :n]).count("Add a ring.") == 1
@@ -388,7 +388,7 @@ def test_a_killed_build_goes_on_where_it_was(pipe, random_model, tmp_path):
     assert 4 <= len(shards) < 13 and state.missing == list(range(3 * len(shards), 40)) and not state.broken
     cache = build(random_model, tmp_path / "cache")
     assert all((cache.folder / name).read_bytes() == content for name, content in shards.items())
-    whole = encode_samples(pipe, [data[i] for i in range(40)])
+    whole = _encode_samples(pipe, [data[i] for i in range(40)])
     assert len(cache) == 40 and all(equal(cache.row(i), whole[i]) for i in range(40))
 
 

@@ -16,7 +16,7 @@ from kiwi_edit.train.foundations import (
     _LinearProjection,
     Reconstruction,
     autoencoder_batch,
-    description,
+    _description,
     description_batch,
     _initialize_autoencoder,
     measure_latents,
@@ -144,7 +144,7 @@ def test_measured_latents_are_standard_normal_afterwards(vae):
 
 def test_a_description_says_what_was_and_what_is():
     sample = World(32, 32, 1).sample(3, "change")
-    assert description(sample) == f"Before: {sample.source_caption}. After: {sample.caption}."
+    assert _description(sample) == f"Before: {sample.source_caption}. After: {sample.caption}."
     assert sample.source_caption != sample.caption
 
 

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from kiwi_edit.weights.checkpoints import load_official, load_trainer_checkpoint, open_weights, _trainer_name
+from kiwi_edit.pipeline import KiwiEditPipeline
+from kiwi_edit.weights.checkpoints import load_trainer_checkpoint, _open_weights, _trainer_name
 from kiwi_edit.encoder import encode_context, encode_hidden, prepare_inputs
 from kiwi_edit.guidance import EditCache, denoise, rounded_sigma
 from kiwi_edit.latents import decode_latents, encode_frames, in_tiles, latent_statistics
@@ -54,7 +55,7 @@ def load(family, layout, first=False):
     home, facts = GOLDEN / family, FAMILIES[family]
     changes = dict(round_timestep=False, ref_pad_first=first)
     if layout == "official":
-        pipe = load_official(home / "diffusers", **changes)
+        pipe = KiwiEditPipeline.from_pretrained(home / "diffusers", **changes)
     else:
         base = home / "base/Wan_DiT.safetensors"
         pipe = load_trainer_checkpoint(
@@ -130,7 +131,7 @@ def test_sizes(family):
 
 @pytest.mark.parametrize("family", [family for family, layouts in LAYOUTS.items() if "official" in layouts])
 def test_released_weights_keep_their_quirks(family):
-    pipe = load_official(GOLDEN / family / "diffusers")
+    pipe = KiwiEditPipeline.from_pretrained(GOLDEN / family / "diffusers")
     config = pipe.guidance.config
     assert (config.query_read_out, config.round_timestep, config.round_pixels, pipe.config.schedule) == (
         "last_positions",
@@ -182,7 +183,7 @@ def test_read_out_of_the_queries_is_another_context():
     if not family:
         pytest.skip("this set has no released layout")
     facts, tensors, references, pipe = case(family, name)
-    right = load_official(GOLDEN / family / "diffusers", query_read_out="queries")
+    right = KiwiEditPipeline.from_pretrained(GOLDEN / family / "diffusers", query_read_out="queries")
     context, _ = encode_context(right.mllm, right.guidance, inputs_of(facts, tensors, references, pipe))
     assert difference(context, tensors["context"]) > 0.02
     # the released read-out starts two queries late
@@ -420,7 +421,7 @@ def test_loss_and_gradients(family, name, close):
     for key in stored:
         close(where, "gradients", gradient(key), tensors[f"grad.{key}"], 1e-4)
     groups = {}
-    for key in open_weights(GOLDEN / family / "trainer/step-1.safetensors"):
+    for key in _open_weights(GOLDEN / family / "trainer/step-1.safetensors"):
         plain = key.removeprefix("pipe.")
         groups.setdefault(group_of(plain), []).append(gradient(key))
     for group, theirs in train["grad_norm"].items():

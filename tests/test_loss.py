@@ -13,7 +13,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from kiwi_edit.train.cache import kept_share
-from kiwi_edit.weights.checkpoints import load_official
 from kiwi_edit.train.curriculum import Loss
 from kiwi_edit.data.dataset import shrink_reference
 from kiwi_edit.encoder import prepare_inputs, vision_features
@@ -192,14 +191,17 @@ def with_lora(pipe):
 @pytest.fixture(scope="module")
 def merged():
     return {
-        first: load_official(GOLDEN / "diffusers", round_timestep=False, ref_pad_first=first) for first in (False, True)
+        first: KiwiEditPipeline.from_pretrained(GOLDEN / "diffusers", round_timestep=False, ref_pad_first=first)
+        for first in (False, True)
     }
 
 
 @pytest.fixture(scope="module")
 def adapted():
     return {
-        first: with_lora(load_official(GOLDEN / "diffusers", round_timestep=False, ref_pad_first=first))
+        first: with_lora(
+            KiwiEditPipeline.from_pretrained(GOLDEN / "diffusers", round_timestep=False, ref_pad_first=first)
+        )
         for first in (False, True)
     }
 
@@ -308,7 +310,7 @@ def test_merged_adapters_give_the_same_loss(name, merged):
 @torch.no_grad()
 def test_the_model_sees_the_rounded_timestep(merged):
     facts, _, batch, dice = training_step("image", merged[False])
-    rounding = load_official(GOLDEN / "diffusers")
+    rounding = KiwiEditPipeline.from_pretrained(GOLDEN / "diffusers")
     assert rounding.guidance.config.round_timestep
     sigma, weight = draw_noise_levels(OFFICIAL, 1, Picks([facts["timestep_index"]]), round_timestep=True)
     assert sigma != dice.sigma

@@ -16,7 +16,7 @@ from kiwi_edit.encoder import make_tokenizer
 from kiwi_edit.guidance import KiwiGuidance
 from kiwi_edit.pipeline import Footage, KiwiEditPipeline, decode_latents, encode_frames, fit_reference, flow_sigmas
 from kiwi_edit.video import as_frames, read_image, read_video, write_video
-from kiwi_edit.weights import hub
+from kiwi_edit.weights import checkpoints
 
 PROMPT = "Replace the red fox with the object in the reference."
 
@@ -615,7 +615,9 @@ def test_bundled_names_and_foreign_layouts(pipe, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="model_index.json"):
         KiwiEditPipeline.from_pretrained(tmp_path / "empty")
     (tmp_path / "empty/model_index.json").write_text(json.dumps({"mllm_encoder": ["a", "b"]}))
-    monkeypatch.setitem(hub.LAYOUTS, "mllm_encoder", (lambda folder, torch_dtype: (folder, torch_dtype), KiwiGuidance))
+    monkeypatch.setitem(
+        checkpoints.LAYOUTS, "mllm_encoder", (lambda folder, torch_dtype: (folder, torch_dtype), KiwiGuidance)
+    )
     assert KiwiEditPipeline.from_pretrained(tmp_path / "empty", torch_dtype=torch.bfloat16) == (
         tmp_path / "empty",
         torch.bfloat16,

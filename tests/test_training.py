@@ -21,8 +21,7 @@ import PIL.Image
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.state import AcceleratorState
-from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
@@ -38,6 +37,7 @@ from kiwi_edit.train.engine import (
     LiveView,
     _ahead,
     _averaged,
+    _checkpoints,
     _frozen_aside,
     _main_first,
     _Optimizers,
@@ -45,7 +45,6 @@ from kiwi_edit.train.engine import (
     _save_checkpoint,
     _save_curve,
     _trim_log,
-    checkpoints,
     _draw_log,
     find_model,
     fit,
@@ -273,7 +272,7 @@ def test_a_killed_run_continues_to_the_bit(job, last, tmp_path, start, data):
     code = common.kill_when(process, lambda: len(lines(killed / "records")) == last)
     assert code == -signal.SIGKILL, (tmp_path / "said.err").read_text()
     before = lines(killed / "records")
-    assert checkpoints(home / "checkpoints")[-1].name == f"step-{last - 1:08d}"
+    assert _checkpoints(home / "checkpoints")[-1].name == f"step-{last - 1:08d}"
     with open(home / "log.jsonl", "a") as f:
         f.write('{"step": 99, "lo')  # as if the kill had come in the middle of a line
     continued, undisturbed = (job(folder, *more, keep=1) for folder in (killed, whole))
@@ -293,7 +292,7 @@ def test_a_killed_run_continues_to_the_bit(job, last, tmp_path, start, data):
 
 def test_the_last_checkpoints_stay(tmp_path):
     run_toy(tmp_path, steps=5, keep=3, save_every=-1)
-    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == [
+    assert [path.name for path in _checkpoints(tmp_path / "checkpoints")] == [
         "step-00000003",
         "step-00000004",
         "step-00000005",
@@ -339,12 +338,12 @@ def test_a_damaged_checkpoint_takes_no_place_of_a_good_one(tmp_path):
     state = _load_checkpoint(tmp_path / "checkpoints")[1]
     # a shorter way than the one that led to the damaged one
     _save_checkpoint(tmp_path / "checkpoints", {"weights": {}}, state | dict(step=5), keep=1)
-    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step-00000005"]
+    assert [path.name for path in _checkpoints(tmp_path / "checkpoints")] == ["step-00000005"]
 
 
 def test_without_a_whole_checkpoint_a_run_does_not_start_anew(tmp_path):
     run_toy(tmp_path, steps=3, save_every=-1)
-    for path in checkpoints(tmp_path / "checkpoints"):
+    for path in _checkpoints(tmp_path / "checkpoints"):
         truncate(path / "weights.safetensors")
     with pytest.raises(ValueError, match="`folder` holds 2 checkpoints of which none is whole"):
         run_toy(tmp_path, steps=4)
@@ -369,7 +368,7 @@ def test_a_checkpoint_of_other_parameters_is_refused(tmp_path):
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_older_ones(tmp_path, monkeypatch):
     whole = run_toy(tmp_path / "whole", steps=6)
     run_toy(tmp_path / "run", steps=3, save_every=-1)
-    folder, before = tmp_path / "run/checkpoints", [path.name for path in checkpoints(tmp_path / "run/checkpoints")]
+    folder, before = tmp_path / "run/checkpoints", [path.name for path in _checkpoints(tmp_path / "run/checkpoints")]
 
     def write_half(tensors, path):
         if path.stem == "moments":
@@ -381,7 +380,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_older_ones(tmp_path, mo
         run_toy(tmp_path / "run", steps=6)
     monkeypatch.undo()
     (folder / ".step-00000006-half").mkdir()  # what a kill leaves, that no program can answer
-    assert [path.name for path in checkpoints(folder)] == before and _load_checkpoint(folder)[1]["step"] == 3
+    assert [path.name for path in _checkpoints(folder)] == before and _load_checkpoint(folder)[1]["step"] == 3
     assert by_step(run_toy(tmp_path / "run", steps=6)).items() <= by_step(whole).items()
     assert not list(folder.glob(".*"))
 
@@ -421,92 +420,6 @@ def shard(monkeypatch, *layers):
     monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.FSDP)
     for module in (kiwi_edit.train.engine, sys.modules[__name__]):
         monkeypatch.setattr(module, "_make_accelerator", sharding)
-
-
-def share_out(monkeypatch, zero):
-    "Let Accelerate use DeepSpeed on CPUs, too, where its own state knows no more than gloo."
-    plugin = DeepSpeedPlugin(zero_stage=zero, zero3_init_flag=False)
-
-    def sharing(accumulation=1, device="cpu", trackers=(), folder=None):
-        if PartialState().distributed_type != DistributedType.DEEPSPEED:
-            PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
-            AcceleratorState._shared_state.update(deepspeed_plugins=plugin, distributed_type=DistributedType.DEEPSPEED)
-            plugin.select(_from_accelerator_state=True)
-        return Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
-
-    Accelerator(cpu=True)
-    for module in (kiwi_edit.train.engine, sys.modules[__name__]):
-        monkeypatch.setattr(module, "_make_accelerator", sharing)
-
-
-ZERO_EDITS = replace(
-    EDITS,
-    batch_size=2,
-    accumulation=2,
-    steps=3,
-    optimizer="adamw",
-    lr=1e-4,
-    ema=0.0,
-    checkpointing=("transformer", "language_model"),
-)
-
-
-def zero_job(folder, start, data, zero):
-    "What processes do by DeepSpeed, or without it."
-    make_short_and_exact()
-    parts, runs = int(os.environ.get("WORLD_SIZE", 1)), {}
-    options = dict(accumulation=2, clip=1.0)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        if zero:
-            share_out(monkeypatch, zero)
-        runs["toy"] = sum(
-            (run_toy(folder / "toy", Toy(0.0), steps=steps, **options) for steps in ((5, 10) if zero else (10,))), []
-        )
-        runs["edits"] = run_stage(
-            replace(ZERO_EDITS, batch_size=4 // parts),
-            folder / "run",
-            start,
-            data,
-            evaluate=(lambda pipe: 1 / 0) if zero else None,
-        )
-        if zero:
-            with pytest.raises(ValueError, match="`stage.optimizer` has to be 'adamw' where weights are sharded"):
-                run_toy(folder / "none", optimizer="muon")
-        if zero == 3:
-            with pytest.raises(ValueError, match="`stage.ema` has to be 0 under DeepSpeed ZeRO-3"):
-                run_toy(folder / "none", ema=0.9)
-    (folder / f"runs-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(runs))
-
-
-@pytest.mark.parametrize("zero", [2, 3])
-def test_deepspeed_has_the_numbers_of_one_process(zero, tmp_path, start, data):
-    pytest.importorskip("deepspeed")
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-    zero_job(tmp_path / "one", start, data, 0)
-    said = common.together(tmp_path, zero_job, tmp_path / "two", start, data, zero)
-    assert said.count("stage edits are neither drawn nor evaluated") == 1
-    one, two = runs_of(tmp_path / "one"), runs_of(tmp_path / "two")
-    for name in one:
-        assert len(one[name]) == len(two[name]) > 1
-        for ours, theirs in zip(one[name], two[name]):
-            assert [theirs[key] for key in ("loss", "grad_norm", "lr")] == pytest.approx(
-                [ours[key] for key in ("loss", "grad_norm", "lr")], rel=1e-4
-            )
-    for run in ("toy", "run/edits"):
-        (ours, state), (theirs, same) = (
-            _load_checkpoint(tmp_path / name / run / "checkpoints") for name in ("one", "two")
-        )
-        assert state["step"] == same["step"] and ours.keys() == theirs.keys() == {"weights", "moments"}
-        assert near(ours["weights"], theirs["weights"])
-        assert all(
-            torch.allclose(value, theirs["moments"][key], rtol=1e-3, atol=1e-5)
-            for key, value in ours["moments"].items()
-        )
-    assert near(*(weights(KiwiEditPipeline.from_pretrained(tmp_path / name / "run/model")) for name in ("one", "two")))
-    # what DeepSpeed has saved goes on without it
-    more = [run_toy(tmp_path / name / "toy", Toy(0.0), steps=14, accumulation=2, clip=1.0) for name in ("one", "two")]
-    assert [r["loss"] for r in more[0]] == pytest.approx([r["loss"] for r in more[1]], rel=1e-4) and len(more[0]) == 4
 
 
 def team_job(folder, start, data):
@@ -1207,7 +1120,7 @@ def test_the_samples_of_a_model_that_breaks_are_named(pipe, tmp_path):
             progress=False,
             accelerator=_make_accelerator(device="cpu"),
         )
-    assert not checkpoints(tmp_path / "run/checkpoints")
+    assert not _checkpoints(tmp_path / "run/checkpoints")
 
 
 # what is refused before anything is loaded
@@ -1285,6 +1198,12 @@ def test_another_device_in_the_same_process(tmp_path, monkeypatch):
     monkeypatch.setitem(PartialState._shared_state, "device", torch.device("cuda"))
     monkeypatch.setitem(AcceleratorState._shared_state, "_cpu", False)
     assert _make_accelerator(device="cpu").device.type == "cpu"
+
+
+def test_deepspeed_is_refused_before_it_is_imported(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="`distributed_type` .* is DEEPSPEED; assets/accelerate/fsdp2.yaml"):
+        _make_accelerator(device="cpu")
 
 
 def test_shards_of_the_first_version_of_fsdp_are_refused(tmp_path):

@@ -8,8 +8,8 @@ root_doc = "index"
 extensions = ["myst_nb"]
 html_theme = "furo"
 html_title = "kiwi-edit"
-html_static_path = ["book.css"]
-html_css_files = ["book.css"]
+html_static_path = ["book.css", "book.js"]
+html_css_files, html_js_files = ["book.css"], ["book.js"]
 html_show_copyright = html_show_sphinx = html_copy_source = html_show_sourcelink = False
 pygments_style, pygments_dark_style = "github-light", "github-dark"
 html_permalinks_icon = "#"

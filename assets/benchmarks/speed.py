@@ -39,7 +39,7 @@ from kiwi_edit.apps.approximations import approximately
 from kiwi_edit.guidance import find_wan
 from kiwi_edit.footage import Memory
 from kiwi_edit.pipeline import KiwiEditPipeline
-from kiwi_edit.train.engine import allocated_by, cast_weights, measure_flops
+from kiwi_edit.train.engine import cast_weights, measure_flops
 from kiwi_edit.video import (
     Clip,
     Strip,
@@ -53,6 +53,25 @@ from kiwi_edit.video import (
     write_video,
 )
 from kiwi_edit.world import EVAL_SEED, World
+
+
+def allocated_by(
+    run: Callable,  # without arguments
+    device: str = "cpu",
+) -> int:  # bytes
+    "The most memory that an allocator has given at once while something ran, above what it had given before."
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return max([0, *np.cumsum(sizes).tolist()])
+
 
 PARTS = {
     "read_video": "reading",

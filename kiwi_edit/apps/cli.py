@@ -461,7 +461,7 @@ def _check_trainer(start, bases):
 # %% ../../nbs/library/52_cli.ipynb #4fe0b251
 def _sharded():
     "Whether Accelerate shares weights out."
-    return any(os.environ.get(f"ACCELERATE_USE_{kind}", "false") == "true" for kind in ("FSDP", "DEEPSPEED"))
+    return os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
 
 
 def _check_stages(out, stages, resume):
@@ -522,7 +522,7 @@ def _check_memory(stage, online, memory):
 
 # %% ../../nbs/library/52_cli.ipynb #c09c695d
 def _options_table(whole):
-    "Memory of the fullest kind of batch of an `Estimate` under other choices, one at a time."
+    "Memory of the fullest kind of batch of an estimate under other choices, one at a time."
     from kiwi_edit.records import Table
     from kiwi_edit.train.estimate import estimate
 

@@ -77,7 +77,7 @@ _TINY = "restyles, swaps backgrounds, adds, removes and replaces things of the k
 _PEAKS = {
     "tiny": (0.07, "5 frames of 96x96, float32"),
     "wan2.2-5b": (23.5, "81 frames of 832x480, bfloat16"),
-}  # GB, and of which edit: `curriculum.edit_cost`
+}  # GB, and of which edit: what 34_estimate says of it
 
 
 def _is_here(model):

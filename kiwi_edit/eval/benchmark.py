@@ -10,7 +10,6 @@ import json
 import math
 import os
 import platform
-import sys
 import textwrap
 import time
 from collections.abc import Callable
@@ -24,7 +23,7 @@ import PIL.Image
 import torch
 from tqdm.auto import tqdm
 
-from ..core import InputError, asset, expect
+from ..core import InputError, asset, expect, peak_memory
 from ..encoder import encode_context, prepare_inputs
 from ..metrics import PerceptualFeatures, bootstrap, edit_box, feature_distance, mean_inside, pooled_share
 from ..metrics import perceptual_features, psnr_from_error, share_interval, sharpness_share, squared_error
@@ -487,17 +486,6 @@ class Report(Outcome):
         return _film(["source", "reference", "target", "output"], columns)
 
 # %% ../../nbs/library/40_benchmark.ipynb #ffced049
-def _peak_memory(device):
-    "Gigabytes that were needed at most, None where the system does not say."
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
 def describe_hardware(device: torch.device) -> dict[str, str]:
     "What a time was measured on."
     if device.type == "cuda":
@@ -573,7 +561,7 @@ def run_editors(
                 bar.update(len(batch))
     for editor, report in zip(editors, reports):
         report.seconds_per_edit /= len(report.records)
-        report.peak_memory_gb = _peak_memory(editor.device)
+        report.peak_memory_gb = peak_memory(editor.device)
     return reports
 
 # %% ../../nbs/library/40_benchmark.ipynb #ffced04a

@@ -11,11 +11,11 @@ from functools import partial
 from operator import attrgetter
 
 # %% auto #0
-__all__ = ['PARTS', 'PICTURES', 'STAGES', 'OFFICIAL', 'COMPONENTS', 'Lora', 'Loss', 'Bucket', 'Stage', 'stage_table',
-           'find_stage', 'as_official', 'part_parameters', 'select']
+__all__ = ['PARTS', 'STAGES', 'OFFICIAL', 'COMPONENTS', 'Lora', 'Loss', 'Bucket', 'Stage', 'find_stage', 'as_official',
+           'part_parameters', 'select']
 
 # %% ../../nbs/library/30_curriculum.ipynb #9dddc6d8
-from ..core import InputError
+from ..core import expect
 
 # %% ../../nbs/library/30_curriculum.ipynb #b89fda6e
 _OF_GUIDANCE = "image_queries video_queries ref_queries connector ref_connector source_embedder ref_embedder"
@@ -96,9 +96,7 @@ class Stage:
     batch_size: int = 1  # of each process
     accumulation: int = 1  # batches to a step
     steps: int | None = 100_000  # None where the recipe does not say
-    minutes: float | None = (
-        None  # on two CPU cores; ends a stage whose steps are only a bound. Its rates follow the clock
-    )
+    minutes: float | None = None  # on two CPU cores; ends a stage whose steps are a bound; rates follow the clock
     optimizer: str = "adamw"  # or "muon" for matrices and AdamW for the rest
     schedule: str = "constant"  # or "cosine"
     warmup: float = 0.0  # share of the run
@@ -111,9 +109,6 @@ class Stage:
     dtype: str = "float32"  # of weights, gradients and moments, or "bfloat16"
     autocast: bool = False  # products in bfloat16 on float32 weights, where the device has circuits for them
     loss: Loss = Loss()
-    deepspeed: dict = field(
-        default_factory=dict
-    )  # what the official script asks of DeepSpeed, as Accelerate's plugin says it
     lr_dip: bool = False  # official defect: a third of the rate in the first five steps
     round_timestep: bool = False  # official defect: timesteps rounded to bfloat16
     crop_reference: bool = False  # official defect: the reference is cropped to the clip's shape before it is padded
@@ -141,26 +136,21 @@ class Stage:
             ("lr", self.lr > 0, "be above 0"),
             ("batch_size", self.batch_size >= 1, "be at least 1"),
             ("accumulation", self.accumulation >= 1, "be at least 1"),
-            (
-                "shares",
-                len(self.shares) == shares,
-                "name one share for each mode if they are weighted, and none otherwise",
-            ),
+            ("shares", len(self.shares) == shares, "name one share for each mode if they are weighted, else none"),
             ("num_frames", not self.mix or sized, "be 4k+1 and `max_pixels` given"),
         ]
         for name, holds, rule in rules:
-            if not holds:
-                raise InputError(f"`{name}` of stage {self.name!r} has to {rule} but is {getattr(self, name)!r}.")
+            expect(holds, f"`{name}` of stage {self.name!r} has to {rule} but is {getattr(self, name)!r}.")
 
 # %% ../../nbs/library/30_curriculum.ipynb #66812245
 _WORDS = dict(add=0.28, remove=0.2, change=0.37, style=0.15)
-PICTURES = dict(subject=0.7, background=0.3)
+_PICTURES = dict(subject=0.7, background=0.3)
 _CANVASES = dict(isolate=0.65, plate=0.35)  # the tasks that make references
 
 
 def _buckets(num_frames, samples, batch_size):
     "Edits by words, by a reference, and (single frames only) edits that make references, all of the easy world."
-    kinds = zip((_WORDS, PICTURES, _CANVASES), (num_frames, num_frames, 1), (0.35, 0.5, 0.15))
+    kinds = zip((_WORDS, _PICTURES, _CANVASES), (num_frames, num_frames, 1), (0.35, 0.5, 0.15))
     make = partial(Bucket, batch_size=batch_size, difficulty="easy")
     return tuple(make(tasks, n, weight=share, samples=round(samples * share)) for tasks, n, share in kinds)
 
@@ -192,8 +182,6 @@ _first = ("image_queries", "connector")
 _second = ("image_queries", "video_queries", "connector", "transformer", "source_embedder")
 _third = _second + ("ref_queries", "ref_connector", "ref_embedder")
 _two = ("image", "video")
-_zero2 = dict(zero_stage=2, offload_optimizer_device="cpu")
-_zero3 = dict(zero_stage=3, zero3_save_16bit_model=True)
 
 _official = partial(
     Stage,
@@ -203,7 +191,7 @@ _official = partial(
 )
 _images = dict(trains=_first, mix=("image",), source=False, max_pixels=1024**2)
 _5b = partial(_official, preset="wan2.2-5b", lora=dict(language_model=Lora(64, _ATTENTION)))
-_5b_clips = partial(_5b, num_frames=81, max_pixels=921_600, deepspeed=_zero2)
+_5b_clips = partial(_5b, num_frames=81, max_pixels=921_600)
 _5b_second = partial(_5b_clips, trains=_second, lr=1e-5, mix=_two, accumulation=2, steps=20_000)
 _5b_third = partial(_5b_clips, trains=_third, lr=5e-6, follows="stage2-720")
 _14b = partial(_official, preset="wan2.1-14b", steps=None)
@@ -222,45 +210,10 @@ _stages = (
     _5b_third("stage3-mix", mix=_MODES, accumulation=3, steps=15_000),
     _5b_third("stage3-ref", mix=("ref",), steps=30_000),
     _14b("stage1-image", lr=1e-5, lora=_language, **_images),
-    _14b_clips(
-        "stage2-600",
-        lr=1e-5,
-        follows="stage1-image",
-        max_pixels=360_000,
-        deepspeed=_zero2 | dict(offload_param_device="cpu"),
-    ),
-    _14b_clips("stage2-720", lr=5e-6, follows="stage2-600", max_pixels=921_600, deepspeed=_zero3),
+    _14b_clips("stage2-600", lr=1e-5, follows="stage1-image", max_pixels=360_000),
+    _14b_clips("stage2-720", lr=5e-6, follows="stage2-600", max_pixels=921_600),
 )
 OFFICIAL = {p: {s.name: s for s in _stages if s.preset == p} for p in ("wan2.2-5b", "wan2.1-14b")}
-
-# %% ../../nbs/library/30_curriculum.ipynb #57794856
-def _row(stage):
-    "A stage in words."
-    lora = "; ".join(f"{part} r{lora.rank} ({', '.join(lora.targets)})" for part, lora in stage.lora.items())
-    modes = stage.mix or sorted({bucket.mode for bucket in stage.buckets}) or ["its own"]
-    frames = max([bucket.num_frames for bucket in stage.buckets], default=stage.num_frames)
-    pixels = max([bucket.height * bucket.width for bucket in stage.buckets], default=stage.max_pixels)
-    length = "not said" if stage.steps is None else f"{stage.steps:,}"
-    return [
-        stage.name,
-        ", ".join(stage.trains),
-        lora or "none",
-        " + ".join(modes),
-        f"{frames} / {pixels or '-'}",
-        f"{stage.lr:g}",
-        stage.accumulation,
-        f"{stage.minutes:g} min" if stage.minutes else length,
-    ]
-
-
-def stage_table(
-    stages: dict,  # name -> Stage: `STAGES`, or one of `OFFICIAL`
-):  # `Table`
-    "The stages of a curriculum side by side."
-    from kiwi_edit.records import Table  # here, since it loads NumPy, and stages are asked for by those in a hurry
-
-    columns = ["stage", "trains", "LoRA", "data", "frames / pixels", "rate", "batches a step", "steps"]
-    return Table("", columns, [_row(stage) for stage in stages.values()])
 
 # %% ../../nbs/library/30_curriculum.ipynb #b9febb52
 def find_stage(
@@ -269,13 +222,10 @@ def find_stage(
 ) -> Stage:
     "The stage of that name in the curriculum of a preset."
     curricula = {"tiny": STAGES, **OFFICIAL}
-    if preset not in curricula:
-        raise InputError(f"`preset` has to be one of {', '.join(curricula)} but is {preset!r}.")
-    if name not in curricula[preset]:
-        raise InputError(
-            f"`name` has to be a stage of {preset} but is {name!r}; there are {', '.join(curricula[preset])}."
-        )
-    return curricula[preset][name]
+    expect(preset in curricula, f"`preset` has to be one of {', '.join(curricula)} but is {preset!r}.")
+    there = curricula[preset]
+    expect(name in there, f"`name` has to be a stage of {preset} but is {name!r}; there are {', '.join(there)}.")
+    return there[name]
 
 # %% ../../nbs/library/30_curriculum.ipynb #4613af20
 def as_official(stage: Stage) -> Stage:
@@ -295,18 +245,13 @@ def part_parameters(
     return {f"{path}.{name}": p for name, p in found.named_parameters()}
 
 
-def _add_lora(
-    module,  # torch.nn.Module, changed in place
-    lora: Lora,
-):
+def _add_lora(module, lora):
     "Put LoRA layers beside the linear ones whose names end as stated; those that are there already stay."
     from peft import LoraConfig, inject_adapter_in_model
 
     there = {layer.r["default"] for layer in module.modules() if hasattr(layer, "lora_A")}
-    if there - {lora.rank}:
-        raise InputError(
-            f"`lora.rank` has to be that of the LoRA layers that are there, {sorted(there)}, but is {lora.rank}."
-        )
+    rule = f"`lora.rank` has to be that of the LoRA layers that are there, {sorted(there)},"
+    expect(there <= {lora.rank}, f"{rule} but is {lora.rank}.")
     if not there:
         config = LoraConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=list(lora.targets))
         inject_adapter_in_model(config, module)

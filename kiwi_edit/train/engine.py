@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import shutil
-import sys
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
@@ -35,10 +34,11 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import get_total_norm
 from torch.overrides import TorchFunctionMode
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from ..core import InputError, MissingPackage, choose_device, multiplies_bfloat16
+from ..core import MissingPackage, choose_device, expect, multiplies_bfloat16, peak_memory
 from ..data.dataset import MetadataDataset, WorldDataset
 from ..latents import encode_frames, fast_layers
 from ..pipeline import fit_reference
@@ -53,11 +53,10 @@ from ..weights.checkpoints import load_any, merge_lora
 from ..world import EVAL_SEED, TASKS, World
 
 # %% auto #0
-__all__ = ['logger', 'FlowMatching', 'checkpoints', 'measure_flops', 'fit', 'LiveView', 'stage_data', 'cast_weights', 'put_model',
-           'find_model', 'train', 'allocated_by']
+__all__ = ['FlowMatching', 'measure_flops', 'fit', 'LiveView', 'stage_data', 'cast_weights', 'put_model', 'find_model', 'train']
 
 # %% ../../nbs/library/33_engine.ipynb #2019ef05
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 # %% ../../nbs/library/33_engine.ipynb #6fad3755
 def _split_losses(squared, sigma, modes, tasks):
@@ -82,8 +81,8 @@ class FlowMatching(torch.nn.Module):
         autocast: bool = False,  # products in bfloat16 on float32 weights
     ):
         super().__init__()
-        if options.pixel_metric and gram is None:
-            raise InputError(f"`gram` has to be given for a `pixel_metric` of {options.pixel_metric} but is None.")
+        missing = f"`gram` has to be given for a `pixel_metric` of {options.pixel_metric} but is None."
+        expect(gram is not None or not options.pixel_metric, missing)
         self.mllm, self.guidance, self.transformer = pipe.mllm, pipe.guidance, pipe.transformer
         self.balance, self.source, self.autocast = options.balance, source, autocast
         factor = metric_factor(gram, options.pixel_metric) if options.pixel_metric else None
@@ -105,6 +104,10 @@ class FlowMatching(torch.nn.Module):
         return tuple(item[0].target.shape), item[0].reference is None
 
 # %% ../../nbs/library/33_engine.ipynb #d5c79e37
+def _trainable(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def _part_of(name):
     "The part of a parameter: `mllm.model.language_model.layers.0.mlp.up_proj.weight` is of `language_model`."
     found = [part for part, path in PARTS.items() if f"{name}.".startswith(f"{path}.")]
@@ -132,13 +135,11 @@ class _Optimizers:
     "Muon for the matrices and AdamW for the rest of what trains in a module, or AdamW for all of it."
 
     def __init__(self, model, lr, kind="muon", weight_decay=0.01, lr_scales=None):
-        if kind == "muon" and not hasattr(torch.optim, "Muon"):
-            raise InputError(f"`optimizer` 'muon' needs torch 2.9 or newer but torch is {torch.__version__}.")
+        older = f"`optimizer` 'muon' needs torch 2.9 or newer but torch is {torch.__version__}."
+        expect(kind != "muon" or hasattr(torch.optim, "Muon"), older)
         self.lr, self.flat, self.all = lr, [], []
         groups = dict(matrices=defaultdict(list), others=defaultdict(list))  # kind -> factor on lr -> parameters
-        for name, p in model.named_parameters():
-            if not p.requires_grad:
-                continue
+        for name, p in _trainable(model).items():
             scale = (lr_scales or {}).get(_part_of(name), 1.0)
             if kind == "muon" and _is_matrix(name, p):
                 p.data = p.data.contiguous()  # or what is flat would be a copy, and never train
@@ -156,20 +157,15 @@ class _Optimizers:
         elif others:
             self.all.append(torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay))
 
-    def set_rate(self, factor):
-        "The rate of the next step, as a factor on the peak rate."
-        for optimizer in self.all:
-            for group in optimizer.param_groups:
-                group["lr"] = self.lr * factor * group["scale"]
-
     def step(self, factor):
         "One step at that factor of the peak rate; gradients are dropped afterwards."
-        self.set_rate(factor)
         for p, view in self.flat:
             view.grad = None if p.grad is None else p.grad.flatten(1)
         emulated = self.flat and not multiplies_bfloat16(self.flat[0][0].device)
         with _InFloat32() if emulated else nullcontext():
             for optimizer in self.all:
+                for group in optimizer.param_groups:
+                    group["lr"] = self.lr * factor * group["scale"]
                 optimizer.step()
                 optimizer.zero_grad()
         for p, _ in self.flat:
@@ -184,105 +180,24 @@ class _Optimizers:
             for key, value in values.items()
         }
 
-    def check(self, tensors):
-        "Raise where `state` was given by another kind of optimiser."
+    def load_state(self, tensors):
+        "Take over what `state` of the same kind of optimiser gave."
         theirs = "muon" if any(name.endswith(".momentum_buffer") for name in tensors) else "adamw"
         ours = "muon" if self.flat else "adamw"
-        if theirs != ours:
-            raise InputError(
-                f"`optimizer` has to be {theirs!r}, of which the checkpoint's moments are, but is {ours!r}."
-            )
-
-    def load_state(self, tensors):
-        "Take over what `state` gave."
-        self.check(tensors)
-        states = [defaultdict(dict) for _ in self.all]
-        places = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in self.all]
-        for name, value in tensors.items():
-            n, i, key = name.split(".", 2)
-            p = places[int(n)][int(i)]
-            states[int(n)][int(i)][key] = _sharded_like(p, value) if value.ndim else value
-        for optimizer, values in zip(self.all, states):
-            optimizer.load_state_dict({"state": dict(values), "param_groups": optimizer.state_dict()["param_groups"]})
-
-# %% ../../nbs/library/33_engine.ipynb #d1e5be2d
-def _put_in_zero(p, value, *key):
-    "Set the float32 weight that DeepSpeed has for a parameter, or its moment of that name."
-    from deepspeed import utils
-
-    kind, value = "optimizer_state" if key else "fp32_param", value.float().flatten()
-    if not hasattr(p, "ds_tensor"):
-        return getattr(utils, f"safe_set_full_{kind}")(p, value.expand(p.numel()), *key)
-    # ZeRO-3: each process has a part, the last of them padded
-    size, rank = p.ds_tensor.numel(), torch.distributed.get_rank()
-    own = torch.zeros(size)
-    part = value.expand(p.ds_numel)[rank * size : (rank + 1) * size]
-    own[: len(part)] = part
-    getattr(utils, f"safe_set_local_{kind}")(p, own, *key)
-
-
-class _ZeroOptimizers(_Optimizers):
-    "AdamW where DeepSpeed has shared out moments and gradients: it steps within the last `backward`."
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.params = [p for group in self.all[0].param_groups for p in group["params"]]
-
-    def prepare(self, accelerator, model, stage):
-        "Hand model and optimiser to DeepSpeed, with what the stage says in place of Accelerate's defaults."
-        accelerator.state.deepspeed_plugin.deepspeed_config.update(
-            train_batch_size="auto",
-            train_micro_batch_size_per_gpu=stage.batch_size,
-            gradient_accumulation_steps=stage.accumulation,
-            gradient_clipping=stage.clip if math.isfinite(stage.clip) else 0.0,
-            bf16=dict(enabled=stage.dtype == "bfloat16"),
-        )
-        wrapped, self.all[0] = accelerator.prepare(model, self.all[0])
-        return wrapped
-
-    def set_rate(self, factor):
-        from deepspeed.utils import safe_set_local_grad
-
-        super().set_rate(factor)
-        for p in self.params:
-            if hasattr(p, "ds_tensor"):
-                # ZeRO-3 would add to the last step's gradient of what a step's first batch does not use
-                safe_set_local_grad(p, torch.zeros_like(p.ds_tensor))
-
-    def weights(self, trained):
-        "What gathers each weight, in float32, for a checkpoint."
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        return {name: partial(safe_get_full_fp32_param, p) for name, p in trained.items()}
-
-    def state(self):
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        step = torch.tensor(float(next(iter(self.all[0].state.values()))["step"]))
-        found = {f"0.{i}.step": step.clone() for i in range(len(self.params))}
-        for i, p in enumerate(self.params):
-            for key in ("exp_avg", "exp_avg_sq"):
-                found[f"0.{i}.{key}"] = partial(safe_get_full_optimizer_state, p, key)
-        return found
-
-    def load_state(self, tensors, weights, trained, step):
-        "Take over a checkpoint. DeepSpeed makes its moments in its first step, so it has to have taken one, at rate 0."
-        self.check(tensors)
-        for name, p in trained.items():
-            _put_in_zero(p, weights[name])
-        for i, p in enumerate(self.params):
-            for key in ("exp_avg", "exp_avg_sq"):
-                _put_in_zero(p, tensors.get(f"0.{i}.{key}", torch.zeros(1)), key)
-        for values in self.all[0].state.values():
-            values["step"] = 0 * values["step"] + step
+        rule = f"`optimizer` has to be {theirs!r}, of which the checkpoint's moments are,"
+        expect(ours == theirs, f"{rule} but is {ours!r}.")
+        for n, optimizer in enumerate(self.all):
+            places = [p for group in optimizer.param_groups for p in group["params"]]
+            state = defaultdict(dict)
+            for name, value in tensors.items():
+                owner, i, key = name.split(".", 2)
+                if int(owner) == n:
+                    state[int(i)][key] = _sharded_like(places[int(i)], value) if value.ndim else value
+            optimizer.load_state_dict({"state": dict(state), "param_groups": optimizer.state_dict()["param_groups"]})
 
 # %% ../../nbs/library/33_engine.ipynb #c212a9b5
-def _learning_rate(
-    stage: Stage,
-    progress: float,  # 0 to 1
-    step: int = 0,
-) -> float:  # factor on the peak rate
-    "Linear warm-up, then a cosine or nothing; a third in the first five steps where the official dip is asked for."
+def _learning_rate(stage, progress, step=0):
+    "Factor on the peak rate, of a progress from 0 to 1: a linear warm-up, then a cosine or nothing."
     warmup, floor = stage.warmup, stage.floor
     if progress < warmup:
         factor = (progress + 1e-3) / (warmup + 1e-3)
@@ -294,8 +209,6 @@ def _learning_rate(
 
 # %% ../../nbs/library/33_engine.ipynb #fd2f81a6
 def _whole(tensor):
-    "All of a tensor that may be sharded, or be a function that gathers it."
-    tensor = tensor() if callable(tensor) else tensor
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -314,15 +227,13 @@ def _checksum(path):
         return sha_fileobj(file).hex()
 
 
-def checkpoints(
-    folder: str | Path,  # of a run's checkpoints
-) -> list[Path]:  # oldest first
-    "The checkpoints of a run."
+def _checkpoints(folder):
+    "The checkpoints of a run, oldest first."
     return sorted(Path(folder).glob("step-*"))
 
 
 def _save_checkpoint(folder, files, state, keep=2, write=True):
-    "Write a checkpoint of name -> tensors, or what gathers them; a kill at any moment leaves the older ones whole."
+    "Write a checkpoint, file -> name -> tensor; a kill at any moment leaves the older ones whole."
     whole = {name: _gathered(tensors, write) for name, tensors in files.items()}
     if not write:
         return
@@ -334,7 +245,7 @@ def _save_checkpoint(folder, files, state, keep=2, write=True):
             save_file(tensors, fresh / f"{name}.safetensors")
         checksums = {path.name: _checksum(path) for path in sorted(fresh.iterdir())}
         (fresh / "state.json").write_text(json.dumps(state | dict(files=checksums)))
-    there = checkpoints(folder)
+    there = _checkpoints(folder)
     last = there.index(final) + 1
     for old in there[: max(last - keep, 0)] + there[last:]:
         shutil.rmtree(old)  # a later one is damaged, or this run would have begun with it
@@ -351,20 +262,16 @@ def _damage(path):
     return [name for name in files if not whole(name)], state
 
 
-def _load_checkpoint(
-    folder: str | Path,  # of a run's checkpoints
-) -> tuple[dict | None, dict | None]:  # name -> dict of tensors, and state; None where there is no checkpoint
-    "The newest checkpoint that can be trusted."
-    found = checkpoints(folder)
+def _load_checkpoint(folder):
+    "The newest checkpoint that can be trusted: file -> name -> tensor, and its state; None where there is none."
+    found = _checkpoints(folder)
     for path in reversed(found):
         broken, state = _damage(path)
         if not broken:
             return {file.stem: load_file(file) for file in path.glob("*.safetensors")}, state
-        logger.warning("%s is damaged (%s); the checkpoint before it is tried.", path.name, ", ".join(broken))
-    if found:
-        raise InputError(
-            f"`folder` holds {len(found)} checkpoints of which none is whole: {folder}. Move them away to start afresh."
-        )
+        _logger.warning("%s is damaged (%s); the checkpoint before it is tried.", path.name, ", ".join(broken))
+    mend = "Move them away to start afresh."
+    expect(not found, f"`folder` holds {len(found)} checkpoints of which none is whole: {folder}. {mend}")
     return None, None
 
 # %% ../../nbs/library/33_engine.ipynb #a95857b3
@@ -394,53 +301,31 @@ def measure_flops(
     shape: tuple | None = None,  # rows, inner side, columns; None is large enough for the device to be at its best
 ) -> float:  # a second
     "The rate of a plain matrix product."
-    cuda = torch.device(device).type == "cuda"
-    rows, inner, columns = shape or 3 * (8192 if cuda else 1024,)
+    rows, inner, columns = shape or 3 * (8192 if torch.device(device).type == "cuda" else 1024,)
     dtype = dtype or (torch.bfloat16 if multiplies_bfloat16(device) else torch.float32)
     a, b = torch.randn(rows, inner, device=device, dtype=dtype), torch.randn(inner, columns, device=device, dtype=dtype)
-    wait = torch.cuda.synchronize if cuda else lambda: None
-    best = math.inf
-    for _ in range(5):
-        wait()
-        start = time.perf_counter()
-        a @ b
-        wait()
-        best = min(best, time.perf_counter() - start)
-    return 2 * rows * inner * columns / best
-
-
-def _peak_memory(device):
-    "The most memory in GB that was used so far: by the process on a CPU, by the allocator on a GPU."
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ImportError:  # Windows
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+    timer = Timer("a @ b", globals=dict(a=a, b=b), num_threads=torch.get_num_threads())
+    return 2 * rows * inner * columns / min(timer.timeit(1).mean for _ in range(5))
 
 # %% ../../nbs/library/33_engine.ipynb #362ab5bd
-def _make_accelerator(
-    accumulation: int = 1,  # batches to a step
-    device: str = "auto",  # "cpu", "cuda", ...; where several processes were launched, each has its own
-    trackers: tuple = (),  # names that Accelerate knows
-    folder: str | Path | None = None,  # for what they write
-) -> Accelerator:
+def _make_accelerator(accumulation=1, device="auto", trackers=(), folder=None):
     "Accelerate for this process: alone, or one of many that `accelerate launch` or `torchrun` started."
-    where = choose_device(device)
+    rule = "`distributed_type` of Accelerate has to be NO, MULTI_CPU, MULTI_GPU or FSDP but is DEEPSPEED"
+    mend = "assets/accelerate/fsdp2.yaml shares weights, gradients and moments out"
+    expect(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true", f"{rule}; {mend}.")
+    where = choose_device(device)  # of several processes each has its own
     if "LOCAL_RANK" not in os.environ:  # alone: what Accelerate keeps for the process may be of a run before
         if PartialState._shared_state and PartialState().device.type != where.type:
             AcceleratorState._reset_state(True)
         if where.type == "cuda" and where.index is not None:
             torch.cuda.set_device(where)  # its "cuda" is the current one
-    sharded = any(os.environ.get(f"ACCELERATE_USE_{kind}", "false") == "true" for kind in ("FSDP", "DEEPSPEED"))
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # a batch uses the queries of its mode only
     accelerator = Accelerator(
         cpu=where.type == "cpu",
         gradient_accumulation_steps=accumulation,
         log_with=list(trackers) or None,
         project_dir=folder,
-        kwargs_handlers=[] if sharded else [unused],
+        # a batch uses the queries of its mode only
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     if len(accelerator.log_with) < len(trackers):
         there = ", ".join(map(str, accelerator.log_with)) or "none"
@@ -497,84 +382,50 @@ def _names(batch):
 
 # %% ../../nbs/library/33_engine.ipynb #19e1f9a1
 def _check_sharding(accelerator, stage):
-    kind = accelerator.distributed_type
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) and stage.optimizer == "muon":
-        raise InputError(
-            "`stage.optimizer` has to be 'adamw' where weights are sharded but is 'muon', which needs whole matrices."
-        )
-    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise InputError(
-            "`fsdp_version` of Accelerate has to be 2, whose shards checkpoints gather, but is 1; "
-            "assets/accelerate/fsdp2.yaml asks for it."
-        )
-    if kind == DistributedType.DEEPSPEED and stage.ema and accelerator.state.deepspeed_plugin.zero_stage == 3:
-        raise InputError(
-            f"`stage.ema` has to be 0 under DeepSpeed ZeRO-3, which shares out the weights, but is {stage.ema}."
-        )
-
-
-def _trainable(model):
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return
+    rule = "`stage.optimizer` has to be 'adamw' where weights are sharded"
+    expect(stage.optimizer != "muon", f"{rule} but is 'muon', which needs whole matrices.")
+    rule = "`fsdp_version` of Accelerate has to be 2, whose shards checkpoints gather,"
+    expect(accelerator.is_fsdp2, f"{rule} but is 1; assets/accelerate/fsdp2.yaml asks for it.")
 
 
 class _Run:
     "A run of one stage: what trains, its optimisers, its average and how far it is."
 
     def __init__(self, model, folder, stage, seed, accelerator):
-        _check_sharding(accelerator, stage)
         self.model, self.folder, self.stage, self.seed, self.accelerator = model, folder, stage, seed, accelerator
-        self.zero = accelerator.distributed_type == DistributedType.DEEPSPEED
         self.due, self.saved = False, time.monotonic()
-        model.to(accelerator.device)
-        make = _ZeroOptimizers if self.zero else _Optimizers
-        self.optimizers = make(model, stage.lr, stage.optimizer, stage.weight_decay, stage.lr_scales)
-        self.trained = _trainable(model)
-        self.files, state = _load_checkpoint(folder / "checkpoints")
-        if state:
-            self._take_weights()
-        self._wrap()
-        self.average = {name: p.detach().float().clone() for name, p in self.trained.items()} if stage.ema else {}
-        self.state = state or dict(step=0, seconds=0.0, mean_loss=None)
         self.signature = getattr(model, "signature", lambda batch: None)
-        self.flops, self.rate = {None: 0}, None
-        if hasattr(model, "signature"):
-            self.rate = measure_flops(accelerator.device)
-
-    def _take_weights(self):
-        "Before the model is wrapped, the weights of the checkpoint."
-        shapes = [{(name, tuple(p.shape)) for name, p in x.items()} for x in (self.files["weights"], self.trained)]
-        if shapes[0] != shapes[1]:
-            others = sorted({name for name, _ in shapes[0] ^ shapes[1]})[:5]
-            raise InputError(f"`folder` holds other parameters than this stage trains: {others} in {self.folder}.")
-        with torch.no_grad():
-            for name, p in self.trained.items():
-                p.copy_(self.files["weights"][name])
-
-    def _wrap(self):
-        "Hand the model to Accelerate."
-        if self.zero:
-            self.wrapped = self.optimizers.prepare(self.accelerator, self.model, self.stage)
-        elif self.accelerator.distributed_type == DistributedType.FSDP:
-            self.wrapped, self.optimizers.all[0] = self.accelerator.prepare(self.model, self.optimizers.all[0])
-            self.trained = _trainable(self.model)
+        self.flops = {None: 0}  # without a signature nothing is counted
+        self.rate = measure_flops(accelerator.device) if hasattr(model, "signature") else None
+        model.to(accelerator.device)
+        self.optimizers = _Optimizers(model, stage.lr, stage.optimizer, stage.weight_decay, stage.lr_scales)
+        self.trained = _trainable(model)
+        files, state = _load_checkpoint(folder / "checkpoints")
+        self.state = state or dict(step=0, seconds=0.0, mean_loss=None)
+        if files:
+            self.take_weights(files["weights"])
+        if accelerator.distributed_type == DistributedType.FSDP:
+            self.wrapped, self.optimizers.all[0] = accelerator.prepare(model, self.optimizers.all[0])
+            self.trained = _trainable(model)
         else:
-            self.wrapped = self.accelerator.prepare(self.model)
-
-    def resume(self, first_batch):
-        "Take over moments and average of the checkpoint, if there is one; DeepSpeed needs a batch for it."
-        files, self.files = self.files, None
-        if files is None:
-            return
-        if self.zero:
-            self.optimizers.set_rate(0.0)
-            losses, _ = self.wrapped(send_to_device(first_batch(), self.accelerator.device))
-            self.accelerator.backward(0.0 * losses.mean())
-            self.optimizers.load_state(files["moments"], files["weights"], self.trained, self.state["step"])
-        else:
+            self.wrapped = accelerator.prepare(model)
+        self.average = {name: p.detach().float().clone() for name, p in self.trained.items()} if stage.ema else {}
+        if files:
             self.optimizers.load_state(files["moments"])
-        for name, value in self.average.items() if "average" in files else ():
-            value.copy_(_sharded_like(value, files["average"][name]))
-        logger.info("continuing at step %d after %.0f s", self.state["step"], self.state["seconds"])
+            for name, value in self.average.items() if "average" in files else ():
+                value.copy_(_sharded_like(value, files["average"][name]))
+            _logger.info("continuing at step %d after %.0f s", self.state["step"], self.state["seconds"])
+
+    @torch.no_grad()
+    def take_weights(self, weights):
+        "Those of the checkpoint, before the model is wrapped."
+        shapes = [{(name, tuple(p.shape)) for name, p in x.items()} for x in (weights, self.trained)]
+        others = sorted({name for name, _ in shapes[0] ^ shapes[1]})[:5]
+        expect(not others, f"`folder` holds other parameters than this stage trains: {others} in {self.folder}.")
+        for name, p in self.trained.items():
+            p.copy_(weights[name])
 
     def done(self):
         "The share of the run that is done: of its steps, or of its minutes if they end first."
@@ -599,9 +450,7 @@ class _Run:
         return loss.detach(), numbers, _names(batch), len(losses), self.flops[key]
 
     def gradient_norms(self):
-        "Norm of the whole gradient, and of each part's where they are known: DeepSpeed has clipped and stepped by now."
-        if self.zero:
-            return float(self.accelerator.clip_grad_norm_([], self.stage.clip)), {}
+        "Norm of the whole gradient, and of each part's."
         by_part = defaultdict(list)
         for name, p in self.trained.items():
             by_part[_part_of(name)] += [] if p.grad is None else [p.grad]
@@ -621,30 +470,21 @@ class _Run:
             "The last checkpoint is kept."
         )
 
-    @torch.no_grad()
-    def update(self, factor):
-        "Step the optimisers, then the average."
-        if not self.zero:
-            self.accelerator.clip_grad_norm_(list(self.trained.values()), self.stage.clip)
-            with torch.enable_grad():
-                self.optimizers.step(factor)
-        if self.average:
-            now = [p.detach().float() for p in self.trained.values()]
-            torch._foreach_lerp_(list(self.average.values()), now, 1 - self.stage.ema)
-
     def step(self, batches, save_every):
-        "One step of the optimiser; what there is to say of it."
+        "One step of the optimiser and of the average; what there is to say of it."
         start, stage, several = time.monotonic(), self.stage, self.accelerator.num_processes > 1
         factor = _learning_rate(stage, self.done(), self.state["step"])
-        if self.zero:
-            self.optimizers.set_rate(factor)  # before the step, which is taken within `backward`
         found = [self.forward_backward(next(batches), j) for j in range(stage.accumulation)]
         losses, numbers, names, samples, work = zip(*found)
         loss = self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
         numbers = _mean_numbers(gather_object(list(numbers)) if several else numbers)
         norm, norms = self.gradient_norms()
         self.check(loss, norm, sum(names, []))
-        self.update(factor)
+        self.accelerator.clip_grad_norm_(list(self.trained.values()), stage.clip)
+        self.optimizers.step(factor)
+        if self.average:
+            now = [p.detach().float() for p in self.trained.values()]
+            torch._foreach_lerp_(list(self.average.values()), now, 1 - stage.ema)
         seconds, self.due = time.monotonic() - start, time.monotonic() - self.saved > save_every
         if several:  # one clock, or some would stop before the others
             seconds, self.due = broadcast_object_list([seconds, self.due])
@@ -662,8 +502,8 @@ class _Run:
 
     def speed(self, samples, tokens, work, seconds):
         "Samples and tokens a second, memory, and the share of the machine's rate that was used."
-        parts = self.accelerator.num_processes
-        found = dict(samples_per_second=samples * parts / seconds, memory_gb=_peak_memory(self.accelerator.device))
+        parts, memory = self.accelerator.num_processes, peak_memory(self.accelerator.device)
+        found = dict(samples_per_second=samples * parts / seconds, memory_gb=math.nan if memory is None else memory)
         if tokens is not None:
             found["tokens_per_second"] = tokens * self.stage.accumulation * parts / seconds
         if work:
@@ -672,9 +512,7 @@ class _Run:
 
     def save(self, keep, on_save):
         "Write a checkpoint, and let the main process look at the averaged weights."
-        main = self.accelerator.is_main_process
-        weights = self.optimizers.weights(self.trained) if self.zero else self.trained
-        files = dict(weights=weights, moments=self.optimizers.state())
+        main, files = self.accelerator.is_main_process, dict(weights=self.trained, moments=self.optimizers.state())
         if self.average:
             files["average"] = self.average
         _save_checkpoint(self.folder / "checkpoints", files, self.state, keep, main)
@@ -695,30 +533,27 @@ def fit(
     keep: int = 2,  # checkpoints that stay
     save_every: float = 300.0,  # seconds
     on_step: Callable | None = None,  # called as on_step(record) after each step
-    on_save: Callable
-    | None = None,  # called as on_save(step) after each checkpoint, with the averaged weights if there are any
+    on_save: Callable | None = None,  # called as on_save(step) after each checkpoint, with the averaged weights if any
     progress: bool = True,
     accelerator: Accelerator | None = None,  # made if None
     trackers: tuple = (),  # names that Accelerate knows: "tensorboard", "wandb", ...
 ) -> dict:  # the last state: step, seconds, mean_loss
     "Train what has `requires_grad` until the steps or the minutes are used up, going on from the folder's checkpoint."
-    if keep < 1:
-        raise InputError(f"`keep` has to be at least 1 but is {keep}.")
+    expect(keep >= 1, f"`keep` has to be at least 1 but is {keep}.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = accelerator or _make_accelerator(stage.accumulation, trackers=trackers, folder=folder)
+    _check_sharding(accelerator, stage)
     main, part, parts = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
-    run = _Run(model, folder, stage, seed, accelerator)
-    first = run.state["step"] * stage.accumulation
-    run.resume(lambda: batch_fn(first, part, parts))
-    log = folder / "log.jsonl"
+    run, log = _Run(model, folder, stage, seed, accelerator), folder / "log.jsonl"
     if main:
         _trim_log(log, run.state["step"])
     if stage.minutes:
-        logger.info("stage %s ends after minutes, so its rates follow the clock; `steps` can be repeated", stage.name)
+        _logger.info("stage %s ends after minutes, so its rates follow the clock; `steps` can be repeated", stage.name)
     form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
     shown = dict(total=100, initial=int(100 * run.done()), unit="%", mininterval=2, bar_format=form)
     bar = tqdm(desc=stage.name, disable=not (progress and main), **shown)
+    first = run.state["step"] * stage.accumulation
     model.train()
     with closing(_ahead(lambda number: batch_fn(number, part, parts), first)) as batches, bar:
         while run.done() < 1:
@@ -785,11 +620,8 @@ _PANELS = {
 }
 
 
-def _draw_log(
-    records: list[dict],  # of log.jsonl
-    window: int = 50,  # steps that are averaged
-) -> Figure:
-    "Loss by mode and by noise level, gradient norms by part, rate and speed."
+def _draw_log(records, window=50):
+    "Loss by mode and by noise level, gradient norms by part, rate and speed; means over so many steps."
     figure = Figure(figsize=(11, 5))
     for axes, (title, wanted) in zip(figure.subplots(2, 3).flat, _PANELS.items()):
         for key in sorted({key for record in records for key in record if wanted(key)}):
@@ -870,23 +702,12 @@ def stage_data(
     if stage.buckets:
         seeds = [stage.first_seed + 100_000 * i for i in range(len(stage.buckets))]
         return {f"{i}-{b.name}": _world_data(b, seeds[i]) for i, b in enumerate(stage.buckets)}
-    if set(data or ()) != set(stage.mix):
-        raise InputError(
-            f"`data` has to name a metadata file for {', '.join(stage.mix) or 'nothing'} of stage {stage.name!r} "
-            f"but names {', '.join(data or ()) or 'none'}."
-        )
+    rule = f"`data` has to name a metadata file for {', '.join(stage.mix) or 'nothing'} of stage {stage.name!r}"
+    expect(set(data or ()) == set(stage.mix), f"{rule} but names {', '.join(data or ()) or 'none'}.")
     return {mode: _file_data(stage, mode, data[mode], factor) for mode in stage.mix}
 
 
-def _stage_batches(
-    pipe,  # KiwiEditPipeline
-    stage: Stage,
-    data: dict | None = None,  # mode -> metadata file, for a stage that has a mix of modes
-    cache: str | Path | None = None,  # folder of the caches; None computes rows when they are asked for
-    parts: int = 1,  # processes, each of which takes `stage.batch_size` rows of files
-    seed: int = 0,
-    progress: bool = True,
-) -> Callable:  # (number, part, parts) -> (Batch, Dice)
+def _stage_batches(pipe, stage, data=None, cache=None, parts=1, seed=0, progress=True):
     "The batches of a stage that denoises, with all that chance decides; caches are filled where they are not yet."
     sources = []
     for name, (dataset, settings) in stage_data(stage, data, pipe.size_multiple).items():
@@ -895,12 +716,12 @@ def _stage_batches(
             continue
         made = build_cache(pipe, dataset, Path(cache) / name, settings, progress=progress)
         sources.append(LatentCache(made.folder, preload=True) if stage.buckets else made)
+    rule = "`stage` has to have buckets or a mix to learn edits from"
+    expect(sources, f"{rule} but {stage.name!r} has neither.")
     if stage.buckets:
         plan = [b.batch_size for b in stage.buckets], "weighted", [b.weight for b in stage.buckets], seed
     else:
         plan = stage.batch_size * parts, stage.alternation, list(stage.shares) or None, seed
-    if not sources:
-        raise InputError(f"`stage` has to have buckets or a mix to learn edits from but {stage.name!r} has neither.")
     batches = Batches(sources, *plan)
     shift, rounded = pipe.scheduler.config.shift, pipe.guidance.config.round_timestep
 
@@ -976,7 +797,19 @@ def _frozen_aside(pipe, cached=False):
         del vars(model)["visual"]
 
 # %% ../../nbs/library/33_engine.ipynb #e85e91b1
-def _learn_edits(pipe, stage, folder, data, cache, seed, progress, accelerator):
+def _learn(pipe, stage, folder, data, cache, seed, progress, accelerator):
+    "What makes the module whose forward is the loss, of a pipeline, and what makes a batch."
+    if stage.learns == "pictures":
+        projection = fit_projection(pipe.vae.config.z_dim) if stage.linear else None
+        pictures = lambda number, part, parts: autoencoder_batch(number, seed=seed, part=part, parts=parts)
+        return lambda pipe: Reconstruction(pipe.vae, projection), pictures
+    if stage.learns == "words":
+        config = pipe.guidance.config
+
+        def words(number, part, parts):
+            return description_batch(pipe.processor, config, number, seed=seed, part=part, parts=parts)
+
+        return lambda pipe: Description(pipe.mllm, config), words
     if stage.buckets:
         cache = cache or folder / "cache"
     batches = _stage_batches(pipe, stage, data, cache, accelerator.num_processes, seed, progress)
@@ -986,24 +819,6 @@ def _learn_edits(pipe, stage, folder, data, cache, seed, progress, accelerator):
         gram = pixel_metric(pipe.vae, encode_frames(pipe.vae, np.stack(clips)), progress)
     autocast = stage.autocast and multiplies_bfloat16(accelerator.device)  # elsewhere float32 is the fast one
     return lambda pipe: FlowMatching(pipe, stage.loss, gram, stage.source, autocast), batches
-
-
-def _learn_words(pipe, stage, folder, data, cache, seed, progress, accelerator):
-    def batches(number, part, parts):
-        share = dict(seed=seed, part=part, parts=parts)
-        return description_batch(pipe.processor, pipe.guidance.config, number, **share)
-
-    return lambda pipe: Description(pipe.mllm, pipe.guidance.config), batches
-
-
-def _learn_pictures(pipe, stage, folder, data, cache, seed, progress, accelerator):
-    def as_module(pipe):
-        return Reconstruction(pipe.vae, fit_projection(pipe.vae.config.z_dim) if stage.linear else None)
-
-    return as_module, lambda number, part, parts: autoencoder_batch(number, seed=seed, part=part, parts=parts)
-
-
-_LEARN = dict(edits=_learn_edits, words=_learn_words, pictures=_learn_pictures)
 
 
 def _open(stage, begin, bases, seed, device):
@@ -1019,18 +834,12 @@ def _open(stage, begin, bases, seed, device):
 
 def _check_further(stage, made, folder):
     "Raise unless a stage that is part of the run's model already can be trained further."
-    last = list(made)[-1]
-    if stage.name != last:
-        raise InputError(
-            f"`stage` has to be {last!r}, which made the model in {str(folder)!r} last, to be trained further there, "
-            f"but is {stage.name!r}, whose checkpoint would undo what came after it. "
-            f"Train it in another folder, with `start` {str(folder / 'model')!r}."
-        )
-    if stage.lora:
-        raise InputError(
-            f"`folder` has to hold a model without stage {stage.name!r}, whose LoRA layers are merged when it ends, "
-            f"but {str(folder)!r} holds one with it."
-        )
+    last, home = list(made)[-1], repr(str(folder))
+    rule = f"`stage` has to be {last!r}, which made the model in {home} last, to be trained further there,"
+    mend = f"Train it in another folder, with `start` {str(folder / 'model')!r}."
+    expect(stage.name == last, f"{rule} but is {stage.name!r}, whose checkpoint would undo what came after it. {mend}")
+    rule = f"`folder` has to hold a model without stage {stage.name!r}, whose LoRA layers are merged when it ends,"
+    expect(not stage.lora, f"{rule} but {home} holds one with it.")
 
 
 def _looker(pipe, model, stage, home, evaluate, put_aside, taken_back):
@@ -1070,21 +879,16 @@ def _finish(pipe, stage, model, made):
 def train(
     stage: str | Stage,  # one of `STAGES`, or any other stage
     folder: str | Path,  # of the whole run: `model` holds the weights, each stage its own log, checkpoints and strips
-    start: str
-    | None = None,  # where `folder` has no model: a name, folder, hub id or step-N.safetensors; None is a random one
+    start: str | None = None,  # where `folder` has no model: name, folder, hub id or step-N.safetensors; None: random
     data: dict | None = None,  # mode -> metadata file, for a stage that has a mix of modes
-    cache: str
-    | Path
-    | None = None,  # folder of the caches; None keeps the world's in `folder` and computes files' rows on the way
-    minutes: float
-    | None = None,  # the stage's own if None; the rates then follow the clock, `steps` can be repeated to the bit
+    cache: str | Path | None = None,  # folder of the caches; None: the world's in `folder`, files' rows on the way
+    minutes: float | None = None,  # None: the stage's own; rates then follow the clock, `steps` can be repeated
     steps: int | None = None,  # the stage's own if None
     seed: int = 0,
     device: str = "auto",  # "cpu", "cuda", ...
     keep: int = 2,  # checkpoints that stay
     save_every: float = 300.0,  # seconds between two of them
-    evaluate: Callable
-    | None = None,  # called as evaluate(pipe) after each checkpoint; its numbers join the validation log
+    evaluate: Callable | None = None,  # of the pipeline, after each checkpoint; its numbers join the validation log
     on_step: Callable | None = None,  # called with each record of the log
     progress: bool = True,
     trackers: tuple = (),  # names that Accelerate knows: "tensorboard", "wandb", ...
@@ -1093,8 +897,8 @@ def train(
     "Run one stage on the model in `folder`, continuing where a stopped run left off."
     stage = find_stage("tiny", stage) if isinstance(stage, str) else stage
     stage = replace(stage, minutes=minutes or (stage.minutes if steps is None else None), steps=steps or stage.steps)
-    if stage.steps is None:
-        raise InputError(f"`steps` has to be given for stage {stage.name!r}, whose recipe does not say, but is None.")
+    unsaid = f"`steps` has to be given for stage {stage.name!r}, whose recipe does not say, but is None."
+    expect(stage.steps is not None, unsaid)
     folder = Path(folder)
     home, made = folder / stage.name, _find_stages(folder)
     if stage.name in made:
@@ -1105,20 +909,12 @@ def train(
     if stage.mix:
         stage_data(stage, data)  # what is wrong with its tables is said before anything is loaded
     accelerator = _make_accelerator(stage.accumulation, device, trackers, home)
-    main = accelerator.is_main_process
-    progress, sharded = (
-        progress and main,
-        accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED),
-    )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        from transformers.integrations import unset_hf_deepspeed_config
-
-        unset_hf_deepspeed_config()  # or transformers would split weights where it loads them, as DeepSpeed does later
-    begin = find_model(folder) or start
+    main, sharded = accelerator.is_main_process, accelerator.distributed_type == DistributedType.FSDP
+    progress, begin = progress and main, find_model(folder) or start
     opened = partial(_open, stage, begin, (bases or {}) if begin == start else {}, seed)
     pipe = opened(accelerator.device)
     with _main_first(accelerator):  # one process fills the caches, the others find them full
-        as_module, batches = _LEARN[stage.learns](pipe, stage, folder, data, cache, seed, progress, accelerator)
+        as_module, batches = _learn(pipe, stage, folder, data, cache, seed, progress, accelerator)
     model, aside = as_module(pipe), ExitStack()
 
     def put_aside():
@@ -1129,10 +925,10 @@ def train(
     if sharded:
         look = lambda step: _save_curve(home / "log.jsonl", home / "curve.png")
         if main and (stage.buckets or evaluate):
-            logger.warning("weights are sharded: checkpoints of stage %s are neither drawn nor evaluated", stage.name)
+            _logger.warning("weights are sharded: checkpoints of stage %s are neither drawn nor evaluated", stage.name)
     put_aside()
     with fast_layers(pipe.vae), aside:
-        if main and stage.buckets and not sharded and not checkpoints(home / "checkpoints"):
+        if main and stage.buckets and not sharded and not _checkpoints(home / "checkpoints"):
             home.mkdir(parents=True, exist_ok=True)
             look(0)  # what it can do before
         state = fit(model, batches, home, stage, seed, keep, save_every, on_step, look, progress, accelerator, trackers)
@@ -1143,21 +939,3 @@ def train(
         _finish(pipe, stage, folder / "model", made | {stage.name: state})
     accelerator.wait_for_everyone()  # the next stage starts from it
     return state
-
-# %% ../../nbs/library/33_engine.ipynb #317a5702
-def allocated_by(
-    run: Callable,  # without arguments
-    device: str = "cpu",
-) -> int:  # bytes
-    "The most memory that an allocator has given at once while something ran, above what it had given before."
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-    return max([0, *np.cumsum(sizes).tolist()])

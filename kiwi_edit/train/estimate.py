@@ -21,10 +21,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 from tqdm.auto import tqdm
 
-from ..core import InputError, Preset, preset as get_preset
+from ..core import Preset, expect, preset as get_preset
 from ..encoder import collate_inputs, encode_context, make_tokenizer, prepare_sample, vision_features
-from ..guidance import EditCache, denoise
-from ..latents import in_tiles
+from ..guidance import denoise
 from ..pipeline import KiwiEditPipeline
 from ..records import Table
 from .curriculum import COMPONENTS, PARTS, Stage, part_parameters, select
@@ -32,7 +31,7 @@ from .engine import cast_weights
 from ..video import fit_size
 
 # %% auto #0
-__all__ = ['BatchCost', 'Estimate', 'estimate', 'EditCost', 'edit_cost']
+__all__ = ['estimate']
 
 # %% ../../nbs/library/34_estimate.ipynb #470863cd
 # attention on a CPU, which torch's counter does not know: two products forward, five back, the first of them again
@@ -126,10 +125,7 @@ class _BatchShape(NamedTuple):
     share: float  # of the batches
 
 
-def _batch_shapes(
-    stage: Stage,
-    preset: str | Preset | None = None,  # the stage's own if None
-) -> list[_BatchShape]:
+def _batch_shapes(stage, preset=None):
     "The kinds of batches of a stage that denoises; two buckets that cost the same are one kind."
     preset, found = get_preset(preset or stage.preset), {}
     for bucket in stage.buckets:
@@ -168,7 +164,7 @@ def _sample(pipe, num_frames, height, width, references=1):
 
 # %% ../../nbs/library/34_estimate.ipynb #1f74907c
 @dataclass(frozen=True)
-class BatchCost:
+class _BatchCost:
     "What one batch costs."
 
     shape: _BatchShape
@@ -244,7 +240,7 @@ def _dry_batch(pipe, stage, shape, online, fake):
     tokens = (frames + (shape.mode == "ref")) * height * width // math.prod(pipe.transformer.config.patch_size)
     again = {part: ledger.again[part] for part in ("transformer", "language_model")}
     tokens = tokens, sample.input_ids.shape[1], context
-    return BatchCost(shape, *tokens, dict(ledger.flops), again, kept, dict(ledger.peak))
+    return _BatchCost(shape, *tokens, dict(ledger.flops), again, kept, dict(ledger.peak))
 
 # %% ../../nbs/library/34_estimate.ipynb #2966e201
 def _short(number):
@@ -266,7 +262,7 @@ class _Report:
 
 
 @dataclass(frozen=True, repr=False)
-class Estimate(_Report):
+class _Estimate(_Report):
     "What a stage needs, from a dry run."
 
     stage: Stage
@@ -275,12 +271,12 @@ class Estimate(_Report):
     offload_optimizer: bool  # moments and averages lie in the host's memory
     parameters: dict  # part -> (number that train, number that are frozen)
     optimizer: int  # bytes of moments and averages
-    batches: list[BatchCost]
+    batches: list[_BatchCost]
     seconds_per_step: float | None  # where a rate is known
 
     def memory_of(
         self,
-        cost: BatchCost | None = None,  # None is the optimiser's step
+        cost: _BatchCost | None = None,  # None is the optimiser's step
     ) -> dict:  # "weights", "gradients", "optimizer", "activations" -> bytes
         "What lies on the device when it is fullest in one kind of batch."
         needed = lambda part, counts: counts[0] or self.online or part not in ("vae", "vision")
@@ -328,8 +324,6 @@ class Estimate(_Report):
         memory: int,  # bytes
     ) -> None:
         "Raise, and say what would help, where that many bytes are too few."
-        if self.peak <= memory:
-            return
         stage = self.stage
         helps = {
             "checkpointing": len(stage.checkpointing) < 2,
@@ -339,11 +333,11 @@ class Estimate(_Report):
             "the optimizer offloaded": not self.offload_optimizer,
             "fewer pixels or frames": bool(self.batches),
         }
+        rule = f"`memory` has to be at least {_gb(self.peak)} for stage {stage.name!r} of {self.preset}"
         parts = ", ".join(f"{kind} {_gb(size)}" for kind, size in self.memory.items())
-        raise InputError(
-            f"`memory` has to be at least {_gb(self.peak)} for stage {stage.name!r} of {self.preset} but is "
-            f"{_gb(memory)}; it needs {parts}. What would lower it: {', '.join(n for n, yes in helps.items() if yes)}."
-        )
+        lower = ", ".join(name for name, yes in helps.items() if yes)
+        found = f"is {_gb(memory)}; it needs {parts}. What would lower it: {lower}"
+        expect(self.peak <= memory, f"{rule} but {found}.")
 
     def _batch_table(self):
         columns = "batch,share,latent tokens,encoder tokens,context tokens,TFLOP,kept GB,most GB".split(",")
@@ -407,14 +401,12 @@ def estimate(
     flops_per_second: float | None = None,  # measured, in place of it
     progress: bool = True,
     **changes,  # fields of the stage that are to differ: batch_size, checkpointing, optimizer, dtype, ...
-) -> Estimate:
+) -> _Estimate:
     "What a stage would need, without loading anything."
     if stage.buckets:
-        if wrong := {"num_frames", "max_pixels", "mix"} & set(changes):
-            raise InputError(
-                f"`changes` of stage {stage.name!r} have to leave frames and pixels to its buckets "
-                f"but name {', '.join(sorted(wrong))}."
-            )
+        wrong = {"num_frames", "max_pixels", "mix"} & set(changes)
+        rule = f"`changes` of stage {stage.name!r} have to leave frames and pixels to its buckets"
+        expect(not wrong, f"{rule} but name {', '.join(sorted(wrong))}.")
         if "batch_size" in changes:
             changes["buckets"] = tuple(replace(bucket, batch_size=changes["batch_size"]) for bucket in stage.buckets)
     stage, preset = replace(stage, **changes), get_preset(preset or stage.preset)
@@ -428,111 +420,7 @@ def estimate(
     shapes = tqdm(_batch_shapes(stage, preset), desc="dry run", disable=not progress, leave=False)
     batches = [_dry_batch(pipe, stage, shape, online, fake) for shape in shapes]
     counts = _count_parameters(pipe)
-    result = Estimate(stage, preset.name, online, offload_optimizer, counts, optimizer, batches, seconds_per_step)
+    result = _Estimate(stage, preset.name, online, offload_optimizer, counts, optimizer, batches, seconds_per_step)
     if flops_per_second and not seconds_per_step:
         return replace(result, seconds_per_step=result.flops / flops_per_second)
     return result
-
-# %% ../../nbs/library/34_estimate.ipynb #ed17c002
-_AT_WORK = dict(read="mllm", encode="vae", denoise="transformer", decode="vae")  # phase -> part
-_CHOICES = {
-    "all on the device": {},
-    "autoencoder in tiles": dict(tiles=True),
-    "8-bit denoiser, tiles": dict(eight_bit=True, tiles=True),
-    "model offload": dict(offload="model"),
-    "model offload, tiles": dict(offload="model", tiles=True),
-    "group offload, tiles": dict(offload="group", tiles=True),
-}
-
-
-@dataclass(frozen=True, repr=False)
-class EditCost(_Report):
-    "What one edit needs, phase by phase."
-
-    title: str
-    parameters: dict  # part -> numbers
-    weights: dict  # part -> bytes
-    blocks: dict  # part -> bytes of its largest block; what group offload brings to the device, two at a time
-    activations: dict  # phase -> bytes beside the weights when they are most
-    flops: dict  # phase -> operations; of "denoise" in one step
-
-    def peak(
-        self,
-        offload: str = "none",  # "model": only the part at work is on the device; "group": two of its blocks at a time
-        tiles: bool = False,  # the autoencoder works in tiles
-        eight_bit: bool = False,  # matrices of the denoiser lie on the device in 8 bits
-    ) -> tuple[int, str]:  # bytes, and the phase in which they are needed
-        "The most that is on the device at once."
-        weights = dict(self.weights)
-        if eight_bit:
-            weights["transformer"] = weights["transformer"] / 2 + self.blocks["transformer"] / 2
-        if offload == "group":
-            weights |= {part: min(weights[part], 2 * block) for part, block in self.blocks.items()}
-        most = []
-        for phase, part in _AT_WORK.items():
-            in_turn = weights[part] + (weights["guidance"] if part != "vae" else 0)
-            there = sum(weights.values()) if offload == "none" else in_turn
-            most.append((int(there + self.activations[phase + " in tiles" * (tiles and part == "vae")]), phase))
-        return max(most)
-
-    def _parts(self):
-        gb = lambda size, digits=2: f"{size / 1e9:.{digits}f}"
-        yield self.title
-        parts = [[part, f"{self.parameters[part]:,}", gb(size)] for part, size in self.weights.items()]
-        parts.append(["all", f"{sum(self.parameters.values()):,}", gb(sum(self.weights.values()))])
-        yield Table("", ["part", "weights", "GB"], parts)
-        phases = [[phase, gb(size), gb(self.flops[phase] / 1e3, 1)] for phase, size in self.activations.items()]
-        yield Table("", ["phase", "GB beside the weights", "TFLOP"], phases)
-        peaks = {name: self.peak(**options) for name, options in _CHOICES.items()}
-        rows = [[name, gb(size, 1), phase] for name, (size, phase) in peaks.items()]
-        yield Table("", ["choice", "GB at most", "in phase"], rows)
-
-
-def edit_cost(
-    preset: str | Preset,
-    num_frames: int = 81,
-    height: int = 480,
-    width: int = 832,
-    dtype: str = "bfloat16",  # of weights and activations
-    tile: tuple[int, int] = (30, 52),  # of the autoencoder, in latents: the official sizes
-    stride: tuple[int, int] = (15, 26),
-) -> EditCost:
-    "What an edit with a reference would need, from the real classes on fake tensors: nothing is loaded."
-    preset, fake, number = get_preset(preset), FakeTensorMode(allow_non_fake_inputs=True), getattr(torch, dtype)
-    pipe = _fake_pipeline(preset, Stage("edit", (), 1.0, preset=preset.name, dtype=dtype), fake)
-    vae, sample, activations, flops = pipe.vae, _sample(pipe, num_frames, height, width), {}, {}
-    video = _latent_size(vae, 1, num_frames, height, width)
-
-    def run(phase, call):
-        ledger = _Ledger()
-        ledger.hold_weights(pipe, COMPONENTS)
-        with torch.no_grad(), fake, ledger:
-            result = call()
-        activations[phase], flops[phase] = ledger.peak.get("activations", 0), ledger.flops.total()
-        return result
-
-    with fake:
-        latents, pixels = torch.empty(video, dtype=number), torch.empty(1, 3, num_frames, height, width, dtype=number)
-        reference = torch.empty(*video[:2], 1, *video[3:], dtype=number)
-    encode = lambda: encode_context(pipe.mllm, pipe.guidance, sample, vision_features(pipe.mllm, sample))
-    context, _ = run("read", encode)
-    run("encode", lambda: in_tiles(vae, pixels, "encode"))
-    sigma, cache = torch.ones(1), EditCache()
-    given = latents, sigma * 1000, sigma, context.to(number), None, latents, reference
-    run("denoise", lambda: denoise(pipe.transformer, pipe.guidance, *given, cache=cache))
-    run("decode", lambda: in_tiles(vae, latents, "decode"))
-    factor = vae.config.scale_factor_spatial
-    vae.enable_tiling(*(factor * side for side in (*tile, *stride)))
-    run("encode in tiles", lambda: in_tiles(vae, pixels, "encode"))
-    run("decode in tiles", lambda: in_tiles(vae, latents, "decode"))
-    size = lambda module: sum(p.numel() * p.element_size() for p in module.parameters())
-    largest = lambda blocks: max(map(size, blocks))
-    parts = {name: getattr(pipe, name) for name in ("transformer", "mllm", "vae", "guidance")}
-    return EditCost(
-        f"{preset.name}: {num_frames} frames of {width}x{height} with a reference, {dtype}",
-        {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()},
-        {name: size(part) for name, part in parts.items()},
-        dict(transformer=largest(pipe.transformer.blocks), mllm=largest(pipe.mllm.model.language_model.layers)),
-        activations,
-        flops,
-    )

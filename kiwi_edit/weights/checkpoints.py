@@ -5,11 +5,13 @@
 # %% ../../nbs/library/20_checkpoints.ipynb #7392d5ce
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import math
 import pickle
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,26 +25,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from ..core import InputError, PRESETS
+from ..core import InputError, InputTypeError, PRESETS, expect
 from ..encoder import KiwiProcessor
 from ..guidance import KiwiGuidance
 from ..pipeline import KiwiEditPipeline, find_checkpoint
 from ..records import replacing_folder
 
 # %% auto #0
-__all__ = ['logger', 'DIFFUSERS_OPTIONS', 'open_weights', 'faults', 'check_dtype', 'load_official', 'find_base', 'merge_lora',
-           'load_trainer_checkpoint', 'load_kit', 'load_any', 'convert']
+__all__ = ['LAYOUTS', 'faults', 'find_base', 'merge_lora', 'load_trainer_checkpoint', 'load_model', 'load_any', 'convert']
 
 # %% ../../nbs/library/20_checkpoints.ipynb #7f8dc21b
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 # %% ../../nbs/library/20_checkpoints.ipynb #41773358
-def _read_config(
-    folder: str | Path,
-    *names: str,  # of folders and of the file below it
-    having: tuple = (),  # what it has to give
-) -> dict:
-    "A json file below `folder`, without the private entries of diffusers."
+def _read_config(folder, *names, having=()):
+    "A json file below a folder, without the private entries of diffusers; it has to give what `having` names."
     path = Path(folder).joinpath(*names)
     where = f"{path.parent.name}/{path.name}"
     if not path.is_file():
@@ -51,10 +48,10 @@ def _read_config(
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"`{where}` has to be JSON but is not: {error}.") from None
-    if not isinstance(values, dict):
-        raise InputError(f"`{where}` has to hold names and values but holds a {type(values).__name__}.")
-    if missing := [name for name in having if name not in values]:
-        raise InputError(f"`{where}` has to give {', '.join(missing)} but does not.")
+    found = type(values).__name__
+    expect(isinstance(values, dict), f"`{where}` has to hold names and values but holds a {found}.")
+    missing = [name for name in having if name not in values]
+    expect(not missing, f"`{where}` has to give {', '.join(missing)} but does not.")
     return _public(values)
 
 
@@ -89,8 +86,8 @@ def _open_pickle(file):
     for nested in ("state_dict", "model_state"):
         if isinstance(tensors, dict) and isinstance(tensors.get(nested), dict):
             tensors = tensors[nested]
-    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise InputError(f"`{file.name}` has to hold names and tensors but holds a {type(tensors).__name__}.")
+    good = isinstance(tensors, dict) and all(isinstance(value, torch.Tensor) for value in tensors.values())
+    expect(good, f"`{file.name}` has to hold names and tensors but holds a {type(tensors).__name__}.")
     return tensors
 
 # %% ../../nbs/library/20_checkpoints.ipynb #20c40001
@@ -105,17 +102,13 @@ def _weight_files(folder, variant=None):
     found = {}
     for file in sorted(Path(folder).glob("*.safetensors")):
         found.setdefault(_variant_of(file), []).append(file)
-    if variant not in found and "" not in found and len(found) > 1:
-        raise InputError(f"`variant` has to be one of {', '.join(found)} for {Path(folder).name!r} but is {variant!r}.")
+    known = variant in found or "" in found or len(found) < 2
+    expect(known, f"`variant` has to be one of {', '.join(found)} for {Path(folder).name!r} but is {variant!r}.")
     return found.get(variant) or found.get("") or next(iter(found.values()), [])
 
 
-def open_weights(
-    source: Path
-    | list,  # a .safetensors or .pth file, a folder of .safetensors files (shards, with their index), or several
-    variant: str | None = None,  # of a folder's files
-) -> dict[str, torch.Tensor]:
-    "All tensors of files by name; nothing but tensors is ever unpickled."
+def _open_weights(source, variant=None):
+    "All tensors by name of files or of a folder's .safetensors files; nothing but tensors is ever unpickled."
     files = source if isinstance(source, (list, tuple)) else [source]
     if len(files) == 1 and Path(files[0]).is_dir():
         folder = Path(files[0])
@@ -126,12 +119,11 @@ def open_weights(
     for file in map(Path, files):
         if not file.is_file():
             raise FileNotFoundError(f"`source` has to be a file or folder but {str(file)!r} is none.")
-        if file.suffix.lower() == ".gguf":
-            mend = "GGUF, whose weights are quantised; take the file that it was made of"
-            raise InputError(f"`source` has to be .safetensors or .pth but {file.name} is {mend}.")
+        mend = "GGUF, whose weights are quantised; take the file that it was made of"
+        expect(file.suffix.lower() != ".gguf", f"`source` has to be .safetensors or .pth but {file.name} is {mend}.")
         new = _open_pickle(file) if file.suffix in (".pth", ".pt", ".ckpt", ".bin") else _open_safetensors(file)
-        if twice := sorted(set(new) & set(found)):
-            raise InputError(f"`source` has to name each tensor once but {file.name} repeats {_some(twice)}.")
+        twice = sorted(set(new) & set(found))
+        expect(not twice, f"`source` has to name each tensor once but {file.name} repeats {_some(twice)}.")
         found |= new
     return found
 
@@ -176,17 +168,14 @@ _KINDS = dict(
 _FORMATS = {None, "auto"} | {form for kind in _FLOATS for form in (kind, str(kind), str(kind).split(".")[1])}
 
 
-def check_dtype(
-    torch_dtype,  # see `KiwiEditPipeline.from_pretrained`
-) -> None:
+def _check_dtype(torch_dtype):
     "Raise unless this names number formats."
     given = torch_dtype if isinstance(torch_dtype, dict) else dict(default=torch_dtype)
-    if unknown := given.keys() - {*_KINDS, "default"}:
-        raise InputError(f"`torch_dtype` has to be of {', '.join(_KINDS)} or default but names {min(unknown)!r}.")
+    unknown = given.keys() - {*_KINDS, "default"}
+    expect(not unknown, f"`torch_dtype` has to be of {', '.join(_KINDS)} or default but names {_some(unknown)}.")
+    kinds = 'float16, bfloat16, float32 or float64 of torch, its name, "auto" or a dict of these'
     for value in given.values():
-        if value not in _FORMATS:
-            kinds = 'float16, bfloat16, float32 or float64 of torch, its name, "auto" or a dict of these'
-            raise InputError(f"`torch_dtype` has to be {kinds} but is {value!r}.")
+        expect(value in _FORMATS, f"`torch_dtype` has to be {kinds} but is {value!r}.")
 
 
 def _dtype_of(torch_dtype, part, weights):
@@ -218,17 +207,11 @@ def _compare(model, weights, ignore=()):
         "are no floating-point numbers": [f"{n} {w.dtype}" for n, w in weights.items() if w.dtype not in _FLOATS],
     }
     wrong = [f"{len(names)} {what} ({_some(names)})" for what, names in faults.items() if names]
-    if wrong:
-        raise InputError(f"`weights` of {type(model).__name__} have to match its tensors, but {', '.join(wrong)}.")
+    expect(not wrong, f"`weights` of {type(model).__name__} have to match its tensors, but {', '.join(wrong)}.")
 
 
-def _fill(
-    model: torch.nn.Module,  # its tensors may be on the meta device, where they take no memory
-    weights: dict,  # name -> tensor
-    ignore: tuple[str, ...] = (),  # how names begin that may be missing
-    dtype: torch.dtype = torch.float32,
-) -> torch.nn.Module:  # the same, on the CPU, in evaluation mode
-    "Load weights one by one, after a look at all their names and shapes."
+def _fill(model, weights, ignore=(), dtype=torch.float32):
+    "A model, on the meta device or not, with these weights on the CPU, after a look at all their names and shapes."
     _compare(model, weights, ignore)
     exact = set(getattr(model, "_keep_in_fp32_modules", None) or ())  # diffusers keeps these whatever the rest is
     for name, tensor in weights.items():
@@ -240,18 +223,13 @@ def _fill(
 
 def _finite(model, name, value):
     "The same tensor, or an error."
-    if value.numel() and not all(math.isfinite(extreme) for extreme in torch.aminmax(value.detach())):
-        owner = type(model).__name__
-        raise InputError(f"`weights` of {owner} have to be finite but {name} holds NaN or infinity.")
+    good = not value.numel() or all(math.isfinite(extreme) for extreme in torch.aminmax(value.detach()))
+    expect(good, f"`weights` of {type(model).__name__} have to be finite but {name} holds NaN or infinity.")
     return value
 
 # %% ../../nbs/library/20_checkpoints.ipynb #69c316df
-def _build(
-    kind: type,  # WanTransformer3DModel, AutoencoderKLWan, Qwen2_5_VLForConditionalGeneration, ...
-    config: dict,
-    origin: str,  # where it comes from, for messages
-) -> torch.nn.Module:
-    "A model without memory for its weights, to be filled."
+def _build(kind, config, origin):
+    "A model without memory for its weights, to be filled; `origin` of the configuration is for messages."
     try:
         with init_empty_weights():
             if kind is Qwen2_5_VLForConditionalGeneration:
@@ -370,10 +348,8 @@ _TRAINER_NAMES = (  # in the trainer, in `KiwiGuidance`
 )
 
 
-def _trainer_name(
-    name: str,  # a key of a trainer checkpoint, whatever prefix it was saved with
-) -> tuple[str, str] | None:  # component and its tensor's name here; None for a stranger
-    "Where a tensor of a trainer checkpoint belongs; those of LoRA layers keep their ending."
+def _trainer_name(name):
+    "Component and name here of a trainer's tensor, whatever prefix it was saved with; None for a stranger."
     name = name.removeprefix("pipe.")
     if ours := _renamed(name, _TRAINER_NAMES):
         return "guidance", ours
@@ -421,7 +397,7 @@ _OURS = ("image_queries", "video_queries", "ref_queries", "connector.", "conneto
 
 def _load_official_mllm(folder, torch_dtype=torch.float32, variant=None):
     "The language model of a released repository and the tensors of ours that lie beside it."
-    weights, ours = open_weights(Path(folder) / "mllm_encoder", variant), {}
+    weights, ours = _open_weights(Path(folder) / "mllm_encoder", variant), {}
     dtype = _dtype_of(torch_dtype, "mllm", weights)
     for name in [name for name in weights if name.startswith(_OURS)]:
         ours[name.replace("connetor.", "connector.")] = weights.pop(name)
@@ -448,28 +424,23 @@ def _make_guidance(config, weights, dtype, optional=()):
     return guidance
 
 
-def load_official(
-    folder: str | Path,  # a released repository in diffusers layout, as downloaded
-    torch_dtype=torch.float32,  # see `KiwiEditPipeline.from_pretrained`, and `variant` too
-    variant: str | None = None,
-    schedule: str = "diffusers",  # noise levels: those of the pipeline that lies in such repositories, or "native"
-    **overrides,  # fields of `KiwiGuidance` that differ from how the weights were trained
-) -> KiwiEditPipeline:
-    "A released Kiwi-Edit repository as the kit's pipeline; none of the code it carries is run."
+def _load_official(folder, torch_dtype=torch.float32, variant=None, schedule="diffusers", **overrides):
+    "A released repository, whose own code is not run; overrides are fields of `KiwiGuidance`."
+    # `schedule` is that of the pipeline that lies in such repositories, or "native"
     folder = Path(folder)
-    if "mllm_encoder" not in _read_config(folder, "model_index.json"):
-        found = f"the model_index.json of {str(folder)!r} names no mllm_encoder"
-        raise InputError(f"`folder` has to be a released Kiwi-Edit repository but {found}.")
+    found = f"the model_index.json of {str(folder)!r} names no mllm_encoder"
+    released = "mllm_encoder" in _read_config(folder, "model_index.json")
+    expect(released, f"`folder` has to be a released Kiwi-Edit repository but {found}.")
     mllm, weights = _load_official_mllm(folder, torch_dtype, variant)
     takes_reference = any((folder / "ref_embedder").glob("*.safetensors"))
     for part in ("source_embedder", "ref_embedder")[: 1 + takes_reference]:
-        weights |= {k.replace("patch_embedding", part): v for k, v in open_weights(folder / part, variant).items()}
+        weights |= {k.replace("patch_embedding", part): v for k, v in _open_weights(folder / part, variant).items()}
     config = _official_guidance(folder, mllm, takes_reference) | overrides
     dtype, optional = _dtype_of(torch_dtype, "guidance", weights), () if takes_reference else _REFERENCE_PARTS
     guidance = _make_guidance(config, weights, dtype, optional)
 
     vae_known = _read_config(folder, "vae", "config.json", having=("dim", "z_dim"))
-    vae_weights, dit_weights = open_weights(folder / "vae", variant), open_weights(folder / "transformer", variant)
+    vae_weights, dit_weights = _open_weights(folder / "vae", variant), _open_weights(folder / "transformer", variant)
     vae = _fill_vae(vae_known, vae_weights, "vae/config.json", _dtype_of(torch_dtype, "vae", vae_weights))
     dit_known = _read_config(folder, "transformer", "config.json")
     transformer = _build(WanTransformer3DModel, dit_known, "transformer/config.json")
@@ -564,9 +535,8 @@ def _infer_transformer(weights, num_attention_heads=None):
         rule = "`transformer` has to hold a whole Wan denoiser, or come with a config.json,"
         raise InputError(f"{rule} but lacks {error}.") from None
     heads = num_attention_heads or dim // 128
-    if not heads or dim % heads:
-        rule = f"`transformer_config` has to give a num_attention_heads that divides the width {dim}"
-        raise InputError(f"{rule} but gives {num_attention_heads or 'none'}.")
+    rule = f"`transformer_config` has to give a num_attention_heads that divides the width {dim}"
+    expect(heads and dim % heads == 0, f"{rule} but gives {num_attention_heads or 'none'}.")
     config["cross_attn_norm"] = "blocks.0.norm2.weight" in shapes
     return config | dict(num_attention_heads=heads, attention_head_dim=dim // heads)
 
@@ -590,8 +560,7 @@ def _infer_vae(weights):
         rule = "`vae` has to hold a native Wan autoencoder, or come with a config.json,"
         raise InputError(f"{rule} but lacks {error}.") from None
     alike = next((p.vae for p in PRESETS.values() if p.vae["z_dim"] == last and p.name != "tiny"), None)
-    if alike is None:
-        raise InputError(f"`vae_config` has to be given for {last} channels, which no released autoencoder has.")
+    expect(alike, f"`vae_config` has to be given for {last} channels, which no released autoencoder has.")
     known = {name: alike[name] for name in _VAE_CONFIG if name in alike}
     return known | dict(dim=first, dec_dim=wide // alike["dim_mult"][-1])
 
@@ -604,20 +573,21 @@ def _split_lora(weights):
             pairs.setdefault(found[1], {})[found[2]] = tensor
         else:
             plain[name] = tensor
-    if odd := [name for name, pair in pairs.items() if len(pair) < 2]:
-        raise InputError(f"`weights` have to hold both matrices of a LoRA layer but hold one of {_some(odd)}.")
+    odd = [name for name, pair in pairs.items() if len(pair) < 2]
+    expect(not odd, f"`weights` have to hold both matrices of a LoRA layer but hold one of {_some(odd)}.")
     return plain, {name: (pair["A"], pair["B"]) for name, pair in pairs.items()}
 
 
 def _with_lora(model, weights, lora, merge):
     "A model, filled with weights, that gets LoRA matrices too: added to these, or as PEFT layers beside them."
-    if strangers := [name for name in lora if f"{name}.weight" not in weights]:
-        raise InputError(f"`weights` have to hold the layers that LoRA matrices belong to but lack {_some(strangers)}.")
+    strangers = [name for name in lora if f"{name}.weight" not in weights]
+    rule = "`weights` have to hold the layers that LoRA matrices belong to"
+    expect(not strangers, f"{rule} but lack {_some(strangers)}.")
     for name, (A, B) in lora.items():
         base = weights[f"{name}.weight"]
-        if (B.shape[0], A.shape[1]) != base.shape or A.shape[0] != B.shape[1]:
-            sizes = f"{list(B.shape)} times {list(A.shape)} is added to {list(base.shape)}"
-            raise InputError(f"`weights` have to match their LoRA matrices but {sizes}.")
+        fits = (B.shape[0], A.shape[1]) == base.shape and A.shape[0] == B.shape[1]
+        sizes = f"{list(B.shape)} times {list(A.shape)} is added to {list(base.shape)}"
+        expect(fits, f"`weights` have to match their LoRA matrices but {sizes}.")
         if merge:
             layer, added = model.get_submodule(name), base.float() + B.float() @ A.float()
             layer.weight.data = _finite(model, name, added.to(layer.weight.dtype))
@@ -651,17 +621,13 @@ _METADATA = "kiwi_edit"  # under which a trainer file of ours notes what its for
 def _base(part, source, config):
     "Tensors of a base model, and what is known of its configuration."
     files, file = find_base(part, source) if source is not None else ([], None)
-    return open_weights(files) if files else {}, (_read_config(file.parent, file.name) if file else {}) | (config or {})
+    return _open_weights(files) if files else {}, (_read_config(file.parent, file.name) if file else {}) | (
+        config or {}
+    )
 
 
-def _load_transformer(
-    source=None,  # file, folder or hub id of a base, in native or diffusers' names; None where `trained` has all of it
-    config: dict | None = None,  # fields of the configuration that no file gives
-    trained: dict | None = None,  # name -> tensor, of diffusers' names; in place of the base's, or LoRA matrices
-    merge: bool = True,  # LoRA matrices into the weights
-    dtype: torch.dtype = torch.float32,
-) -> WanTransformer3DModel:
-    "A base denoiser with what was trained of it."
+def _load_transformer(source, config, trained=None, merge=True, dtype=torch.float32):
+    "A base denoiser in native or diffusers' names, with what was trained of it in place of the base's."
     base, given = _base("transformer", source, config)
     plain, lora = _split_lora(trained or {})
     # before which other programs put this
@@ -689,7 +655,7 @@ def _load_mllm(source, trained, merge, dtype):
         kinds = "a folder with .safetensors files and a config.json"
         raise FileNotFoundError(f"`mllm` has to be {kinds} but {str(source)!r} is none.")
     plain, lora = _split_lora(trained)
-    weights = {_qwen_name(name): tensor for name, tensor in open_weights(files).items()} | plain
+    weights = {_qwen_name(name): tensor for name, tensor in _open_weights(files).items()} | plain
     config = _read_config(file.parent, file.name)
     if "text_config" not in config:
         config = Qwen2_5_VLConfig.from_pretrained(file.parent).to_dict()
@@ -703,9 +669,8 @@ def load_trainer_checkpoint(
     vae=None,  # autoencoder: likewise
     mllm=None,  # folder or hub id of Qwen2.5-VL: likewise
     merge: bool = True,  # LoRA matrices into the weights; False keeps them as PEFT adapters
-    ref_pad_first: bool
-    | None = None,  # reference tokens first; None: as recorded in the checkpoint or its name, else last
-    torch_dtype: torch.dtype = torch.float32,
+    ref_pad_first: bool | None = None,  # reference tokens first; None: as the checkpoint or its name records, else last
+    torch_dtype=torch.float32,  # a type, its name, or "auto" for that of most of the checkpoint
     schedule: str = "native",  # noise levels, those of the trainer's own inference, or "diffusers"
     transformer_config: dict | None = None,  # what neither a file's shapes nor a config.json say
     vae_config: dict | None = None,
@@ -716,39 +681,38 @@ def load_trainer_checkpoint(
     for part, given in bases.items():
         beside = checkpoint.parent / "base" / part
         bases[part] = beside if given is None and beside.is_dir() else given
-        if bases[part] is None and part != "transformer":
-            rule = f"`{part}` has to name the base model, since a trainer checkpoint has no {part},"
-            raise InputError(f"{rule} but is None.")
-    trained = _trained_parts(checkpoint)
-    if bases["transformer"] is None and all("lora_" in name for name in trained["transformer"]):
-        rule = "`transformer` has to name the base model, since the checkpoint does not have the whole denoiser,"
-        raise InputError(f"{rule} but is None.")
+        rule = f"`{part}` has to name the base model, since a trainer checkpoint has no {part},"
+        expect(bases[part] is not None or part == "transformer", f"{rule} but is None.")
+    tensors = _open_weights(checkpoint)
+    trained, dtype = _trained_parts(tensors), _dtype_of(torch_dtype, "", tensors)
+    rule = "`transformer` has to name the base model, since the checkpoint does not have the whole denoiser,"
+    whole = any("lora_" not in name for name in trained["transformer"])
+    expect(whole or bases["transformer"] is not None, f"{rule} but is None.")
     with safe_open(checkpoint, framework="pt") as file:
         noted = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
-    wan = _load_transformer(bases["transformer"], transformer_config, trained["transformer"], merge, torch_dtype)
-    language, processor = _load_mllm(bases["mllm"], trained["mllm"], merge, torch_dtype)
+    wan = _load_transformer(bases["transformer"], transformer_config, trained["transformer"], merge, dtype)
+    language, processor = _load_mllm(bases["mllm"], trained["mllm"], merge, dtype)
     known, absent = _trainer_guidance(checkpoint, trained["guidance"], wan, language)
     known |= noted.get("guidance", {}) | overrides
     if ref_pad_first is not None:
         known["ref_pad_first"] = ref_pad_first
-    guidance = _make_guidance(known, trained["guidance"], torch_dtype, absent)
-    autoencoder = _load_vae(bases["vae"], vae_config, torch_dtype)
+    guidance = _make_guidance(known, trained["guidance"], dtype, absent)
+    autoencoder = _load_vae(bases["vae"], vae_config, dtype)
     scheduler = FlowMatchEulerDiscreteScheduler(**(dict(shift=5.0) | noted.get("scheduler", {})))
     numbers = dict(schedule=schedule) | noted.get("pipeline", {})
     return KiwiEditPipeline(wan, autoencoder, scheduler, language, processor, guidance, **numbers)
 
 
-def _trained_parts(checkpoint):
-    "Tensors of a trainer checkpoint by component, under the names that they have here."
+def _trained_parts(tensors):
+    "Those of a trainer checkpoint by component, under the names that they have here."
     parts, strangers = dict(transformer={}, mllm={}, guidance={}), []
-    for name, tensor in open_weights(checkpoint).items():
+    for name, tensor in tensors.items():
         if place := _trainer_name(name):
             parts[place[0]][place[1]] = tensor
         else:
             strangers.append(name)
-    if strangers:
-        found = f"{len(strangers)} are none of them: {_some(strangers)}"
-        raise InputError(f"`checkpoint` has to hold tensors of Kiwi-Edit's trainer but {found}.")
+    found = f"{len(strangers)} are none of them: {_some(strangers)}"
+    expect(not strangers, f"`checkpoint` has to hold tensors of Kiwi-Edit's trainer but {found}.")
     return parts
 
 
@@ -758,7 +722,7 @@ def _trainer_guidance(checkpoint, ours, wan, language):
     absent = tuple(group for group in groups if not any(name.startswith(group) for name in ours))
     if absent:
         named = ", ".join(group.rstrip(".") for group in absent)
-        logger.info("%s was trained without %s; they stay as they start.", checkpoint.name, named)
+        _logger.info("%s was trained without %s; they stay as they start.", checkpoint.name, named)
     sizes = dict(num_image_queries=256, num_video_queries=512, num_ref_queries=768)  # of the trainer
     for mode in ("image", "video", "ref"):
         if f"{mode}_queries" in ours:
@@ -778,26 +742,21 @@ def _trainer_guidance(checkpoint, ours, wan, language):
 
 # %% ../../nbs/library/20_checkpoints.ipynb #4b4ef809
 # of diffusers' own loader, which reads a model that one of these is asked for
-DIFFUSERS_OPTIONS = set(
+_DIFFUSERS_OPTIONS = set(
     """device_map max_memory low_cpu_mem_usage use_safetensors offload_folder offload_state_dict
     quantization_config""".split()
 )
 
 
-def load_kit(
-    folder: Path,
-    torch_dtype=torch.float32,  # see `KiwiEditPipeline.from_pretrained`, and `variant` too
-    variant: str | None = None,
-    **kwargs,  # parts that are loaded already, and `DIFFUSERS_OPTIONS`
-) -> KiwiEditPipeline:
-    "A folder that `save_pretrained` wrote."
+def _load_kit(folder, torch_dtype=torch.float32, variant=None, **kwargs):
+    "A folder that `save_pretrained` wrote; further arguments are parts that are loaded already, or diffusers'."
     folder, parts, dtypes = Path(folder), {}, dict(default=torch.float32)
     own = {part: kind for part, kind in _KINDS.items() if part not in kwargs}
     there = {_variant_of(file) for part in own for file in _weight_files(folder / part, variant)}
     if variant and variant not in there:
         raise FileNotFoundError(f"`variant` has to be one that files of the model have but is {variant!r}.")
     for part, kind in own.items():
-        config, weights = _read_config(folder, part, "config.json"), open_weights(folder / part, variant)
+        config, weights = _read_config(folder, part, "config.json"), _open_weights(folder / part, variant)
         origin, dtype = f"{part}/config.json", _dtype_of(torch_dtype, part, weights)
         dtypes[part] = dtype
         if kwargs:  # diffusers' loader drops what does not belong, so we look before
@@ -818,6 +777,28 @@ def load_kit(
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(_read_config(folder, "scheduler", "scheduler_config.json"))
     processor = KiwiProcessor.from_pretrained(folder / "processor")
     return KiwiEditPipeline(scheduler=scheduler, processor=processor, **parts, **numbers)
+
+# %% ../../nbs/library/20_checkpoints.ipynb #4b4ef80a
+# a folder whose model_index.json names this component is read by this function, which passes fields of this class on
+LAYOUTS = {"mllm_encoder": (_load_official, KiwiGuidance), "guidance": (_load_kit, KiwiEditPipeline)}
+
+
+def load_model(name, torch_dtype, variant, hub, **options):
+    "What `KiwiEditPipeline.from_pretrained` does, in either layout; an argument that nobody takes is refused."
+    _check_dtype(torch_dtype)
+    folder = find_checkpoint(name, variant, **hub)
+    index = _read_config(folder, "model_index.json")
+    layout = next(part for part in LAYOUTS if part in index)
+    loader, kind = LAYOUTS[layout]
+    known = {*inspect.signature(loader).parameters, *inspect.signature(kind).parameters}
+    known -= {"folder", "kwargs", "overrides"}
+    known |= _DIFFUSERS_OPTIONS if layout == "guidance" else set()
+    if unknown := sorted(options.keys() - known):
+        given = f"`from_pretrained` has no such argument for this model, but it is {reprlib.repr(options[unknown[0]])}"
+        raise InputTypeError(f"`{unknown[0]}` has to be left out: {given}.")
+    if variant:
+        options["variant"] = variant
+    return loader(folder, torch_dtype=torch_dtype, **options)
 
 # %% ../../nbs/library/20_checkpoints.ipynb #5c1478c8
 _OFFICIAL_TRANSFORMER = """patch_size in_channels out_channels num_attention_heads attention_head_dim text_dim freq_dim
@@ -910,11 +891,11 @@ def _official_configs(pipe):
 
 def _write_official(pipe, folder, max_shard_size="5GB"):
     "A released repository without its code: names, keys and configurations as the official code reads them."
-    if reasons := _official_reasons(pipe):
-        raise InputError(f"`to` has to be a layout that can hold this model but is 'official': {'; '.join(reasons)}.")
+    reasons = "; ".join(_official_reasons(pipe))
+    expect(not reasons, f"`to` has to be a layout that can hold this model but is 'official': {reasons}.")
     if pipe.config.schedule != "diffusers":
         said = "The pipeline of released repositories has its own noise levels; this model was read with the %s ones."
-        logger.warning(said, pipe.config.schedule)
+        _logger.warning(said, pipe.config.schedule)
     folder, ours, one_file = Path(folder), pipe.guidance.state_dict(), 10**15
     for name, values in _official_configs(pipe).items():
         _write(folder / name, values)
@@ -977,16 +958,15 @@ _WRITERS = dict(kit=KiwiEditPipeline.save_pretrained, official=_write_official, 
 
 def load_any(
     source: str
-    | Path,  # bundled name, folder or hub id in the kit's or a released layout, or a trainer's step-N.safetensors
-    torch_dtype: torch.dtype = torch.float32,
+    | Path,  # bundled name, folder or hub id in the kit's or a released layout; a trainer's step-N.safetensors
+    torch_dtype=torch.float32,  # see the layout's loader
     **options,  # of the layout's loader
 ) -> KiwiEditPipeline:
     "A model from any layout."
-    trainer = str(source).endswith(".safetensors")
     if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():
-        steps = sorted(Path(source).glob("step-*.safetensors"), key=lambda path: int(re.sub(r"\D", "", path.stem) or 0))
-        if steps:
-            source, trainer = steps[-1], True
+        steps = Path(source).glob("step-*.safetensors")
+        source = max(steps, key=lambda path: int(re.sub(r"\D", "", path.stem) or 0), default=source)
+    trainer = str(source).endswith(".safetensors")
     load = load_trainer_checkpoint if trainer else KiwiEditPipeline.from_pretrained
     return load(source, torch_dtype=torch_dtype, **options)
 
@@ -1004,22 +984,11 @@ def convert(
     destination = Path(destination).expanduser().absolute()
     if destination.is_file():
         raise FileExistsError(f"`destination` has to be a folder but {str(destination)!r} is a file.")
-    if to not in _WRITERS:
-        raise InputError(f"`to` has to be one of {', '.join(_WRITERS)} but is {to!r}.")
+    expect(to in _WRITERS, f"`to` has to be one of {', '.join(_WRITERS)} but is {to!r}.")
     if destination.exists() and not overwrite and any(destination.iterdir()):
         mend = f"{str(destination)!r} is not; `overwrite` replaces it"
         raise FileExistsError(f"`destination` has to be new or empty but {mend}.")
-    pipe = load_any(source, torch_dtype or _stored_dtype(source), **options)
+    pipe = load_any(source, torch_dtype or "auto", **options)
     with replacing_folder(destination) as fresh:
         _WRITERS[to](pipe, fresh, max_shard_size)
     return destination
-
-
-def _stored_dtype(
-    source: str | Path,  # see `load_any`
-) -> torch.dtype:
-    "The number format of most of a model's weights on disk."
-    path = Path(source) if Path(source).exists() else find_checkpoint(source)
-    folders = [path, *(p for p in path.rglob("*") if p.is_dir())]
-    files = [path] if path.is_file() else [file for folder in folders for file in _weight_files(folder)]
-    return _common_dtype(tensor for file in files for tensor in _open_safetensors(file).values())

@@ -5,7 +5,6 @@
 # %% ../../nbs/library/21_hub.ipynb #21b00004
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import re
@@ -24,15 +23,14 @@ from huggingface_hub import errors as hub_faults
 from huggingface_hub.utils import httpx
 from safetensors import SafetensorError
 
-from ..core import PRESETS, InputError, InputTypeError, check_local
-from ..guidance import KiwiGuidance
-from ..pipeline import KiwiEditPipeline, bundled_models, find_checkpoint
-from .checkpoints import DIFFUSERS_OPTIONS, check_dtype, faults, load_kit, load_official
+from ..core import PRESETS, InputError, InputTypeError, asset, check_local
+from ..pipeline import KiwiEditPipeline, bundled_models
+from .checkpoints import LAYOUTS, faults
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'LAYOUTS', 'fetch', 'load_model', 'load_lora', 'save_model', 'push']
+__all__ = ['fetch', 'load_lora', 'save_model', 'push']
 
 # %% ../../nbs/library/21_hub.ipynb #21b00007
 def _hub_reason(error, name, revision):
@@ -73,7 +71,7 @@ def _told_in_a_line(rule, name, revision=None, kind=OSError):
     try:
         yield
     except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
-        logger.debug("The hub's client failed.", exc_info=True)
+        _logger.debug("The hub's client failed.", exc_info=True)
         raise kind(f"{rule}: {_hub_reason(error, name, revision)}.") from None
 
 # %% ../../nbs/library/21_hub.ipynb #21b00009
@@ -138,33 +136,6 @@ def fetch(
     _check_folder(folder, name)
     return folder
 
-# %% ../../nbs/library/21_hub.ipynb #21b0000e
-# a folder whose model_index.json names this component is read by this function, which passes fields of this class on
-LAYOUTS = {"mllm_encoder": (load_official, KiwiGuidance), "guidance": (load_kit, KiwiEditPipeline)}
-
-
-def load_model(
-    name: str | Path,  # bundled name, local folder or hub id
-    torch_dtype,  # see `KiwiEditPipeline.from_pretrained`
-    variant: str | None,  # of the files
-    hub: dict,  # arguments of `huggingface_hub.snapshot_download`
-    **options,  # of the layout's loader
-) -> KiwiEditPipeline:
-    "A model in the kit's layout or a released one; an argument that nobody takes is refused."
-    check_dtype(torch_dtype)
-    folder = find_checkpoint(name, variant, **hub)
-    layout = next(part for part in LAYOUTS if part in _read_index(folder, name))
-    loader, kind = LAYOUTS[layout]
-    known = {*inspect.signature(loader).parameters, *inspect.signature(kind).parameters}
-    known -= {"folder", "kwargs", "overrides"}
-    known |= DIFFUSERS_OPTIONS if layout == "guidance" else set()
-    if unknown := sorted(options.keys() - known):
-        given = f"`from_pretrained` has no such argument for this model, but it is {reprlib.repr(options[unknown[0]])}"
-        raise InputTypeError(f"`{unknown[0]}` has to be left out: {given}.")
-    if variant:
-        options["variant"] = variant
-    return loader(folder, torch_dtype=torch_dtype, **options)
-
 # %% ../../nbs/library/21_hub.ipynb #21b00011
 _LORA_PREFIX = re.compile(r"^(?:pipe\.)?(?:transformer|(?:model\.)?diffusion_model|dit)\.")
 _NATIVE = re.compile(
@@ -211,13 +182,24 @@ def _misfits(transformer, weights):
         yield "it holds no LoRA matrices"
 
 
-def load_lora(
-    pipe: KiwiEditPipeline,
-    source,  # file, folder, hub id, or a dict of tensors
-    adapter_name: str | None = None,
-    **options,  # of diffusers' `load_lora_weights`
-) -> None:
-    "Put a LoRA beside the denoiser's weights, whoever has named its tensors; what does not belong is refused."
+# where a hub has a LoRA
+_WHERE = ("weight_name", "local_files_only", "cache_dir", "proxies", "token", "revision", "subfolder")
+
+
+def _raw_lora(source, options):
+    "Tensors of a LoRA file under the names they have there, and what diffusers notes of its scale."
+    found = dict.fromkeys(_WHERE) | options
+    loading = dict(use_safetensors=True, force_download=False, user_agent={}, allow_pickle=False)
+    try:
+        return _fetch_state_dict(str(source), **loading, **found)
+    except SafetensorError as error:
+        raise OSError(f"it is no whole safetensors file ({error})") from None
+    except LookupError:
+        raise OSError("it holds no file that diffusers takes for a LoRA") from None
+
+
+def load_lora(pipe, source, adapter_name=None, **options):
+    "What `KiwiEditPipeline.load_lora_weights` does, whoever has named the tensors; what does not belong is refused."
     argument = "`pretrained_model_name_or_path_or_dict`"
     name = "the given dict" if isinstance(source, dict) else repr(str(source))
     check_local(source, argument.strip("`"))
@@ -244,23 +226,6 @@ def load_lora(
         weights, pipe.transformer, adapter_name=adapter_name, metadata=metadata, _pipeline=pipe, **loading
     )
 
-
-# where a hub has a LoRA
-_WHERE = ("weight_name", "local_files_only", "cache_dir", "proxies", "token", "revision", "subfolder")
-
-
-def _raw_lora(source, options):
-    "Tensors of a LoRA file under the names they have there, and what diffusers notes of its scale."
-    found = dict.fromkeys(_WHERE) | options
-    try:
-        return _fetch_state_dict(
-            str(source), use_safetensors=True, force_download=False, user_agent={}, allow_pickle=False, **found
-        )
-    except SafetensorError as error:
-        raise OSError(f"it is no whole safetensors file ({error})") from None
-    except LookupError:
-        raise OSError("it holds no file that diffusers takes for a LoRA") from None
-
 # %% ../../nbs/library/21_hub.ipynb #21b00021
 def _check_saveable(pipe):
     "Raise where LoRA layers stand beside the weights: no folder of the layout holds them."
@@ -272,12 +237,8 @@ def _check_saveable(pipe):
             raise InputError(f"`{part}` has to have {rule} but has {found}.")
 
 
-def save_model(
-    pipe: KiwiEditPipeline,
-    save_directory: str | Path,  # gets the kit's layout; what else lies there stays
-    max_shard_size: int | str | None = None,  # of a file of weights, such as "5GB"; None: the libraries' default
-) -> None:
-    "Write the model, weights as safetensors; an error or a kill on the way leaves no half of it."
+def save_model(pipe, save_directory, max_shard_size=None):
+    "What `KiwiEditPipeline.save_pretrained` does; an error or a kill on the way leaves no half of a model."
     _check_saveable(pipe)
     folder = Path(save_directory).resolve()
     if folder.exists() and not folder.is_dir():
@@ -301,40 +262,7 @@ def save_model(
             folder.rmdir()
 
 # %% ../../nbs/library/21_hub.ipynb #21b00015
-_CARD = """---
-{head}
----
-
-# {title}
-
-Edits a video, or a single image, as an instruction says and, where one is given, after a reference picture.
-The model is in the layout of the kiwi-edit kit, whose code runs it.
-
-| part | class | what | weights |
-|---|---|---|---|
-{rows}
-
-## Use
-
-```python
-from kiwi_edit.pipeline import KiwiEditPipeline
-pipe = KiwiEditPipeline.from_pretrained("{repo_id}")
-frames = pipe("Make it snow", video="clip.mp4").frames[0]
-```
-
-## Limits
-
-- At most {frames:,} frames of {pixels:,} pixels at once, sides in multiples of {multiple}. Unless a call says otherwise
-  longer clips are cut and larger frames are shrunk; with `num_frames`, `height` and `width` they are denoised in
-  overlapping windows.
-- Denoising steps: {steps}, unless a call names another number.
-- What an edit leaves alone goes through the autoencoder too, so it comes back close to the source and not equal to it.
-- How well it edits depends on what it was trained on, which this card does not know: look at edits of your own clips
-  before you rely on them.
-"""
-
-
-def _model_card(pipe: KiwiEditPipeline, repo_id: str) -> ModelCard:
+def _model_card(pipe, repo_id):
     "What a reader of the hub wants to know first: the parts and their sizes, how to load them, what to expect."
     dit, vae, text, ours = (getattr(pipe, part).config for part in ("transformer", "vae", "mllm", "guidance"))
     side, text = vae.scale_factor_spatial, text.text_config
@@ -354,7 +282,8 @@ def _model_card(pipe: KiwiEditPipeline, repo_id: str) -> ModelCard:
     head = ModelCardData(library_name="kiwi-edit", pipeline_tag="video-to-video", tags=tags).to_yaml()
     c, title = pipe.config, repo_id.split("/")[-1]
     limits = dict(frames=c.max_frames, pixels=c.max_pixels, multiple=pipe.size_multiple, steps=c.default_steps)
-    return ModelCard(_CARD.format(head=head, title=title, rows="\n".join(rows), repo_id=repo_id, **limits))
+    card = asset("model-card.md").read_text(encoding="utf-8")
+    return ModelCard(card.format(head=head, title=title, rows="\n".join(rows), repo_id=repo_id, **limits))
 
 # %% ../../nbs/library/21_hub.ipynb #21b00017
 def push(
