@@ -1007,7 +1007,7 @@ class VideoInfo:
     @property
     def still(self) -> bool:
         "Whether it is one image."
-        return self.frames == 1 and self.format.upper() in _FORMATS
+        return self.frames == 1 and self.format.upper() in (*_FORMATS, "MPO")  # which Pillow calls some JPEGs
 
 # %% ../nbs/library/01_video.ipynb #e2ffbdbd
 def _animation(image):
