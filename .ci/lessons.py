@@ -21,8 +21,7 @@ ALLOWED = {
     "04_encoder": (25, 12),
     "05_guidance": (42, 9),  # the configuration and the call of the denoiser: a dozen arguments with their shapes
     "06_pipeline": (62, 9),  # the pipeline's call, for the same reason
-    "07_where_it_looks": (51, 14),  # the recorder and its figure
-    "10_what_mattered": (165, 0),  # the experiments themselves
+    "07_where_it_looks": (25, 9),
 }
 
 

@@ -13,6 +13,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 
 from .core import InputError
 from .guidance import KiwiAttnProcessor, find_wan, hooked
@@ -60,19 +61,19 @@ class Looks:
     tokens: np.ndarray  # (steps, layers, N) share that each token of the context gets, on average
     num_features: int  # how many of the N are features of references; the queries follow
 
-    @property
-    def queries(self) -> np.ndarray:  # (Q,) mean over steps and layers
-        "The share that each query gets."
-        return self.tokens.mean((0, 1))[self.num_features :]
+# %% ../nbs/07_where_it_looks.ipynb #07c00006
+@patch(as_prop=True)
+def queries(self: Looks) -> np.ndarray:  # (Q,) mean over steps and layers
+    "The share that each query gets."
+    return self.tokens.mean((0, 1))[self.num_features :]
 
-    def summary(self) -> dict:  # of shares in 0..1, means over the whole edit
-        "The edit in three numbers; `even` is what the references would get if nobody preferred anything."
-        r, f = self.reference.shape[2], self.features.shape[2]
-        return dict(
-            reference=float(self.reference.sum(2).mean()) if r else 0.0,
-            even=r / (r + f),
-            features=float(self.features.mean()),
-        )
+# %% ../nbs/07_where_it_looks.ipynb #07c00007
+@patch
+def summary(self: Looks) -> dict:  # of shares in 0..1, means over the whole edit
+    "The edit in three numbers; `even` is what the references would get if nobody preferred anything."
+    r, f = self.reference.shape[2], self.features.shape[2]
+    looked = float(self.reference.sum(2).mean()) if r else 0.0
+    return dict(reference=looked, even=r / (r + f), features=float(self.features.mean()))
 
 # %% ../nbs/07_where_it_looks.ipynb #a270000d
 class WatchingProcessor(KiwiAttnProcessor):
@@ -108,56 +109,59 @@ class Recorder:
     def connected(self, module, args, context):
         self.features = module is self.guidance.ref_connector  # called last, where there are any
 
-    def begin(self, module, args):  # before the denoiser embeds the time
-        "A step begins. A layer that a step cache leaves out has its shares of the step before."
-        at = self.scheduler.step_index  # None until the first step of an edit is done
-        if self.timesteps and at in (None, self.at):
-            rule = "`video` has to be edited once and as a whole where its attention is recorded"
-            raise InputError(f"{rule} but comes in windows, or is the second.")
-        self.at = at
-        self.timesteps.append(float(args[0].flatten()[-1]))
-        self.seen.append(dict(self.seen[-1]) if self.seen else {})
-
     def embedded(self, module, args, references):
         self.references = references.shape[2]
 
     def patched(self, module, args, patches):
         self.grid = tuple(patches.shape[2:])  # frames and references, rows, columns
 
-    def saw(self, layer, alone, query, key, mask):
-        "Attention is about to do its work."
-        (f, h, w), r = self.grid, self.references
-        area, first = h * w, self.guidance.config.ref_pad_first
-        begin = 0 if first else (f - r) * area  # of the references
-        video = slice(r * area, None) if first else slice(0, begin)
-        if alone:
-            groups = [slice(begin + i * area, begin + (i + 1) * area) for i in range(r)]
-        else:
-            groups = [slice(0, len(key) - self.num_queries(f - r))]
-        if groups:
-            shares, received = attention_shares(query[video], key, groups, mask)
-        else:
-            shares, received = query.new_zeros(0, (f - r) * area), query.new_zeros(len(key))
-        kept = received[begin : begin + r * area].view(r, h, w) if alone else received
-        maps = shares.view(-1, f - r, h, w)
-        self.seen[-1][layer, alone] = (maps.float().cpu().numpy(), kept.float().cpu().numpy())
+# %% ../nbs/07_where_it_looks.ipynb #07c00009
+@patch
+def begin(self: Recorder, module, args):  # before the denoiser embeds the time
+    "A step begins. A layer that a step cache leaves out has its shares of the step before."
+    at = self.scheduler.step_index  # None until the first step of an edit is done
+    if self.timesteps and at in (None, self.at):
+        rule = "`video` has to be edited once and as a whole where its attention is recorded"
+        raise InputError(f"{rule} but comes in windows, or is the second.")
+    self.at = at
+    self.timesteps.append(float(args[0].flatten()[-1]))
+    self.seen.append(dict(self.seen[-1]) if self.seen else {})
 
-    def num_queries(self, frames):
-        mode = "ref" if self.features else "image" if frames == 1 else "video"
-        return getattr(self.guidance.config, f"num_{mode}_queries")
+# %% ../nbs/07_where_it_looks.ipynb #07c0000b
+@patch
+def saw(self: Recorder, layer, alone, query, key, mask):
+    "Attention is about to do its work."
+    (f, h, w), r = self.grid, self.references
+    area, first = h * w, self.guidance.config.ref_pad_first
+    begin = 0 if first else (f - r) * area  # of the references
+    video = slice(r * area, None) if first else slice(0, begin)
+    groups = [slice(begin + i * area, begin + (i + 1) * area) for i in range(r)]
+    if not alone:
+        groups = [slice(0, len(key) - self.num_queries(f - r))]
+    shares, received = query.new_zeros(0, (f - r) * area), query.new_zeros(len(key))
+    if groups:
+        shares, received = attention_shares(query[video], key, groups, mask)
+    kept = received[begin : begin + r * area].view(r, h, w) if alone else received
+    maps = shares.view(-1, f - r, h, w)
+    self.seen[-1][layer, alone] = (maps.float().cpu().numpy(), kept.float().cpu().numpy())
 
-    def looks(self) -> Looks:
-        "What was seen of the whole edit."
-        if not self.timesteps:
-            raise InputError("`recorder` has to have seen an edit but has seen none.")
-        layers = 1 + max(layer for layer, _ in self.seen[0])
 
-        def stack(alone, part):
-            return np.stack([[step[layer, alone][part] for layer in range(layers)] for step in self.seen])
+@patch
+def num_queries(self: Recorder, frames):
+    mode = "ref" if self.features else "image" if frames == 1 else "video"
+    return getattr(self.guidance.config, f"num_{mode}_queries")
 
-        tokens, features = stack(False, 1), stack(False, 0)[:, :, 0]
-        num_features = tokens.shape[2] - self.num_queries(self.grid[0] - self.references)
-        return Looks(self.timesteps, stack(True, 0), stack(True, 1), features, tokens, num_features)
+# %% ../nbs/07_where_it_looks.ipynb #07c0000c
+@patch
+def looks(self: Recorder) -> Looks:
+    "What was seen of the whole edit."
+    if not self.timesteps:
+        raise InputError("`recorder` has to have seen an edit but has seen none.")
+    layers = range(1 + max(layer for layer, _ in self.seen[0]))
+    stack = lambda alone, part: np.stack([[step[layer, alone][part] for layer in layers] for step in self.seen])
+    tokens, features = stack(False, 1), stack(False, 0)[:, :, 0]
+    num_features = tokens.shape[2] - self.num_queries(self.grid[0] - self.references)
+    return Looks(self.timesteps, stack(True, 0), stack(True, 1), features, tokens, num_features)
 
 # %% ../nbs/07_where_it_looks.ipynb #a2700010
 @contextmanager
@@ -236,31 +240,43 @@ def draw_looks(
     over = lambda maps: lay_over(edited, spread(maps, source.shape[:3]))
     rows = [("source", source), ("result", edited)]
     for i, maps in enumerate(looks.reference.mean((0, 1))):
-        many = looks.reference.shape[2] > 1
-        rows.append((f"looks at reference {i + 1}" if many else "looks at\nthe reference", over(maps)))
+        number = f" {i + 1}" if looks.reference.shape[2] > 1 else ""
+        rows.append((f"looks at\nreference{number}", over(maps)))
     if looks.num_features:
         rows.append(("looks at\nits features", over(looks.features.mean((0, 1)))))
-    columns = np.linspace(0, len(source) - 1, min(5, len(source))).round().astype(int)
-    height = max(len(rows), 2 * len(references))
-    figure, split = Figure(figsize=(7.4, 1.25 * height + 2.6), dpi=80), 2.3 / (1.25 * height + 2.6)
-    sides = dict(left=0.09, right=0.99)
-    grid = figure.add_gridspec(height, 6, top=1 - 0.06 * split, bottom=split, hspace=0.08, wspace=0.05, **sides)
+    high = max(len(rows), 2 * len(references))
+    figure = Figure(figsize=(7.4, 1.25 * high + 2.6), dpi=80)
+    split, sides = 2.3 / (1.25 * high + 2.6), dict(left=0.09, right=0.99)
+    grid = figure.add_gridspec(high, 6, top=1 - 0.06 * split, bottom=split, hspace=0.08, wspace=0.05, **sides)
+    _draw_frames(grid, rows)
+    _draw_references(grid, looks, references)
+    _draw_shares(figure.add_gridspec(1, 3, top=0.76 * split, bottom=0.2 * split, wspace=0.35, **sides), looks)
+    return figure
+
+# %% ../nbs/07_where_it_looks.ipynb #07c0000d
+def _draw_frames(grid, rows):
+    "At most five frames of each row."
     for i, (name, frames) in enumerate(rows):
-        for j, at in enumerate(columns):
-            _picture(figure.add_subplot(grid[i, j]), frames[at], label="" if j else name)
+        for j, at in enumerate(np.linspace(0, len(frames) - 1, min(5, len(frames))).round().astype(int)):
+            _picture(grid.figure.add_subplot(grid[i, j]), frames[at], label="" if j else name)
+
+
+def _draw_references(grid, looks, references):
     for i, image in enumerate(references):
         heat = spread(looks.places.mean((0, 1))[i][None], (1, *image.shape[:2]))
-        _picture(figure.add_subplot(grid[2 * i, 5]), image, "reference")
-        _picture(figure.add_subplot(grid[2 * i + 1, 5]), lay_over(image[None], heat)[0], "what is looked at")
-    grid = figure.add_gridspec(1, 3, top=0.76 * split, bottom=0.2 * split, wspace=0.35, **sides)
-    shares = {"the reference's tokens": looks.reference.sum(2), "its features": looks.features}
+        _picture(grid.figure.add_subplot(grid[2 * i, 5]), image, "reference")
+        _picture(grid.figure.add_subplot(grid[2 * i + 1, 5]), lay_over(image[None], heat)[0], "what is looked at")
+
+# %% ../nbs/07_where_it_looks.ipynb #07c0000e
+def _draw_shares(grid, looks):
+    "By layer and step, and by query."
+    figure, shares = grid.figure, {"the reference's tokens": looks.reference.sum(2), "its features": looks.features}
     for i, (name, maps) in enumerate(shares.items()):
         ax = _panel(figure.add_subplot(grid[0, i]), f"share for {name}", "layer", "step")
         shown = ax.imshow(maps.mean((2, 3, 4)), cmap="inferno", vmin=0, aspect="auto")
         figure.colorbar(shown, ax=ax).ax.tick_params(labelsize=6)
     ax = _panel(figure.add_subplot(grid[0, 2]), "share for each query", "query")
     ax.bar(range(len(looks.queries)), looks.queries, color="#3a7d44")
-    return figure
 
 # %% ../nbs/07_where_it_looks.ipynb #36cc8f25
 def _panel(ax, title, x, y=""):

@@ -197,8 +197,12 @@ def test_only_what_is_missing_is_done(folder):
     ]
     assert all((out / name).stat().st_mtime_ns == times[name] for name in ("0001-clip.mp4", "0002-clip.mp4"))
 
-    # another clip of that name
-    (folder / "clip.mp4").write_bytes((asset("samples") / "clip.mp4").read_bytes() + b"\0" * 8)
+    # another seed, and then another clip of that name
+    reseeded = write(folder, dict(video="clip.mp4", instruction=SNOW, seed=5, steps=1))
+    with pytest.raises(files.BadEdits, match="'0001-clip.mp4' was made with another seed"):
+        run_edits(read_edits(reseeded, out), MODEL)
+    path = write(folder, *rows(2, steps=1), *rows(1, steps=1, out="cut.mp4"), *rows(1, steps=1, out="more.mp4", seed=9))
+    (folder / "clip.mp4").write_bytes(asset("samples/clip.mp4").read_bytes() + b"\0" * 8)
     with pytest.raises(files.BadEdits, match="was made from other files or by another model"):
         run_edits(read_edits(path, out), MODEL)
     assert all((out / name).stat().st_mtime_ns == times[name] for name in ("0001-clip.mp4", "0002-clip.mp4"))

@@ -1,4 +1,4 @@
-"""`./kit ablations a`: run an experiment of nbs/10_what_mattered.ipynb out of the notebook's own cells, and write its results."""
+"""`./kit ablations a`: run an experiment of nbs/library/43_ablations.ipynb out of the notebook's own cells, and write its results."""
 
 from __future__ import annotations  # for the cells too, which `compile` reads as this file is read
 
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-NOTEBOOK = Path(__file__).resolve().parents[2] / "nbs" / "10_what_mattered.ipynb"
+NOTEBOOK = Path(__file__).resolve().parents[2] / "nbs" / "library" / "43_ablations.ipynb"
 
 
 def read_experiment() -> ModuleType:

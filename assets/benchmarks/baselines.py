@@ -13,7 +13,7 @@ NOTEBOOK = Path(__file__).resolve().parents[2] / "nbs" / "library" / "40_benchma
 
 
 def read_baselines() -> ModuleType:
-    "The benchmark's module, and what the notebook's cells marked `#| baselines` add to it: `baselines` and `Ranking`."
+    "The benchmark's module, and what the notebook's cells marked `#| baselines` add to it: `check_bench`, `baselines` and `Ranking`."
     from kiwi_edit.eval import benchmark
 
     module = sys.modules["ranked"] = ModuleType("ranked")
@@ -35,6 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=ranked.BENCH_SAMPLES, help="scenes of each task")
     parser.add_argument("--out", type=Path, default=Path("baselines.json"), help="the numbers; a .png lies beside them")
     given = parser.parse_args(arguments)
+    ranked.check_bench(difficulty=given.difficulty)
     folder, pipe = find_model(given.model), load_model(given.model)
     options = dict(samples=given.samples, difficulty=given.difficulty, keep=2)
     reports = ranked.run_editors({folder.name: pipe} | ranked.baselines(pipe), **options)

@@ -390,7 +390,9 @@ class GeminiChat(_Endpoint):
             thinking_config=thoughts,
         )
         try:
-            contents = [types.Content(role="user", parts=self._parts(question.parts))]
+            size = sum(Path(part.path).stat().st_size for part in question.parts if isinstance(part, VideoPart))
+            parts = [self._part(part, size > self.inline) for part in question.parts]
+            contents = [types.Content(role="user", parts=parts)]
             reply = self._client.models.generate_content(model=self.model, contents=contents, config=config)
         except _Failure:
             raise
@@ -407,10 +409,6 @@ class GeminiChat(_Endpoint):
                 raise _Failure("endpoint", f"no connection: {error}") from None
             raise
         return _gemini_attempt(reply)
-
-    def _parts(self, parts):
-        size = sum(Path(part.path).stat().st_size for part in parts if isinstance(part, VideoPart))
-        return [self._part(part, size > self.inline) for part in parts]
 
     def _part(self, part, upload):
         from google.genai import types

@@ -5,8 +5,6 @@
 # %% ../../nbs/library/40_benchmark.ipynb #a5ea66b2
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import platform
@@ -23,7 +21,7 @@ import PIL.Image
 import torch
 from tqdm.auto import tqdm
 
-from ..core import InputError, asset, expect, peak_memory
+from ..core import InputError, expect, peak_memory
 from ..encoder import encode_context, prepare_inputs
 from ..metrics import PerceptualFeatures, bootstrap, edit_box, feature_distance, mean_inside, pooled_share
 from ..metrics import perceptual_features, psnr_from_error, share_interval, sharpness_share, squared_error
@@ -33,9 +31,9 @@ from ..video import Strip
 from ..world import EVAL_SEED, TASKS, Quadruplet, World
 
 # %% auto #0
-__all__ = ['BENCH_SAMPLES', 'BENCH_DIGESTS', 'benchmark_samples', 'check_bench', 'candidate_targets', 'denoise_batch', 'Editor',
-           'reconstruct', 'Scene', 'measure', 'by_task', 'in_words', 'Report', 'describe_hardware', 'run_editors',
-           'run_benchmark', 'provenance']
+__all__ = ['BENCH_SAMPLES', 'benchmark_samples', 'candidate_targets', 'denoise_batch', 'Editor', 'reconstruct', 'Scene',
+           'measure', 'by_task', 'in_words', 'Report', 'describe_hardware', 'run_editors', 'run_benchmark',
+           'provenance']
 
 # %% ../../nbs/library/40_benchmark.ipynb #e237106b
 _VISIBLE = 1.0  # squared levels: a smaller distance from source to target is no edit that anybody could see
@@ -56,44 +54,8 @@ def benchmark_samples(
         seed += 1
     return found
 
-# %% ../../nbs/library/40_benchmark.ipynb #b0420002
+# %% ../../nbs/library/40_benchmark.ipynb #b0420031
 BENCH_SAMPLES = 48  # of each task, 5 frames of 96x96
-# difficulty -> task -> digest
-BENCH_DIGESTS = json.loads(asset("benchmarks/digests.json").read_text(encoding="utf-8"))
-
-
-def _blocks(frames):
-    "Block means of frames as bytes; the steps lie between whole levels, which flat areas have."
-    t, h, w, c = frames.shape
-    blocks = frames[:, : h // 4 * 4, : w // 4 * 4].reshape(t, 4, h // 4, 4, w // 4, c).mean((2, 4), dtype=np.float64)
-    return ((blocks + 0.37) // 16).astype(np.uint8).tobytes()
-
-
-def _bench_digest(samples):
-    "Digest of seeds, words and pixels in 16 hexadecimal digits."
-    # processors differ in the last bit, so pixels count as the means of 16 blocks in steps of 16 levels
-    found = hashlib.sha256()
-    for sample in samples:
-        found.update(f"{sample.task} {sample.meta['seed']} {sample.instruction}\n".encode())
-        found.update(_blocks(sample.source) + _blocks(sample.target) + _blocks(sample.mask[..., None] * np.uint8(255)))
-        if sample.reference is not None:
-            found.update(_blocks(sample.reference[None]))
-    return found.hexdigest()[:16]
-
-
-def check_bench(
-    tasks: tuple[str, ...] = TASKS,
-    difficulty: str = "full",  # of `BENCH_DIGESTS`
-) -> dict[str, str]:  # task -> digest
-    "Raise unless this installation draws the fixed set of a difficulty."
-    known = ", ".join(BENCH_DIGESTS)
-    expect(difficulty in BENCH_DIGESTS, f"`difficulty` has to be one of {known} but is {difficulty!r}.")
-    world = World(split="eval", difficulty=difficulty)
-    found = {task: _bench_digest(benchmark_samples(world, task, BENCH_SAMPLES)) for task in tasks}
-    wrong = ", ".join(task for task in tasks if found[task] != BENCH_DIGESTS[difficulty][task])
-    why = "the world or a version of numpy, OpenCV or Pillow differs"
-    expect(not wrong, f"`tasks` have to be drawn as the published bench has them but {wrong} are not: {why}.")
-    return found
 
 # %% ../../nbs/library/40_benchmark.ipynb #81df1457
 def candidate_targets(
@@ -408,19 +370,14 @@ class Report(Outcome):
 
     def conditions(self) -> list[str]:
         "What the numbers were measured on, and with what."
-        notes = []
+        world = f"world: {self.difficulty}" if self.difficulty else ""
         if self.size:
             frames, height, width = self.size
-            notes.append(f"world: {self.difficulty}, {frames} frames of {width}x{height}, from seed {self.seed:,}")
-        elif self.difficulty:
-            notes.append(f"world: {self.difficulty}")
-        if self.steps:
-            notes.append(f"{self.steps} steps")
-        if self.seconds_per_edit:
-            notes.append(f"{self.seconds_per_edit:.2f} s an edit in batches of {self.batch_size}")
-        if self.peak_memory_gb:
-            notes.append(f"{self.peak_memory_gb:.1f} GB of memory at most")
-        return [*notes, *in_words(self.hardware)]
+            world += f", {frames} frames of {width}x{height}, from seed {self.seed:,}"
+        steps, spent, most = self.steps, self.seconds_per_edit, self.peak_memory_gb
+        speed = spent and f"{spent:.2f} s an edit in batches of {self.batch_size}"
+        notes = [world, steps and f"{steps} steps", speed, most and f"{most:.1f} GB of memory at most"]
+        return [*filter(None, notes), *in_words(self.hardware)]
 
     def tables(self) -> list[Table]:
         "All tables."
@@ -597,21 +554,15 @@ def _name_of(pipe):
     return path.name if path.exists() else str(name)
 
 # %% ../../nbs/library/40_benchmark.ipynb #b042000d
-def _checkpoint_digest(folder):
-    "Tells models apart by the bytes of their configs and weights."
-    folders = sorted(path for path in Path(folder).iterdir() if path.is_dir() and any(path.glob("*.safetensors")))
-    expect(folders, f"`folder` has to hold folders with safetensors but {str(folder)!r} holds none.")
-    return digest({path.name: path for path in folders})[:16]
-
-
 def provenance(
     device: torch.device,
     folder: str | Path | None = None,  # of the model; None where none is at hand
 ) -> dict:
     "What a result was made with: versions, hardware, checkpoint."
-    names = ("kiwi-edit", "torch", "diffusers", "transformers", "numpy", "pillow")
-    return dict(
-        versions={name: version(name) for name in names},
-        hardware=describe_hardware(device),
-        checkpoint=None if folder is None else _checkpoint_digest(folder),
-    )
+    versions = {name: version(name) for name in "kiwi-edit torch diffusers transformers numpy pillow".split()}
+    found = dict(versions=versions, hardware=describe_hardware(device), checkpoint=None)
+    if folder is not None:  # models are told apart by the bytes of their configs and weights
+        parts = {path.name: path for path in sorted(Path(folder).iterdir()) if any(path.glob("*.safetensors"))}
+        expect(parts, f"`folder` has to hold folders with safetensors but {str(folder)!r} holds none.")
+        found["checkpoint"] = digest(parts)[:16]
+    return found

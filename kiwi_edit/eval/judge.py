@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import json
 import math
 import mimetypes
@@ -410,9 +409,6 @@ class ChatJudge:
         self.frames, self.side = frames, side
         self.video = isinstance(chat, GeminiChat) if media == "auto" else media == "video"
 
-    def __repr__(self):
-        return f"ChatJudge({self.chat!r}, {'video' if self.video else f'{self.frames} frames'})"
-
     @property
     def settings(self) -> list:
         "All that makes this judge another one: name, how clips are shown, parameters of requests."
@@ -814,7 +810,6 @@ def save_score_page(
     path,  # .html, may exist
     seed: int | None = None,  # shuffles the order, and the page does not say which case is which; None keeps the order
     embed: bool = True,  # whether clips are inside the page; else they lie in a folder beside it, as large clips should
-    title: str = "Scores for edited clips",
 ) -> Path:
     "A page on which a person scores cases; `read_scores_file` reads what it saves."
     cases, path = list(cases), Path(path).expanduser()
@@ -827,7 +822,7 @@ def save_score_page(
     with tempfile.TemporaryDirectory() as folder:
         shown = [_page_case(case, number, files, Path(folder)) for number, case in enumerate(cases, 1)]
     facts = json.dumps(dict(page=digest(shown)[:16], cases=shown), ensure_ascii=False)
-    filled = dict(title=html.escape(title), facts=facts.replace("<", "\\u003c"))
+    filled = dict(title="Scores for edited clips", facts=facts.replace("<", "\\u003c"))
     template = asset("score_page.html").read_text(encoding="utf-8")
     return write_text(path, re.sub("@(title|facts)@", lambda m: filled[m[1]], template))
 
