@@ -20,10 +20,9 @@ if TYPE_CHECKING:
     import torch
 
 # %% auto #0
-__all__ = ['OPTIONAL', 'PRESETS', 'InputError', 'InputTypeError', 'MissingPackage', 'expect', 'missing_package', 'require',
-           'shortened', 'check_local', 'check_instruction', 'Preset', 'preset', 'count_weights', 'Settings', 'checkout',
-           'read_settings', 'settings', 'choose_device', 'multiplies_bfloat16', 'choose_dtype', 'peak_memory',
-           'assets_dir', 'asset']
+__all__ = ['PRESETS', 'InputError', 'InputTypeError', 'MissingPackage', 'expect', 'require', 'shortened', 'check_local',
+           'check_instruction', 'Preset', 'preset', 'Settings', 'checkout', 'settings', 'choose_device',
+           'multiplies_bfloat16', 'choose_dtype', 'peak_memory', 'asset']
 
 # %% ../nbs/library/00_core.ipynb #c0e44002
 class InputError(ValueError):
@@ -47,38 +46,28 @@ def expect(
         raise InputError(message)
 
 
-OPTIONAL = {  # module -> its package, and the extra of the kit that brings it
-    "gradio": ("gradio", "demo"),
-    "openai": ("openai", "judge"),
-    "google.genai": ("google-genai", "judge"),
-    "datasets": ("datasets", "scale"),
-    "ray": ("ray", "scale"),
-    "tensorboard": ("tensorboard", "train"),
-    "scipy": ("scipy", "eval"),
-    "wandb": ("wandb", None),
-    "torchao": ("torchao", None),
+_EXTRAS = {  # module -> the extra of the kit that brings it
+    "gradio": "demo",
+    "openai": "judge",
+    "google.genai": "judge",
+    "datasets": "scale",
+    "ray": "scale",
+    "tensorboard": "train",
 }
 
 
-def missing_package(
-    module: str,  # of `OPTIONAL`
-) -> MissingPackage:
-    "The error to raise where an optional module cannot be imported."
-    package, extra = OPTIONAL[module]
-    wanted = f"'kiwi-edit[{extra}]'" if extra else package
-    return MissingPackage(f"`{package}` has to be installed for this but is not: pip install {wanted}")
-
-
 def require(
-    module: str,  # of `OPTIONAL`
+    module: str,  # such as "google.genai"
 ) -> None:
-    "Raise where an optional module is not installed."
+    "Raise where an optional module is not installed; the message says how to get it."
     try:
         found = importlib.util.find_spec(module)
     except ModuleNotFoundError:
         found = None  # of a package around it
     if found is None:
-        raise missing_package(module)
+        package = module.replace(".", "-")
+        wanted = f"'kiwi-edit[{_EXTRAS[module]}]'" if module in _EXTRAS else package
+        raise MissingPackage(f"`{package}` has to be installed for this but is not: pip install {wanted}")
 
 
 def shortened(
@@ -313,23 +302,6 @@ def preset(
     _check_choice("preset", name, PRESETS)
     return copy.deepcopy(PRESETS[name])
 
-# %% ../nbs/library/00_core.ipynb #1b3c58e3
-def count_weights(
-    preset: Preset,  # sizes to count
-) -> dict[str, int]:  # part -> number of weights
-    "How many weights each backbone of a preset has, without allocating any of them."
-    import torch
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    with torch.device("meta"):
-        parts = dict(
-            transformer=WanTransformer3DModel(**preset.transformer),
-            vae=AutoencoderKLWan(**preset.vae),
-            mllm=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**copy.deepcopy(preset.mllm))),
-        )
-    return {part: sum(p.numel() for p in network.parameters()) for part, network in parts.items()}
-
 # %% ../nbs/library/00_core.ipynb #877d7d66
 def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kiwi-edit"
@@ -418,7 +390,7 @@ def checkout() -> Path | None:
     return top if (top / "nbs").is_dir() and (top / "pyproject.toml").is_file() else None
 
 # %% ../nbs/library/00_core.ipynb #0c8a9b6d
-def read_settings(
+def _read_settings(
     path: str | Path | None = None,  # a settings file; None takes `KIWI_EDIT_SETTINGS`, else the checkout's
     environ: dict | None = None,  # variables that override the file; None takes those of the process
 ) -> Settings:
@@ -436,7 +408,7 @@ def read_settings(
 @functools.cache
 def settings() -> Settings:
     "The settings of this process, read once; `settings.cache_clear()` has them read again."
-    return read_settings()
+    return _read_settings()
 
 # %% ../nbs/library/00_core.ipynb #425457d8
 def choose_device(
@@ -503,19 +475,14 @@ def peak_memory(
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 # %% ../nbs/library/00_core.ipynb #a555e292
-def assets_dir() -> Path:
-    "The folder of what ships with the kit."
-    top = checkout()
-    return top / "assets" if top else _PACKAGE / "assets"
-
-
 def asset(
-    name: str | Path,  # below the folder, such as "samples/clip.mp4"
+    name: str | Path = "",  # below the folder of assets, such as "samples/clip.mp4"; "" is that folder
 ) -> Path:  # of a file or folder that exists
     "Path of one thing that ships with the kit."
-    path = assets_dir() / name
+    folder = (checkout() or _PACKAGE) / "assets"
+    path = folder / name
     if not path.exists():
-        near = path.parent if path.parent.is_dir() else assets_dir()
+        near = path.parent if path.parent.is_dir() else folder
         there = ", ".join(sorted(p.name for p in near.glob("*"))) or "none"
         raise FileNotFoundError(
             f"`asset` has to name something in `{path.parent.name}` but is {str(name)!r}; there are: {there}."

@@ -5,9 +5,7 @@
 # %% ../nbs/library/03_footage.ipynb #f0070004
 from __future__ import annotations
 
-import io
 import logging
-import reprlib
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -15,54 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import torch
 
-from .core import InputTypeError, check_local
+from .core import check_local
 from .records import digest
-from .video import IMAGE_FORMATS, VideoError, as_frames, fit_size, nearest_frame_count, read_image, read_video
-from .video import resize_frames, stream_video, video_info
+from kiwi_edit.video import (
+    as_frames,
+    fit_size,
+    nearest_frame_count,
+    read_video,
+    resize_frames,
+    stream_video,
+    video_info,
+)
 
 # %% auto #0
-__all__ = ['picture_of', 'prepare_frames', 'Footage', 'Memory']
-
-# %% ../nbs/library/03_footage.ipynb #14df2e31
-def _channels_last(array):
-    "A picture or a clip with its channels at the end. Tensors may have them first, and a batch of one is taken out."
-    if array.ndim == 5 and len(array) == 1:
-        array = array[0]
-    if not isinstance(array, torch.Tensor):
-        return array
-    if array.ndim in (3, 4) and array.shape[-1] not in (1, 3, 4) and array.shape[-3] in (1, 3, 4):
-        array = array.movedim(-3, -1)
-    array = array.detach().cpu()
-    return (array.float() if array.is_floating_point() else array).numpy()
-
-
-def picture_of(
-    image,  # path, bytes, file object, PIL image, array or tensor
-    name: str = "reference",  # of the argument
-) -> PIL.Image.Image:  # RGB
-    "One picture from any of its common forms."
-    check_local(image, name)
-    if isinstance(image, (bytes, bytearray)):
-        image = io.BytesIO(image)
-    if isinstance(image, (np.ndarray, torch.Tensor)):
-        image = _channels_last(image)
-        image = image[0] if image.ndim == 4 and len(image) == 1 else image
-    kinds = (str, Path, PIL.Image.Image, np.ndarray)
-    if not hasattr(image, "read") and not isinstance(image, kinds) or isinstance(image, str) and not image:
-        kinds = "a path, bytes, a file, a picture of PIL, an array or a tensor"
-        raise InputTypeError(f"`{name}` has to be an image: {kinds}, but is {reprlib.repr(image)}.")
-    try:
-        return read_image(PIL.Image.open(image, formats=IMAGE_FORMATS) if hasattr(image, "read") else image)
-    except (MemoryError, PermissionError):
-        raise
-    except (VideoError, FileNotFoundError) as error:
-        raise type(error)(str(error).replace("`path`", f"`{name}`").replace("`frames`", f"`{name}`")) from error
-    except Exception as error:  # decoders of images raise what they like
-        rule = f"`{name}` has to be an image ({', '.join(IMAGE_FORMATS)})"
-        raise VideoError(f"{rule} but is none that can be read: {type(error).__name__}.") from error
+__all__ = ['prepare_frames', 'Footage', 'Memory']
 
 # %% ../nbs/library/03_footage.ipynb #06a1b2c1
 def prepare_frames(
@@ -85,7 +51,7 @@ def prepare_frames(
         info = video_info(video)
         own, there = (info.width, info.height), info.frames
     else:
-        frames = _frames_of(video)
+        frames = as_frames(video, "video")
         own, there = frames.shape[2:0:-1], len(frames)
     size = size or fit_size(*own, max_pixels, multiple)
     count = nearest_frame_count(min(there, num_frames))
@@ -100,13 +66,6 @@ def prepare_frames(
             "Editing frames 1 to %d of %d at %dx%d; the source is %s.", len(frames), there, *size, source
         )
     return frames
-
-
-def _frames_of(video):
-    "Frames of a clip in memory, whatever holds them."
-    if isinstance(video, (list, tuple)):
-        video = [f if isinstance(f, np.ndarray) else np.asarray(picture_of(f, "video")) for f in video]
-    return as_frames(_channels_last(video) if isinstance(video, (np.ndarray, torch.Tensor)) else video)
 
 # %% ../nbs/library/03_footage.ipynb #f7c65a03
 @dataclass

@@ -21,7 +21,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from fastcore.basics import patch_to
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from .core import InputError, InputTypeError, Preset, assets_dir, check_instruction, expect
+from .core import InputError, InputTypeError, Preset, asset, check_instruction, expect
 from .core import preset as get_preset
 from kiwi_edit.encoder import (
     KiwiProcessor,
@@ -31,11 +31,11 @@ from kiwi_edit.encoder import (
     sample_frames,
     vision_features,
 )
-from .footage import Footage, Memory, picture_of, prepare_frames
+from .footage import Footage, Memory, prepare_frames
 from .guidance import EditCache, KiwiGuidance, denoise, rounded_sigma, window_caches
 from .latents import decode_latents, encode_frames, stream_frames, stream_latents
 from .records import digest
-from .video import check_frame_count, fit_size
+from .video import check_frame_count, fit_size, read_image
 from .windows import Window, denoise_windows, latent_windows
 
 # %% auto #0
@@ -76,7 +76,7 @@ def _library(name):
 # %% ../nbs/06_pipeline.ipynb #f5dc0098
 def bundled_models() -> list[str]:
     "Names of the models that ship with the kit."
-    return sorted(p.parent.name for p in assets_dir().glob("[!.]*/model_index.json"))
+    return sorted(p.parent.name for p in asset().glob("[!.]*/model_index.json"))
 
 # %% ../nbs/06_pipeline.ipynb #e14a4b40
 def find_checkpoint(
@@ -86,7 +86,7 @@ def find_checkpoint(
 ) -> Path:  # folder with a model_index.json
     "Where a model lies; one on the hub is downloaded, its weights and configs and none of its code."
     if str(name) in bundled_models() and not Path(name).is_dir():
-        return assets_dir() / name
+        return asset(name)
     return _library("hub:fetch")(name, variant, **hub)
 
 # %% ../nbs/06_pipeline.ipynb #aa4659df
@@ -312,7 +312,7 @@ def check_references(self, reference) -> list[PIL.Image.Image]:
     rule = "`reference` has to be None for this model, which was trained on instructions alone,"
     taken = self.guidance.config.takes_reference or not images
     expect(taken, f"{rule} but has {len(images)} image{'s' * (len(images) > 1)}.")
-    return [picture_of(image) for image in images]
+    return [read_image(image, "reference") for image in images]
 
 # %% ../nbs/06_pipeline.ipynb #2a607c9d
 @patch_to(KiwiEditPipeline)

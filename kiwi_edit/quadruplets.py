@@ -5,7 +5,6 @@
 # %% ../nbs/02_quadruplets.ipynb #q1100002
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,10 +13,9 @@ from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image
 
 from .core import InputError
-from .video import IMAGE_FORMATS, as_frames, flatten_image, read_image, read_video, sample_indices, video_info
+from .video import as_frames, read_image, read_video, sample_indices, video_info
 from .world import TASKS
 
 # %% auto #0
@@ -113,10 +111,6 @@ class LoadOptions:
 # %% ../nbs/02_quadruplets.ipynb #3c851f0f
 def _still(data):
     "Reference of any kind as (h, w, 3) uint8."
-    if isinstance(data, np.ndarray):
-        return as_frames(data)[0]
-    if isinstance(data, bytes):
-        return np.array(flatten_image(Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)))
     return np.array(read_image(data))
 
 # %% ../nbs/02_quadruplets.ipynb #3f29e866

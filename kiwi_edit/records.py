@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 # %% auto #0
-__all__ = ['logger', 'digest', 'append_line', 'unique_names', 'read_lines', 'replacing_folder', 'run_rows', 'Workers', 'Value',
-           'Table', 'write_text', 'Outcome', 'png_bytes', 'image_tag', 'page']
+__all__ = ['digest', 'append_line', 'unique_names', 'read_lines', 'replacing_folder', 'run_rows', 'Workers', 'Value', 'Table',
+           'write_text', 'Outcome', 'png_bytes', 'image_tag', 'page']
 
 # %% ../nbs/library/02_records.ipynb #2ec00004
 import numpy as np
@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 
 from .core import InputError
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 # %% ../nbs/library/02_records.ipynb #2ec00007
 @lru_cache(maxsize=65536)
@@ -128,7 +128,7 @@ def read_lines(
         if isinstance(record, dict):
             records.append(record)
         else:
-            logger.warning("%s: left out a line that is torn: %s", path.name, line[:60].decode("utf-8", "replace"))
+            _logger.warning("%s: left out a line that is torn: %s", path.name, line[:60].decode("utf-8", "replace"))
     return records
 
 # %% ../nbs/library/02_records.ipynb #2ec0000d

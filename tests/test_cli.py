@@ -20,7 +20,7 @@ from PIL import Image
 
 import common
 from kiwi_edit.apps import cli
-from kiwi_edit.core import assets_dir
+from kiwi_edit.core import asset
 from kiwi_edit.video import read_video, video_info, write_video
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -1103,7 +1103,7 @@ def test_trackers(monkeypatch):
 
 # accelerate's files
 
-CONFIGS = assets_dir() / "accelerate"
+CONFIGS = asset("accelerate")
 
 
 @pytest.mark.parametrize("name", ["cpu-2", "gpu-1", "ddp", "fsdp2"])
@@ -1184,10 +1184,10 @@ def test_two_processes_train_one_model_and_speak_once(tmp_path, random_model):
 
 
 @pytest.mark.skipif(
-    not (assets_dir() / "kiwi-edit-tiny" / "model_index.json").is_file(), reason="the trained model is not there"
+    not (asset() / "kiwi-edit-tiny" / "model_index.json").is_file(), reason="the trained model is not there"
 )
 def test_the_bundled_model_edits_the_sample(kiwi, tmp_path):
-    samples = assets_dir() / "samples"
+    samples = asset("samples")
     status, out, err = kiwi(
         "edit",
         samples / "clip.mp4",

@@ -9,16 +9,13 @@ from kiwi_edit.core import (
     PRESETS,
     Settings,
     asset,
-    assets_dir,
     InputError,
     InputTypeError,
     check_instruction,
     choose_device,
     choose_dtype,
-    count_weights,
     multiplies_bfloat16,
     preset,
-    read_settings,
     settings,
 )
 
@@ -62,11 +59,6 @@ def test_parts_of_a_preset_agree(name):
 
 
 def test_sizes_of_the_published_models():
-    sizes = count_weights(preset("wan2.2-5b"))
-    assert round(sizes["transformer"] / 1e9, 2) == 5.00 and round(sizes["vae"] / 1e6) == 705
-    assert round(sizes["mllm"] / 1e9, 2) == 3.75
-    sizes = count_weights(preset("wan2.1-14b"))
-    assert round(sizes["transformer"] / 1e9, 2) == 14.29 and round(sizes["vae"] / 1e6) == 127
     assert [PRESETS[n].size_multiple for n in ("tiny", "wan2.2-5b", "wan2.1-14b")] == [8, 32, 16]
 
 
@@ -115,14 +107,14 @@ def test_tokens_follow_from_the_sizes():
 
 def test_defaults_without_a_file(monkeypatch):
     monkeypatch.setattr(core, "checkout", lambda: None)
-    s = read_settings(environ={})
+    s = core._read_settings(environ={})
     assert s == Settings()
     assert s.checkpoint == "kiwi-edit-tiny"
     assert not s.data_dir.is_absolute() and s.cache_dir.is_absolute()
 
 
 def test_the_checkout_file_is_read_and_equals_the_defaults_in_code():
-    s = read_settings(environ={})
+    s = core._read_settings(environ={})
     top = core.checkout()
     assert (s.output_dir, s.data_dir) == (top / "outputs", top / "data")
     assert replace(s, output_dir=Path("outputs"), data_dir=Path("data")) == Settings()
@@ -131,7 +123,7 @@ def test_the_checkout_file_is_read_and_equals_the_defaults_in_code():
 def test_not_searched_for_from_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "settings.ini").write_text("[kiwi-edit]\nseed = 99\n")
     monkeypatch.chdir(tmp_path)
-    assert read_settings(environ={}).seed == 0
+    assert core._read_settings(environ={}).seed == 0
 
 
 def test_file_then_environment(tmp_path, monkeypatch):
@@ -140,7 +132,7 @@ def test_file_then_environment(tmp_path, monkeypatch):
         "[kiwi-edit]\npreset = wan2.1-14b\nseed = 7\ndemo_port = 8000\ndata_dir = ~/clips\noutput_dir = out\ncheckpoint =\n",
     )
     monkeypatch.chdir(tmp_path.parent)
-    s = read_settings(
+    s = core._read_settings(
         environ={
             "KIWI_EDIT_SETTINGS": str(path),
             "KIWI_EDIT_SEED": "8",
@@ -157,7 +149,7 @@ def test_file_then_environment(tmp_path, monkeypatch):
 def test_percent_signs_unicode_and_a_byte_order_mark(tmp_path):
     path = tmp_path / "my.ini"
     path.write_bytes("\ufeff[kiwi-edit]\ncheckpoint = Wägen/50%\n".encode())
-    assert read_settings(path, environ={}).checkpoint == "Wägen/50%"
+    assert core._read_settings(path, environ={}).checkpoint == "Wägen/50%"
 
 
 @pytest.mark.parametrize(
@@ -177,21 +169,21 @@ def test_percent_signs_unicode_and_a_byte_order_mark(tmp_path):
 )
 def test_a_wrong_file_says_what_is_wrong(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
-        read_settings(ini(tmp_path, text), environ={})
+        core._read_settings(ini(tmp_path, text), environ={})
 
 
 def test_a_file_that_is_no_utf_8_is_named(tmp_path):
     path = tmp_path / "my.ini"
     path.write_bytes("[kiwi-edit]\ndata_dir = données\n".encode("latin-1"))
     with pytest.raises(ValueError, match="my.ini` is no settings file"):
-        read_settings(path, environ={})
+        core._read_settings(path, environ={})
 
 
 def test_wrong_environment():
     with pytest.raises(ValueError, match=r"`devise` in the environment \(KIWI_EDIT_DEVISE\) is no setting"):
-        read_settings(environ={"KIWI_EDIT_DEVISE": "cpu"})
+        core._read_settings(environ={"KIWI_EDIT_DEVISE": "cpu"})
     with pytest.raises(FileNotFoundError, match="no-such.ini"):
-        read_settings(environ={"KIWI_EDIT_SETTINGS": "no-such.ini"})
+        core._read_settings(environ={"KIWI_EDIT_SETTINGS": "no-such.ini"})
 
 
 def test_settings_are_read_once(monkeypatch):
@@ -248,7 +240,7 @@ def test_an_instruction_is_text():
 
 
 def test_assets(tmp_path, monkeypatch):
-    assert assets_dir() == core.checkout() / "assets"
+    assert asset() == core.checkout() / "assets"
     package = tmp_path / "site-packages" / "kiwi_edit"
     (package / "assets" / "samples").mkdir(parents=True)
     (package / "assets" / "samples" / "clip.mp4").touch()

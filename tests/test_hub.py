@@ -306,7 +306,7 @@ def test_a_kill_while_saving(pipe, saved, tmp_path, monkeypatch, where):
         pipe.save_pretrained(folder)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    monkeypatch.setattr(kiwi_edit.pipeline, "assets_dir", lambda: tmp_path)
+    monkeypatch.setattr(kiwi_edit.pipeline, "asset", lambda name="": tmp_path / name)
     whole = where == "processor"  # the folder is the old model, or none: never a mixture
     assert bundled_models() == (["model"] if whole else [])
     if whole:

@@ -11,8 +11,8 @@ LIGHT = {  # what is done in one process after the other, and what is not import
     "from kiwi_edit.apps.cli import main; main(['--help'])": "numpy torch transformers diffusers av gradio",
     "import kiwi_edit.data.backends": "torch transformers diffusers openai google.genai",
     "import kiwi_edit.eval.judge": "torch transformers diffusers openai google.genai scipy.stats",
-    "from kiwi_edit.video import *": "torch transformers diffusers matplotlib decord",
-    "from PIL import Image; figure = film_strip(Image.new('RGB', (8, 8)))": "torch transformers diffusers decord",
+    "from kiwi_edit.video import *": "torch transformers diffusers matplotlib",
+    "from PIL import Image; figure = film_strip(Image.new('RGB', (8, 8)))": "torch transformers diffusers",
 }
 DONE = "import matplotlib.figure\nassert isinstance(figure, matplotlib.figure.Figure) and isinstance(figure, Strip)"
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm
 
-from kiwi_edit.core import assets_dir
+from kiwi_edit.core import asset
 from kiwi_edit.latents import (
     decode_latents,
     encode_frames,
@@ -29,7 +29,7 @@ def frames(count, height=48, width=64, seed=0):
 @pytest.fixture(scope="module")
 def vae():
     return (
-        AutoencoderKLWan.from_pretrained(assets_dir() / "kiwi-edit-tiny", subfolder="vae", torch_dtype=torch.float32)
+        AutoencoderKLWan.from_pretrained(asset("kiwi-edit-tiny"), subfolder="vae", torch_dtype=torch.float32)
         .eval()
         .requires_grad_(False)
     )

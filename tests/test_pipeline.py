@@ -14,16 +14,8 @@ from kiwi_edit import pipeline as module
 from kiwi_edit.core import InputError, preset
 from kiwi_edit.encoder import make_tokenizer
 from kiwi_edit.guidance import KiwiGuidance
-from kiwi_edit.pipeline import (
-    Footage,
-    KiwiEditPipeline,
-    decode_latents,
-    encode_frames,
-    fit_reference,
-    flow_sigmas,
-    picture_of,
-)
-from kiwi_edit.video import as_frames, read_video, write_video
+from kiwi_edit.pipeline import Footage, KiwiEditPipeline, decode_latents, encode_frames, fit_reference, flow_sigmas
+from kiwi_edit.video import as_frames, read_image, read_video, write_video
 from kiwi_edit.weights import checkpoints
 
 PROMPT = "Replace the red fox with the object in the reference."
@@ -381,7 +373,7 @@ def test_forms_of_references_and_clips(pipe, tmp_path):
         [data],
     ):
         assert torch.equal(edit(pipe, reference=one, num_inference_steps=1), base)
-    assert np.array_equal(picture_of((first / 255).bfloat16()).size, image.size)
+    assert np.array_equal(read_image((first / 255).bfloat16()).size, image.size)
     tensor = torch.from_numpy(frames)
     names = [tmp_path / f"{i}.png" for i in range(5)]
     for frame, name in zip(frames, names):
@@ -614,7 +606,7 @@ def test_half_precision_on_disk(pipe, tmp_path):
 
 def test_bundled_names_and_foreign_layouts(pipe, tmp_path, monkeypatch):
     pipe.save_pretrained(tmp_path / "some-model")
-    monkeypatch.setattr(module, "assets_dir", lambda: tmp_path)
+    monkeypatch.setattr(module, "asset", lambda name="": tmp_path / name)
     assert module.bundled_models() == ["some-model"] and module.find_checkpoint("some-model") == tmp_path / "some-model"
     with pytest.raises(FileNotFoundError, match="is 'kiwi'; known are: some-model, .*diffusers") as error:
         KiwiEditPipeline.from_pretrained("kiwi")

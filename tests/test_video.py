@@ -13,21 +13,13 @@ from safetensors.numpy import load_file
 
 import common
 from kiwi_edit import video
+from kiwi_edit.core import InputError
 from kiwi_edit.video import *
-from kiwi_edit.video import _RESIZES, _decord
+from kiwi_edit.video import _FORMATS, _RESIZES, _flatten
 
 GOLDEN = Path(os.environ.get("KIWI_EDIT_GOLDEN", Path(__file__).parent / "golden")) / "wan22/cases"
 TABLE = json.loads((GOLDEN / "resize.json").read_text())
 PIXELS = load_file(GOLDEN / "resize.safetensors")
-READERS = ["pyav"] + (["decord"] if _decord() else [])
-
-
-def read_by(decoder, path, **options):
-    "A clip as it is read with and without decord."
-    with pytest.MonkeyPatch.context() as patch:
-        if decoder == "pyav":
-            patch.setattr(video, "_decord", lambda: None)
-        return read_video(path, **options)
 
 
 def gradient(count=12, height=48, width=64):
@@ -38,14 +30,11 @@ def gradient(count=12, height=48, width=64):
     ).astype(np.uint8)
 
 
-def encode(
-    path, frames, fps=10, codec="libx264", pixels="yuv420p", fmt=None, sound=0.0, tags={}, context={}, **options
-):
+def encode(path, frames, fps=10, codec="libx264", pixels="yuv420p", fmt=None, sound=0.0, context={}, **options):
     "A video file made without the module under test; `sound` is the length of a tone that starts after half of it."
     with av.open(str(path), "w", format=fmt) as out:
         stream = out.add_stream(codec, rate=Fraction(fps), options={k: str(v) for k, v in options.items()})
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pixels
-        stream.metadata.update(tags)
         for name, value in context.items():
             setattr(stream.codec_context, name, value)
         tone = out.add_stream("aac", rate=48000, layout="mono") if sound else None
@@ -206,14 +195,14 @@ def test_a_gray_clip_three_pixels_wide():
         ([], "at least one frame"),
         (np.zeros((0, 4, 4, 3), np.uint8), "no empty axis"),
         (np.zeros((2, 4, 4, 4), np.uint8), r"\(2, 4, 4, 4\)"),
-        (np.full((1, 4, 4, 3), 7.0), r"span \[7, 7\]"),
+        (np.full((1, 4, 4, 3), 7.0), r"spans \[7, 7\]"),
         (np.full((1, 4, 4, 3), np.nan), "nan"),
         (np.zeros((1, 4, 4, 3), np.int64), "int64"),
-        ([np.zeros((4, 4, 3), np.uint8), np.zeros((4, 5, 3), np.uint8)], "share one shape"),
+        ([np.zeros((4, 4, 3), np.uint8), np.zeros((4, 5, 3), np.uint8)], "of one shape"),
     ],
 )
 def test_as_frames_errors(bad, words):
-    with pytest.raises(VideoError, match=words):
+    with pytest.raises(InputError, match=words):
         as_frames(bad)
 
 
@@ -226,7 +215,7 @@ def test_clip_slices_know_their_seconds():
     assert np.array_equal(np.asarray(clip[-1]), clip.frames[-1])
     with pytest.raises(IndexError):
         clip[5:5]
-    with pytest.raises(VideoError, match="`fps`"):
+    with pytest.raises(InputError, match="`fps`"):
         Clip(gradient(1), fps=0)
 
 
@@ -274,14 +263,14 @@ def test_sixteen_bits_that_are_dark_stay_dark(tmp_path, level):
 @pytest.mark.parametrize("width", [4, 10])
 def test_read_image_arrays(width):
     rgba = np.random.default_rng(0).integers(0, 256, (6, width, 4), dtype=np.uint8)
-    expected = np.asarray(flatten_image(Image.fromarray(rgba)))
+    expected = np.asarray(_flatten(Image.fromarray(rgba)))
     for form in (rgba, rgba / 255, (rgba / 255).astype(np.float32), np.asfortranarray(rgba)):
         assert np.array_equal(np.asarray(read_image(form)), expected)
     gray = np.repeat(rgba[..., :1], 3, -1)
     for form in (rgba[..., 0], rgba[..., :1], gray, gray / 255):
         assert np.array_equal(np.asarray(read_image(form)), gray)
     for form in (rgba, rgba[None], [rgba, rgba]):
-        with pytest.raises(VideoError, match="without transparency, which `read_image` lays on white, but are .*4\\)"):
+        with pytest.raises(InputError, match="without transparency, which `read_image` lays on white, but is .*4\\)"):
             as_frames(form)
 
 
@@ -292,7 +281,7 @@ def test_read_image_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         read_image(tmp_path / "none.png")
     for bad, words in (("text.png", "is none"), ("cut.png", "complete image"), ("", "is a folder")):
-        with pytest.raises(VideoError, match=words) as error:
+        with pytest.raises(InputError, match=words) as error:
             read_image(tmp_path / bad)
         assert "\n" not in str(error.value)
 
@@ -300,41 +289,22 @@ def test_read_image_errors(tmp_path):
 def test_huge_image_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     Image.fromarray(gradient(1)[0]).save(tmp_path / "bomb.png")
-    with pytest.raises(VideoError, match="`path`"):
+    with pytest.raises(InputError, match="`path`"):
         read_image(tmp_path / "bomb.png")
 
 
 # reading
 
 
-@pytest.mark.parametrize("decoder", READERS)
-def test_read_all_and_some(plain, decoder):
-    clip = read_by(decoder, plain)
+def test_read_all_and_some(plain):
+    clip = read_video(plain)
     assert clip.frames.shape == (12, 48, 64, 3) and clip.fps == 10 and clip.path == plain
     assert np.abs(clip.frames.astype(int) - gradient()).mean() < 4
-    part = read_by(decoder, plain, indices=[2, 6, 10])
+    part = read_video(plain, indices=[2, 6, 10])
     assert np.array_equal(part.frames, clip.frames[[2, 6, 10]]) and part.fps == pytest.approx(2.5)
     assert part.start == pytest.approx(0.2)
-    assert np.array_equal(read_by(decoder, plain, indices=[0, 11]).frames, clip.frames[[0, 11]])
-    assert np.array_equal(read_by(decoder, plain, size=(32, 32)).frames, resize_frames(clip.frames, 32, 32))
-
-
-@pytest.mark.skipif(len(READERS) < 2, reason="decord is not installed")
-def test_decoders_agree(plain):
-    assert np.array_equal(read_by("decord", plain).frames, read_by("pyav", plain).frames)
-
-
-@pytest.mark.parametrize("decoder", READERS)
-@pytest.mark.parametrize("degrees,turns", [(90, 3), (180, 2), (270, 1)])
-def test_rotation_metadata(folder, plain, decoder, degrees, turns):
-    path = folder / f"turned{degrees}.mp4"
-    path.write_bytes(plain.read_bytes())
-    turn(path, degrees)
-    expected = np.rot90(read_video(plain).frames, turns, axes=(1, 2))
-    info, clip = video_info(path), read_by(decoder, path)
-    assert (info.width, info.height) == (clip.width, clip.height) == (expected.shape[2], expected.shape[1])
-    assert np.array_equal(clip.frames, expected)
-    assert info.rotation == turns * 90 and info.decoder == ("decord" if "decord" in READERS else "pyav")
+    assert np.array_equal(read_video(plain, indices=[0, 11]).frames, clip.frames[[0, 11]])
+    assert np.array_equal(read_video(plain, size=(32, 32)).frames, resize_frames(clip.frames, 32, 32))
 
 
 def shown(clip):
@@ -356,7 +326,7 @@ def test_any_index_is_the_right_frame(folder, name, options):
     frames[..., 2] = (np.arange(60) * 4)[:, None, None]
     frames[..., :2] = 128  # a gray level a frame, and nothing else: an index that is off by one shows
     path = encode(folder / name, frames, crf=4, **options)
-    everything = read_by("pyav", path)
+    everything = read_video(path)
     assert len(everything) == 60 and np.abs(np.diff(shown(everything)) - 4).max() <= 2
     for chosen in ([0], [7, 8, 9], [31, 59], [3, 17, 40, 41, 58]):
         assert np.array_equal(read_video(path, indices=chosen).frames, everything.frames[chosen]), (name, chosen)
@@ -374,7 +344,7 @@ def test_seeking_decodes_little(folder, monkeypatch):
             yield frame
 
     monkeypatch.setattr(video, "_decode", counted)
-    assert np.array_equal(read_by("pyav", path, indices=[5, 95]).frames.shape, (2, 48, 64, 3))
+    assert np.array_equal(read_video(path, indices=[5, 95]).frames.shape, (2, 48, 64, 3))
     assert len(decoded) < 30
 
 
@@ -396,8 +366,6 @@ def test_formats(folder, codec, pixels, suffix):
     path = encode(folder / f"{codec}-{pixels}.{suffix}", gradient(), codec=codec, pixels=pixels)
     info, clip = video_info(path), read_video(path)
     assert clip.frames.shape == (12, 48, 64, 3) and info.frames == 12 and clip.fps == pytest.approx(10, rel=0.02)
-    if "10le" in pixels:
-        assert info.decoder == "pyav"
     expected = gradient() if pixels != "gray" else np.repeat((gradient() @ [0.299, 0.587, 0.114])[..., None], 3, -1)
     assert np.abs(clip.frames.astype(int) - expected).mean() < 8
 
@@ -422,7 +390,7 @@ def test_truncated(folder):
         read_video(folder / "cut.mp4", indices=[0, 19])
     late = encode(folder / "late.mp4", frames)  # the index comes last and is lost
     late.write_bytes(late.read_bytes()[:3000])
-    with pytest.raises(VideoError, match="late.mp4"):
+    with pytest.raises(InputError, match="late.mp4"):
         read_video(late)
 
 
@@ -450,12 +418,12 @@ def test_gif_and_folder(tmp_path):
     (tmp_path / "shots/notes.txt").write_text("not an image")
     assert np.array_equal(read_video(tmp_path / "shots").frames, frames)  # 2 comes before 10
     Image.fromarray(frames[0, :, :32]).save(tmp_path / "shots/shot99.png")
-    with pytest.raises(VideoError, match="one size .* 64x48 and, at frame 12, 32x48"):
+    with pytest.raises(InputError, match="one size .* 64x48 and, at frame 12, 32x48"):
         read_video(tmp_path / "shots")
     assert read_video(tmp_path / "shots", size=(32, 48)).frames.shape == (13, 48, 32, 3)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in ("gif", "png", "webp", "avif") if kind.upper() in IMAGE_FORMATS])
+@pytest.mark.parametrize("kind", [kind for kind in ("gif", "png", "webp", "avif") if kind.upper() in _FORMATS])
 def test_rate_of_animations(tmp_path, kind):
     images = [Image.fromarray(f) for f in gradient(6)]
     images[0].save(tmp_path / f"a.{kind}", save_all=True, append_images=images[1:], duration=40)
@@ -470,7 +438,6 @@ def test_names_that_look_like_addresses(tmp_path, monkeypatch):
     for name in ("take2:final.mp4", "take:3/a.mp4"):
         write_video(name, gradient(5), 10)
         assert len(read_video(name)) == video_info(name).frames == 5
-        assert [len(read_by(decoder, name)) for decoder in READERS] == [5] * len(READERS)
 
 
 def test_bad_files(tmp_path, capfd):
@@ -481,12 +448,12 @@ def test_bad_files(tmp_path, capfd):
     (tmp_path / "nothing").mkdir()
     for name in ("text.mp4", "text.txt", "list.mp4", "empty.mp4", "nothing"):
         for call in (read_video, video_info):
-            with pytest.raises(VideoError, match=name.replace(".", r"\.")) as error:
+            with pytest.raises(InputError, match=name.replace(".", r"\.")) as error:
                 call(tmp_path / name)
             assert "\n" not in str(error.value) and "`path`" in str(error.value)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         read_video(tmp_path / "none.mp4")
-    assert capfd.readouterr().err == ""  # neither decoder chatters
+    assert capfd.readouterr().err == ""  # the decoder says nothing
 
 
 def test_sound_without_pictures(tmp_path):
@@ -497,7 +464,7 @@ def test_sound_without_pictures(tmp_path):
             if packet.dts is not None:
                 packet.stream = stream
                 out.mux(packet)
-    with pytest.raises(VideoError, match="no video stream"):
+    with pytest.raises(InputError, match="no video stream"):
         read_video(tmp_path / "sound.mp4")
 
 
@@ -510,7 +477,6 @@ def test_sound_without_pictures(tmp_path):
         (dict(indices=[12]), "at most 11"),
         (dict(size=(8, 8), mode="tile"), "`mode`"),
         (dict(size=(0, 8)), "`width` and `height`"),
-        (dict(fast=True), "`size` has to be given"),
     ],
 )
 def test_argument_errors(plain, options, words):
@@ -520,7 +486,7 @@ def test_argument_errors(plain, options, words):
 
 def test_memory_is_bounded(plain, monkeypatch):
     monkeypatch.setattr(video, "_MAX_CLIP_BYTES", 64 * 48 * 3 * 6)
-    with pytest.raises(VideoError, match="12 frames of 64x48"):
+    with pytest.raises(InputError, match="12 frames of 64x48"):
         read_video(plain)
     assert len(read_video(plain, num_frames=6)) == 6 and len(read_video(plain, size=(16, 16))) == 12
 
@@ -580,15 +546,11 @@ def frames_of(path):
     "All frames, after a look whether every way of reading gives them."
     frames, info = read_video(path).frames, video_info(path)
     assert frames.shape[:3] == (info.frames, info.height, info.width)
-    for decoder in READERS:
-        assert np.array_equal(read_by(decoder, path).frames, frames), decoder
     assert np.array_equal(np.concatenate([part.frames for part in pieces(path, chunk=5)]), frames)
     some = sorted({len(frames) // 2, len(frames) - 1})
     assert np.array_equal(read_video(path, indices=some).frames, frames[some])
-    exact, fast = (
-        read_video(path, size=(32, 24), mode="stretch", fast=fast).frames.astype(int) for fast in (False, True)
-    )
-    assert np.array_equal(exact, resize_frames(frames, 32, 24, "stretch")) and np.abs(fast - exact).mean() < 6
+    small = read_video(path, size=(32, 24), mode="stretch").frames
+    assert np.array_equal(small, resize_frames(frames, 32, 24, "stretch"))
     return frames
 
 
@@ -700,7 +662,7 @@ def test_pictures_come_when_their_stamps_say(folder, suffix, gaps):
     assert fps <= 60 and len(frames) / fps >= times[-1]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in ("gif", "png", "webp", "avif") if kind.upper() in IMAGE_FORMATS])
+@pytest.mark.parametrize("kind", [kind for kind in ("gif", "png", "webp", "avif") if kind.upper() in _FORMATS])
 def test_delays_of_animations(tmp_path, kind):
     images = [Image.fromarray(np.full((16, 16, 3), shade, np.uint8)) for shade in (20, 120, 220)]
     images[0].save(tmp_path / f"a.{kind}", save_all=True, append_images=images[1:], duration=[100, 500, 200])
@@ -723,18 +685,12 @@ def test_a_picture_that_is_held_keeps_its_time(tmp_path, delays, seconds):
     assert shown == pytest.approx([delay / 1000 for delay in delays], abs=0.11)
 
 
-def test_a_tag_of_transparency_on_another_codec_is_passed_over(folder):
-    frames = np.full((3, 48, 64, 3), 90, np.uint8)
-    path = encode(folder / "tagged.mkv", frames, tags=dict(alpha_mode="1"))
-    assert read_video(path).frames.shape == (3, 48, 64, 3)
-
-
 @pytest.mark.parametrize("brand", [b"heic", b"mif2", b"miaf", b"hevm"])
 def test_photos_in_the_container_of_films_are_refused(tmp_path, brand):
     data = bytearray((CASES / "grid.heic").read_bytes())
     data[8:12] = brand
     (tmp_path / "a.heic").write_bytes(data)
-    with pytest.raises(VideoError, match="HEIF"):
+    with pytest.raises(InputError, match="HEIF"):
         read_video(tmp_path / "a.heic")
 
 
@@ -786,36 +742,27 @@ def test_colours_that_nobody_converts_are_refused(folder):
             picture.colorspace = 8
             out.mux(stream.encode(picture))
         out.mux(stream.encode(None))
-    with pytest.raises(VideoError, match="matrix 8"):
+    with pytest.raises(InputError, match="matrix 8"):
         read_video(path)
 
 
 @pytest.mark.parametrize(
     "codec,pixels,suffix",
-    [
-        ("libvpx-vp9", "yuva420p", "webm"),
-        ("libvpx", "yuva420p", "webm"),
-        ("prores_ks", "yuva444p10le", "mov"),
-        ("png", "rgba", "mov"),
-        ("qtrle", "argb", "mov"),
-        ("ffv1", "bgra", "mkv"),
-    ],
+    [("prores_ks", "yuva444p10le", "mov"), ("png", "rgba", "mov"), ("qtrle", "argb", "mov"), ("ffv1", "bgra", "mkv")],
 )
 def test_transparent_clips_lie_on_white(folder, codec, pixels, suffix):
     if codec not in av.codecs_available:
         pytest.skip(f"{codec} is not in this build of FFmpeg")
     clear = np.concatenate([four_corners(), np.full((6, 96, 128, 1), 255, np.uint8)], axis=-1)
     clear[:, :48, 64:, 3], clear[:, 48:, 64:, 3] = 0, 128
-    tags, options = {"alpha_mode": "1"} if suffix == "webm" else {}, {"auto-alt-ref": 0} if "vpx" in codec else {}
-    path = encode(folder / f"clear.{suffix}", clear, 10, codec, pixels, tags=tags, **options)
+    path = encode(folder / f"clear.{suffix}", clear, 10, codec, pixels)
     frames = frames_of(path)
     assert (frames[:, 4:40, 72:] > 250).all() and frames[3, 60, 80].tolist() == pytest.approx([191] * 3, abs=8)
     assert colour(frames[3, 8, 8]) == "red"
 
 
-@pytest.mark.parametrize("name", ["alpha_vp9.webm", "alpha_prores.mov"])
-def test_a_transparent_half_is_white(name):
-    frames = frames_of(CASES / name)
+def test_a_transparent_half_is_white():
+    frames = frames_of(CASES / "alpha_prores.mov")
     assert (frames[:, :, 68:] > 250).all() and (frames[:, 40:56, :60] < 250).any()
 
 
@@ -846,7 +793,7 @@ def test_another_size_in_the_middle_is_fitted_to_the_first(folder):
 
 def test_photos_in_a_film_container_are_refused():
     for call in (video_info, read_video, read_image):
-        with pytest.raises(VideoError, match="has to be .*image.*grid.heic"):
+        with pytest.raises(InputError, match="has to be .*image.*grid.heic"):
             call(CASES / "grid.heic")
 
 
@@ -855,7 +802,7 @@ def test_of_exif_only_the_orientation_counts(name):
     image, info = read_image(CASES / name), video_info(CASES / name)
     assert image.size == (info.width, info.height) == (96, 128) and corners(np.asarray(image)).startswith("blue")
     assert np.array_equal(read_video(CASES / name).frames[0], np.asarray(image))
-    assert flatten_image(image) is image  # it is turned once
+    assert _flatten(image) is image  # it is turned once
 
 
 def test_any_exif_can_be_read(tmp_path):
@@ -940,7 +887,7 @@ def test_names_that_are_no_unicode(tmp_path):
     folder = tmp_path / os.fsdecode(b"\xe9t\xe9")
     folder.mkdir()
     path = write_video(folder / os.fsdecode(b"caf\xe9.mp4"), gradient(5), 10)
-    assert video_info(path).frames == 5 and [len(read_by(decoder, path)) for decoder in READERS] == [5] * len(READERS)
+    assert video_info(path).frames == 5
     assert len(read_video(path)) == sum(map(len, stream_video(path))) == 5
     assert len(read_video(write_video(folder / os.fsdecode(b"\xe8.gif"), gradient(3), 10))) == 3
 
@@ -1045,9 +992,9 @@ def test_read_only_folder(tmp_path):
 @pytest.mark.parametrize("name", ["a.mp4", "a.gif", "strip.png"])
 def test_full_disk(tmp_path, name):
     noise = np.random.default_rng(0).integers(0, 255, (20, 128, 128, 3), dtype=np.uint8)
-    with pytest.raises(VideoError, match=f"{name}.*File too large"), common.full_disk(50_000):
-        save_film_strip(tmp_path / name, noise, height=4) if name == "strip.png" else write_video(
-            tmp_path / name, noise, 8
+    with pytest.raises(InputError, match=f"{name}.*File too large"), common.full_disk(50_000):
+        film_strip(noise, height=4).save(tmp_path / name) if name == "strip.png" else write_video(
+            tmp_path / name, noise
         )
     assert not list(tmp_path.iterdir())
 
@@ -1104,7 +1051,7 @@ def test_number_of_threads_changes_no_pixel(texture, monkeypatch):
     some = {}
     for cores in (0, 1, 2, 5):
         monkeypatch.setattr(video, "_cores", lambda: cores)
-        some[cores] = read_by("pyav", texture, size=(48, 48)).frames
+        some[cores] = read_video(texture, size=(48, 48)).frames
     assert all(np.array_equal(frames, some[0]) for frames in some.values())
 
 
@@ -1115,7 +1062,7 @@ def test_pictures_that_are_skipped_are_not_missed(folder, options, monkeypatch):
     noise = np.random.default_rng(3).integers(0, 255, (8, 6, 8, 3), dtype=np.uint8)
     frames = np.stack([np.asarray(Image.fromarray(noise[t % 8]).resize((128, 96), Image.BICUBIC)) for t in range(40)])
     path = encode(folder / f"skip{len(options)}{options.get('bf')}.mp4", frames, **options)
-    everything, decoded, original = read_by("pyav", path).frames, [], video._decode
+    everything, decoded, original = read_video(path).frames, [], video._decode
 
     def counted(*args):
         for frame in original(*args):
@@ -1124,40 +1071,9 @@ def test_pictures_that_are_skipped_are_not_missed(folder, options, monkeypatch):
 
     monkeypatch.setattr(video, "_decode", counted)
     for chosen in (range(0, 40, 2), range(3, 40, 5), [1, 2, 3, 20, 22, 39]):
-        assert np.array_equal(read_by("pyav", path, indices=chosen).frames, everything[list(chosen)])
+        assert np.array_equal(read_video(path, indices=chosen).frames, everything[list(chosen)])
     if options.get("bf") == 3:
         assert 50 < len(decoded) < 100  # of the 117 up to the last one wanted
-
-
-@pytest.mark.parametrize("mode", _RESIZES)
-def test_fast_is_near(texture, folder, mode):
-    for size in ((80, 48), (48, 80), (131, 100)):
-        exact, fast = (read_video(texture, size=size, mode=mode, fast=f).frames.astype(float) for f in (False, True))
-        # one pixel aside it is below 20
-        assert fast.shape == exact.shape and 10 * np.log10(255**2 / ((exact - fast) ** 2).mean()) > 40
-    for degrees in (90, 180, 270):
-        path = folder / f"texture{degrees}.mp4"
-        path.write_bytes(texture.read_bytes())
-        exact, fast = (
-            read_video(turn(path, degrees) if not f else path, size=(64, 96), mode=mode, fast=f).frames.astype(float)
-            for f in (False, True)
-        )
-        assert 10 * np.log10(255**2 / ((exact - fast) ** 2).mean()) > 40, degrees
-
-
-def test_fast_speaks_every_format(folder):
-    for name, pixels in (("gray", "gray"), ("rgb", "yuv444p"), ("full", "yuvj420p")):
-        path = encode(folder / f"fast-{name}.mp4", gradient(), pixels=pixels)
-        assert (
-            np.abs(
-                read_video(path, size=(40, 30), fast=True).frames.astype(int) - read_video(path, size=(40, 30)).frames
-            ).mean()
-            < 2
-        )
-    Image.fromarray(gradient(1)[0]).save(folder / "still.png")  # images are resized by Pillow anyway
-    assert np.array_equal(
-        read_video(folder / "still.png", size=(16, 16), fast=True).frames, resize_frames(gradient(1), 16, 16)
-    )
 
 
 # streams
@@ -1240,12 +1156,12 @@ def test_stream_errors(tmp_path, texture, monkeypatch, caplog):
         Image.fromarray(frame[:, :32] if i == 6 else frame).save(tmp_path / f"shots/{i}.png")
     stream = pieces(tmp_path / "shots", chunk=3)
     assert len(next(stream)) == len(next(stream)) == 3
-    with pytest.raises(VideoError, match="one size .* 64x48 and, at frame 6, 32x48"):
+    with pytest.raises(InputError, match="one size .* 64x48 and, at frame 6, 32x48"):
         next(stream)
     (tmp_path / "shots/4.png").write_bytes((tmp_path / "shots/4.png").read_bytes()[:60])
     stream = pieces(tmp_path / "shots", size=(16, 16), chunk=2)
     assert len(next(stream)) == len(next(stream)) == 2
-    with pytest.raises(VideoError, match="4.png"):
+    with pytest.raises(InputError, match="4.png"):
         next(stream)
     assert not threads()
 
@@ -1312,15 +1228,15 @@ def test_broken_pieces_leave_nothing(tmp_path, suffix):
     for error, kind, words in (
         (RuntimeError("no more"), RuntimeError, "no more"),
         (KeyboardInterrupt("stop"), KeyboardInterrupt, "stop"),
-        (None, VideoError, "one size but are 64x48, then 32x32"),
-        (FileNotFoundError("a.png is gone"), VideoError, "FileNotFoundError: a.png is gone"),
+        (None, InputError, "one size but are 64x48, then 32x32"),
+        (FileNotFoundError("a.png is gone"), InputError, "FileNotFoundError: a.png is gone"),
     ):
         with pytest.raises(kind, match=words):
             write_video(path, broken(error), 10, overwrite=True)
         assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(path.name, "the old one")]
-    with pytest.raises(VideoError, match="at least one frame but is empty"):
+    with pytest.raises(InputError, match="at least one frame but is empty"):
         write_video(path, iter([]), 10, overwrite=True)
-    with pytest.raises(VideoError, match="at least one frame but is empty"):
+    with pytest.raises(InputError, match="at least one frame but is empty"):
         write_video(path, iter([]), overwrite=True)
     untouched = iter([gradient(1)])
     with pytest.raises(FileExistsError):
@@ -1353,13 +1269,13 @@ def test_film_strip(tmp_path):
     figure = film_strip(rows, max_columns=4, title="three rows")
     assert len(figure.axes) == 4 + 4 + 1 and [t.get_text() for t in figure.texts][:3] == list(rows)
     assert figure._repr_png_()[:4] == b"\x89PNG"
-    path = save_film_strip(tmp_path / "strip.png", rows, max_columns=3)
+    path = film_strip(rows, max_columns=3).save(tmp_path / "strip.png")
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB")).astype(int)
     assert (pixels.max(axis=-1) - pixels.min(axis=-1)).max() > 100  # colour arrived
-    save_film_strip(path, gradient(1))
+    film_strip(gradient(1)).save(path)
     with pytest.raises(FileExistsError):
-        save_film_strip(path, gradient(1), overwrite=False)
+        film_strip(gradient(1)).save(path, overwrite=False)
     with pytest.raises(ValueError, match="`rows`"):
         film_strip({})
 

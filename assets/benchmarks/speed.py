@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 from kiwi_edit import footage, guidance, latents, pipeline
 from kiwi_edit.eval.benchmark import describe_hardware, run_benchmark
 from kiwi_edit.core import InputError, Preset, asset, choose_device, multiplies_bfloat16, preset
-from kiwi_edit.apps.approximations import approximately, magnitude_ratios
+from kiwi_edit.apps.approximations import approximately
 from kiwi_edit.guidance import find_wan
 from kiwi_edit.footage import Memory
 from kiwi_edit.pipeline import KiwiEditPipeline
@@ -423,9 +423,6 @@ TRIED = (  # approximations and their options, at twenty steps
     {"first-block cache": dict(threshold=0.2)},
     {"spectral cache": {}},
     {"taylor series": {}},
-    {"magnitude cache": {}},
-    {"attention broadcast": {}},
-    {"faster cache": {}},
     {"fewer steps": dict(steps=10)},
     {"fewer steps": dict(steps=7)},
     {"fewer steps": dict(steps=10), "first-block cache": dict(threshold=0.2)},
@@ -446,12 +443,7 @@ QUICK = (
 
 def _title(chosen):
     return " + ".join(
-        name
-        + (
-            f" ({', '.join(f'{k} {v}' for k, v in options.items() if k != 'ratios')})"
-            if set(options) - {"ratios"}
-            else ""
-        )
+        name + (f" ({', '.join(f'{k} {v}' for k, v in options.items())})" if options else "")
         for name, options in chosen.items()
     )
 
@@ -490,10 +482,6 @@ def configurations(
             left_out[_title(chosen)] = reason
             continue
         chosen, title = {name: dict(options) for name, options in chosen.items()}, _title(chosen)
-        if "magnitude cache" in chosen:
-            chosen["magnitude cache"]["ratios"] = magnitude_ratios(
-                subject.pipe, lambda: subject.edit(many, output_type="latent")
-            )
         if "tiled autoencoder" in chosen:
             unit = subject.pipe.vae.config.scale_factor_spatial
             chosen["tiled autoencoder"]["tile"] = math.isqrt(subject.pipe.config.max_pixels) * 3 // 4 // unit * unit
@@ -542,13 +530,7 @@ def measure_model(
                     )
                 result = result["latents"].float().cpu()
                 forget(way)
-                few = (
-                    None
-                    if compiled
-                    else allocated_by(lambda: subject.edit(steps and 1), str(device))
-                    if "magnitude cache" not in way.name
-                    else None
-                )
+                few = None if compiled else allocated_by(lambda: subject.edit(steps and 1), str(device))
                 row = dict(
                     name=way.name,
                     kind=way.kind,
@@ -721,7 +703,7 @@ def reading_rates(
     frames: int = 96,  # of a clip of 1280x720 pixels
     sizes: tuple = ((80, 48), (832, 480)),  # (width, height) to which they are shrunk
     runs: int = 3,  # whose medians count
-) -> list[dict]:  # "size", "loop", "exact", "fast" in frames a second
+) -> list[dict]:  # "size", "loop", "exact" in frames a second
     "Frames a second of decoding and resizing: imageio's loop frame by frame, and `read_video`."
     import imageio.v3 as imageio
 
@@ -746,11 +728,7 @@ def reading_rates(
                 for frame in imageio.imiter(path, plugin="pyav"):
                     resize_frames(frame, *size, mode="inference")
 
-            ways = dict(
-                loop=loop,
-                exact=lambda: read_video(path, size=size, mode="inference"),
-                fast=lambda: read_video(path, size=size, mode="inference", fast=True),
-            )
+            ways = dict(loop=loop, exact=lambda: read_video(path, size=size, mode="inference"))
             seconds = {name: [] for name in ways}
             for _ in range(runs + 1):
                 for name, run in ways.items():
@@ -897,7 +875,7 @@ class SpeedReport:
             ]
         for row in self.reading:
             lines += [
-                f"**Reading** 720p to {row['size'][0]}x{row['size'][1]}: {row['loop']:.0f} frames a second in a loop, {row['exact']:.0f} by threads ({row['exact'] / row['loop']:.1f} times), {row['fast']:.0f} with FFmpeg's filter ({row['fast'] / row['loop']:.1f} times).",
+                f"**Reading** 720p to {row['size'][0]}x{row['size'][1]}: {row['loop']:.0f} frames a second in a loop, {row['exact']:.0f} by threads ({row['exact'] / row['loop']:.1f} times).",
                 "",
             ]
         if self.start:

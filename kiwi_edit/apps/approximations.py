@@ -14,17 +14,13 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from diffusers import (
     ContextParallelConfig,
-    FasterCacheConfig,
     FirstBlockCacheConfig,
-    MagCacheConfig,
-    PyramidAttentionBroadcastConfig,
     SeaCacheConfig,
     TaylorSeerCacheConfig,
     UniPCMultistepScheduler,
@@ -33,11 +29,11 @@ from diffusers.hooks.context_parallel import apply_context_parallel
 from diffusers.models._modeling_parallel import ContextParallelOutput, ParallelConfig
 from torch import distributed
 
-from ..core import MissingPackage, expect, multiplies_bfloat16
-from ..guidance import KiwiAttnProcessor, attend, find_wan, hooked
+from ..core import expect, multiplies_bfloat16, require
+from ..guidance import KiwiAttnProcessor, attend, find_wan
 
 # %% auto #0
-__all__ = ['APPROXIMATIONS', 'check_approximations', 'approximately', 'magnitude_ratios', 'FlowUniPC', 'parallelise']
+__all__ = ['APPROXIMATIONS', 'check_approximations', 'approximately', 'parallelise']
 
 # %% ../../nbs/library/50_approximations.ipynb #04021a01
 _logger = logging.getLogger(__name__)
@@ -121,24 +117,12 @@ def approximately(
         return undo.pop_all()
 
 # %% ../../nbs/library/50_approximations.ipynb #04587ee2
-def _cache(pipe, config, check=None):
-    "Enable a cache of diffusers; `check` sees the name and the facts of every call."
+def _cache(pipe, config):
+    "Enable a cache of diffusers."
     wan = find_wan(pipe.transformer)
     before = f"a {type(wan._cache_config).__name__} is enabled already"
     expect(not wan.is_cache_enabled, f"`chosen` has to hold one step cache at most but {before}.")
     wan.enable_cache(config)
-    if check:
-        context = wan.cache_context
-
-        def checked(name, **facts):
-            check(name, facts)
-            return context(name, **facts)
-
-        wan.cache_context = checked
-
-
-def _one_window(name, facts):
-    expect(name == "edit", "`chosen` has to be another cache for a clip in windows: this one cannot tell them apart.")
 
 
 @_approximation(
@@ -168,72 +152,8 @@ def _taylor(pipe, every: int = 2, first: int = 2, order: int = 1):
     lite = dict(taylor_factors_dtype=torch.float32, use_lite_mode=True)
     _cache(pipe, TaylorSeerCacheConfig(every, first, max_order=order, **lite))
 
-# %% ../../nbs/library/50_approximations.ipynb #0e786f92
-@_approximation(
-    "attention broadcast",
-    "results of attention are used again at every other step (Pyramid Attention Broadcast)",
-    "attention that outweighs the rest: many tokens",
-)
-def _broadcast(pipe, every: int = 2, timesteps: tuple[float, float] = (100, 900)):
-    config = PyramidAttentionBroadcastConfig(
-        spatial_attention_block_skip_range=every,
-        cross_attention_block_skip_range=every,
-        spatial_attention_timestep_skip_range=timesteps,
-        cross_attention_timestep_skip_range=timesteps,
-        current_timestep_callback=lambda: float(pipe.current_timestep),
-    )
-    _cache(pipe, config, _one_window)
-
-
-@_approximation(
-    "faster cache",
-    "self-attention is extrapolated at every other step (FasterCache, its part for models without guidance)",
-    "as attention broadcast",
-)
-def _faster(pipe, every: int = 2, timesteps: tuple[float, float] = (-1, 681), weight: float = 0.5):
-    config = FasterCacheConfig(
-        every,
-        spatial_attention_timestep_skip_range=timesteps,
-        is_guidance_distilled=True,
-        attention_weight_callback=lambda _: weight,
-        current_timestep_callback=lambda: float(pipe.current_timestep),
-    )
-    _cache(pipe, config, _one_window)
-
-# %% ../../nbs/library/50_approximations.ipynb #0458411b
-def magnitude_ratios(
-    pipe,  # `KiwiEditPipeline`
-    edit: Callable,  # runs one edit of as many steps as later ones will have
-) -> list[float]:  # one for each step
-    "How much larger the blocks' contribution is than at the step before; `magnitude cache` has to know it of a model."
-    blocks, ratios, last = find_wan(pipe.transformer).blocks, [], {}
-
-    def after(module, args, out):
-        residual = (out - last.pop("given")).float().norm(dim=-1)
-        ratios.append(1.0 if "residual" not in last else float((residual / (last["residual"] + 1e-8)).mean()))
-        last["residual"] = residual
-
-    with hooked((blocks[-1], after), before=[(blocks[0], lambda module, args: last.update(given=args[0]))]):
-        edit()
-    return ratios
-
-
-@_approximation(
-    "magnitude cache",
-    "blocks are skipped while the measured growth of their contribution says that little is lost (MagCache)",
-    "one model and one number of steps, many clips",
-)
-def _magnitude(pipe, ratios: list[float] | None = None, threshold: float = 0.06, most: int = 3, keep: float = 0.2):
-    expect(ratios, f"`ratios` has to hold what `magnitude_ratios` measures on this model but is {ratios!r}.")
-
-    def check(name, facts):
-        steps, number = facts["num_inference_steps"], len(ratios)
-        expect(steps == number, f"`num_inference_steps` has to be {number}, the number of `ratios`, but is {steps}.")
-
-    _cache(pipe, MagCacheConfig(threshold, most, keep, len(ratios), torch.tensor(ratios)), check)
-
 # %% ../../nbs/library/50_approximations.ipynb #0423cc76
-class FlowUniPC(UniPCMultistepScheduler):
+class _FlowUniPC(UniPCMultistepScheduler):
     "UniPC for flow matching, at the noise levels of a `FlowMatchEulerDiscreteScheduler` with the same shift."
 
     @classmethod
@@ -241,7 +161,7 @@ class FlowUniPC(UniPCMultistepScheduler):
         cls,
         scheduler,  # FlowMatchEulerDiscreteScheduler
         order: int = 2,  # of the solver
-    ) -> FlowUniPC:
+    ) -> _FlowUniPC:
         "One for the same schedule."
         c = scheduler.config
         return cls(
@@ -266,7 +186,7 @@ class FlowUniPC(UniPCMultistepScheduler):
 def _fewer_steps(pipe, steps: int | None = None, order: int = 2):
     steps = max(1, pipe.config.default_steps // 2) if steps is None else steps
     expect(steps >= 1, f"`steps` has to be at least 1 but is {steps}.")
-    pipe.scheduler = FlowUniPC.like(pipe.scheduler, order)
+    pipe.scheduler = _FlowUniPC.like(pipe.scheduler, order)
     pipe.register_to_config(default_steps=steps)
 
 # %% ../../nbs/library/50_approximations.ipynb #049fe74a
@@ -302,8 +222,7 @@ def _float8(pipe):
     "GPUs whose memory is too small, with `torchao` installed and the model compiled; tried on a CPU only",
 )
 def _int8(pipe):
-    if find_spec("torchao") is None:
-        raise MissingPackage("`int8 weights` needs torchao, which is not installed: pip install torchao")
+    require("torchao")
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     quantize_(find_wan(pipe.transformer).blocks, Int8WeightOnlyConfig())
@@ -360,8 +279,8 @@ def _look_up(layer):
 
 # %% ../../nbs/library/50_approximations.ipynb #954f29bd
 def _check_compiler(device):
-    if device.type == "cuda" and find_spec("triton") is None:
-        raise MissingPackage("`compiled` needs triton on a GPU, which is not installed: pip install triton")
+    if device.type == "cuda":
+        require("triton")
     compiler = os.environ.get("CXX") or {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
         raise RuntimeError(

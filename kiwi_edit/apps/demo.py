@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import errno
 import gc
 import hashlib
 import html
@@ -29,7 +28,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['LOOK', 'make_demo', 'launch', 'close']
+__all__ = ['make_demo', 'launch', 'close']
 
 # %% ../../nbs/library/51_demo.ipynb #dd6a8ad3
 # before the import: the page talks to nobody but the browser, and keeps no list of what was edited
@@ -44,7 +43,7 @@ import PIL.Image
 import psutil
 
 from .options import OPTIONS
-from ..core import PRESETS, assets_dir, choose_device, choose_dtype, count_weights, expect, settings
+from ..core import PRESETS, InputError, asset, expect, settings
 from ..data.files import Limits, edit_file, find_model, load_model, one_line, parse_size, renamed
 from ..eval.clips import CLIP_METRICS
 from ..records import Table, image_tag, read_lines
@@ -55,7 +54,7 @@ _logger = logging.getLogger(__name__)
 # %% ../../nbs/library/51_demo.ipynb #51874866
 def _sample_examples():
     "The sample clip with each of its instructions: rows of clip, image, instruction and references."
-    folder = assets_dir() / "samples"
+    folder = asset("samples")
     path = lambda name: str(folder / name)
     rows = read_lines(folder / "examples.jsonl")
     return [
@@ -69,7 +68,7 @@ _FIRST = 1  # of the examples, which the page opens with
 
 def _opening(name):
     "What the page opens with: the path of a file that is made beforehand, or the words for a place of the page."
-    folder = assets_dir() / "demo"
+    folder = asset("demo")
     words = json.loads((folder / "words.json").read_text(encoding="utf-8"))
     return words[name] if name in words else str(folder / name)
 
@@ -83,7 +82,7 @@ _PEAKS = {
 
 def _is_here(model):
     "Whether a model lies on this machine."
-    return Path(model).is_dir() or (assets_dir() / model / "model_index.json").is_file()
+    return Path(model).is_dir() or (asset() / model / "model_index.json").is_file()
 
 
 @lru_cache
@@ -94,10 +93,7 @@ def _memory_note(model):
         size = sum(file.stat().st_size for file in find_model(model).rglob("*.safetensors"))
         note = f"Its weights take {size / 1e9:.2f} GB on disk"
     elif known:
-        device = choose_device(settings().device)
-        dtype, number = choose_dtype(settings().dtype, device), sum(count_weights(known).values())
-        size = f"{number * dtype.itemsize / 1e9:.2f} GB on this {device.type.upper()}"
-        note = f"It is fetched at the first edit; its {number / 1e6:,.1f} million weights take {size}"
+        note = "It is fetched at the first edit"
     else:
         return "What it needs in memory is known once it is fetched, at the first edit."
     if known:
@@ -119,7 +115,7 @@ def _describe(model, limits):
 
 def _card():
     "The card of the embedded model, its pictures inside."
-    folder = assets_dir() / "kiwi-edit-tiny"
+    folder = asset("kiwi-edit-tiny")
     text = "[Back to the page](./)\n\n" + re.sub(
         r"\[([^\]]+)\]\(\.\./[^)]+\)", r"\1", (folder / "README.md").read_text(encoding="utf-8")
     )
@@ -483,6 +479,8 @@ def _make_editor(load, visitors):
         several pictures; steps: of denoising; seed: of the noise; size: WIDTHxHEIGHT at which the model works, empty
         for what fits; model: of the page's list; approximate: names of approximations, none for the exact edit.
         What comes back: the edited clip or the edited image, a film strip, and a line about what was done."""
+        from kiwi_edit.apps.approximations import approximately
+
         session, quiet = getattr(request, "session_hash", None) or "local", [gr.skip()] * 5
         with _messages("Not edited"), visitors.editing(session) as stop, visitors.results(session) as folder:
             source, paths = _given_files(video, image, references)
@@ -498,7 +496,8 @@ def _make_editor(load, visitors):
             def job(tell):
                 watched = _Watched(pipe, lambda picture: tell((picture, gr.skip())), stop)
                 told = dict(options, progress=lambda *stage: tell((gr.skip(), pace(*stage))))
-                with _approximate(pipe, approximate):
+                near = approximately(pipe, dict.fromkeys(approximate, {})) if approximate else contextlib.nullcontext()
+                with near:
                     return edit_file(watched, source, instruction or "", paths, out=out, overwrite=True, **told)
 
             pace = _Pace()
@@ -516,13 +515,6 @@ def _make_editor(load, visitors):
         )
 
     return edit
-
-# %% ../../nbs/library/51_demo.ipynb #40b0d18e
-def _approximate(pipe, names):
-    "Within it, edits are approximate in these ways."
-    from kiwi_edit.apps.approximations import approximately
-
-    return approximately(pipe, {name: {} for name in names}) if names else contextlib.nullcontext()
 
 # %% ../../nbs/library/51_demo.ipynb #d0000024
 def _to_picture(figure):
@@ -802,8 +794,7 @@ def _model_fields(load, limits, about):
     free = dict(allow_custom_value=load.any_model, interactive=load.own)
     about_model = _about("model") | (dict(info=_memory_note(load.model)) if load.own else {})
     model = gr.Dropdown(load.names, value=load.model, **free, **about_model)
-    known = [name for name in APPROXIMATIONS if name != "magnitude cache"]  # which has to be measured first
-    approximate = gr.Dropdown(known, value=[], multiselect=True, **_about("approximate"))
+    approximate = gr.Dropdown(list(APPROXIMATIONS), value=[], multiselect=True, **_about("approximate"))
     model.change(chosen, model, [about, steps, model], **_GLUE)
     return steps, seed, size, model, approximate
 
@@ -1040,7 +1031,7 @@ _STYLE = """
 #sheets img {max-width: 100%; max-height: 160px}
 """
 _COLORED = _THEME.set(**{name: color for color, names in _COLORS.items() for name in names.split()})
-LOOK = dict(theme=_COLORED, css=_STYLE)  # for `launch`
+_LOOK = dict(theme=_COLORED, css=_STYLE)
 
 
 def _uploaded(move):
@@ -1101,6 +1092,7 @@ def make_demo(
     page.queue(max_size=16, default_concurrency_limit=4)
     visitors.kept = {path for block in page.blocks.values() for path in getattr(block, "keep_in_cache", ())}
     page.visitors = visitors  # lives as long as the page
+    page.launch = partial(page.launch, **_LOOK)
     return page
 
 # %% ../../nbs/library/51_demo.ipynb #b774e2eb
@@ -1111,13 +1103,9 @@ def _free_port(host, port):
         family = socket.getaddrinfo(host, port)[0][0]
         with socket.create_server((host, port), family=family) as probe:
             return probe.getsockname()[1]
-    except PermissionError:
-        rule = "`port` has to be one that may be opened, above 1023 for most,"
-        raise PermissionError(f"{rule} but is {port}.") from None
     except OSError as error:
-        taken = getattr(error, "errno", None) == errno.EADDRINUSE
-        expect(not taken, f"`port` has to be free but {port} is taken; 0 takes any that is free.")
-        expect(False, f"`host` has to be an address of this machine but is {host!r}.")
+        rule = "`port` has to be free, and `host` an address of this machine,"
+        raise InputError(f"{rule} but {host}:{port} is not: {error.strerror}. 0 takes any port that is free.") from None
 
 # %% ../../nbs/library/51_demo.ipynb #7119ac1f
 def launch(
@@ -1145,7 +1133,6 @@ def launch(
         footer_links=["api"],
         max_file_size=_UPLOAD_SIZE,
         _frontend=False,  # don't wait three seconds for the page and take a busy machine for a closed door
-        **LOOK,
     )
     if say:
         say(f"kiwi-edit is at {page.share_url or page.local_url} (Ctrl-C stops it)")

@@ -14,7 +14,7 @@ from pathlib import Path
 from ..core import expect
 
 # %% auto #0
-__all__ = ['OPTIONS', 'COMMANDS', 'Option']
+__all__ = ['OPTIONS', 'COMMANDS']
 
 # %% ../../nbs/library/49_options.ipynb #f8a0bb27
 def _json_or_text(value):
@@ -28,7 +28,7 @@ _TYPES = dict(str=str, int=int, float=float, path=Path, json=_json_or_text, flag
 
 
 @dataclass(frozen=True)
-class Option:
+class _Option:
     "Something that people choose: an option of a command, a field of the page."
 
     name: str
@@ -247,7 +247,7 @@ def _read_rows(text):
         default = default and _TYPES[row["kind"]](default)
         if row["kind"] == "flag" and not row["maybe"]:
             default = False
-        found[f"{row['command']}.{name}" if row["command"] else name] = Option(
+        found[f"{row['command']}.{name}" if row["command"] else name] = _Option(
             name,
             row["kind"],
             bool(row["many"]),
@@ -263,7 +263,7 @@ def _read_rows(text):
     return found
 
 
-OPTIONS = _read_rows(_TABLE)  # name, or command.name -> `Option`
+OPTIONS = _read_rows(_TABLE)  # name, or command.name -> `_Option`
 COMMANDS = {  # command -> its options
     name: [OPTIONS.get(f"{name}.{option}") or OPTIONS[option] for option in names.split()]
     for name, names in (line.split(": ") for line in re.sub(r"\n +", " ", _COMMANDS.strip()).splitlines())

@@ -402,7 +402,7 @@ def save_dataset(
     folder: str | Path,  # made if missing; without a table so far
     number: int | None = None,  # samples from the first; all when None
     format: str = "parquet",  # of the table: "parquet", "csv", "json" or "jsonl"
-    fps: float = video.DEFAULT_FPS,  # of the clips, frames a second
+    fps: float = video.Clip.fps,  # of the clips, frames a second
     progress: bool = True,
 ) -> Path:  # the table
     "Write samples as video and image files with a table of the published columns."
@@ -418,8 +418,8 @@ def save_dataset(
     for sample in tqdm(good, total=number, desc="saving", disable=not progress, mininterval=2):
         name, suffix = f"{good.kept[-1]:06d}", ".png" if len(sample.source) == 1 else ".mp4"
         clips = dict(src_video=f"clips/{name}-source{suffix}", tgt_video=f"clips/{name}-target{suffix}")
-        video.save_clip(folder / clips["src_video"], sample.source, fps, crf=12)
-        video.save_clip(folder / clips["tgt_video"], sample.target, fps, crf=12)
+        video.write_video(folder / clips["src_video"], sample.source, fps, overwrite=True, crf=12)
+        video.write_video(folder / clips["tgt_video"], sample.target, fps, overwrite=True, crf=12)
         row = dict(iid=name, prompt=sample.instruction, **clips, task=sample.task)
         reference = None if sample.reference is None else png_bytes(sample.reference)
         if format == "parquet":
@@ -528,7 +528,7 @@ class MetadataDataset:
     def _reference(self, data):
         "The image in these bytes."
         try:
-            pixels = np.array(video.flatten_image(Image.open(io.BytesIO(data), formats=video.IMAGE_FORMATS)))
+            pixels = np.array(video.read_image(data))
         except Exception as error:  # decoders of images raise what they like
             what = f"its {len(data)} bytes are not one that can be decoded"
             raise InputError(f"the reference has to be a complete image but {what}.") from error

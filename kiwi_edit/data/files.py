@@ -30,12 +30,12 @@ import PIL.Image
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from ..core import OPTIONAL, InputError, InputTypeError, MissingPackage, check_instruction, choose_device
-from ..core import choose_dtype, expect, missing_package, settings, shortened
+from ..core import InputError, InputTypeError, MissingPackage, check_instruction, choose_device
+from ..core import choose_dtype, expect, settings, shortened
 from ..records import Table, Workers, digest, read_lines, run_rows, unique_names, write_text
-from ..video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoError, VideoInfo, check_frame_count, compare, fit_size
+from ..video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoInfo, check_frame_count, compare, fit_size
 from ..video import nearest_frame_count, read_image, read_video, replacing, resize_frames, sample_indices
-from ..video import save_clip, save_film_strip, stream_video, video_info
+from ..video import film_strip, stream_video, video_info, write_video
 
 # %% ../../nbs/library/13_files.ipynb #c227cfe4
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def renamed(
         message = message.replace(inner, outer)
         if message == str(error):
             raise
-        kinds = VideoError, InputError, FileNotFoundError, FileExistsError, PermissionError, OSError, ValueError
+        kinds = InputError, FileNotFoundError, FileExistsError, PermissionError, OSError, ValueError
         raise next(kind for kind in kinds if isinstance(error, kind))(message) from error
 
 # %% ../../nbs/library/13_files.ipynb #d2972971
@@ -99,8 +99,6 @@ def one_line(
     elif isinstance(error, OSError):
         where = f": {error.filename}" if error.strerror and error.filename else ""
         message = (error.strerror or message or kind) + where
-    elif isinstance(error, ModuleNotFoundError) and error.name in OPTIONAL:
-        message = str(missing_package(error.name))
     elif not isinstance(error, (InputError, MissingPackage)):
         return None
     return shortened(re.sub(r"`(\w+)`", lambda match: (names or {}).get(match[1], match[0]), message))
@@ -127,8 +125,7 @@ def check_outputs(
 # %% ../../nbs/library/13_files.ipynb #4c6494c1
 def _suffix(video, info):
     "Of a result: an image for an image, H.264 for all that moves."
-    still = info.decoder == "image" and info.format != "folder" and info.frames == 1
-    if not still:
+    if not info.still:
         return ".mp4"
     return video.suffix.lower() if video.suffix.lower() in IMAGE_SUFFIXES else ".png"
 
@@ -361,7 +358,7 @@ def _write_edit(plan, source, edited, picks=(), progress=None):
         fresh = {path: stack.enter_context(replacing(path, plan.overwrite)) for path in plan.files}
         for path, temporary in fresh.items():
             stack.enter_context(renamed(str(temporary), str(path)))
-        write = partial(save_clip, fps=source.fps, audio_from=sound)
+        write = partial(write_video, fps=source.fps, audio_from=sound, overwrite=True)
         write(fresh[plan.out], watched(edited, "writing", picks) if streamed else edited)
         if plan.comparison and streamed:  # the result is read back: it is not kept
             pairs = zip(stream_video(plan.video), stream_video(fresh[plan.out]))
@@ -374,7 +371,7 @@ def _write_edit(plan, source, edited, picks=(), progress=None):
         small = max(1, round(width * scale)), max(1, round(height * scale))
         references = {"reference": [fit_reference(r, *small) for r in plan.references]} if plan.references else {}
         rows = {"source": source.frames[: len(result)], **references, "result": result}
-        save_film_strip(fresh[plan.strip], rows, title=_title(plan, min(6, len(rows["source"]))))
+        film_strip(rows, title=_title(plan, min(6, len(rows["source"])))).save(fresh[plan.strip])
 
 # %% ../../nbs/library/13_files.ipynb #7f438d12
 def run_edit(

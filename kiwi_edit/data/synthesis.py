@@ -42,7 +42,7 @@ from .dataset import ParquetCell, file_of, held, read_rows
 from .embedded import FingerprintStage, deduplicate, embedded_stages
 from ..quadruplets import LoadOptions, Pair, Record, Verdict, funnel, load_record, record_strip
 from ..records import Table, Workers, digest, image_tag, page, png_bytes, run_rows, write_text
-from ..video import as_frames, replacing, save_clip
+from ..video import as_frames, replacing, write_video
 from ..world import World
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400007
@@ -330,7 +330,7 @@ def _place_clip(clip, name, record, folder, copy):
         with replacing(path) as temporary:
             shutil.copyfile(clip, temporary)
     else:
-        save_clip(path, as_frames(clip), record.fps or 15, crf=12)
+        write_video(path, as_frames(clip), record.fps or 15, overwrite=True, crf=12)
     return str(path.relative_to(folder))
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400015

@@ -36,7 +36,7 @@ from .clips import measure_clip
 from ..metrics import bootstrap
 from ..quadruplets import BackendError
 from ..records import Table, Value, digest, png_bytes, read_lines, run_rows, write_text
-from ..video import DEFAULT_FPS, VideoError, nearest_frame_count, read_image, read_video, replacing
+from ..video import Clip, nearest_frame_count, read_image, read_video, replacing
 from ..video import resize_frames, sample_indices, video_info, write_video
 
 # %% ../../nbs/library/41_judge.ipynb #41a00007
@@ -342,7 +342,7 @@ _VIDEOS = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi")
 def _size(media):
     "Frames, height, width and seconds of a clip."
     if not _is_path(media):
-        return *media.shape[:3], media.shape[0] / DEFAULT_FPS
+        return *media.shape[:3], media.shape[0] / Clip.fps
     info = video_info(media)
     return info.frames, info.height, info.width, info.duration
 
@@ -526,9 +526,9 @@ def _frames_of(media, count, size, mode, name):
         if not _is_path(media):
             frames = resize_frames(media[:count], *size, mode=mode)
         else:
-            frames = read_video(media, num_frames=count, size=size, mode=mode, fast=True).frames
+            frames = read_video(media, num_frames=count, size=size, mode=mode).frames
     if len(frames) < count:
-        raise VideoError(f"`{name}` has to be whole but of {count} frames {len(frames)} decode.")
+        raise InputError(f"`{name}` has to be whole but of {count} frames {len(frames)} decode.")
     return frames
 
 
@@ -544,7 +544,7 @@ def lay_beside(
         there, h, w, _ = _size(case.source)
     exact = case.mask is not None or case.target is not None
     if exact and (width, height) != (w, h):
-        raise VideoError(f"`result` has to have the {w}x{h} pixels of its scene but has {width}x{height}.")
+        raise InputError(f"`result` has to have the {w}x{h} pixels of its scene but has {width}x{height}.")
     scale = min(1, side / max(width, height)) if _is_path(case.edited) and not exact else 1
     count, size = min(made, there, num_frames), (max(1, round(width * scale)), max(1, round(height * scale)))
     edited = _frames_of(case.edited, count, size, "stretch", "result")

@@ -10,6 +10,7 @@ import csv
 import html
 import io
 import json
+import logging
 import math
 import re
 import unicodedata
@@ -32,10 +33,10 @@ from .benchmark import reconstruct
 from .judge import PUBLISHED, Case, ChatJudge, Judgement, MetricJudge, Summary
 from .judge import beside_published, lay_beside, measure_case, rubric_for
 from ..metrics import perceptual_features
-from ..records import Table, Value, append_line, image_tag, logger, page, read_lines, run_rows
+from ..records import Table, Value, append_line, image_tag, page, read_lines, run_rows
 from ..records import unique_names, write_text
 from ..video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, as_frames, compare, film_strip, fit_size
-from ..video import nearest_frame_count, read_image, read_video, sample_indices, save_clip, video_info
+from ..video import nearest_frame_count, read_image, read_video, sample_indices, video_info, write_video
 from ..world import EVAL_SEED, TASKS, World
 
 # %% auto #0
@@ -130,7 +131,9 @@ def read_bench(
         raise FileNotFoundError(f"{rule} but none is there, the first is {str(rows[0].source)!r}.")
     if changed := [row for row in rows if row.note]:
         first, counts = changed[0], f"{len(changed)} of {len(rows)} results"
-        logger.warning("%s get another name than the published one; row %s: %s.", counts, first.id, first.note)
+        logging.getLogger(__name__).warning(
+            "%s get another name than the published one; row %s: %s.", counts, first.id, first.note
+        )
     return rows
 
 
@@ -214,8 +217,8 @@ def _edit_row(pipe, row, out, steps=50, concat=False):
     path = out / row.output
     path.parent.mkdir(parents=True, exist_ok=True)
     if concat:
-        save_clip(path.with_name("concat_" + path.name), compare(frames, edited), SETTINGS["fps"])
-    save_clip(path, edited, SETTINGS["fps"])
+        write_video(path.with_name("concat_" + path.name), compare(frames, edited), SETTINGS["fps"], overwrite=True)
+    write_video(path, edited, SETTINGS["fps"], overwrite=True)
     return edited
 
 # %% ../../nbs/library/42_published.ipynb #c450001d

@@ -48,7 +48,7 @@ from .curriculum import PARTS, Loss, Stage, find_stage, select
 from .foundations import Description, Reconstruction, autoencoder_batch, description_batch
 from .foundations import fit_projection, measure_latents, metric_factor, pixel_metric, start_model
 from ..training import draw_noise, drop_instructions, flow_matching_loss
-from ..video import as_frames, replacing, save_film_strip
+from ..video import as_frames, film_strip, replacing
 from ..weights.checkpoints import load_any, merge_lora
 from ..world import EVAL_SEED, TASKS, World
 
@@ -602,7 +602,7 @@ def _draw_edits(pipe, path, num_frames, tasks, steps):
         if sample.reference is not None:
             shown = fit_reference(PIL.Image.fromarray(sample.reference), world.width, world.height)
         rows[f"{i + 1}. {task} {share:.2f}"] = [*sample.source[picks], shown, *frames[picks], *sample.target[picks]]
-    save_film_strip(path, rows, max_columns=7)
+    film_strip(rows, max_columns=7).save(path)
     return {task: sum(values) / len(values) for task, values in done.items()}
 
 # %% ../../nbs/library/33_engine.ipynb #66d4912c
