@@ -572,6 +572,7 @@ class _Index:
     shown: list | None = None  # number of the picture that each frame shows, where pictures do not come at one rate
     times: list = ()  # presentation time stamps, sorted; empty where they are not all there, or seeking is not exact
     keys: list = ()  # positions in `times` from which decoding can start
+    plain: bool = False  # every packet is a picture that is shown, none of them before its key frame
 
     @property
     def frames(self):
@@ -618,17 +619,18 @@ def _steady(times, end, rates, tick):
 
 def _index(container, stream):
     "Scan all packets of `stream`."
-    stamps, keys, count = {}, [], 0  # a stamp, and how long its picture is shown
+    stamps, keys, count, plain, key = {}, [], 0, True, None  # a stamp, and how long its picture is shown
     for packet in container.demux(stream):
         if packet.size == 0:
             continue
         count += not packet.is_discard  # else it is wanted decoded but not shown
+        plain = plain and not packet.is_discard and (key is None or packet.pts is None or packet.pts >= key)
         if packet.pts is None:
             stamps = None
         if stamps is None:
             continue
         if packet.is_keyframe:
-            keys.append(packet.pts)
+            keys.append(key := packet.pts)
         if not packet.is_discard:
             stamps[packet.pts] = packet.duration or 0
     times, rates = sorted(stamps or []), [_exact(rate) for rate in (stream.average_rate, stream.guessed_rate) if rate]
@@ -646,7 +648,7 @@ def _index(container, stream):
     if len(times) != count or _container(container) not in _TIMED_CONTAINERS:
         times = []
     positions = sorted({bisect.bisect_left(times, key) for key in keys if times and key >= times[0]})
-    return _Index(count, rate, shown, times, positions)
+    return _Index(count, rate, shown, times, positions, plain and bool(times) and not shown)
 
 # %% ../nbs/library/01_video.ipynb #953af243
 def _default(streams):
@@ -660,9 +662,16 @@ def _sound(container):
     return _default(streams) if streams else None
 
 
-def _decode(container, stream, wanted=None):
+def _decoder(stream):
+    "What decodes a stream: of WebM with transparency the library that gives it, where FFmpeg's own decoders do not."
+    tags, name = {key.lower(): value for key, value in stream.metadata.items()}, stream.codec_context.name
+    clear = tags.get("alpha_mode") == "1" and name in ("vp8", "vp9")
+    return av.CodecContext.create({"vp8": "libvpx", "vp9": "libvpx-vp9"}[name], "r") if clear else stream.codec_context
+
+
+def _decode(container, stream, decoder, wanted=None):
     "Frames of a stream without damaged packets; of H.264 pictures that no other needs perhaps only those `wanted`."
-    packets, decoder, cut = container.demux(stream), stream.codec_context, False
+    packets, cut = container.demux(stream), False
     while not cut:
         try:
             packet = next(packets, None)
@@ -729,6 +738,9 @@ def _progressive(frame):
     return graph.pull()
 
 
+_PLAIN_PIXELS = ("yuv420p", "yuvj420p", "yuv422p", "yuv444p")
+
+
 @dataclass(frozen=True)
 class _Look:
     "How the decoded frames of a clip become upright RGB."
@@ -739,6 +751,7 @@ class _Look:
     height: int
     mirrored: bool
     turns: int  # by 90 degrees, counterclockwise, after it is mirrored
+    plain: bool  # as any decoder gives it
 
     @classmethod
     def of(cls, path, stream, frame):  # decoded, from that stream
@@ -760,7 +773,10 @@ class _Look:
         if ratio > 16 or ratio < 1 / 16 or 0.995 < ratio < 1.005:
             ratio = 1  # no camera's
         width, height = round(width * max(1, ratio)), round(height / min(1, ratio))
-        return cls(guess, tones, width, height, mirrored, turns)
+        plain = frame.format.name in _PLAIN_PIXELS and (width, height) == (frame.width, frame.height)
+        plain = plain and not (tones or mirrored or turns or frame.interlaced_frame)
+        plain = plain and len(stream.container.streams.video) == 1 and (matrix in _MATRICES or guess == 5)
+        return cls(guess, tones, width, height, mirrored, turns, plain)
 
     @property
     def size(self):
@@ -792,7 +808,7 @@ def _clear(frame):
 def _first_look(path):
     "A `_Look`, made from the first frame that decodes."
     with _open_video(path) as (container, stream):
-        for frame in _decode(container, stream):
+        for frame in _decode(container, stream, _decoder(stream)):
             return _Look.of(path, stream, frame)
     raise InputError(f"`path` has to hold at least one frame but none of {str(path)!r} can be decoded.")
 
@@ -854,7 +870,7 @@ def _sound_blocks(path, start, rate, layout):
         zero = start + float((video.start_time or 0) * video.time_base)
         resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate)
         container.seek(int(max(0.0, zero - 0.5) * av.time_base), backward=True)
-        frames = _decode(container, audio)
+        frames = _decode(container, audio, audio.codec_context)
         for frame in itertools.chain(frames, [None]):  # None: what the resampler still holds
             for block in resampler.resample(frame):
                 samples = block.to_ndarray()
@@ -1067,17 +1083,17 @@ def video_info(
 def _frames_video(path, indices, index):
     "Yield (number, decoded frame) for ascending numbers of pictures, seeking where a key frame saves decoding."
     with _open_video(path) as (container, stream):
-        decoder, times, keys = stream.codec_context, index.times, index.keys
+        decoder, times, keys = _decoder(stream), index.times, index.keys
         decoder.thread_type, decoder.thread_count = "AUTO", _cores()
         sparse = times and decoder.name == "h264" and len(indices) < indices[-1] - indices[0] + 1
         stamps = {times[i] for i in indices if i < len(times)} if sparse else None
-        frames, position, last = _decode(container, stream, stamps), -1, None
+        frames, position, last = _decode(container, stream, decoder, stamps), -1, None
         for wanted in indices:
             key = keys[bisect.bisect_right(keys, wanted) - 1] if keys and keys[0] <= wanted else -1
             if times and wanted < len(times) and key > position + 1:
                 container.seek(times[key], stream=stream, backward=True)
                 decoder.flush_buffers()
-                frames = _decode(container, stream, stamps)
+                frames = _decode(container, stream, decoder, stamps)
             while position < wanted:
                 frame = next(frames, None)
                 if frame is None:
@@ -1092,6 +1108,22 @@ def _frames_video(path, indices, index):
             if position != wanted:
                 continue  # lost to damage
             yield wanted, last
+
+# %% ../nbs/library/01_video.ipynb #decd0002
+def _frames_decord(path, indices):
+    "Pictures of a plain clip, (T, H, W, 3), or None where decord has no wheel or gives up on the file."
+    try:
+        import decord
+    except (ImportError, OSError):
+        return None
+    decord.logging.set_level(decord.logging.QUIET)
+    faults = decord.DECORDError, RuntimeError, IndexError, AssertionError, UnicodeError  # the last for a name
+    try:
+        reader = decord.VideoReader(str(path.absolute()), num_threads=min(4, _cores()), fault_tol=1e-6)
+        return reader.get_batch(indices).asnumpy()
+    except faults as error:
+        _logger.debug("decord gave up on %s: %s", path, _reason(error))
+        return None
 
 # %% ../nbs/library/01_video.ipynb #571e20ff
 def _frames_image(path, indices, index):
@@ -1118,6 +1150,12 @@ class _Request:
     info: VideoInfo
     index: _Index
     look: _Look | None
+
+    def at_once(self):
+        "The wanted frames by decord, (T, H, W, 3); None where PyAV has to read them."
+        plain = self.look and self.look.plain and self.index.plain and not self.size
+        run = len(self.wanted) == self.wanted[-1] - self.wanted[0] + 1
+        return _frames_decord(self.path, self.wanted) if plain and run else None
 
     def pictures(self):
         "Yield (number, picture) of the wanted frames, finished by threads."
@@ -1201,8 +1239,10 @@ def read_video(
         what = f"{len(wanted)} frames of {width}x{height} take {total / 2**30:.1f}"
         how = "pass fewer frames or a smaller `size`, or use `stream_video`"
         raise InputError(f"`num_frames` has to keep a clip below {_MAX_CLIP_BYTES / 2**30:.0f} GiB but {what}; {how}.")
-    with contextlib.closing(asked.pictures()) as pictures:
-        frames, found = _gather(pictures, len(wanted), asked.path)
+    frames, found = asked.at_once(), wanted
+    if frames is None:
+        with contextlib.closing(asked.pictures()) as pictures:
+            frames, found = _gather(pictures, len(wanted), asked.path)
     if found and len(found) < len(wanted) and indices is not None:
         missing = sorted(set(wanted) - set(found))
         what = f"{len(missing)} of {str(asked.path)!r} do not, the first is {missing[0]}"

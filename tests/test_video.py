@@ -30,10 +30,13 @@ def gradient(count=12, height=48, width=64):
     ).astype(np.uint8)
 
 
-def encode(path, frames, fps=10, codec="libx264", pixels="yuv420p", fmt=None, sound=0.0, context={}, **options):
+def encode(
+    path, frames, fps=10, codec="libx264", pixels="yuv420p", fmt=None, sound=0.0, tags={}, context={}, **options
+):
     "A video file made without the module under test; `sound` is the length of a tone that starts after half of it."
     with av.open(str(path), "w", format=fmt) as out:
         stream = out.add_stream(codec, rate=Fraction(fps), options={k: str(v) for k, v in options.items()})
+        stream.metadata.update(tags)
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pixels
         for name, value in context.items():
             setattr(stream.codec_context, name, value)
@@ -305,6 +308,23 @@ def test_read_all_and_some(plain):
     assert part.start == pytest.approx(0.2)
     assert np.array_equal(read_video(plain, indices=[0, 11]).frames, clip.frames[[0, 11]])
     assert np.array_equal(read_video(plain, size=(32, 32)).frames, resize_frames(clip.frames, 32, 32))
+
+
+@pytest.mark.parametrize("degrees,turns", [(90, 3), (180, 2), (270, 1)])
+def test_rotation_metadata(folder, plain, degrees, turns):
+    path = folder / f"turned{degrees}.mp4"
+    path.write_bytes(plain.read_bytes())
+    turn(path, degrees)
+    expected = np.rot90(read_video(plain).frames, turns, axes=(1, 2))
+    info, clip = video_info(path), read_video(path)
+    assert (info.width, info.height) == (clip.width, clip.height) == (expected.shape[2], expected.shape[1])
+    assert np.array_equal(clip.frames, expected)
+
+
+def test_a_tag_of_transparency_on_another_codec_is_passed_over(folder):
+    frames = np.full((3, 48, 64, 3), 90, np.uint8)
+    path = encode(folder / "tagged.mkv", frames, tags=dict(alpha_mode="1"))
+    assert read_video(path).frames.shape == (3, 48, 64, 3)
 
 
 def shown(clip):
@@ -761,8 +781,9 @@ def test_transparent_clips_lie_on_white(folder, codec, pixels, suffix):
     assert colour(frames[3, 8, 8]) == "red"
 
 
-def test_a_transparent_half_is_white():
-    frames = frames_of(CASES / "alpha_prores.mov")
+@pytest.mark.parametrize("name", ["alpha_vp9.webm", "alpha_prores.mov"])
+def test_a_transparent_half_is_white(name):
+    frames = frames_of(CASES / name)
     assert (frames[:, :, 68:] > 250).all() and (frames[:, 40:56, :60] < 250).any()
 
 
@@ -1288,3 +1309,22 @@ def test_compare():
     assert compare(left, left, left).shape == (6, 48, 200, 3)
     with pytest.raises(ValueError, match="at least 2"):
         compare(left)
+
+
+def test_decord_and_pyav_give_the_same_pictures(plain, monkeypatch):
+    pytest.importorskip("decord")
+    with monkeypatch.context() as patch:
+        patch.setattr(video, "_frames_decord", lambda path, indices: None)
+        frames = read_video(plain).frames
+    seen = []
+    with monkeypatch.context() as patch:
+        decord = video._frames_decord
+        patch.setattr(video, "_frames_decord", lambda *given: seen.append(decord(*given)) or seen[-1])
+        assert np.array_equal(read_video(plain).frames, frames)
+    assert seen[0] is not None
+
+
+@pytest.mark.parametrize("given", (dict(indices=[0, 2]), dict(size=(32, 32))))
+def test_what_is_not_plain_is_read_by_pyav(plain, monkeypatch, given):
+    monkeypatch.setattr(video, "_frames_decord", lambda *given: pytest.fail("decord was asked"))
+    assert len(read_video(plain, **given)) > 1
