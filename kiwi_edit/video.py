@@ -8,7 +8,7 @@ __all__ = ['VIDEO_SUFFIXES', 'IMAGE_SUFFIXES', 'as_frames', 'read_image', 'fit_s
            'VideoInfo', 'video_info', 'read_video', 'stream_video']
 
 # %% ../nbs/library/01_video.ipynb #2499f4c1
-import bisect, collections, contextlib, functools, io, itertools, logging, math, os, re, reprlib, tempfile
+import bisect, collections, contextlib, functools, io, itertools, logging, math, os, re, reprlib, tempfile, textwrap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -490,9 +490,12 @@ def film_strip(
     for label, frames in list(rows.items()):
         frames = as_frames(read_image(frames) if isinstance(frames, (str, Path)) else frames)
         rows = rows | {label: frames[sample_indices(len(frames), max_columns)]}
-    gap, head = 0.05, 0.3 if title else 0
-    label_width = 0.08 * max(map(len, rows)) + 0.1 if any(rows) else 0
+    gap = 0.05  # inches
+    longest = max((len(line) for label in rows for line in label.splitlines()), default=0)
+    label_width = 0.08 * longest + 0.1 if longest else 0
     width = label_width + max(len(f) * (height * f.shape[2] / f.shape[1] + gap) for f in rows.values())
+    lines = textwrap.wrap(title or "", max(12, int(width / 0.075)))
+    head = 0.16 * len(lines) + 0.14 if lines else 0
     total = head + len(rows) * (height + gap)
     figure = Strip(figsize=(width, total), dpi=dpi)
     for i, (label, frames) in enumerate(rows.items()):
@@ -505,7 +508,7 @@ def film_strip(
         left, middle = (label_width - gap) / width, (bottom + height / 2) / total
         figure.text(left, middle, label, ha="right", va="center", fontsize=9)
     if title:
-        figure.suptitle(title, fontsize=10, y=1 - 0.06 / total, va="top")
+        figure.suptitle("\n".join(lines), fontsize=10, y=1 - 0.06 / total, va="top")
     return figure
 
 # %% ../nbs/library/01_video.ipynb #7053117d
