@@ -86,11 +86,11 @@ def test_load_failures(tmp_path):
         ),  # DecompressionBombError
         (
             dict(reference=bytes_of(Image.new("RGB", (24, 24), "red"), "AVIF")[:-9]),
-            "unreadable reference: Failed to decode",
+            "unreadable reference: `path` has to be a complete image",
         ),  # SyntaxError
         (
             dict(reference=bytes_of(Image.new("RGB", (24, 24), "red"), "AVIF")[:-40] + bytes(40)),
-            "unreadable reference: Failed to decode",
+            "unreadable reference: `path` has to be a complete image",
         ),  # RuntimeError
         (dict(instruction="Add a hat \ud83d."), "unreadable instruction"),
     ],
