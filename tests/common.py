@@ -14,14 +14,6 @@ except ImportError:  # Windows
     resource = None
 
 
-def slow(why):
-    "Skip a test that takes minutes unless SLOW_TESTS=1 asks for it."
-    import pytest
-
-    if os.environ.get("SLOW_TESTS") != "1":
-        pytest.skip(f"{why}: SLOW_TESTS=1 asks for it")
-
-
 def small_sizes():
     "Sizes of a model with the kinds of layers that tiny has, and fewer of each."
     from kiwi_edit.core import preset

@@ -484,7 +484,6 @@ def test_parallel_alone(pipe, monkeypatch):
 
 
 def test_command_measures_and_writes(tmp_path, monkeypatch, capsys):
-    common.slow("it measures for a minute")
     monkeypatch.setattr(
         speed, "QUICK", ({"first-block cache": dict(threshold=0.2)}, {"int8 weights": {}}, {"bfloat16": {}})
     )

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import sys
 import time
 from dataclasses import asdict, replace
 from functools import cache
@@ -22,6 +23,9 @@ from kiwi_edit.eval.judge import _WORTH, _krippendorff_alpha, _metric_scores, _r
 from kiwi_edit.eval.clips import DAMAGES
 from kiwi_edit.video import read_video, resize_frames, write_video
 from kiwi_edit.world import World
+
+sys.path.insert(0, str(asset("benchmarks")))
+import cells  # noqa: E402
 
 SUBJECT, BACKGROUND, OPENVE = RUBRICS["refvie-subject"], RUBRICS["refvie-background"], RUBRICS["openve"]
 CLIP = asset("samples/clip.mp4")
@@ -156,6 +160,20 @@ GOLDEN = next(
     None,
 )
 golden = pytest.mark.skipif(GOLDEN is None, reason="KIWI_EDIT_GOLDEN names no folder with cases/judge.json")
+
+
+@golden
+@pytest.mark.parametrize("bench", ["openve", "refvie"])
+def test_released_parsers(bench):
+    released_scores = cells.read_cells("41_judge", "released", RUBRICS=RUBRICS).released_scores
+    rubrics = [OPENVE] if bench == "openve" else [SUBJECT, BACKGROUND]
+    rows = json.loads(GOLDEN.read_text())[bench]["replies"]
+    assert len(rows) > 10
+    for row in rows:
+        for rubric in rubrics:
+            assert (released_scores(row["reply"], rubric) or ([] if row["result"] == [] else False)) == row["result"], (
+                row["reply"]
+            )
 
 
 @golden

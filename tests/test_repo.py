@@ -212,6 +212,15 @@ def test_the_book_runs_nothing_and_fetches_nothing(small):
 
 
 @pytest.mark.parametrize("path", **by_name(NOTEBOOKS))
+def test_headings_leave_out_no_level(path):
+    "The book's contents would not be a tree, and `./kit site` refuses it."
+    texts = ["".join(cell["source"]) for cell in load(path)["cells"] if cell["cell_type"] == "markdown"]
+    plain = re.sub(r"^```.*?^```", "", "\n".join(texts), flags=re.M | re.S)
+    levels = [0, *(len(mark) for mark in re.findall(r"^(#+) ", plain, re.M))]
+    assert all(level <= before + 1 for before, level in zip(levels, levels[1:])), levels
+
+
+@pytest.mark.parametrize("path", **by_name(NOTEBOOKS))
 def test_notebook_is_small_clean_and_shows_its_outputs(path):
     assert path.stat().st_size < 2_000_000
     notebook = load(path)

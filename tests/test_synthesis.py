@@ -396,7 +396,6 @@ def job(out, workers, engine):
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(undisturbed, tmp_path, engine, workers, moments):
     if engine == "ray":
         pytest.importorskip("ray")
-        common.slow("Ray starts four times")
     out, said, kept = tmp_path / "out", tmp_path / "said", {}
     start = partial(common.start, job, out, workers, engine, said=said, OMP_NUM_THREADS="1")
     for parts in moments:  # killed once so many parts are there

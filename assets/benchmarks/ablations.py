@@ -1,25 +1,16 @@
 """`./kit ablations a`: run an experiment of nbs/library/43_ablations.ipynb out of the notebook's own cells, and write its results."""
 
-from __future__ import annotations  # for the cells too, which `compile` reads as this file is read
-
 import argparse
-import json
-import re
 import sys
 from pathlib import Path
-from types import ModuleType
 
-NOTEBOOK = Path(__file__).resolve().parents[2] / "nbs" / "library" / "43_ablations.ipynb"
+sys.path.insert(0, str(Path(__file__).parent))  # also where somebody runs this file by its path
+from cells import read_cells
 
 
-def read_experiment() -> ModuleType:
-    "What the notebook's cells marked `#| experiment` define."
-    module = sys.modules["experiment"] = ModuleType("experiment")
-    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
-        source = "".join(cell["source"])
-        if cell["cell_type"] == "code" and re.match(r"#\|\s*experiment\b", source):
-            exec(compile(source, f"{NOTEBOOK.name}, cell {cell['id']}", "exec"), vars(module))
-    return module
+def read_experiment():
+    "What the cells marked `#| experiment` define, as the module `experiment`."
+    return read_cells("43_ablations", "experiment")
 
 
 def main(arguments: list[str] | None = None) -> int:

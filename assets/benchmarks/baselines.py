@@ -1,28 +1,19 @@
 """`python assets/benchmarks/baselines.py`: a model in one ranking with editors that cheat, out of the cells of nbs/library/40_benchmark.ipynb."""
 
-from __future__ import annotations  # for the cells too, which `compile` reads as this file is read
-
 import argparse
-import json
-import re
 import sys
 from pathlib import Path
-from types import ModuleType
 
-NOTEBOOK = Path(__file__).resolve().parents[2] / "nbs" / "library" / "40_benchmark.ipynb"
+sys.path.insert(0, str(Path(__file__).parent))  # also where somebody runs this file by its path
+from cells import read_cells
 
 
-def read_baselines() -> ModuleType:
-    "The benchmark's module, and what the notebook's cells marked `#| baselines` add to it: `check_bench`, `baselines` and `Ranking`."
+def read_baselines():
+    "The benchmark's module with what the cells marked `#| ranked` add: `check_bench`, `baselines` and `Ranking`."
     from kiwi_edit.eval import benchmark
 
-    module = sys.modules["ranked"] = ModuleType("ranked")
-    vars(module).update((name, value) for name, value in vars(benchmark).items() if not name.startswith("__"))
-    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
-        source = "".join(cell["source"])
-        if cell["cell_type"] == "code" and re.match(r"#\|\s*baselines\b", source):
-            exec(compile(source, f"{NOTEBOOK.name}, cell {cell['id']}", "exec"), vars(module))
-    return module
+    known = {name: value for name, value in vars(benchmark).items() if not name.startswith("__")}
+    return read_cells("40_benchmark", "ranked", **known)
 
 
 def main(arguments: list[str] | None = None) -> None:
