@@ -48,8 +48,9 @@ def chapters(
 ) -> dict[str, list[Path]]:  # heading -> its notebooks
     "The parts of the book: the lessons, then the rooms of the library."
     found = {"Lessons": [], "Ground": []} | {title: [] for title in ROOMS.values()}
-    for path in notebooks(root):
-        room = (module_name(path) or "").rpartition(".")[0]
+    room = ""
+    for path in notebooks(root):  # one that exports nothing belongs to those before it
+        room = module.rpartition(".")[0] if (module := module_name(path)) else room
         if path.stem != "index":
             found["Lessons" if path.parent.name == "nbs" else ROOMS.get(room, "Ground")].append(path)
     return found

@@ -159,14 +159,14 @@ class Editor:
 
     name: str
     edit_samples: Callable  # (samples, steps) -> (B, T, H, W, 3) uint8
-    vae: "AutoencoderKLWan | None" = None  # which a report holds it against
+    vae: object = None  # the `AutoencoderKLWan` that a report holds it against
     steps: int | None = None  # denoising steps where none are asked for
     device: torch.device = torch.device("cpu")
 
 
 @torch.no_grad()
 def reconstruct(
-    vae: "AutoencoderKLWan",
+    vae,  # `AutoencoderKLWan`
     frames: np.ndarray,  # (B, T, H, W, 3) uint8
 ) -> np.ndarray:  # (B, T, H, W, 3) uint8
     "Frames through the autoencoder and back."
