@@ -258,7 +258,7 @@ _tiny = Preset(
     checkpoint="kiwi-edit-tiny",
     transformer=dict(
         _WAN_TRANSFORMER, patch_size=(1, 1, 1), num_layers=6, num_attention_heads=4, attention_head_dim=64, ffn_dim=768,
-        freq_dim=64, text_dim=32, in_channels=32, out_channels=32,
+        freq_dim=64, text_dim=32, in_channels=32, out_channels=96,  # latents, and a matte of 8x8 pixels
     ),
     vae=dict(
         base_dim=32, decoder_base_dim=40, z_dim=32, dim_mult=[1, 2, 2], num_res_blocks=1, attn_scales=[],

@@ -118,7 +118,8 @@ class EditCache:
     source: torch.Tensor | None = None  # (B, dim, f, h', w') embedded source
     reference: torch.Tensor | None = None  # (B, dim, R, h', w') embedded references
     rope: Rope | None = None
-    key_values: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # cross-attention, by layer
+    key_values: dict | None = field(default_factory=dict)  # of cross-attention, layer -> (k, v); None keeps none
+    matte: torch.Tensor | None = None  # (B, n, f, h, w) from the last step: which of n pixels change, as logits
     steps: int = 0  # calls of the denoiser so far
     num_steps: int | None = None  # calls that the edit will take, None where nobody says
     name: str = "edit"  # under which diffusers' step caches, where one is enabled, keep what they hold
@@ -362,7 +363,7 @@ def denoise(
     source_latents: torch.Tensor | None = None,  # (B, z, f, h, w)
     reference_latents: torch.Tensor | None = None,  # (B, z, R, h, w)
     reference_mask: torch.Tensor | None = None,  # (B, R) bool, False where a sample has fewer references
-    cache: EditCache | None = None,  # of this edit, None in training
+    cache: EditCache | None = None,  # of this edit; None forgets everything, the matte too
 ) -> torch.Tensor:  # (B, z, f, h, w) velocity, noise minus clean
     "One call of the denoiser under both kinds of guidance."
     _check_shapes(guidance, latents, context, context_mask, source_latents, reference_latents, reference_mask)
@@ -380,7 +381,8 @@ def denoise(
     with _step_context(wan, cache, timestep, sigma), hooked(*after, before=before):
         predicted = transformer(**given, return_dict=False)[0]
     kept.steps += 1
-    return to_velocity(call.of_video(predicted, 2), guidance.config.names, latents, sigma, source_latents)
+    named, kept.matte = call.of_video(predicted, 2).tensor_split([channels], 1)
+    return to_velocity(named, guidance.config.names, latents, sigma, source_latents)
 
 # %% ../nbs/05_guidance.ipynb #75a45d4b
 def window_caches(

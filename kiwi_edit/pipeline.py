@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.utils import BaseOutput
@@ -33,13 +34,14 @@ from kiwi_edit.encoder import (
 )
 from .footage import Footage, Memory, prepare_frames
 from .guidance import EditCache, KiwiGuidance, denoise, rounded_sigma, window_caches
-from .latents import decode_latents, encode_frames, stream_frames, stream_latents
+from .latents import decode_latents, encode_frames, regroup, stream_frames, stream_latents
 from .records import digest
 from .video import check_frame_count, fit_size, read_image
 from .windows import Window, denoise_windows, latent_windows
 
 # %% auto #0
-__all__ = ['fit_reference', 'flow_sigmas', 'bundled_models', 'find_checkpoint', 'KiwiEditOutput', 'KiwiEditPipeline', 'walk']
+__all__ = ['fit_reference', 'flow_sigmas', 'bundled_models', 'find_checkpoint', 'KiwiEditOutput', 'KiwiEditPipeline', 'composite',
+           'walk']
 
 # %% ../nbs/06_pipeline.ipynb #50d25ce7
 def fit_reference(
@@ -428,11 +430,38 @@ def prepare_latents(self, source_latents, sigma, strength, generator, latents):
     latents = latents.to(device, torch.float32)
     return latents if strength == 1 else sigma * latents + (1 - sigma) * source_latents
 
+# %% ../nbs/06_pipeline.ipynb #06matte1
+def composite(
+    frames: np.ndarray,  # (B, T, H, W, 3) uint8, the edit as decoded
+    source: np.ndarray,  # (B, T, H, W, 3) uint8
+    matte: torch.Tensor,  # (B, n, f, h, w) logits: which of the n pixels at a place of the latents the edit changes
+) -> np.ndarray:  # (B, T, H, W, 3) uint8
+    "The edit where the matte is 1, the source where it is 0; without one the edit."
+    if not matte.shape[1]:
+        return frames
+    side, latent_frames = round(matte.shape[1] ** 0.5), matte.shape[2]
+    share = F.pixel_shuffle(matte.float().sigmoid().transpose(1, 2), side)[:, :, 0, ..., None]  # (B, f, H, W, 1)
+    group = (frames.shape[1] - 1) // max(latent_frames - 1, 1)  # frames to a latent frame after the first
+    lengths = [frames.shape[1] - (latent_frames - 1) * group] + [group] * (latent_frames - 1)
+    share = np.repeat(share.cpu().numpy(), lengths, axis=1)
+    return (source + share * (frames.astype(np.float32) - source) + 0.5).astype(np.uint8)
+
+
+def _stream_composite(vae, latents, matte, source):
+    "Frames of an edit, piece by piece, each under its piece of the matte."
+    pieces = stream_frames(vae, latents)
+    if not matte.shape[1]:
+        return pieces
+    before = regroup(source.chunks(), vae.config.scale_factor_temporal, drop_rest=True)
+    return (composite(new[None], old[None], part)[0] for new, old, part in zip(pieces, before, matte.split(1, dim=2)))
+
 # %% ../nbs/06_pipeline.ipynb #06a1b2c4
 @patch_to(KiwiEditPipeline)
 def decode(
     self,
     latents: torch.Tensor,  # (1, z, f, h, w)
+    matte: torch.Tensor,  # (1, n, f, h, w), see `composite`
+    source: Footage,
     output_type: str,  # as in a call
     in_pieces: bool = False,  # memory does not grow with the clip
 ):
@@ -440,11 +469,11 @@ def decode(
     if output_type == "latent":
         return latents
     if output_type == "stream":
-        return [stream_frames(self.vae, latents)]
+        return [_stream_composite(self.vae, latents, matte, source)]
     if in_pieces:
-        frames = np.concatenate(list(stream_frames(self.vae, latents)))[None]
+        frames = np.concatenate(list(_stream_composite(self.vae, latents, matte, source)))[None]
     else:
-        frames = decode_latents(self.vae, latents)
+        frames = composite(decode_latents(self.vae, latents), source.some(range(source.count))[None], matte)
     if output_type == "np":
         return frames.astype(np.float32) / 255
     if output_type == "pt":
@@ -463,7 +492,7 @@ def walk(
     reference_mask: torch.Tensor | None = None,  # (B, R) bool, False where a sample has fewer references
     windows: list[Window] | None = None,  # of one clip that is longer or larger than the model takes
     each: Callable | None = None,  # called as (step, timestep, latents, context), gives the last two as they go on
-) -> torch.Tensor:  # (B, z, f, h, w) latents of the edited clips
+) -> tuple[torch.Tensor, torch.Tensor]:  # (B, z, f, h, w) latents of the edited clips, and (B, n, f, h, w) their matte
     "From noise to clips: one call of the denoiser after the other, and Euler's step after each."
     dtype, begin, seen = pipe.transformer.dtype, scheduler.begin_index or 0, None
     levels, timesteps = scheduler.sigmas.to(latents.device), scheduler.timesteps
@@ -471,7 +500,8 @@ def walk(
     def call(latents, source, cache):
         step, text = (t.expand(len(context)), sigma.expand(len(context))), context.to(dtype)
         given = (latents, *step, text, context_mask, source, reference, reference_mask)
-        return denoise(pipe.transformer, pipe.guidance, *given, cache=cache)
+        velocity = denoise(pipe.transformer, pipe.guidance, *given, cache=cache)
+        return torch.cat([velocity, cache.matte], dim=1)
 
     for i, t in enumerate(timesteps[begin:]):
         pipe._current_timestep = t
@@ -486,9 +516,10 @@ def walk(
             sigma = rounded_sigma(t[None], timesteps, levels)
         noisy = _as_many(latents, context, dtype)
         if windows is None:
-            velocity = call(noisy, source, cache).float()
+            named = call(noisy, source, cache).float()
         else:
-            velocity = denoise_windows(windows, call, noisy, source, cache).float()
+            named = denoise_windows(windows, call, noisy, source, cache).float()
+        velocity, matte = named.tensor_split([latents.shape[1]], dim=1)
         if len(velocity) > len(latents):
             without, velocity = velocity.chunk(2)
             velocity = without + pipe.guidance_scale * (velocity - without)
@@ -498,7 +529,7 @@ def walk(
             context_mask = context_mask[-len(context) :]
             if pipe.interrupt:
                 break
-    return latents
+    return latents, matte[-len(latents) :]
 
 # %% ../nbs/06_pipeline.ipynb #dbb450fc
 def _as_many(x, context, dtype):
@@ -573,10 +604,10 @@ def __call__(
 
     with self.progress_bar(total=self._num_timesteps) as progress:
         given = (latents, context, context_mask, source_latents, reference_latents)
-        latents = walk(self, self.scheduler, *given, windows=windows, each=each)
+        latents, matte = walk(self, self.scheduler, *given, windows=windows, each=each)
 
     # 6. Decode
-    edited = self.decode(latents, output_type, windows is not None)
+    edited = self.decode(latents, matte, source, output_type, windows is not None)
     self._current_timestep = None
     self.maybe_free_model_hooks()
     return KiwiEditOutput(frames=edited) if return_dict else (edited,)

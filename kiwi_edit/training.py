@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate.utils import send_to_device
 
 from .core import InputError
 from .encoder import REFERENCE_SUFFIX, EncoderInputs, KiwiProcessor, collate_inputs, encode_context
-from .guidance import denoise, rounded_sigma
+from .guidance import EditCache, denoise, rounded_sigma
 
 # %% auto #0
 __all__ = ['training_table', 'draw_noise_levels', 'Dice', 'draw_noise', 'edit_weights', 'drop_instructions', 'flow_matching_loss']
@@ -148,6 +149,7 @@ def flow_matching_loss(
     balance: float = 1.0,  # between what an edit touches and what it leaves alone; 1 is the plain mean
     factor: torch.Tensor | None = None,  # (z, z) from `foundations.metric_factor`; None is the plain square
     source: bool = True,  # the denoiser is given the source's latents
+    matte: float = 0.0,  # weight of the cross-entropy of its matte, where it names one
 ) -> tuple[
     torch.Tensor, torch.Tensor
 ]:  # loss and plain squared error of each sample, (B,), the second without gradient
@@ -157,10 +159,13 @@ def flow_matching_loss(
     context, mask = encode_context(parts.mllm, parts.guidance, batch.inputs, batch.vision)
     given = [batch.source if source else None, batch.reference]
     given = [None if latents is None else latents.to(dtype) for latents in given]
-    levels = noisy.to(dtype), 1000 * sigma, sigma
-    velocity = denoise(parts.transformer, parts.guidance, *levels, context.to(dtype), mask, *given)
+    levels, step = (noisy.to(dtype), 1000 * sigma, sigma), EditCache(key_values=None)
+    velocity = denoise(parts.transformer, parts.guidance, *levels, context.to(dtype), mask, *given, cache=step)
     with torch.autocast(noisy.device.type, enabled=False):
         error = velocity.float() - (dice.noise - batch.target)
         seen = error if factor is None else torch.einsum("ij,bifhw->bjfhw", factor.float(), error)
         loss = (seen.square() * edit_weights(batch.kept, balance)).mean((1, 2, 3, 4)) * dice.weight
+        if matte and step.matte.shape[1]:
+            guessed = F.binary_cross_entropy_with_logits(step.matte.float(), batch.changed, reduction="none")
+            loss = loss + matte * guessed.mean((1, 2, 3, 4))
     return loss, error.detach().square().mean((1, 2, 3, 4))

@@ -84,7 +84,7 @@ def denoise_windows(
         source = None if source_latents is None else source_latents[window.place]
         part = call(latents[window.place], source, cache).float()
         if velocity is None:
-            velocity, total = part.new_zeros(len(part), *latents.shape[1:]), part.new_zeros(latents.shape[2:])
+            velocity, total = part.new_zeros(*part.shape[:2], *latents.shape[2:]), part.new_zeros(latents.shape[2:])
         velocity[window.place] += part * weight
         total[window.place] += weight
         cache.source = None  # windows share all the rest, and this would grow with the clip

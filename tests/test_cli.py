@@ -694,7 +694,8 @@ def test_interrupt_leaves_nothing(apart, clip, tmp_path, random_model, moment):
     (tmp_path / "new.mp4").write_text("mine")
     arguments = "edit", clip, "-i", "x", "--steps", 1000, "--model", random_model
     status, out, err = apart(*arguments, "--out", tmp_path / "new.mp4", "--overwrite", moment=moment)
-    assert (status, out) == (130, "") and one_error(err) == "error: interrupted; no partial file is left"
+    assert (status, out) == (130, ""), err
+    assert one_error(err) == "error: interrupted; no partial file is left"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.mp4", "new.mp4"]
     assert (tmp_path / "new.mp4").read_text() == "mine"
 

@@ -88,7 +88,7 @@ def test_tiny_is_trained_as_its_card_says():
         )
         learns = "edits" if stage.buckets else "words" if stage.trains == ("mllm",) else "pictures"
         assert stage.learns == learns and stage.measure_latents == ("vae" in stage.trains)
-        assert stage.loss == (Loss(few=1, pixel_metric=0.75) if stage.buckets else Loss())
+        assert stage.loss == (Loss(few=1, pixel_metric=0.75, matte=0.3) if stage.buckets else Loss())
         assert stage.autocast == bool(stage.buckets)
 
 

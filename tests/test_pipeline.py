@@ -14,7 +14,15 @@ from kiwi_edit import pipeline as module
 from kiwi_edit.core import InputError, preset
 from kiwi_edit.encoder import make_tokenizer
 from kiwi_edit.guidance import KiwiGuidance
-from kiwi_edit.pipeline import Footage, KiwiEditPipeline, decode_latents, encode_frames, fit_reference, flow_sigmas
+from kiwi_edit.pipeline import (
+    Footage,
+    KiwiEditPipeline,
+    composite,
+    decode_latents,
+    encode_frames,
+    fit_reference,
+    flow_sigmas,
+)
 from kiwi_edit.video import as_frames, read_image, read_video, write_video
 from kiwi_edit.weights import checkpoints
 
@@ -26,7 +34,14 @@ def pipe():
     torch.manual_seed(0)
     pipe = KiwiEditPipeline.from_preset("tiny", make_tokenizer([PROMPT], 400))
     pipe.set_progress_bar_config(disable=True)
+    with torch.no_grad():  # its matte says that all of a clip changes
+        matte_says(pipe, 30.0)
     return pipe
+
+
+def matte_says(pipe, logits):
+    for p, value in zip(pipe.transformer.proj_out.parameters(), (0.0, torch.as_tensor(logits))):
+        p.data[pipe.vae.config.z_dim :] = value
 
 
 def clip(frames=5, height=64, width=64, seed=0):
@@ -63,6 +78,35 @@ def test_forms_of_the_result(pipe):
     assert tensor.shape == (1, 5, 3, 64, 64) and 0 <= tensor.min() and tensor.max() <= 1
     as_tuple = pipe(PROMPT, clip(), num_inference_steps=1, output_type="latent", return_dict=False)
     assert isinstance(as_tuple, tuple) and as_tuple[0].shape == latents.shape
+
+
+def test_the_source_shows_where_the_matte_says_so(pipe):
+    source, logits = clip(9), torch.linspace(-6, 6, 64)  # of the 8x8 pixels behind each place
+    given = dict(video=source, num_frames=9, output_type="np", seed=4)
+    whole = as_frames(edit(pipe, **given)[0]).astype(float)
+    try:
+        matte_says(pipe, -30.0)
+        assert np.array_equal(as_frames(edit(pipe, **given)[0]), source)
+        matte_says(pipe, logits)
+        mixed = as_frames(edit(pipe, **given)[0])
+        share = np.tile(logits.sigmoid().view(1, 8, 8, 1).numpy(), (1, 8, 8, 1))
+        assert np.abs(mixed - (share * whole + (1 - share) * source)).max() <= 0.51
+        assert np.array_equal(np.concatenate(list(edit(pipe, **given | dict(output_type="stream"))[0])), mixed)
+        guided = as_frames(edit(pipe, **given, guidance_scale=2.0, negative_prompt="no")[0])
+        assert np.abs(guided[:, ::8, ::8].astype(float) - source[:, ::8, ::8]).max() <= 1, "pixels that hardly change"
+        long = edit(pipe, video=clip(21), num_frames=21, output_type="np")[0]  # in windows
+        rows = np.s_[:, ::8, ::8]  # their first pixels keep the source
+        assert np.abs(as_frames(long)[rows].astype(float) - clip(21)[rows]).max() <= 1
+    finally:
+        matte_says(pipe, 30.0)
+
+
+def test_a_matte_of_groups_of_frames():
+    frames, source = np.full((1, 9, 4, 6, 3), 200, np.uint8), np.zeros((1, 9, 4, 6, 3), np.uint8)
+    matte = torch.full((1, 4, 3, 2, 3), -30.0)  # 3 latent frames of 2x3 places with 2x2 pixels
+    matte[0, 1, 1, 0, 2] = 30.0  # the second pixel of the last place in the first row, frames 1 to 4
+    found = composite(frames, source, matte)[0, ..., 0]
+    assert np.argwhere(found == 200).tolist() == [[t, 0, 5] for t in (1, 2, 3, 4)] and found.sum() == 800
 
 
 def test_everything_given_changes_the_result(pipe):

@@ -120,6 +120,9 @@ def _tidy_signals():
     previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+    except Exception:
+        _stop_if_asked()  # a library may turn the signal's `SystemExit` into an error of its own
+        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path, PureWindowsPath
 
 # %% auto #0
@@ -35,7 +36,7 @@ from ..core import choose_dtype, expect, settings, shortened
 from ..records import Table, Workers, digest, read_lines, run_rows, unique_names, write_text
 from ..video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoInfo, check_frame_count, compare, fit_size
 from ..video import nearest_frame_count, read_image, read_video, replacing, resize_frames, sample_indices
-from ..video import film_strip, stream_video, video_info, write_video
+from ..video import as_frames, film_strip, stream_video, video_info, write_video
 
 # %% ../../nbs/library/13_files.ipynb #c227cfe4
 @dataclass(frozen=True)
@@ -373,6 +374,20 @@ def _write_edit(plan, source, edited, picks=(), progress=None):
         rows = {"source": source.frames[: len(result)], **references, "result": result}
         film_strip(rows, title=_title(plan, min(6, len(rows["source"])))).save(fresh[plan.strip])
 
+# %% ../../nbs/library/13_files.ipynb #7f438d13
+def _enlarged(pipe, pieces, source, width, height):
+    "Pieces of an edit at the source's size; under a matte, what is unchanged keeps the pixels of the source's frames."
+    frames, has_matte = iter(source), pipe.transformer.config.out_channels > pipe.vae.config.z_dim
+    for piece in pieces:
+        sized = resize_frames(piece, width, height, mode="stretch")
+        if has_matte and sized.shape != piece.shape:
+            large = np.stack(list(islice(frames, len(piece))))
+            small = resize_frames(large, piece.shape[2], piece.shape[1], mode="stretch")
+            changed = np.uint8(255) * (np.abs(piece.astype(np.int16) - small).max(-1, keepdims=True) > 1)
+            share = resize_frames(changed.repeat(3, -1), width, height, mode="stretch") / np.float32(255)
+            sized = (large + share * (sized.astype(np.float32) - large) + 0.5).astype(np.uint8)
+        yield sized
+
 # %% ../../nbs/library/13_files.ipynb #7f438d12
 def run_edit(
     pipe,  # `KiwiEditPipeline`
@@ -424,11 +439,11 @@ def run_edit(
     ).frames[0]
     report(total, total, "writing")
     if streamed:
-        sized = (resize_frames(piece, clip.width, clip.height, mode="stretch") for piece in edited)
-        _write_edit(plan, clip, sized, picks, passed)
+        source = (frame for part in stream_video(plan.video, count) for frame in part.frames)
+        _write_edit(plan, clip, _enlarged(pipe, edited, source, clip.width, clip.height), picks, passed)
         count = written["writing"]
     else:
-        _write_edit(plan, clip, resize_frames(edited, clip.width, clip.height, mode="stretch"))
+        _write_edit(plan, clip, next(_enlarged(pipe, [as_frames(edited)], clip.frames, clip.width, clip.height)))
     size, note, seconds = (clip.width, clip.height), _edited_span(plan, count, limits), time.perf_counter() - began
     return _EditedFile(plan.out, plan.strip, plan.comparison, count, size, (width, height), note, seconds)
 

@@ -25,7 +25,15 @@ from ..core import InputError, expect, peak_memory
 from ..encoder import encode_context, prepare_inputs
 from ..metrics import PerceptualFeatures, bootstrap, edit_box, feature_distance, mean_inside, pooled_share
 from ..metrics import perceptual_features, psnr_from_error, share_interval, sharpness_share, squared_error
-from ..pipeline import KiwiEditPipeline, decode_latents, encode_frames, fit_reference, flow_sigmas, walk
+from kiwi_edit.pipeline import (
+    KiwiEditPipeline,
+    composite,
+    decode_latents,
+    encode_frames,
+    fit_reference,
+    flow_sigmas,
+    walk,
+)
 from ..records import Outcome, Table, Value, digest
 from ..video import Strip
 from ..world import EVAL_SEED, TASKS, Quadruplet, World
@@ -115,7 +123,8 @@ def _edit_batch(pipe, samples, steps=None):
     reference, reference_mask = _reference_latents(pipe, images, sources[0].shape, device)
     steps = pipe.config.default_steps if steps is None else steps
     seeds = [sample.meta["seed"] for sample in samples]
-    edited = denoise_batch(pipe, context, context_mask, source, reference, steps, seeds, reference_mask)
+    given = context, context_mask, source, reference, np.stack(sources), steps, seeds, reference_mask
+    edited = denoise_batch(pipe, *given)
     pipe.maybe_free_model_hooks()
     return edited
 
@@ -139,6 +148,7 @@ def denoise_batch(
     context_mask: torch.Tensor | None,  # from `encode_context`
     source_latents: torch.Tensor,  # (B, z, f, h, w)
     reference_latents: torch.Tensor | None,  # (B, z, R, h, w)
+    sources: np.ndarray,  # (B, T, H, W, 3) uint8, for what the matte leaves alone
     steps: int,
     seeds: list[int],  # of the noise
     reference_mask: torch.Tensor | None = None,  # (B, R) bool, False where a sample lacks its reference
@@ -149,8 +159,8 @@ def denoise_batch(
     scheduler.set_timesteps(sigmas=flow_sigmas(steps, pipe.config.schedule), device=device)
     noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(device)
     given = dict(source_latents=source_latents, reference_latents=reference_latents, reference_mask=reference_mask)
-    latents = walk(pipe, scheduler, noise, context, context_mask, **given)
-    return decode_latents(pipe.vae, latents)
+    latents, matte = walk(pipe, scheduler, noise, context, context_mask, **given)
+    return composite(decode_latents(pipe.vae, latents), sources, matte)
 
 # %% ../../nbs/library/40_benchmark.ipynb #a813c997
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ class Loss:
     balance: float = 4.0  # the most by which what an edit touches, or leaves alone, is raised; 1 is the plain loss
     dropout: float = 0.0  # share of samples without their instruction, for classifier-free guidance
     pixel_metric: float = 0.0  # 0 to 1: share of the error measured by how strongly it shows in decoded pixels
+    matte: float = 0.0  # weight of the cross-entropy of which pixels change, for a denoiser that names them
     few: int = 0  # noise levels are those of so many steps and no others; 0 trains at all levels
 
 # %% ../../nbs/library/30_curriculum.ipynb #0120c0d8
@@ -162,7 +163,7 @@ _edits = partial(
     trains=("language_model", "guidance", "transformer"),
     lr_scales=dict(language_model=0.3),
     autocast=True,
-    loss=Loss(few=1, pixel_metric=0.75),
+    loss=Loss(few=1, pixel_metric=0.75, matte=0.3),
 )
 _small, _large = _buckets(1, 20_000, 8), _buckets(5, 6_000, 4)
 _stages = (

@@ -84,7 +84,7 @@ class FlowMatching(torch.nn.Module):
         missing = f"`gram` has to be given for a `pixel_metric` of {options.pixel_metric} but is None."
         expect(gram is not None or not options.pixel_metric, missing)
         self.mllm, self.guidance, self.transformer = pipe.mllm, pipe.guidance, pipe.transformer
-        self.balance, self.source, self.autocast = options.balance, source, autocast
+        self.options, self.source, self.autocast = options, source, autocast
         factor = metric_factor(gram, options.pixel_metric) if options.pixel_metric else None
         self.register_buffer("factor", factor, persistent=False)
 
@@ -94,7 +94,8 @@ class FlowMatching(torch.nn.Module):
     ) -> tuple[torch.Tensor, dict]:  # loss of each sample (B,), and numbers for the log
         batch, dice = item
         with torch.autocast(batch.target.device.type, torch.bfloat16, enabled=self.autocast):
-            losses, squared = flow_matching_loss(self, batch, dice, self.balance, self.factor, self.source)
+            weights = self.options.balance, self.factor, self.source, self.options.matte
+            losses, squared = flow_matching_loss(self, batch, dice, *weights)
         values = sum(x[:, 0].numel() for x in (batch.target, batch.reference) if x is not None)
         tokens = values // math.prod(self.transformer.config.patch_size)
         return losses, _split_losses(squared, dice.sigma, batch.inputs.modes, batch.tasks) | dict(tokens=tokens)

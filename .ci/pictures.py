@@ -1,0 +1,137 @@
+"""What the README, the card and the notebooks show of the model that ships, none of it picked: python .ci/pictures.py [SHARE]
+
+Draws assets/figures/hero.gif, hero.png and edit-strip.png, and below assets/kiwi-edit-tiny benchmark.json, benchmark.png and
+real-footage.png; prints the card's tables. A SHARE below 1 asks fewer scenes, to try it.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from kiwi_edit.core import asset, checkout
+from kiwi_edit.data.files import edit_file
+from kiwi_edit.eval.benchmark import BENCH_SAMPLES, benchmark_samples, run_benchmark
+from kiwi_edit.pipeline import KiwiEditPipeline
+from kiwi_edit.video import as_frames, read_video
+from kiwi_edit.world import EVAL_SEED, TASKS, World
+
+MODEL = asset("kiwi-edit-tiny")
+FIGURES = asset("figures")
+REAL = (  # instruction, and the held-out place that is its reference
+    ("Make the video look snowy.", None),
+    ("Give the whole video a grayscale look.", None),
+    ("Use the reference image as the new background.", 0),
+    ("Add a pumpkin at the bottom right.", None),
+)
+
+
+def draw(figure) -> PIL.Image.Image:
+    "A figure as a picture."
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return PIL.Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def edit(pipe, instruction, clip, reference=None, seed=0):
+    "Frames of an edit, (T, H, W, 3) uint8."
+    shown = None if reference is None else PIL.Image.fromarray(reference)
+    return as_frames(pipe(instruction, clip, shown, generator=torch.Generator().manual_seed(seed)).frames[0])
+
+
+def panel(axis, picture, title=""):
+    "One picture of a figure."
+    axis.set_axis_off()
+    axis.set_title(title, fontsize=10, color="#777", loc="left", pad=3)
+    if picture is None:
+        axis.text(0.5, 0.5, "(words alone)", ha="center", va="center", fontsize=10, color="#777")
+    else:
+        axis.imshow(picture, interpolation="lanczos")
+
+
+def hero_frame(scenes, time) -> PIL.Image.Image:
+    "The first eight evaluation scenes at one time."
+    figure = Figure(figsize=(11, 8.6), dpi=100)
+    for i, (sample, output) in enumerate(scenes):
+        row, column = divmod(i, 2)
+        place = dict(left=0.01 + 0.5 * column, right=0.49 + 0.5 * column, wspace=0.03)
+        place |= dict(top=0.975 - 0.245 * row, bottom=0.765 - 0.245 * row)
+        axes = figure.add_gridspec(1, 3, **place).subplots()
+        at = min(time, len(output) - 1)
+        for axis, picture, name in zip(
+            axes, (sample.source[at], sample.reference, output[at]), ("source", "reference", "output")
+        ):
+            panel(axis, picture, name if row == 0 else "")
+        axes[0].text(0, -0.04, sample.instruction, transform=axes[0].transAxes, va="top", fontsize=10)
+    return draw(figure)
+
+
+def draw_hero(pipe):
+    "The first evaluation scenes of the easy world, one of each task."
+    world = World(split="eval", difficulty="easy")
+    samples = [benchmark_samples(world, task, 1, EVAL_SEED + i)[0] for i, task in enumerate(TASKS)]
+    scenes = [(s, edit(pipe, s.instruction, s.source, s.reference, s.meta["seed"])) for s in samples]
+    pictures = [hero_frame(scenes, time) for time in range(world.num_frames)]
+    pictures[0].quantize(256).save(FIGURES / "hero.png", optimize=True)
+    palette = pictures[0].quantize(128)
+    frames = [p.quantize(palette=palette, dither=PIL.Image.Dither.NONE) for p in pictures + pictures[-2:0:-1]]
+    frames[0].save(FIGURES / "hero.gif", save_all=True, append_images=frames[1:], duration=300, loop=0, optimize=True)
+
+
+def draw_strip(pipe):
+    "What `./kit edit` gives."
+    samples = asset("samples")
+    with tempfile.TemporaryDirectory() as folder:
+        words = (samples / "instruction.txt").read_text().strip()
+        done = edit_file(pipe, samples / "clip.mp4", words, samples / "reference.png", out=Path(folder) / "edited.mp4")
+        PIL.Image.open(done.strip).save(FIGURES / "edit-strip.png")
+
+
+def draw_real(pipe):
+    "Edits of real clips, as they come out."
+    import gradio
+
+    shared = checkout().parent / "shared" / "footage"
+    clips = [shared / f"{name}-source.mp4" for name in ("remove-man", "sweater-to-jacket")]
+    clips.append(Path(gradio.__file__).parent / "media_assets" / "videos" / "world.mp4")
+    clips = [pipe.prepare_video(clip) for clip in clips if clip.exists()]
+    world = World(split="eval", difficulty="easy")
+    figure = Figure(figsize=(23, 2.05 * len(clips)), dpi=80)
+    for row, clip in enumerate(clips):
+        for column, (words, place) in enumerate(REAL):
+            shown = None if place is None else world.sample(EVAL_SEED + place, "background").reference
+            spot = dict(left=0.005 + column * 0.25, right=0.245 + column * 0.25, wspace=0.02)
+            spot |= dict(top=1 - row / len(clips), bottom=1 - (row + 0.85) / len(clips))
+            axes = figure.add_gridspec(1, 2, **spot).subplots()
+            for axis, picture in zip(axes, (clip[0], edit(pipe, words, clip, shown)[0])):
+                panel(axis, picture)
+            axes[0].text(0, -0.03, words, transform=axes[0].transAxes, va="top", fontsize=10)
+    draw(figure).quantize(256).save(MODEL / "real-footage.png", optimize=True)
+
+
+def measure(pipe, share=1.0):
+    "The bench in both worlds; the report of the easy one is kept."
+    options = dict(name="kiwi-edit-tiny", keep=2)
+    easy = run_benchmark(pipe, samples=max(2, round(share * BENCH_SAMPLES)), difficulty="easy", **options)
+    easy.save(MODEL / "benchmark.json")
+    easy.strips(2).savefig(MODEL / "benchmark.png")
+    full = run_benchmark(pipe, samples=max(2, round(share * BENCH_SAMPLES / 2)), difficulty="full", **options)
+    for report in (easy, full):
+        print(report._repr_markdown_(), "\n")
+
+
+def main(share=1.0):
+    pipe = KiwiEditPipeline.from_pretrained("kiwi-edit-tiny")
+    pipe.set_progress_bar_config(disable=True)
+    for drawing in (draw_hero, draw_strip, draw_real):
+        drawing(pipe)
+    measure(pipe, share)
+
+
+if __name__ == "__main__":
+    main(*map(float, sys.argv[1:]))
