@@ -1,11 +1,12 @@
 """What the README, the card and the notebooks show of the model that ships, none of it picked: python .ci/pictures.py [SHARE]
 
-Draws assets/figures/hero.gif, hero.png and edit-strip.png, and below assets/kiwi-edit-tiny benchmark.json, benchmark.png and
-real-footage.png; prints the card's tables. A SHARE below 1 asks fewer scenes, to try it.
+Draws assets/figures/hero.gif, hero.png and edit-strip.png, and below assets/kiwi-edit-tiny subjects.png, benchmark.json,
+benchmark.png and real-footage.png; prints the card's tables. A SHARE below 1 asks fewer scenes, to try it.
 """
 
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,22 @@ def draw_hero(pipe):
     frames[0].save(FIGURES / "hero.gif", save_all=True, append_images=frames[1:], duration=300, loop=0, optimize=True)
 
 
+def draw_subjects(pipe):
+    "The first scenes in which a reference brings a thing."
+    samples = benchmark_samples(World(split="eval", difficulty="easy"), "subject", 8)
+    figure = Figure(figsize=(16, 6.4), dpi=80)
+    axes = figure.subplots(3, len(samples))
+    figure.subplots_adjust(left=0.055, right=1, top=0.9, bottom=0, wspace=0.04, hspace=0.04)
+    for column, sample in zip(axes.T, samples):
+        output = edit(pipe, sample.instruction, sample.source, sample.reference, sample.meta["seed"])
+        for axis, picture in zip(column, (sample.source[0], sample.reference, output[0])):
+            panel(axis, picture)
+        column[0].set_title(textwrap.fill(sample.instruction, 26), fontsize=9)
+    for axis, name in zip(axes[:, 0], ("source", "reference", "output")):
+        axis.text(-0.05, 0.5, name, transform=axis.transAxes, ha="right", va="center", fontsize=11)
+    draw(figure).quantize(256).save(MODEL / "subjects.png", optimize=True)
+
+
 def draw_strip(pipe):
     "What `./kit edit` gives."
     samples = asset("samples")
@@ -128,7 +145,7 @@ def measure(pipe, share=1.0):
 def main(share=1.0):
     pipe = KiwiEditPipeline.from_pretrained("kiwi-edit-tiny")
     pipe.set_progress_bar_config(disable=True)
-    for drawing in (draw_hero, draw_strip, draw_real):
+    for drawing in (draw_hero, draw_subjects, draw_strip, draw_real):
         drawing(pipe)
     measure(pipe, share)
 

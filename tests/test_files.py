@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +19,8 @@ import common
 from kiwi_edit.apps import cli
 from kiwi_edit.data import files
 from kiwi_edit.core import asset
-from kiwi_edit.data.files import read_edits, run_edits
-from kiwi_edit.video import read_video, video_info
+from kiwi_edit.data.files import _enlarged, read_edits, run_edits
+from kiwi_edit.video import read_video, resize_frames, video_info
 
 MODEL = "kiwi-edit-tiny"
 SNOW = "Make everything look snowy."
@@ -250,6 +251,26 @@ def run_list(path, out):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     common.fork_workers()
     sys.exit(cli.main(["edit", str(path), "--out", str(out), "--workers", "2", "--skip-bad"]))
+
+
+def test_what_a_matte_leaves_alone_keeps_its_own_pixels():
+    rng = np.random.default_rng(0)
+    source = rng.integers(0, 256, (6, 64, 96, 3), dtype=np.uint8)
+    small = resize_frames(source, 24, 16, mode="stretch")
+    edited = small.copy()
+    edited[:, 8:, 12:] = 255 - edited[:, 8:, 12:]
+    pipe = lambda channels: SimpleNamespace(
+        transformer=SimpleNamespace(config=SimpleNamespace(out_channels=channels)),
+        vae=SimpleNamespace(config=SimpleNamespace(z_dim=32)),
+    )
+    pieces = [edited[:1], edited[1:5], edited[5:]]
+    found = np.concatenate(list(_enlarged(pipe(96), pieces, source, 96, 64)))
+    assert np.array_equal(found[:, :24], source[:, :24]) and np.array_equal(found[:, :, :36], source[:, :, :36])
+    plain = np.concatenate(list(_enlarged(pipe(32), pieces, [], 96, 64)))
+    assert np.array_equal(plain, resize_frames(edited, 96, 64, mode="stretch"))
+    assert np.array_equal(found[:, 44:, 62:], plain[:, 44:, 62:])
+    [same] = _enlarged(pipe(96), [source], [], 96, 64)
+    assert np.array_equal(same, source)
 
 
 def stopped(folder, until, stop):
