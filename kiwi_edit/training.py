@@ -157,8 +157,7 @@ def flow_matching_loss(
     dtype, sigma = parts.transformer.dtype, dice.sigma
     noisy = torch.lerp(batch.target, dice.noise, sigma.view(-1, 1, 1, 1, 1))
     context, mask = encode_context(parts.mllm, parts.guidance, batch.inputs, batch.vision)
-    given = [batch.source if source else None, batch.reference]
-    given = [None if latents is None else latents.to(dtype) for latents in given]
+    given = [None if x is None else x.to(dtype) for x in (batch.source if source else None, batch.reference)]
     levels, step = (noisy.to(dtype), 1000 * sigma, sigma), EditCache(key_values=None)
     velocity = denoise(parts.transformer, parts.guidance, *levels, context.to(dtype), mask, *given, cache=step)
     with torch.autocast(noisy.device.type, enabled=False):

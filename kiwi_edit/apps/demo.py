@@ -73,7 +73,7 @@ def _opening(name):
     return words[name] if name in words else str(folder / name)
 
 # %% ../../nbs/library/51_demo.ipynb #d0000001
-_TINY = "restyles, swaps backgrounds, adds, removes and replaces things of the kit's small world, softly"
+_TINY = "restyles, swaps backgrounds and replaces things by what a reference shows; what is added by name is a blot"
 _PEAKS = {
     "tiny": (0.07, "5 frames of 96x96, float32"),
     "wan2.2-5b": (23.5, "81 frames of 832x480, bfloat16"),
