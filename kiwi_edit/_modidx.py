@@ -37,8 +37,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'kiwi_edit/apps/approximations.py'),
                                                'kiwi_edit.apps.approximations._look_up': ( 'library/approximations.html#_look_up',
                                                                                            'kiwi_edit/apps/approximations.py'),
-                                               'kiwi_edit.apps.approximations._spectral': ( 'library/approximations.html#_spectral',
-                                                                                            'kiwi_edit/apps/approximations.py'),
                                                'kiwi_edit.apps.approximations._taylor': ( 'library/approximations.html#_taylor',
                                                                                           'kiwi_edit/apps/approximations.py'),
                                                'kiwi_edit.apps.approximations._tiled': ( 'library/approximations.html#_tiled',

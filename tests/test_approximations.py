@@ -239,7 +239,7 @@ def test_saving_leaves_nothing_behind(pipe, name):
 # -- approximations --------------------------------------------------------------------------------------------------------------------------
 
 STEPS = 8
-CACHES = ("first-block cache", "spectral cache", "taylor series")
+CACHES = ("first-block cache", "taylor series")
 NEAR = 20  # decibels; how near an approximation comes is the model's affair, and what is broken lies far below
 
 
@@ -267,7 +267,6 @@ def counted(pipe):
 @pytest.mark.parametrize("name", CACHES)
 def test_step_cache_skips_and_stays_near(pipe, counted, name, case):
     count, before = counted(case)
-    options = {"spectral cache": dict(threshold=0.5)}.get(name, {})
 
     def run(**more):
         return edit(pipe, STEPS, output_type="np", **CASES[case], **more)[0]
@@ -277,7 +276,7 @@ def test_step_cache_skips_and_stays_near(pipe, counted, name, case):
             raise RuntimeError("stopped")
 
     edit(pipe, 1, **CASES[case])
-    with approximately(pipe, name, **options):
+    with approximately(pipe, name):
         less, first = flops(run)
         with pytest.raises(RuntimeError, match="stopped"):
             run(callback_on_step_end=stop)

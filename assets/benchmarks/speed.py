@@ -420,7 +420,6 @@ class Configuration:
 
 TRIED = (  # approximations and their options, at twenty steps
     {"first-block cache": dict(threshold=0.2)},
-    {"spectral cache": {}},
     {"taylor series": {}},
     {"fewer steps": dict(steps=10)},
     {"fewer steps": dict(steps=7)},

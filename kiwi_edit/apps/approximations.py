@@ -18,13 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from diffusers import (
-    ContextParallelConfig,
-    FirstBlockCacheConfig,
-    SeaCacheConfig,
-    TaylorSeerCacheConfig,
-    UniPCMultistepScheduler,
-)
+from diffusers import ContextParallelConfig, FirstBlockCacheConfig, TaylorSeerCacheConfig, UniPCMultistepScheduler
 from diffusers.hooks.context_parallel import apply_context_parallel
 from diffusers.models._modeling_parallel import ContextParallelOutput, ParallelConfig
 from torch import distributed
@@ -132,15 +126,6 @@ def _cache(pipe, config):
 )
 def _first_block(pipe, threshold: float = 0.1):
     _cache(pipe, FirstBlockCacheConfig(threshold))
-
-
-@_approximation(
-    "spectral cache",
-    "as long as the filtered latents of two steps differ little, what the blocks would add is extrapolated (SeaCache)",
-    "long schedules; decides before any block has run",
-)
-def _spectral(pipe, threshold: float = 0.25, most: int = 2):
-    _cache(pipe, SeaCacheConfig(threshold, max_consecutive_cached=most))
 
 
 @_approximation(
