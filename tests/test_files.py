@@ -298,7 +298,11 @@ def test_a_list_that_is_stopped_twice_ends_with_the_same_results(folder, capfd, 
     )
     out = folder / "out"
     # Ctrl-C reaches all of them
-    status, said, err = stopped(folder, "[1-6]/7 rows", lambda pid: os.killpg(pid, signal.SIGINT))
+    for _ in range(3):  # on a busy machine the list may be faster than the signal
+        status, said, err = stopped(folder, "[1-6]/7 rows", lambda pid: os.killpg(pid, signal.SIGINT))
+        if status != 1:
+            break
+        shutil.rmtree(out)
     assert (status, said) == (130, "") and "Traceback" not in err and "leaked" not in err, err
     done = int(re.search(r"error: interrupted; (\d) of 7 rows are done; the same command goes on from here\n$", err)[1])
     assert 1 <= done < 7 and sum(r["status"] == "done" for r in records(out)) == done and left_behind(out) == set()
