@@ -937,7 +937,10 @@ def _write_h264(path, clips, fps, span, crf):
     if max(width, height) > 16384:
         raise InputError(f"`frames` have to be at most 16384 pixels wide and high for H.264 but are {width}x{height}.")
     with av.open(os.path.abspath(path), "w", format="mp4", options=dict(movflags="+faststart")) as output:
-        stream = output.add_stream("libx264", rate=rate, options=dict(crf=str(crf), preset="medium"))
+        options = dict(crf=str(crf), preset="medium")
+        if width * height <= 640 * 480:  # x264's assembler decides by what lies in memory beside a picture
+            options["x264-params"] = "no-asm=1"  # so the same frames are the same bytes; larger ones need the speed
+        stream = output.add_stream("libx264", rate=rate, options=options)
         stream.height, stream.width = height + height % 2, width + width % 2
         stream.pix_fmt = "yuv420p"
         context = stream.codec_context  # say which matrix made the colours, or players guess it from the height

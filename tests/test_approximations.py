@@ -29,7 +29,7 @@ SCENE = World(split="eval").sample(10_000_012, "background")
 CASES = {
     "reference": dict(reference=PIL.Image.fromarray(SCENE.reference)),
     "no reference": {},
-    "guidance": dict(reference=PIL.Image.fromarray(SCENE.reference), guidance_scale=2.0),
+    "guidance": dict(reference=PIL.Image.fromarray(SCENE.reference), guidance_scale=1.5),
 }
 
 
@@ -138,7 +138,7 @@ def test_saving_changes_nothing(pipe, exact, name, case):
     before = exact(case)
     with recomputed(pipe, name):
         plain = edit(pipe, **CASES[case])
-    assert (plain - before).abs().max() < 1e-5 * before.abs().max()
+    assert (plain - before).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("case", CASES)

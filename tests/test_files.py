@@ -297,12 +297,16 @@ def test_a_list_that_is_stopped_twice_ends_with_the_same_results(folder, capfd, 
         '{"video": ',
     )
     out = folder / "out"
-    # Ctrl-C reaches all of them
-    for _ in range(3):  # on a busy machine the list may be faster than the signal
-        status, said, err = stopped(folder, "[1-6]/7 rows", lambda pid: os.killpg(pid, signal.SIGINT))
-        if status != 1:
-            break
-        shutil.rmtree(out)
+    late = True
+
+    def interrupt(pid):
+        nonlocal late
+        late = "7/7 rows" in (folder / "said.err").read_text()  # on a busy machine the list may be faster than we are
+        os.killpg(pid, signal.SIGINT)  # Ctrl-C reaches all of them
+
+    while late:
+        shutil.rmtree(out, ignore_errors=True)
+        status, said, err = stopped(folder, "[1-6]/7 rows", interrupt)
     assert (status, said) == (130, "") and "Traceback" not in err and "leaked" not in err, err
     done = int(re.search(r"error: interrupted; (\d) of 7 rows are done; the same command goes on from here\n$", err)[1])
     assert 1 <= done < 7 and sum(r["status"] == "done" for r in records(out)) == done and left_behind(out) == set()
@@ -323,14 +327,7 @@ def test_a_list_that_is_stopped_twice_ends_with_the_same_results(folder, capfd, 
     assert alone.counts == dict(done=7, failed=0, bad=1) and visible(out) == visible(folder / "alone")
     assert "0007-clip-compare.mp4" in visible(out)
     for name in visible(out) - {"results.jsonl"}:
-        files = out / name, folder / "alone" / name
-        if name.endswith(
-            "-compare.mp4"
-        ):  # encoders differ from process to process at widths that are no multiple of 16
-            both = [read_video(file).frames.astype(int) for file in files]
-            assert both[0].shape == both[1].shape and np.abs(both[0] - both[1]).mean() < 0.5, name
-        else:
-            assert files[0].read_bytes() == files[1].read_bytes(), name
+        assert (out / name).read_bytes() == (folder / "alone" / name).read_bytes(), name
     assert [r["key"] for r in records(out)] == [r["key"] for r in records(folder / "alone")]
 
 

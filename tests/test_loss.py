@@ -336,7 +336,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def batch(tiny):
-    world = World(num_frames=1, split="eval")
+    world = World(num_frames=1, split="eval", difficulty="easy")
     samples = [world.sample(1_630_000 + i, task) for i, task in enumerate(("subject", "background", "subject"))]
     references = [Image.fromarray(s.reference) for s in samples]
     with torch.no_grad():
@@ -395,7 +395,7 @@ def test_sums_are_float32_in_a_bfloat16_run(tiny, batch):
 def test_a_stage_without_the_source(tiny, batch):
     dice = draw_noise(batch, Loss(), 1, 0, range(3), 3)
     with_source, without = (FlowMatching(tiny, Loss(), source=given)((batch, dice))[0] for given in (True, False))
-    assert (without / with_source - 1).abs().max() > 0.1
+    assert (without / with_source - 1).abs().min() > 0.1
     hook = tiny.guidance.source_embedder.register_forward_hook(lambda module, args, out: out * 0)
     tiny.guidance.register_to_config(names="sample")  # or what the model names would be added to the source
     # and the balance still knows what is touched
