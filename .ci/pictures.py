@@ -1,10 +1,10 @@
-"""What the README, the card and the notebooks show of the model that ships, none of it picked: python .ci/pictures.py [SHARE]
+"""What the README and the card show of the model that ships, none of it picked: python .ci/pictures.py [CLIP ...] [--share 0.1]
 
 Draws assets/figures/hero.gif, hero.png and edit-strip.png, and below assets/kiwi-edit-tiny subjects.png, benchmark.json,
-benchmark.png and real-footage.png, and assets/benchmarks/baselines.json and .png; prints the card's tables. A SHARE below 1
-asks fewer scenes, to try it.
+benchmark.png and real-footage.png, and assets/benchmarks/baselines.json and .png; prints the card's tables.
 """
 
+import argparse
 import sys
 import tempfile
 import textwrap
@@ -16,7 +16,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from kiwi_edit.core import asset, checkout
+from kiwi_edit.core import asset
 from kiwi_edit.data.files import edit_file
 from kiwi_edit.eval.benchmark import BENCH_SAMPLES, benchmark_samples, run_benchmark
 from kiwi_edit.pipeline import KiwiEditPipeline
@@ -113,14 +113,12 @@ def draw_strip(pipe):
         PIL.Image.open(done.strip).save(FIGURES / "edit-strip.png")
 
 
-def draw_real(pipe):
-    "Edits of real clips, as they come out."
+def draw_real(pipe, clips):
+    "Edits of real clips, as they come out, and of one that Gradio ships."
     import gradio
 
-    shared = checkout().parent / "shared" / "footage"
-    clips = [shared / f"{name}-source.mp4" for name in ("remove-man", "sweater-to-jacket")]
-    clips.append(Path(gradio.__file__).parent / "media_assets" / "videos" / "world.mp4")
-    clips = [pipe.prepare_video(clip) for clip in clips if clip.exists()]
+    clips = [*clips, Path(gradio.__file__).parent / "media_assets" / "videos" / "world.mp4"]
+    clips = [pipe.prepare_video(clip) for clip in clips]
     world = World(split="eval", difficulty="easy")
     figure = Figure(figsize=(23, 2.05 * len(clips)), dpi=80)
     for row, clip in enumerate(clips):
@@ -151,13 +149,14 @@ def measure(pipe, share=1.0):
         print(found._repr_markdown_(), "\n")
 
 
-def main(share=1.0):
-    pipe = KiwiEditPipeline.from_pretrained("kiwi-edit-tiny")
-    pipe.set_progress_bar_config(disable=True)
-    for drawing in (draw_hero, draw_subjects, draw_strip, draw_real):
-        drawing(pipe)
-    measure(pipe, share)
-
-
 if __name__ == "__main__":
-    main(*map(float, sys.argv[1:]))
+    parser = argparse.ArgumentParser("pictures.py", description="Draw and measure what the README and the card show.")
+    parser.add_argument("clips", nargs="*", type=Path, metavar="CLIP", help="real footage to edit for the card")
+    parser.add_argument("--share", type=float, default=1.0, help="of the benchmark's scenes, to try it with few [1]")
+    given = parser.parse_args()
+    model = KiwiEditPipeline.from_pretrained("kiwi-edit-tiny")
+    model.set_progress_bar_config(disable=True)
+    for drawing in (draw_hero, draw_subjects, draw_strip):
+        drawing(model)
+    draw_real(model, given.clips)
+    measure(model, given.share)
