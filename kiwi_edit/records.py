@@ -265,10 +265,6 @@ class Value(NamedTuple):
         return text if self.low is None else f"{text} [{self.low:.{self.digits}f}, {self.high:.{self.digits}f}]"
 
 
-def _text(cell):
-    return "–" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
-
-
 @dataclass
 class Table:
     "What came out of a run, for a terminal (`str`), a notebook, a page and a file (`record`)."
@@ -279,7 +275,8 @@ class Table:
     note: str = field(default="", kw_only=True)  # below the table: conditions, what was left out
 
     def _cells(self):
-        return [[_text(cell) for cell in row] for row in self.rows]
+        text = lambda cell: "–" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+        return [[text(cell) for cell in row] for row in self.rows]
 
     def __str__(self):
         columns = []

@@ -112,12 +112,11 @@ def _edit_batch(pipe, samples, steps=None):
     images = [[] if sample.reference is None else [PIL.Image.fromarray(sample.reference)] for sample in samples]
     words, sources = [sample.instruction for sample in samples], [sample.source for sample in samples]
     inputs = prepare_inputs(pipe.processor, pipe.guidance.config, words, sources, images).to(device)
-    context, context_mask = encode_context(pipe.mllm, pipe.guidance, inputs)
+    context = encode_context(pipe.mllm, pipe.guidance, inputs)
     source = encode_frames(pipe.vae, np.stack(sources), device)
     reference, reference_mask = _reference_latents(pipe, images, sources[0].shape, device)
     steps, seeds = steps or pipe.config.default_steps, [sample.meta["seed"] for sample in samples]
-    given = context, context_mask, source, reference, np.stack(sources), steps, seeds, reference_mask
-    edited = denoise_batch(pipe, *given)
+    edited = denoise_batch(pipe, *context, source, reference, np.stack(sources), steps, seeds, reference_mask)
     pipe.maybe_free_model_hooks()
     return edited
 
@@ -375,10 +374,10 @@ class Report(Outcome):
         if self.size:
             frames, height, width = self.size
             world += f", {frames} frames of {width}x{height}, from seed {self.seed:,}"
-        steps, spent, most = self.steps, self.seconds_per_edit, self.peak_memory_gb
-        speed = spent and f"{spent:.2f} s an edit in batches of {self.batch_size}"
-        notes = [world, steps and f"{steps} steps", speed, most and f"{most:.1f} GB of memory at most"]
-        return [*filter(None, notes), *in_words(self.hardware)]
+        steps = self.steps and f"{self.steps} steps"
+        speed = self.seconds_per_edit and f"{self.seconds_per_edit:.2f} s an edit in batches of {self.batch_size}"
+        memory = self.peak_memory_gb and f"{self.peak_memory_gb:.1f} GB of memory at most"
+        return [*filter(None, [world, steps, speed, memory]), *in_words(self.hardware)]
 
     def tables(self) -> list[Table]:
         "All tables."
@@ -404,9 +403,8 @@ class Report(Outcome):
     @classmethod
     def of(cls, record: dict) -> Report:
         "The report that a file holds."
-        found = cls(**{f.name: record[f.name] for f in fields(cls) if f.name in record})
-        found.size = tuple(found.size)
-        return found
+        found = {f.name: record[f.name] for f in fields(cls) if f.name in record}
+        return cls(**found | dict(size=tuple(found.get("size", ()))))
 
     def compare(
         self,
@@ -455,9 +453,8 @@ def describe_hardware(device: torch.device) -> dict[str, str]:
     return dict(on=name, threads=str(torch.get_num_threads()), torch=version("torch"))
 
 
-def _as_editor(editor, name=None):
+def _as_editor(name, editor):
     "A pipeline, or whatever else edits samples, with what a report says of it."
-    name = name or _name_of(editor)
     if isinstance(editor, KiwiEditPipeline):
         own = editor.config.default_steps, editor._execution_device
         return Editor(name, partial(_edit_batch, editor), editor.vae, *own)
@@ -496,7 +493,7 @@ def run_editors(
         raise InputError(f"`tasks` has to hold names of {', '.join(TASKS)} but holds {wrong[0]!r}.")
     for argument, value in dict(samples=samples, batch_size=batch_size, steps=steps).items():
         expect(value is None or value >= 1, f"`{argument}` has to be at least 1 but is {value}.")
-    editors = [_as_editor(editor, name) for name, editor in editors.items()]
+    editors = [_as_editor(*item) for item in editors.items()]
     facts = dict(size=(world.num_frames, world.height, world.width), seed=seed, batch_size=min(batch_size, samples))
     reports = []
     for editor in editors:

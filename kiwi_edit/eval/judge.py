@@ -177,24 +177,19 @@ def _words(name):
     return tuple(word for word in re.findall(r"[^\W_]+", name.casefold()) if word != "and")
 
 
-def _number(name, match):
-    if match[2] and int(match[2]) != 5:
-        raise ValueError(f"{name} has to be a score out of 5 but is {match[1]} out of {match[2]}")
-    return float(match[1])
-
-
 def _said(name, segment):
     "The score in what follows a name; None where it is only talked about."
     first, _, rest = _RANGE.sub("", segment, count=1).partition("\n")
     if not re.sub(_FILL, "", first):
         following = rest.partition("\n")[0]
         first = following if re.fullmatch(rf"{_FILL}{_VALUE}[\s*_~.|]*", following) else ""
-    if match := _HEAD.match(first):
-        if _DOUBT.match(first, match.end()):
-            raise ValueError(f"{name} has to be one score but is {first.strip()[:30]!r}")
-        return _number(name, match)
-    match = _TAIL.search(first)
-    return match and _number(name, match)
+    head = _HEAD.match(first)
+    if head and _DOUBT.match(first, head.end()):
+        raise ValueError(f"{name} has to be one score but is {first.strip()[:30]!r}")
+    match = head or _TAIL.search(first)
+    if match and int(match[2] or 5) != 5:
+        raise ValueError(f"{name} has to be a score out of 5 but is {match[1]} out of {match[2]}")
+    return match and float(match[1])
 
 
 def _said_in_json(found, names):
@@ -675,12 +670,9 @@ def beside_published(
     own = [next((known[key][0] for key in keys if key in known), None) for keys in columns.values()]
     rows = rows | {f"{name} (judge: {summary.judge}; {summary.counted})": own}
     paper = "Kiwi-Edit: Versatile Video Editing via Instruction and Reference Guidance (2026)"
-    return Table(
-        f"Beside the published table, whose judge was {judge}",
-        ["system", *columns],
-        [[system, *map(Value, values)] for system, values in rows.items()],
-        note=f"Published rows: {paper}, judged by {judge}.",
-    )
+    title, note = f"Beside the published table, whose judge was {judge}", f"Published rows: {paper}, judged by {judge}."
+    cells = [[system, *map(Value, values)] for system, values in rows.items()]
+    return Table(title, ["system", *columns], cells, note=note)
 
 # %% ../../nbs/library/41_judge.ipynb #41a00061
 def _krippendorff_alpha(ratings, level="ordinal"):
