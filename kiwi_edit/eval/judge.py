@@ -604,10 +604,8 @@ class Summary:
         keys = dict.fromkeys((j.rubric, name) for j in good for name in j.scores)
         kinds, rows = dict.fromkeys(j.edit_type for j in good if j.edit_type), np.array([j.mean for j in good])
         types = {kind: np.where([j.edit_type == kind for j in good], rows, np.nan) for kind in kinds}
-        of = lambda judgement, rubric, name: (
-            judgement.scores.get(name, np.nan) if judgement.rubric == rubric else np.nan
-        )
-        columns = {key: np.array([of(j, *key) for j in good]) for key in keys}
+        score = lambda j, rubric, name: j.scores.get(name, np.nan) if j.rubric == rubric else np.nan
+        columns = {key: np.array([score(j, *key) for j in good]) for key in keys}
         rubrics = {rubric: [columns[key] for key in keys if key[0] == rubric] for rubric, _ in keys}
         # what RefVIE-Bench's released code prints as overall, the overall of its published table, that of OpenVE-Bench
         means = {"rows": [rows] if good else [], "criteria": list(columns.values()), "edit types": list(types.values())}
