@@ -26,7 +26,7 @@ from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Proces
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 # %% auto #0
 __all__ = ['digest', 'append_line', 'unique_names', 'read_lines', 'replacing_folder', 'run_rows', 'Workers', 'Value', 'Table',
@@ -44,24 +44,15 @@ _logger = logging.getLogger(__name__)
 @lru_cache(maxsize=65536)
 def _file_digest(path: str, size: int, changed: int) -> str:
     with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _written(value):
     "A value in a form that JSON can write."
     if isinstance(value, Path):
         if value.is_dir():
-            return [
-                "folder",
-                [
-                    [f.relative_to(value).as_posix(), _written(f)]
-                    for f in sorted(value.rglob("*"))
-                    if f.is_file() and f.name[0] != "."
-                ],
-            ]
+            files = sorted(file for file in value.rglob("*") if file.is_file() and file.name[0] != ".")
+            return ["folder", [[file.relative_to(value).as_posix(), _written(file)] for file in files]]
         facts = value.stat()
         return ["file", _file_digest(str(value.resolve()), facts.st_size, facts.st_mtime_ns)]
     if isinstance(value, bytes):
@@ -139,9 +130,8 @@ def replacing_folder(
     "A temporary folder that takes the place of `folder` when the block ends well, and disappears when it does not."
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    old = fresh.with_name(fresh.name + "-old")
-    try:
+    with tempfile.TemporaryDirectory("", f".{folder.name}-", folder.parent, ignore_cleanup_errors=True) as fresh:
+        fresh, old = Path(fresh), Path(f"{fresh}-old")
         yield fresh
         fresh.chmod(0o755)
         if folder.exists():
@@ -152,25 +142,18 @@ def replacing_folder(
             if old.exists():
                 old.rename(folder)
             raise
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/library/02_records.ipynb #2ec00010
-def _describe_fault(fault):
-    "What has gone wrong: the message alone where the user can act on it, with the class in front of it otherwise."
-    text = " ".join(str(fault).split())
-    return text if isinstance(fault, (InputError, OSError)) and text else f"{type(fault).__name__}: {text}"
-
-
 def _attempt(work, rows, together):
     "An outcome of each row. What `work` has found wrong with a row stands as its error."
     began, error = time.perf_counter(), None
     try:
         found = work(rows) if together else [work(*rows) or {}]
     except Exception as fault:  # the other rows have nothing to do with it
-        error, plain = _describe_fault(fault), isinstance(fault, (InputError, OSError))
-        found = [{} if plain else {"traceback": traceback.format_exc()}] * len(rows)
+        error, found = " ".join(str(fault).split()), [{}] * len(rows)
+        if not error or not isinstance(fault, (InputError, OSError)):  # nothing that the user can act on
+            error, found = f"{type(fault).__name__}: {error}", [{"traceback": traceback.format_exc()}] * len(rows)
     spent = round((time.perf_counter() - began) / len(rows), 3)
     return [{**one, "error": one.get("error") or error, "seconds": one.get("seconds") or spent} for one in found]
 
@@ -203,19 +186,15 @@ def _in_pool(job, waiting, pool, ahead):
 
 
 def run_rows(
-    rows: Mapping[Hashable, Any],  # key -> what `work` is called with; keys are text where a file remembers them
-    work: Callable[
-        [Any], Mapping | None
-    ],  # returns what is recorded of a row, its "error" if it has one; a pool of processes has to pickle it
+    rows: Mapping,  # key -> what `work` is called with; keys are text where a file remembers them
+    work: Callable,  # (row) -> what is recorded of it, its "error" if it has one; a pool of processes pickles it
     path: Path | None = None,  # file of lines that remembers rows from run to run; None remembers nothing
     pool: Callable[[], Executor] | None = None,  # makes the threads or processes; None works on one row after the other
     ahead: int = 8,  # rows that a pool holds at once, running or about to
     label: str = "rows",  # what the progress bar calls them; "" shows none
     each: Callable[[dict], None] | None = None,  # called with each new record
     together: int = 0,  # rows that `work` is given as a list, and returns a list for; 0 gives it one row
-) -> dict[
-    Hashable, dict
-]:  # key -> record in the order of `rows`: "key", "error" (None or a line), "seconds", and what `work` returned
+) -> dict[Hashable, dict]:  # key -> "key", "error" (None or a line), "seconds", and what `work` returned
     "Do the work of every row that no earlier run has done, and remember it line by line."
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -286,10 +265,6 @@ class Value(NamedTuple):
         return text if self.low is None else f"{text} [{self.low:.{self.digits}f}, {self.high:.{self.digits}f}]"
 
 
-def _text(cell):
-    return "–" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
-
-
 @dataclass
 class Table:
     "What came out of a run, for a terminal (`str`), a notebook, a page and a file (`record`)."
@@ -300,17 +275,16 @@ class Table:
     note: str = field(default="", kw_only=True)  # below the table: conditions, what was left out
 
     def _cells(self):
-        return [[_text(cell) for cell in row] for row in self.rows]
+        text = lambda cell: "–" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+        return [[text(cell) for cell in row] for row in self.rows]
 
     def __str__(self):
-        lines = [list(self.columns), *self._cells()]
-        widths = [max(map(len, column)) for column in zip(*lines)]
-        numeric = [all(not isinstance(row[i], str) for row in self.rows) for i in range(len(widths))]
-        lines = [
-            "  ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(line, widths, numeric)).rstrip()
-            for line in lines
-        ]
-        lines.insert(1, "  ".join("-" * width for width in widths))
+        columns = []
+        for i, (head, *cells) in enumerate(zip(self.columns, *self._cells())):
+            width = max(map(len, [head, *cells]))
+            place = str.ljust if any(isinstance(row[i], str) for row in self.rows) else str.rjust
+            columns.append([place(text, width) for text in (head, "-" * width, *cells)])
+        lines = ["  ".join(line).rstrip() for line in zip(*columns)]
         return "\n".join(filter(None, [self.title, *lines, self.note]))
 
     def _repr_markdown_(self):
@@ -328,9 +302,7 @@ class Table:
 
     def record(self) -> list[dict]:
         "A row of JSON for each row."
-        plain = lambda cell: (
-            {k: v for k, v in cell._asdict().items() if k != "digits"} if isinstance(cell, Value) else cell
-        )
+        plain = lambda cell: dict(zip(Value._fields[:3], cell)) if isinstance(cell, Value) else cell
         return [{column: plain(cell) for column, cell in zip(self.columns, row)} for row in self.rows]
 
 # %% ../nbs/library/02_records.ipynb #a3087270
@@ -360,9 +332,8 @@ class Outcome:
     ) -> Path:
         "Write everything but pictures."
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        return write_text(
-            path, json.dumps(self.record(), indent=self.indent, ensure_ascii=False, allow_nan=False) + "\n"
-        )
+        text = json.dumps(self.record(), indent=self.indent, ensure_ascii=False, allow_nan=False)
+        return write_text(path, text + "\n")
 
     @classmethod
     def load(
@@ -406,10 +377,8 @@ def image_tag(
     alt: str,  # what it shows, for those who cannot see it
 ) -> str:
     "A picture that is part of a page."
-    kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
-    return (
-        f'<img alt="{html.escape(alt, quote=True)}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
-    )
+    kind, text = "png" if data.startswith(b"\x89PNG") else "jpeg", base64.b64encode(data).decode()
+    return f'<img alt="{html.escape(alt)}" src="data:image/{kind};base64,{text}">'
 
 
 def page(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import re
 import textwrap
 import time
 from collections.abc import Callable
@@ -25,23 +26,16 @@ from ..core import InputError, expect, peak_memory
 from ..encoder import encode_context, prepare_inputs
 from ..metrics import PerceptualFeatures, bootstrap, edit_box, feature_distance, mean_inside, pooled_share
 from ..metrics import perceptual_features, psnr_from_error, share_interval, sharpness_share, squared_error
-from kiwi_edit.pipeline import (
-    KiwiEditPipeline,
-    composite,
-    decode_latents,
-    encode_frames,
-    fit_reference,
-    flow_sigmas,
-    walk,
-)
+from ..pipeline import KiwiEditPipeline, composite, decode_latents, encode_frames, fit_reference, flow_sigmas
+from ..pipeline import walk
 from ..records import Outcome, Table, Value, digest
 from ..video import Strip
 from ..world import EVAL_SEED, TASKS, Quadruplet, World
 
 # %% auto #0
 __all__ = ['BENCH_SAMPLES', 'benchmark_samples', 'candidate_targets', 'denoise_batch', 'Editor', 'reconstruct', 'Scene',
-           'measure', 'by_task', 'in_words', 'Report', 'describe_hardware', 'run_editors', 'run_benchmark',
-           'provenance']
+           'measure', 'known_mean', 'by_task', 'in_words', 'Report', 'describe_hardware', 'run_editors',
+           'run_benchmark', 'provenance']
 
 # %% ../../nbs/library/40_benchmark.ipynb #e237106b
 _VISIBLE = 1.0  # squared levels: a smaller distance from source to target is no edit that anybody could see
@@ -118,27 +112,25 @@ def _edit_batch(pipe, samples, steps=None):
     images = [[] if sample.reference is None else [PIL.Image.fromarray(sample.reference)] for sample in samples]
     words, sources = [sample.instruction for sample in samples], [sample.source for sample in samples]
     inputs = prepare_inputs(pipe.processor, pipe.guidance.config, words, sources, images).to(device)
-    context, context_mask = encode_context(pipe.mllm, pipe.guidance, inputs)
+    context = encode_context(pipe.mllm, pipe.guidance, inputs)
     source = encode_frames(pipe.vae, np.stack(sources), device)
     reference, reference_mask = _reference_latents(pipe, images, sources[0].shape, device)
-    steps = pipe.config.default_steps if steps is None else steps
-    seeds = [sample.meta["seed"] for sample in samples]
-    given = context, context_mask, source, reference, np.stack(sources), steps, seeds, reference_mask
-    edited = denoise_batch(pipe, *given)
+    steps, seeds = steps or pipe.config.default_steps, [sample.meta["seed"] for sample in samples]
+    edited = denoise_batch(pipe, *context, source, reference, np.stack(sources), steps, seeds, reference_mask)
     pipe.maybe_free_model_hooks()
     return edited
 
 
 def _reference_latents(pipe, images, shape, device):
     "Latents of at most one reference for each sample, zeros and False in the mask where there is none."
-    there = [i for i, references in enumerate(images) if references]
-    if not there:
+    there = torch.tensor([bool(references) for references in images], device=device)
+    if not there.any():
         return None, None
-    padded = np.stack([fit_reference(images[i][0], shape[2], shape[1])[None] for i in there])
-    known = encode_frames(pipe.vae, padded, device)
+    padded = [fit_reference(picture, shape[2], shape[1])[None] for references in images for picture in references]
+    known = encode_frames(pipe.vae, np.stack(padded), device)
     latents = known.new_zeros(len(images), *known.shape[1:])
     latents[there] = known
-    return latents, torch.tensor([[bool(references)] for references in images], device=device)
+    return latents, there[:, None]
 
 
 @torch.no_grad()
@@ -252,15 +244,14 @@ def measure(
     source, target, mask = (np.stack([getattr(scene.sample, name) for scene in scenes]) for name in names)
     good = outputs.shape == target.shape
     expect(good, f"`outputs` has to be {target.shape} as the targets are but is {outputs.shape}.")
-    known = all(scene.reconstruction is not None for scene in scenes)
-    ceiling = np.stack([scene.reconstruction for scene in scenes]) if known else None
-    nothing = np.full(len(scenes), np.nan)
+    unknown = np.full(target.shape[1:], np.nan)
+    ceiling = np.stack([unknown if scene.reconstruction is None else scene.reconstruction for scene in scenes])
     numbers = dict(
         error=squared_error(outputs, target, mask),
         distance=squared_error(source, target, mask),
         outside_error=squared_error(outputs, target, ~mask),
-        ceiling_error=squared_error(ceiling, target, mask) if known else nothing,
-        ceiling_outside_error=squared_error(ceiling, target, ~mask) if known else nothing,
+        ceiling_error=squared_error(ceiling, target, mask),
+        ceiling_outside_error=squared_error(ceiling, target, ~mask),
         flicker=_flicker_error(outputs, target, mask),
         sharpness=sharpness_share(outputs, target, mask),
     )
@@ -278,9 +269,12 @@ def _column(records, name):
     return np.array([record.get(name) for record in records], dtype=np.float64)  # None becomes NaN
 
 
-def _mean(values):
-    known = np.array([v for v in values if v is not None], dtype=np.float64)
-    known = known[~np.isnan(known)]
+def known_mean(
+    values,  # numbers, NaN and None
+) -> float | None:
+    "The mean of those that are known, None where none is."
+    values = np.array([*values], dtype=np.float64)
+    known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else None
 
 
@@ -290,10 +284,6 @@ def _estimate(name, statistic, *columns, interval=None):
         return {name: None, f"{name}_interval": None}
     found = bootstrap(*columns, statistic=statistic) if interval is None else interval(*columns)
     return {name: float(statistic(*columns)), f"{name}_interval": found}
-
-
-def _done(error, distance):
-    return 1 - error.sum() / distance.sum()
 
 
 def _task_scores(records):
@@ -306,11 +296,11 @@ def _task_scores(records):
         **_estimate("success", np.mean, _column(records, "success"), interval=share_interval),
         **_estimate("told_apart", np.mean, _column(records, "told_apart"), interval=share_interval),
         likeness=None if np.isnan(far).any() else pooled_share(unlike, far),
-        sharpness=_mean(_column(records, "sharpness")),
-        psnr_outside=_mean(outside),
-        psnr_ceiling=_mean(limit),
-        psnr_lost=_mean(np.maximum(limit - outside, 0)),
-        **_estimate("pooled", _done, error, distance),
+        sharpness=known_mean(_column(records, "sharpness")),
+        psnr_outside=known_mean(outside),
+        psnr_ceiling=known_mean(limit),
+        psnr_lost=known_mean(np.maximum(limit - outside, 0)),
+        **_estimate("pooled", pooled_share, error, distance),
         ceiling=None if np.isnan(ceiling).any() else pooled_share(ceiling, distance),
     )
 
@@ -384,10 +374,10 @@ class Report(Outcome):
         if self.size:
             frames, height, width = self.size
             world += f", {frames} frames of {width}x{height}, from seed {self.seed:,}"
-        steps, spent, most = self.steps, self.seconds_per_edit, self.peak_memory_gb
-        speed = spent and f"{spent:.2f} s an edit in batches of {self.batch_size}"
-        notes = [world, steps and f"{steps} steps", speed, most and f"{most:.1f} GB of memory at most"]
-        return [*filter(None, notes), *in_words(self.hardware)]
+        steps = self.steps and f"{self.steps} steps"
+        speed = self.seconds_per_edit and f"{self.seconds_per_edit:.2f} s an edit in batches of {self.batch_size}"
+        memory = self.peak_memory_gb and f"{self.peak_memory_gb:.1f} GB of memory at most"
+        return [*filter(None, [world, steps, speed, memory]), *in_words(self.hardware)]
 
     def tables(self) -> list[Table]:
         "All tables."
@@ -413,9 +403,8 @@ class Report(Outcome):
     @classmethod
     def of(cls, record: dict) -> Report:
         "The report that a file holds."
-        found = cls(**{f.name: record[f.name] for f in fields(cls) if f.name in record})
-        found.size = tuple(found.size)
-        return found
+        found = {f.name: record[f.name] for f in fields(cls) if f.name in record}
+        return cls(**found | dict(size=tuple(found.get("size", ()))))
 
     def compare(
         self,
@@ -458,15 +447,14 @@ def describe_hardware(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        name = f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+        told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        found = re.search(r"^model name\s*:\s*(.+)$", told, re.M)
+        name = f"{found[1] if found else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     return dict(on=name, threads=str(torch.get_num_threads()), torch=version("torch"))
 
 
-def _as_editor(editor, name=None):
+def _as_editor(name, editor):
     "A pipeline, or whatever else edits samples, with what a report says of it."
-    name = name or _name_of(editor)
     if isinstance(editor, KiwiEditPipeline):
         own = editor.config.default_steps, editor._execution_device
         return Editor(name, partial(_edit_batch, editor), editor.vae, *own)
@@ -505,14 +493,14 @@ def run_editors(
         raise InputError(f"`tasks` has to hold names of {', '.join(TASKS)} but holds {wrong[0]!r}.")
     for argument, value in dict(samples=samples, batch_size=batch_size, steps=steps).items():
         expect(value is None or value >= 1, f"`{argument}` has to be at least 1 but is {value}.")
-    editors = [_as_editor(editor, name) for name, editor in editors.items()]
-    reports, shape = [], (world.num_frames, world.height, world.width)
+    editors = [_as_editor(*item) for item in editors.items()]
+    facts = dict(size=(world.num_frames, world.height, world.width), seed=seed, batch_size=min(batch_size, samples))
+    reports = []
     for editor in editors:
         if editor.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(editor.device)
-        asked = editor.steps if steps is None else steps
-        report = Report(editor.name, [], world.difficulty_name, shape, asked, seed, describe_hardware(editor.device))
-        reports.append(replace(report, seconds_per_edit=0.0, batch_size=min(batch_size, samples)))
+        own = dict(steps=steps or editor.steps, hardware=describe_hardware(editor.device), seconds_per_edit=0.0)
+        reports.append(Report(editor.name, [], world.difficulty_name, **facts, **own))
     vae = next((editor.vae for editor in editors if editor.vae is not None), None)
     features = perceptual_features("cpu" if vae is None else str(vae.device))
     with tqdm(total=len(tasks) * samples, unit="scene", disable=not progress) as bar:

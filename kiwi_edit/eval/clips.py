@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from ..core import InputError
+from ..core import InputError, expect
 from ..metrics import edit_done, psnr
 from ..data.embedded import changed_region, color_distance, sharpness
 from ..records import Table, Value
@@ -143,15 +143,6 @@ CLIP_METRICS = dict(  # name -> what it is
 )
 
 
-def _check_clips(source, mask, clips):
-    for name, clip in clips.items():
-        if clip is not None and (source.ndim != 4 or clip.dtype != np.uint8 or clip.shape != source.shape):
-            what = f"is {clip.dtype} {clip.shape}"
-            raise InputError(f"`{name}` has to be uint8 {source.shape}, as the source, but {what}.")
-    if mask is not None and (mask.shape != source.shape[:3] or mask.dtype != bool):
-        raise InputError(f"`mask` has to be bool {source.shape[:3]} but is {mask.dtype} {mask.shape}.")
-
-
 def measure_clip(
     edited: np.ndarray,  # (T, H, W, 3) uint8
     source: np.ndarray,  # (T, H, W, 3) uint8
@@ -165,7 +156,11 @@ def measure_clip(
     "What can be said of an edited clip by looking at it beside its source."
     from skimage.metrics import structural_similarity
 
-    _check_clips(source, mask, dict(source=source, edited=edited, target=target))
+    for name, clip in dict(source=source, edited=edited, target=target, mask=mask).items():
+        kind, shape = (bool, source.shape[:3]) if name == "mask" else (np.uint8, source.shape)
+        if clip is not None and (source.ndim != 4 or clip.dtype != kind or clip.shape != shape):
+            rule = f"{np.dtype(kind)} {shape}, as the source"
+            raise InputError(f"`{name}` has to be {rule}, but is {clip.dtype} {clip.shape}.")
     done = float("nan") if target is None or mask is None else float(edit_done(edited, source, target, mask))
     at, (h, w) = sample_indices(len(source), min(num_frames, len(source))), source.shape[1:3]
     scale = min(1.0, side / max(h, w))
@@ -282,9 +277,8 @@ def set_distance(
     "All three distances with their intervals."
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     for name, x, least in (("a", a, 2), ("b", b, 4)):
-        if x.ndim != 2 or len(x) < least or x.shape[1] != b.shape[-1] or not np.isfinite(x).all():
-            what = f"has to hold finite features (N, d) of {least} pictures or more"
-            raise InputError(f"`{name}` {what} but is {x.shape}.")
+        good = x.ndim == 2 and len(x) >= least and x.shape[1] == b.shape[-1] and np.isfinite(x).all()
+        expect(good, f"`{name}` has to hold finite features (N, d) of {least} pictures or more but is {x.shape}.")
     if dims is not None and dims < a.shape[1]:
         directions = np.linalg.svd(b - b.mean(0), full_matrices=False)[2][:dims]
         a, b = (a - b.mean(0)) @ directions.T, (b - b.mean(0)) @ directions.T

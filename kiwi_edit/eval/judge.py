@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import math
 import mimetypes
@@ -77,9 +78,8 @@ class Rubric:
             return self.system
         parts = [_OPENING.format(count=len(self.criteria))]
         for c in self.criteria:
-            parts.append(
-                "\n".join([f"{c.name}. {c.asks}", *(f"  {i} = {text}" for i, text in enumerate(c.anchors, 1))])
-            )
+            anchors = [f"  {i} = {text}" for i, text in enumerate(c.anchors, 1)]
+            parts.append("\n".join([f"{c.name}. {c.asks}", *anchors]))
         if self.capped:
             parts.append(f"The first criterion decides: no other score may be higher than that of {self.names[0]}.")
         return "\n\n".join([*parts, _CLOSING + "\n".join(f"{name}: n" for name in self.names)])
@@ -100,41 +100,32 @@ def _check(good, rule, value):
         raise ValueError(f"{rule} but has {value!r}")
 
 
-def _is_text(value):
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _read_mapping(path):
-    read = json.loads if path.suffix == ".json" else yaml.safe_load
-    try:
-        return read(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        _check(False, "YAML or JSON", shortened(str(error), 160))
+def _fields(found, what, **defaults):
+    "The values of a mapping, each of the type of its default."
+    names = ", ".join(f"`{name}`" for name in defaults)
+    _check(isinstance(found, dict), f"{what} as a mapping with {names}", type(found).__name__)
+    _check(not found.keys() - defaults.keys(), f"{what} with {names} only", found)
+    words = {str: "words", bool: "true or false", list: "a list"}
+    for name, value in (found := defaults | found).items():
+        kind = type(defaults[name])
+        _check(type(value) is kind, f"{words[kind]} under `{name}`", value)
+    return found.values()
 
 
 def _criterion(found):
     found = dict(name=found) if isinstance(found, str) else found
-    known = isinstance(found, dict) and not found.keys() - {"name", "asks", "anchors"}
-    _check(known, "criteria with `name`, `asks` and `anchors` only", found)
-    name, asks, anchors = found.get("name"), found.get("asks", ""), found.get("anchors", [])
-    named = _is_text(name) and re.search(r"\w", name) and not re.search(r"[:\n]", name)
+    name, asks, anchors = _fields(found, "criteria", name="", asks="", anchors=[])
+    named = re.search(r"\w", name) and not re.search(r"[:\n]", name)
     _check(named, "criteria with a name of one line without a colon", name)
-    _check(isinstance(asks, str), "words under `asks`", asks)
-    five = isinstance(anchors, list) and len(anchors) in (0, 5) and all(isinstance(a, str) for a in anchors)
+    five = len(anchors) in (0, 5) and all(isinstance(a, str) for a in anchors)
     _check(five, "five sentences under `anchors`, for 1 to 5", anchors)
     return Criterion(name.strip(), asks, tuple(anchors))
 
 
 def _rubric(found):
-    _check(isinstance(found, dict), "a mapping with `name` and `criteria`", type(found).__name__)
-    extra = sorted(map(str, found.keys() - {"name", "criteria", "capped", "system"}))
-    _check(not extra, "`name`, `criteria`, `capped` and `system` only", extra)
-    name, criteria = found.get("name"), found.get("criteria")
-    capped, system = found.get("capped", True), found.get("system", "")
-    _check(_is_text(name), "a `name`", name)
-    _check(isinstance(system, str), "words under `system`", system)
-    _check(type(capped) is bool, "true or false under `capped`", capped)
-    _check(isinstance(criteria, list) and criteria, "a list under `criteria`", criteria)
+    name, criteria, capped, system = _fields(found, "a rubric", name="", criteria=[], capped=True, system="")
+    _check(name.strip(), "a `name`", name)
+    _check(criteria, "a list under `criteria`", criteria)
     criteria = tuple(map(_criterion, criteria))
     names = [c.name.casefold() for c in criteria]
     _check(len(set(names)) == len(names), "criteria of different names", names)
@@ -149,7 +140,12 @@ def load_rubric(
     "Read a rubric, one of the kit's or one in your own words."
     path = Path(path)
     try:
-        return _rubric(_read_mapping(path))
+        read = json.loads if path.suffix == ".json" else yaml.safe_load
+        try:
+            found = read(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
+            _check(False, "YAML or JSON", shortened(str(error), 160))
+        return _rubric(found)
     except ValueError as error:
         raise InputError(f"`path` has to hold {error}: {path.name}.") from None
 
@@ -176,18 +172,9 @@ _RANGE = re.compile(r"^\s*[(\[](?:score\s*)?(?:1\s*(?:-|\u2013|to)\s*5|/\s*5|(?:
 _DOUBT = re.compile(r"\s*(?:or|to|and|[-\u2013\u2014~,])\s*-?\d", re.I)
 
 
-def _names_pattern(names):
-    "Finds criteria in text whatever their case and punctuation, the longest first."
-    ordered = sorted(names, key=len, reverse=True)
-    words = [[re.escape(w) for w in re.findall(r"[^\W_]+", name) if w.casefold() != "and"] for name in ordered]
-    groups = ("(" + r"[\W_]+(?:and[\W_]+)?".join(w) + ")" for w in words)
-    return re.compile(r"(?<![^\W_])(?:" + "|".join(groups) + r")(?![^\W_])", re.I), ordered
-
-
-def _number(name, match):
-    if match[2] and int(match[2]) != 5:
-        raise ValueError(f"{name} has to be a score out of 5 but is {match[1]} out of {match[2]}")
-    return float(match[1])
+def _words(name):
+    "What tells a criterion, whatever the case and punctuation of its name."
+    return tuple(word for word in re.findall(r"[^\W_]+", name.casefold()) if word != "and")
 
 
 def _said(name, segment):
@@ -196,22 +183,22 @@ def _said(name, segment):
     if not re.sub(_FILL, "", first):
         following = rest.partition("\n")[0]
         first = following if re.fullmatch(rf"{_FILL}{_VALUE}[\s*_~.|]*", following) else ""
-    if match := _HEAD.match(first):
-        if _DOUBT.match(first, match.end()):
-            raise ValueError(f"{name} has to be one score but is {first.strip()[:30]!r}")
-        return _number(name, match)
-    match = _TAIL.search(first)
-    return match and _number(name, match)
+    head = _HEAD.match(first)
+    if head and _DOUBT.match(first, head.end()):
+        raise ValueError(f"{name} has to be one score but is {first.strip()[:30]!r}")
+    match = head or _TAIL.search(first)
+    if match and int(match[2] or 5) != 5:
+        raise ValueError(f"{name} has to be a score out of 5 but is {match[1]} out of {match[2]}")
+    return match and float(match[1])
 
 
-def _said_in_json(found, pattern, ordered):
+def _said_in_json(found, names):
     for key, value in found.items():
-        match = pattern.fullmatch(str(key).strip())
-        if not match:
-            if isinstance(value, dict):
-                yield from _said_in_json(value, pattern, ordered)
+        name = names.get(_words(key))
+        if name is None and isinstance(value, dict):
+            yield from _said_in_json(value, names)
+        if name is None:
             continue
-        name = ordered[match.lastindex - 1]
         if isinstance(value, dict):
             value = value.get("score", value.get("rating"))
         if isinstance(value, str):
@@ -221,27 +208,27 @@ def _said_in_json(found, pattern, ordered):
         yield name, float(value)
 
 
-def _said_in_text(text, pattern, ordered):
-    matches = list(pattern.finditer(text))
-    for match, after in zip(matches, [*matches[1:], None]):
-        segment = text[match.end() : after.start() if after else len(text)]
-        if after:
-            segment = re.sub(r"[,;]\s*\d+[.)]\s*$", "", segment)  # the number of the next entry
-        name = ordered[match.lastindex - 1]
-        if (score := _said(name, segment)) is not None:
-            yield name, score
+def _said_in_text(text, names):
+    longest_first = sorted(names, key=lambda words: len(names[words]), reverse=True)
+    either = "|".join(r"[\W_]+(?:and[\W_]+)?".join(map(re.escape, words)) for words in longest_first)
+    # an entry may have a number
+    _, *said = re.split(rf"(?:[,;]\s*\d+[.)]\s*)?(?<![^\W_])({either})(?![^\W_])", text, flags=re.I)
+    for found, segment in zip(said[::2], said[1::2]):
+        name = names[_words(found)]
+        yield name, _said(name, segment)
 
 # %% ../../nbs/library/41_judge.ipynb #41a00014
 def _read_scores(text, rubric):
     "The scores of a reply in the rubric's order; ValueError where there are none to be had without guessing."
-    text, (pattern, ordered) = without_thoughts(text), _names_pattern(rubric.names)
+    text, names = without_thoughts(text), {_words(name): name for name in rubric.names}
     try:
         answer = parse_json(text) if "{" in text else {}
     except ValueError:
         answer = {}  # no JSON after all
-    found = list(_said_in_json(answer, pattern, ordered))
     scores = {}
-    for name, score in found or _said_in_text(text, pattern, ordered):
+    for name, score in list(_said_in_json(answer, names)) or _said_in_text(text, names):
+        if score is None:
+            continue
         if not 1 <= score <= 5:
             raise ValueError(f"{name} has to be from 1 to 5 but is {score:g}")
         if scores.setdefault(name, score) != score:
@@ -352,13 +339,6 @@ def _picture(media):
     return np.asarray(read_image(media)) if _is_path(media) else media
 
 
-def _numbered_frames(media, count, side):
-    "Frames of a clip, evenly spaced, each under its number."
-    at = sample_indices(_size(media)[0], count)
-    frames = read_video(media, indices=at).frames if _is_path(media) else media[at]
-    return [part for i, frame in zip(at, frames) for part in (f"Frame {i + 1}:", shrunk(frame, side))]
-
-
 def _video_part(media, path):
     "A clip as a file; one that is in memory is written to `path`."
     if _is_path(media) and Path(media).suffix.lower() in _VIDEOS:
@@ -371,18 +351,30 @@ def _question_of(case, folder=None, frames=8, side=512):
     Clips are sent as video files, those in memory by way of `folder`, or where there is none as so many frames each."""
     parts = [] if case.reference is None else ["Reference picture:", shrunk(_picture(case.reference), side)]
     for name, media in (("before", case.source), ("after", case.edited)):
-        still = _size(media)[0] == 1
-        parts.append(f"The picture {name} the edit:" if still else f"The clip {name} the edit:")
-        if folder and not still:
+        there = _size(media)[0]
+        parts.append(f"The {'picture' if there == 1 else 'clip'} {name} the edit:")
+        if folder and there > 1:
             parts.append(_video_part(media, folder / f"{name}.mp4"))
-        else:
-            parts += _numbered_frames(media, frames, side)
+            continue
+        at = sample_indices(there, frames)
+        for i, frame in zip(at, read_video(media, indices=at).frames if _is_path(media) else media[at]):
+            parts += [f"Frame {i + 1}:", shrunk(frame, side)]
     kind = f"Kind of edit: {case.edit_type.replace('_', ' ')}. " if case.edit_type else ""
     parts.append(f"{kind}Instruction: {json.dumps(case.instruction, ensure_ascii=False)}")
     return Question(tuple(parts), case.rubric.instruction(), lambda text: _read_scores(text, case.rubric), 1024)
 
 # %% ../../nbs/library/41_judge.ipynb #41a0002d
 _REPLY = 300  # tokens of a reply that gives its reasons, for estimates
+
+
+def _tried(case, look):
+    "What `look` finds in the files of a case, or why there is nothing to be found."
+    if case.missing:
+        return f"missing: {', '.join(case.missing)}"
+    try:
+        return look()
+    except (OSError, ValueError) as error:
+        return f"unreadable: {error}"
 
 
 class ChatJudge:
@@ -421,15 +413,9 @@ class ChatJudge:
         workers = getattr(self.chat, "concurrency", 1)
         pool = None if workers == 1 else lambda: ThreadPoolExecutor(workers)
         lately = deque(maxlen=max(8, 2 * workers))  # errors; where all of them are the judge's own, asking on is no use
-        found = run_rows(
-            dict(zip(keys, cases)),
-            lambda cases: [asdict(judgement) for judgement in self._ask(cases, lately)],
-            self._path(),
-            pool,
-            ahead=2 * workers,
-            label=self.name if progress else "",
-            together=getattr(self.chat, "batch_size", 1),
-        )
+        work = lambda cases: [asdict(judgement) for judgement in self._ask(cases, lately)]
+        label, together = self.name if progress else "", getattr(self.chat, "batch_size", 1)
+        found = run_rows(dict(zip(keys, cases)), work, self._path(), pool, 2 * workers, label, together=together)
         return [self._read(case, found[key]) for case, key in zip(cases, keys)]
 
     def _path(self):
@@ -446,7 +432,7 @@ class ChatJudge:
             why = f"not asked: {len(lately)} failures in a row, the last one {lately[-1]}"
             return [case.judged(self.name, error=why) for case in cases]
         with tempfile.TemporaryDirectory() as folder:
-            asked = [self._question(case, Path(folder) / str(i)) for i, case in enumerate(cases)]
+            asked = [self._question(case, Path(tempfile.mkdtemp(dir=folder))) for case in cases]
             exchanges = iter(self.chat.ask([q for q in asked if isinstance(q, Question)], self.attempts))
             found = [next(exchanges) if isinstance(q, Question) else q for q in asked]
         judgements = list(map(self._judgement, cases, found))
@@ -456,13 +442,7 @@ class ChatJudge:
 
     def _question(self, case, folder):
         "The question, or why there is none."
-        if case.missing:
-            return f"missing: {', '.join(case.missing)}"
-        folder.mkdir()
-        try:
-            return _question_of(case, folder if self.video else None, self.frames, self.side)
-        except (OSError, ValueError) as error:
-            return f"unreadable: {error}"
+        return _tried(case, lambda: _question_of(case, folder if self.video else None, self.frames, self.side))
 
     def _judgement(self, case, found):
         if isinstance(found, str):
@@ -480,16 +460,13 @@ class ChatJudge:
     def estimate(self, cases: Sequence[Case]) -> dict:  # calls, input_tokens, and cost in USD or None
         "What it will take, roughly: a picture counts as for Qwen or Gemini, whichever is more."
         records = read_lines(self._path()) if self.folder else []
-        known, calls, tokens = {record.get("key") for record in records if not record.get("error")}, 0, 0
+        known, tokens = {record.get("key") for record in records if not record.get("error")}, []
         for case in cases:
-            if digest(case.digest(), self.settings) in known:
-                continue
-            try:
-                tokens += self._tokens(case)
-            except (OSError, ValueError):
-                continue  # it will fail without a call
-            calls += 1
-        return dict(calls=calls, input_tokens=tokens, cost=self._cost(tokens, calls * _REPLY))
+            if digest(case.digest(), self.settings) not in known:
+                with contextlib.suppress(OSError, ValueError):  # it will fail without a call
+                    tokens.append(self._tokens(case))
+        cost = self._cost(sum(tokens), len(tokens) * _REPLY)
+        return dict(calls=len(tokens), input_tokens=sum(tokens), cost=cost)
 
     def _tokens(self, case):
         words = len(case.rubric.instruction() + case.instruction) // 4 + 40
@@ -527,8 +504,7 @@ def _frames_of(media, count, size, mode, name):
             frames = resize_frames(media[:count], *size, mode=mode)
         else:
             frames = read_video(media, num_frames=count, size=size, mode=mode).frames
-    if len(frames) < count:
-        raise InputError(f"`{name}` has to be whole but of {count} frames {len(frames)} decode.")
+    expect(len(frames) == count, f"`{name}` has to be whole but of {count} frames {len(frames)} decode.")
     return frames
 
 
@@ -543,8 +519,8 @@ def lay_beside(
     with renamed("`path`", "`source`"):
         there, h, w, _ = _size(case.source)
     exact = case.mask is not None or case.target is not None
-    if exact and (width, height) != (w, h):
-        raise InputError(f"`result` has to have the {w}x{h} pixels of its scene but has {width}x{height}.")
+    good = not exact or (width, height) == (w, h)
+    expect(good, f"`result` has to have the {w}x{h} pixels of its scene but has {width}x{height}.")
     scale = min(1, side / max(width, height)) if _is_path(case.edited) and not exact else 1
     count, size = min(made, there, num_frames), (max(1, round(width * scale)), max(1, round(height * scale)))
     edited = _frames_of(case.edited, count, size, "stretch", "result")
@@ -578,12 +554,9 @@ class MetricJudge:
         return [self._judge(case) for case in tqdm(cases, desc=self.name, disable=not progress)]
 
     def _judge(self, case):
-        if case.missing:
-            return case.judged(self.name, error=f"missing: {', '.join(case.missing)}")
-        try:
-            measured = case.measured or measure_case(lay_beside(case))
-        except (OSError, ValueError) as error:
-            return case.judged(self.name, error=f"unreadable: {error}")
+        measured = _tried(case, lambda: case.measured or measure_case(lay_beside(case)))
+        if isinstance(measured, str):
+            return case.judged(self.name, error=measured)
         try:
             scores = _metric_scores(measured, case.rubric)
         except ValueError as error:
@@ -629,13 +602,10 @@ class Summary:
         judgements = list(_by_case(judgements, "judgements").values())
         good = [j for j in judgements if j.ok]
         keys = dict.fromkeys((j.rubric, name) for j in good for name in j.scores)
-        nan, rows = math.nan, np.array([j.mean for j in good])
-        columns = {
-            (rubric, name): np.array([j.scores.get(name, nan) if j.rubric == rubric else nan for j in good])
-            for rubric, name in keys
-        }
-        kinds = dict.fromkeys(j.edit_type for j in good if j.edit_type)
-        types = {kind: np.where([j.edit_type == kind for j in good], rows, nan) for kind in kinds}
+        kinds, rows = dict.fromkeys(j.edit_type for j in good if j.edit_type), np.array([j.mean for j in good])
+        types = {kind: np.where([j.edit_type == kind for j in good], rows, np.nan) for kind in kinds}
+        score = lambda j, rubric, name: j.scores.get(name, np.nan) if j.rubric == rubric else np.nan
+        columns = {key: np.array([score(j, *key) for j in good]) for key in keys}
         rubrics = {rubric: [columns[key] for key in keys if key[0] == rubric] for rubric, _ in keys}
         # what RefVIE-Bench's released code prints as overall, the overall of its published table, that of OpenVE-Bench
         means = {"rows": [rows] if good else [], "criteria": list(columns.values()), "edit types": list(types.values())}
@@ -698,12 +668,9 @@ def beside_published(
     own = [next((known[key][0] for key in keys if key in known), None) for keys in columns.values()]
     rows = rows | {f"{name} (judge: {summary.judge}; {summary.counted})": own}
     paper = "Kiwi-Edit: Versatile Video Editing via Instruction and Reference Guidance (2026)"
-    return Table(
-        f"Beside the published table, whose judge was {judge}",
-        ["system", *columns],
-        [[system, *map(Value, values)] for system, values in rows.items()],
-        note=f"Published rows: {paper}, judged by {judge}.",
-    )
+    title, note = f"Beside the published table, whose judge was {judge}", f"Published rows: {paper}, judged by {judge}."
+    cells = [[system, *map(Value, values)] for system, values in rows.items()]
+    return Table(title, ["system", *columns], cells, note=note)
 
 # %% ../../nbs/library/41_judge.ipynb #41a00061
 def _krippendorff_alpha(ratings, level="ordinal"):
@@ -793,16 +760,10 @@ def _page_case(case, number, files, folder):
     "What the page knows of a case."
     reference = None if case.reference is None else _picture(case.reference)
     media = dict(reference=reference, before=case.source, after=case.edited)
-    return dict(
-        place=number,
-        id=case.id,
-        edit_type=case.edit_type,
-        rubric=case.rubric.name,
-        capped=case.rubric.capped,
-        criteria=[asdict(criterion) for criterion in case.rubric.criteria],
-        instruction=case.instruction,
-        media=[_page_media(m, name, files, number, folder) for name, m in media.items() if m is not None],
-    )
+    media = [_page_media(m, name, files, number, folder) for name, m in media.items() if m is not None]
+    facts = dict(place=number, id=case.id, edit_type=case.edit_type, instruction=case.instruction, media=media)
+    rubric = asdict(case.rubric)
+    return facts | dict(rubric=rubric["name"], capped=rubric["capped"], criteria=rubric["criteria"])
 
 
 def save_score_page(
@@ -838,10 +799,9 @@ def read_scores_file(
             rubric = Rubric(row["rubric"], tuple(map(Criterion, row["criteria"])), bool(row.get("capped")))
             case = Case(row["id"], "", None, None, None, rubric, row.get("edit_type", ""))
             scores = dict(zip(rubric.names, row["scores"], strict=True))
-            if silent := [name for name, score in scores.items() if score is None]:
-                found.append(case.judged(row["judge"], error=f"incomplete: {', '.join(silent)}"))
-            else:
-                found.append(case.judged(row["judge"], scores))
+            silent = [name for name, score in scores.items() if score is None]
+            said = dict(error=f"incomplete: {', '.join(silent)}") if silent else dict(scores=scores)
+            found.append(case.judged(row["judge"], **said))
         except (ValueError, TypeError, KeyError) as error:
             what = f"line {number} of {path.name} is {line[:80]!r}: {error}"
             raise InputError(f"`path` has to hold what the page saved but {what}.") from None

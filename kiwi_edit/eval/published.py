@@ -9,6 +9,7 @@ import copy
 import csv
 import html
 import io
+import itertools
 import json
 import logging
 import math
@@ -28,8 +29,9 @@ import yaml
 from ..core import InputError, expect
 from ..data.backends import GeminiChat, chat_of
 from ..data.files import renamed
-from .benchmark import BENCH_SAMPLES, Report, Scene, benchmark_samples, by_task, in_words, measure
-from .benchmark import reconstruct
+from .benchmark import BENCH_SAMPLES, Report, Scene, benchmark_samples, by_task, in_words
+from .benchmark import known_mean, measure, reconstruct
+from .clips import CLIP_METRICS
 from .judge import PUBLISHED, Case, ChatJudge, Judgement, MetricJudge, Summary
 from .judge import beside_published, lay_beside, measure_case, rubric_for
 from ..metrics import perceptual_features
@@ -53,9 +55,9 @@ def _read_rows(kind, text):
         rows = json.loads(text, object_pairs_hook=unique_names)
     else:
         rows = yaml.safe_load(text)
-    if not isinstance(rows, dict if kind == "imgedit" else list):
-        wanted = "an object" if kind == "imgedit" else "a list"
-        raise ValueError(f"it has to hold {wanted} of rows but holds a {type(rows).__name__}")
+    wanted, word = (dict, "an object") if kind == "imgedit" else (list, "a list")
+    if not isinstance(rows, wanted):
+        raise ValueError(f"it has to hold {word} of rows but holds a {type(rows).__name__}")
     return list(rows.items()) if kind == "imgedit" else [(str(number), row) for number, row in enumerate(rows)]
 
 
@@ -130,10 +132,8 @@ def read_bench(
         rule = f"`root` has to be where the {len(rows)} sources of {path.name!r} are"
         raise FileNotFoundError(f"{rule} but none is there, the first is {str(rows[0].source)!r}.")
     if changed := [row for row in rows if row.note]:
-        first, counts = changed[0], f"{len(changed)} of {len(rows)} results"
-        logging.getLogger(__name__).warning(
-            "%s get another name than the published one; row %s: %s.", counts, first.id, first.note
-        )
+        text = f"{len(changed)} of {len(rows)} results get another name than the published one"
+        logging.getLogger(__name__).warning("%s; row %s: %s.", text, changed[0].id, changed[0].note)
     return rows
 
 
@@ -157,10 +157,9 @@ def _own_name(output, taken, row):
     "A name that no row before has, and the row that has the one that was wanted, if any."
     # as file systems compare names that do not tell case
     folded = lambda name: unicodedata.normalize("NFC", name).casefold()
-    unique, number, (stem, _, suffix) = output, 1, output.rpartition(".")
-    while folded(unique) in taken:
-        number += 1
-        unique = f"{stem}_{number}.{suffix}"
+    stem, _, suffix = output.rpartition(".")
+    names = itertools.chain([output], (f"{stem}_{number}.{suffix}" for number in itertools.count(2)))
+    unique = next(name for name in names if folded(name) not in taken)
     twin = taken.get(folded(output))
     taken[folded(unique)] = row
     return unique, twin
@@ -303,14 +302,16 @@ def write_imgedit_list(
     return write_text(Path(out) / "image_edit_out.jsonl", "".join(lines))
 
 # %% ../../nbs/library/42_published.ipynb #c4500031
-def _lay_result(case):
-    "A result beside its source, where it can be one of it."
+def _measured(case):
+    "What is measured of a result that can be one of its source, to the last digit."
     laid = lay_beside(case)
     made, there = laid.frames
     expect(made <= there, f"`result` has to have at most the {there} frames of its source but has {made}.")
     still = made == 1 and there > 4
     expect(not still, f"`result` has to be a clip for a source of {there} frames but is one picture.")
-    return laid
+    # JSON has neither nan nor inf
+    measured = {name: float(v) if math.isfinite(v) else str(v) for name, v in measure_case(laid).items()}
+    return dict(measured=measured, frames=laid.frames, note=laid.note)
 
 # %% ../../nbs/library/42_published.ipynb #c4500034
 def _shown(case):
@@ -320,14 +321,6 @@ def _shown(case):
         return replace(case, source=case.source[:made])
     whole = made >= 0.9 * min(there, SETTINGS["num_frames"])
     return case if whole else replace(case, source=read_video(case.source, num_frames=made).frames)
-
-
-def _measured(case):
-    "What is measured of a result, to the last digit."
-    laid = _lay_result(case)
-    # JSON has neither nan nor inf
-    measured = {name: float(v) if math.isfinite(v) else str(v) for name, v in measure_case(laid).items()}
-    return dict(measured=measured, frames=laid.frames, note=laid.note)
 
 
 def _with_measures(case, known):
@@ -382,13 +375,11 @@ class BenchReport(Report):
         # scores of what is no model cannot stand beside those of one
         if self.is_model and self.bench in PUBLISHED and self.counts["scored"]:
             tables.append(beside_published(self.bench, self.summary, self.model))
-        measured = {}
-        for kind, records in by_task(self.records).items():
-            for name in dict.fromkeys(name for record in records for name in record["metrics"]):
-                if known := [r["metrics"][name] for r in records if r["metrics"].get(name) is not None]:
-                    measured.setdefault(kind, {})[name] = Value(np.mean(known), digits=3)
-        if names := list(dict.fromkeys(name for means in measured.values() for name in means)):
-            cells = [[kind, *map(means.get, names)] for kind, means in measured.items()]
+        measured = [record for record in self.records if record["metrics"]]
+        mean = lambda records, name: known_mean(record["metrics"].get(name) for record in records)
+        names = [name for name in CLIP_METRICS if mean(measured, name) is not None]
+        cells = [[kind, *(Value(mean(rs, n), digits=3) for n in names)] for kind, rs in by_task(measured).items()]
+        if cells:
             tables.append(Table("Measured, without a judge", ["edit type", *names], cells))
         # names of files count as one
         reasons = Counter(re.sub(r"'[^']*'", "…", r["reason"]) for r in self.records if r["status"] != "scored")
@@ -471,19 +462,11 @@ def _ask(judge, cases, out, say, progress):
 
 def _record(case, judgement):
     "What is written down of a row."
-    return dict(
-        id=case.id,
-        task=case.edit_type,
-        instruction=case.instruction,
-        output=case.output,
-        metrics={name: round(v, 6) if math.isfinite(v) else None for name, v in case.measured.items()},
-        frames=list(case.frames),
-        note=case.note,
-        status=judgement.state,
-        scores=judgement.scores if judgement.ok else {},
-        reason=judgement.error.removeprefix("missing: "),
-        judgement=asdict(judgement),
-    )
+    metrics = {name: round(v, 6) if math.isfinite(v) else None for name, v in case.measured.items()}
+    asked = dict(id=case.id, task=case.edit_type, instruction=case.instruction, output=case.output)
+    came_out = dict(metrics=metrics, frames=list(case.frames), note=case.note)
+    scores, reason = judgement.scores if judgement.ok else {}, judgement.error.removeprefix("missing: ")
+    return asked | came_out | dict(status=judgement.state, scores=scores, reason=reason, judgement=asdict(judgement))
 
 
 def score_rows(
@@ -516,10 +499,9 @@ def score_rows(
         judgement = said.get(case.id) or case.judged(judge.name, error=lost)
         records.append(_record(case, judgement) | before.get("numbers", {}))
     about, bench = about or {}, rows[0].bench
-    said_by = dict(bench=bench, judge=judge.name, is_model=judge.is_model)
     difficulty = rows[0].fields["difficulty"] if bench == "kit" else ""
-    model = str(about.get("model", "these results"))
-    report = BenchReport(model, records, difficulty=difficulty, about=about, **said_by)
+    facts = dict(difficulty=difficulty, bench=bench, judge=judge.name, is_model=judge.is_model, about=about)
+    report = BenchReport(str(about.get("model", "these results")), records, **facts)
     report.write(out, {case.id: case for case in cases})
     return report
 
@@ -542,9 +524,9 @@ def judge_of(
     expect(not extra or kind == "openai", f"`extra` has to be left out unless the judge is openai:MODEL but {told}.")
     if text == "metrics":
         return MetricJudge()
-    if text != "gemini" and (kind not in ("gemini", "openai", "transformers") or not rest.strip("@")):
-        words = "metrics, gemini, gemini:MODEL, openai:MODEL, openai:MODEL@URL or transformers:PATH"
-        raise InputError(f"`judge` has to be {words} but is {text!r}.")
+    known = text == "gemini" or kind in ("gemini", "openai", "transformers") and rest.strip("@")
+    words = "metrics, gemini, gemini:MODEL, openai:MODEL, openai:MODEL@URL or transformers:PATH"
+    expect(known, f"`judge` has to be {words} but is {text!r}.")
     with renamed("`api_key` has to be given, or be", "`judge` has to have its key"):
         if kind == "gemini":  # the published ones think as they like
             published = PUBLISHED.get(bench, PUBLISHED["refvie"])["judge"]
