@@ -29,6 +29,9 @@ def small_sizes():
     return sizes
 
 
+# numbers of the official implementation
+GOLDEN = Path(os.environ.get("KIWI_EDIT_GOLDEN", Path(__file__).parent / "golden"))
+
 # one process imports what is slow to import, and the others are forked from it
 CONTEXT = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
 CONTEXT.set_forkserver_preload(["kiwi_edit.train.engine", "kiwi_edit.data.synthesis", "kiwi_edit.apps.cli"])

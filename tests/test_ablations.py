@@ -9,30 +9,14 @@ import torch
 from kiwi_edit.train import foundations
 from kiwi_edit.train.cache import OnlineRows, RowSettings
 from kiwi_edit.core import asset
+from kiwi_edit.encoder import encode_context
 from kiwi_edit.train.curriculum import STAGES
 from kiwi_edit.guidance import denoise
 from kiwi_edit.world import EVAL_SEED
 
 SCRIPT = runpy.run_path(str(asset("benchmarks/ablations.py")))
 experiment = SCRIPT["read_experiment"]()  # from here on a module by this name
-from experiment import (
-    RECIPES,
-    REFERENCES,
-    TRAIN_SEED,
-    WITH_REFERENCE,
-    Ablation,
-    Data,
-    Plan,
-    Recipe,
-    Scenes,
-    batch_order,
-    batches_of,
-    fresh_model,
-    gated,
-    halved,
-    run_cell,
-    scenes,
-)
+from experiment import *
 
 FOUNDATIONS = str(asset("kiwi-edit-tiny"))  # any model will do
 
@@ -49,31 +33,23 @@ def few_words():
 
 
 @pytest.fixture(scope="module")
-def pairs():
-    return [halved(q, 16) for q in scenes(WITH_REFERENCE, 6, TRAIN_SEED["references"])]
-
-
-@pytest.fixture(scope="module")
-def data(pairs):
+def data():
     pipe = fresh_model(FOUNDATIONS, 0)
+
+    def small(*asked):
+        return [halved(q, 16) for q in scenes(*asked)]
 
     def rows(quadruplets, references=None):
         return OnlineRows(pipe, Scenes(quadruplets, references), RowSettings(batch=4), progress=False)
 
-    full, blind = rows(pairs, [q.reference for q in pairs]), rows(pairs)
-    words = rows([halved(q, 16) for q in scenes(dict(add=1.0), 6, TRAIN_SEED["words"])])
-    held = {task: ([halved(q, 16) for q in scenes({task: 1.0}, 2, EVAL_SEED, "eval")]) for task in ("subject", "add")}
-    return Data(
-        dict(words=words, blind=blind) | dict.fromkeys(REFERENCES, full),
-        {
-            "subject": (
-                held["subject"],
-                dict(blind=rows(held["subject"]))
-                | dict.fromkeys(REFERENCES, rows(held["subject"], [q.reference for q in held["subject"]])),
-            ),
-            "add": (held["add"], dict(blind=rows(held["add"]))),
-        },
-    )
+    def ways(quadruplets):
+        seen = rows(quadruplets, [q.reference for q in quadruplets])
+        return dict.fromkeys(REFERENCES, seen) | dict(blind=rows(quadruplets))
+
+    pairs, words = small(WITH_REFERENCE, 6, TRAIN_SEED["references"]), small(dict(add=1.0), 6, TRAIN_SEED["words"])
+    subject, add = (small({task: 1.0}, 2, EVAL_SEED, "eval") for task in ("subject", "add"))
+    held = dict(subject=(subject, ways(subject)), add=(add, dict(blind=rows(add))))
+    return Data(ways(pairs) | dict(words=rows(words)), held)
 
 
 @pytest.mark.parametrize("seed", (0, 1))
@@ -95,34 +71,22 @@ def test_a_shut_way_lets_nothing_through(data):
     ids = data.rows["blind"].token_ids
     other = [row | dict(reference=row["reference"].flip(-1) + 1, vision=row["vision"] + 1) for row in full]
 
-    def seen(recipe, rows):
-        from kiwi_edit.encoder import encode_context
-
-        batch = gated(rows, blind, recipe, ids)
+    def seen(name, rows):
+        batch = gated(rows, blind, RECIPES[name], ids)
         context, mask = encode_context(pipe.mllm, pipe.guidance, batch.inputs, batch.vision)
+        step = torch.full((2,), 500.0), torch.full((2,), 0.5)
+        given = pipe.transformer, pipe.guidance, batch.target, *step, context, mask, batch.source, batch.reference
         with torch.no_grad():
-            return context, denoise(
-                pipe.transformer,
-                pipe.guidance,
-                batch.target,
-                torch.full((2,), 500.0),
-                torch.full((2,), 0.5),
-                context,
-                mask,
-                batch.source,
-                batch.reference,
-            )
+            return context, denoise(*given)
 
-    changed = {
-        name: [not torch.equal(a, b) for a, b in zip(seen(RECIPES[name], full), seen(RECIPES[name], other))]
-        for name in ("both", "queries only", "latents only", "neither")
-    }
-    assert changed == {
-        "both": [True, True],
-        "queries only": [True, True],
-        "latents only": [False, True],
-        "neither": [False, False],
-    }
+    for name, context, velocity in (
+        ("both", True, True),
+        ("queries only", True, True),
+        ("latents only", False, True),
+        ("neither", False, False),
+    ):
+        changed = [not torch.equal(a, b) for a, b in zip(seen(name, full), seen(name, other))]
+        assert changed == [context, velocity], name
     assert gated(full, blind, RECIPES["latents only"], ids).inputs.modes == ["image"] * 2
     assert gated(full, blind, RECIPES["queries only"], ids).inputs.modes == ["ref"] * 2
 
@@ -174,26 +138,17 @@ def test_a_cell_is_run_once_and_goes_on_after_a_stop(data, tmp_path, monkeypatch
 
 def runs(error, told, seeds=3, scenes=40):
     rng = np.random.default_rng(0)
-
-    def scores(k):
-        return dict(
-            error=list(100 * error + rng.normal(0, 3, scenes)),
-            distance=[100.0] * scenes,
-            outside=[10.0] * scenes,
-            edges=[1.0] * scenes,
-            told_apart=[bool(i < told * scenes) for i in range(scenes)],
-        )
-
-    kinds = {f"{task} / {kind}": scores(0) for task in WITH_REFERENCE for kind in REFERENCES} | {
-        f"{task} / blind": scores(0) for task in ("add", "remove", "change", "style")
-    }
-    return [dict(scores=kinds, steps=10, seconds=3.6) for _ in range(seeds)]
+    same = {name: [value] * scenes for name, value in dict(distance=100.0, outside=10.0, edges=1.0).items()}
+    same["told_apart"] = [i < told * scenes for i in range(scenes)]
+    kinds = [f"{task} / {kind}" for task in WITH_REFERENCE for kind in REFERENCES]
+    kinds += [f"{task} / blind" for task in ("add", "remove", "change", "style")]
+    scores = {kind: same | dict(error=list(100 * error + rng.normal(0, 3, scenes))) for kind in kinds}
+    return [dict(scores=scores, steps=10, seconds=3.6)] * seeds
 
 
 def test_tables_say_what_the_numbers_say(tmp_path):
-    found = Ablation(
-        dict(batch_size=2, size=32), {"both": runs(0.3, 0.5), "neither": runs(0.5, 0.1), "cut-outs": runs(0.4, 0.4)}
-    )
+    cells = {"both": runs(0.3, 0.5), "neither": runs(0.5, 0.1), "cut-outs": runs(0.4, 0.4)}
+    found = Ablation(dict(batch_size=2, size=32), cells)
     assert found.score("both", "edit done")[0] == pytest.approx(0.7, abs=0.02)
     assert found.score("both", "told apart")[0] == 0.5
     value, low, high = found.score("neither", "edit done", minus="both")

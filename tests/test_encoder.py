@@ -1,9 +1,8 @@
 "Words and pictures into ids, positions and pixels; queries and connectors out as a context."
 
 import json
-import os
+import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,28 +10,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import common
 from kiwi_edit.core import preset
-from kiwi_edit.encoder import (
-    IMAGE_TOKEN,
-    QUERY_TOKEN,
-    _SPECIAL_TOKENS,
-    VIDEO_TOKEN,
-    KiwiProcessor,
-    chat_text,
-    collate_inputs,
-    encode_context,
-    make_tokenizer,
-    mrope_positions,
-    patchify_frames,
-    prepare_inputs,
-    resize_for_encoder,
-    sample_frames,
-    video_sizes,
-    vision_features,
-)
+from kiwi_edit.encoder import *
+from kiwi_edit.encoder import _SPECIAL_TOKENS
 from kiwi_edit.pipeline import KiwiEditPipeline
 
-GOLDEN = Path(os.environ.get("KIWI_EDIT_GOLDEN", Path(__file__).parent / "golden")) / "wan22"
+CLIP = np.zeros((5, 64, 64, 3), np.uint8)
+GOLDEN = common.GOLDEN / "wan22"
 TEXTS = [
     "Replace the red fox with the object in the reference.",
     "Make it look like a painting.",
@@ -46,11 +31,21 @@ def pipe():
     return KiwiEditPipeline.from_preset(preset("tiny"), make_tokenizer(TEXTS, 600))
 
 
-def batch(pipe):
+def prepare(pipe, prompts, *given, processor=None):
+    return prepare_inputs(processor or pipe.processor, pipe.guidance.config, prompts, *given)
+
+
+def context_of(pipe, *given):
+    return encode_context(pipe.mllm, pipe.guidance, *given)
+
+
+@pytest.fixture(scope="module")
+def inputs(pipe):
+    "A batch of an image, a clip with a reference, and a clip."
     rng = np.random.default_rng(0)
     clip = lambda frames, h=64, w=64: rng.integers(0, 256, (frames, h, w, 3), dtype=np.uint8)
     references = [[], [Image.fromarray(clip(1, 48, 80)[0])], []]
-    return prepare_inputs(pipe.processor, pipe.guidance.config, TEXTS, [clip(1), clip(5), clip(5, 48, 80)], references)
+    return prepare(pipe, TEXTS, [clip(1), clip(5), clip(5, 48, 80)], references)
 
 
 # tokenizer and processor
@@ -85,7 +80,7 @@ def test_processor_round_trip(pipe, tmp_path):
     pipe.processor.save_pretrained(tmp_path / "processor")
     again = KiwiProcessor.from_pretrained(tmp_path / "processor")
     clip = np.random.default_rng(1).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
-    a, b = (prepare_inputs(p, pipe.guidance.config, ["Ändere das Wetter"], [clip]) for p in (pipe.processor, again))
+    a, b = (prepare(pipe, ["Ändere das Wetter"], [clip], processor=p) for p in (pipe.processor, again))
     assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.pixel_values, b.pixel_values)
     assert a.token_ids == b.token_ids
     with pytest.raises(FileNotFoundError, match="`folder` has to be"):
@@ -106,11 +101,8 @@ def test_tables_of_frames_and_sizes():
     for row in tables["mllm_image_grid"]:
         limit = 28 * 28 * (row["max_object_token"] or 16384)
         _, grid = processor.image_patches(Image.new("RGB", (row["width"], row["height"])), 56 * 56, limit)
-        assert (
-            list(grid) == row["image_grid_thw"][0]
-            if isinstance(row["image_grid_thw"][0], list)
-            else list(grid) == row["image_grid_thw"]
-        )
+        wanted = row["image_grid_thw"]
+        assert list(grid) == (wanted[0] if isinstance(wanted[0], list) else wanted)
 
 
 def test_pixels_of_a_video_frame():
@@ -146,12 +138,11 @@ def test_positions():
 
 
 @torch.no_grad()
-def test_a_batch_gives_what_each_sample_gives_alone(pipe):
-    inputs = batch(pipe)
+def test_a_batch_gives_what_each_sample_gives_alone(pipe, inputs):
     assert inputs.modes == ["image", "ref", "video"] and len(set(inputs.lengths.tolist())) == 3
-    context, mask = encode_context(pipe.mllm, pipe.guidance, inputs)
+    context, mask = context_of(pipe, inputs)
     for i in range(3):
-        alone, alone_mask = encode_context(pipe.mllm, pipe.guidance, inputs[i])
+        alone, alone_mask = context_of(pipe, inputs[i])
         assert alone_mask.all() and int(mask[i].sum()) == alone.shape[1] and mask[i, : alone.shape[1]].all()
         assert torch.allclose(context[i, mask[i]], alone[0], atol=1e-5)
     reference_tokens = int(mask[1].sum()) - 16
@@ -160,25 +151,20 @@ def test_a_batch_gives_what_each_sample_gives_alone(pipe):
 
 @torch.no_grad()
 @pytest.mark.parametrize("read_out", ("queries", "last_positions"))
-def test_cached_features_change_nothing(pipe, read_out):
+def test_cached_features_change_nothing(pipe, inputs, read_out):
     pipe.guidance.register_to_config(query_read_out=read_out)
-    inputs = batch(pipe)
-    features = vision_features(pipe.mllm, inputs)
-    expected, _ = encode_context(pipe.mllm, pipe.guidance, inputs)
-    bare = inputs.without_pixels()
-    assert torch.equal(encode_context(pipe.mllm, pipe.guidance, bare, features)[0], expected)
+    features, bare = vision_features(pipe.mllm, inputs), inputs.without_pixels()
+    expected, _ = context_of(pipe, inputs)
+    assert torch.equal(context_of(pipe, bare, features)[0], expected)
     order = [2, 0, 1]  # stored one by one, batched again in another order
-    again = collate_inputs([bare[i] for i in order])
-    assert torch.allclose(
-        encode_context(pipe.mllm, pipe.guidance, again, [features[i] for i in order])[0], expected[order], atol=1e-5
-    )
-    half = encode_context(pipe.mllm, pipe.guidance, bare, [f.half() for f in features])[0]
+    again, _ = context_of(pipe, collate_inputs([bare[i] for i in order]), [features[i] for i in order])
+    assert torch.allclose(again, expected[order], atol=1e-5)
+    half, _ = context_of(pipe, bare, [f.half() for f in features])
     assert half.dtype == torch.float32 and torch.allclose(half, expected, atol=1e-2)
     pipe.guidance.register_to_config(query_read_out="queries")
 
 
-def test_collate_is_undone_by_indexing(pipe):
-    inputs = batch(pipe)
+def test_collate_is_undone_by_indexing(inputs):
     again = collate_inputs([inputs[i] for i in range(3)])
     for field in ("input_ids", "position_ids", "lengths", "pixel_values"):
         assert torch.equal(getattr(inputs, field), getattr(again, field))
@@ -187,11 +173,10 @@ def test_collate_is_undone_by_indexing(pipe):
         collate_inputs([])
 
 
-def test_gradients_reach_queries_and_connectors_under_autocast(pipe):
-    inputs = batch(pipe)
-    features = [f.half() for f in vision_features(pipe.mllm, inputs)]
+def test_gradients_reach_queries_and_connectors_under_autocast(pipe, inputs):
+    features = [f.half().detach() for f in vision_features(pipe.mllm, inputs)]
     with torch.autocast("cpu", torch.bfloat16):
-        context, _ = encode_context(pipe.mllm, pipe.guidance, inputs.without_pixels(), [f.detach() for f in features])
+        context, _ = context_of(pipe, inputs.without_pixels(), features)
     context.float().square().sum().backward()
     for name in ("image_queries", "video_queries", "ref_queries", "connector.0.weight", "ref_connector.2.weight"):
         assert pipe.guidance.get_parameter(name).grad.abs().sum() > 0, name
@@ -199,34 +184,35 @@ def test_gradients_reach_queries_and_connectors_under_autocast(pipe):
 
 
 def test_no_character_of_an_instruction_becomes_a_picture(pipe):
-    clip, plain = np.zeros((5, 64, 64, 3), np.uint8), "a b"
+    ours, theirs = (prepare(pipe, [text], [CLIP]) for text in ("a b", "a\0b"))
     pictures = lambda inputs: int((inputs.input_ids == inputs.token_ids["video"]).sum())
-    ours, theirs = (prepare_inputs(pipe.processor, pipe.guidance.config, [text], [clip]) for text in (plain, "a\0b"))
     assert pictures(ours) == pictures(theirs) > 0
 
 
 # bad input
 
 
-def test_wrong_inputs(pipe):
-    clip, config = np.zeros((5, 64, 64, 3), np.uint8), pipe.guidance.config
-    prepare = lambda prompt, source: prepare_inputs(pipe.processor, config, [prompt], [source])
-    with pytest.raises(ValueError, match="special token '<|image_pad|>'".replace("|", r"\|")):
-        prepare("a " + IMAGE_TOKEN, clip)
-    with pytest.raises(TypeError, match="`prompt` has to be a string but is a int"):
-        prepare(3, clip)
-    with pytest.raises(ValueError, match="`source` has to be"):
-        prepare("a", clip[0])
-    with pytest.raises(ValueError, match="`source` has to be"):
-        prepare("a", clip.astype(np.float32))
-    with pytest.raises(ValueError, match="of one length but have 2, 1 and 2"):
-        prepare_inputs(pipe.processor, config, ["a", "b"], [clip])
-    inputs = prepare("a", clip)
+@pytest.mark.parametrize(
+    "prompts, source, error, message",
+    [
+        *((["a " + token], CLIP, ValueError, re.escape(f"special token '{token}'")) for token in _SPECIAL_TOKENS),
+        ([3], CLIP, TypeError, "`prompt` has to be a string but is a int"),
+        (["a"], CLIP[0], ValueError, "`source` has to be"),
+        (["a"], CLIP.astype(np.float32), ValueError, "`source` has to be"),
+        (["a", "b"], CLIP, ValueError, "of one length but have 2, 1 and 2"),
+    ],
+)
+def test_wrong_inputs(pipe, prompts, source, error, message):
+    with pytest.raises(error, match=message):
+        prepare(pipe, prompts, [source])
+
+
+def test_vision_and_queries_fit_their_placeholders(pipe):
+    inputs = prepare(pipe, ["a"], [CLIP])
     with pytest.raises(ValueError, match="`vision` has to hold one row for each placeholder, 48, but holds 47"):
-        encode_context(pipe.mllm, pipe.guidance, inputs, [torch.zeros(47, 192)])
+        context_of(pipe, inputs, [torch.zeros(47, 192)])
     with pytest.raises(ValueError, match="cached features"):
         vision_features(pipe.mllm, inputs.without_pixels())
     short = replace(inputs, input_ids=inputs.input_ids.masked_fill(inputs.input_ids == inputs.token_ids["query"], 5))
     with pytest.raises(ValueError, match="`queries` has to hold one row for each placeholder, 0, but holds 16"):
-        encode_context(pipe.mllm, pipe.guidance, short)
-    assert VIDEO_TOKEN in _SPECIAL_TOKENS
+        context_of(pipe, short)

@@ -3,9 +3,7 @@
 The folder comes from KIWI_EDIT_GOLDEN, all sizes from its cases.json, so that any set of the same structure can be walked."""
 
 import json
-import os
-from functools import cache
-from pathlib import Path
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -13,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from common import GOLDEN
 from kiwi_edit.pipeline import KiwiEditPipeline
 from kiwi_edit.weights.checkpoints import load_trainer_checkpoint, _open_weights, _trainer_name
 from kiwi_edit.encoder import encode_context, encode_hidden, prepare_inputs
@@ -21,32 +20,30 @@ from kiwi_edit.latents import decode_latents, encode_frames, in_tiles, latent_st
 from kiwi_edit.pipeline import fit_reference, flow_sigmas
 from kiwi_edit.training import training_table
 
-GOLDEN = Path(os.environ.get("KIWI_EDIT_GOLDEN", Path(__file__).parent / "golden"))
-FAMILIES = {
-    folder.name: json.loads((folder / "cases/cases.json").read_text(encoding="utf-8"))
-    for folder in sorted(GOLDEN.iterdir())
-    if (folder / "cases/cases.json").is_file()
-}
+HOMES = [folder for folder in sorted(GOLDEN.iterdir()) if (folder / "cases/cases.json").is_file()]
+
+
+def table(family, name):
+    "A table of a family's cases."
+    return json.loads((GOLDEN / family / f"cases/{name}.json").read_text(encoding="utf-8"))
+
+
+FAMILIES = {folder.name: table(folder.name, "cases") for folder in HOMES}
 MLLM = next(GOLDEN.glob("*/base/Qwen*"), None)
 CASES = [(family, name) for family, facts in FAMILIES.items() for name in facts["cases"]]
 TRAINED = [(family, name) for family, name in CASES if "train" in FAMILIES[family]["cases"][name]]
-LAYOUTS = {
-    family: [
-        layout
-        for layout, there in (
-            ("official", "diffusers/model_index.json"),
-            ("trainer", "trainer/step-1.safetensors"),
-            ("adapters", "trainer/step-1.safetensors"),
-        )
-        if (GOLDEN / family / there).is_file()
-    ]
-    for family in FAMILIES
-}
+FILES = dict(official="diffusers/model_index.json", trainer="trainer/step-1.safetensors")
+FILES["adapters"] = FILES["trainer"]  # beside the weights, not merged into them
+LAYOUTS = {family: [way for way in FILES if (GOLDEN / family / FILES[way]).is_file()] for family in FAMILIES}
 WAYS = [(family, name, layout) for family, name in CASES for layout in LAYOUTS[family]]
 
 
-def named(values):
-    return [" ".join(value) for value in values]
+def each(names, values):
+    return pytest.mark.parametrize(names, values, ids=[" ".join(value) for value in values])
+
+
+each_case, each_way = each("family, name", CASES), each("family, name, layout", WAYS)
+each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 @cache
@@ -89,9 +86,12 @@ def reference_latents(tensors):
 
 
 def inputs_of(facts, tensors, references, pipe):
-    return prepare_inputs(
-        pipe.processor, pipe.guidance.config, [facts["prompt"]], [tensors["src_frames"].numpy()], [references]
-    )
+    given = [facts["prompt"]], [tensors["src_frames"].numpy()], [references]
+    return prepare_inputs(pipe.processor, pipe.guidance.config, *given)
+
+
+def seeded(like, seed):
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
 
 
 def difference(ours, theirs):
@@ -100,8 +100,12 @@ def difference(ours, theirs):
 
 
 @pytest.fixture
-def close(found):
-    def check(where, quantity, ours, theirs, tolerance):
+def close(found, request):
+    "A quantity of a test's case, or of its family's autoencoder, is that of the official implementation."
+    given = request.node.callspec.params
+    where = f"{given['family']} {given.get('name', 'vae')}"
+
+    def check(quantity, ours, theirs, tolerance):
         value = difference(ours, theirs)
         found[where, quantity] = max(value, found.get((where, quantity), 0.0))
         assert value < tolerance, f"{where}, {quantity}: {value:.1e}"
@@ -112,52 +116,46 @@ def close(found):
 # sizes and switches
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@each_family
 def test_sizes(family):
     model = FAMILIES[family]["model"]
     for layout in LAYOUTS[family]:
         pipe = load(family, layout)
-        assert pipe.transformer.config.num_layers == model["layers"]
-        assert pipe.transformer.config.num_attention_heads == model["heads"]
-        assert pipe.vae.config.scale_factor_spatial == model["vae"]["spatial_factor"]
-        assert (pipe.vae.config.decoder_base_dim or pipe.vae.config.base_dim) == model["vae"]["dec_dim"]
+        sizes, vae, guidance = pipe.transformer.config, pipe.vae.config, pipe.guidance
+        assert (sizes.num_layers, sizes.num_attention_heads) == (model["layers"], model["heads"])
+        assert vae.scale_factor_spatial == model["vae"]["spatial_factor"]
+        assert (vae.decoder_base_dim or vae.base_dim) == model["vae"]["dec_dim"]
         assert pipe.processor.query_token_id == model["placeholder_id"]
-        for mode in ("image", "video", "ref"):
-            assert (
-                pipe.guidance.queries(mode).shape[0] == model[f"num_{mode}_queries"]
-                or not pipe.guidance.config.takes_reference
-            )
+        if guidance.config.takes_reference:
+            for mode in ("image", "video", "ref"):
+                assert guidance.queries(mode).shape[0] == model[f"num_{mode}_queries"]
 
 
 @pytest.mark.parametrize("family", [family for family, layouts in LAYOUTS.items() if "official" in layouts])
 def test_released_weights_keep_their_quirks(family):
     pipe = KiwiEditPipeline.from_pretrained(GOLDEN / family / "diffusers")
     config = pipe.guidance.config
-    assert (config.query_read_out, config.round_timestep, config.round_pixels, pipe.config.schedule) == (
-        "last_positions",
-        True,
-        True,
-        "diffusers",
-    )
+    assert config.query_read_out == "last_positions" and pipe.config.schedule == "diffusers"
+    assert config.round_timestep is config.round_pixels is True
     assert load(family, "trainer").config.schedule == "native"
 
 
 # the encoder
 
 
-@pytest.mark.parametrize("family, name", CASES, ids=named(CASES))
-def test_encoder_inputs(family, name, close):
+@each_case
+def test_encoder_inputs(family, name):
     facts, tensors, references, pipe = case(family, name)
     inputs = inputs_of(facts, tensors, references, pipe)
     assert inputs.modes == [facts["mode"]]
     assert torch.equal(inputs.input_ids[0].int(), tensors["input_ids"])
     assert torch.equal(inputs.position_ids[:, 0].int(), tensors["position_ids"])
     assert [list(g) for g in inputs.grids[0]] == facts.get("video_grid_thw", []) + facts.get("image_grid_thw", [])
-    parts = list(inputs.pixel_values.split([int(np.prod(g)) for g in inputs.grids[0]]))
+    parts = iter(inputs.pixel_values.split([int(np.prod(g)) for g in inputs.grids[0]]))
     for key in ("pixel_values_videos", "pixel_values"):
         if f"{key}_sample" not in tensors:
             continue
-        pixels = parts.pop(0)
+        pixels = next(parts)
         assert list(pixels.shape) == facts[f"{key}_shape"]
         sample = pixels.flatten()[:: FAMILIES[family]["pixel_sample_stride"]]
         # exact where Pillow is the one the numbers were made with; other versions differ by one 8-bit level here and there
@@ -165,24 +163,20 @@ def test_encoder_inputs(family, name, close):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family, name, layout", WAYS, ids=named(WAYS))
+@each_way
 def test_context(family, name, layout, close):
     facts, tensors, references, pipe = case(family, name, layout)
-    inputs, tail, where = inputs_of(facts, tensors, references, pipe), tensors["mllm_hidden_tail"], f"{family} {name}"
-    close(where, "hidden states", encode_hidden(pipe.mllm, pipe.guidance, inputs)[0, -len(tail) :], tail, 1e-5)
+    inputs, tail = inputs_of(facts, tensors, references, pipe), tensors["mllm_hidden_tail"]
+    close("hidden states", encode_hidden(pipe.mllm, pipe.guidance, inputs)[0, -len(tail) :], tail, 1e-5)
     context, mask = encode_context(pipe.mllm, pipe.guidance, inputs)
-    close(where, "context", context, tensors["context"], 1e-5)
+    close("context", context, tensors["context"], 1e-5)
     assert mask.all()
 
 
 @torch.no_grad()
-def test_read_out_of_the_queries_is_another_context():
-    family, name = next(
-        ((family, name) for family, name in CASES if name == "image" and "official" in LAYOUTS[family]), (None, None)
-    )
-    if not family:
-        pytest.skip("this set has no released layout")
-    facts, tensors, references, pipe = case(family, name)
+@pytest.mark.parametrize("family", [f for f, name in CASES if name == "image" and "official" in LAYOUTS[f]])
+def test_read_out_of_the_queries_is_another_context(family):
+    facts, tensors, references, pipe = case(family, "image")
     right = KiwiEditPipeline.from_pretrained(GOLDEN / family / "diffusers", query_read_out="queries")
     context, _ = encode_context(right.mllm, right.guidance, inputs_of(facts, tensors, references, pipe))
     assert difference(context, tensors["context"]) > 0.02
@@ -194,111 +188,68 @@ def test_read_out_of_the_queries_is_another_context():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family, name, layout", WAYS, ids=named(WAYS))
+@each_way
 def test_latents_of_source_and_references(family, name, layout, close):
     facts, tensors, references, pipe = case(family, name, layout)
-    close(
-        f"{family} {name}",
-        "source latents",
-        encode_frames(pipe.vae, tensors["src_frames"]),
-        tensors["src_latents"],
-        1e-5,
-    )
+    close("source latents", encode_frames(pipe.vae, tensors["src_frames"]), tensors["src_latents"], 1e-5)
     if not references:
         return
-    size = facts["width"], facts["height"]
+    width, height = facts["width"], facts["height"]
     if "ref_padded" in tensors:
-        assert np.array_equal(fit_reference(references[0], *size), tensors["ref_padded"].numpy())
-    close(
-        f"{family} {name}",
-        "reference latents",
-        pipe.encode_references(references, size[1], size[0]),
-        reference_latents(tensors),
-        1e-5,
-    )
+        assert np.array_equal(fit_reference(references[0], width, height), tensors["ref_padded"].numpy())
+    ours = pipe.encode_references(references, height, width)
+    close("reference latents", ours, reference_latents(tensors), 1e-5)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
+@each_family
 def test_autoencoder(family, close):
     tensors, facts = tensors_of(family, "vae"), FAMILIES[family]["vae"]
     for layout in LAYOUTS[family][:2]:
         vae = load(family, layout).vae
-        close(f"{family} vae", "encoded", encode_frames(vae, tensors["frames"]), tensors["encoded"], 1e-5)
+        close("encoded", encode_frames(vae, tensors["frames"]), tensors["encoded"], 1e-5)
         mean, std = latent_statistics(vae, "cpu")
-        close(
-            f"{family} vae",
-            "decoded",
-            in_tiles(vae, tensors["decode_input"] * std + mean, "decode")[..., ::3, ::3],
-            tensors["decoded_sample"],
-            1e-4,
-        )
-        noise = torch.randn(
-            tensors["decode_input"].shape, generator=torch.Generator().manual_seed(facts["decode_input_seed"])
-        )
-        assert torch.equal(noise, tensors["decode_input"])
+        decoded = in_tiles(vae, tensors["decode_input"] * std + mean, "decode")
+        close("decoded", decoded[..., ::3, ::3], tensors["decoded_sample"], 1e-4)
+    assert torch.equal(seeded(tensors["decode_input"], facts["decode_input_seed"]), tensors["decode_input"])
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
+@each_family
 def test_autoencoder_in_tiles(family, close):
     video, tensors, facts = tensors_of(family, "video"), tensors_of(family, "vae"), FAMILIES[family]["vae"]
     vae = load(family, LAYOUTS[family][0]).vae
     factor = vae.config.scale_factor_spatial
-    height, width, down, right = (factor * size for size in (*facts["tile_size"], *facts["tile_stride"]))
     mean, std = latent_statistics(vae, "cpu")
-    vae.enable_tiling(
-        tile_sample_min_height=height,
-        tile_sample_min_width=width,
-        tile_sample_stride_height=down,
-        tile_sample_stride_width=right,
-    )
+    latents = video["src_latents"] * std + mean
+    vae.enable_tiling(*(factor * size for size in (*facts["tile_size"], *facts["tile_stride"])))
     try:
-        encoded = encode_frames(vae, video["src_frames"])
-        decoded = in_tiles(vae, video["src_latents"] * std + mean, "decode")
-        theirs = vae.decode(video["src_latents"] * std + mean).sample  # diffusers' own, which clamps each tile
+        encoded, decoded = encode_frames(vae, video["src_frames"]), in_tiles(vae, latents, "decode")
+        theirs = vae.decode(latents).sample  # diffusers' own, which clamps each tile
     finally:
         vae.disable_tiling()
-    close(f"{family} vae", "encoded in tiles", encoded, tensors["tiled_encoded_of_case_video"], 1e-5)
-    close(
-        f"{family} vae",
-        "decoded in tiles",
-        decoded[..., ::3, ::3],
-        tensors["tiled_decoded_of_case_video_src_latents_sample"],
-        1e-4,
-    )
-    assert difference(theirs[..., ::3, ::3], tensors["tiled_decoded_of_case_video_src_latents_sample"]) > 1e-2
+    close("encoded in tiles", encoded, tensors["tiled_encoded_of_case_video"], 1e-5)
+    expected = tensors["tiled_decoded_of_case_video_src_latents_sample"]
+    close("decoded in tiles", decoded[..., ::3, ::3], expected, 1e-4)
+    assert difference(theirs[..., ::3, ::3], expected) > 1e-2
 
 
 # the denoiser and whole edits
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "family, name, layout",
-    [way for way in WAYS if way[:2] in TRAINED],
-    ids=named(way for way in WAYS if way[:2] in TRAINED),
-)
+@each("family, name, layout", [way for way in WAYS if way[:2] in TRAINED])
 def test_one_call_of_the_denoiser(family, name, layout, close):
     facts, tensors, _, pipe = case(family, name, layout)
-    kept = EditCache()
     step = torch.tensor([facts["dit_timestep"]]), torch.tensor([facts["dit_sigma"]])
+    sources = tensors["src_latents"], reference_latents(tensors)
+    given = pipe.transformer, pipe.guidance, tensors["dit_latents"], *step, tensors["context"], None, *sources
+    kept = EditCache()
     for _ in range(2):  # the second call reads what the first left in the cache
-        out = denoise(
-            pipe.transformer,
-            pipe.guidance,
-            tensors["dit_latents"],
-            *step,
-            tensors["context"],
-            None,
-            tensors["src_latents"],
-            reference_latents(tensors),
-            cache=kept,
-        )
-        close(f"{family} {name}", "denoiser", out, tensors["dit_out"], 1e-5)
+        close("denoiser", denoise(*given, cache=kept), tensors["dit_out"], 1e-5)
 
 
-@pytest.mark.parametrize("family, name, layout", WAYS, ids=named(WAYS))
+@each_way
 def test_whole_edits(family, name, layout, close):
     facts, tensors, references, pipe = case(family, name, layout)
     for schedule, prefix in (("native", ""), ("diffusers", "diffusers_")):
@@ -314,22 +265,16 @@ def test_whole_edits(family, name, layout, close):
                 num_inference_steps=steps,
                 sigmas=flow_sigmas(steps, schedule),
             ).frames
-            close(f"{family} {name}", f"{schedule} latents", latents, tensors[f"{prefix}latents_n{steps}"], 2e-5)
-            if f"{prefix}frames_n{steps}" not in tensors:
-                continue
-            off = np.abs(
-                decode_latents(pipe.vae, latents)[0].astype(int)
-                - tensors[f"{prefix}frames_n{steps}"].numpy().astype(int)
-            )
-            assert off.max() <= 1 and (off > 0).mean() < 1e-3
+            close(f"{schedule} latents", latents, tensors[f"{prefix}latents_n{steps}"], 2e-5)
+            if (theirs := tensors.get(f"{prefix}frames_n{steps}")) is not None:
+                off = np.abs(decode_latents(pipe.vae, latents)[0].astype(int) - theirs.numpy().astype(int))
+                assert off.max() <= 1 and (off > 0).mean() < 1e-3
 
 
-@pytest.mark.parametrize("family, name", CASES, ids=named(CASES))
+@each_case
 def test_noise_of_a_seed(family, name):
-    facts, tensors, _, _ = case(family, name)
-    assert torch.equal(
-        torch.randn(tensors["noise"].shape, generator=torch.Generator().manual_seed(facts["seed"])), tensors["noise"]
-    )
+    noise = tensors_of(family, name)["noise"]
+    assert torch.equal(seeded(noise, FAMILIES[family]["cases"][name]["seed"]), noise)
 
 
 # tables
@@ -339,23 +284,21 @@ SCHEDULES = [family for family in FAMILIES if (GOLDEN / family / "cases/schedule
 
 @pytest.mark.parametrize("family", SCHEDULES)
 def test_schedule(family):
-    known = json.loads((GOLDEN / family / "cases/schedule.json").read_text(encoding="utf-8"))
-    scheduler = load(family, LAYOUTS[family][0]).scheduler
-    for table, schedule in (("native", "native"), ("diffusers_format", "diffusers")):
-        for steps, theirs in known[table].items():
+    known, scheduler = table(family, "schedule"), load(family, LAYOUTS[family][0]).scheduler
+    same = partial(np.testing.assert_allclose, rtol=1e-5, atol=0)
+    for name, schedule in (("native", "native"), ("diffusers_format", "diffusers")):
+        for steps, theirs in known[name].items():
             scheduler.set_timesteps(sigmas=flow_sigmas(int(steps), schedule))
-            assert np.allclose(scheduler.sigmas[:-1], theirs["sigmas"], rtol=1e-5, atol=0)
+            same(scheduler.sigmas[:-1], theirs["sigmas"])
             assert scheduler.sigmas[-1] == theirs["final_sigma"]
-            assert np.allclose(scheduler.timesteps, theirs["timesteps"], rtol=1e-5, atol=0)
+            same(scheduler.timesteps, theirs["timesteps"])
             looked_up = rounded_sigma(scheduler.timesteps, scheduler.timesteps, scheduler.sigmas)
-            assert np.allclose(
-                looked_up, [theirs["sigmas"][i] for i in theirs["table_index_of_bf16_timestep"]], rtol=1e-5, atol=0
-            )
+            same(looked_up, [theirs["sigmas"][i] for i in theirs["table_index_of_bf16_timestep"]])
 
 
 @pytest.mark.parametrize("family", SCHEDULES)
 def test_training_table(family):
-    theirs = json.loads((GOLDEN / family / "cases/schedule.json").read_text(encoding="utf-8"))["training"]
+    theirs = table(family, "schedule")["training"]
     sigmas, timesteps, weights = training_table(theirs["shift"], theirs["num_train_timesteps"])
     for row in theirs["rows"]:
         for values, key in ((sigmas, "sigma"), (timesteps, "timestep"), (weights, "weight")):
@@ -367,46 +310,29 @@ def test_training_table(family):
 # training
 
 
+GROUPS = [f"mllm.{part}" for part in "image_queries video_queries ref_queries connetor ref_connector".split()]
+GROUPS += ["ref_vae_condition", "vae_condition", "dit"]
+
+
 def group_of(name):
     "The trainer's group of one of its tensors."
     if "lora_" in name:
         return "mllm_lora" if name.startswith("mllm.") else "dit_lora"
-    return next(
-        group
-        for group in (
-            "mllm.image_queries",
-            "mllm.video_queries",
-            "mllm.ref_queries",
-            "mllm.connetor",
-            "mllm.ref_connector",
-            "ref_vae_condition",
-            "vae_condition",
-            "dit",
-        )
-        if name.startswith(f"{group}.")
-    )
+    return next(group for group in GROUPS if name.startswith(f"{group}."))
 
 
-@pytest.mark.parametrize("family, name", TRAINED, ids=named(TRAINED))
+@each("family, name", TRAINED)
 def test_loss_and_gradients(family, name, close):
     facts, tensors, references, pipe = case(family, name, "adapters")
-    train, where = facts["train"], f"{family} {name}"
+    train = facts["train"]
     for part in (pipe.transformer, pipe.guidance, pipe.mllm):
         part.zero_grad()
         part.requires_grad_(True)
     context, mask = encode_context(pipe.mllm, pipe.guidance, inputs_of(facts, tensors, references, pipe))
     step = torch.tensor([train["timestep"]]), torch.tensor([train["sigma"]])
-    velocity = denoise(
-        pipe.transformer,
-        pipe.guidance,
-        tensors["train_noisy_latents"],
-        *step,
-        context,
-        mask,
-        tensors["src_latents"],
-        tensors.get("train_ref_latents"),
-    )
-    close(where, "training velocity", velocity.detach(), tensors["train_pred"], 1e-5)
+    noisy, sources = tensors["train_noisy_latents"], (tensors["src_latents"], tensors.get("train_ref_latents"))
+    velocity = denoise(pipe.transformer, pipe.guidance, noisy, *step, context, mask, *sources)
+    close("training velocity", velocity.detach(), tensors["train_pred"], 1e-5)
     mse = (velocity - (tensors["train_noise"] - tensors["train_input_latents"])).square().mean()
     assert mse.item() == pytest.approx(train["mse"], rel=1e-5)
     assert mse.item() * train["weight"] == pytest.approx(train["loss"], rel=1e-5)
@@ -416,10 +342,10 @@ def test_loss_and_gradients(family, name, close):
         part, place = _trainer_name(key)
         return getattr(pipe, part).get_parameter(place).grad
 
-    stored = [key.removeprefix("grad.") for key in tensors if key.startswith("grad.")]
+    stored = [key for key in tensors if key.startswith("grad.")]
     assert stored
     for key in stored:
-        close(where, "gradients", gradient(key), tensors[f"grad.{key}"], 1e-4)
+        close("gradients", gradient(key.removeprefix("grad.")), tensors[key], 1e-4)
     groups = {}
     for key in _open_weights(GOLDEN / family / "trainer/step-1.safetensors"):
         plain = key.removeprefix("pipe.")

@@ -20,15 +20,9 @@ DONE = "import matplotlib.figure\nassert isinstance(figure, matplotlib.figure.Fi
 @pytest.fixture(scope="module")
 def imported():
     "Modules that a process knows after each of these."
-    steps = [
-        f"try: {code}\nexcept SystemExit: pass\nprint('modules:', *sys.modules)"
-        if "main" in code
-        else f"{code}\nprint('modules:', *sys.modules)"
-        for code in LIGHT
-    ]
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join(["import sys", *steps, DONE])], capture_output=True, text=True, check=True
-    )
+    steps = [f"try: {code}\nexcept SystemExit: pass\nprint('modules:', *sys.modules)" for code in LIGHT]
+    script = "\n".join(["import sys", *steps, DONE])
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     found = [set(line.split()) for line in done.stdout.splitlines() if line.startswith("modules:")]
     return dict(zip(LIGHT, found, strict=True))
 

@@ -10,7 +10,9 @@ import stat
 import subprocess
 import sys
 import zipfile
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -35,8 +37,12 @@ NOTEBOOKS = kit_notebooks.notebooks(ROOT)
 MODULES = sorted(p for p in (ROOT / "kiwi_edit").rglob("*.py") if not p.name.startswith("_"))
 
 
+def text_of(*path):
+    return ROOT.joinpath(*path).read_text(encoding="utf-8")
+
+
 def load(path):
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(text_of(path))
 
 
 def source(cell):
@@ -47,36 +53,33 @@ def code_cells(notebook):
     return [c for c in notebook["cells"] if c["cell_type"] == "code"]
 
 
-def by_name(paths):
-    return {"argvalues": paths, "ids": [p.name for p in paths]}
+README = text_of("README.md")
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
+each_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(ROOT / "kiwi_edit").as_posix())
 
 
 # README and map
 
 
 def test_readme_equals_the_index():
-    assert (ROOT / "README.md").read_text(encoding="utf-8") == kit_notebooks.readme(ROOT / "nbs" / "index.ipynb"), (
-        "`./kit export` writes it"
-    )
+    assert README == kit_notebooks.readme(ROOT / "nbs" / "index.ipynb"), "`./kit export` writes it"
 
 
 def test_every_number_of_the_readme_is_measured():
-    waiting = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if "TODO" in line]
-    assert not waiting, f"{len(waiting)} lines still wait for a number"
+    assert not [line for line in README.splitlines() if "TODO" in line]
 
 
 def test_the_map_matches_the_notebooks():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| \[(\w+)\]\((nbs/[\w/]+)\.ipynb\) \| (?:`kiwi_edit\.([\w.]+)`|none) \|", text, re.M)
-    wanted = [p for p in NOTEBOOKS if p.stem != "index"]
-    assert [name for name, _, _ in rows] == [p.stem for p in wanted]
-    assert [file for _, file, _ in rows] == [p.relative_to(ROOT).with_suffix("").as_posix() for p in wanted]
-    assert [module or None for _, _, module in rows] == [kit_notebooks.module_name(p) for p in wanted]
+    rows = re.findall(r"^\| \[(\w+)\]\((nbs/[\w/]+)\.ipynb\) \| (?:`kiwi_edit\.([\w.]+)`|none) \|", README, re.M)
+    assert [(name, file, module or None) for name, file, module in rows] == [
+        (p.stem, p.relative_to(ROOT).with_suffix("").as_posix(), kit_notebooks.module_name(p))
+        for p in NOTEBOOKS
+        if p.stem != "index"
+    ]
 
 
 def test_links_of_the_readme_lead_somewhere():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
     assert "assets/figures/hero.gif" in links
     assert not [link for link in links if not (ROOT / link).exists()]
 
@@ -109,13 +112,11 @@ def test_badges_open_every_notebook_and_install_the_kit_once(tmp_path):
         ]
         install = TransformerManager().transform_cell(source(after["cells"][1]))
         ran = []
-        exec(
-            install,
-            dict(get_ipython=lambda: type("Shell", (), dict(run_line_magic=lambda self, *magic: ran.append(magic)))()),
-        )
+        shell = SimpleNamespace(run_line_magic=lambda *magic: ran.append(magic))
+        exec(install, dict(get_ipython=lambda: shell))
         assert not ran and "run_line_magic('pip', 'install -q git+https://github.com/kiwi/kiwi-edit@main')" in install
-    assert "Open in Colab" in (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "install0" not in (tmp_path / "README.md").read_text(encoding="utf-8")
+    readme = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "Open in Colab" in readme and "install0" not in readme
     with pytest.raises(ValueError, match="`repository` has to be OWNER/REPOSITORY but is 'kiwi'"):
         kit_notebooks.badges(tmp_path, "kiwi")
 
@@ -128,45 +129,39 @@ def small(tmp_path):
     "A checkout of three notebooks."
 
     def notebook(name, *cells):
-        made = [
-            dict(cell_type=kind, id=id, metadata={}, source=text)
-            | (dict(outputs=outputs, execution_count=None) if kind == "code" else {})
-            for kind, id, text, *outputs in cells
-        ]
-        (tmp_path / "nbs" / name).write_text(
-            json.dumps(dict(cells=made, metadata=metadata, nbformat=4, nbformat_minor=5)), encoding="utf-8"
-        )
+        "Texts, and tuples of code and what it shows."
+        made = [dict(cell_type="markdown", id=f"c{i}", metadata={}, source=cell) for i, cell in enumerate(cells)]
+        for cell in made:
+            if isinstance(cell["source"], tuple):
+                text, *outputs = cell["source"]
+                cell.update(cell_type="code", source=text, outputs=outputs, execution_count=None)
+        whole = dict(cells=made, metadata=load(NOTEBOOKS[0])["metadata"], nbformat=4, nbformat_minor=5)
+        (tmp_path / "nbs" / name).write_text(json.dumps(whole), encoding="utf-8")
 
-    metadata = load(NOTEBOOKS[0])["metadata"]
     (tmp_path / "nbs" / "library").mkdir(parents=True)
     (tmp_path / "assets").mkdir()
     (tmp_path / "assets" / "a.json").write_text("{}")
-    notebook("index.ipynb", ("markdown", "a0", "# kit\n\n[b](library/20_b.ipynb#then), `Twice`, `Never`, $x^2$"))
+    notebook("index.ipynb", "# kit\n\n[b](library/20_b.ipynb#then), `Twice`, `Never`, $x^2$")
     text = dict(output_type="display_data", metadata={}, data={"text/plain": "interactive(children=())"})
     notebook(
         "00_a.ipynb",
-        ("markdown", "a1", "# One\n\n> first"),
-        ("code", "a2", "#| default_exp a"),
-        ("code", "a3", '#| export\nclass Twice:\n    "Two <x>."'),
-        ("code", "a4", "#| hide\nsecret = 1"),
-        ("code", "a5", "slide()", text, dict(output_type="stream", name="stdout", text="seen")),
+        "# One\n\n> first",
+        ("#| default_exp a",),
+        ('#| export\nclass Twice:\n    "Two <x>."',),
+        ("#| hide\nsecret = 1",),
+        ("slide()", text, dict(output_type="stream", name="stdout", text="seen")),
     )
     notebook(
         "library/20_b.ipynb",
-        (
-            "markdown",
-            "b1",
-            "# Two\n\n## Then\n\n[a](../00_a.ipynb), [f](../../assets/a.json), [`Twice`](../00_a.ipynb)",
-        ),
-        ("code", "b2", "#| default_exp weights.b"),
-        ("markdown", "b3", "`Twice`\n\n```python\nTwice()  # `Twice`\n```"),
+        "# Two\n\n## Then\n\n[a](../00_a.ipynb), [f](../../assets/a.json), [`Twice`](../00_a.ipynb)",
+        ("#| default_exp weights.b",),
+        "`Twice`\n\n```python\nTwice()  # `Twice`\n```",
     )
     return tmp_path
 
 
 def test_pages_of_the_book_are_what_a_reader_should_see(small):
-    book = kit_book.Book(small, small / "pages")
-    book.write()
+    kit_book.Book(small, small / "pages").write()
     pages = {p.relative_to(small / "pages").as_posix(): p for p in (small / "pages").rglob("*") if p.is_file()}
     assert set(pages) == {"index.ipynb", "00_a.ipynb", "library/20_b.ipynb", "names.md", "assets/a.json"}
     index, lesson, room = (load(pages[name])["cells"] for name in ("index.ipynb", "00_a.ipynb", "library/20_b.ipynb"))
@@ -176,11 +171,8 @@ def test_pages_of_the_book_are_what_a_reader_should_see(small):
     assert ":caption: Weights\n\n20 Two <library/20_b>\n" in index[-1]["source"]
     assert "[a](../00_a.ipynb), [f](../assets/a.json), [`Twice`](../00_a.ipynb)" in room[0]["source"]
     assert room[1]["source"] == f"{definition.format('../')}\n\n```python\nTwice()  # `Twice`\n```"
-    assert [c["source"].partition("\n")[0] for c in lesson[1:]] == [
-        '<span class="definition" id="def-Twice"></span>',
-        "class Twice:",
-        "slide()",
-    ]
+    opened = [c["source"].partition("\n")[0] for c in lesson[1:]]
+    assert opened == ['<span class="definition" id="def-Twice"></span>', "class Twice:", "slide()"]
     assert [o["text"] for o in lesson[-1]["outputs"]] == ["seen"], "a widget's words are no output for readers"
     assert "Two &lt;x&gt;." in pages["names.md"].read_text(encoding="utf-8")
 
@@ -188,13 +180,12 @@ def test_pages_of_the_book_are_what_a_reader_should_see(small):
 def test_chapters_of_the_book_are_the_notebooks():
     found = kit_book.chapters(ROOT)
     assert [p.stem[:2] for p in found["Lessons"]] == [f"{i:02}" for i in range(11)]
-    assert all(found.values()) and sorted(p for part in found.values() for p in part) == sorted(
-        p for p in NOTEBOOKS if p.stem != "index"
-    )
+    assert all(found.values())
+    assert sorted(sum(found.values(), [])) == sorted(p for p in NOTEBOOKS if p.stem != "index")
 
 
 def test_the_book_runs_nothing_and_fetches_nothing(small):
-    conf = (ROOT / ".ci" / "book" / "conf.py").read_text(encoding="utf-8")
+    conf = text_of(".ci", "book", "conf.py")
     assert 'nb_execution_mode = "off"' in conf and "nb_ipywidgets_js = {}" in conf and "://" not in conf
     pytest.importorskip("myst_nb", reason="`./kit site` installs it")
     assert kit_book.build(small, small / "out") == 0
@@ -211,16 +202,16 @@ def test_the_book_runs_nothing_and_fetches_nothing(small):
 # notebooks
 
 
-@pytest.mark.parametrize("path", **by_name(NOTEBOOKS))
+@each_notebook
 def test_headings_leave_out_no_level(path):
     "The book's contents would not be a tree, and `./kit site` refuses it."
-    texts = ["".join(cell["source"]) for cell in load(path)["cells"] if cell["cell_type"] == "markdown"]
+    texts = [source(cell) for cell in load(path)["cells"] if cell["cell_type"] == "markdown"]
     plain = re.sub(r"^```.*?^```", "", "\n".join(texts), flags=re.M | re.S)
     levels = [0, *(len(mark) for mark in re.findall(r"^(#+) ", plain, re.M))]
     assert all(level <= before + 1 for before, level in zip(levels, levels[1:])), levels
 
 
-@pytest.mark.parametrize("path", **by_name(NOTEBOOKS))
+@each_notebook
 def test_notebook_is_small_clean_and_shows_its_outputs(path):
     assert path.stat().st_size < 2_000_000
     notebook = load(path)
@@ -229,34 +220,23 @@ def test_notebook_is_small_clean_and_shows_its_outputs(path):
     outputs = [o for c in code_cells(notebook) for o in c["outputs"]]
     assert outputs, "it has to be saved with its outputs"
     assert not [o for o in outputs if o["output_type"] == "error"]
-    assert not [o for o in outputs if "application/vnd.jupyter.widget-view+json" in o.get("data", {})], (
-        "GitHub cannot show saved widgets"
-    )
+    # GitHub cannot show saved widgets
+    assert not [o for o in outputs if "application/vnd.jupyter.widget-view+json" in o.get("data", {})]
     assert not [c for c in code_cells(notebook) if c["execution_count"] is not None or c["metadata"].keys() - {"nbdev"}]
 
 
-@pytest.mark.parametrize("path", **by_name(NOTEBOOKS))
+@each_notebook
 def test_cells_that_end_in_a_value_show_it(path):
-    blank = []
+    silent = re.compile(r"^#\|\s*(hide|export|eval:?\s*false|notest|slow|gpu)|;\s*\Z", re.M)
     for cell in code_cells(load(path)):
         text = source(cell)
-        if (
-            cell["outputs"]
-            or re.search(r"^#\|\s*(hide|export|eval:?\s*false|notest|slow|gpu)", text, re.M)
-            or text.rstrip().endswith(";")
-        ):
-            continue
-        body = ast.parse(re.sub(r"^[%!].*$", "", text, flags=re.M)).body
-        if (
-            body
-            and isinstance(body[-1], ast.Expr)
-            and isinstance(body[-1].value, (ast.Name, ast.Attribute, ast.Subscript))
-        ):
-            blank.append(text)
-    assert not blank, "run it again: these cells end in a value and show none"
+        if not cell["outputs"] and not silent.search(text):
+            end = (ast.parse(re.sub(r"^[%!].*$", "", text, flags=re.M)).body or [None])[-1]
+            value = isinstance(end, ast.Expr) and isinstance(end.value, (ast.Name, ast.Attribute, ast.Subscript))
+            assert not value, f"run it again: this cell ends in a value and shows none:\n{text}"
 
 
-@pytest.mark.parametrize("path", **by_name(NOTEBOOKS))
+@each_notebook
 def test_notebook_opens_with_title_and_summary(path):
     opening = "\n".join(source(c) for c in load(path)["cells"][:3] if c["cell_type"] == "markdown")
     assert re.match(r"# \S.*\n\n> \S", opening)
@@ -265,6 +245,7 @@ def test_notebook_opens_with_title_and_summary(path):
 # modules
 
 
+@cache
 def ranks():
     "The ground comes first, then the lessons in order, then the library."
     order = [kit_notebooks.module_name(p) for p in NOTEBOOKS]
@@ -272,44 +253,36 @@ def ranks():
     return {m: i for i, m in enumerate(dict.fromkeys([*ground, *filter(None, order)]))}
 
 
-def imported(tree, package):
-    "Modules of the kit that a module imports, wherever it does so."
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            inner = (node.module or "").split(".")
-            if node.level:
-                inner = package[: len(package) - node.level + 1] + list(filter(None, inner))
-            elif inner[0] == "kiwi_edit":
-                inner = inner[1:]
-            else:
-                continue
-            names = [".".join([*inner, a.name]) for a in node.names]
-            whole = ".".join(inner)
-            yield from [whole] if whole and whole in ranks() else names
-        elif isinstance(node, ast.Import):
-            yield from (a.name.partition(".")[2] for a in node.names if a.name.startswith("kiwi_edit."))
+def syntax(path):
+    return list(ast.walk(ast.parse(text_of(path))))
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(ROOT / "kiwi_edit").as_posix())
+def imported(path):
+    "Whole names of what a module imports, wherever it does so: modules of the kit, and names of all others."
+    package = ".".join(path.relative_to(ROOT).parent.parts)
+    for node in syntax(path):
+        if isinstance(node, ast.Import):
+            yield from (a.name for a in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            kit = module.removeprefix("kiwi_edit.") in ranks()
+            yield from [module] if kit else [f"{module}.{a.name}" for a in node.names]
+
+
+@each_module
 def test_module_imports_only_what_stands_above_it(path):
-    rank, name = ranks(), path.relative_to(ROOT / "kiwi_edit").with_suffix("").as_posix().replace("/", ".")
+    rank, name = ranks(), ".".join(path.relative_to(ROOT / "kiwi_edit").with_suffix("").parts)
     assert name in rank, "every module comes out of a notebook"
-    found = set(imported(ast.parse(path.read_text(encoding="utf-8")), name.split(".")[:-1]))
-    assert found <= rank.keys() | {"__version__"}
-    assert not {m for m in found if m in rank and rank[m] >= rank[name]}
+    found = {m.removeprefix("kiwi_edit.") for m in imported(path) if m.startswith("kiwi_edit.")} - {"__version__"}
+    assert found <= rank.keys()
+    assert not {m for m in found if rank[m] >= rank[name]}
     assert "." in name or not {m for m in found if "." in m}, "a lesson imports ground and lessons only"
 
 
-@pytest.mark.parametrize("path", **by_name(MODULES))
+@each_module
 def test_module_has_no_print_and_no_torchvision(path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    calls = [
-        n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "print"
-    ]
-    assert not calls
-    names = [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
-    names += [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
-    assert not [n for n in names if n.split(".")[0] == "torchvision"]
+    assert not [n for n in syntax(path) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "print"]
+    assert not [name for name in imported(path) if name.split(".")[0] == "torchvision"]
 
 
 # the whole tree
@@ -317,10 +290,19 @@ def test_module_has_no_print_and_no_torchvision(path):
 
 def watched_files():
     for folder, folders, files in os.walk(ROOT):
-        folders[:] = [
-            f for f in folders if f not in UNWATCHED and Path(folder, f) not in LOCAL and not f.endswith(".egg-info")
-        ]
+        kept = [f for f in folders if f not in UNWATCHED and not f.endswith(".egg-info")]
+        folders[:] = [f for f in kept if Path(folder, f) not in LOCAL]
         yield from (Path(folder) / f for f in files if Path(f).suffix in TEXT and f not in UNWATCHED)
+
+
+def shown_text(notebook):
+    "Cells of a notebook and what they print."
+    for cell in notebook["cells"]:
+        yield source(cell)
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            texts = [output.get("text", ""), *(data.get(f"text/{kind}", "") for kind in ("plain", "html", "markdown"))]
+            yield from map("".join, texts)
 
 
 def test_no_paths_of_somebodys_machine():
@@ -328,18 +310,8 @@ def test_no_paths_of_somebodys_machine():
     pattern = re.compile(rf"(?<![\w./:}}~-])/(?:{places})[\w.-]*/|[A-Z]:\\\\Users")
     found = []
     for path in watched_files():
-        if path.suffix == ".ipynb":
-            cells = load(path)["cells"]
-            shown = [
-                o.get("data", {}).get(kind, "")
-                for c in cells
-                for o in c.get("outputs", [])
-                for kind in ("text/plain", "text/html", "text/markdown")
-            ]
-            shown += [o.get("text", "") for c in cells for o in c.get("outputs", [])]
-            text = "\n".join([source(c) for c in cells] + ["".join(s) for s in shown])
-        else:
-            text = path.read_text(encoding="utf-8", errors="replace")
+        raw = path.read_text(encoding="utf-8", errors="replace")
+        text = "\n".join(shown_text(json.loads(raw))) if path.suffix == ".ipynb" else raw
         found += [f"{path.relative_to(ROOT)}: {m.group()}" for m in pattern.finditer(text) if m.group() != "/path/to/"]
     assert not found
 
@@ -352,31 +324,21 @@ def project():
         import tomllib
     except ImportError:
         import tomli as tomllib
-    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    return tomllib.loads(text_of("pyproject.toml"))["project"]
 
 
 def test_bounds_and_constraints():
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
-    lines = [
-        line
-        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-        if line and not line.startswith("#")
-    ]
+    lines = [line for line in text_of("constraints.txt").splitlines() if line and not line.startswith("#")]
     pins = {canonicalize_name(Requirement(line).name): line for line in lines}
     assert pins["torch"] == "torch==2.13.0"
     assert "torchvision" not in pins
     assert not [line for line in lines if "+" in line or "://" in line or "==" not in line]
-    extras = project()["project"]["optional-dependencies"]
-    wanted = [
-        Requirement(r)
-        for r in project()["project"]["dependencies"]
-        + extras["notebooks"]
-        + extras["demo"]
-        + extras["dev"]
-        + extras["site"]
-    ]
+    extras = project()["optional-dependencies"]
+    lists = [project()["dependencies"], *(extras[name] for name in ("notebooks", "demo", "dev", "site"))]
+    wanted = [Requirement(r) for r in sum(lists, [])]
     assert not [r.name for r in wanted if canonicalize_name(r.name) not in pins]
     assert not [str(r) for r in wanted if {s.operator for s in r.specifier} != {">="}]
 
@@ -391,19 +353,12 @@ def test_wheel_carries_the_assets(tmp_path):
     subprocess.run(command, check=True, capture_output=True, text=True)
     wheel = next(tmp_path.glob("*.whl"))
     names = set(zipfile.ZipFile(wheel).namelist())
-    assets = {
-        f"kiwi_edit/{p.relative_to(ROOT).as_posix()}"
-        for p in (ROOT / "assets").rglob("*")
-        if p.is_file() and "__pycache__" not in p.parts
-    }
+    files = [p for p in (ROOT / "assets").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    assets = {f"kiwi_edit/{p.relative_to(ROOT).as_posix()}" for p in files}
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "kiwi_edit").rglob("*.py")}
-    metadata = {n for n in names if ".dist-info/" in n}
-    assert names - metadata == assets | modules
-    assert {
-        "kiwi_edit/assets/kiwi-edit-tiny/model_index.json",
-        "kiwi_edit/assets/samples/clip.mp4",
-        "kiwi_edit/assets/samples/reference.png",
-    } <= names
+    assert {n for n in names if ".dist-info/" not in n} == assets | modules
+    needed = ("kiwi-edit-tiny/model_index.json", "samples/clip.mp4", "samples/reference.png")
+    assert {f"kiwi_edit/assets/{name}" for name in needed} <= names
     assert wheel.stat().st_size < 100_000_000
 
 
@@ -490,34 +445,29 @@ def test_entry_points_can_be_run():
     for path in (ROOT / "kit", ROOT / ".ci" / "run"):
         assert path.stat().st_mode & stat.S_IXUSR
         subprocess.run([path.read_text().split("\n")[0].removeprefix("#!").split()[-1], "-n", str(path)], check=True)
-    assert "./kit test" in (ROOT / ".ci" / "run").read_text()
-    assert "./kit test" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "./kit test" in text_of(".ci", "run") and "./kit test" in README
 
 
 def test_what_a_caller_can_mend_is_said_by_a_class():
     "A message that begins with the name of an argument is for people; its class has to say so."
+    plain = "ValueError", "TypeError", "ImportError"
     for path in sorted((ROOT / "kiwi_edit").glob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not (
-                isinstance(node, ast.Call)
-                and getattr(node.func, "id", "") in ("ValueError", "TypeError", "ImportError")
-                and node.args
-            ):
-                continue
-            text = node.args[0].values[0] if isinstance(node.args[0], ast.JoinedStr) else node.args[0]
-            assert not (isinstance(text, ast.Constant) and str(text.value).startswith("`")), (
-                f"{path.name}, line {node.lineno}"
-            )
+        for node in syntax(path):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in plain and node.args:
+                text = node.args[0].values[0] if isinstance(node.args[0], ast.JoinedStr) else node.args[0]
+                assert not str(getattr(text, "value", "")).startswith("`"), f"{path.name}, line {node.lineno}"
+
+
+def check(*command):
+    "A Python script finds nothing to complain about."
+    found = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
 
 
 @pytest.mark.parametrize("script", ["size.py", "lessons.py"])
 def test_package_and_lessons_keep_to_their_limits(script):
-    found = subprocess.run([sys.executable, ROOT / ".ci" / script], capture_output=True, text=True)
-    assert found.returncode == 0, found.stdout + found.stderr
+    check(ROOT / ".ci" / script)
 
 
 def test_notebooks_and_tests_are_formatted():
-    found = subprocess.run(
-        [sys.executable, "-m", "ruff", "format", "--check", "."], cwd=ROOT, capture_output=True, text=True
-    )
-    assert found.returncode == 0, found.stdout + found.stderr
+    check(*"-m ruff format --check .".split())
