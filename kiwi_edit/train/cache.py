@@ -85,7 +85,7 @@ def changed_pixels(
     frames: int,  # of the latents: the first frame, then groups of equal length
     height: int,  # of the latents
     width: int,
-    tolerance: int = 12,  # of 255, that a colour may differ and still count as the same: as much as video compression does
+    tolerance: int = 12,  # of 255, by which compression changes a colour: it counts as the same
 ) -> torch.Tensor:  # (n, frames, height, width) bool, n pixels to a place
     "Which of the pixels behind each place of the latents an edit changes, in any frame of its group."
     changed = torch.from_numpy(np.abs(source.astype(np.int16) - target).max(-1) > tolerance)
@@ -479,10 +479,8 @@ class LatentCache:
             shard = self._open(name)
             tensors = {tensor: shard.get_tensor(f"{place}.{tensor}") for tensor in names}
         except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"`folder` has to hold whole shards but {str(self.folder / name)!r} cannot be read ({error}); "
-                "`build_cache` computes its rows again."
-            ) from error
+            lost = f"{str(self.folder / name)!r} cannot be read ({error}); `build_cache` computes its rows again"
+            raise InputError(f"`folder` has to hold whole shards but {lost}.") from error
         return dict(id=id, task=task, shape=shape) | tensors
 
     def rows(self, indices: Iterable[int]) -> list[dict]:
@@ -639,8 +637,7 @@ class Batches:
             good = {place: row for place, row in found if row is not None}
             if good:
                 return collate_rows(list(good.values()), rows.token_ids, list(good))
-            _logger.warning(
-                "No row of a batch of step %d is good: its place is taken by the source's next batch.", step
-            )
+            instead = "No row of a batch of step %d is good: its place is taken by the source's next batch."
+            _logger.warning(instead, step)
         found = f"number {source} gives none; the first is {rows.bad[0]}"
         raise InputError(f"`sources` have to give at least one good row each but {found}")

@@ -5,6 +5,7 @@
 # %% ../../nbs/library/33_engine.ipynb #94ea9002
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import logging
@@ -29,7 +30,6 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
-from huggingface_hub.utils.sha import sha_fileobj
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -237,7 +237,7 @@ def _gathered(tensors, write):
 
 def _checksum(path):
     with open(path, "rb") as file:
-        return sha_fileobj(file).hex()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _checkpoints(folder):
@@ -382,7 +382,10 @@ class _Run:
         files, state = _load_checkpoint(folder / "checkpoints")
         self.state = state or dict(step=0, seconds=0.0, mean_loss=None)
         if files:
-            self.take_weights(files["weights"])
+            shapes = [{(name, *p.shape) for name, p in x.items()} for x in (files["weights"], self.trained)]
+            others = sorted({name for name, *_ in shapes[0] ^ shapes[1]})[:5]
+            expect(not others, f"`folder` holds other parameters than this stage trains: {others} in {folder}.")
+            _fill(self.trained, files["weights"])  # before the model is wrapped
         if sharded:
             self.wrapped, self.optimizers.all[0] = accelerator.prepare(model, self.optimizers.all[0])
             self.trained = _trainable(model)
@@ -394,13 +397,6 @@ class _Run:
             average = files.get("average", {})
             _fill(self.average, {n: _sharded_like(x, average[n]) for n, x in self.average.items() if n in average})
             _logger.info("continuing at step %d after %.0f s", self.state["step"], self.state["seconds"])
-
-    def take_weights(self, weights):
-        "Those of the checkpoint, before the model is wrapped."
-        shapes = [{(name, tuple(p.shape)) for name, p in x.items()} for x in (weights, self.trained)]
-        others = sorted({name for name, _ in shapes[0] ^ shapes[1]})[:5]
-        expect(not others, f"`folder` holds other parameters than this stage trains: {others} in {self.folder}.")
-        _fill(self.trained, weights)
 
     def done(self):
         "The share of the run that is done: of its steps, or of its minutes if they end first."
@@ -603,16 +599,10 @@ def _draw_log(records, window=50):
     return figure
 
 
-def _png(figure, dpi):
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=dpi)
-    return picture.getvalue()
-
-
 def _save_curve(log, path):
     "Draw what a stage has logged."
     with replacing(path, overwrite=True) as temporary:
-        Path(temporary).write_bytes(_png(_draw_log(read_lines(log)), 80))
+        _draw_log(read_lines(log)).savefig(temporary, format="png", dpi=80)
 
 # %% ../../nbs/library/33_engine.ipynb #cf151a18
 class LiveView:
@@ -636,7 +626,9 @@ class LiveView:
         from IPython.display import HTML, display
 
         strips = sorted(Path(self.folder).glob("strip-*.png"))[-1:] if self.folder else []
-        pictures = [_png(_draw_log(self.records, window=10), 60), *(path.read_bytes() for path in strips)]
+        curves = io.BytesIO()
+        _draw_log(self.records, window=10).savefig(curves, format="png", dpi=60)
+        pictures = [curves.getvalue(), *(path.read_bytes() for path in strips)]
         shown = HTML("<br>".join(image_tag(data, "curves and edits of a run") for data in pictures))
         if self.handle:
             self.handle.update(shown)
