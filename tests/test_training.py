@@ -39,7 +39,6 @@ from kiwi_edit.train.engine import (
     _averaged,
     _checkpoints,
     _frozen_aside,
-    _main_first,
     _Optimizers,
     _part_of,
     _save_checkpoint,
@@ -143,7 +142,6 @@ def run_toy(
         on_save,
         False,
         _make_accelerator(stage.accumulation, "cpu", trackers, folder),
-        trackers,
     )
     return records
 
@@ -536,11 +534,11 @@ def test_one_of_two_processes_writes(teams):
 
 
 def patient_job(folder):
-    "The first process takes longer than a barrier of the process group may last."
-    accelerator = Accelerator(cpu=True)
-    accelerator.wait_for_everyone()
-    torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
-    with _main_first(accelerator):
+    "What the processes wait for each other with lasts for days, and the first goes first."
+    accelerator = _make_accelerator(device="cpu")
+    group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+    assert group.options._timeout >= timedelta(days=30)
+    with accelerator.main_process_first():
         if accelerator.is_main_process:
             time.sleep(2)
             (folder / "made").touch()

@@ -33,7 +33,7 @@ from ..encoder import EncoderInputs, collate_inputs, prepare_sample, vision_feat
 from ..encoder import IMAGE_TOKEN, QUERY_TOKEN, VIDEO_TOKEN
 from ..latents import encode_frames
 from ..pipeline import fit_reference
-from ..records import digest
+from ..records import digest, write_text
 from ..video import replacing
 
 # %% ../../nbs/library/31_cache.ipynb #0e6950ac
@@ -53,14 +53,11 @@ class RowSettings:
         if self.shrink is not None:
             object.__setattr__(self, "shrink", tuple(self.shrink))
         low, high = self.shrink or (1, 1)
-        rules = {
-            "dtype": (self.dtype in ("float16", "bfloat16", "float32"), "be float16, bfloat16 or float32"),
-            "shrink": (0 < low <= high <= 1, "be two shares, 0 < smallest <= largest <= 1,"),
-            "seed": (self.seed >= 0, "be 0 or more"),
-            "batch": (self.batch >= 1, "be at least 1"),
-        }
-        for name, (holds, rule) in rules.items():
-            expect(holds, f"`{name}` has to {rule} but is {getattr(self, name)!r}.")
+        kinds, shares = ("float16", "bfloat16", "float32"), "two shares, 0 < smallest <= largest <= 1,"
+        expect(self.dtype in kinds, f"`dtype` has to be one of {', '.join(kinds)} but is {self.dtype!r}.")
+        expect(0 < low <= high <= 1, f"`shrink` has to be {shares} but is {self.shrink}.")
+        expect(self.seed >= 0, f"`seed` has to be 0 or more but is {self.seed}.")
+        expect(self.batch >= 1, f"`batch` has to be at least 1 but is {self.batch}.")
 
 # %% ../../nbs/library/31_cache.ipynb #1ed04573
 def _draw_shrink(settings, sample):
@@ -88,7 +85,7 @@ def changed_pixels(
     frames: int,  # of the latents: the first frame, then groups of equal length
     height: int,  # of the latents
     width: int,
-    tolerance: int = 3,  # of 255, that a colour may differ and still count as the same
+    tolerance: int = 12,  # of 255, by which compression changes a colour: it counts as the same
 ) -> torch.Tensor:  # (n, frames, height, width) bool, n pixels to a place
     "Which of the pixels behind each place of the latents an edit changes, in any frame of its group."
     changed = torch.from_numpy(np.abs(source.astype(np.int16) - target).max(-1) > tolerance)
@@ -124,16 +121,17 @@ def _run_frozen(pipe, samples, inputs, settings):
 
 def _encode_group(pipe, samples, settings):
     "Rows of at most `settings.batch` samples of one shape."
-    height, width = samples[0].source.shape[1:3]
+    first, dtype = samples[0], getattr(torch, settings.dtype)
+    height, width = first.source.shape[1:3]
     rule = f"`samples` have to have sides that are multiples of {pipe.size_multiple} for this model"
     fits = height % pipe.size_multiple == width % pipe.size_multiple == 0
-    expect(fits, f"{rule} but {samples[0].id or 'one'} is {width}x{height}.")
+    expect(fits, f"{rule} but {first.id or 'one'} is {width}x{height}.")
     images = lambda s: [] if s.reference is None else [Image.fromarray(s.reference)]
     config = pipe.guidance.config
     inputs = [prepare_sample(pipe.processor, config, s.instruction, s.source, images(s)) for s in samples]
     kept, rows = _run_frozen(pipe, samples, inputs, settings), []
     for i, (sample, x) in enumerate(zip(samples, inputs)):
-        rounded = {name: values[i].to("cpu", getattr(torch, settings.dtype)) for name, values in kept.items()}
+        rounded = {name: values[i].to("cpu", dtype) for name, values in kept.items()}
         row = {name: values.clone(memory_format=torch.contiguous_format) for name, values in rounded.items()}
         lost = f"{settings.dtype} does not hold all of {sample.id or 'a sample'}; bfloat16 and float32 reach further"
         whole = all(values.isfinite().all() for values in row.values())
@@ -145,16 +143,27 @@ def _encode_group(pipe, samples, settings):
     return rows
 
 # %% ../../nbs/library/31_cache.ipynb #3aa7821f
+def _encoded(pipe, labelled, settings):
+    "(label, row) of (label, sample) of any shape, encoded in groups of one shape as they come."
+    waiting = defaultdict(list)
+
+    def encode(shape):
+        labels, samples = zip(*waiting.pop(shape))
+        return zip(labels, _encode_group(pipe, samples, settings))
+
+    for label, sample in labelled:
+        shape = _sample_shape(sample)
+        waiting[shape].append((label, sample))
+        if len(waiting[shape]) == settings.batch:
+            yield from encode(shape)
+    for shape in list(waiting):
+        yield from encode(shape)
+
+
 def _encode_samples(pipe, samples, settings=RowSettings()):
-    "A row for each sample of any shape: the CPU tensors of `_TENSORS`, and `id`, `task` and `shape`."
-    groups, rows = defaultdict(list), {}
-    for i, sample in enumerate(samples):
-        groups[_sample_shape(sample)].append(i)
-    for members in groups.values():
-        for start in range(0, len(members), settings.batch):
-            group = members[start : start + settings.batch]
-            rows |= zip(group, _encode_group(pipe, [samples[i] for i in group], settings))
-    return [rows[i] for i in range(len(samples))]
+    "A row for each sample: the CPU tensors of `_TENSORS`, and `id`, `task` and `shape`."
+    rows = dict(_encoded(pipe, enumerate(samples), settings))
+    return [rows[i] for i in range(len(rows))]
 
 # %% ../../nbs/library/31_cache.ipynb #54f48064
 @dataclass
@@ -195,20 +204,20 @@ def collate_rows(
     expect(len(shapes) == 1, f"{rule} but have {sorted(shapes) or 'none'}.")
     frames, height, width, has_reference = shapes.pop()
     mode = "ref" if has_reference else "image" if frames == 1 else "video"
-    stacked = lambda name: torch.stack([row[name] for row in rows]).float()
+    stacked = lambda name: torch.stack([row[name] for row in rows])
 
     def inputs(row):
         ids, positions = row["input_ids"][None].long(), row["position_ids"][:, None].long()
         return EncoderInputs(ids, positions, torch.tensor([ids.shape[1]]), [mode], [[]], None, token_ids)
 
     f, h, w = rows[0]["source"].shape[1:]
-    bits = np.unpackbits(stacked("changed").byte().numpy(), axis=1, count=f * height * width)
+    bits = np.unpackbits(stacked("changed").numpy(), axis=1, count=f * height * width)
     return Batch(
         inputs=collate_inputs([inputs(row) for row in rows]),
         vision=[row["vision"].float() for row in rows],
-        source=stacked("source"),
-        target=stacked("target"),
-        reference=stacked("reference") if has_reference else None,
+        source=stacked("source").float(),
+        target=stacked("target").float(),
+        reference=stacked("reference").float() if has_reference else None,
         changed=torch.from_numpy(bits).float().view(len(rows), -1, f, h, w),
         tasks=[row["task"] for row in rows],
         ids=[row["id"] for row in rows],
@@ -216,9 +225,11 @@ def collate_rows(
     )
 
 # %% ../../nbs/library/31_cache.ipynb #5bd1bb9f
-_FORMAT = 3  # raised whenever the code above makes other rows of the same samples
-_SEEN = "num_heads hidden_act patch_size spatial_merge_size temporal_patch_size window_size fullatt_block_indexes"
-_LOOKS = "do_convert_rgb do_normalize do_rescale do_resize image_mean image_std merge_size patch_size resample"
+_FORMAT = 4  # raised whenever the code above makes other rows of the same samples
+_SEEN = """num_heads hidden_act patch_size spatial_merge_size temporal_patch_size window_size fullatt_block_indexes
+    rope_parameters"""
+_LOOKS = """do_convert_rgb do_normalize do_rescale do_resize image_mean image_std merge_size patch_size resample
+    rescale_factor temporal_patch_size"""
 
 
 def _short(*parts):
@@ -240,8 +251,8 @@ def _frozen_digests(pipe, single_frame=False):
     public = lambda config: {name: value for name, value in dict(config).items() if not name.startswith("_")}
     chosen = lambda config, names: {name: config.get(name) for name in names.split()}
     encoder = [*_weights(vae.encoder, not single_frame), *_weights(vae.quant_conv, not single_frame)]
-    seen = chosen(visual.config.to_dict(), _SEEN + " rope_parameters")
-    looks = chosen(pipe.processor.image_processor.to_dict(), _LOOKS + " rescale_factor temporal_patch_size")
+    seen = chosen(visual.config.to_dict(), _SEEN)
+    looks = chosen(pipe.processor.image_processor.to_dict(), _LOOKS)
     words = json.loads(tokenizer.backend_tokenizer.to_str())
     added = sorted((token["id"], token["content"]) for token in words["added_tokens"])
     reader = [words["model"], words["normalizer"], words["pre_tokenizer"], added, tokenizer.chat_template]
@@ -257,20 +268,18 @@ _TENSORS = ("source", "target", "reference", "changed", "vision", "input_ids", "
 _SHARD_BYTES = 2**29  # a shard is closed before it has its number of rows where it gets larger than this
 
 
-def _save_shard(folder, keys, rows):
-    "Write rows beside the others, under a name made of their keys."
-    tensors = {f"{i}.{name}": row[name] for i, row in enumerate(rows) for name in _TENSORS if name in row}
-    said = [[key, row["id"], row["task"], list(row["shape"])] for key, row in zip(keys, rows)]
-    with replacing(folder / f"rows-{_short(keys)}.safetensors", overwrite=True) as temporary:
+def _save_shard(folder, rows):
+    "Write rows (key -> row) beside the others, under a name made of their keys."
+    tensors = {f"{i}.{name}": row[name] for i, row in enumerate(rows.values()) for name in _TENSORS if name in row}
+    said = [[key, row["id"], row["task"], list(row["shape"])] for key, row in rows.items()]
+    with replacing(folder / f"rows-{_short(list(rows))}.safetensors", overwrite=True) as temporary:
         save_file(tensors, temporary, metadata={"rows": json.dumps(said)})
 
 
 def _save_json(path, value):
     text = json.dumps(value)
-    if path.is_file() and path.read_text() == text:
-        return  # a finished cache may lie where nobody may write
-    with replacing(path, overwrite=True) as temporary:
-        temporary.write_text(text)
+    if not path.is_file() or path.read_text() != text:  # a finished cache may lie where nobody may write
+        write_text(path, text)
 
 
 def _scan(folder):
@@ -367,24 +376,6 @@ def survey_cache(
     return _CacheState(room, made_with, keys, bad, have, broken, stale)
 
 # %% ../../nbs/library/31_cache.ipynb #25b46569
-def _encoded(pipe, state, samples, settings):
-    "(key, row) of samples, encoded in groups of one shape as they come."
-    waiting = defaultdict(list)
-
-    def encode(group):
-        keys, chosen = zip(*group)
-        group.clear()
-        return zip(keys, _encode_samples(pipe, list(chosen), settings))
-
-    for sample in samples:
-        group = waiting[_sample_shape(sample)]
-        group.append((state.keys[samples.kept[-1]], sample))
-        if len(group) == settings.batch:
-            yield from encode(group)
-    for group in filter(None, waiting.values()):
-        yield from encode(group)
-
-
 def _write_shards(folder, encoded, shard_size, bar):
     "Write (key, row) pairs to shards, each as soon as it is full."
     full, size = {}, 0
@@ -393,10 +384,10 @@ def _write_shards(folder, encoded, shard_size, bar):
         size += sum(value.nbytes for value in row.values() if torch.is_tensor(value))
         bar.update()
         if len(full) >= shard_size or size >= _SHARD_BYTES:
-            _save_shard(folder, list(full), list(full.values()))
+            _save_shard(folder, full)
             full, size = {}, 0
     if full:
-        _save_shard(folder, list(full), list(full.values()))
+        _save_shard(folder, full)
 
 
 def _save_index(state, dataset, skipped):
@@ -435,7 +426,8 @@ def build_cache(
     todo = [i for i in state.missing if int(digest(state.keys[i]), 16) % parts == part]
     samples = GoodSamples(dataset, todo, workers)
     with tqdm(total=len(todo), desc="rows", disable=not progress or not todo, mininterval=2) as bar:
-        _write_shards(state.folder, _encoded(pipe, state, samples, settings), shard_size, bar)
+        keyed = ((state.keys[samples.kept[-1]], sample) for sample in samples)
+        _write_shards(state.folder, _encoded(pipe, keyed, settings), shard_size, bar)
     if parts > 1:
         return None
     _save_index(state, dataset, samples.skipped)
@@ -487,10 +479,8 @@ class LatentCache:
             shard = self._open(name)
             tensors = {tensor: shard.get_tensor(f"{place}.{tensor}") for tensor in names}
         except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"`folder` has to hold whole shards but {str(self.folder / name)!r} cannot be read ({error}); "
-                "`build_cache` computes its rows again."
-            ) from error
+            lost = f"{str(self.folder / name)!r} cannot be read ({error}); `build_cache` computes its rows again"
+            raise InputError(f"`folder` has to hold whole shards but {lost}.") from error
         return dict(id=id, task=task, shape=shape) | tensors
 
     def rows(self, indices: Iterable[int]) -> list[dict]:
@@ -647,8 +637,7 @@ class Batches:
             good = {place: row for place, row in found if row is not None}
             if good:
                 return collate_rows(list(good.values()), rows.token_ids, list(good))
-            _logger.warning(
-                "No row of a batch of step %d is good: its place is taken by the source's next batch.", step
-            )
+            instead = "No row of a batch of step %d is good: its place is taken by the source's next batch."
+            _logger.warning(instead, step)
         found = f"number {source} gives none; the first is {rows.bad[0]}"
         raise InputError(f"`sources` have to give at least one good row each but {found}")

@@ -129,10 +129,10 @@ class Stage:
             "dtype": ([self.dtype], ("float32", "bfloat16")),
             "learns": ([self.learns], ("edits", "pictures", "words")),
         }
-        rules = [(n, set(values) <= set(known), f"be of {', '.join(known)}") for n, (values, known) in chosen.items()]
         shares = len(self.mix) if self.alternation == "weighted" else 0
         sized = self.num_frames % 4 == 1 and self.max_pixels
-        rules += [
+        rules = [
+            *((n, set(values) <= set(known), f"be of {', '.join(known)}") for n, (values, known) in chosen.items()),
             ("lora", not set(self.trains) & set(self.lora), "name parts that are not trained in full"),
             ("lr", self.lr > 0, "be above 0"),
             ("batch_size", self.batch_size >= 1, "be at least 1"),
@@ -281,10 +281,8 @@ def select(
     chosen = {}
     for part in (*stage.trains, *stage.lora):
         wanted = lambda name: "lora_" in name if part in stage.lora else "text_embedder" not in name
-        chosen[part] = {name: p for name, p in part_parameters(pipe, part).items() if wanted(name)}
-    for parameters in chosen.values():
-        for p in parameters.values():
-            p.requires_grad_(True)
+        found = part_parameters(pipe, part).items()
+        chosen[part] = {name: p.requires_grad_(True) for name, p in found if wanted(name)}
     for name in {PARTS[part].split(".")[0] for part in (*chosen, *stage.checkpointing)}:
         getattr(pipe, name).train()
     _switch_checkpointing(pipe, stage.checkpointing)

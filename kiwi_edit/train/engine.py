@@ -5,11 +5,13 @@
 # %% ../../nbs/library/33_engine.ipynb #94ea9002
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import logging
 import math
 import os
+import re
 import shutil
 import time
 from collections import defaultdict, deque
@@ -25,10 +27,9 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
-from huggingface_hub.utils.sha import sha_fileobj
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -42,7 +43,7 @@ from ..core import MissingPackage, choose_device, expect, multiplies_bfloat16, p
 from ..data.dataset import MetadataDataset, WorldDataset
 from ..latents import encode_frames, fast_layers
 from ..pipeline import fit_reference
-from ..records import append_line, image_tag, read_lines, replacing_folder
+from ..records import append_line, image_tag, read_lines, replacing_folder, write_text
 from .cache import Batches, LatentCache, OnlineRows, RowSettings, build_cache
 from .curriculum import PARTS, Loss, Stage, find_stage, select
 from .foundations import Description, Reconstruction, autoencoder_batch, description_batch
@@ -59,14 +60,21 @@ __all__ = ['FlowMatching', 'measure_flops', 'fit', 'LiveView', 'stage_data', 'ca
 _logger = logging.getLogger(__name__)
 
 # %% ../../nbs/library/33_engine.ipynb #6fad3755
+def _means(pairs):
+    "The mean of each name's values, of pairs of both."
+    groups = defaultdict(list)
+    for name, value in pairs:
+        groups[name].append(value)
+    return {name: sum(values) / len(values) for name, values in groups.items()}
+
+
 def _split_losses(squared, sigma, modes, tasks):
     'Means by mode, by task and by noise level, of what occurs: "loss/ref", "loss/subject", "loss/0.25-0.5", ...'
-    groups = defaultdict(list)
+    pairs = []
     for value, level, *names in zip(squared.tolist(), sigma.tolist(), modes, tasks):
         low = min(int(4 * level), 3) / 4
-        for name in filter(None, (*names, f"{low:g}-{low + 0.25:g}")):
-            groups[f"loss/{name}"].append(value)
-    return {name: sum(values) / len(values) for name, values in groups.items()}
+        pairs += [(f"loss/{name}", value) for name in (*names, f"{low:g}-{low + 0.25:g}") if name]
+    return _means(pairs)
 
 
 class FlowMatching(torch.nn.Module):
@@ -112,7 +120,7 @@ def _trainable(model):
 def _part_of(name):
     "The part of a parameter: `mllm.model.language_model.layers.0.mlp.up_proj.weight` is of `language_model`."
     found = [part for part, path in PARTS.items() if f"{name}.".startswith(f"{path}.")]
-    return max(found, key=lambda part: len(PARTS[part])) if found else name.split(".")[0]
+    return max(found, key=lambda part: len(PARTS[part]), default=name.split(".")[0])
 
 
 def _sharded_like(p, whole):
@@ -120,9 +128,14 @@ def _sharded_like(p, whole):
     return distribute_tensor(whole.to(p.device), p.device_mesh, p.placements) if isinstance(p, DTensor) else whole
 
 
-def _is_matrix(name, p):
-    others = ("norm", "queries", "embed_tokens", "lm_head", "scale_shift", "gamma")
-    return p.ndim >= 2 and not any(word in name for word in others)
+@torch.no_grad()
+def _fill(parameters, values):
+    "Give each parameter that has a value this value."
+    for name, value in values.items():
+        parameters[name].copy_(value)
+
+
+_NO_MATRICES = ("norm", "queries", "embed_tokens", "lm_head", "scale_shift", "gamma")  # what Muon leaves to AdamW
 
 
 class _InFloat32(TorchFunctionMode):
@@ -139,24 +152,23 @@ class _Optimizers:
         older = f"`optimizer` 'muon' needs torch 2.9 or newer but torch is {torch.__version__}."
         expect(kind != "muon" or hasattr(torch.optim, "Muon"), older)
         self.lr, self.flat, self.all = lr, [], []
-        groups = dict(matrices=defaultdict(list), others=defaultdict(list))  # kind -> factor on lr -> parameters
+        matrices, others = defaultdict(list), defaultdict(list)  # factor on lr -> parameters
         for name, p in _trainable(model).items():
             scale = (lr_scales or {}).get(_part_of(name), 1.0)
-            if kind == "muon" and _is_matrix(name, p):
+            if kind == "muon" and p.ndim >= 2 and not any(word in name for word in _NO_MATRICES):
                 p.data = p.data.contiguous()  # or what is flat would be a copy, and never train
                 view = torch.nn.Parameter(p.detach().flatten(1))
                 self.flat.append((p, view))
-                groups["matrices"][scale].append(view)
+                matrices[scale].append(view)
             else:
-                groups["others"][scale].append(p)
-        matrices, others = ([dict(params=ps, scale=s) for s, ps in found.items()] for found in groups.values())
+                others[scale].append(p)
+        grouped = lambda found: [dict(params=ps, scale=scale) for scale, ps in found.items()]
+        options = dict(lr=lr, weight_decay=weight_decay)
         if matrices:
-            muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-            self.all.append(muon)
-        if others and kind == "muon":
-            self.all.append(torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0))
-        elif others:
-            self.all.append(torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay))
+            self.all.append(torch.optim.Muon(grouped(matrices), adjust_lr_fn="match_rms_adamw", **options))
+        if others:
+            options |= dict(betas=(0.9, 0.98), weight_decay=0.0) if kind == "muon" else {}
+            self.all.append(torch.optim.AdamW(grouped(others), **options))
 
     def step(self, factor):
         "One step at that factor of the peak rate; gradients are dropped afterwards."
@@ -225,7 +237,7 @@ def _gathered(tensors, write):
 
 def _checksum(path):
     with open(path, "rb") as file:
-        return sha_fileobj(file).hex()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _checkpoints(folder):
@@ -252,22 +264,16 @@ def _save_checkpoint(folder, files, state, keep=2, write=True):
         shutil.rmtree(old)  # a later one is damaged, or this run would have begun with it
 
 
-def _damage(path):
-    "What of a checkpoint cannot be trusted, and its state."
-    try:
-        state = json.loads((path / "state.json").read_text())
-        files = state.pop("files")
-    except (OSError, ValueError, KeyError) as error:
-        return [f"state.json ({error})"], None
-    whole = lambda name: (path / name).exists() and _checksum(path / name) == files[name]
-    return [name for name in files if not whole(name)], state
-
-
 def _load_checkpoint(folder):
     "The newest checkpoint that can be trusted: file -> name -> tensor, and its state; None where there is none."
     found = _checkpoints(folder)
     for path in reversed(found):
-        broken, state = _damage(path)
+        whole = lambda name, checksum: (path / name).exists() and _checksum(path / name) == checksum
+        try:
+            state = json.loads((path / "state.json").read_text())
+            broken = [name for name, checksum in state.pop("files").items() if not whole(name, checksum)]
+        except (OSError, ValueError, KeyError) as error:
+            broken = [f"state.json ({error})"]
         if not broken:
             return {file.stem: load_file(file) for file in path.glob("*.safetensors")}, state
         _logger.warning("%s is damaged (%s); the checkpoint before it is tried.", path.name, ", ".join(broken))
@@ -292,8 +298,7 @@ def _trim_log(path, step):
     "Drop what a killed run logged after its last checkpoint; those steps come again."
     if path.exists():
         rows = [row for row in read_lines(path) if row["step"] <= step]
-        with replacing(path, overwrite=True) as fresh:
-            Path(fresh).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 # %% ../../nbs/library/33_engine.ipynb #a6bb7f2e
 def measure_flops(
@@ -325,8 +330,10 @@ def _make_accelerator(accumulation=1, device="auto", trackers=(), folder=None):
         gradient_accumulation_steps=accumulation,
         log_with=list(trackers) or None,
         project_dir=folder,
-        # a batch uses the queries of its mode only
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=True),  # a batch uses the queries of its mode only
+            InitProcessGroupKwargs(timeout=timedelta(days=30)),  # all wait while one fills caches or evaluates
+        ],
     )
     if len(accelerator.log_with) < len(trackers):
         there = ", ".join(map(str, accelerator.log_with)) or "none"
@@ -337,43 +344,14 @@ def _make_accelerator(accumulation=1, device="auto", trackers=(), folder=None):
 
 
 @contextmanager
-def _main_first(accelerator):
-    "Within it the main process runs first, and the others follow."
-    # they wait for days where need be: a barrier of Accelerate gives up with its process group's timeout, in minutes
-    if accelerator.num_processes == 1:
-        yield
-        return
-    patient = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
-    if not accelerator.is_main_process:
-        torch.distributed.barrier(patient)
+def _averaged(trained, average):
+    "Within it, the parameters have their averaged values."
+    now = {name: trained[name].detach().clone() for name in average}
+    _fill(trained, average)
     try:
         yield
     finally:
-        if accelerator.is_main_process:
-            torch.distributed.barrier(patient)
-
-
-@contextmanager
-def _averaged(trained, average):
-    "Within it, the parameters have their averaged values."
-    with torch.no_grad():
-        now = {name: trained[name].detach().clone() for name in average}
-        for name in average:
-            trained[name].copy_(average[name])
-        try:
-            yield
-        finally:
-            for name in average:
-                trained[name].copy_(now[name])
-
-
-def _mean_numbers(collected):
-    "Means of dicts, each name over those that have it."
-    values = defaultdict(list)
-    for numbers in collected:
-        for name, value in numbers.items():
-            values[name].append(value)
-    return {name: sum(found) / len(found) for name, found in values.items()}
+        _fill(trained, now)
 
 
 def _names(batch):
@@ -382,19 +360,17 @@ def _names(batch):
     return list(map(str, getattr(batch, "ids", [])))
 
 # %% ../../nbs/library/33_engine.ipynb #19e1f9a1
-def _check_sharding(accelerator, stage):
-    if accelerator.distributed_type != DistributedType.FSDP:
-        return
-    rule = "`stage.optimizer` has to be 'adamw' where weights are sharded"
-    expect(stage.optimizer != "muon", f"{rule} but is 'muon', which needs whole matrices.")
-    rule = "`fsdp_version` of Accelerate has to be 2, whose shards checkpoints gather,"
-    expect(accelerator.is_fsdp2, f"{rule} but is 1; assets/accelerate/fsdp2.yaml asks for it.")
-
-
 class _Run:
     "A run of one stage: what trains, its optimisers, its average and how far it is."
 
     def __init__(self, model, folder, stage, seed, accelerator):
+        sharded = accelerator.distributed_type == DistributedType.FSDP
+        rule = "`stage.optimizer` has to be 'adamw' where weights are sharded"
+        whole = f"{rule} but is {stage.optimizer!r}, which needs whole matrices."
+        expect(not sharded or stage.optimizer != "muon", whole)
+        rule = "`fsdp_version` of Accelerate has to be 2, whose shards checkpoints gather,"
+        asked = f"{rule} but is 1; assets/accelerate/fsdp2.yaml asks for it."
+        expect(not sharded or accelerator.is_fsdp2, asked)
         self.model, self.folder, self.stage, self.seed, self.accelerator = model, folder, stage, seed, accelerator
         self.due, self.saved = False, time.monotonic()
         self.signature = getattr(model, "signature", lambda batch: None)
@@ -406,8 +382,11 @@ class _Run:
         files, state = _load_checkpoint(folder / "checkpoints")
         self.state = state or dict(step=0, seconds=0.0, mean_loss=None)
         if files:
-            self.take_weights(files["weights"])
-        if accelerator.distributed_type == DistributedType.FSDP:
+            shapes = [{(name, *p.shape) for name, p in x.items()} for x in (files["weights"], self.trained)]
+            others = sorted({name for name, *_ in shapes[0] ^ shapes[1]})[:5]
+            expect(not others, f"`folder` holds other parameters than this stage trains: {others} in {folder}.")
+            _fill(self.trained, files["weights"])  # before the model is wrapped
+        if sharded:
             self.wrapped, self.optimizers.all[0] = accelerator.prepare(model, self.optimizers.all[0])
             self.trained = _trainable(model)
         else:
@@ -415,18 +394,9 @@ class _Run:
         self.average = {name: p.detach().float().clone() for name, p in self.trained.items()} if stage.ema else {}
         if files:
             self.optimizers.load_state(files["moments"])
-            for name, value in self.average.items() if "average" in files else ():
-                value.copy_(_sharded_like(value, files["average"][name]))
+            average = files.get("average", {})
+            _fill(self.average, {n: _sharded_like(x, average[n]) for n, x in self.average.items() if n in average})
             _logger.info("continuing at step %d after %.0f s", self.state["step"], self.state["seconds"])
-
-    @torch.no_grad()
-    def take_weights(self, weights):
-        "Those of the checkpoint, before the model is wrapped."
-        shapes = [{(name, tuple(p.shape)) for name, p in x.items()} for x in (weights, self.trained)]
-        others = sorted({name for name, _ in shapes[0] ^ shapes[1]})[:5]
-        expect(not others, f"`folder` holds other parameters than this stage trains: {others} in {self.folder}.")
-        for name, p in self.trained.items():
-            p.copy_(weights[name])
 
     def done(self):
         "The share of the run that is done: of its steps, or of its minutes if they end first."
@@ -478,7 +448,8 @@ class _Run:
         found = [self.forward_backward(next(batches), j) for j in range(stage.accumulation)]
         losses, numbers, names, samples, work = zip(*found)
         loss = self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-        numbers = _mean_numbers(gather_object(list(numbers)) if several else numbers)
+        numbers = gather_object(list(numbers)) if several else numbers
+        numbers = _means(pair for one in numbers for pair in one.items())
         norm, norms = self.gradient_norms()
         self.check(loss, norm, sum(names, []))
         self.accelerator.clip_grad_norm_(list(self.trained.values()), stage.clip)
@@ -489,17 +460,13 @@ class _Run:
         seconds, self.due = time.monotonic() - start, time.monotonic() - self.saved > save_every
         if several:  # one clock, or some would stop before the others
             seconds, self.due = broadcast_object_list([seconds, self.due])
-        self.count(loss, seconds)
+        mean = loss if self.state["mean_loss"] is None else 0.98 * self.state["mean_loss"] + 0.02 * loss
+        step, seconds_before = self.state["step"] + 1, self.state["seconds"]
+        self.state = dict(step=step, seconds=seconds_before + seconds, mean_loss=mean)
         record = dict(step=self.state["step"], loss=loss, grad_norm=norm, lr=stage.lr * factor)
         record |= dict(seconds=round(self.state["seconds"], 2)) | numbers
         record |= {f"grad_norm/{part}": n for part, n in norms.items()}
         return record | self.speed(sum(samples), record.pop("tokens", None), sum(work), seconds)
-
-    def count(self, loss, seconds):
-        "One step more."
-        before = self.state
-        mean = loss if before["mean_loss"] is None else 0.98 * before["mean_loss"] + 0.02 * loss
-        self.state = dict(step=before["step"] + 1, seconds=before["seconds"] + seconds, mean_loss=mean)
 
     def speed(self, samples, tokens, work, seconds):
         "Samples and tokens a second, memory, and the share of the machine's rate that was used."
@@ -518,7 +485,7 @@ class _Run:
             files["average"] = self.average
         _save_checkpoint(self.folder / "checkpoints", files, self.state, keep, main)
         if on_save and main:
-            with _averaged(self.trained, self.average):
+            with torch.no_grad(), _averaged(self.trained, self.average):
                 on_save(self.state["step"])
         self.accelerator.wait_for_everyone()
         self.model.train()
@@ -536,15 +503,13 @@ def fit(
     on_step: Callable | None = None,  # called as on_step(record) after each step
     on_save: Callable | None = None,  # called as on_save(step) after each checkpoint, with the averaged weights if any
     progress: bool = True,
-    accelerator: Accelerator | None = None,  # made if None
-    trackers: tuple = (),  # names that Accelerate knows: "tensorboard", "wandb", ...
+    accelerator: Accelerator | None = None,  # made if None, without trackers
 ) -> dict:  # the last state: step, seconds, mean_loss
     "Train what has `requires_grad` until the steps or the minutes are used up, going on from the folder's checkpoint."
     expect(keep >= 1, f"`keep` has to be at least 1 but is {keep}.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    accelerator = accelerator or _make_accelerator(stage.accumulation, trackers=trackers, folder=folder)
-    _check_sharding(accelerator, stage)
+    accelerator = accelerator or _make_accelerator(stage.accumulation)
     main, part, parts = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
     run, log = _Run(model, folder, stage, seed, accelerator), folder / "log.jsonl"
     if main:
@@ -561,8 +526,7 @@ def fit(
             record = run.step(batches, save_every)
             if main:
                 append_line(log, {k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()})
-            if trackers:
-                accelerator.log(record, record["step"])
+            accelerator.log(record, record["step"])
             if on_step and main:
                 on_step(record)
             bar.n = min(100, 100 * run.done())
@@ -572,9 +536,7 @@ def fit(
                 run.save(keep, on_save)
     for tracker in accelerator.trackers:
         tracker.finish()
-    with torch.no_grad():
-        for name, value in run.average.items():
-            run.trained[name].copy_(value)
+    _fill(run.trained, run.average)
     return run.state
 
 # %% ../../nbs/library/33_engine.ipynb #877c81c2
@@ -591,41 +553,37 @@ def _edit_scene(pipe, sample, steps):
 
 def _draw_edits(pipe, path, num_frames, tasks, steps):
     "Edit held-out samples of some tasks, draw them, and say how much of each task's edits is done."
-    world, done, rows = World(num_frames=num_frames, split="eval"), defaultdict(list), {}
+    world, done, rows = World(num_frames=num_frames, split="eval"), [], {}
     pipe.set_progress_bar_config(disable=True)
     picks = [0, -1][:num_frames]  # a single frame among clips stands twice, so that columns line up
     for i in range(max(6 // len(tasks), 1) * len(tasks)):
         task = tasks[i % len(tasks)]
         sample = world.sample(EVAL_SEED + 500_000 + i, task)
         frames, share = _edit_scene(pipe, sample, steps)
-        done[task].append(share)
+        done.append((task, share))
         shown = np.full(sample.source.shape[1:], 255, np.uint8)
         if sample.reference is not None:
             shown = fit_reference(PIL.Image.fromarray(sample.reference), world.width, world.height)
         rows[f"{i + 1}. {task} {share:.2f}"] = [*sample.source[picks], shown, *frames[picks], *sample.target[picks]]
     film_strip(rows, max_columns=7).save(path)
-    return {task: sum(values) / len(values) for task, values in done.items()}
+    return _means(done)
 
 # %% ../../nbs/library/33_engine.ipynb #66d4912c
-def _is_level(key):
-    return key.startswith("loss/") and "-" in key
-
-
-_PANELS = {
-    "loss": lambda key: key.startswith("loss") and not _is_level(key),
-    "loss by noise level": _is_level,
-    "gradient norm": lambda key: key.startswith("grad_norm"),
-    "learning rate": lambda key: key == "lr",
-    "samples a second": lambda key: key == "samples_per_second",
-    "flops use, memory in GB": lambda key: key in ("flops_use", "memory_gb"),
+_PANELS = {  # title -> pattern of the names of its curves
+    "loss": r"loss(?!/.*-)",
+    "loss by noise level": r"loss/.*-",
+    "gradient norm": r"grad_norm",
+    "learning rate": r"lr$",
+    "samples a second": r"samples_per_second$",
+    "flops use, memory in GB": r"(flops_use|memory_gb)$",
 }
 
 
 def _draw_log(records, window=50):
     "Loss by mode and by noise level, gradient norms by part, rate and speed; means over so many steps."
     figure = Figure(figsize=(11, 5))
-    for axes, (title, wanted) in zip(figure.subplots(2, 3).flat, _PANELS.items()):
-        for key in sorted({key for record in records for key in record if wanted(key)}):
+    for axes, (title, pattern) in zip(figure.subplots(2, 3).flat, _PANELS.items()):
+        for key in sorted({key for record in records for key in record if re.match(pattern, key)}):
             points = np.array([(record["step"], record[key]) for record in records if key in record])
             width = min(window, max(1, len(points) // 4))
             means = np.convolve(points[:, 1], np.ones(width) / width, "valid")
@@ -641,16 +599,10 @@ def _draw_log(records, window=50):
     return figure
 
 
-def _png(figure, dpi):
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=dpi)
-    return picture.getvalue()
-
-
 def _save_curve(log, path):
     "Draw what a stage has logged."
     with replacing(path, overwrite=True) as temporary:
-        Path(temporary).write_bytes(_png(_draw_log(read_lines(log)), 80))
+        _draw_log(read_lines(log)).savefig(temporary, format="png", dpi=80)
 
 # %% ../../nbs/library/33_engine.ipynb #cf151a18
 class LiveView:
@@ -674,7 +626,9 @@ class LiveView:
         from IPython.display import HTML, display
 
         strips = sorted(Path(self.folder).glob("strip-*.png"))[-1:] if self.folder else []
-        pictures = [_png(_draw_log(self.records, window=10), 60), *(path.read_bytes() for path in strips)]
+        curves = io.BytesIO()
+        _draw_log(self.records, window=10).savefig(curves, format="png", dpi=60)
+        pictures = [curves.getvalue(), *(path.read_bytes() for path in strips)]
         shown = HTML("<br>".join(image_tag(data, "curves and edits of a run") for data in pictures))
         if self.handle:
             self.handle.update(shown)
@@ -914,7 +868,7 @@ def train(
     progress, begin = progress and main, find_model(folder) or start
     opened = partial(_open, stage, begin, (bases or {}) if begin == start else {}, seed)
     pipe = opened(accelerator.device)
-    with _main_first(accelerator):  # one process fills the caches, the others find them full
+    with accelerator.main_process_first():  # one process fills the caches, the others find them full
         as_module, batches = _learn(pipe, stage, folder, data, cache, seed, progress, accelerator)
     model, aside = as_module(pipe), ExitStack()
 
@@ -932,7 +886,7 @@ def train(
         if main and stage.buckets and not sharded and not _checkpoints(home / "checkpoints"):
             home.mkdir(parents=True, exist_ok=True)
             look(0)  # what it can do before
-        state = fit(model, batches, home, stage, seed, keep, save_every, on_step, look, progress, accelerator, trackers)
+        state = fit(model, batches, home, stage, seed, keep, save_every, on_step, look, progress, accelerator)
     if main:
         if sharded:  # what is here are shards; the checkpoint has all of it
             pipe, (files, _) = opened("cpu"), _load_checkpoint(home / "checkpoints")

@@ -281,7 +281,7 @@ class _Estimate(_Report):
         "What lies on the device when it is fullest in one kind of batch."
         needed = lambda part, counts: counts[0] or self.online or part not in ("vae", "vision")
         there = [counts for part, counts in self.parameters.items() if needed(part, counts)]
-        size = {"float32": 4, "bfloat16": 2}[self.stage.dtype]
+        size = getattr(torch, self.stage.dtype).itemsize
         moment = dict(weights=size * sum(map(sum, there)), gradients=size * sum(trains for trains, _ in there))
         moment = dict(weights=0, gradients=0, activations=0) | (moment if cost is None else cost.memory)
         return moment | dict(optimizer=0 if self.offload_optimizer else self.optimizer)
@@ -336,8 +336,7 @@ class _Estimate(_Report):
         rule = f"`memory` has to be at least {_gb(self.peak)} for stage {stage.name!r} of {self.preset}"
         parts = ", ".join(f"{kind} {_gb(size)}" for kind, size in self.memory.items())
         lower = ", ".join(name for name, yes in helps.items() if yes)
-        found = f"is {_gb(memory)}; it needs {parts}. What would lower it: {lower}"
-        expect(self.peak <= memory, f"{rule} but {found}.")
+        expect(self.peak <= memory, f"{rule} but is {_gb(memory)}; it needs {parts}. What would lower it: {lower}.")
 
     def _batch_table(self):
         columns = "batch,share,latent tokens,encoder tokens,context tokens,TFLOP,kept GB,most GB".split(",")
@@ -414,9 +413,8 @@ def estimate(
     pipe = _fake_pipeline(preset, stage, fake)
     trained = [p for name in COMPONENTS for p in getattr(pipe, name).parameters() if p.requires_grad]
     moments = sum(p.numel() * (1 if stage.optimizer == "muon" and p.ndim > 1 else 2) for p in trained)
-    optimizer = {"float32": 4, "bfloat16": 2}[stage.dtype] * moments
-    if stage.ema:
-        optimizer += 4 * sum(p.numel() for p in trained)
+    averages = sum(p.numel() for p in trained) if stage.ema else 0
+    optimizer = getattr(torch, stage.dtype).itemsize * moments + 4 * averages
     shapes = tqdm(_batch_shapes(stage, preset), desc="dry run", disable=not progress, leave=False)
     batches = [_dry_batch(pipe, stage, shape, online, fake) for shape in shapes]
     counts = _count_parameters(pipe)

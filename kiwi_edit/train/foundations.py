@@ -8,8 +8,8 @@ __all__ = ['autoencoder_batch', 'fit_projection', 'Reconstruction', 'measure_lat
 
 # %% ../../nbs/library/32_foundations.ipynb #2205c541
 import math
-import types
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -36,12 +36,10 @@ def _initialize_autoencoder(vae):
     for name, module in vae.named_modules():
         if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
             weight = module.weight
-            slices = weight.shape[2] if weight.ndim == 5 else 1
-            gain = math.sqrt(slices / weight[0].numel()) * (0.5 if "conv2" in name else 1)
-            kernel = torch.randn(*weight.shape[:2], *weight.shape[-2:]) * gain
+            now = weight[:, :, -1] if weight.ndim == 5 else weight  # acts on the present frame
+            gain = math.sqrt(1 / now[0].numel()) * (0.5 if "conv2" in name else 1)
             weight.zero_()
-            now = weight[:, :, -1] if weight.ndim == 5 else weight
-            now.copy_(kernel)
+            now.copy_(torch.randn(now.shape) * gain)
             module.bias.zero_()
     z = vae.config.z_dim
     vae.quant_conv.weight[z:] = 0
@@ -147,9 +145,8 @@ def _world_texts(number=4000):
     "Instructions and descriptions of so many quadruplets of the training world, for the tokenizer."
     world = World(16, 16, 1)
     samples = [world.sample(seed, TASKS[seed % len(TASKS)]) for seed in range(number)]
-    return (
-        [SYSTEM_PROMPT, REFERENCE_SUFFIX] * 50 + [s.instruction for s in samples] + [_description(s) for s in samples]
-    )
+    often = [SYSTEM_PROMPT, REFERENCE_SUFFIX] * 50
+    return often + [s.instruction for s in samples] + [_description(s) for s in samples]
 
 
 def _description(sample) -> str:
@@ -157,16 +154,11 @@ def _description(sample) -> str:
     return f"Before: {sample.source_caption}. After: {sample.caption}."
 
 
-class _NoQueries:
+def _without_queries(config, device="cpu"):
     "Stands in for the guidance where the language model is trained alone."
-
-    def __init__(self, config, device="cpu"):
-        none = dict(num_image_queries=0, num_video_queries=0, num_ref_queries=0)
-        self.config = types.SimpleNamespace(**config | none)
-        self.empty = torch.zeros(0, config["hidden_size"], device=device)
-
-    def queries(self, mode):
-        return self.empty
+    none = dict(num_image_queries=0, num_video_queries=0, num_ref_queries=0)
+    empty = torch.zeros(0, config["hidden_size"], device=device)
+    return SimpleNamespace(config=SimpleNamespace(**config | none), queries=lambda mode: empty)
 
 # %% ../../nbs/library/32_foundations.ipynb #436f03a0
 def _with_answer(processor, inputs, answer):
@@ -175,12 +167,10 @@ def _with_answer(processor, inputs, answer):
     header = tokens("<|im_start|>assistant\n")
     ids = torch.cat([header, tokens(f"{answer}<|im_end|>\n")], 1)
     positions = inputs.position_ids.max() + 1 + torch.arange(ids.shape[1])
-    longer = dict(
-        input_ids=torch.cat([inputs.input_ids, ids], 1),
-        lengths=inputs.lengths + ids.shape[1],
-        position_ids=torch.cat([inputs.position_ids, positions.expand(3, 1, -1)], 2),
-    )
-    return replace(inputs, **longer), inputs.input_ids.shape[1] + header.shape[1]
+    positions = torch.cat([inputs.position_ids, positions.expand(3, 1, -1)], 2)
+    longer, lengths = torch.cat([inputs.input_ids, ids], 1), inputs.lengths + ids.shape[1]
+    start = inputs.input_ids.shape[1] + header.shape[1]
+    return replace(inputs, input_ids=longer, lengths=lengths, position_ids=positions), start
 
 
 def description_batch(
@@ -193,7 +183,7 @@ def description_batch(
     parts: int = 1,  # equal shares of the batch
 ) -> tuple:  # (EncoderInputs, answer (B / parts, L) bool, True where the token is part of the answer)
     "Edits with their description behind them; two of three batches are single frames."
-    world, limits = World(num_frames=1 if step % 3 else 5), _NoQueries(dict(config)).config
+    world, limits = World(num_frames=1 if step % 3 else 5), _without_queries(dict(config)).config
     samples, starts = [], []
     for i in range(part, batch_size, parts):
         rng = np.random.default_rng((seed, 5, step, i))
@@ -226,7 +216,7 @@ class Description(torch.nn.Module):
         inputs, answer = batch
         device, answer = inputs.input_ids.device, answer[:, 1:]
         with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bfloat16(device)):
-            hidden = encode_hidden(self.mllm, _NoQueries(self.config, device), inputs)
+            hidden = encode_hidden(self.mllm, _without_queries(self.config, device), inputs)
             logits = self.mllm.lm_head(hidden[:, :-1][answer])
         labels, rows = inputs.input_ids[:, 1:][answer], answer.nonzero()[:, 0]
         losses = F.cross_entropy(logits.float(), labels, reduction="none")
@@ -238,9 +228,8 @@ def start_model(preset="tiny", seed: int = 0):
     "A random model of a preset with a tokenizer of the world's words, its autoencoder initialised for pictures."
     torch.manual_seed(seed)
     preset = get_preset(preset)
-    pipe = KiwiEditPipeline.from_preset(
-        preset, make_tokenizer(_world_texts(), preset.mllm["text_config"]["vocab_size"])
-    )
+    tokenizer = make_tokenizer(_world_texts(), preset.mllm["text_config"]["vocab_size"])
+    pipe = KiwiEditPipeline.from_preset(preset, tokenizer)
     _initialize_autoencoder(pipe.vae)
     if pipe.guidance.config.names == "edit":
         wan = pipe.transformer
@@ -248,8 +237,9 @@ def start_model(preset="tiny", seed: int = 0):
             for p in wan.proj_out.parameters():
                 p.zero_()  # a copy of the source, to begin with
             wan.patch_embedding.weight.mul_(0.1)  # hardly aware of the noise
-            for norm in (norm for block in wan.blocks for norm in (block.attn1.norm_q, block.attn1.norm_k)):
-                norm.weight.mul_(1.5)  # it can pick one place among many: norms bound products of queries and keys
+            for block in wan.blocks:  # it can pick one place among many: norms bound products of queries and keys
+                block.attn1.norm_q.weight.mul_(1.5)
+                block.attn1.norm_k.weight.mul_(1.5)
     return pipe
 
 # %% ../../nbs/library/32_foundations.ipynb #08000016

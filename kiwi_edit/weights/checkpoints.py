@@ -20,6 +20,7 @@ import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -163,9 +164,9 @@ _KINDS = dict(
     mllm=Qwen2_5_VLForConditionalGeneration,
     guidance=KiwiGuidance,
 )
-
-
-_FORMATS = {None, "auto"} | {form for kind in _FLOATS for form in (kind, str(kind), str(kind).split(".")[1])}
+# how a number format may be named
+_FORMATS = {None: torch.float32, "auto": None}
+_FORMATS |= {name: kind for kind in _FLOATS for name in (kind, str(kind), str(kind).split(".")[1])}
 
 
 def _check_dtype(torch_dtype):
@@ -182,15 +183,10 @@ def _dtype_of(torch_dtype, part, weights):
     'The number format in which a part is loaded; "auto" is that of most of its weights.'
     if isinstance(torch_dtype, dict):
         torch_dtype = torch_dtype.get(part, torch_dtype.get("default"))
-    if torch_dtype == "auto":
-        return _common_dtype(weights.values())
-    named = isinstance(torch_dtype, str)
-    return getattr(torch, torch_dtype.split(".")[-1]) if named else torch_dtype or torch.float32
-
-
-def _common_dtype(tensors):
+    if known := _FORMATS[torch_dtype]:
+        return known
     counts = Counter()
-    for tensor in tensors:
+    for tensor in weights.values():
         counts[tensor.dtype] += tensor.numel()
     most = max(counts, key=counts.get, default=None)
     return most if most in (torch.bfloat16, torch.float16) else torch.float32
@@ -240,13 +236,16 @@ def _build(kind, config, origin):
         raise InputError(f"`{origin}` has to describe a {kind.__name__} but does not: {reason}") from error
 
 # %% ../../nbs/library/20_checkpoints.ipynb #1141141b
-_WAN_NAMES = (  # native name, diffusers' name
-    ("blocks.N.self_attn.", "blocks.N.attn1."),
-    ("blocks.N.cross_attn.", "blocks.N.attn2."),
-    ("blocks.N.ffn.0.", "blocks.N.ffn.net.0.proj."),
-    ("blocks.N.ffn.2.", "blocks.N.ffn.net.2."),
-    ("blocks.N.norm3.", "blocks.N.norm2."),
-    ("blocks.N.modulation", "blocks.N.scale_shift_table"),
+_WAN_NAMES = (  # native, diffusers'; in this order, and backwards in the other
+    ("self_attn.", "attn1."),
+    ("cross_attn.", "attn2."),
+    (".q.", ".to_q."),
+    (".k.", ".to_k."),
+    (".v.", ".to_v."),
+    (".o.", ".to_out.0."),
+    ("ffn.0.", "ffn.net.0.proj."),
+    ("ffn.2.", "ffn.net.2."),
+    ("norm3.", "norm2."),
     ("text_embedding.0.", "condition_embedder.text_embedder.linear_1."),
     ("text_embedding.2.", "condition_embedder.text_embedder.linear_2."),
     ("time_embedding.0.", "condition_embedder.time_embedder.linear_1."),
@@ -254,69 +253,55 @@ _WAN_NAMES = (  # native name, diffusers' name
     ("time_projection.1.", "condition_embedder.time_proj."),
     ("head.head.", "proj_out."),
     ("head.modulation", "scale_shift_table"),
-    ("patch_embedding.", "patch_embedding."),
+    (".modulation", ".scale_shift_table"),
 )
-_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
 
 
-def _renamed(name, pairs):
-    "What becomes of a name whose beginning one of the pairs has; N is the number of a block."
-    block, plain = re.match(r"blocks\.\d+|", name)[0], re.sub(r"^blocks\.\d+", "blocks.N", name)
-    found = next((new + plain[len(old) :] for old, new in pairs if plain.startswith(old)), None)
-    return found and found.replace("blocks.N", block, 1)
+def _replaced(name, pairs):
+    for old, new in pairs:
+        name = name.replace(old, new)
+    return name
 
 
 def _wan_name(name):
-    "The name that `WanTransformer3DModel` uses for a native tensor of Wan's denoiser; None where it is none."
-    name = _renamed(name, _WAN_NAMES)
-    return name and re.sub(r"(\.attn[12]\.)([qkvo])\.", lambda m: f"{m[1]}{_ATTENTION[m[2]]}.", name)
+    "The name that `WanTransformer3DModel` uses for a native tensor of Wan's denoiser; its own names stay."
+    return _replaced(name, _WAN_NAMES)
 
 
 def _native_wan_name(name):
-    "The name in the original release and in the trainer of a tensor of `WanTransformer3DModel`; None where it is none."
-    back = {theirs: ours for ours, theirs in _ATTENTION.items()}
-    name = re.sub(r"(\.attn[12]\.)(to_q|to_k|to_v|to_out\.0)\.", lambda m: f"{m[1]}{back[m[2]]}.", name)
-    return _renamed(name, _turned(_WAN_NAMES))
-
-
-def _turned(pairs):
-    return [(new, old) for old, new in pairs]
+    "The name in the original release and in the trainer of a tensor of `WanTransformer3DModel`."
+    return _replaced(name, [(ours, native) for native, ours in reversed(_WAN_NAMES)])
 
 # %% ../../nbs/library/20_checkpoints.ipynb #7c47a3a7
-_VAE_NAMES = (  # below encoder and decoder: native name, AutoencoderKLWan's
-    ("conv1.", "conv_in."),
-    ("head.0.", "norm_out."),
-    ("head.2.", "conv_out."),
-    ("middle.0.", "mid_block.resnets.0."),
-    ("middle.1.", "mid_block.attentions.0."),
-    ("middle.2.", "mid_block.resnets.1."),
-)
-_VAE_BLOCK_NAMES = (
-    ("residual.0.", "norm1."),
-    ("residual.2.", "conv1."),
-    ("residual.3.", "norm2."),
-    ("residual.6.", "conv2."),
-    ("shortcut.", "conv_shortcut."),
+_VAE_NAMES = (  # AutoencoderKLWan's, native
+    (".norm1.", ".residual.0."),
+    (".conv1.", ".residual.2."),
+    (".norm2.", ".residual.3."),
+    (".conv2.", ".residual.6."),
+    (".conv_shortcut.", ".shortcut."),
+    ("mid_block.resnets.0.", "middle.0."),
+    ("mid_block.attentions.0.", "middle.1."),
+    ("mid_block.resnets.1.", "middle.2."),
+    ("conv_in.", "conv1."),
+    ("norm_out.", "head.0."),
+    ("conv_out.", "head.2."),
+    ("post_quant_conv.", "conv2."),
+    ("quant_conv.", "conv1."),
 )
 
 
 def _native_vae_name(name, num_res_blocks=2, residual=True):
     "The original release's key for one of `AutoencoderKLWan`; `residual` is its second generation."
-    if name.startswith(("quant_conv.", "post_quant_conv.")):
-        return ("conv1." if name[0] == "q" else "conv2.") + name.split(".", 1)[1]
-    part, _, rest = name.partition(".")
-    inner = lambda rest: _renamed(rest, _turned(_VAE_BLOCK_NAMES)) or rest
-    block = re.match(r"(down|up)_blocks\.(\d+)\.(?:resnets\.(\d+)\.|(?:down|up)samplers?\.(?:0\.)?)?(.*)", rest)
+    name = _replaced(name, _VAE_NAMES)
+    block = re.match(r"(\w+)\.(down|up)_blocks\.(\d+)\.(?:resnets\.(\d+)\.|(?:down|up)samplers?\.(?:0\.)?)?(.*)", name)
     if not block:
-        place = re.match(r"mid_block\.resnets\.\d\.|", rest)[0]
-        rest = place + inner(rest[len(place) :]) if place else rest
-        return f"{part}.{_renamed(rest, _turned(_VAE_NAMES)) or rest}"
-    way, i, j, rest = block.groups()
+        return name
+    part, way, i, j, rest = block.groups()
     j = num_res_blocks + (part == "decoder") if j is None else int(j)
     if residual:  # Wan 2.2: blocks grouped into stages
-        return f"{part}.{way}samples.{i}.{way}samples.{j}.{inner(rest)}"
+        return f"{part}.{way}samples.{i}.{way}samples.{j}.{rest}"
     # Wan 2.1: one flat list; the decoder's is grouped by diffusers
-    return f"{part}.{way}samples.{i if part == 'encoder' else int(i) * (num_res_blocks + 2) + j}.{inner(rest)}"
+    return f"{part}.{way}samples.{i if part == 'encoder' else int(i) * (num_res_blocks + 2) + j}.{rest}"
 
 
 def _native_vae_names(vae):
@@ -349,15 +334,15 @@ _TRAINER_NAMES = (  # in the trainer, in `KiwiGuidance`
 
 
 def _trainer_name(name):
-    "Component and name here of a trainer's tensor, whatever prefix it was saved with; None for a stranger."
+    "Component and name here of a trainer's tensor, whatever prefix it was saved with."
     name = name.removeprefix("pipe.")
-    if ours := _renamed(name, _TRAINER_NAMES):
-        return "guidance", ours
+    for theirs, ours in _TRAINER_NAMES:
+        if name.startswith(theirs):
+            return "guidance", ours + name.removeprefix(theirs)
     if name.startswith("mllm.model."):
         rest = re.sub(r"^(model\.)?language_model\.", "", name.removeprefix("mllm.model."))
         return "mllm", "model.language_model." + rest
-    found = _wan_name(name.removeprefix("dit."))
-    return found and ("transformer", found)
+    return "transformer", _wan_name(name.removeprefix("dit."))
 
 # %% ../../nbs/library/20_checkpoints.ipynb #425bb276
 _VAE_CONFIG = "z_dim dim_mult num_res_blocks attn_scales temperal_downsample dropout latents_mean latents_std".split()
@@ -513,16 +498,15 @@ def _fetched_base(part, source):
     return Path(folder).joinpath(*inside)
 
 # %% ../../nbs/library/20_checkpoints.ipynb #6ef8b1f3
-_WAN_KIND = dict(cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=1e-6)
-
-
-def _infer_transformer(weights, num_attention_heads=None):
-    "The configuration of a `WanTransformer3DModel` from the shapes of its tensors."
+def _infer_transformer(weights, given):
+    "The configuration of a `WanTransformer3DModel` from the shapes of its tensors, and what else is `given`."
     embedder, shapes = "condition_embedder", {name: tensor.shape for name, tensor in weights.items()}
     try:
         dim, channels, *patch = shapes["patch_embedding.weight"]
         config = dict(
-            _WAN_KIND,
+            cross_attn_norm="blocks.0.norm2.weight" in shapes,
+            qk_norm="rms_norm_across_heads",
+            eps=1e-6,
             patch_size=patch,
             in_channels=channels,
             out_channels=shapes["proj_out.weight"][0] // math.prod(patch),
@@ -534,22 +518,12 @@ def _infer_transformer(weights, num_attention_heads=None):
     except (KeyError, ValueError) as error:
         rule = "`transformer` has to hold a whole Wan denoiser, or come with a config.json,"
         raise InputError(f"{rule} but lacks {error}.") from None
-    heads = num_attention_heads or dim // 128
+    # the original release's own configuration says num_heads
+    heads = given.get("num_attention_heads") or given.get("num_heads") or dim // 128
     rule = f"`transformer_config` has to give a num_attention_heads that divides the width {dim}"
-    expect(heads and dim % heads == 0, f"{rule} but gives {num_attention_heads or 'none'}.")
-    config["cross_attn_norm"] = "blocks.0.norm2.weight" in shapes
-    return config | dict(num_attention_heads=heads, attention_head_dim=dim // heads)
-
-
-def _transformer_config(config):
-    "A configuration of diffusers' denoiser, from its own or from the original release's."
-    if "num_heads" not in config:
-        return config
-    same = {name: config[name] for name in ("ffn_dim", "num_layers", "freq_dim")}
-    given = {name: config[name] for name in ("patch_size", "text_dim", "eps") if name in config}
-    sizes = dict(in_channels=config["in_dim"], out_channels=config["out_dim"], num_attention_heads=config["num_heads"])
-    sizes |= dict(attention_head_dim=config["dim"] // config["num_heads"])
-    return dict(_WAN_KIND, patch_size=[1, 2, 2], text_dim=4096) | same | given | sizes
+    expect(heads and dim % heads == 0, f"{rule} but gives {heads or 'none'}.")
+    known = given if "num_heads" not in given else {"eps": given["eps"]} if "eps" in given else {}
+    return config | known | dict(num_attention_heads=heads, attention_head_dim=dim // heads)
 
 
 def _infer_vae(weights):
@@ -607,12 +581,10 @@ def merge_lora(
 ):
     "Add every LoRA layer to the layer that it stands beside, and take it away."
     for module in (pipe.mllm, pipe.transformer):
-        for name, layer in list(module.named_modules()):
-            if not hasattr(layer, "lora_A"):
-                continue
-            layer.merge()
-            parent, _, last = name.rpartition(".")
-            setattr(module.get_submodule(parent), last, layer.base_layer)
+        for layer in module.modules():
+            if hasattr(layer, "lora_A"):
+                layer.merge()
+        recurse_remove_peft_layers(module)
 
 # %% ../../nbs/library/20_checkpoints.ipynb #ee7a8ee6
 _METADATA = "kiwi_edit"  # under which a trainer file of ours notes what its format has no place for
@@ -621,9 +593,8 @@ _METADATA = "kiwi_edit"  # under which a trainer file of ours notes what its for
 def _base(part, source, config):
     "Tensors of a base model, and what is known of its configuration."
     files, file = find_base(part, source) if source is not None else ([], None)
-    return _open_weights(files) if files else {}, (_read_config(file.parent, file.name) if file else {}) | (
-        config or {}
-    )
+    known = _read_config(file.parent, file.name) if file else {}
+    return _open_weights(files), known | (config or {})
 
 
 def _load_transformer(source, config, trained=None, merge=True, dtype=torch.float32):
@@ -632,9 +603,9 @@ def _load_transformer(source, config, trained=None, merge=True, dtype=torch.floa
     plain, lora = _split_lora(trained or {})
     # before which other programs put this
     bare = {re.sub(r"^(model\.)?diffusion_model\.", "", name): tensor for name, tensor in base.items()}
-    weights, given = {_wan_name(n) or n: tensor for n, tensor in bare.items()} | plain, _transformer_config(given)
-    if "num_layers" not in given:
-        given = _infer_transformer(weights, given.get("num_attention_heads")) | given
+    weights = {_wan_name(name): tensor for name, tensor in bare.items()} | plain
+    if "num_layers" not in given or "num_heads" in given:  # no configuration, or the original release's
+        given = _infer_transformer(weights, given)
     model = _fill(_build(WanTransformer3DModel, given, "transformer"), weights, dtype=dtype)
     return _with_lora(model, weights, lora, merge)
 
@@ -677,6 +648,7 @@ def load_trainer_checkpoint(
     **overrides,  # fields of `KiwiGuidance` that differ from how the official code runs: max_object_token, ...
 ) -> KiwiEditPipeline:
     "A checkpoint of the official trainer on its base models; strangers and gaps are errors."
+    _check_dtype(torch_dtype)
     checkpoint, bases = Path(checkpoint), dict(transformer=transformer, vae=vae, mllm=mllm)
     for part, given in bases.items():
         beside = checkpoint.parent / "base" / part
@@ -705,12 +677,12 @@ def load_trainer_checkpoint(
 
 def _trained_parts(tensors):
     "Those of a trainer checkpoint by component, under the names that they have here."
-    parts, strangers = dict(transformer={}, mllm={}, guidance={}), []
+    parts = dict(transformer={}, mllm={}, guidance={})
     for name, tensor in tensors.items():
-        if place := _trainer_name(name):
-            parts[place[0]][place[1]] = tensor
-        else:
-            strangers.append(name)
+        part, place = _trainer_name(name)
+        parts[part][place] = tensor
+    roots = ("blocks.", "patch_embedding.", "condition_embedder.", "proj_out.", "scale_shift_table")
+    strangers = [name for name in parts["transformer"] if not name.startswith(roots)]
     found = f"{len(strangers)} are none of them: {_some(strangers)}"
     expect(not strangers, f"`checkpoint` has to hold tensors of Kiwi-Edit's trainer but {found}.")
     return parts
@@ -925,7 +897,8 @@ def _write_trainer(pipe, folder, max_shard_size="5GB"):
     unused = () if pipe.guidance.config.takes_reference else _REFERENCE_PARTS
     for name, p in pipe.guidance.state_dict().items():
         if not name.startswith(tuple(unused)):
-            tensors[_renamed(name, _turned(_TRAINER_NAMES))] = p
+            theirs, ours = next(pair for pair in _TRAINER_NAMES if name.startswith(pair[1]))
+            tensors[theirs + name.removeprefix(ours)] = p
     states = dict(transformer=pipe.transformer.state_dict(), mllm=_tied(pipe.mllm))
     named = dict(transformer=lambda name: "dit." + _native_wan_name(name), mllm=lambda name: "mllm.model." + name)
     adapted = any(".lora_" in name for name in states["transformer"])

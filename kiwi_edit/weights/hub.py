@@ -55,11 +55,10 @@ def _hub_reason(error, name, revision):
         return "the `token` gives no right to do this"
     if status and status >= 500:
         return f"{hub} fails with status {status}"
-    if not_cached and (error.__cause__ is None or constants.is_offline_mode()):
-        offline = "`local_files_only` or HF_HUB_OFFLINE keeps it from being fetched"
-        return f"it is not in the cache, or not all of it, and {offline}"
     if not_cached:
-        return f"it is not in the cache, or not all of it, and {hub} cannot be reached"
+        offline = error.__cause__ is None or constants.is_offline_mode()
+        kept = "`local_files_only` or HF_HUB_OFFLINE keeps it from being fetched"
+        return f"it is not in the cache, or not all of it, and {kept if offline else f'{hub} cannot be reached'}"
     if isinstance(error, httpx.TransportError):
         return f"the connection to {hub} fails ({type(error).__name__})"
     return next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -138,9 +137,7 @@ def fetch(
 
 # %% ../../nbs/library/21_hub.ipynb #21b00011
 _LORA_PREFIX = re.compile(r"^(?:pipe\.)?(?:transformer|(?:model\.)?diffusion_model|dit)\.")
-_NATIVE = re.compile(
-    r"\.(?:self_attn|cross_attn)\.|\.ffn\.[02]\.|^(?:head\.head|time_projection|time_embedding|text_embedding)\."
-)
+_NATIVE = re.compile(r"\.(self|cross)_attn\.|\.ffn\.[02]\.|^(head\.head|(time|text)_(projection|embedding))\.")
 
 
 def _lora_names(weights):
@@ -205,9 +202,8 @@ def load_lora(pipe, source, adapter_name=None, **options):
     check_local(source, argument.strip("`"))
     is_id = str(source).count("/") == 1 and not str(source).endswith(".safetensors")
     if not isinstance(source, dict) and not Path(source).exists() and not is_id:
-        raise FileNotFoundError(
-            f"{argument} has to be an existing file or folder, a hub id or a dict but {name} is none."
-        )
+        kinds = "an existing file or folder, a hub id or a dict"
+        raise FileNotFoundError(f"{argument} has to be {kinds} but {name} is none.")
     loading = {key: options.pop(key) for key in ("low_cpu_mem_usage", "hotswap") if key in options}
     if unknown := options.keys() - _WHERE:
         raise InputTypeError(f"`{min(unknown)}` has to be left out: `load_lora_weights` has no such argument.")
@@ -222,9 +218,8 @@ def load_lora(pipe, source, adapter_name=None, **options):
         raise InputError(f"{rule} some names are none of it: {reprlib.repr(str(error))}.") from None
     if wrong := list(_misfits(pipe.transformer, weights)):
         raise InputError(f"{rule} {wrong[0]}{f', and {len(wrong) - 1} more' * (len(wrong) > 1)}.")
-    pipe.load_lora_into_transformer(
-        weights, pipe.transformer, adapter_name=adapter_name, metadata=metadata, _pipeline=pipe, **loading
-    )
+    loading |= dict(adapter_name=adapter_name, metadata=metadata, _pipeline=pipe)
+    pipe.load_lora_into_transformer(weights, pipe.transformer, **loading)
 
 # %% ../../nbs/library/21_hub.ipynb #21b00021
 def _check_saveable(pipe):
