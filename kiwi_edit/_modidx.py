@@ -340,8 +340,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'kiwi_edit/data/backends.py'),
                                          'kiwi_edit.data.backends.ImageEmbedder.__init__': ( 'library/backends.html#imageembedder.__init__',
                                                                                              'kiwi_edit/data/backends.py'),
-                                         'kiwi_edit.data.backends.ImageEmbedder._features': ( 'library/backends.html#imageembedder._features',
-                                                                                              'kiwi_edit/data/backends.py'),
                                          'kiwi_edit.data.backends.ImageEmbedder.embed': ( 'library/backends.html#imageembedder.embed',
                                                                                           'kiwi_edit/data/backends.py'),
                                          'kiwi_edit.data.backends.KiwiSynthesizer': ( 'library/backends.html#kiwisynthesizer',

@@ -835,28 +835,21 @@ class ImageEmbedder:
             model = (CLIPVisionModelWithProjection if clip else AutoModel).from_pretrained(model)
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-        config = getattr(model.config, "vision_config", model.config)
-        self.device, self.clip = choose_device(device), config.model_type.startswith("clip")
+        config, self.device = getattr(model.config, "vision_config", model.config), choose_device(device)
         self.model, self.name = model.to(self.device).eval(), _named(model)
-        side = min(self.most, config.image_size)
+        side, colors = min(self.most, config.image_size), {} if config.model_type.startswith("clip") else _IMAGENET
         sizes = dict(size=dict(shortest_edge=side), crop_size=dict(height=side, width=side))
-        self.processor = CLIPImageProcessorPil(**sizes, **({} if self.clip else _IMAGENET))
+        self.processor = CLIPImageProcessorPil(**sizes, **colors)
 
     def embed(self, images):
         import torch
 
-        out = []
+        look, out = getattr(self.model, "get_image_features", self.model), []
         for start in range(0, len(images), self.batch_size):
             pictures = [Image.fromarray(image) for image in images[start : start + self.batch_size]]
             pixels = self.processor(pictures, return_tensors="pt")["pixel_values"]
             with torch.inference_mode():
-                found = self._features(pixels.to(self.device, self.model.dtype))
-                out.append(torch.nn.functional.normalize(found.float(), dim=-1).cpu().numpy())
+                found = look(pixel_values=pixels.to(self.device, self.model.dtype))
+                vectors = found.image_embeds if "image_embeds" in found else found.pooler_output
+                out.append(torch.nn.functional.normalize(vectors.float(), dim=-1).cpu().numpy())
         return np.concatenate(out) if out else np.zeros((0, 1), np.float32)
-
-    def _features(self, pixels):
-        if hasattr(self.model, "get_image_features"):
-            found = self.model.get_image_features(pixel_values=pixels)
-            return getattr(found, "pooler_output", found)  # newer versions of transformers wrap it
-        found = self.model(pixel_values=pixels)
-        return found.image_embeds if self.clip else found.last_hidden_state[:, 0]

@@ -49,12 +49,12 @@ _LOOKS = (  # the old thing, and in which colour or size it comes back
     rf"{_VERBS} (?:the colou?r of )?(.+?) (?:in |to |into )?({'|'.join(_SHADES)})$",
     rf"{_VERBS} (?:the size of )?(.+?) (?:be |to an? |into an? )?(larger|smaller|bigger)(?: one)?$",
 )
-_SWAPS = (  # (pattern, whether the new thing is named first)
-    (r"put (.+?) in place of (.+)", True),
-    (r"(?:replace|swap|exchange) (.+?) (?:with|for|by) ((?:an?|the|some) .+)", False),
-    (r"(?:replace|swap|exchange) (.+?) (?:with|for|by) (.+)", False),
-    (r"(?:change|turn|transform|make|paint) (.+?) (?:into|to) (.+)", False),
-    (r"make (the .+?) (an? .+)", False),
+_SWAPS = (  # the first that fits
+    r"put (?P<new>.+?) in place of (?P<old>.+)",
+    r"(?:replace|swap|exchange) (?P<old>.+?) (?:with|for|by) (?P<new>(?:an?|the|some) .+)",
+    r"(?:replace|swap|exchange) (?P<old>.+?) (?:with|for|by) (?P<new>.+)",
+    r"(?:change|turn|transform|make|paint) (?P<old>.+?) (?:into|to) (?P<new>.+)",
+    r"make (?P<old>the .+?) (?P<new>an? .+)",
 )
 
 
@@ -66,10 +66,9 @@ def _old_and_new(words):
             old = _thing(found[1])
             plain = " ".join(_COLOR.sub("", old).split()) if found[2] in _SHADES else old
             return old, f"{found[2]} {plain}"
-    for pattern, new_first in _SWAPS:
+    for pattern in _SWAPS:
         if found := re.search(pattern, words):
-            old, new = reversed(found.groups()) if new_first else found.groups()
-            return _thing(old), _thing(new)
+            return _thing(found["old"]), _thing(found["new"])
     return "", ""
 
 
@@ -632,9 +631,8 @@ class FingerprintStage:
 
     def __call__(self, records: Sequence[Record]) -> Sequence[Record]:
         alive = [r for r in records if r.alive and r.embedding is None]
-        if not alive:
-            return records
-        for record, vector in zip(alive, self.backend.embed([r.reference for r in alive])):
+        vectors = self.backend.embed([r.reference for r in alive]) if alive else []
+        for record, vector in zip(alive, vectors):
             pictures = record.reference, record.source[0], record.edited[0]
             record.embedding, record.hashes = vector, tuple(map(_perceptual_hash, pictures))
         return records
