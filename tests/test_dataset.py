@@ -469,7 +469,7 @@ def test_columns_of_files_are_read_side_by_side(pair):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_Stream", Counted)
-        module._streams.clear()
+        module._stream.cache_clear()
         shifts = [int(ds[i].reference[0, 0, 2]) for i in range(6)]
     assert shifts == [10 + i for i in range(6)]
     assert sorted(opened) == sorted((g, c) for g in range(3) for c in ("ref_image", "src_video"))

@@ -132,11 +132,10 @@ _COMPLAINT = "Your last reply could not be used: {why}. Answer again, in exactly
 
 
 class _Failure(Exception):
-    "Why a question has no answer, and what was said instead; only rubbish is asked again."
+    "Why a server gave no answer, and what it said instead."
 
     def __init__(self, kind, why, said=Attempt()):
-        super().__init__(f"{kind}: {' '.join(str(why).split())}")
-        self.kind, self.said = kind, said
+        self.said = replace(said, failure=f"{kind}: {why}")
 
 
 class Chat:
@@ -159,43 +158,33 @@ class Chat:
         for attempt in range(min(self.tries, unreadable or self.tries)):
             replies, waiting, left = self._send([asked[i] for i in left]), left, []
             for i, said in zip(waiting, replies):
-                try:
-                    answer, said = self._read(asked[i], said)
-                except _Failure as failure:
-                    why = self._clean(str(failure))[: 202 + len(failure.kind)]
-                    said = replace(failure.said, text=self._clean(failure.said.text), failure=why)
-                    answer = BackendError(why)
-                    if failure.kind == "rubbish":
-                        answer = BackendError(why + (f" ({attempt + 1} tries)" if attempt else ""))
-                        asked[i] = _asked_again(asked[i], questions[i], said)
-                        left.append(i)
+                answer, said = self._read(asked[i], said)
+                if said.failure.startswith("rubbish: "):  # only this is asked again, with more room where it was cut
+                    answer = BackendError(said.failure + (f" ({attempt + 1} tries)" if attempt else ""))
+                    complaint = _COMPLAINT.format(why=said.failure.removeprefix("rubbish: "))
+                    room = asked[i].max_tokens * (2 if said.cut else 1)
+                    asked[i] = replace(questions[i], parts=(*questions[i].parts, complaint), max_tokens=room)
+                    left.append(i)
                 exchanges[i] = _Exchange(answer, (*exchanges[i].attempts, said))
         return exchanges
 
     def _read(self, question, said):
-        "The answer in what was said, and the attempt as it is kept. What was cut off is none: it may be a draft."
-        if isinstance(said, _Failure):
-            raise said
-        text = self._clean(said.text)
-        quoted = f"{' '.join(text.split())[:80]!r}"
-        if said.cut:
-            raise _Failure("rubbish", f"cut at {question.max_tokens} tokens: {quoted}", said)
-        if not text.strip():
-            raise _Failure("rubbish", "empty reply", said)
-        try:
-            answer = question.read(said.text)
-        except ValueError as error:
-            raise _Failure("rubbish", f"{error}: {quoted}", said) from None
-        return self._clean(answer) if isinstance(answer, str) else answer, replace(said, text=text)
+        "The answer in what was said, or a `BackendError`, and the attempt as it is kept."
+        text, why = self._clean(said.text), said.failure
+        if not why:
+            try:
+                expect(not said.cut, f"cut at {question.max_tokens} tokens")  # it may be a draft
+                expect(text.strip(), "empty reply")
+                answer = question.read(said.text)
+                return self._clean(answer) if isinstance(answer, str) else answer, replace(said, text=text)
+            except ValueError as error:
+                quoted = " ".join(text.split())[:80]
+                why = f"rubbish: {error}: {quoted!r}" if quoted else f"rubbish: {error}"
+        why = self._clean(" ".join(why.split()))[: why.index(":") + 202]
+        return BackendError(why), replace(said, text=text, failure=why)
 
     def _clean(self, text):
         return text
-
-
-def _asked_again(asked, question, said):
-    "A question with the last complaint; more room where the reply was cut."
-    complaint = _COMPLAINT.format(why=said.failure.removeprefix("rubbish: "))
-    return replace(question, parts=(*question.parts, complaint), max_tokens=asked.max_tokens * (2 if said.cut else 1))
 
 # %% ../../nbs/library/11_backends.ipynb #b1300017
 _LOCK = threading.Lock()
@@ -235,7 +224,7 @@ class _Endpoint(Chat):
             try:
                 return self._reply(question)
             except _Failure as failure:
-                return failure
+                return failure.said
 
         if not questions:
             return []
@@ -249,7 +238,10 @@ class _Endpoint(Chat):
         return text.replace(self.api_key, "***") if self.api_key and len(self.api_key) >= _SECRET else text
 
 
-def _status(code, message):
+def _refused(code, message, kind=None):
+    "What an error of a server means; its status decides where its `kind` is not known."
+    if kind:
+        return _Failure(kind, message)
     return _Failure("time-out" if code in (408, 504) else "endpoint", f"{code} {message}")
 
 # %% ../../nbs/library/11_backends.ipynb #b1300018
@@ -301,7 +293,7 @@ class OpenAIChat(_Endpoint):
             except openai.APIStatusError as error:
                 refused = [n for n in _SPELLINGS if n in given and re.search(rf"\b{n}\b", error.response.text)]
                 if error.status_code not in (400, 422) or not refused or refused[0] in spellings:
-                    raise _openai_failure(error) from None
+                    raise _refused(error.status_code, error.message, _KINDS.get(error.code)) from None
                 spellings[refused[0]] = _SPELLINGS[refused[0]]
             except (openai.APIResponseValidationError, ValueError):
                 raise _Failure("rubbish", "the reply is no chat completion") from None
@@ -318,11 +310,6 @@ def _openai_part(part):
 
 # %% ../../nbs/library/11_backends.ipynb #11da0002
 _KINDS = dict(insufficient_quota="quota", content_filter="refused", content_policy_violation="refused")
-
-
-def _openai_failure(error):
-    kind = _KINDS.get(error.code)
-    return _Failure(kind, error.message) if kind else _status(error.status_code, error.message)
 
 
 def _openai_attempt(reply):
@@ -372,33 +359,29 @@ class GeminiChat(_Endpoint):
         return super().__getstate__() | dict(_files={})
 
     def _connect(self):
-        from google.genai import Client, types
+        from google.genai import Client
 
         logging.getLogger("google_genai").setLevel(logging.ERROR)  # it quotes replies, which may quote the key
-        again = types.HttpRetryOptions(attempts=self.tries, initial_delay=0.5, jitter=0.5)
-        how = types.HttpOptions(base_url=self.base_url, timeout=round(self.timeout * 1000), retry_options=again)
+        again = dict(attempts=self.tries, initial_delay=0.5, jitter=0.5)
+        how = dict(base_url=self.base_url, timeout=round(self.timeout * 1000), retry_options=again)
         return Client(api_key=self.api_key, vertexai=False, http_options=how)
 
     def _reply(self, question):
-        from google.genai import errors, types
+        from google.genai import errors
 
-        thoughts = None if self.thinking is None else types.ThinkingConfig(thinking_budget=self.thinking)
-        config = types.GenerateContentConfig(
-            system_instruction=question.system or None,
-            temperature=0.0,
-            max_output_tokens=question.max_tokens + (8192 if self.thinking is None else self.thinking),
-            thinking_config=thoughts,
-        )
+        room = question.max_tokens + (8192 if self.thinking is None else self.thinking)
+        config = dict(system_instruction=question.system or None, temperature=0.0, max_output_tokens=room)
+        if self.thinking is not None:
+            config["thinking_config"] = dict(thinking_budget=self.thinking)
         try:
             size = sum(Path(part.path).stat().st_size for part in question.parts if isinstance(part, VideoPart))
-            parts = [self._part(part, size > self.inline) for part in question.parts]
-            contents = [types.Content(role="user", parts=parts)]
+            contents = [dict(role="user", parts=[self._part(part, size > self.inline) for part in question.parts])]
             reply = self._client.models.generate_content(model=self.model, contents=contents, config=config)
         except _Failure:
             raise
         except errors.APIError as error:
             spent = error.code == 429 and "PerDay" in json.dumps(error.details)
-            raise (_Failure("quota", error.message) if spent else _status(error.code, error.message)) from None
+            raise _refused(error.code, error.message, "quota" if spent else None) from None
         except ValueError:
             raise _Failure("rubbish", "the reply is no Gemini reply") from None
         except Exception as error:  # the transport is httpx or another, whichever is installed
@@ -411,18 +394,14 @@ class GeminiChat(_Endpoint):
         return _gemini_attempt(reply)
 
     def _part(self, part, upload):
-        from google.genai import types
-
         if isinstance(part, str):
-            return types.Part.from_text(text=part)
+            return dict(text=part)
         if not isinstance(part, VideoPart):
-            return types.Part.from_bytes(data=png_bytes(part), mime_type="image/png")
-        rate, kind = types.VideoMetadata(fps=part.fps), _mime(part.path)
+            return dict(inline_data=dict(data=png_bytes(part), mime_type="image/png"))
+        rate, kind = dict(fps=part.fps), _mime(part.path)
         if upload:
-            data = types.FileData(file_uri=self._uploaded(part.path).uri, mime_type=kind)
-            return types.Part(file_data=data, video_metadata=rate)
-        data = types.Blob(data=Path(part.path).read_bytes(), mime_type=kind)
-        return types.Part(inline_data=data, video_metadata=rate)
+            return dict(file_data=dict(file_uri=self._uploaded(part.path).uri, mime_type=kind), video_metadata=rate)
+        return dict(inline_data=dict(data=Path(part.path).read_bytes(), mime_type=kind), video_metadata=rate)
 
     def _uploaded(self, path):
         "The service's handle of a file: one upload for all questions that show it, whatever its name."
@@ -472,36 +451,28 @@ def _named(model):
     return getattr(model, "name_or_path", "") or type(model).__name__
 
 
-@functools.cache
-def _processor_class():
-    from transformers import BatchFeature
+def _qwen_processor(source, **where):
+    "The processor of Qwen2.5-VL or Qwen3-VL at a hub id or folder, or of what has `tokenizer` and `image_processor`."
+    from transformers import AutoTokenizer, BatchFeature
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     from kiwi_edit.encoder import KiwiProcessor
 
     class QwenProcessor(KiwiProcessor):
         "Does for pictures and words what `Qwen2VLProcessor` does, which cannot be made without torchvision."
 
-        def __call__(self, text, images=None, padding=True, padding_side="left", return_tensors="pt", **kwargs):
-            text, pictures = [text] if isinstance(text, str) else list(text), {}
+        def __call__(self, text, images=None, **kwargs):
+            text, pictures = [text] if isinstance(text, str) else text, {}
             if images is not None and len(images := images if isinstance(images, (list, tuple)) else [images]):
-                pictures = dict(self.image_processor(images=list(images), return_tensors=return_tensors))
+                pictures = dict(self.image_processor(images=list(images), return_tensors="pt"))
                 counts = iter((pictures["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2).tolist())
                 text = [re.sub(re.escape("<|image_pad|>"), lambda _: "<|image_pad|>" * next(counts), t) for t in text]
-            words = self.tokenizer(text, padding=padding, padding_side=padding_side, return_tensors=return_tensors)
+            words = self.tokenizer(text, padding=True, padding_side="left", return_tensors="pt")
             kinds = (words["input_ids"] == self.tokenizer.convert_tokens_to_ids("<|image_pad|>")).long()
             return BatchFeature(dict(words) | pictures | dict(mm_token_type_ids=kinds))
 
-    return QwenProcessor
-
-
-def _qwen_processor(source, **where):
-    "The processor of Qwen2.5-VL or Qwen3-VL at a hub id or folder, or of what has `tokenizer` and `image_processor`."
     if not isinstance(source, (str, Path)):
-        return _processor_class()(source.tokenizer, source.image_processor)
-    from transformers import AutoTokenizer
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    kinds = AutoTokenizer, Qwen2VLImageProcessorPil
-    return _processor_class()(*(kind.from_pretrained(source, **where) for kind in kinds))
+        return QwenProcessor(source.tokenizer, source.image_processor)
+    return QwenProcessor(*(k.from_pretrained(source, **where) for k in (AutoTokenizer, Qwen2VLImageProcessorPil)))
 
 # %% ../../nbs/library/11_backends.ipynb #b1300025
 def _seen(part, most=16):
@@ -602,15 +573,11 @@ def _read_score(text):
 
 def _spread_boxes(found, count):
     "Boxes (count, 4) for all frames from those of frames that were looked at, None where nothing was seen."
-    boxes, seen = np.full((count, 4), np.nan, np.float32), sorted(found)
-    for t in range(count if seen else 0):
-        a, b = max((i for i in seen if i <= t), default=seen[0]), min((i for i in seen if i >= t), default=seen[-1])
-        share = (t - a) / (b - a) if a < b else 0.0
-        if None not in (found[a], found[b]):  # on a line between the two
-            boxes[t] = (1 - share) * np.array(found[a]) + share * np.array(found[b])
-        elif (near := found[a if share <= 0.5 else b]) is not None:
-            boxes[t] = near
-    return boxes
+    times, looked = np.arange(count), sorted(found)
+    known = np.array([found[i] or [np.nan] * 4 for i in looked])
+    between = np.stack([np.interp(times, looked, side) for side in known.T], 1)  # NaN next to a frame without a box
+    near = known[np.abs(times[:, None] - looked).argmin(1)]
+    return np.where(np.isnan(between), near, between).astype(np.float32)
 
 
 def _read_box(box, shown):
@@ -732,38 +699,35 @@ class SamSegmenter:
         self.side = size if isinstance(size, int) else size[0]
 
     def segment(self, records):
-        masks = [np.zeros(r.edited.shape[:3], bool) for r in records]
-        seen = [np.isfinite(r.boxes).all(1) if r.boxes is not None else [] for r in records]
-        jobs = [(i, t) for i, frames in enumerate(seen) for t in np.flatnonzero(frames)]
-        for start in range(0, len(jobs), self.batch_size):
-            batch = jobs[start : start + self.batch_size]
-            frames = [(records[i].source if records[i].in_source else records[i].edited)[t] for i, t in batch]
-            boxes = [records[i].boxes[t] * (frame.shape[1::-1] * 2) for (i, t), frame in zip(batch, frames)]
-            for (i, t), mask in zip(batch, self._masks(frames, boxes)):
-                masks[i][t] = mask
+        masks = [self._mask(record) for record in records]
         have = [mask.any() or r.task == "background" for r, mask in zip(records, masks)]
         return [mask if found else BackendError("empty mask") for mask, found in zip(masks, have)]
 
+    def _mask(self, record):
+        clip, mask = record.source if record.in_source else record.edited, np.zeros(record.edited.shape[:3], bool)
+        seen = [] if record.boxes is None else np.flatnonzero(np.isfinite(record.boxes).all(1))
+        for start in range(0, len(seen), self.batch_size):
+            at = seen[start : start + self.batch_size]
+            mask[at] = self._masks(clip[at], record.boxes[at] * (clip.shape[2:0:-1] * 2))
+        return mask
+
     def _masks(self, frames, boxes):
         import torch
-        import torch.nn.functional as F
+        from torch.nn.functional import interpolate
 
-        pixels, scaled, sizes = np.zeros((len(frames), 3, self.side, self.side), np.float32), [], []
-        for out, frame, box in zip(pixels, frames, boxes):
-            h, w = frame.shape[:2]
-            height, width = [int(x * self.side / (x if self.square else max(h, w)) + 0.5) for x in (h, w)]
-            image = np.float32(Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR)) / 255
-            normal = (image - _IMAGENET["image_mean"]) / _IMAGENET["image_std"]
-            out[:, :height, :width] = normal.transpose(2, 0, 1)
-            scaled.append([box * np.float32([width / w, height / h] * 2)])
-            sizes.append((height, width))
-        inputs = dict(pixel_values=pixels, input_boxes=np.float32(scaled))
+        side, (h, w) = self.side, frames.shape[1:3]
+        height, width = [int(x * side / (x if self.square else max(h, w)) + 0.5) for x in (h, w)]
+        images = [Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR) for frame in frames]
+        normal = (np.stack(images).astype(np.float32) / 255 - _IMAGENET["image_mean"]) / _IMAGENET["image_std"]
+        pixels = np.zeros((len(frames), 3, side, side), np.float32)
+        pixels[..., :height, :width] = normal.transpose(0, 3, 1, 2)
+        scaled = np.float32(boxes * np.float32([width / w, height / h] * 2))[:, None]
+        inputs = dict(pixel_values=pixels, input_boxes=scaled)
         inputs = {k: torch.from_numpy(v).to(self.device, self.model.dtype) for k, v in inputs.items()}
         with torch.inference_mode():
             logits = self.model(**inputs, multimask_output=False).pred_masks[:, 0].float()
-        for frame, logit, (height, width) in zip(frames, logits, sizes):
-            full = F.interpolate(logit[None], (self.side, self.side), mode="bilinear")[..., :height, :width]
-            yield (F.interpolate(full, frame.shape[:2], mode="bilinear")[0, 0] > 0).cpu().numpy()
+        full = interpolate(logits, (side, side), mode="bilinear")[..., :height, :width]
+        return (interpolate(full, (h, w), mode="bilinear")[:, 0] > 0).cpu().numpy()
 
 # %% ../../nbs/library/11_backends.ipynb #b1300042
 _POINTS = re.compile(r"\b(reference|picture)\b")  # words that point to a picture which is still to be made
@@ -871,28 +835,21 @@ class ImageEmbedder:
             model = (CLIPVisionModelWithProjection if clip else AutoModel).from_pretrained(model)
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-        config = getattr(model.config, "vision_config", model.config)
-        self.device, self.clip = choose_device(device), config.model_type.startswith("clip")
+        config, self.device = getattr(model.config, "vision_config", model.config), choose_device(device)
         self.model, self.name = model.to(self.device).eval(), _named(model)
-        side = min(self.most, config.image_size)
+        side, colors = min(self.most, config.image_size), {} if config.model_type.startswith("clip") else _IMAGENET
         sizes = dict(size=dict(shortest_edge=side), crop_size=dict(height=side, width=side))
-        self.processor = CLIPImageProcessorPil(**sizes, **({} if self.clip else _IMAGENET))
+        self.processor = CLIPImageProcessorPil(**sizes, **colors)
 
     def embed(self, images):
         import torch
 
-        out = []
+        look, out = getattr(self.model, "get_image_features", self.model), []
         for start in range(0, len(images), self.batch_size):
             pictures = [Image.fromarray(image) for image in images[start : start + self.batch_size]]
             pixels = self.processor(pictures, return_tensors="pt")["pixel_values"]
             with torch.inference_mode():
-                found = self._features(pixels.to(self.device, self.model.dtype))
-                out.append(torch.nn.functional.normalize(found.float(), dim=-1).cpu().numpy())
+                found = look(pixel_values=pixels.to(self.device, self.model.dtype))
+                vectors = found.image_embeds if "image_embeds" in found else found.pooler_output
+                out.append(torch.nn.functional.normalize(vectors.float(), dim=-1).cpu().numpy())
         return np.concatenate(out) if out else np.zeros((0, 1), np.float32)
-
-    def _features(self, pixels):
-        if hasattr(self.model, "get_image_features"):
-            found = self.model.get_image_features(pixel_values=pixels)
-            return getattr(found, "pooler_output", found)  # newer versions of transformers wrap it
-        found = self.model(pixel_values=pixels)
-        return found.image_embeds if self.clip else found.last_hidden_state[:, 0]

@@ -9,6 +9,7 @@ __all__ = ['Sample', 'WorldDataset', 'BadRow', 'GoodSamples', 'write_metadata', 
 # %% ../../nbs/library/10_dataset.ipynb #8d284d39
 import contextlib
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -54,8 +55,8 @@ class Sample:
         return "image" if len(self.source) == 1 else "video"
 
     def _repr_png_(self):
-        reference = {} if self.reference is None else {"reference": self.reference}
-        rows = {"source": self.source} | reference | {"target": self.target}
+        rows = dict(source=self.source, reference=self.reference, target=self.target)
+        rows = {name: clip for name, clip in rows.items() if clip is not None}
         return video.film_strip(rows, title=self.instruction.replace("$", r"\$"))._repr_png_()
 
 # %% ../../nbs/library/10_dataset.ipynb #63d5ddb5
@@ -106,11 +107,10 @@ class WorldDataset:
 
     def key(self, i: int) -> str:  # 64 hexadecimal digits
         "Changes when the sample does."
-        i, w = range(len(self))[i], self.world
+        i, w, size = range(len(self))[i], self.world, (self.num_frames, self.world.height, self.world.width)
         pictures = [asset(f"world/{kind}.parquet") for kind in ("objects", "scenes")]
-        size = self.num_frames, w.height, w.width
-        seed = self.first_seed + i
-        return digest("world", _VERSIONS["world"], pictures, w.split, w.difficulty_name, size, seed, self.tasks[i])
+        facts = w.split, w.difficulty_name, size, self.first_seed + i, self.tasks[i]
+        return digest("world", _VERSIONS["world"], pictures, *facts)
 
 # %% ../../nbs/library/10_dataset.ipynb #035b429a
 class BadRow(InputError):
@@ -238,7 +238,9 @@ class _Stream:
         return self.batch[row - self.start].as_py()
 
 
-_streams = {}  # those that are open, of one row group: what it reads -> stream
+@functools.lru_cache(4)  # the columns of one row group; another process and a file that has changed have their own
+def _stream(process, changed, path, group, column):
+    return _Stream(path, group, column)
 
 
 @dataclass(frozen=True)
@@ -252,14 +254,11 @@ class ParquetCell:
 
     def read(self):
         "The value."
-        group = os.getpid(), self.path, self.path.stat().st_mtime_ns, self.group
-        of = *group, self.column
+        of = os.getpid(), self.path.stat().st_mtime_ns, self.path, self.group, self.column
         try:
-            if of not in _streams or self.row < _streams[of].start:
-                for other in [other for other in _streams if other[:-1] != group]:
-                    del _streams[other]
-                _streams[of] = _Stream(self.path, self.group, self.column)
-            return _streams[of][self.row]
+            if self.row < _stream(*of).start:
+                _stream.cache_clear()  # to begin again
+            return _stream(*of)[self.row]
         except (StopIteration, IndexError, KeyError, OSError, pa.ArrowException) as error:
             rule = f"`{self.column}` has to be where it was when the table was read"
             raise InputError(f"{rule} but {str(self.path)!r} has changed or is damaged.") from error
@@ -406,10 +405,9 @@ def save_dataset(
     progress: bool = True,
 ) -> Path:  # the table
     "Write samples as video and image files with a table of the published columns."
-    folder, number = Path(folder).expanduser(), len(dataset) if number is None else number
-    table, rows = folder / f"metadata.{format}", []
+    folder, most, rows = Path(folder).expanduser(), len(dataset), []
+    table, number = folder / f"metadata.{format}", most if number is None else number
     _suffix(table)
-    most = len(dataset)
     expect(1 <= number <= most, f"`number` has to be from 1 to the dataset's {most} but is {number}.")
     if there := sorted(folder.glob("metadata.*")):
         raise FileExistsError(f"`folder` has to be without a dataset but has {str(there[0])!r}.")
@@ -446,9 +444,10 @@ def _text(row, column):
     return value
 
 
-def _frames(column, path, size, count):
+def _of_file(column, read, path, **how):
+    "What a reader finds in a file; what is wrong with it is said of the column."
     try:
-        return video.read_video(path, indices=range(count), size=size).frames
+        return read(path, **how)
     except (ValueError, OSError) as error:
         raise InputError(f"`{column}`: {error}") from error
 
@@ -498,16 +497,12 @@ class MetadataDataset:
         found = {}
         for column in ("src_video", "tgt_video"):
             path = self._clip(row, column)
-            try:
-                info = video.video_info(path)
-            except (ValueError, OSError) as error:
-                raise InputError(f"`{column}`: {error}") from error
+            info = _of_file(column, video.video_info, path)
             plan = self._size(info.width, info.height), min(video.nearest_frame_count(info.frames), self.num_frames)
             found[column] = path, *plan
         (_, (w, h), n), (_, (w2, h2), n2) = found.values()
-        are = f"{w}x{h} with {n} frames and {w2}x{h2} with {n2}"
-        same = (w, h, n) == (w2, h2, n2)
-        expect(same, f"`src_video` and `tgt_video` have to come out with one size and length but are {are}.")
+        rule = "`src_video` and `tgt_video` have to come out with one size and length"
+        expect((w, h, n) == (w2, h2, n2), f"{rule} but are {w}x{h} with {n} frames and {w2}x{h2} with {n2}.")
         return found
 
     def _reference_bytes(self, row):
@@ -549,7 +544,10 @@ class MetadataDataset:
         with self._row(i) as (row, name):
             prompt, plan, data = _text(row, "prompt"), self._plan(row), self._reference_bytes(row)
             reference = None if data is None else self._reference(data)
-            source, target = (_frames(column, *how) for column, how in plan.items())
+            source, target = (
+                _of_file(column, video.read_video, path, indices=range(count), size=size).frames
+                for column, (path, size, count) in plan.items()
+            )
             return Sample(source, target, prompt, reference, "" if _blank(row.get("task")) else str(row["task"]), name)
 
     def shape(self, i: int) -> tuple:  # (frames, height, width, has a reference)
@@ -562,7 +560,7 @@ class MetadataDataset:
     def key(self, i: int) -> str:  # 64 hexadecimal digits
         "Changes with the bytes of a row's files, its words and the settings. Not with where the files are."
         with self._row(i) as (row, _):
-            clips = [Path(self._clip(row, column)) for column in ("src_video", "tgt_video")]
+            clips = [self._clip(row, column) for column in ("src_video", "tgt_video")]
             data = self._reference_bytes(row)
             settings = self.num_frames, self.max_pixels, self.factor, data is not None and self.crop_reference
             words = _text(row, "prompt"), str(row.get("task") or "")

@@ -30,9 +30,8 @@ __all__ = ['color_distance', 'changed_region', 'sharpness', 'CutoutSynthesizer',
 # %% ../../nbs/library/09_embedded.ipynb #q11b0003
 class _Request(NamedTuple):
     task: str  # of `world.TASKS`; "" where no verb is known
-    subject: str = ""  # what comes, or for a removal what goes
-    old: str = ""  # what it takes the place of
-    place: str = ""  # of `world.PLACES`
+    subject: str  # what comes, or for a removal what goes
+    place: str  # of `world.PLACES`; "" where none is said
 
 
 _SHADES = COLORS | dict(brown=(120, 75, 45), gray=(128, 128, 128), grey=(128, 128, 128), golden=(212, 170, 70))
@@ -50,12 +49,12 @@ _LOOKS = (  # the old thing, and in which colour or size it comes back
     rf"{_VERBS} (?:the colou?r of )?(.+?) (?:in |to |into )?({'|'.join(_SHADES)})$",
     rf"{_VERBS} (?:the size of )?(.+?) (?:be |to an? |into an? )?(larger|smaller|bigger)(?: one)?$",
 )
-_SWAPS = (  # (pattern, whether the new thing is named first)
-    (r"put (.+?) in place of (.+)", True),
-    (r"(?:replace|swap|exchange) (.+?) (?:with|for|by) ((?:an?|the|some) .+)", False),
-    (r"(?:replace|swap|exchange) (.+?) (?:with|for|by) (.+)", False),
-    (r"(?:change|turn|transform|make|paint) (.+?) (?:into|to) (.+)", False),
-    (r"make (the .+?) (an? .+)", False),
+_SWAPS = (  # the first that fits
+    r"put (?P<new>.+?) in place of (?P<old>.+)",
+    r"(?:replace|swap|exchange) (?P<old>.+?) (?:with|for|by) (?P<new>(?:an?|the|some) .+)",
+    r"(?:replace|swap|exchange) (?P<old>.+?) (?:with|for|by) (?P<new>.+)",
+    r"(?:change|turn|transform|make|paint) (?P<old>.+?) (?:into|to) (?P<new>.+)",
+    r"make (?P<old>the .+?) (?P<new>an? .+)",
 )
 
 
@@ -67,10 +66,9 @@ def _old_and_new(words):
             old = _thing(found[1])
             plain = " ".join(_COLOR.sub("", old).split()) if found[2] in _SHADES else old
             return old, f"{found[2]} {plain}"
-    for pattern, new_first in _SWAPS:
+    for pattern in _SWAPS:
         if found := re.search(pattern, words):
-            old, new = reversed(found.groups()) if new_first else found.groups()
-            return _thing(old), _thing(new)
+            return _thing(found["old"]), _thing(found["new"])
     return "", ""
 
 
@@ -100,7 +98,7 @@ def _parse_instruction(text, task=""):
             new = _thing(found[1])
     if task == "background":
         new = re.sub(r"^(?:a|an|the) ", "", new if old else "") or "new background"
-    return _Request(task, new or words, old, place)
+    return _Request(task, new or words, place)
 
 # %% ../../nbs/library/09_embedded.ipynb #q11b0006
 def _lab(frames):
@@ -316,12 +314,9 @@ def _segment_change(record):
         seed = ~record.changed if place else record.changed
     if not seed.any():
         return seed if place else BackendError("empty mask")
-    if place or min(seed.shape[1:]) <= 128:
-        cut = _cut_along_colors
-    else:
-        names = _colors_in(record.subject)
-        cut = lambda frame, seed: _cut_thing(frame, seed, names)
-    return _main_parts(np.stack([cut(f, m) for f, m in zip(record.edited, seed)]), 0.1)
+    rough, names = place or min(seed.shape[1:]) <= 128, _colors_in(record.subject)
+    cut = [_cut_along_colors(f, m) if rough else _cut_thing(f, m, names) for f, m in zip(record.edited, seed)]
+    return _main_parts(np.stack(cut), 0.1)
 
 
 def _in_boxes(boxes, shape):
@@ -333,8 +328,13 @@ def _in_boxes(boxes, shape):
     return mask
 
 
+def _labels(sure, likely, near):
+    "What GrabCut is told of each pixel: surely or likely foreground, likely background, or surely that."
+    return np.select([sure, likely, near], [cv2.GC_FGD, cv2.GC_PR_FGD, cv2.GC_PR_BGD], cv2.GC_BGD).astype(np.uint8)
+
+
 def _grabcut(frame, label):
-    "What GrabCut takes for foreground. `label` says what is sure and what is likely."
+    "What GrabCut takes for foreground; it writes into `label`."
     models, bgr = np.zeros((2, 1, 65)), np.ascontiguousarray(frame[..., ::-1])
     cv2.grabCut(bgr, label, None, *models, 2, cv2.GC_INIT_WITH_MASK)
     return (label == cv2.GC_FGD) | (label == cv2.GC_PR_FGD)
@@ -345,10 +345,7 @@ def _cut_along_colors(frame, seed):
     wide, core = _morph(seed, cv2.MORPH_DILATE, reach), _morph(seed, cv2.MORPH_ERODE, reach * 2)
     if not core.any() or wide.all():
         return seed
-    label = np.full(seed.shape, cv2.GC_BGD, np.uint8)
-    label[_morph(wide, cv2.MORPH_DILATE, reach)] = cv2.GC_PR_BGD
-    label[seed] = cv2.GC_PR_FGD
-    label[core] = cv2.GC_FGD
+    label = _labels(core, seed, _morph(wide, cv2.MORPH_DILATE, reach))
     if (label == cv2.GC_BGD).sum() < 16:
         return seed
     cv2.setRNGSeed(0)  # its colour models start from k-means
@@ -369,22 +366,18 @@ def _cut_thing(frame, seed, names):
     enough = cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 10, 1.0
     colors = cv2.kmeans(around, min(8, len(around) // 25), None, enough, 1, cv2.KMEANS_PP_CENTERS)[2]
     far = np.linalg.norm(lab[:, :, None] - colors, axis=-1).min(-1)
-    named = np.zeros(seed.shape, bool)
-    for name in names:
-        named |= _near_color(lab, name)
+    named = np.any([np.zeros(seed.shape, bool), *(_near_color(lab, name) for name in names)], axis=0)
     likely = seed & (far > 12)
     if (named & seed).sum() > 0.15 * seed.sum():
         likely |= named & seed
-    label = np.where(wide, cv2.GC_PR_BGD, cv2.GC_BGD).astype(np.uint8)
-    label[likely] = cv2.GC_PR_FGD
-    label[_morph(likely, cv2.MORPH_ERODE, reach) & (far > 18)] = cv2.GC_FGD
     if likely.sum() < 16:
         return seed
-    cut = _morph(_grabcut(frame, label), cv2.MORPH_OPEN, reach * 0.5)
+    sure = _morph(likely, cv2.MORPH_ERODE, reach) & (far > 18)
+    cut = _morph(_grabcut(frame, _labels(sure, likely, wide)), cv2.MORPH_OPEN, reach * 0.5)
     if cut.sum() < 0.1 * seed.sum():
         return seed
-    if (sure := cut & named).sum() > 0.4 * cut.sum():
-        cut = sure
+    if (cut & named).sum() > 0.4 * cut.sum():
+        cut = cut & named
     # what the outline encloses and did change is part of it: the glass of spectacles
     border = round(min(seed.shape) * 0.06)
     inner = slice(border, -border)
@@ -463,7 +456,7 @@ class CutoutSynthesizer:
         h, w = frames.shape[1:3]
         grow = max(min(h, w) * (0.02 if min(h, w) > 128 else 0.015), 1)
         full = [cv2.resize(m.astype(np.uint8), (w, h), interpolation=cv2.INTER_NEAREST) for m in record.mask]
-        front = np.stack([_morph(m, cv2.MORPH_DILATE, grow) for m in full])
+        front = _morph(np.stack(full), cv2.MORPH_DILATE, grow)
         if front.mean() > 0.9:
             return BackendError("no background: what stayed fills the frame")
         areas = front.mean((1, 2))
@@ -573,9 +566,8 @@ def _verify_pixels(record):
         return Check(float(1 + 9 * seen), float(1 + 9 * detail))
     shown = (image < 245).any(-1)
     parts = np.bincount(ndimage.label(record.mask[CutoutSynthesizer().best_frame(record)])[0].ravel())[1:]
-    whole = 0.0  # half of it elsewhere: something stands before it
-    if len(parts):
-        whole = float(np.clip((parts.max() / parts.sum() - 0.5) / 0.4, 0, 1))
+    largest = parts.max(initial=0) / max(parts.sum(), 1)
+    whole = float(np.clip((largest - 0.5) / 0.4, 0, 1))  # half of it elsewhere: something stands before it
     colors = [min(1.0, _color_share(image[shown], c) / 0.08) for c in _colors_in(record.subject)]
     big = float(np.clip(record.mask.mean() / 0.004, 0, 1))
     free = float(np.clip(1.2 - min(_touches(m) for m in record.mask if m.any()), 0, 1))
@@ -600,9 +592,8 @@ class PixelEmbedder:
 
 
 def _gray(image, side):
-    return cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (side, side), interpolation=cv2.INTER_AREA).astype(
-        np.float32
-    )
+    gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    return cv2.resize(gray, (side, side), interpolation=cv2.INTER_AREA).astype(np.float32)
 
 
 def _perceptual_hash(image):
@@ -640,9 +631,8 @@ class FingerprintStage:
 
     def __call__(self, records: Sequence[Record]) -> Sequence[Record]:
         alive = [r for r in records if r.alive and r.embedding is None]
-        if not alive:
-            return records
-        for record, vector in zip(alive, self.backend.embed([r.reference for r in alive])):
+        vectors = self.backend.embed([r.reference for r in alive]) if alive else []
+        for record, vector in zip(alive, vectors):
             pictures = record.reference, record.source[0], record.edited[0]
             record.embedding, record.hashes = vector, tuple(map(_perceptual_hash, pictures))
         return records

@@ -38,10 +38,10 @@ from PIL import Image
 from ..core import InputError, asset, expect, require, shortened
 from . import backends
 from .backends import chat_of
-from .dataset import ParquetCell, file_of, held, read_rows
+from .dataset import ParquetCell, _blank, file_of, held, read_rows
 from .embedded import FingerprintStage, deduplicate, embedded_stages
 from ..quadruplets import LoadOptions, Pair, Record, Verdict, funnel, load_record, record_strip
-from ..records import Table, Workers, digest, image_tag, page, png_bytes, run_rows, write_text
+from ..records import Table, Workers, digest, image_tag, page, png_bytes, replacing_folder, run_rows, write_text
 from ..video import as_frames, replacing, write_video
 from ..world import World
 
@@ -58,10 +58,6 @@ _ALIASES = dict(  # what a pair needs -> the names that published tables give it
 _EDIT_TYPES = {task: task for task in ("subject", "background", "add", "remove", "change", "style")} | dict(
     background_change="background", local_add="add", local_remove="remove", local_change="change", global_style="style"
 )  # names in published tables -> tasks
-
-
-def _given(value):
-    return not (value is None or value == "" or value != value)
 
 
 def _printable(text):
@@ -83,7 +79,7 @@ class _FilePairs(Sequence):
     def _ids(self):
         column = self.columns.get("id")
         found = self.rows[column] if column and hasattr(self.rows, "select") else [row.get(column) for row in self.rows]
-        return [_printable(str(value)) if _given(value) else f"{self.name}-{i:07d}" for i, value in enumerate(found)]
+        return [f"{self.name}-{i:07d}" if _blank(value) else _printable(str(value)) for i, value in enumerate(found)]
 
     def _select(self, indices):
         return self.rows.select(indices) if hasattr(self.rows, "select") else [self.rows[i] for i in indices]
@@ -97,8 +93,7 @@ class _FilePairs(Sequence):
             part.rows, part.ids = self._select(range(len(self))[i]), self.ids[i]
             return part
         row = self.rows[i]
-        found = {what: row.get(column) for what, column in self.columns.items()}
-        found = {what: value for what, value in found.items() if _given(value)}
+        found = {what: row[column] for what, column in self.columns.items() if not _blank(row.get(column))}
         words = found.get("instruction", "")
         return Pair(
             self.ids[i],
@@ -118,7 +113,7 @@ class _FilePairs(Sequence):
 
     def _still(self, value):
         data, path = held(value, self.root)
-        return data if data is not None or not _given(path) else str(self.root / str(path))
+        return data if data is not None or _blank(path) else str(self.root / str(path))
 
     @property
     def key(self) -> str:  # changes with the rows
@@ -322,15 +317,12 @@ def _place_clip(clip, name, record, folder, copy):
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         pass  # an earlier run was here
-    elif is_file and os.path.isdir(clip):  # frames
-        half = path.with_name(f".{path.name}")
-        shutil.rmtree(half, ignore_errors=True)
-        shutil.copytree(clip, half).rename(path)
-    elif is_file:
-        with replacing(path) as temporary:
-            shutil.copyfile(clip, temporary)
-    else:
+    elif not is_file:
         write_video(path, as_frames(clip), record.fps or 15, overwrite=True, crf=12)
+    else:
+        frames = os.path.isdir(clip)
+        with (replacing_folder if frames else replacing)(path) as temporary:
+            shutil.copytree(clip, temporary, dirs_exist_ok=True) if frames else shutil.copyfile(clip, temporary)
     return str(path.relative_to(folder))
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400015
@@ -341,9 +333,8 @@ ref_source text, scores text, origin text, backends text, verdicts text, embeddi
 authentic_ref_image_bytes bytes, sheet bytes
 """
 _SCHEMA = pa.schema([(name, _KINDS[kind]) for name, kind in (c.split() for c in _COLUMNS.split(","))])
-_PRIVATE = ("verdicts", "embedding", "hashes", "sheet")
-_PUBLIC = [name for name in _SCHEMA.names if name not in _PRIVATE]
-_SHOWN = [name for name in _SCHEMA.names if name in "iid prompt edit_type subject scores verdicts origin sheet".split()]
+_PUBLIC = [name for name in _SCHEMA.names if name not in ("verdicts", "embedding", "hashes", "sheet")]
+_SHOWN = "iid prompt edit_type subject scores origin verdicts sheet".split()
 
 
 def _jpeg(picture):
@@ -414,8 +405,7 @@ class _Line:
             items = _timed(stage.name, lambda: _through(stage, items), spent)
         if not self.closes:
             return items, shown, spent
-        if any(record.alive and record.embedding is None for record in items):
-            FingerprintStage()(items)
+        FingerprintStage()(items)  # where no stage has done it
         rows = lambda: [_to_row(record, self.folder, self.options, s) for record, s in zip(items, shown)]
         return dict(rows=_timed("write", rows, spent), spent=spent)
 
@@ -490,11 +480,10 @@ def _finish(folder, parts, options, key):
             if all(v["passed"] for v in verdicts):
                 alive.append(row)
         if alive:
-            _write_table(folder / f"chunk_{chunks:05d}.parquet", [{c: r[c] for c in _PUBLIC} for r in alive], _PUBLIC)
+            _write_table(folder / f"chunk_{chunks:05d}.parquet", alive, _PUBLIC)
             chunks += 1
             used |= {row[column] for row in alive for column in ("src_video", "tgt_video")}
-        name = folder / "verdicts" / f"records_{k:05d}.parquet"
-        _write_table(name, [{c: row[c] for c in _SHOWN} for row in rows], _SHOWN, key)
+        _write_table(folder / "verdicts" / f"records_{k:05d}.parquet", rows, _SHOWN, key)
     for clip in (folder / "clips").glob("*"):  # of doubles, or of a run with other settings
         if str(clip.relative_to(folder)) not in used:
             shutil.rmtree(clip) if clip.is_dir() else clip.unlink()
@@ -540,11 +529,9 @@ def _in_worker(job):
 def _local(jobs, make_stages, options, folder, note, progress):
     "Batches in this process or in others."
     label = "pairs" if options.batch == 1 else f"batches of {options.batch}"
-    if options.workers:
-        work = _in_worker
-        pool = functools.partial(Workers, options.workers, _start_worker, make_stages, options, folder)
-    else:
-        work, pool = _Line(make_stages, options, folder), None
+    made = make_stages, options, folder
+    pool = functools.partial(Workers, options.workers, _start_worker, *made) if options.workers else None
+    work = _in_worker if pool else _Line(*made)
     run_rows(jobs, work, pool=pool, ahead=2 * options.workers, label=label if progress else "", each=note)
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400023
@@ -685,8 +672,7 @@ class _Synthesis:
         ax, left = figure.add_subplot(grid[0, :-1]), self.funnel()
         ax.barh(list(left), list(left.values()), color="#3a7d44")
         for i, (stage, n) in enumerate(left.items()):
-            why = ", ".join(f"{reason} {count}" for s, reason, count in self.reasons() if s == stage)
-            ax.text(n, i, f" {n}   {why[:72]}", va="center", fontsize=6)
+            ax.text(n, i, f" {n}   {self._why(stage)[:72]}", va="center", fontsize=6)
         ax.invert_yaxis()
         ax.tick_params(labelsize=7)
         ax.set_xlim(0, 1.9 * max([*left.values(), 1]))
@@ -704,24 +690,24 @@ class _Synthesis:
             ax.tick_params(labelsize=6)
         return figure
 
+    def _why(self, stage):
+        return ", ".join(f"{reason} ({n})" for s, reason, n in self.reasons() if s == stage)
+
     def _repr_markdown_(self):
-        why = {stage: [] for stage in self.funnel()}
-        for stage, reason, n in self.reasons():
-            why[stage].append(f"{reason} ({n})")
-        rows = [[stage, left, ", ".join(why[stage])] for stage, left in self.funnel().items()]
+        rows = [[stage, left, self._why(stage)] for stage, left in self.funnel().items()]
         title = f"{len(self.kept)} of {len(self.rows)} pairs kept."
         return Table(title, ["stage", "left", "dropped because"], rows)._repr_markdown_()
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400028
 def _code(code):
     "What a function does, in words that are the same in every process."
-    consts = []
-    for const in code.co_consts:
+
+    def shown(const):
         if hasattr(const, "co_code"):
-            consts.append(_code(const))
-        else:
-            consts.append(sorted(map(repr, const)) if isinstance(const, frozenset) else repr(const))
-    return [code.co_code.hex(), code.co_names, consts]
+            return _code(const)
+        return sorted(map(repr, const)) if isinstance(const, frozenset) else repr(const)
+
+    return [code.co_code.hex(), code.co_names, [shown(const) for const in code.co_consts]]
 
 
 def _named(value, above=()):
@@ -781,13 +767,12 @@ class _Parts:
         if not self.waiting[k]:
             whole = [row for _, batch in sorted(self.rows.pop(k).items()) for row in batch]
             _write_table(_part_path(self.folder, k), whole, key=self.key)
-        if self.seen >= min(20, self.todo) and len(self.failed) > self.most * self.seen:
+        failed = len(self.failed)
+        if self.seen >= min(20, self.todo) and failed > self.most * self.seen:
             kind = lambda v: f"{v['stage']}: {v['reason'].split(':')[0]}"
             [(often, n)] = Counter(map(kind, self.failed)).most_common(1)
             first = next(v["reason"] for v in self.failed if kind(v) == often).rstrip(".")
-            rule = (
-                f"`max_failures` allows {self.most:.0%} of the rows to fail but {len(self.failed)} of {self.seen} did"
-            )
+            rule = f"`max_failures` allows {self.most:.0%} of the rows to fail but {failed} of {self.seen} did"
             left = f"What is finished stays in {str(self.folder)!r}."
             raise InputError(f"{rule}; {n} times {often}, first: {first}. {left}")
 
@@ -934,17 +919,10 @@ def _data_card(result):
     backends = {v["stage"]: v["backend"] for row in result.rows for v in row["verdicts"] if v["backend"]}
     lines = lambda cells: "\n".join("| " + " | ".join(map(str, line)) + " |" for line in cells)
     counted = lambda pairs: lines((*pair, n) for pair, n in sorted(Counter(pairs).items()))
-    card = (
-        asset("data_card.md")
-        .read_text(encoding="utf-8")
-        .format(
-            size=next(name for limit, name in _SIZES.items() if len(kept) < limit),
-            number=len(kept),
-            references=counted(made),
-            sources=counted(origins),
-            stages=lines((stage, backends.get(stage, ""), left) for stage, left in result.funnel().items()),
-        )
-    )
+    stages = lines((stage, backends.get(stage, ""), left) for stage, left in result.funnel().items())
+    facts = dict(number=len(kept), references=counted(made), sources=counted(origins), stages=stages)
+    size = next(name for limit, name in _SIZES.items() if len(kept) < limit)
+    card = asset("data_card.md").read_text(encoding="utf-8").format(size=size, **facts)
     return card + _EMBEDDED * bool({"change", "grabcut", "cutout", "pixels"} & set(backends.values()))
 
 # %% ../../nbs/library/12_synthesis.ipynb #s1400032
