@@ -636,7 +636,9 @@ def test_a_denoiser_in_other_programs_files(tmp_path):
         found = _load_transformer(tmp_path / "wan.safetensors", config)
         assert all(torch.equal(a, b) for a, b in zip(found.state_dict().values(), tiny.state_dict().values()))
     native = dict(num_heads=config["num_attention_heads"], dim=256, eps=config["eps"], model_type="t2v")
-    read = _load_transformer(tmp_path / "wan.safetensors", native).config  # of the original release: sizes are in shapes
+    read = _load_transformer(
+        tmp_path / "wan.safetensors", native
+    ).config  # of the original release: sizes are in shapes
     assert {name: list(value) if name == "patch_size" else value for name, value in read.items()} == {
         name: list(value) if name == "patch_size" else value for name, value in tiny.config.items()
     } | {name: value for name, value in read.items() if name.startswith("_")}
