@@ -209,10 +209,9 @@ def spread(
     import cv2
 
     (f, _, _), (frames, height, width) = maps.shape, shape
-    step = (frames - 1) / (f - 1) if f > 1 else 1
-    at = [int(np.ceil(t / step)) if f > 1 else 0 for t in range(frames)]
+    at = np.ceil(np.arange(frames) * (f - 1) / max(frames - 1, 1)).astype(int)
     large = [cv2.resize(m.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR) for m in maps]
-    return np.stack([large[i] for i in at])
+    return np.stack(large)[at]
 
 # %% ../nbs/07_where_it_looks.ipynb #a2700019
 def lay_over(
