@@ -386,8 +386,7 @@ def prepare_latents(self, source_latents, sigma, strength, generator, latents):
     shape, device = source_latents.shape, source_latents.device
     if latents is None:
         latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-    said = f"`latents` has to be {tuple(shape)} for this clip but is {tuple(latents.shape)}."
-    expect(latents.shape == shape, said)
+    expect(latents.shape == shape, f"`latents` has to be {tuple(shape)} for this clip but is {tuple(latents.shape)}.")
     latents = latents.to(device, torch.float32)
     return latents if strength == 1 else sigma * latents + (1 - sigma) * source_latents
 

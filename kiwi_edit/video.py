@@ -443,9 +443,8 @@ def film_strip(
         rows = {"": rows}
     expect(rows, "`rows` has to hold at least one entry but is empty.")
     expect(max_columns >= 1, f"`max_columns` has to be at least 1 but is {max_columns}.")
-    for label, frames in list(rows.items()):
-        frames = as_frames(read_image(frames) if isinstance(frames, (str, Path)) else frames)
-        rows = rows | {label: frames[sample_indices(len(frames), max_columns)]}
+    rows = {label: as_frames(read_image(f) if isinstance(f, (str, Path)) else f) for label, f in rows.items()}
+    rows = {label: f[sample_indices(len(f), max_columns)] for label, f in rows.items()}
     gap = 0.05  # inches
     longest = max((len(line) for label in rows for line in label.splitlines()), default=0)
     label_width = 0.08 * longest + 0.1 if longest else 0
@@ -494,7 +493,7 @@ _MAX_CLIP_BYTES = 4 * 2**30  # more than this in one array is refused
 
 # %% ../nbs/library/01_video.ipynb #cee36454
 @contextlib.contextmanager
-def _open_video(path, name="path"):
+def _open_video(path):
     "Open a video file with PyAV; yields the container and the video stream that a player would show."
     try:
         container = av.open(
@@ -506,15 +505,15 @@ def _open_video(path, name="path"):
         raise
     except (av.error.FFmpegError, ValueError) as error:
         what = f"{str(path)!r} is none that can be decoded ({_reason(error)})"
-        raise InputError(f"`{name}` has to be a video, an image or a folder of images but {what}.") from error
+        raise InputError(f"`path` has to be a video, an image or a folder of images but {what}.") from error
     with container:
         photo = container.metadata.get("major_brand", "").strip() in _PHOTO_BRANDS  # FFmpeg would give its first tile
         what = f"{str(path)!r} is a HEIF photo; export it as JPEG"
-        expect(not photo, f"`{name}` has to be a video or an image ({', '.join(_FORMATS)}) but {what}.")
+        expect(not photo, f"`path` has to be a video or an image ({', '.join(_FORMATS)}) but {what}.")
         cover = av.stream.Disposition.attached_pic
         known = [s for s in container.streams.video if s.codec_context is not None and s.width and s.height]
         streams = [s for s in known if not s.disposition & cover]
-        expect(streams, f"`{name}` has to hold pictures but {str(path)!r} has no video stream with a known codec.")
+        expect(streams, f"`path` has to hold pictures but {str(path)!r} has no video stream with a known codec.")
         yield container, _default(streams)
 
 # %% ../nbs/library/01_video.ipynb #546b85f2
@@ -743,25 +742,24 @@ class _Look:
 def replacing(
     path,  # file that is to be written
     overwrite: bool = False,  # whether it may exist already
-    name: str = "path",  # what errors call it
 ):
     "A temporary path beside `path` that takes its place when the block ends well, and disappears when it does not."
     path = Path(path).expanduser()
-    temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
 
     def check():
         if path.exists() and not overwrite:
-            raise FileExistsError(f"`{name}` has to be a new file unless overwrite is set but {str(path)!r} exists.")
+            raise FileExistsError(f"`path` has to be a new file unless overwrite is set but {str(path)!r} exists.")
 
-    expect(not path.is_dir(), f"`{name}` has to be a file but {str(path)!r} is a folder.")
+    expect(not path.is_dir(), f"`path` has to be a file but {str(path)!r} is a folder.")
     check()
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"`{name}` has to be in an existing folder but {str(path.parent)!r} does not exist.")
+        raise FileNotFoundError(f"`path` has to be in an existing folder but {str(path.parent)!r} does not exist.")
+    temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
     try:
         temporary.touch()
     except OSError as error:
         what = f"{str(path.parent)!r} cannot: {_reason(error)}"
-        raise PermissionError(f"`{name}` has to be in a folder that can be written but {what}.") from error
+        raise PermissionError(f"`path` has to be in a folder that can be written but {what}.") from error
     mode = temporary.stat().st_mode & 0o777
     try:
         yield temporary
@@ -772,7 +770,7 @@ def replacing(
         raise
     except OSError as error:
         what = f"{str(path)!r} could not be written: {_reason(error)}"
-        raise InputError(f"`{name}` has to be on a disk that takes the whole file but {what}.") from error
+        raise InputError(f"`path` has to be on a disk that takes the whole file but {what}.") from error
     finally:
         temporary.unlink(missing_ok=True)
 
