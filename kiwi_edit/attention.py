@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from .core import InputError
+from .core import expect
 from .guidance import KiwiAttnProcessor, find_wan, hooked
 from .pipeline import KiwiEditPipeline
-from .video import as_frames
+from .video import as_frames, sample_indices
 
 # %% auto #0
 __all__ = ['PARTS', 'attention_shares', 'Looks', 'WatchingProcessor', 'Recorder', 'watch_edit', 'spread', 'lay_over',
@@ -61,19 +61,16 @@ class Looks:
     tokens: np.ndarray  # (steps, layers, N) share that each token of the context gets, on average
     num_features: int  # how many of the N are features of references; the queries follow
 
-# %% ../nbs/07_where_it_looks.ipynb #07c00006
-@patch(as_prop=True)
-def queries(self: Looks) -> np.ndarray:  # (Q,) mean over steps and layers
-    "The share that each query gets."
-    return self.tokens.mean((0, 1))[self.num_features :]
+    @property
+    def queries(self) -> np.ndarray:  # (Q,) mean over steps and layers
+        "The share that each query gets."
+        return self.tokens.mean((0, 1))[self.num_features :]
 
-# %% ../nbs/07_where_it_looks.ipynb #07c00007
-@patch
-def summary(self: Looks) -> dict:  # of shares in 0..1, means over the whole edit
-    "The edit in three numbers; `even` is what the references would get if nobody preferred anything."
-    r, f = self.reference.shape[2], self.features.shape[2]
-    looked = float(self.reference.sum(2).mean()) if r else 0.0
-    return dict(reference=looked, even=r / (r + f), features=float(self.features.mean()))
+    def summary(self) -> dict:  # of shares in 0..1, means over the whole edit
+        "The edit in three numbers; `even` is what the references would get if nobody preferred anything."
+        r, f = self.reference.shape[2], self.features.shape[2]
+        looked = float(self.reference.sum(2).mean()) if r else 0.0
+        return dict(reference=looked, even=r / (r + f), features=float(self.features.mean()))
 
 # %% ../nbs/07_where_it_looks.ipynb #a270000d
 class WatchingProcessor(KiwiAttnProcessor):
@@ -120,9 +117,8 @@ class Recorder:
 def begin(self: Recorder, module, args):  # before the denoiser embeds the time
     "A step begins. A layer that a step cache leaves out has its shares of the step before."
     at = self.scheduler.step_index  # None until the first step of an edit is done
-    if self.timesteps and at in (None, self.at):
-        rule = "`video` has to be edited once and as a whole where its attention is recorded"
-        raise InputError(f"{rule} but comes in windows, or is the second.")
+    once, rule = not self.timesteps or at not in (None, self.at), "be edited once and as a whole"
+    expect(once, f"`video` has to {rule} where its attention is recorded but comes in windows, or is the second.")
     self.at = at
     self.timesteps.append(float(args[0].flatten()[-1]))
     self.seen.append(dict(self.seen[-1]) if self.seen else {})
@@ -155,8 +151,7 @@ def num_queries(self: Recorder, frames):
 @patch
 def looks(self: Recorder) -> Looks:
     "What was seen of the whole edit."
-    if not self.timesteps:
-        raise InputError("`recorder` has to have seen an edit but has seen none.")
+    expect(self.timesteps, "`recorder` has to have seen an edit but has seen none.")
     layers = range(1 + max(layer for layer, _ in self.seen[0]))
     stack = lambda alone, part: np.stack([[step[layer, alone][part] for layer in layers] for step in self.seen])
     tokens, features = stack(False, 1), stack(False, 0)[:, :, 0]
@@ -209,10 +204,9 @@ def spread(
     import cv2
 
     (f, _, _), (frames, height, width) = maps.shape, shape
-    step = (frames - 1) / (f - 1) if f > 1 else 1
-    at = [int(np.ceil(t / step)) if f > 1 else 0 for t in range(frames)]
+    at = np.ceil(np.arange(frames) * (f - 1) / max(frames - 1, 1)).astype(int)
     large = [cv2.resize(m.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR) for m in maps]
-    return np.stack([large[i] for i in at])
+    return np.stack(large)[at]
 
 # %% ../nbs/07_where_it_looks.ipynb #a2700019
 def lay_over(
@@ -257,7 +251,7 @@ def draw_looks(
 def _draw_frames(grid, rows):
     "At most five frames of each row."
     for i, (name, frames) in enumerate(rows):
-        for j, at in enumerate(np.linspace(0, len(frames) - 1, min(5, len(frames))).round().astype(int)):
+        for j, at in enumerate(sample_indices(len(frames), 5)):
             _picture(grid.figure.add_subplot(grid[i, j]), frames[at], label="" if j else name)
 
 
@@ -309,8 +303,8 @@ def without(
 ) -> KiwiEditPipeline:  # shares all weights
     "A pipeline whose denoiser does not see some of what guides it."
     for part in parts:
-        if part not in PARTS and not isinstance(part, int):
-            raise InputError(f"`parts` has to be of {', '.join(PARTS)}, or numbers of queries, but holds {part!r}.")
+        known = part in PARTS or isinstance(part, int)
+        expect(known, f"`parts` has to be of {', '.join(PARTS)}, or numbers of queries, but holds {part!r}.")
     other = copy.copy(pipe)
     if "tokens" in parts:
         other.encode_references = lambda *_: None
@@ -323,15 +317,12 @@ def _encode_without(pipe, parts, prompts, frames, references=(), device=None):
     context, mask = pipe.encode_prompt(prompts, frames, references, device)
     mode = "ref" if len(references) else "image" if len(frames) == 1 else "video"
     count, queries = len(pipe.guidance.queries(mode)), [part for part in parts if isinstance(part, int)]
-    if wrong := [query for query in queries if not 0 <= query < count]:
-        raise InputError(f"`parts` has to have numbers of queries from 0 to {count - 1} but has {wrong[0]}.")
+    for query in queries:
+        expect(0 <= query < count, f"`parts` has to have numbers of queries from 0 to {count - 1} but has {query}.")
     # of the query; below 0 for features
     number = torch.arange(context.shape[1], device=context.device) - (mask.sum(1, keepdim=True) - count)
     gone = torch.isin(number, torch.tensor(queries, device=number.device, dtype=number.dtype))
-    if "features" in parts:
-        gone = gone | (number < 0)
-    if "queries" in parts:
-        gone = gone | (number >= 0)
+    gone = gone | ("features" in parts) & (number < 0) | ("queries" in parts) & (number >= 0)
     left = mask & ~gone
     if left.any(1).all():
         return context, left

@@ -94,8 +94,7 @@ def check_local(
 
 
 def _check_choice(name: str, value: str, choices) -> None:
-    if value not in choices:
-        raise InputError(f"`{name}` has to be one of {', '.join(choices)} but is {value!r}.")
+    expect(value in choices, f"`{name}` has to be one of {', '.join(choices)} but is {value!r}.")
 
 
 def check_instruction(
@@ -105,10 +104,9 @@ def check_instruction(
     "Raise unless there is text to read; every way to an edit asks this first."
     if not isinstance(instruction, str):
         raise InputTypeError(f"`{name}` has to be a string but is a {type(instruction).__name__}.")
-    if not instruction.strip():
-        raise InputError(f"`{name}` has to say what to edit but is {instruction!r}.")
-    if re.search("[\0\ud800-\udfff]", instruction):
-        raise InputError(f"`{name}` has to be Unicode text without NUL but is {instruction!r}.")
+    expect(instruction.strip(), f"`{name}` has to say what to edit but is {instruction!r}.")
+    strange = re.search("[\0\ud800-\udfff]", instruction)
+    expect(not strange, f"`{name}` has to be Unicode text without NUL but is {instruction!r}.")
     return instruction.strip()
 
 # %% ../nbs/library/00_core.ipynb #e5ca9902
@@ -327,10 +325,9 @@ class Settings:
         _check_choice("preset", self.preset, PRESETS)
         _check_choice("device", self.device.split(":")[0], _DEVICES)
         _check_choice("dtype", self.dtype, _DTYPES)
-        if self.seed < 0:
-            raise InputError(f"`seed` has to be 0 or more but is {self.seed}.")
-        if not 0 <= self.demo_port <= 65535:
-            raise InputError(f"`demo_port` has to lie between 0 and 65535 but is {self.demo_port}.")
+        expect(self.seed >= 0, f"`seed` has to be 0 or more but is {self.seed}.")
+        port = self.demo_port
+        expect(0 <= port <= 65535, f"`demo_port` has to lie between 0 and 65535 but is {port}.")
         if not self.checkpoint:
             object.__setattr__(self, "checkpoint", PRESETS[self.preset].checkpoint)
 
@@ -345,8 +342,7 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 # %% ../nbs/library/00_core.ipynb #7ef7a92b
 def _parse(knob: str, text: str, origin: str, base: Path):
     kinds = {f.name: f.type for f in fields(Settings)}
-    if knob not in kinds:
-        raise InputError(f"`{knob}` in {origin} is no setting; there are {', '.join(kinds)}.")
+    expect(knob in kinds, f"`{knob}` in {origin} is no setting; there are {', '.join(kinds)}.")
     if kinds[knob] == "Path":
         return base / Path(text).expanduser()
     if kinds[knob] == "int":
@@ -363,10 +359,9 @@ def _file_knobs(path: Path) -> dict:
         parser.read_string(path.read_text(encoding="utf-8-sig"), source=str(path))
     except (configparser.Error, UnicodeDecodeError) as error:
         raise InputError(f"`{path}` is no settings file: {str(error).splitlines()[0]}") from None
-    unknown = [section for section in parser.sections() if section != "kiwi-edit"]
-    if unknown:
-        raise InputError(f"`{path}` has to hold one section, [kiwi-edit], but has [{unknown[0]}].")
-    pairs = parser["kiwi-edit"].items() if "kiwi-edit" in parser else ()
+    for section in parser.sections():
+        expect(section == "kiwi-edit", f"`{path}` has to hold one section, [kiwi-edit], but has [{section}].")
+    pairs = parser["kiwi-edit"].items() if parser.sections() else ()
     known = {f.name for f in fields(Settings)}
     return {knob: _parse(knob, text, str(path), path.parent) for knob, text in pairs if text or knob not in known}
 
@@ -402,7 +397,7 @@ def _read_settings(
     if not path and checkout() and (checkout() / "settings.ini").is_file():
         path = checkout() / "settings.ini"
     from_file = _file_knobs(Path(path).resolve()) if path else {}
-    return Settings(**{**from_file, **_environment_knobs(environ)})
+    return Settings(**from_file | _environment_knobs(environ))
 
 
 @functools.cache
@@ -425,8 +420,8 @@ def choose_device(
     except RuntimeError:
         raise InputError(f"`device` has to be one of {', '.join(_DEVICES)} but is {device!r}.") from None
     here = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(chosen.type, 1)
-    if (chosen.index or 0) >= here:
-        raise InputError(f"`device` has to be there, but {str(device)!r} is not: this machine has {here} of that kind.")
+    missing = f"{str(device)!r} is not: this machine has {here} of that kind"
+    expect((chosen.index or 0) < here, f"`device` has to be there, but {missing}.")
     return chosen
 
 # %% ../nbs/library/00_core.ipynb #4c375d20

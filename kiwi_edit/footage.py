@@ -17,15 +17,8 @@ import torch
 
 from .core import check_local
 from .records import digest
-from kiwi_edit.video import (
-    as_frames,
-    fit_size,
-    nearest_frame_count,
-    read_video,
-    resize_frames,
-    stream_video,
-    video_info,
-)
+from .video import as_frames, fit_size, nearest_frame_count, read_video
+from .video import resize_frames, stream_video, video_info
 
 # %% auto #0
 __all__ = ['prepare_frames', 'Footage', 'Memory']
@@ -61,10 +54,8 @@ def prepare_frames(
     else:
         frames = resize_frames(frames[:count], *size, mode="inference")
     if len(frames) < there or own != size:
-        source = "x".join(map(str, own))
-        logging.getLogger(__name__).info(
-            "Editing frames 1 to %d of %d at %dx%d; the source is %s.", len(frames), there, *size, source
-        )
+        words = "Editing frames 1 to %d of %d at %dx%d; the source is %dx%d."
+        logging.getLogger(__name__).info(words, len(frames), there, *size, *own)
     return frames
 
 # %% ../nbs/library/03_footage.ipynb #f7c65a03

@@ -9,6 +9,7 @@ import pkgutil
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +25,8 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from .core import InputError, InputTypeError, Preset, asset, check_instruction, expect
 from .core import preset as get_preset
-from kiwi_edit.encoder import (
-    KiwiProcessor,
-    collate_inputs,
-    encode_context,
-    prepare_inputs,
-    sample_frames,
-    vision_features,
-)
+from .encoder import KiwiProcessor, collate_inputs, encode_context
+from .encoder import prepare_inputs, sample_frames, vision_features
 from .footage import Footage, Memory, prepare_frames
 from .guidance import EditCache, KiwiGuidance, denoise, rounded_sigma, window_caches
 from .latents import decode_latents, encode_frames, regroup, stream_frames, stream_latents
@@ -122,30 +117,22 @@ class KiwiEditPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         schedule: str = "native",  # their noise levels, see `flow_sigmas`
     ):
         super().__init__()
-        self.register_modules(
-            transformer=transformer, vae=vae, scheduler=scheduler, mllm=mllm, processor=processor, guidance=guidance
-        )
-        self.register_to_config(
-            max_pixels=max_pixels,
-            max_frames=max_frames,
-            window_frames=window_frames,
-            default_steps=default_steps,
-            schedule=schedule,
-        )
+        parts = dict(transformer=transformer, vae=vae, scheduler=scheduler, mllm=mllm, processor=processor)
+        self.register_modules(**parts, guidance=guidance)
+        sizes = dict(max_pixels=max_pixels, max_frames=max_frames, window_frames=window_frames)
+        self.register_to_config(**sizes, default_steps=default_steps, schedule=schedule)
         self.memory = Memory()
         self._interrupt, self._guidance_scale, self._num_timesteps, self._current_timestep = False, 1.0, 0, None
 
 # %% ../nbs/06_pipeline.ipynb #06n00001
-@patch_to(KiwiEditPipeline, as_prop=True)
-def interrupt(self) -> bool:
-    "Whether a callback has set `_interrupt`: no more steps are done, and what is there is decoded."
-    return self._interrupt
-
-
-@patch_to(KiwiEditPipeline, as_prop=True)
-def guidance_scale(self) -> float:
-    "Of the edit under way; a callback may change `_guidance_scale`."
-    return self._guidance_scale
+_OF_AN_EDIT = dict(  # of the edit under way, as diffusers' pipelines name them
+    interrupt="Whether a callback has set `_interrupt`: no more steps are done, and what is there is decoded.",
+    guidance_scale="Of the edit under way; a callback may change `_guidance_scale`.",
+    num_timesteps="Steps of the edit under way.",
+    current_timestep="Of the edit under way; None where none is.",
+)
+for _name, _words in _OF_AN_EDIT.items():
+    setattr(KiwiEditPipeline, _name, property(attrgetter(f"_{_name}"), doc=_words))
 
 
 @patch_to(KiwiEditPipeline, as_prop=True)
@@ -153,19 +140,7 @@ def do_classifier_free_guidance(self) -> bool:
     "Whether the edit under way is guided by a negative prompt."
     return self._guidance_scale > 1
 
-
-@patch_to(KiwiEditPipeline, as_prop=True)
-def num_timesteps(self) -> int:
-    "Steps of the edit under way."
-    return self._num_timesteps
-
 # %% ../nbs/06_pipeline.ipynb #06n00002
-@patch_to(KiwiEditPipeline, as_prop=True)
-def current_timestep(self):
-    "Of the edit under way; None where none is."
-    return self._current_timestep
-
-
 @patch_to(KiwiEditPipeline, as_prop=True)
 def size_multiple(self) -> int:
     "Width and height of an edit are multiples of this many pixels."
@@ -195,6 +170,7 @@ def from_preset(
     expect(len(tokenizer) <= text.vocab_size, f"`tokenizer` has to have at most {size} but has {len(tokenizer)}.")
     text.bos_token_id = text.pad_token_id = tokenizer.pad_token_id
     text.eos_token_id = tokenizer.eos_token_id
+    sizes = dict(max_pixels=preset.max_pixels, max_frames=preset.num_frames, window_frames=preset.window_frames)
     return cls(
         WanTransformer3DModel(**preset.transformer).eval(),
         AutoencoderKLWan(**preset.vae).eval(),
@@ -202,9 +178,7 @@ def from_preset(
         Qwen2_5_VLForConditionalGeneration(config).eval(),
         KiwiProcessor(tokenizer),
         KiwiGuidance(**preset.guidance).eval(),
-        max_pixels=preset.max_pixels,
-        max_frames=preset.num_frames,
-        window_frames=preset.window_frames,
+        **sizes,
         default_steps=preset.num_inference_steps,
     )
 
@@ -352,11 +326,8 @@ def encode_prompt(
 # %% ../nbs/06_pipeline.ipynb #f6e58b7d
 def _latents_of(pipe, content, make, device):
     "Latents of some content, which the autoencoder makes as it is set now, or has made before."
-    vae = pipe.vae
-    tile = (vae.tile_sample_min_height, vae.tile_sample_min_width)
-    stride = (vae.tile_sample_stride_height, vae.tile_sample_stride_width)
-    about = (vae.use_slicing, vae.use_tiling, tile, stride, content)
-    return pipe.memory.get(vae, about, make).to(device)  # they may have been made elsewhere
+    set_now = str([(name, value) for name, value in vars(pipe.vae).items() if name.startswith(("use_", "tile_"))])
+    return pipe.memory.get(pipe.vae, (set_now, content), make).to(device)  # they may have been made elsewhere
 
 # %% ../nbs/06_pipeline.ipynb #c89baba3
 @patch_to(KiwiEditPipeline)
@@ -400,21 +371,11 @@ def windows(
     window_overlap: float = 0.25,  # the least share of a window that its neighbour has too
 ) -> list[Window] | None:  # None: one window is enough
     "The windows in which a clip is denoised that is longer or larger than the model takes."
-    vae = self.vae.config
-    inner_width, inner_height = fit_size(width, height, self.config.max_pixels, self.size_multiple)
-    if frames <= self.config.max_frames and (inner_width, inner_height) == (width, height):
-        return None
-
-    def in_latents(frames, height, width):
-        spatial = vae.scale_factor_spatial
-        return (frames - 1) // vae.scale_factor_temporal + 1, height // spatial, width // spatial
-
-    shape = in_latents(frames, height, width)
-    size = in_latents(min(frames, self.window_frames), inner_height, inner_width)
-    overlap = [
-        0 if side == length else min(side - 1, max(1, round(side * window_overlap)))
-        for side, length in zip(size, shape)
-    ]
+    time, space = self.vae.config.scale_factor_temporal, self.vae.config.scale_factor_spatial
+    shape = (frames - 1) // time + 1, height // space, width // space
+    width, height = fit_size(width, height, self.config.max_pixels, self.size_multiple)
+    size = (self.window_frames - 1) // time + 1, height // space, width // space
+    overlap = [min(side - 1, max(1, round(side * window_overlap))) for side in map(min, size, shape)]
     windows = latent_windows(shape, size, overlap, self.transformer.config.patch_size[-1])
     return windows if len(windows) > 1 else None
 
@@ -425,8 +386,7 @@ def prepare_latents(self, source_latents, sigma, strength, generator, latents):
     shape, device = source_latents.shape, source_latents.device
     if latents is None:
         latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-    said = f"`latents` has to be {tuple(shape)} for this clip but is {tuple(latents.shape)}."
-    expect(latents.shape == shape, said)
+    expect(latents.shape == shape, f"`latents` has to be {tuple(shape)} for this clip but is {tuple(latents.shape)}.")
     latents = latents.to(device, torch.float32)
     return latents if strength == 1 else sigma * latents + (1 - sigma) * source_latents
 
@@ -439,7 +399,11 @@ def composite(
     "The edit where the matte is 1, the source where it is 0; without one the edit."
     if not matte.shape[1]:
         return frames
-    side, latent_frames = round(matte.shape[1] ** 0.5), matte.shape[2]
+    _, n, latent_frames, h, w = matte.shape
+    side = frames.shape[2] // h  # of a place, in pixels
+    rule = f"`matte` has to have {side}x{side} channels for frames of {frames.shape[3]}x{frames.shape[2]} pixels"
+    fits = n == side * side and frames.shape[2:4] == (side * h, side * w)
+    expect(fits, f"{rule} and latents of {w}x{h} places but has {n}.")
     share = F.pixel_shuffle(matte.float().sigmoid().transpose(1, 2), side)[:, :, 0, ..., None]  # (B, f, H, W, 1)
     group = (frames.shape[1] - 1) // max(latent_frames - 1, 1)  # frames to a latent frame after the first
     lengths = [frames.shape[1] - (latent_frames - 1) * group] + [group] * (latent_frames - 1)
@@ -507,7 +471,7 @@ def walk(
         pipe._current_timestep = t
         if len(context) > len(latents) and not pipe.do_classifier_free_guidance:  # a callback has turned it off
             context, context_mask = context[-1:], context_mask[-1:]
-        if seen is None or seen.data_ptr() != context.data_ptr() or len(seen) != len(context):
+        if seen is not context:  # the first step, or a callback has changed it
             seen, left = context, len(timesteps) - begin - i
             cache = EditCache(num_steps=left) if windows is None else window_caches(windows, left)
             source, reference = (_as_many(x, seen, dtype) for x in (source_latents, reference_latents))

@@ -14,7 +14,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from .core import InputError
+from .core import InputError, expect
 from .video import as_frames, read_image, read_video, sample_indices, video_info
 from .world import TASKS
 
@@ -108,11 +108,6 @@ class LoadOptions:
     side: int = 480  # longer side of the working size, pixels; smaller clips keep theirs
     frames: int = 16  # at most so many, evenly spaced
 
-# %% ../nbs/02_quadruplets.ipynb #3c851f0f
-def _still(data):
-    "Reference of any kind as (h, w, 3) uint8."
-    return np.array(read_image(data))
-
 # %% ../nbs/02_quadruplets.ipynb #3f29e866
 def _clip_facts(clip):
     if isinstance(clip, np.ndarray):
@@ -132,15 +127,11 @@ def _clip_frames(clip, indices, size):
     return np.stack([cv2.resize(f, size, interpolation=cv2.INTER_AREA) for f in frames])
 
 # %% ../nbs/02_quadruplets.ipynb #bc3d723b
-class _Unreadable(Exception):
-    "Why a pair cannot be opened."
-
-
 def _tried(what, call, *arguments):
     try:
         return call(*arguments)
     except Exception as error:  # decoders raise what they like
-        raise _Unreadable(f"unreadable {what}: {error}") from None
+        raise InputError(f"unreadable {what}: {error}") from None
 
 # %% ../nbs/02_quadruplets.ipynb #d6be145d
 def _open(record, options):
@@ -149,22 +140,18 @@ def _open(record, options):
     _tried("instruction", pair.instruction.encode)
     facts = [_tried(name, _clip_facts, getattr(pair, name)) for name in clips]
     (n, *size, fps), (m, height, width, _) = facts
-    if n != m:
-        raise _Unreadable(f"lengths differ: source has {n} frames, edited {m}")
-    if size != [height, width]:
-        raise _Unreadable(f"sizes differ: source is {size[1]}x{size[0]}, edited {width}x{height}")
-    if pair.task and pair.task not in TASKS:
-        raise _Unreadable(f"unknown task: {pair.task!r}")
+    expect(n == m, f"lengths differ: source has {n} frames, edited {m}")
+    expect(size == [height, width], f"sizes differ: source is {size[1]}x{size[0]}, edited {width}x{height}")
+    expect(pair.task in ("", *TASKS), f"unknown task: {pair.task!r}")
     if pair.reference is not None:
-        record.authentic_reference = _tried("reference", _still, pair.reference)
+        record.authentic_reference = np.array(_tried("reference", read_image, pair.reference))
     scale = min(1.0, options.side / max(height, width))
     shown = max(round(width * scale), 8), max(round(height * scale), 8)
     record.indices, record.fps, record.size = tuple(sample_indices(n, options.frames)), fps, (height, width)
     for name in clips:
         frames = _tried(name, _clip_frames, getattr(pair, name), record.indices, shown)
         setattr(record, name, frames)
-        if len(frames) != len(record.indices):
-            raise _Unreadable(f"unreadable {name}: frames are damaged")
+        expect(len(frames) == len(record.indices), f"unreadable {name}: frames are damaged")
 
 # %% ../nbs/02_quadruplets.ipynb #eec82f3f
 def load_record(
@@ -174,7 +161,7 @@ def load_record(
     record, reason = Record(pair, task=pair.task), ""
     try:
         _open(record, options)
-    except _Unreadable as error:
+    except InputError as error:
         reason = " ".join(str(error).split())[:300]
     record.verdicts.append(Verdict("load", not reason, reason, backend="embedded", error=bool(reason)))
     return record
@@ -189,14 +176,17 @@ def full_frames(
     return _clip_frames(getattr(record.pair, which), [record.indices[i] for i in at], None)
 
 # %% ../nbs/02_quadruplets.ipynb #9a110026
+@dataclass
 class _Stage:
     "Asks a backend about the records that are alive, and leaves a verdict on each."
+
+    backend: Any
 
     def __call__(self, records: Sequence[Record]) -> Sequence[Record]:
         alive, name = [record for record in records if record.alive], self.backend.name
         answers = getattr(self.backend, self.name)(alive) if alive else []
-        if len(answers) != len(alive):
-            raise InputError(f"`backend` {name!r} has to answer {len(alive)} records but gave {len(answers)} answers.")
+        rule = f"`backend` {name!r} has to answer {len(alive)} records"
+        expect(len(answers) == len(alive), f"{rule} but gave {len(answers)} answers.")
         for record, answer in zip(alive, answers):
             failed = isinstance(answer, BackendError)
             reason, scores = (str(answer) or "no answer", {}) if failed else self._settle(record, answer)
@@ -208,7 +198,6 @@ class _Stage:
 class ScoreStage(_Stage):
     "Scores edits and drops the poor ones."
 
-    backend: Any
     name = "score"
     threshold: float = 0.5  # of the score "edit"
 
@@ -232,7 +221,6 @@ _FAULTS = dict(
 class GroundStage(_Stage):
     "Finds where the edit is and what it is about; drops tasks without a reference."
 
-    backend: Any
     name = "ground"
     threshold: float = 0.3  # of the confidence
 
@@ -249,7 +237,6 @@ class GroundStage(_Stage):
 class SegmentStage(_Stage):
     "Turns what was grounded into masks."
 
-    backend: Any
     name = "segment"
     smallest: float = 0.001  # share of the frame a subject has to cover
     largest: float = 0.8
@@ -261,11 +248,9 @@ class SegmentStage(_Stage):
         return "subject too large" if area > self.largest else "", dict(area=area)
 
 # %% ../nbs/02_quadruplets.ipynb #6d60a4f6
-@dataclass
 class SynthesizeStage(_Stage):
     "Makes the reference. An authentic one stays beside it as `authentic_reference`."
 
-    backend: Any
     name = "synthesize"
 
     def _settle(self, record, image):
@@ -277,7 +262,6 @@ class SynthesizeStage(_Stage):
 class VerifyStage(_Stage):
     "Checks references and drops the poor ones."
 
-    backend: Any
     name = "verify"
     consistency: float = 4.0  # at least, of 10
     quality: float = 3.0

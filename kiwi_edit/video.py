@@ -8,7 +8,7 @@ __all__ = ['VIDEO_SUFFIXES', 'IMAGE_SUFFIXES', 'as_frames', 'read_image', 'fit_s
            'VideoInfo', 'video_info', 'read_video', 'stream_video']
 
 # %% ../nbs/library/01_video.ipynb #2499f4c1
-import bisect, collections, contextlib, functools, io, itertools, logging, math, os, re, reprlib, tempfile, textwrap
+import bisect, collections, contextlib, functools, io, itertools, logging, math, os, re, reprlib, textwrap, uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,27 +20,18 @@ import av
 import numpy as np
 from fastcore.basics import patch
 from PIL import Image, ImageCms, ImageFilter, UnidentifiedImageError
-from .core import InputError, InputTypeError, check_local
+from .core import InputError, InputTypeError, check_local, expect
 
 # %% ../nbs/library/01_video.ipynb #3e28b775
 _logger = logging.getLogger(__name__)
 
 # %% ../nbs/library/01_video.ipynb #a7155192
 Image.init()
-_FORMATS = tuple(
-    name for name in ("PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF") if name in Image.OPEN
-)
+_FORMATS = tuple(name for name in "PNG JPEG MPO GIF WEBP BMP TIFF PPM AVIF".split() if name in Image.OPEN)
 _ANIMATED_FORMATS = ("GIF", "WEBP", "PNG", "AVIF")
 _ORIENTATION = 0x0112  # EXIF's tag, and what its values ask for
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
+_TURNS = {number: Image.Transpose[name] for number, name in enumerate(_TURNS, 2)}
 
 
 def _orientation(image):
@@ -71,33 +62,26 @@ def _to_srgb(image, profile):
 
 def _flatten(image):
     "An upright RGB image: EXIF rotation applied, colours in sRGB, transparency on white, 16 bits scaled to 8."
-    turn, profile, given = _TURNS.get(_orientation(image)), image.info.get("icc_profile"), image
+    turn, profile, clear = _TURNS.get(_orientation(image)), image.info.get("icc_profile"), image.has_transparency_data
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
         peak = values.max(initial=0)
-        if peak <= 1 and image.mode == "F":
-            scale = 255
-        else:
-            scale = 255 / 65535 if image.mode.startswith("I;16") or peak > 255 else 1
+        scale = 255 / 65535 if image.mode.startswith("I;16") or peak > 255 else 1
+        scale = 255 if image.mode == "F" and peak <= 1 else scale
         image = Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
     gray = image.mode in ("L", "LA", "La")
-    clear = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
     if clear:
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
     if clear or image.mode not in ("RGB", "L", "CMYK"):
         image = image.convert("L" if gray else "RGB")
-    if profile:
-        image = _to_srgb(image, profile)
-    elif image.mode != "RGB":
-        image = image.convert("RGB")
+    image = _to_srgb(image, profile) if profile else image.convert("RGB")
     if clear:
         image.putalpha(alpha)
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     if turn is not None:
         image = image.transpose(turn)
-    if image is not given:
-        image.info = {}  # what it said has been done
+    image.info = {}  # what it said has been done
     return image
 
 # %% ../nbs/library/01_video.ipynb #3003947f
@@ -122,34 +106,31 @@ def as_frames(
     if isinstance(frames, Image.Image):
         frames = [frames]
     if isinstance(frames, (list, tuple)):
-        if not frames:
-            raise InputError(f"`{name}` has to hold at least one frame but is empty.")
+        expect(frames, f"`{name}` has to hold at least one frame but is empty.")
         arrays = [f if isinstance(f, np.ndarray) else np.asarray(read_image(f, name)) for f in frames]
         shapes = sorted({a.shape for a in arrays})
-        if len(shapes) > 1:
-            raise InputError(f"`{name}` has to hold frames of one shape but has {', '.join(map(str, shapes[:4]))}.")
+        several = ", ".join(map(str, shapes[:4]))
+        expect(len(shapes) == 1, f"`{name}` has to hold frames of one shape but has {several}.")
         frames = np.stack(arrays)
         if frames.ndim == 3:
             frames = frames[..., None]
     frames = np.asarray(_as_array(frames) if hasattr(frames, "ndim") else frames)
-    if frames.ndim > 2 and frames.shape[-1] == 4:
-        where = "which `read_image` lays on white"
-        raise InputError(f"`{name}` has to be without transparency, {where}, but is {frames.shape}.")
+    rule = "be without transparency, which `read_image` lays on white,"
+    expect(frames.ndim < 3 or frames.shape[-1] != 4, f"`{name}` has to {rule} but is {frames.shape}.")
     if frames.ndim == 2 or frames.ndim == 3 and frames.shape[-1] == 3:
         frames = frames[None]
     if frames.ndim == 3:
         frames = frames[..., None]
-    if frames.ndim != 4 or frames.shape[-1] not in (1, 3) or 0 in frames.shape:
-        raise InputError(f"`{name}` has to be shaped (T, H, W, 3) with no empty axis but is {frames.shape}.")
+    fits = frames.ndim == 4 and frames.shape[-1] in (1, 3) and frames.size
+    expect(fits, f"`{name}` has to be shaped (T, H, W, 3) with no empty axis but is {frames.shape}.")
     if frames.shape[-1] == 1:
         frames = np.repeat(frames, 3, axis=-1)
     if np.issubdtype(frames.dtype, np.floating):
         low, high = float(frames.min()), float(frames.max())
-        if not (low >= -1e-3 and high <= 1 + 1e-3):
-            raise InputError(f"`{name}` of a float dtype has to lie in [0, 1] but spans [{low:.3g}, {high:.3g}].")
+        span = f"[{low:.3g}, {high:.3g}]"
+        expect(low >= -1e-3 and high <= 1 + 1e-3, f"`{name}` of a float dtype has to lie in [0, 1] but spans {span}.")
         frames = (frames.clip(0, 1) * 255).round().astype(np.uint8)
-    if frames.dtype != np.uint8:
-        raise InputError(f"`{name}` has to be uint8 or float but is {frames.dtype}.")
+    expect(frames.dtype == np.uint8, f"`{name}` has to be uint8 or float but is {frames.dtype}.")
     return frames
 
 # %% ../nbs/library/01_video.ipynb #ca56b1f1
@@ -158,8 +139,8 @@ def _existing(path, name="path"):
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"`{name}` has to be an existing file or folder but {str(path)!r} does not exist.")
-    if path.is_file() and path.stat().st_size == 0:
-        raise InputError(f"`{name}` has to be a file with content but {str(path)!r} is empty.")
+    filled = not path.is_file() or path.stat().st_size
+    expect(filled, f"`{name}` has to be a file with content but {str(path)!r} is empty.")
     return path
 
 
@@ -204,16 +185,13 @@ def read_image(
         image = io.BytesIO(image)
     elif isinstance(image, Path) or isinstance(image, str) and image:
         image = _existing(image, name)
-        if image.is_dir():
-            raise InputError(f"`{name}` has to be an image file but {str(image)!r} is a folder.")
+        expect(not image.is_dir(), f"`{name}` has to be an image file but {str(image)!r} is a folder.")
     elif not hasattr(image, "read"):
         kinds = "a path, bytes, a file, a picture of PIL, an array or a tensor"
         raise InputTypeError(f"`{name}` has to be an image: {kinds}, but is {reprlib.repr(image)}.")
     with _open_image(image, name) as opened:
-        if opened is None:
-            what = f"{_named(image)} is none"
-            raise InputError(f"`{name}` has to be an image ({', '.join(_FORMATS)}) but {what}.")
-        return _flatten(opened).copy()
+        expect(opened, f"`{name}` has to be an image ({', '.join(_FORMATS)}) but {_named(image)} is none.")
+        return _flatten(opened)
 
 
 def _from_array(array, name):
@@ -236,29 +214,15 @@ def fit_size(
 ) -> tuple:  # (width, height)
     "The size at which a source is edited: shrunk to `max_pixels`, never enlarged, rounded down to `multiple`."
     for name, value in dict(width=width, height=height, multiple=multiple).items():
-        if value < 1:
-            raise InputError(f"`{name}` has to be at least 1 but is {value}.")
-    if max_pixels < multiple**2:
-        raise InputError(f"`max_pixels` has to be at least multiple*multiple = {multiple**2} but is {max_pixels}.")
+        expect(value >= 1, f"`{name}` has to be at least 1 but is {value}.")
+    least = f"at least multiple*multiple = {multiple**2}"
+    expect(max_pixels >= multiple**2, f"`max_pixels` has to be {least} but is {max_pixels}.")
     if width * height > max_pixels:
         scale = math.sqrt(width * height / max_pixels)
         width, height = int(width / scale), int(height / scale)
     width, height = (max(multiple, side // multiple * multiple) for side in (width, height))
     longest = max_pixels // multiple**2 * multiple  # what is left when the other side is one multiple
-    if width == multiple:
-        height = min(height, longest)
-    elif height == multiple:
-        width = min(width, longest)
-    return width, height
-
-# %% ../nbs/library/01_video.ipynb #74db9cda
-def _cover_box(width, height, out_width, out_height):
-    "The centred part (left, top, right, bottom) of a source that has the shape of the output."
-    if height * out_width < out_height * width:
-        side = max(1, int(height / out_height * out_width))
-        return (width - side) // 2, 0, (width - side) // 2 + side, height
-    side = max(1, int(width / out_width * out_height))
-    return 0, (height - side) // 2, width, (height - side) // 2 + side
+    return min(width, longest), min(height, longest)
 
 # %% ../nbs/library/01_video.ipynb #d36d676c
 def _resize_training(image, width, height):
@@ -271,7 +235,13 @@ def _resize_training(image, width, height):
 
 def _resize_inference(image, width, height):
     "Cut out the centre, then resize it (bicubic)."
-    return image.crop(_cover_box(*image.size, width, height)).resize((width, height), Image.BICUBIC)
+    wide, high = image.size
+    if high * width < height * wide:
+        wide = max(1, int(high / height * width))
+    else:
+        high = max(1, int(wide / width * height))
+    left, top = (image.width - wide) // 2, (image.height - high) // 2
+    return image.crop((left, top, left + wide, top + high)).resize((width, height), Image.BICUBIC)
 
 
 _RESIZES = {
@@ -290,27 +260,24 @@ def _overlap(function, items, workers, ahead=None):
     "`function` of each item, in order; with `workers`, by so many threads, `ahead` of the reader (or as many) at most."
     if not workers:
         yield from map(function, items)
-    else:
-        with ThreadPoolExecutor(workers, "video") as pool:
-            waiting = collections.deque()
-            try:
-                for item in items:
-                    waiting.append(pool.submit(function, item))
-                    if len(waiting) > (ahead or workers):
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:
-                for task in waiting:
-                    task.cancel()
+        return
+    pool, waiting = ThreadPoolExecutor(workers, "video"), collections.deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > (ahead or workers):
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _check_resize(width, height, mode):
     "Raise unless frames can be resized so."
-    if mode not in _RESIZES:
-        raise InputError(f"`mode` has to be one of {', '.join(_RESIZES)} but is {mode!r}.")
-    if width < 1 or height < 1:
-        raise InputError(f"`width` and `height` have to be at least 1 but are {width} and {height}.")
+    expect(mode in _RESIZES, f"`mode` has to be one of {', '.join(_RESIZES)} but is {mode!r}.")
+    sides = f"{width} and {height}"
+    expect(width >= 1 and height >= 1, f"`width` and `height` have to be at least 1 but are {sides}.")
 
 # %% ../nbs/library/01_video.ipynb #a9d37d33
 def resize_frames(
@@ -337,8 +304,7 @@ def nearest_frame_count(
     n: int,  # frames there are
 ) -> int:  # the largest 4k+1 that is at most n
     "How many of `n` frames a causal video autoencoder can take: one, then groups of four."
-    if n < 1:
-        raise InputError(f"`n` has to be at least 1 frame but is {n}.")
+    expect(n >= 1, f"`n` has to be at least 1 frame but is {n}.")
     return (n - 1) // 4 * 4 + 1
 
 
@@ -347,10 +313,9 @@ def check_frame_count(
     name: str = "num_frames",  # what the error calls it
 ) -> int:
     "Raise unless a number of frames is 4k+1."
-    if num_frames < 1 or num_frames % 4 != 1:
-        lower = nearest_frame_count(max(1, num_frames))
-        near = f"the nearest are {lower} and {lower + 4}"
-        raise InputError(f"`{name}` has to be 4k+1 for this autoencoder but is {num_frames}; {near}.")
+    lower = nearest_frame_count(max(1, num_frames))
+    near = f"the nearest are {lower} and {lower + 4}"
+    expect(num_frames == lower, f"`{name}` has to be 4k+1 for this autoencoder but is {num_frames}; {near}.")
     return num_frames
 
 # %% ../nbs/library/01_video.ipynb #e73becae
@@ -374,8 +339,7 @@ class Clip:
 
     def __post_init__(self):
         self.frames = as_frames(self.frames)
-        if not (math.isfinite(self.fps) and self.fps > 0):
-            raise InputError(f"`fps` has to be a positive number but is {self.fps}.")
+        expect(0 < self.fps < math.inf, f"`fps` has to be a positive number but is {self.fps}.")
         if self.end is None:
             self.end = self.start + len(self.frames) / self.fps
 
@@ -441,7 +405,9 @@ class Strip:
     "A matplotlib figure that displays itself in a notebook without pyplot."
 
     def __new__(cls, *args, **kwargs):
-        return object.__new__(_drawable(cls))
+        from matplotlib.figure import Figure
+
+        return object.__new__(type(cls.__name__, (cls, Figure), {}))
 
     def _repr_png_(self):
         buffer, small = io.BytesIO(), io.BytesIO()
@@ -455,14 +421,6 @@ class Strip:
         with replacing(path, overwrite) as temporary:
             self.savefig(temporary, facecolor="white")
         return Path(path)
-
-
-@functools.lru_cache(maxsize=None)
-def _drawable(cls):
-    "`cls` joined with matplotlib's figure."
-    from matplotlib.figure import Figure
-
-    return type(cls.__name__, (cls, Figure), {})
 
 # %% ../nbs/library/01_video.ipynb #2bcc9985
 def _shown(frame, height):
@@ -483,13 +441,10 @@ def film_strip(
     "Frames side by side, one row for each entry."
     if not isinstance(rows, dict):
         rows = {"": rows}
-    if not rows:
-        raise InputError("`rows` has to hold at least one entry but is empty.")
-    if max_columns < 1:
-        raise InputError(f"`max_columns` has to be at least 1 but is {max_columns}.")
-    for label, frames in list(rows.items()):
-        frames = as_frames(read_image(frames) if isinstance(frames, (str, Path)) else frames)
-        rows = rows | {label: frames[sample_indices(len(frames), max_columns)]}
+    expect(rows, "`rows` has to hold at least one entry but is empty.")
+    expect(max_columns >= 1, f"`max_columns` has to be at least 1 but is {max_columns}.")
+    rows = {label: as_frames(read_image(f) if isinstance(f, (str, Path)) else f) for label, f in rows.items()}
+    rows = {label: f[sample_indices(len(f), max_columns)] for label, f in rows.items()}
     gap = 0.05  # inches
     longest = max((len(line) for label in rows for line in label.splitlines()), default=0)
     label_width = 0.08 * longest + 0.1 if longest else 0
@@ -517,16 +472,13 @@ def compare(
 ) -> np.ndarray:  # (T,H,W,3) uint8, H and T those of the first and the shortest
     "Clips side by side in one video, with four white pixels between them."
     arrays = [as_frames(clip) for clip in clips]
-    if len(arrays) < 2:
-        raise InputError(f"`clips` has to hold at least 2 but holds {len(arrays)}.")
+    expect(len(arrays) >= 2, f"`clips` has to hold at least 2 but holds {len(arrays)}.")
     count, height = min(map(len, arrays)), arrays[0].shape[1]
-    parts = []
+    gap, parts = np.full((count, height, 4, 3), 255, np.uint8), []
     for array in arrays:
-        if parts:
-            parts.append(np.full((count, height, 4, 3), 255, np.uint8))
         width = max(1, round(array.shape[2] * height / array.shape[1]))
-        parts.append(resize_frames(array[:count], width, height, mode="stretch"))
-    return np.concatenate(parts, axis=2)
+        parts += [resize_frames(array[:count], width, height, mode="stretch"), gap]
+    return np.concatenate(parts[:-1], axis=2)
 
 # %% ../nbs/library/01_video.ipynb #2605a644
 # Containers that may be opened. Playlists, which open further files or addresses, and text art are not among them.
@@ -541,7 +493,7 @@ _MAX_CLIP_BYTES = 4 * 2**30  # more than this in one array is refused
 
 # %% ../nbs/library/01_video.ipynb #cee36454
 @contextlib.contextmanager
-def _open_video(path, name="path"):
+def _open_video(path):
     "Open a video file with PyAV; yields the container and the video stream that a player would show."
     try:
         container = av.open(
@@ -553,16 +505,15 @@ def _open_video(path, name="path"):
         raise
     except (av.error.FFmpegError, ValueError) as error:
         what = f"{str(path)!r} is none that can be decoded ({_reason(error)})"
-        raise InputError(f"`{name}` has to be a video, an image or a folder of images but {what}.") from error
+        raise InputError(f"`path` has to be a video, an image or a folder of images but {what}.") from error
     with container:
-        if container.metadata.get("major_brand", "").strip() in _PHOTO_BRANDS:  # FFmpeg would give its first tile
-            what = f"{str(path)!r} is a HEIF photo; export it as JPEG"
-            raise InputError(f"`{name}` has to be a video or an image ({', '.join(_FORMATS)}) but {what}.")
+        photo = container.metadata.get("major_brand", "").strip() in _PHOTO_BRANDS  # FFmpeg would give its first tile
+        what = f"{str(path)!r} is a HEIF photo; export it as JPEG"
+        expect(not photo, f"`path` has to be a video or an image ({', '.join(_FORMATS)}) but {what}.")
         cover = av.stream.Disposition.attached_pic
         known = [s for s in container.streams.video if s.codec_context is not None and s.width and s.height]
         streams = [s for s in known if not s.disposition & cover]
-        if not streams:
-            raise InputError(f"`{name}` has to hold pictures but {str(path)!r} has no video stream with a known codec.")
+        expect(streams, f"`path` has to hold pictures but {str(path)!r} has no video stream with a known codec.")
         yield container, _default(streams)
 
 # %% ../nbs/library/01_video.ipynb #546b85f2
@@ -580,11 +531,6 @@ class _Index:
     @property
     def frames(self):
         return len(self.shown) if self.shown else self.count
-
-
-def _container(container):
-    "Short name of a container format."
-    return container.format.name.split(",")[0]
 
 
 def _usual(rate):
@@ -622,33 +568,27 @@ def _steady(times, end, rates, tick):
 
 def _index(container, stream):
     "Scan all packets of `stream`."
-    stamps, keys, count, plain, key = {}, [], 0, True, None  # a stamp, and how long its picture is shown
+    stamps, keys, count, plain = {}, [-math.inf], 0, True  # a stamp, and how long its picture is shown
     for packet in container.demux(stream):
-        if packet.size == 0:
-            continue
-        count += not packet.is_discard  # else it is wanted decoded but not shown
-        plain = plain and not packet.is_discard and (key is None or packet.pts is None or packet.pts >= key)
-        if packet.pts is None:
-            stamps = None
-        if stamps is None:
-            continue
-        if packet.is_keyframe:
-            keys.append(key := packet.pts)
-        if not packet.is_discard:
-            stamps[packet.pts] = packet.duration or 0
-    times, rates = sorted(stamps or []), [_exact(rate) for rate in (stream.average_rate, stream.guessed_rate) if rate]
+        if packet.size:
+            plain = plain and not packet.is_discard and (packet.pts is None or packet.pts >= keys[-1])
+            if packet.is_keyframe and packet.pts is not None:
+                keys.append(packet.pts)
+            if not packet.is_discard:  # else it is wanted decoded but not shown
+                count += 1
+                stamps[packet.pts] = packet.duration or 0
+    times = [] if None in stamps or len(stamps) != count else sorted(stamps)
+    rates = [_exact(rate) for rate in (stream.average_rate, stream.guessed_rate) if rate]
     shown, rate = None, rates[-1] if rates else Fraction(Clip.fps)
-    if times and len(times) == count:
+    if times:
         seconds = [float(time * stream.time_base) for time in times]
         longest = max((after - before for before, after in zip(seconds, seconds[1:])), default=0)
         until = ((container.start_time or 0) + (container.duration or 0)) / av.time_base
-        rest = until - seconds[-1]  # from the last picture on
-        last = max(float(stamps[times[-1]] * stream.time_base), min(rest, longest))
-        if longest < 10 or _container(container) != "mpegts":  # there it is a jump of the clock
-            if last <= 0:
-                last = float(1 / rate)
-            rate, shown = _steady(seconds, seconds[-1] + last, rates, stream.time_base)
-    if len(times) != count or _container(container) not in _TIMED_CONTAINERS:
+        last = max(float(stamps[times[-1]] * stream.time_base), min(until - seconds[-1], longest))
+        if longest < 10 or container.format.name != "mpegts":  # there it is a jump of the clock
+            end = seconds[-1] + (last if last > 0 else float(1 / rate))
+            rate, shown = _steady(seconds, end, rates, stream.time_base)
+    if not container.format.name.startswith(_TIMED_CONTAINERS):
         times = []
     positions = sorted({bisect.bisect_left(times, key) for key in keys if times and key >= times[0]})
     return _Index(count, rate, shown, times, positions, plain and bool(times) and not shown)
@@ -744,42 +684,36 @@ def _progressive(frame):
 _PLAIN_PIXELS = ("yuv420p", "yuvj420p", "yuv422p", "yuv444p")
 
 
-@dataclass(frozen=True)
 class _Look:
     "How the decoded frames of a clip become upright RGB."
 
-    matrix: int  # for frames that don't say theirs
-    tones: tuple | None  # (transfer, primaries) where they aren't those of sRGB
-    width: int  # with square pixels, before it is turned
-    height: int
-    mirrored: bool
-    turns: int  # by 90 degrees, counterclockwise, after it is mirrored
-    plain: bool  # as any decoder gives it
-
-    @classmethod
-    def of(cls, path, stream, frame):  # decoded, from that stream
+    def __init__(self, path, stream, frame):  # the first that is decoded of that stream
         context, sides = stream.codec_context, {side.type.name: side for side in frame.side_data}
         a, b, _, c, d = 1, 0, 0, 0, 1  # x becomes ax + cy, y becomes bx + dy
         if "DISPLAYMATRIX" in sides:
             a, b, _, c, d = np.frombuffer(bytes(sides["DISPLAYMATRIX"]), "=i4")[:5].tolist()
-        mirrored = a * d < b * c
-        turns = -round(math.atan2(-b if mirrored else b, -a if mirrored else a) / (math.pi / 2)) % 4
+        self.mirrored = mirrored = a * d < b * c
+        # by 90 degrees, counterclockwise, after it is mirrored
+        self.turns = -round(math.atan2(-b if mirrored else b, -a if mirrored else a) / (math.pi / 2)) % 4
         matrix, primaries, transfer = frame.colorspace, context.color_primaries, context.color_trc
-        if not (frame.format.is_rgb or frame.format.has_palette) and matrix not in (0, 2, 3, *_MATRICES):
-            what = f"{str(path)!r} has those of matrix {matrix} of H.273"
-            raise InputError(f"`path` has to have colours that FFmpeg converts to RGB but {what}.")
+        known = frame.format.is_rgb or frame.format.has_palette or matrix in (0, 2, 3, *_MATRICES)
+        what = f"{str(path)!r} has those of matrix {matrix} of H.273"
+        expect(known, f"`path` has to have colours that FFmpeg converts to RGB but {what}.")
         if primaries == 2 and (matrix == 9 or transfer in (_HLG, _PQ)):
             primaries = 9
-        tones = (transfer, primaries) if primaries in _WIDE or transfer in (_HLG, _PQ) else None
-        guess = 9 if primaries == 9 else 1 if frame.height >= 720 else 5  # as players do
-        ratio, width, height = float(stream.sample_aspect_ratio or 1), frame.width, frame.height
+        # where they aren't those of sRGB
+        self.tones = (transfer, primaries) if primaries in _WIDE or transfer in (_HLG, _PQ) else None
+        # for frames that don't say theirs, as players do
+        self.matrix = 9 if primaries == 9 else 1 if frame.height >= 720 else 5
+        ratio = float(stream.sample_aspect_ratio or 1)
         if ratio > 16 or ratio < 1 / 16 or 0.995 < ratio < 1.005:
             ratio = 1  # no camera's
-        width, height = round(width * max(1, ratio)), round(height / min(1, ratio))
-        plain = frame.format.name in _PLAIN_PIXELS and (width, height) == (frame.width, frame.height)
-        plain = plain and not (tones or mirrored or turns or frame.interlaced_frame)
-        plain = plain and len(stream.container.streams.video) == 1 and (matrix in _MATRICES or guess == 5)
-        return cls(guess, tones, width, height, mirrored, turns, plain)
+        # with square pixels, before it is turned
+        self.width, self.height = round(frame.width * max(1, ratio)), round(frame.height / min(1, ratio))
+        plain = frame.format.name in _PLAIN_PIXELS and (self.width, self.height) == (frame.width, frame.height)
+        plain = plain and not (self.tones or mirrored or self.turns or frame.interlaced_frame)
+        plain = plain and len(stream.container.streams.video) == 1 and (matrix in _MATRICES or self.matrix == 5)
+        self.plain = plain  # as any decoder gives it
 
     @property
     def size(self):
@@ -789,9 +723,11 @@ class _Look:
         "The picture, (H,W,3) uint8."
         if frame.interlaced_frame:
             frame = _progressive(frame)
-        matrix = None if frame.format.is_rgb or frame.colorspace in _MATRICES else self.matrix
-        pixels = frame.to_ndarray(format="rgba" if _clear(frame) else "rgb24", src_colorspace=matrix)
-        if self.tones or _clear(frame) or pixels.shape[:2] != (self.height, self.width):
+        kind = frame.format
+        clear = kind.has_palette or any(part.is_alpha for part in kind.components)
+        matrix = None if kind.is_rgb or frame.colorspace in _MATRICES else self.matrix
+        pixels = frame.to_ndarray(format="rgba" if clear else "rgb24", src_colorspace=matrix)
+        if self.tones or clear or pixels.shape[:2] != (self.height, self.width):
             image = Image.fromarray(pixels)
             if self.tones:
                 image = image.filter(_tones(*self.tones))
@@ -801,58 +737,40 @@ class _Look:
             pixels = np.asarray(image)
         return np.rot90(pixels[:, ::-1] if self.mirrored else pixels, self.turns)
 
-
-def _clear(frame):
-    "Whether a frame has transparency."
-    kind = frame.format
-    return kind.has_palette or any(part.is_alpha for part in kind.components)
-
-
-def _first_look(path):
-    "A `_Look`, made from the first frame that decodes."
-    with _open_video(path) as (container, stream):
-        for frame in _decode(container, stream, _decoder(stream)):
-            return _Look.of(path, stream, frame)
-    raise InputError(f"`path` has to hold at least one frame but none of {str(path)!r} can be decoded.")
-
 # %% ../nbs/library/01_video.ipynb #a6a52055
 @contextlib.contextmanager
 def replacing(
     path,  # file that is to be written
     overwrite: bool = False,  # whether it may exist already
-    name: str = "path",  # what errors call it
 ):
     "A temporary path beside `path` that takes its place when the block ends well, and disappears when it does not."
     path = Path(path).expanduser()
 
     def check():
         if path.exists() and not overwrite:
-            raise FileExistsError(f"`{name}` has to be a new file unless overwrite is set but {str(path)!r} exists.")
+            raise FileExistsError(f"`path` has to be a new file unless overwrite is set but {str(path)!r} exists.")
 
-    if path.is_dir():
-        raise InputError(f"`{name}` has to be a file but {str(path)!r} is a folder.")
+    expect(not path.is_dir(), f"`path` has to be a file but {str(path)!r} is a folder.")
     check()
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"`{name}` has to be in an existing folder but {str(path.parent)!r} does not exist.")
+        raise FileNotFoundError(f"`path` has to be in an existing folder but {str(path.parent)!r} does not exist.")
+    temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
     try:
-        handle, temporary = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
+        temporary.touch()
     except OSError as error:
         what = f"{str(path.parent)!r} cannot: {_reason(error)}"
-        raise PermissionError(f"`{name}` has to be in a folder that can be written but {what}.") from error
-    os.close(handle)
-    temporary = Path(temporary)
+        raise PermissionError(f"`path` has to be in a folder that can be written but {what}.") from error
+    mode = temporary.stat().st_mode & 0o777
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        temporary.chmod(mode)  # some writers make their file again, for its owner alone
         check()
         os.replace(temporary, path)
     except FileExistsError:
         raise
     except OSError as error:
         what = f"{str(path)!r} could not be written: {_reason(error)}"
-        raise InputError(f"`{name}` has to be on a disk that takes the whole file but {what}.") from error
+        raise InputError(f"`path` has to be on a disk that takes the whole file but {what}.") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -919,23 +837,20 @@ def _clips(frames):
         for clip in frames if isinstance(frames, Iterator) else [frames]:
             clip = Clip(clip, getattr(clip, "fps", Clip.fps))
             size = size or (clip.width, clip.height)
-            if size != (clip.width, clip.height):
-                both = f"{size[0]}x{size[1]}, then {clip.width}x{clip.height}"
-                raise InputError(f"`frames` have to be of one size but are {both}.")
+            both = f"{size[0]}x{size[1]}, then {clip.width}x{clip.height}"
+            expect(size == (clip.width, clip.height), f"`frames` have to be of one size but are {both}.")
             yield clip
     except OSError as error:
         what = f"{type(error).__name__}: {_reason(error)}"
         raise InputError(f"`frames` have to come to their end but stop with {what}.") from error
-    if size is None:
-        raise InputError("`frames` has to hold at least one frame but is empty.")
+    expect(size, "`frames` has to hold at least one frame but is empty.")
 
 # %% ../nbs/library/01_video.ipynb #42d5ad64
-def _write_h264(path, clips, fps, span, crf):
-    "Encode clips, and the sound of `span`, for a browser."
-    rate, first = Fraction(fps).limit_denominator(1001), next(clips)
-    width, height, count = first.width, first.height, 0
-    if max(width, height) > 16384:
-        raise InputError(f"`frames` have to be at most 16384 pixels wide and high for H.264 but are {width}x{height}.")
+def _write_h264(path, frames, width, height, fps, span, crf):
+    "Encode frames, and the sound of `span`, for a browser."
+    rate, count, size = Fraction(fps).limit_denominator(1001), 0, f"{width}x{height}"
+    fits = max(width, height) <= 16384
+    expect(fits, f"`frames` have to be at most 16384 pixels wide and high for H.264 but are {size}.")
     with av.open(os.path.abspath(path), "w", format="mp4", options=dict(movflags="+faststart")) as output:
         options = dict(crf=str(crf), preset="medium")
         if width * height <= 640 * 480:  # x264's assembler decides by what lies in memory beside a picture
@@ -947,7 +862,7 @@ def _write_h264(path, clips, fps, span, crf):
         context.colorspace, context.color_range, context.color_primaries, context.color_trc = 6, 1, 1, 1
         context.thread_type = "FRAME"  # whole frames at a time, as x264 does by itself; PyAV would cut each into slices
         track = _Track(output, output.add_stream("aac", rate=48000, layout="stereo"), span) if span else None
-        for frame in itertools.chain.from_iterable(clip.frames for clip in itertools.chain([first], clips)):
+        for frame in frames:
             even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")  # 2x2 pixels have one colour
             picture = av.VideoFrame.from_ndarray(even, format="rgb24")
             picture.pts, picture.time_base, count = count, 1 / rate, count + 1
@@ -962,11 +877,11 @@ def _write_h264(path, clips, fps, span, crf):
             raise OSError(f"{written} of {count} frames arrived on the disk")
 
 # %% ../nbs/library/01_video.ipynb #f5e738c6
-def _write_gif(path, clips, fps):
+def _write_gif(path, frames, fps):
     "An endless GIF; its format counts time in hundredths of a second."
 
     def images():
-        for i, frame in enumerate(itertools.chain.from_iterable(clip.frames for clip in clips)):
+        for i, frame in enumerate(frames):
             image = Image.fromarray(frame).quantize(256, method=Image.Quantize.MEDIANCUT)
             hundredths = round((i + 1) * 100 / fps) - round(i * 100 / fps)
             image.info["duration"] = 10 * max(2, hundredths)  # browsers slow down what is shorter than 20 ms
@@ -991,26 +906,23 @@ def write_video(
     "Write frames as a file that plays in a browser; it appears when it is complete, or not at all."
     path = Path(path).expanduser()
     suffix, known = path.suffix.lower(), (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
-    if suffix not in known:
-        raise InputError(f"`path` has to end in {', '.join(known)} but is {str(path)!r}.")
+    expect(suffix in known, f"`path` has to end in {', '.join(known)} but is {str(path)!r}.")
     if fps is None and not isinstance(frames, Iterator):
         fps = getattr(frames, "fps", Clip.fps)
-    if fps is not None and not (math.isfinite(fps := float(fps)) and 0.01 <= fps <= 1000):
-        raise InputError(f"`fps` has to be from 0.01 to 1000 but is {fps}.")
-    if not 0 <= crf <= 51:
-        raise InputError(f"`crf` has to be from 0 to 51 but is {crf}.")
+    expect(fps is None or 0.01 <= fps <= 1000, f"`fps` has to be from 0.01 to 1000 but is {fps}.")
+    expect(0 <= crf <= 51, f"`crf` has to be from 0 to 51 but is {crf}.")
     span = _audio_span(audio_from)
     with replacing(path, overwrite) as temporary:
         clips = _clips(frames)
-        if fps is None:
-            first = next(clips)
-            clips, fps = itertools.chain([first], clips), min(max(first.fps, 0.01), 1000.0)
-        if suffix == ".gif":
-            _write_gif(temporary, clips, fps)
-        elif suffix in IMAGE_SUFFIXES:
-            next(clips)[0].save(temporary, quality=95)
+        first = next(clips)
+        fps = float(min(max(first.fps, 0.01), 1000) if fps is None else fps)
+        every = (frame for clip in itertools.chain([first], clips) for frame in clip.frames)
+        if suffix in IMAGE_SUFFIXES:
+            first[0].save(temporary, quality=95)
+        elif suffix == ".gif":
+            _write_gif(temporary, every, fps)
         else:
-            _write_h264(temporary, clips, fps, span, crf)
+            _write_h264(temporary, every, first.width, first.height, fps, span, crf)
     return path
 
 # %% ../nbs/library/01_video.ipynb #1249b4c6
@@ -1053,8 +965,7 @@ def _folder_images(path):
     "The images of a folder in natural order."
     suffixes = {s for s, name in Image.registered_extensions().items() if name in _FORMATS}
     files = [f for f in path.iterdir() if f.is_file() and f.suffix.lower() in suffixes and not f.name.startswith(".")]
-    if not files:
-        raise InputError(f"`path` has to be a folder with at least one image but {str(path)!r} has none.")
+    expect(files, f"`path` has to be a folder with at least one image but {str(path)!r} has none.")
     natural = lambda f: [int(part) if part.isdigit() else part.lower() for part in re.split(r"(\d+)", f.name)]
     return sorted(files, key=natural)
 
@@ -1071,9 +982,12 @@ def _inspect(path):
                 index, kind = _animation(image), image.format.lower()
                 size = image.size[::-1] if _orientation(image) >= 5 else image.size
         if image is None:
-            look = _first_look(path)
             with _open_video(path) as (container, stream):
-                index, size, kind = _index(container, stream), look.size, _container(container)
+                frame = next(_decode(container, stream, _decoder(stream)), None)
+                expect(frame, f"`path` has to hold at least one frame but none of {str(path)!r} can be decoded.")
+                look = _Look(path, stream, frame)
+            with _open_video(path) as (container, stream):
+                index, size, kind = _index(container, stream), look.size, container.format.name.split(",")[0]
                 sound = _sound(container) is not None
     seconds = float(index.frames / index.rate)
     return VideoInfo(index.frames, float(index.rate), *size, seconds, sound, kind), index, look
@@ -1092,11 +1006,11 @@ def _frames_video(path, indices, index):
         decoder, times, keys = _decoder(stream), index.times, index.keys
         decoder.thread_type, decoder.thread_count = "AUTO", _cores()
         sparse = times and decoder.name == "h264" and len(indices) < indices[-1] - indices[0] + 1
-        stamps = {times[i] for i in indices if i < len(times)} if sparse else None
-        frames, position, last = _decode(container, stream, decoder, stamps), -1, None
+        stamps = {times[i] for i in indices} if sparse else None
+        frames, position = _decode(container, stream, decoder, stamps), -1
         for wanted in indices:
             key = keys[bisect.bisect_right(keys, wanted) - 1] if keys and keys[0] <= wanted else -1
-            if times and wanted < len(times) and key > position + 1:
+            if key > position + 1:
                 container.seek(times[key], stream=stream, backward=True)
                 decoder.flush_buffers()
                 frames = _decode(container, stream, decoder, stamps)
@@ -1110,10 +1024,8 @@ def _frames_video(path, indices, index):
                     position = bisect.bisect_left(times, frame.pts)
                 else:
                     position += 1
-                last = frame
-            if position != wanted:
-                continue  # lost to damage
-            yield wanted, last
+            if position == wanted:  # else it is lost to damage
+                yield wanted, frame
 
 # %% ../nbs/library/01_video.ipynb #decd0002
 def _frames_decord(path, indices):
@@ -1136,8 +1048,7 @@ def _frames_image(path, indices, index):
     "Yield (number, picture or path of one) from an animated image or a folder."
     if path.is_dir():
         files = _folder_images(path)
-        for wanted in indices:
-            yield wanted, files[wanted]
+        yield from ((wanted, files[wanted]) for wanted in indices)
         return
     with _open_image(path) as image:
         for wanted in indices:
@@ -1145,17 +1056,23 @@ def _frames_image(path, indices, index):
             yield wanted, np.asarray(_flatten(image))
 
 # %% ../nbs/library/01_video.ipynb #53b7be19
-@dataclass
 class _Request:
     "The wanted frames of a file: checked when this is made, decoded when they are asked for."
 
-    path: Path
-    wanted: list  # numbers of frames, ascending
-    size: tuple | None
-    mode: str
-    info: VideoInfo
-    index: _Index
-    look: _Look | None
+    def __init__(self, path, num_frames, indices, size, mode):
+        self.path, self.size, self.mode, self.chosen = _existing(path), size, mode, indices is not None
+        least = num_frames is None or num_frames >= 1
+        expect(least, f"`num_frames` has to be at least 1 but is {num_frames}.")
+        if size:
+            _check_resize(*size, mode)
+        self.info, self.index, self.look = _inspect(self.path)  # the last of a video alone
+        count = self.info.frames
+        wanted = [int(i) for i in indices] if self.chosen else list(range(count))[:num_frames]
+        expect(wanted, "`indices` have to hold at least one frame but are empty.")
+        fine = wanted == sorted(set(wanted)) and 0 <= wanted[0] and wanted[-1] < count
+        expect(fine, f"`indices` have to ascend from 0 to at most {count - 1} but are {reprlib.repr(wanted)}.")
+        width, height = size or (self.info.width, self.info.height)
+        self.wanted, self.shape = wanted, (height, width, 3)
 
     def at_once(self):
         "The wanted frames by decord, (T, H, W, 3); None where PyAV has to read them."
@@ -1180,16 +1097,22 @@ class _Request:
             picture = np.asarray(read_image(picture))
         elif self.look:
             picture = self.look(picture)
-        return number, resize_frames(picture[None], *self.size, mode=self.mode)[0] if self.size else picture
+        if self.size:
+            picture = resize_frames(picture[None], *self.size, mode=self.mode)[0]
+        (height, width, _), (high, wide, _) = self.shape, picture.shape
+        what = f"{str(self.path)!r} has {width}x{height} and, at frame {number}, {wide}x{high}; pass `size`"
+        expect(picture.shape == self.shape, f"`path` has to hold pictures of one size but {what}.")
+        return number, picture
 
     def check(self, found):
-        "Raise where no wanted frame decodes, warn where some do not."
-        if not found:
-            what = f"none of those wanted from {str(self.path)!r} can be decoded"
-            raise InputError(f"`path` has to hold at least one frame but {what}.")
-        if found < len(self.wanted):
+        "Raise where no wanted frame decodes, or not all that were chosen; warn where some do not."
+        what = f"none of those wanted from {str(self.path)!r} can be decoded"
+        expect(found, f"`path` has to hold at least one frame but {what}.")
+        if missing := sorted(set(self.wanted) - set(found)):
+            what = f"{len(missing)} of {str(self.path)!r} do not, the first is {missing[0]}"
+            expect(not self.chosen, f"`indices` have to be frames that decode but {what}.")
             words = "%s is damaged: %d of the %d wanted frames decode."
-            _logger.warning(words, self.path, found, len(self.wanted))
+            _logger.warning(words, self.path, len(found), len(self.wanted))
 
     def clip(self, frames, found, fps):
         "Frames of the numbers `found` as a clip that knows its seconds."
@@ -1198,36 +1121,13 @@ class _Request:
         return Clip(frames, fps, self.path, start, end)
 
 
-def _gather(pictures, count, path, shape=None):
-    "At most `count` pictures in one array; `shape` is that of those before."
-    frames, found = None, []
-    for wanted, picture in itertools.islice(pictures, count):
-        shape = shape or picture.shape
-        if picture.shape != shape:
-            both = f"{shape[1]}x{shape[0]} and, at frame {wanted}, {picture.shape[1]}x{picture.shape[0]}"
-            raise InputError(f"`path` has to hold pictures of one size but {str(path)!r} has {both}; pass `size`.")
-        if frames is None:
-            frames = np.empty((count, *shape), np.uint8)
+def _gather(pictures, count, shape):
+    "At most `count` pictures of one shape in an array, and their numbers."
+    frames, found = np.empty((count, *shape), np.uint8), []
+    for number, picture in itertools.islice(pictures, count):
         frames[len(found)] = picture
-        found.append(wanted)
-    return (frames[: len(found)] if found else None), found
-
-# %% ../nbs/library/01_video.ipynb #da6ef641
-def _request(path, num_frames, indices, size, mode):
-    "What is wanted of a file, checked."
-    path = _existing(path)
-    if num_frames is not None and num_frames < 1:
-        raise InputError(f"`num_frames` has to be at least 1 but is {num_frames}.")
-    if size:
-        _check_resize(*size, mode)
-    info, index, look = _inspect(path)
-    wanted = list(range(info.frames))[:num_frames] if indices is None else [int(i) for i in indices]
-    if not wanted:
-        raise InputError("`indices` have to hold at least one frame but are empty.")
-    if wanted != sorted(set(wanted)) or not 0 <= wanted[0] <= wanted[-1] < info.frames:
-        few = f"{wanted[:8]}{'...' if len(wanted) > 8 else ''}"
-        raise InputError(f"`indices` have to ascend from 0 to at most {info.frames - 1} but are {few}.")
-    return _Request(path, wanted, size, mode, info, index, look)
+        found.append(number)
+    return frames[: len(found)], found
 
 # %% ../nbs/library/01_video.ipynb #32036dc2
 def read_video(
@@ -1238,23 +1138,20 @@ def read_video(
     mode: str = "training",  # how, see `resize_frames`
 ) -> Clip:
     "Decode the wanted frames of a file as a player shows them, and no others."
-    asked = _request(path, num_frames, indices, size, mode)
-    info, wanted = asked.info, asked.wanted
-    width, height = size or (info.width, info.height)
-    if (total := len(wanted) * width * height * 3) > _MAX_CLIP_BYTES:
-        what = f"{len(wanted)} frames of {width}x{height} take {total / 2**30:.1f}"
-        how = "pass fewer frames or a smaller `size`, or use `stream_video`"
-        raise InputError(f"`num_frames` has to keep a clip below {_MAX_CLIP_BYTES / 2**30:.0f} GiB but {what}; {how}.")
-    frames, found = asked.at_once(), wanted
+    asked = _Request(path, num_frames, indices, size, mode)
+    fps, count, (height, width, _) = asked.info.fps, len(asked.wanted), asked.shape
+    total, most = count * width * height * 3, _MAX_CLIP_BYTES
+    rule = f"keep a clip below {most / 2**30:.0f} GiB"
+    what = f"{count} frames of {width}x{height} take {total / 2**30:.1f}"
+    how = "pass fewer frames or a smaller `size`, or use `stream_video`"
+    expect(total <= most, f"`num_frames` has to {rule} but {what}; {how}.")
+    frames, found = asked.at_once(), asked.wanted
     if frames is None:
         with contextlib.closing(asked.pictures()) as pictures:
-            frames, found = _gather(pictures, len(wanted), asked.path)
-    if found and len(found) < len(wanted) and indices is not None:
-        missing = sorted(set(wanted) - set(found))
-        what = f"{len(missing)} of {str(asked.path)!r} do not, the first is {missing[0]}"
-        raise InputError(f"`indices` have to be frames that decode but {what}.")
-    asked.check(len(found))
-    fps = info.fps if len(found) == 1 else info.fps * (len(found) - 1) / (found[-1] - found[0])
+            frames, found = _gather(pictures, count, asked.shape)
+    asked.check(found)
+    if len(found) > 1:
+        fps = fps * (len(found) - 1) / (found[-1] - found[0])
     return asked.clip(frames, found, fps)
 
 # %% ../nbs/library/01_video.ipynb #18e5f7c6
@@ -1263,23 +1160,21 @@ _CHUNK, _AHEAD = 16, 2  # frames of a clip, and clips that are made before they 
 
 def _stream(asked):
     "Wanted frames as clips."
-    found, shape = 0, None
+    found = []
     with contextlib.closing(asked.pictures()) as pictures:
-        while found < len(asked.wanted):
-            frames, numbers = _gather(pictures, min(_CHUNK, len(asked.wanted) - found), asked.path, shape)
-            if frames is None:
-                break
-            found, shape = found + len(frames), frames.shape[1:]
-            yield asked.clip(frames, numbers, asked.info.fps)
+        for start in range(0, len(asked.wanted), _CHUNK):
+            frames, numbers = _gather(pictures, min(_CHUNK, len(asked.wanted) - start), asked.shape)
+            if numbers:
+                found += numbers
+                yield asked.clip(frames, numbers, asked.info.fps)
     asked.check(found)
 
 
 def _made_ahead(clips):
     "The clips of a generator, made by a thread; closing this one closes that."
-    with contextlib.closing(clips):
-        made = _overlap(lambda _: next(clips, None), itertools.repeat(None), workers=1, ahead=_AHEAD)
-        with contextlib.closing(made):
-            yield from itertools.takewhile(lambda clip: clip is not None, made)
+    made = _overlap(lambda _: next(clips, None), itertools.repeat(None), workers=1, ahead=_AHEAD)
+    with contextlib.closing(clips), contextlib.closing(made):
+        yield from itertools.takewhile(lambda clip: clip is not None, made)
 
 # %% ../nbs/library/01_video.ipynb #e1b940d7
 def stream_video(
@@ -1289,4 +1184,4 @@ def stream_video(
     mode: str = "training",  # how, see `resize_frames`
 ) -> Iterator:  # of `Clip`, of 16 frames but for the last
     "The frames of `read_video` as a stream of short clips, decoded by a thread while the reader works."
-    return _made_ahead(_stream(_request(path, num_frames, None, size, mode)))
+    return _made_ahead(_stream(_Request(path, num_frames, None, size, mode)))

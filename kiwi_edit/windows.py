@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from .core import InputError
+from .core import expect
 
 # %% auto #0
 __all__ = ['ramp', 'Window', 'latent_windows', 'denoise_windows']
@@ -56,14 +56,12 @@ def latent_windows(
     spans = []
     for length, side, shared, unit in zip(shape, size, overlap, (1, multiple, multiple)):
         side = min(side, length)
-        if side < length and not 0 <= shared < side:
-            raise InputError(f"`overlap` has to be from 0 to below the window's {side} but is {shared}.")
-        count = 1 if side == length else math.ceil((length - shared) / (side - shared))
-        shared, span = shared if count > 1 else 0, []
-        for i in range(count):
-            start = round(i * (length - side) / max(count - 1, 1) / unit) * unit
-            span.append((slice(start, start + side), ramp(side, shared, i == 0, i == count - 1)))
-        spans.append(span)
+        fits = side == length or 0 <= shared < side
+        expect(fits, f"`overlap` has to be from 0 to below the window's {side} but is {shared}.")
+        last = 0 if side == length else math.ceil((length - side) / (side - shared))
+        starts = [round(i * (length - side) / max(last, 1) / unit) * unit for i in range(last + 1)]
+        ramps = [ramp(side, shared, i == 0, i == last) for i in range(last + 1)]
+        spans.append([(slice(start, start + side), weight) for start, weight in zip(starts, ramps)])
     windows = []
     for (f, wf), (y, wy), (x, wx) in itertools.product(*spans):
         windows.append(Window(f, y, x, torch.minimum(torch.minimum(wf[:, None, None], wy[:, None]), wx)))

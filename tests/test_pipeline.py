@@ -109,6 +109,14 @@ def test_a_matte_of_groups_of_frames():
     assert np.argwhere(found == 200).tolist() == [[t, 0, 5] for t in (1, 2, 3, 4)] and found.sum() == 800
 
 
+@pytest.mark.parametrize("channels,size", [(1, (4, 6)), (16, (4, 6)), (4, (4, 8)), (4, (5, 6))])
+def test_a_matte_has_a_channel_for_each_pixel_of_a_place(channels, size):
+    frames, height, width = np.zeros((1, 9, *size, 3), np.uint8), *size
+    rule = f"`matte` has to have 2x2 channels for frames of {width}x{height} pixels and latents of 3x2 places but has"
+    with pytest.raises(InputError, match=f"{rule} {channels}"):
+        composite(frames, frames, torch.zeros(1, channels, 3, 2, 3))
+
+
 def test_everything_given_changes_the_result(pipe):
     base = edit(pipe)
     assert torch.equal(base, edit(pipe))
