@@ -109,7 +109,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'kiwi_edit/apps/demo.py'),
                                      'kiwi_edit.apps.demo._Pace': ('library/demo.html#_pace', 'kiwi_edit/apps/demo.py'),
                                      'kiwi_edit.apps.demo._Pace.__call__': ('library/demo.html#_pace.__call__', 'kiwi_edit/apps/demo.py'),
-                                     'kiwi_edit.apps.demo._Pace._left': ('library/demo.html#_pace._left', 'kiwi_edit/apps/demo.py'),
                                      'kiwi_edit.apps.demo._Stopped': ('library/demo.html#_stopped', 'kiwi_edit/apps/demo.py'),
                                      'kiwi_edit.apps.demo._Visitors': ('library/demo.html#_visitors', 'kiwi_edit/apps/demo.py'),
                                      'kiwi_edit.apps.demo._Visitors.__init__': ( 'library/demo.html#_visitors.__init__',

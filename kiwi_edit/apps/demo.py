@@ -43,7 +43,7 @@ import PIL.Image
 import psutil
 
 from .options import OPTIONS
-from ..core import PRESETS, InputError, asset, expect, settings
+from ..core import PRESETS, InputError, asset, check_instruction, expect, settings
 from ..data.files import Limits, edit_file, find_model, load_model, one_line, parse_size, renamed
 from ..eval.clips import CLIP_METRICS
 from ..records import Table, image_tag, read_lines, write_text
@@ -358,15 +358,13 @@ class _Pace:
     began = None
 
     def __call__(self, done, total, what):
+        said = f"{what.capitalize()}: step {done} of {total}"
         if self.began is None and what == "looking":
             self.began = time.monotonic()
-        return f"{what.capitalize()}: step {done} of {total}{self._left(done, total)}."
-
-    def _left(self, done, total):
         if self.began is None or not done:
-            return ""
+            return f"{said}."
         left = (time.monotonic() - self.began) / done * (total - done)
-        return f", about {left:.0f} s left" if left < 90 else f", about {left / 60:.0f} min left"
+        return f"{said}, about {f'{left:.0f} s' if left < 90 else f'{left / 60:.0f} min'} left."
 
 # %% ../../nbs/library/51_demo.ipynb #d000001b
 @dataclass
@@ -829,8 +827,6 @@ def _guidance_tab(load, given):
     "The *Guidance* tab."
 
     def prepared(video, image, instruction, references, steps, seed, model):
-        from kiwi_edit.data.files import check_instruction
-
         source, paths = _given_files(video, image, references)
         steps, seed = _whole(steps, "steps", 1, 1000), _whole(seed, "seed", 0, _MOST)
         return load(model=model), source, check_instruction(instruction or ""), paths, steps, seed

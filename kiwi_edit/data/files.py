@@ -185,9 +185,8 @@ class EditPlan:
         expect(1 <= scale < math.inf, f"`guidance_scale` has to be a number from 1, which is off, but is {scale}.")
         most = min(self.info.frames, self.frames or self.info.frames)
         kinds = VIDEO_SUFFIXES if nearest_frame_count(most) > 1 else (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
-        form = (
-            f"{', '.join(kinds)} for {f'a source of {self.info.frames} frames' if self.info.frames > 1 else 'an image'}"
-        )
+        what = f"a source of {self.info.frames} frames" if self.info.frames > 1 else "an image"
+        form = f"{', '.join(kinds)} for {what}"
         expect(self.out.suffix.lower() in kinds, f"`out` has to end in {form} but is {str(self.out)!r}.")
 
     @property
