@@ -1068,7 +1068,10 @@ def test_a_stage_without_what_it_builds_on_warns_and_a_loss_that_is_no_number_is
         (["image={ref}", "--stage", "files"], ["DATA of image has to have no references"]),
         (["--stage", "files"], ["DATA has to be of image, ref for stage 'files' but is missing"]),
         (["--stage", "encoder"], ["--stage has to be one that denoises", "'encoder'"]),
-        (["ref={ref}", "--stage", "later", "--max-pixels", "900"], ["--max-pixels has to be left to --stage"]),
+        (
+            ["ref={ref}", "--stage", "later", "--max-pixels", "900"],
+            ["--max-pixels has to be left out where --stage is given", "900"],
+        ),
     ],
 )
 def test_wrong_caches_are_refused_before_weights_are_read(

@@ -13,7 +13,6 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -33,29 +32,15 @@ __all__ = ['APPROXIMATIONS', 'check_approximations', 'approximately', 'paralleli
 _logger = logging.getLogger(__name__)
 
 # %% ../../nbs/library/50_approximations.ipynb #04c7bb14
-@dataclass(frozen=True)
-class _Approximation:
-    "A way to nearly the same edit in less time or memory."
-
-    what: str
-    take: str  # where it pays
-    start: Callable  # (pipe, **options) changes the pipeline
-
-    @property
-    def options(self) -> dict:  # name -> default
-        "What can be chosen."
-        return {name: p.default for name, p in list(inspect.signature(self.start).parameters.items())[1:]}
+APPROXIMATIONS: dict[str, Callable] = {}  # name -> function of a pipeline and options
 
 
-APPROXIMATIONS: dict[str, _Approximation] = {}
+def _approximation(name):
+    "Add the decorated function under a name."
 
-
-def _approximation(name, what, take):
-    "Add an entry whose options are the keyword arguments of the decorated function."
-
-    def add(start):
-        APPROXIMATIONS[name] = _Approximation(what, take, start)
-        return start
+    def add(change):
+        APPROXIMATIONS[name] = change
+        return change
 
     return add
 
@@ -67,9 +52,8 @@ def _way_back(pipe):
     for name in ("processor", "_diffusers_hook"):
         owners += [vars(owner)[name] for owner in owners if name in vars(owner)]
     kept = [(vars(owner), dict(vars(owner))) for owner in owners]
-    lists = [
-        (value, value.copy()) for _, now in kept for value in now.values() if type(value) in (dict, OrderedDict, list)
-    ]
+    values = [value for _, now in kept for value in now.values()]
+    lists = [(value, value.copy()) for value in values if type(value) in (dict, OrderedDict, list)]
     weights = [(weight, weight.data) for network in networks for weight in network.parameters()]
 
     def back():
@@ -90,7 +74,7 @@ def check_approximations(
         expect(name in APPROXIMATIONS, f"`chosen` has to be among {', '.join(APPROXIMATIONS)} but is {name!r}.")
         form = f'`chosen` has to have options for {name!r} such as {{"steps": 8}} but they are {given!r}.'
         expect(isinstance(given, dict), form)
-        known = APPROXIMATIONS[name].options
+        known = list(inspect.signature(APPROXIMATIONS[name]).parameters)[1:]
         for option in given:
             listed = ", ".join(known) or "none"
             expect(option in known, f"`chosen` has to give {name!r} options among {listed} but gives {option!r}.")
@@ -107,7 +91,7 @@ def approximately(
     with ExitStack() as undo:
         undo.callback(_way_back(pipe))
         for name in sorted(chosen, key=lambda name: name != "compiled"):  # caches hook into what is compiled
-            APPROXIMATIONS[name].start(pipe, **chosen[name])
+            APPROXIMATIONS[name](pipe, **chosen[name])
         return undo.pop_all()
 
 # %% ../../nbs/library/50_approximations.ipynb #04587ee2
@@ -119,21 +103,17 @@ def _cache(pipe, config):
     wan.enable_cache(config)
 
 
-@_approximation(
-    "first-block cache",
-    "the first block says whether a step is like the last; if so, the others are skipped",
-    "the default among the step caches; long schedules",
-)
+@_approximation("first-block cache")
 def _first_block(pipe, threshold: float = 0.1):
+    """The first block says whether a step is like the last; if so, the others are skipped.
+    For long schedules; the default among the step caches."""
     _cache(pipe, FirstBlockCacheConfig(threshold))
 
 
-@_approximation(
-    "taylor series",
-    "every so many steps is computed, the others continue the line through the last two (TaylorSeer, the lite form)",
-    "a fixed share of the time, whatever the clip",
-)
+@_approximation("taylor series")
 def _taylor(pipe, every: int = 2, first: int = 2, order: int = 1):
+    """Every so many steps is computed, the others continue the line through the last two (TaylorSeer, the lite form).
+    For a fixed share of the time, whatever the clip."""
     lite = dict(taylor_factors_dtype=torch.float32, use_lite_mode=True)
     _cache(pipe, TaylorSeerCacheConfig(every, first, max_order=order, **lite))
 
@@ -149,13 +129,8 @@ class _FlowUniPC(UniPCMultistepScheduler):
     ) -> _FlowUniPC:
         "One for the same schedule."
         c = scheduler.config
-        return cls(
-            c.num_train_timesteps,
-            solver_order=order,
-            prediction_type="flow_prediction",
-            use_flow_sigmas=True,
-            flow_shift=c.get("flow_shift", c.get("shift")),
-        )
+        flow = dict(prediction_type="flow_prediction", use_flow_sigmas=True)
+        return cls(c.num_train_timesteps, solver_order=order, flow_shift=c.get("flow_shift", c.get("shift")), **flow)
 
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None):
         sigmas = None if sigmas is None else np.asarray(sigmas, dtype=np.float64)
@@ -163,24 +138,20 @@ class _FlowUniPC(UniPCMultistepScheduler):
         self.timesteps = (self.sigmas[:-1] * self.config.num_train_timesteps).to(device)
 
 
-@_approximation(
-    "fewer steps",
-    "a multistep solver at fewer noise levels (UniPC)",
-    "models of many steps, first of all: it saves the most, on every machine",
-)
+@_approximation("fewer steps")
 def _fewer_steps(pipe, steps: int | None = None, order: int = 2):
+    """A multistep solver at fewer noise levels (UniPC).
+    For models of many steps, first of all: it saves the most, on every machine."""
     steps = max(1, pipe.config.default_steps // 2) if steps is None else steps
     expect(steps >= 1, f"`steps` has to be at least 1 but is {steps}.")
     pipe.scheduler = _FlowUniPC.like(pipe.scheduler, order)
     pipe.register_to_config(default_steps=steps)
 
 # %% ../../nbs/library/50_approximations.ipynb #049fe74a
-@_approximation(
-    "bfloat16",
-    "encoder and denoiser compute in bfloat16, the autoencoder as before",
-    "GPUs, and CPUs with bfloat16 units; half the memory of the weights",
-)
+@_approximation("bfloat16")
 def _bfloat16(pipe):
+    """Encoder and denoiser compute in bfloat16, the autoencoder as before.
+    For GPUs, and CPUs with bfloat16 units; half the memory of the weights."""
     device, wan = pipe._execution_device, find_wan(pipe.transformer)
     if not multiplies_bfloat16(device):
         _logger.warning("`bfloat16` is emulated on this device (%s), and many times slower than float32.", device)
@@ -191,34 +162,28 @@ def _bfloat16(pipe):
                 weight.data = weight.data.to(torch.bfloat16)
 
 
-@_approximation(
-    "float8 weights",
-    "the blocks' weights are kept in 8-bit floats and made larger when their turn comes (diffusers' layerwise casting)",
-    "GPUs whose memory is too small; saves no time",
-)
+@_approximation("float8 weights")
 def _float8(pipe):
+    """The blocks' weights are 8-bit floats that are made larger when their turn comes (diffusers' layerwise casting).
+    For GPUs whose memory is too small; saves no time."""
     wan = find_wan(pipe.transformer)
     wan.enable_layerwise_casting(torch.float8_e4m3fn, wan.dtype)
 
 
-@_approximation(
-    "int8 weights",
-    "the blocks' weights are kept in 8-bit integers (torchao)",
-    "GPUs whose memory is too small, with `torchao` installed and the model compiled; tried on a CPU only",
-)
+@_approximation("int8 weights")
 def _int8(pipe):
+    """The blocks' weights are kept in 8-bit integers (torchao).
+    For GPUs whose memory is too small, with `torchao` installed and the model compiled; tried on a CPU only."""
     require("torchao")
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     quantize_(find_wan(pipe.transformer).blocks, Int8WeightOnlyConfig())
 
 
-@_approximation(
-    "tiled autoencoder",
-    "frames go through the autoencoder in overlapping tiles",
-    "GPUs whose memory is too small for a whole frame; takes a little longer",
-)
+@_approximation("tiled autoencoder")
 def _tiled(pipe, tile: int = 256, overlap: float = 0.25):
+    """Frames go through the autoencoder in overlapping tiles.
+    For GPUs whose memory is too small for a whole frame; takes a little longer."""
     unit = pipe.vae.config.scale_factor_spatial
     expect(tile >= unit and tile % unit == 0, f"`tile` has to be a multiple of {unit} pixels but is {tile}.")
     expect(0 <= overlap < 1, f"`overlap` has to be from 0 to below 1 but is {overlap}.")
@@ -250,15 +215,11 @@ def _look_up(layer):
 
     def hook(block, args):
         hidden_states, context, *rest = args
-        held, attn = context.key_values or {}, block.attn2
+        held, attn = {} if context.key_values is None else context.key_values, block.attn2
         if layer not in held:
             key, value = attn.norm_k(attn.to_k(context.hidden_states)), attn.to_v(context.hidden_states)
-            found = key.unflatten(2, (attn.heads, -1)), value.unflatten(2, (attn.heads, -1))
-            if context.key_values is not None:
-                context.key_values[layer] = found
-        else:
-            found = held[layer]
-        return hidden_states, _Held(*found, context.mask), *rest
+            held[layer] = key.unflatten(2, (attn.heads, -1)), value.unflatten(2, (attn.heads, -1))
+        return hidden_states, _Held(*held[layer], context.mask), *rest
 
     return hook
 
@@ -268,17 +229,14 @@ def _check_compiler(device):
         require("triton")
     compiler = os.environ.get("CXX") or {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
-        raise RuntimeError(
-            f"`compiled` needs a C++ compiler but {compiler!r} is not found; CXX in the environment names another."
-        )
+        mend = "CXX in the environment names another"
+        raise RuntimeError(f"`compiled` needs a C++ compiler but {compiler!r} is not found; {mend}.")
 
 
-@_approximation(
-    "compiled",
-    "the denoiser's blocks are compiled at the first edit of each shape",
-    "GPUs, and many edits of one shape; needs a C++ compiler, on a GPU also triton",
-)
+@_approximation("compiled")
 def _compiled(pipe, backend: str | Callable = "inductor"):
+    """The denoiser's blocks are compiled at the first edit of each shape.
+    For GPUs, and many edits of one shape; needs a C++ compiler, on a GPU also triton."""
     wan = find_wan(pipe.transformer)
     before = "`chosen` has to name 'compiled' before a step cache but one is enabled already."
     expect(not wan.is_cache_enabled, before)
@@ -302,22 +260,19 @@ def parallelise(
     wan, device = find_wan(pipe.transformer), pipe._execution_device
     if not distributed.is_initialized():
         if "RANK" not in os.environ:
-            raise RuntimeError(
-                "`parallelise` has to be called by each process of a `torchrun` but this is a single process."
-            )
+            rule = "`parallelise` has to be called by each process of a `torchrun`"
+            raise RuntimeError(f"{rule} but this is a single process.")
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     world = distributed.get_world_size()
     good = world >= 2 and ring >= 1 and world % ring == 0
     expect(good, f"`ring` has to divide the number of processes, 2 at least, but is {ring} of {world}.")
     backend = str(wan.blocks[0].attn1.processor._attention_backend or "native")
-    own = "`ring` has to be 1 with PyTorch's own attention, which does not give the sums that a ring joins; "
-    expect(
-        ring == 1 or backend != "native", f"{own}`pipe.transformer.set_attention_backend('flash')` or another first."
-    )
+    own = "`ring` has to be 1 with PyTorch's own attention, which does not give the sums that a ring joins"
+    mend = "`pipe.transformer.set_attention_backend('flash')` or another first"
+    expect(ring == 1 or backend != "native", f"{own}; {mend}.")
     context = ContextParallelConfig(ring_degree=ring, ulysses_degree=world // ring, ulysses_anything=ring == 1)
-    mesh = distributed.device_mesh.init_device_mesh(
-        device.type, context.mesh_shape, mesh_dim_names=context.mesh_dim_names
-    )
+    shape = dict(mesh_shape=context.mesh_shape, mesh_dim_names=context.mesh_dim_names)
+    mesh = distributed.device_mesh.init_device_mesh(device.type, **shape)
     config = ParallelConfig(context_parallel_config=context)
     config.setup(distributed.get_rank(), world, device, mesh=mesh)
     plan = {part: wan._cp_plan[part] for part in ("rope", "blocks.0")}

@@ -16,9 +16,9 @@ import sys
 import time
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import List, Optional
 
 # %% auto #0
 __all__ = ['app', 'main']
@@ -28,7 +28,8 @@ import typer
 
 from .. import __version__
 from .options import COMMANDS, OPTIONS
-from ..core import check_local, expect, require, settings
+from ..core import PRESETS, choose_device, choose_dtype, expect, require, settings
+from ..core import preset as get_preset
 
 # %% ../../nbs/library/52_cli.ipynb #4c2fa40d
 app = typer.Typer(
@@ -54,9 +55,9 @@ def _parameter(option):
     about = dict(help=option.help, metavar=option.metavar)
     default = ... if option.required else option.default
     made = typer.Option(default, *option.flags, **about) if option.flags else typer.Argument(default, **about)
-    kind = List[option.type] if option.many else option.type
-    if default is None:
-        kind = Optional[kind]
+    kind = str if option.paired else option.kind
+    kind = list[kind] if option.many else kind
+    kind = kind | None if default is None else kind
     return inspection.Parameter(option.name, inspection.Parameter.KEYWORD_ONLY, default=made, annotation=kind)
 
 
@@ -66,12 +67,20 @@ def _command(function):
     parameters = [_parameter(option) for option in COMMANDS[name]]
 
     def run(**given):
-        return function(SimpleNamespace(**{o.name: o.read(given[o.name]) for o in COMMANDS[name]}))
+        values = {option.name: option.read(given[option.name]) for option in COMMANDS[name]}
+        return function(SimpleNamespace(**values, defaults={o.name: o.read(o.default) for o in COMMANDS[name]}))
 
     run.__doc__, run.__signature__ = function.__doc__, inspection.Signature(parameters)
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     app.command(name)(run)
     return function
+
+
+def _left_out(o, names, where):
+    "Raise where one of these options is given."
+    for name in names.split():
+        value = getattr(o, name)
+        expect(value == o.defaults[name], f"`{name}` has to be left out {where} but is {value!r}.")
 
 # %% ../../nbs/library/52_cli.ipynb #8cf7d720
 # what modules of the kit call it, and the command's option
@@ -205,25 +214,19 @@ def _edit(o):
     "Edit a clip, an image, or a list of them."
     from kiwi_edit.data.files import parse_size, plan_edit, run_edit
 
-    for name, paths in dict(video=[o.video], reference=o.reference or ()).items():
-        for path in paths:
-            check_local(path, name)
-    names = "instruction", "compare", "seed", "steps", "frames", "whole", "strength", "guidance_scale"
+    names = "instruction", "reference", "compare", "seed", "steps", "frames", "whole", "strength", "guidance_scale"
     options = dict(size=parse_size(o.size)) | {name: getattr(o, name) for name in names}
-    listed = o.video.suffix.lower() == ".jsonl" and not o.video.is_dir()
-    if not listed and o.instruction is None:
+    if o.video.suffix.lower() == ".jsonl" and not o.video.is_dir():
+        _left_out(o, "approximate", "where VIDEO is a list (.jsonl)")
+        return _edit_list(o, options)
+    if o.instruction is None:
         raise typer.BadParameter("has to be given unless VIDEO is a list.", param_hint="'--instruction' / '-i'")
-    where = f"{'where' if listed else 'unless'} VIDEO is a list (.jsonl) but that is {str(o.video)!r}."
-    wrong = dict(approximate=o.approximate) if listed else dict(workers=o.workers > 1, skip_bad=o.skip_bad)
-    for name, value in wrong.items():
-        expect(not value, f"`{name}` has to be left out {where}")
-    if listed:
-        return _edit_list(o, options | dict(reference=o.reference))
+    _left_out(o, "workers skip_bad", f"unless VIDEO is a list (.jsonl), which {str(o.video)!r} is not,")
     if o.approximate:
         from kiwi_edit.apps.approximations import approximately, check_approximations
 
         check_approximations(o.approximate)
-    plan = plan_edit(o.video, options.pop("instruction"), o.reference or (), o.out, overwrite=o.overwrite, **options)
+    plan = plan_edit(o.video, references=options.pop("reference"), out=o.out, overwrite=o.overwrite, **options)
     pipe = _load(o, plan.check)
     if o.approximate:
         approximately(pipe, o.approximate)
@@ -249,8 +252,6 @@ def _edit_list(o, defaults):
     from tqdm import tqdm
     from kiwi_edit.data.files import BadEdits, read_edits, run_edits
 
-    say = lambda line: tqdm.write(line, file=sys.stderr)
-
     def watched(done, total, what):
         _now.left = f"{done} of {total} rows are done; {_AGAIN}"
         report(done, total, what)
@@ -261,11 +262,11 @@ def _edit_list(o, defaults):
         edits.check(o.skip_bad)
         _hush_bars()
         with _bar("rows") as report:
+            say = partial(tqdm.write, file=sys.stderr)
             run = run_edits(edits, o.model, o.device, o.workers, o.overwrite, o.skip_bad, watched, say)
     except BadEdits as error:
         _some([str(bad).replace("`overwrite`", "--overwrite") for bad in error.bad])
-        bad = f"{len(error.bad)} of {error.total} rows are bad"
-        expect(False, f"`path` has to hold good rows unless `skip_bad` is set but {bad}.")
+        raise
     wrong = [record for record in run.records if record["status"] != "done"]
     _some([f"row {record['row']} {record['status']}: {record['error']}" for record in wrong])
     typer.echo(run.summary())
@@ -298,25 +299,18 @@ def _evaluate(o):
     for task in tasks:
         expect(task in TASKS, f"`tasks` has to be of {', '.join(TASKS)} but is {task!r}.")
     o.part, o.number = _parse_parts(o.parts)
-    kit = o.bench == "kit"
-    alone = kit and o.judge is None and o.videos is None
+    kit, finished = o.bench == "kit", o.videos is not None
+    alone = kit and o.judge is None and not finished
     expect(kit or o.data, f"`data` has to be the file of {o.bench} but is not given.")
-    finished, scored = o.videos is not None, "where rows are scored one by one, in a folder that keeps what is there,"
-    for wrong, names, where in (
-        (kit, "data root limit", "of the bench kit"),
-        (not kit, "tasks difficulty", f"of the bench {o.bench}"),
-        (finished, "model steps concat parts", "where finished videos are scored"),
-        (alone, "concat parameter parts", "of the kit's bench unless `judge` is given"),
-        (not alone, "overwrite", scored),
-    ):
-        for name in names.split() if wrong else ():
-            value = getattr(o, name)
-            expect(value in (None, False, "1/1", {}), f"`{name}` has to be left out {where} but is {value!r}.")
-    o.tasks, o.difficulty = tasks, o.difficulty or "full"
+    _left_out(o, "data root limit" if kit else "tasks difficulty", f"of the bench {o.bench}")
+    if finished:
+        _left_out(o, "model steps concat parts", "where finished videos are scored")
     if alone:
-        return _measure_model(o)
-    _now.left = _AGAIN
-    _score_rows(o)
+        _left_out(o, "concat parameter parts", "of the kit's bench unless `judge` is given")
+    else:
+        _left_out(o, "overwrite", "where rows are scored one by one, in a folder that keeps what is there,")
+    o.tasks, o.difficulty = tasks, o.difficulty or "full"
+    return _measure_model(o) if alone else _score_rows(o)
 
 # %% ../../nbs/library/52_cli.ipynb #e7a10001
 def _measure_model(o):
@@ -341,6 +335,7 @@ def _score_rows(o):
     "Make the videos of a bench, or take them, and have them scored."
     from kiwi_edit.data.files import renamed
 
+    _now.left = _AGAIN
     out = (o.out or settings().output_dir / f"evaluation-{o.bench}").expanduser()
     good = out.suffix.lower() != ".json" and not out.is_file()
     expect(good, f"`out` has to be a folder where rows are scored one by one but is {str(out)!r}.")
@@ -350,8 +345,8 @@ def _score_rows(o):
 
     name = o.judge or {"embedded": "metrics"}.get(settings().judge, settings().judge)
     later = name.startswith("transformers:")  # it would lie in memory while the videos are made
-    unasked = f"`parameter` has to be left out unless the judge is openai:MODEL but is {o.parameter!r}."
-    expect(not (later and o.parameter), unasked)
+    if later:
+        _left_out(o, "parameter", "unless the judge is openai:MODEL")
     judge = None if later else judge_of(name, o.bench, extra=o.parameter)
     if o.bench == "kit":
         rows = world_rows(o.tasks, o.samples, difficulty=o.difficulty)
@@ -393,7 +388,6 @@ def _make_rows(o, rows, folder):
 # %% ../../nbs/library/52_cli.ipynb #8a704044
 def _choose_stages(preset, names, official_defects=False):
     "The stages that are asked for; all of tiny's where none is named."
-    from kiwi_edit.core import preset as get_preset
     from kiwi_edit.data.files import renamed
     from kiwi_edit.train.curriculum import OFFICIAL, STAGES, as_official, find_stage
 
@@ -407,6 +401,7 @@ def _choose_stages(preset, names, official_defects=False):
 # %% ../../nbs/library/52_cli.ipynb #402c0c28
 def _check_data(stages, data, factor):
     "Raise unless the files (mode -> path) give what the stages learn from."
+    from kiwi_edit.data.dataset import BadRow
     from kiwi_edit.train.engine import stage_data
 
     wanted = dict.fromkeys(mode for stage in stages for mode in stage.mix)
@@ -416,22 +411,17 @@ def _check_data(stages, data, factor):
     for stage in stages:
         seen |= stage_data(stage, {mode: data[mode] for mode in stage.mix}, factor) if stage.mix else {}
     for mode, (dataset, _) in seen.items():
-        sample = _good_row(dataset, f"`data` of {mode}", data[mode])
+        name, sample, bad = f"`data` of {mode}", None, None
+        for i in range(min(8, len(dataset))):
+            try:
+                sample = dataset[i]
+                break
+            except BadRow as error:
+                bad = f"among its first {i + 1} but {str(data[mode])!r} has none: {error}"
+        expect(sample is not None, f"{name} has to have a good row {bad}")
         needs = "a reference (ref_image or ref_image_bytes)" if mode == "ref" else "no references"
         has = "none" if sample.reference is None else "one"
-        expect((has == "one") == (mode == "ref"), f"`data` of {mode} has to have {needs} but {sample.id} has {has}.")
-
-
-def _good_row(dataset, name, path):
-    "The first row that can be read, of the first eight."
-    from kiwi_edit.data.dataset import BadRow
-
-    for i in range(min(8, len(dataset))):
-        try:
-            return dataset[i]
-        except BadRow as error:
-            bad = error
-    expect(False, f"{name} has to have a good row among its first {i + 1} but {str(path)!r} has none: {bad}")
+        expect((has == "one") == (mode == "ref"), f"{name} has to have {needs} but {sample.id} has {has}.")
 
 # %% ../../nbs/library/52_cli.ipynb #e44dd7e9
 def _check_model(name, preset, argument):
@@ -443,10 +433,9 @@ def _check_model(name, preset, argument):
         folder = find_checkpoint(str(name))
     found = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
     for size in ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels"):
-        rule = f"a model of the sizes of {preset.name}, with {size} {preset.transformer[size]}"
-        expect(
-            found.get(size) == preset.transformer[size], f"`{argument}` has to be {rule}, but has {found.get(size)}."
-        )
+        wanted = preset.transformer[size]
+        rule = f"a model of the sizes of {preset.name}, with {size} {wanted}"
+        expect(found.get(size) == wanted, f"`{argument}` has to be {rule}, but has {found.get(size)}.")
     return folder
 
 
@@ -484,7 +473,6 @@ def _check_stages(out, stages, resume):
 
 def _check_start(out, stage, start, resume, bases):
     "Raise unless there is a model to begin with; say where a stage misses what it builds on."
-    from kiwi_edit.core import preset as get_preset
     from kiwi_edit.train.engine import find_model
 
     preset, model, trainer = get_preset(stage.preset), find_model(out), str(start).endswith(".safetensors")
@@ -531,26 +519,21 @@ def _options_table(whole):
 
     stage, preset = whole.stage, whole.preset
     fullest = max(whole.batches, key=lambda cost: sum(whole.memory_of(cost).values())).shape
-
-    def shape(b):
-        return b.mode, b.num_frames, b.batch_size, *sorted((b.height, b.width))
-
+    shape = lambda b: (b.mode, b.num_frames, b.batch_size, *sorted((b.height, b.width)))
     buckets = [b for b in stage.buckets if shape(b) == shape(fullest)]
     mix = dict(mix=(fullest.mode,), shares=(1.0,) if stage.shares else ()) if stage.mix else {}
     one = replace(stage, buckets=tuple(buckets[:1]), **mix)
     other = ("transformer", "language_model") if not stage.checkpointing else ()
+    kept = "checkpointing of both networks" if other else "no checkpointing"
     choices = {
         "as above": whole,
         "from a cache" if whole.online else "online": estimate(one, preset, not whole.online),
-        "checkpointing of both networks" if other else "no checkpointing": estimate(
-            one, preset, whole.online, checkpointing=other
-        ),
+        kept: estimate(one, preset, whole.online, checkpointing=other),
         "optimizer in the host's memory": replace(whole, offload_optimizer=True),
     }
     kinds = ("weights", "gradients", "optimizer", "activations")
-    rows = [(name, [*map(found.memory.get, kinds), found.peak]) for name, found in choices.items()]
-    rows = [[name, *(f"{size / 1e9:.2f}" for size in sizes)] for name, sizes in rows]
-    return Table("", ["choice, GB", *kinds, "all"], rows)
+    gigabytes = lambda found: [f"{size / 1e9:.2f}" for size in (*map(found.memory.get, kinds), found.peak)]
+    return Table("", ["choice, GB", *kinds, "all"], [[name, *gigabytes(x)] for name, x in choices.items()])
 
 # %% ../../nbs/library/52_cli.ipynb #3683c664
 def _find_tracker(track):
@@ -571,12 +554,10 @@ def _train(o):
     stages = _choose_stages(preset, o.stage, o.official_defects)
     for name in ("seconds_per_step", "options"):
         expect(o.dry_run or not getattr(o, name), f"`{name}` has to come with `dry_run`, which it is for.")
-    no_bench = f"`score` has to be left out for {preset}, which has no bench, but is {o.score}."
-    expect(preset == "tiny" or not o.score, no_bench)
+    if preset != "tiny":
+        _left_out(o, "score", f"for {preset}, which has no bench,")
     if o.steps or o.minutes:
         stages = [replace(s, minutes=o.minutes, steps=o.steps or s.steps) for s in stages]
-    from kiwi_edit.core import choose_device
-
     where = choose_device(o.device or settings().device)
     if o.dry_run:
         return _dry(o, stages, where)
@@ -584,7 +565,11 @@ def _train(o):
         unsaid = f"`steps` has to be given for stage {s.name!r} of {s.preset}, whose recipe does not say."
         expect(s.steps is not None, unsaid)
     if not _rank():
-        _check_train(o, stages, where)
+        _check_data(stages, o.data, get_preset(preset).size_multiple)
+        _check_stages(o.out, stages, o.resume)
+        _check_start(o.out, stages[0], o.start, o.resume, o.base)
+        for s in () if _sharded() else stages:
+            _check_memory(s, bool(s.mix) and o.cache is None, _free_memory(where))
     from kiwi_edit.train.engine import train
 
     _hush_bars()
@@ -595,17 +580,6 @@ def _train(o):
         train(s, o.out, o.start, files, o.cache, evaluate=_scorer(s, o.score), **given)
     if not _rank():
         typer.echo(f"model: {o.out / 'model'}")
-
-
-def _check_train(o, stages, where):
-    "Everything that can be said before weights are read."
-    from kiwi_edit.core import preset as get_preset
-
-    _check_data(stages, o.data, get_preset(stages[0].preset).size_multiple)
-    _check_stages(o.out, stages, o.resume)
-    _check_start(o.out, stages[0], o.start, o.resume, o.base)
-    for s in () if _sharded() else stages:
-        _check_memory(s, bool(s.mix) and o.cache is None, _free_memory(where))
 
 
 def _scorer(stage, samples):
@@ -636,17 +610,13 @@ def _dry(o, stages, where):
         if o.options and found.batches:
             typer.echo(f"{_options_table(found)}\n")
     if rate:
-        typer.echo(
-            f"Steps are counted as fast as plain matrix products are on {where}, {rate / 1e12:.3g} TFLOP/s; real ones "
-            "are slower. --seconds-per-step takes a measured time."
-        )
+        said = f"Steps are counted as fast as plain matrix products are on {where}, {rate / 1e12:.3g} TFLOP/s"
+        typer.echo(f"{said}; real ones are slower. --seconds-per-step takes a measured time.")
 
 # %% ../../nbs/library/52_cli.ipynb #18aaa1f5
 @_command
 def _cache(o):
     "Compute once what frozen networks make of training samples."
-    from kiwi_edit.core import PRESETS, choose_device, preset as get_preset
-
     preset = o.preset or settings().preset
     sizes = get_preset(preset)
     o.part, o.number = _parse_parts(o.parts)
@@ -656,10 +626,8 @@ def _cache(o):
         o.dtype = o.dtype or "bfloat16"
         sources = _table_source(o, sizes)
     else:
-        for name in ("num_frames", "max_pixels", "dtype"):
-            value = getattr(o, name)
-            expect(value is None, f"`{name}` has to be left to `stage` where one is given but is {value}.")
-        stage = _choose_stages(preset, [o.stage], o.official_defects)[0]
+        _left_out(o, "num_frames max_pixels dtype", "where `stage` is given, which says it,")
+        [stage] = _choose_stages(preset, [o.stage], o.official_defects)
         sources, o.dtype = _stage_sources(o.data, stage, sizes), stage.dtype
     model = o.model or (settings().checkpoint if preset == settings().preset else PRESETS[preset].checkpoint)
     expect(model, f"`model` has to be given for {preset}, for which no weights are published.")
@@ -728,11 +696,11 @@ def _fill_caches(o, folder, sources, where):
             typer.echo(f"{name}: {freed / 2**20:.1f} MiB deleted")
 
 # %% ../../nbs/library/52_cli.ipynb #c0ffee11
-def _kiwi_synthesizer(o, model):
+def _kiwi_synthesizer(model, device):
     "The kit's own model as a maker of references; for `model_stages`."
     from kiwi_edit.data.backends import KiwiSynthesizer
 
-    return KiwiSynthesizer(_load(SimpleNamespace(model=model, device=o.device)))
+    return KiwiSynthesizer(_load(SimpleNamespace(model=model, device=device)))
 
 
 def _actors(text):
@@ -745,7 +713,6 @@ def _actors(text):
 @_command
 def _synthesize(o):
     "Make quadruplets (source, instruction, reference, target) out of editing pairs."
-    from functools import partial
     from kiwi_edit.data.synthesis import SynthesisOptions, model_stages, read_pairs, synthesize
 
     batch = (8 if o.vlm or o.sam or o.embedder else 1) if o.batch is None else o.batch
@@ -753,12 +720,12 @@ def _synthesize(o):
     options = SynthesisOptions(batch=batch, clips="copy" if o.copy else "refer", **same)
     kiwi = re.fullmatch(r"kiwi(?::(.+))?", o.editor or "")
     chosen = dict(vlm=o.vlm, sam=o.sam, embedder=o.embedder, device=o.device or settings().device)
-    chosen["editor"] = partial(_kiwi_synthesizer, o, kiwi[1]) if kiwi else o.editor
+    chosen["editor"] = partial(_kiwi_synthesizer, kiwi[1], o.device) if kiwi else o.editor
     chosen["thresholds"] = o.thresholds or None
-    if o.parameter:
+    if not (o.vlm or "").startswith("openai:"):
+        _left_out(o, "parameter", "unless `vlm` is openai:MODEL")
+    elif o.parameter:
         chosen["extra"] = o.parameter  # only then: it is a part of what names a run
-        asked = (o.vlm or "").startswith("openai:")
-        expect(asked, f"`parameter` has to be left out unless `vlm` is openai:MODEL but is {o.parameter}.")
     model_stages(thresholds=chosen["thresholds"])  # wrong names are said before anything is loaded
     pairs, stages = read_pairs(o.pairs, o.root, o.column), partial(model_stages, **chosen)
     actors = {stage: _actors(text) for stage, text in o.actors.items()}
@@ -800,15 +767,14 @@ def _show_row(rows, iid):
 @_command
 def _convert(o):
     "Write a model in another layout."
-    from kiwi_edit.core import choose_dtype
     from kiwi_edit.weights.checkpoints import convert
 
     given = {name: getattr(o, name) for name in ("transformer", "vae", "mllm", "ref_pad_first")}
     given["transformer_config"] = None if o.heads is None else dict(num_attention_heads=o.heads)
     given = {name: value for name, value in given.items() if value is not None}
-    trainer = o.source.endswith(".safetensors") or any(Path(o.source).glob("step-*.safetensors"))
-    strange = f"`{min(given, default='')}` has to be left out unless SOURCE is a trainer checkpoint"
-    expect(trainer or not given, f"{strange}, which {o.source!r} is not.")
+    if not (o.source.endswith(".safetensors") or any(Path(o.source).glob("step-*.safetensors"))):
+        where = f"unless SOURCE is a trainer checkpoint, which {o.source!r} is not,"
+        _left_out(o, "transformer vae mllm heads ref_pad_first", where)
     _say("reading and writing the weights")
     _hush_bars()
     convert(o.source, o.destination, o.to, o.dtype and choose_dtype(o.dtype), o.overwrite, **given)

@@ -43,24 +43,23 @@ import PIL.Image
 import psutil
 
 from .options import OPTIONS
-from ..core import PRESETS, InputError, asset, expect, settings
+from ..core import PRESETS, InputError, asset, check_instruction, expect, settings
 from ..data.files import Limits, edit_file, find_model, load_model, one_line, parse_size, renamed
 from ..eval.clips import CLIP_METRICS
-from ..records import Table, image_tag, read_lines
-from ..video import as_frames, film_strip, read_image, read_video, replacing, video_info, write_video
+from ..records import Table, image_tag, read_lines, write_text
+from ..video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, as_frames, film_strip, read_image, read_video
+from ..video import replacing, video_info, write_video
 
 _logger = logging.getLogger(__name__)
 
 # %% ../../nbs/library/51_demo.ipynb #51874866
 def _sample_examples():
     "The sample clip with each of its instructions: rows of clip, image, instruction and references."
-    folder = asset("samples")
-    path = lambda name: str(folder / name)
-    rows = read_lines(folder / "examples.jsonl")
-    return [
-        [path(row["video"]), None, row["instruction"], [path(row["reference"])] if row["reference"] else None]
-        for row in rows
-    ]
+    folder, examples = asset("samples"), []
+    for row in read_lines(folder / "examples.jsonl"):
+        references = [str(folder / row["reference"])] if row["reference"] else None
+        examples.append([str(folder / row["video"]), None, row["instruction"], references])
+    return examples
 
 
 _FIRST = 1  # of the examples, which the page opens with
@@ -74,10 +73,8 @@ def _opening(name):
 
 # %% ../../nbs/library/51_demo.ipynb #d0000001
 _TINY = "restyles, swaps backgrounds and replaces things by what a reference shows; what is added by name is a blot"
-_PEAKS = {
-    "tiny": (0.07, "5 frames of 96x96, float32"),
-    "wan2.2-5b": (23.5, "81 frames of 832x480, bfloat16"),
-}  # GB, and of which edit: what 34_estimate says of it
+# what 34_estimate says of it
+_PEAKS = {"tiny": "5 frames of 96x96, float32 takes 0.07", "wan2.2-5b": "81 frames of 832x480, bfloat16 takes 23.5"}
 
 
 def _is_here(model):
@@ -88,18 +85,14 @@ def _is_here(model):
 @lru_cache
 def _memory_note(model):
     "What a model needs in memory, without loading or fetching it, as one sentence."
-    known = next((preset for preset in PRESETS.values() if preset.checkpoint == model), None)
+    known = next((preset.name for preset in PRESETS.values() if preset.checkpoint == model), None)
+    edit = f", and an edit of {_PEAKS[known]} GB with all that it works with" if known else ""
     if _is_here(model):
         size = sum(file.stat().st_size for file in find_model(model).rglob("*.safetensors"))
-        note = f"Its weights take {size / 1e9:.2f} GB on disk"
-    elif known:
-        note = "It is fetched at the first edit"
-    else:
+        return f"Its weights take {size / 1e9:.2f} GB on disk{edit}."
+    if not known:
         return "What it needs in memory is known once it is fetched, at the first edit."
-    if known:
-        peak, edit = _PEAKS[known.name]
-        note += f", and an edit of {edit} takes {peak:g} GB with all that it works with"
-    return f"{note}."
+    return f"It is fetched at the first edit{edit}."
 
 
 def _describe(model, limits):
@@ -116,10 +109,9 @@ def _describe(model, limits):
 def _card():
     "The card of the embedded model, its pictures inside."
     folder = asset("kiwi-edit-tiny")
-    text = "[Back to the page](./)\n\n" + re.sub(
-        r"\[([^\]]+)\]\(\.\./[^)]+\)", r"\1", (folder / "README.md").read_text(encoding="utf-8")
-    )
-    return re.sub(r"!\[(.*?)\]\((.+?)\)", lambda link: image_tag((folder / link[2]).read_bytes(), link[1]), text)
+    text = re.sub(r"\[([^\]]+)\]\(\.\./[^)]+\)", r"\1", (folder / "README.md").read_text(encoding="utf-8"))
+    shown = lambda link: image_tag((folder / link[2]).read_bytes(), link[1])
+    return "[Back to the page](./)\n\n" + re.sub(r"!\[(.*?)\]\((.+?)\)", shown, text)
 
 # %% ../../nbs/library/51_demo.ipynb #a199d9fa
 class _LazyPipeline:
@@ -205,9 +197,6 @@ class _Visitors:
                 if old and str(file) not in self.kept:
                     file.unlink(missing_ok=True)
 
-    def begin(self, session):
-        self.stops[session] = threading.Event()
-
     def stop(self, session):
         self.stops.get(session, threading.Event()).set()
 
@@ -263,14 +252,12 @@ def _whole(value, name, least, most):
 
 # %% ../../nbs/library/51_demo.ipynb #925274c6
 _LABELS = """
-video clip | instruction instruction | seed seed | steps number of steps | model model | name model | prompt instruction
-out result | size size | device device | number number of pairs | which number of the reference | first_seed first seed
-folder data set | judge judge | references references | chosen approximations
+video: The clip, instruction: The instruction, seed: The seed, steps: The number of steps, model: The model,
+name: The model, prompt: The instruction, out: The result, size: The size, device: The device, judge: The judge,
+number: The number of pairs, which: The number of the reference, first_seed: The first seed, folder: The data set,
+references: The references, reference: A reference, chosen: The approximations, frames: the number of frames
 """
-_LABELS = {
-    name: f"The {words}"
-    for name, _, words in (pair.strip().partition(" ") for pair in re.split(r"[|\n]", _LABELS.strip()))
-} | dict(reference="A reference", frames="the number of frames")
+_LABELS = dict(re.findall(r"(\w+): ([^,\n]+)", _LABELS))
 
 
 class _Stopped(Exception):
@@ -339,20 +326,17 @@ class _Watched:
 
     def _look(self, scheduler, latents):
         "Show where the step leads, unless it is the last one: the result comes anyway."
+        from kiwi_edit.latents import decode_latents
+
         self._go_on()
         at, began = scheduler.step_index, time.monotonic()
         a, b = scheduler.sigmas[at - 1 : at + 1].tolist()
         if self.before is not None and b > 0 and began >= self.free:
-            self.show(self._picture(_clean_guess(self.before, latents, a, b)))
+            first = 1 + 4 // self.pipe.vae.config.scale_factor_temporal  # latents of five frames
+            guess = _clean_guess(self.before, latents, a, b)[:, :, :first]
+            self.show(np.concatenate(list(decode_latents(self.pipe.vae, guess)[0][:5]), 1))
             self.free = time.monotonic() + 3 * (time.monotonic() - began)  # a quarter of the time at most
         self.before = latents.clone()
-
-    def _picture(self, latents):
-        from kiwi_edit.latents import decode_latents
-
-        vae = self.pipe.vae
-        first = latents[:, :, : 1 + 4 // vae.config.scale_factor_temporal]
-        return np.concatenate(list(decode_latents(vae, first)[0][:5]), 1)  # the first five frames of the clip
 
 # %% ../../nbs/library/51_demo.ipynb #d0000016
 def _running(job, stop):
@@ -374,15 +358,13 @@ class _Pace:
     began = None
 
     def __call__(self, done, total, what):
+        said = f"{what.capitalize()}: step {done} of {total}"
         if self.began is None and what == "looking":
             self.began = time.monotonic()
-        return f"{what.capitalize()}: step {done} of {total}{self._left(done, total)}."
-
-    def _left(self, done, total):
         if self.began is None or not done:
-            return ""
+            return f"{said}."
         left = (time.monotonic() - self.began) / done * (total - done)
-        return f", about {left:.0f} s left" if left < 90 else f", about {left / 60:.0f} min left"
+        return f"{said}, about {f'{left:.0f} s' if left < 90 else f'{left / 60:.0f} min'} left."
 
 # %% ../../nbs/library/51_demo.ipynb #d000001b
 @dataclass
@@ -436,8 +418,7 @@ def _make_downloads(edit):
     "Paths of the files that a visitor may take: the result, where it moves a GIF and all frames, the call as Python."
     result = Path(edit.edited)
     program, gif, frames = (result.with_name(name) for name in ("edit.py", f"{result.stem}.gif", "frames.zip"))
-    with replacing(program, overwrite=True) as temporary:
-        temporary.write_text(edit.call, encoding="utf-8")
+    write_text(program, edit.call)
     if edit.frames == 1:
         return [str(result), str(program)]
     clip = read_video(result)
@@ -484,11 +465,8 @@ def _make_editor(load, visitors):
         session, quiet = getattr(request, "session_hash", None) or "local", [gr.skip()] * 5
         with _messages("Not edited"), visitors.editing(session) as stop, visitors.results(session) as folder:
             source, paths = _given_files(video, image, references)
-            options = dict(
-                steps=_whole(steps, "steps", 1, 1000),
-                seed=_whole(seed, "seed", 0, _MOST),
-                size=parse_size(size or None),
-            )
+            options = dict(steps=_whole(steps, "steps", 1, 1000), seed=_whole(seed, "seed", 0, _MOST))
+            options["size"] = parse_size(size or None)
             out = folder / f"edited{'.mp4' if video else '.png'}"
             yield *quiet[:3], "Loading the model …", gr.skip()
             pipe = load(model)
@@ -504,15 +482,11 @@ def _make_editor(load, visitors):
             for value in _running(job, stop):
                 if isinstance(value, tuple):
                     yield *quiet[:2], *value, gr.skip()
-        path = str(value.path)
+        path, moving = str(value.path), bool(video)
+        results = [gr.update(value=path if here else None, visible=here) for here in (moving, not moving)]
+        note = f"{value.about}. {value.note[:1].upper()}{value.note[1:]}".strip()
         call = _call_as_python(str(load.model), source, instruction, paths, out.name, approximate or (), **options)
-        yield (
-            gr.update(value=path if video else None, visible=bool(video)),
-            gr.update(value=None if video else path, visible=not video),
-            str(value.strip),
-            f"{value.about}. {value.note[:1].upper()}{value.note[1:]}".strip(),
-            _Edit(str(source), path, paths, instruction, value.frames, call),
-        )
+        yield *results, str(value.strip), note, _Edit(str(source), path, paths, instruction, value.frames, call)
 
     return edit
 
@@ -632,12 +606,14 @@ background:linear-gradient(90deg,#3a7d44 {after:.1f}%,#b7d3bb 0 {before:.1f}%,#e
 def _funnel_html(result, thresholds=None):
     "How many pairs each stage leaves, as bars; pale what it left before the thresholds were raised."
     before, after, total = result.funnel(), result.funnel(thresholds), len(result.rows)
-    share, said = 100 / max(total, 1), "; ".join(f"{stage}: {n} of {total} left" for stage, n in after.items())
-    bars = [
-        _BAR.format(stage=stage, after=share * after[stage], before=share * n, left=after[stage], total=total)
-        for stage, n in before.items()
-    ]
-    return f'<div role="img" aria-label="{said}">{"".join(bars)}</div>'
+    share, said, bars = (
+        100 / max(total, 1),
+        "; ".join(f"{stage}: {n} of {total} left" for stage, n in after.items()),
+        "",
+    )
+    for stage, left in after.items():
+        bars += _BAR.format(stage=stage, after=share * left, before=share * before[stage], left=left, total=total)
+    return f'<div role="img" aria-label="{said}">{bars}</div>'
 
 
 def _set_html(result, most=64):
@@ -678,15 +654,14 @@ def _judge_edit(judge, kind, source, edited, reference, instruction):
     expect(found.ok, f"`judge` has to be able to score this but is not: {found.error}.")
     rows = [[c.name, f"{found.scores[c.name]:.2f}", c.asks] for c in case.rubric.criteria]
     capped = "No score may exceed the first one, so some were lowered to it." if found.capped else ""
-    parts = [f"### {found.mean:.2f} of 5, by {html.escape(found.judge)}"]
-    parts.append(Table("", ["criterion", "of 5", "what is asked"], rows, note=capped)._repr_markdown_())
-    if judge != _METRICS:
-        return "\n\n".join([*parts, *map(html.escape, found.replies[-1:])])
-    numbers = measure_case(lay_beside(case))
-    rows = [[n, "–" if np.isnan(numbers[n]) else f"{numbers[n]:.3g}", what] for n, what in CLIP_METRICS.items()]
-    note = "No model has looked at the clips: the numbers say what changed and how steadily, not whether it should."
-    parts.append(Table("", ["number", "value", "what it is"], rows, note=note)._repr_markdown_())
-    return "\n\n".join(parts)
+    scores = Table("", ["criterion", "of 5", "what is asked"], rows, note=capped)._repr_markdown_()
+    said = "\n\n".join(map(html.escape, found.replies[-1:]))
+    if judge == _METRICS:
+        numbers = measure_case(lay_beside(case))
+        rows = [[n, "–" if np.isnan(numbers[n]) else f"{numbers[n]:.3g}", what] for n, what in CLIP_METRICS.items()]
+        note = "No model has looked at the clips: the numbers say what changed and how steadily, not whether it should."
+        said = Table("", ["number", "value", "what it is"], rows, note=note)._repr_markdown_()
+    return f"### {found.mean:.2f} of 5, by {html.escape(found.judge)}\n\n{scores}\n\n{said}"
 
 # %% ../../nbs/library/51_demo.ipynb #d0000032
 _DEVICE = dict(concurrency_id="device", concurrency_limit=1)
@@ -704,26 +679,14 @@ def _about(name):
     return dict(label=option.name.capitalize().replace("_", " "), info=info, elem_id=name.replace("_", "-"))
 
 
-def _source_fields(clip):
-    "Fields for what is edited: a clip or an image."
-    with gr.Tabs() as tabs:
-        with gr.Tab("Clip", id="clip"):
-            video = gr.Video(clip, label="Clip", sources=["upload"], height=210, loop=True, elem_id="clip")
-        with gr.Tab("Image", id="image"):
-            image = _UPLOAD(label="Image", height=210, elem_id="image")
-    video.upload(lambda: None, outputs=image, **_GLUE)  # there is one source
-    image.upload(lambda: None, outputs=video, **_GLUE)
-    return tabs, video, image
-
-
 def _crop_fields(references):
     "Fields that cut a part out of a reference."
 
-    def part(references, which, left, right, top, bottom):
+    def part(references, which, *sides):
         with _messages("Not cut"):
             expect(references, "`reference` has to be there before it can be cut but there is none.")
             number = _whole(which, "which", 1, len(references))
-            return _crop(read_image(references[number - 1][0]), left, right, top, bottom)
+            return _crop(read_image(references[number - 1][0]), *sides)
 
     def put(references, which, *sides):
         cut = part(references, which, *sides)
@@ -801,7 +764,13 @@ def _model_fields(load, limits, about):
 # %% ../../nbs/library/51_demo.ipynb #d0000035
 def _given_fields(opening):
     "The left side of the *Edit* tab: what is edited and how."
-    tabs, video, image = _source_fields(opening.source)
+    with gr.Tabs() as tabs:
+        with gr.Tab("Clip", id="clip"):
+            video = gr.Video(opening.source, label="Clip", sources=["upload"], height=210, loop=True, elem_id="clip")
+        with gr.Tab("Image", id="image"):
+            image = _UPLOAD(label="Image", height=210, elem_id="image")
+    video.upload(lambda: None, outputs=image, **_GLUE)  # there is one source
+    image.upload(lambda: None, outputs=video, **_GLUE)
     instruction = gr.Textbox(opening.instruction, lines=1, max_length=2000, **_about("instruction"))
     look = dict(columns=3, fit_columns=False, height=140, object_fit="contain", elem_id="references")
     kinds = dict(file_types=["image"], type="filepath", format="png", interactive=True)
@@ -816,7 +785,7 @@ def _edit_tab(load, visitors, about):
     "The *Edit* tab; what the other tabs take from it comes back."
 
     def begin(request: gr.Request):
-        visitors.begin(request.session_hash)
+        visitors.stops[request.session_hash] = threading.Event()
         return gr.update(interactive=True)
 
     def cancel(request: gr.Request):
@@ -858,8 +827,6 @@ def _guidance_tab(load, given):
     "The *Guidance* tab."
 
     def prepared(video, image, instruction, references, steps, seed, model):
-        from kiwi_edit.data.files import check_instruction
-
         source, paths = _given_files(video, image, references)
         steps, seed = _whole(steps, "steps", 1, 1000), _whole(seed, "seed", 0, _MOST)
         return load(model=model), source, check_instruction(instruction or ""), paths, steps, seed
@@ -940,7 +907,16 @@ def _data_tab():
     result = gr.State(opening)
     with gr.Row():
         with gr.Column(min_width=300, scale=1):
-            number, first, make, folder, least = _set_fields()
+            number = gr.Slider(1, 24, 6, step=1, label="Pairs of the procedural world", elem_id="pairs-number")
+            first = gr.Number(0, precision=0, label="First seed", minimum=0)
+            make = gr.Button("Run the pipeline", variant="primary", elem_id="pairs")
+            sets = list(_data_sets())
+            info = "Of the data folder." if sets else "The data folder holds none."
+            folder = gr.Dropdown(sets, value=None, label="Or a data set", info=info, elem_id="folder")
+            least = [
+                gr.Slider(low, high, own, step=step, label=f"{label}: at least", elem_id=name.replace(".", "-"))
+                for name, (low, high, step, own, label) in _THRESHOLDS.items()
+            ]
         with gr.Column(min_width=320, scale=2):
             kept = gr.Markdown(line, elem_id="kept")
             bars, pictures = gr.HTML(funnel_html, elem_id="funnel"), gr.HTML(sheets, elem_id="sheets")
@@ -950,21 +926,6 @@ def _data_tab():
     moved = [slider.input for slider in least]
     again = dict(api_name="funnel", trigger_mode="always_last")
     gr.on(moved, funnel, [result, *least], [kept, bars], **again, **_QUICK)
-
-
-def _set_fields():
-    "Fields for which pairs are shown and which of them count."
-    sets = list(_data_sets())
-    number = gr.Slider(1, 24, 6, step=1, label="Pairs of the procedural world", elem_id="pairs-number")
-    first = gr.Number(0, precision=0, label="First seed", minimum=0)
-    make = gr.Button("Run the pipeline", variant="primary", elem_id="pairs")
-    info = "Of the data folder." if sets else "The data folder holds none."
-    folder = gr.Dropdown(sets, value=None, label="Or a data set", info=info, elem_id="folder")
-    least = [
-        gr.Slider(low, high, own, step=step, label=f"{label}: at least", elem_id=name.replace(".", "-"))
-        for name, (low, high, step, own, label) in _THRESHOLDS.items()
-    ]
-    return number, first, make, folder, least
 
 # %% ../../nbs/library/51_demo.ipynb #d0000038
 def _judge_tab(last):
@@ -990,8 +951,7 @@ def _judge_tab(last):
             return _judge_edit(judge, kind, source, edited, reference, instruction)
 
     before, after, shown, asked = taken(last.value)
-    kinds = [".mp4", ".mov", ".m4v", ".gif", ".webm", ".mkv", ".png", ".jpg", ".jpeg", ".webp"]
-    file = partial(gr.File, file_types=kinds, height=110)
+    file = partial(gr.File, file_types=[*VIDEO_SUFFIXES, ".webm", ".mkv", *IMAGE_SUFFIXES], height=110)
     with gr.Row():
         with gr.Column(min_width=300, scale=1):
             take = gr.Button("Take the last edit", elem_id="take")
@@ -1011,18 +971,15 @@ def _judge_tab(last):
     button.click(judge, [*fields, kind, who], text, api_name="judge", **_DEVICE)
 
 # %% ../../nbs/library/51_demo.ipynb #39e77cb9
-_DARK, _SUBDUED = "#2f6b3a", "#52525b"
-_THEME = gr.themes.Default(
-    primary_hue="green", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-)
-_COLORS = {
-    _DARK: "color_accent slider_color checkbox_background_color_selected checkbox_border_color_selected "
-    "link_text_color button_primary_background_fill button_primary_background_fill_dark",
-    _SUBDUED: "body_text_color_subdued block_info_text_color block_label_text_color",
-    "#24542d": "button_primary_background_fill_hover",
-    "#3f3f46": "block_title_text_color",
-    "white": "button_primary_text_color",
-}
+_FONTS = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+_COLORS = """
+#2f6b3a: color_accent slider_color checkbox_background_color_selected checkbox_border_color_selected link_text_color
+#2f6b3a: button_primary_background_fill button_primary_background_fill_dark
+#52525b: body_text_color_subdued block_info_text_color block_label_text_color
+#24542d: button_primary_background_fill_hover
+#3f3f46: block_title_text_color
+white: button_primary_text_color
+"""
 _STYLE = """
 .nav-holder {display: none}
 #judgement table {display: block; overflow-x: auto; border: 0}
@@ -1030,8 +987,9 @@ _STYLE = """
 #sheets figure {margin: 0 0 1.2em}
 #sheets img {max-width: 100%; max-height: 160px}
 """
-_COLORED = _THEME.set(**{name: color for color, names in _COLORS.items() for name in names.split()})
-_LOOK = dict(theme=_COLORED, css=_STYLE)
+_COLORS = [line.split(": ") for line in _COLORS.strip().splitlines()]
+_COLORS = {name: color for color, names in _COLORS for name in names.split()}
+_LOOK = dict(theme=gr.themes.Default(primary_hue="green", **_FONTS).set(**_COLORS), css=_STYLE)
 
 
 def _uploaded(move):
@@ -1112,7 +1070,6 @@ def launch(
     host: str | None = None,  # address to listen at; None takes the settings'
     port: int | None = None,  # None takes the settings'
     model: str | None = None,  # bundled name, folder or hub id; None takes the settings'
-    pipe=None,  # a loaded pipeline, instead of `model`
     block: bool = True,  # stay until interrupted
     say=None,  # called with a line that names the address; None leaves that to Gradio
     share: bool = False,  # also at a public address, through Gradio's servers
@@ -1120,20 +1077,11 @@ def launch(
     "Serve the page."
     host, port = settings().demo_host if host is None else host, settings().demo_port if port is None else port
     port = _free_port(host, port)
-    page = make_demo(pipe, model, any_model=not share and host in ("127.0.0.1", "localhost", "::1"))
-    page.launch(
-        server_name=host,
-        server_port=port,
-        share=share,
-        inline=False,
-        quiet=say is not None,
-        prevent_thread_lock=True,
-        ssr_mode=False,
-        enable_monitoring=False,
-        footer_links=["api"],
-        max_file_size=_UPLOAD_SIZE,
-        _frontend=False,  # don't wait three seconds for the page and take a busy machine for a closed door
-    )
+    page = make_demo(None, model, any_model=not share and host in ("127.0.0.1", "localhost", "::1"))
+    where = dict(server_name=host, server_port=port, share=share, inline=False, footer_links=["api"])
+    manner = dict(quiet=say is not None, prevent_thread_lock=True, ssr_mode=False, enable_monitoring=False)
+    # no `_frontend`: don't wait three seconds for the page and take a busy machine for a closed door
+    page.launch(**where, **manner, max_file_size=_UPLOAD_SIZE, _frontend=False)
     if say:
         say(f"kiwi-edit is at {page.share_url or page.local_url} (Ctrl-C stops it)")
     try:

@@ -32,16 +32,16 @@ class _Option:
     "Something that people choose: an option of a command, a field of the page."
 
     name: str
-    kind: str  # a key of `_TYPES`
+    kind: type  # what a value is made with
     many: bool
-    choices: tuple  # values that it may have, or names in front of `=`; empty where all may
+    choices: list  # values that it may have, or names in front of `=`; empty where all may
     required: bool
     default: object
     help: str
-    flags: tuple = ()  # as they are typed; none where it is an argument
-    metavar: str | None = None
-    least: float | None = None
-    above: bool = False  # `least` itself is too little
+    flags: list  # as they are typed; none where it is an argument
+    metavar: str | None
+    bound: str | None  # ">" or ">=", before
+    least: float | None
 
     @property
     def label(self) -> str:
@@ -54,22 +54,18 @@ class _Option:
         "Whether it is several NAME=VALUE."
         return "=" in (self.metavar or "") and self.metavar[0] != "["
 
-    @property
-    def type(self) -> type:
-        "What the command line makes of a value."
-        return str if self.paired else _TYPES[self.kind]
-
     def read(self, value):
         "A value, or the dictionary of several NAME=VALUE, after a look whether it may be."
         if self.paired:
             return self._dictionary(value or ())
-        if value is not None and self.choices:
-            listed = ", ".join(self.choices)
-            expect(value in self.choices, f"`{self.name}` has to be of {listed} but is {value!r}.")
-        if value is not None and self.least is not None:
-            good = self.least <= value < math.inf and not (self.above and value == self.least)
-            bound = f"above {self.least:g}" if self.above else f"{self.least:g} or more"
-            expect(good, f"`{self.name}` has to be {bound} but is {value}.")
+        if value is None:
+            return None
+        known = not self.choices or value in self.choices
+        expect(known, f"`{self.name}` has to be of {', '.join(self.choices)} but is {value!r}.")
+        if self.bound:
+            good = self.least < value < math.inf or self.bound == ">=" and value == self.least
+            rule = f"above {self.least:g}" if self.bound == ">" else f"{self.least:g} or more"
+            expect(good, f"`{self.name}` has to be {rule} but is {value}.")
         return value
 
     def _dictionary(self, texts):
@@ -81,7 +77,7 @@ class _Option:
             name = name.strip()
             good = name and name in (self.choices or [name]) and (value or "[=" in self.metavar)
             try:
-                given = _TYPES[self.kind](value) if value else {}
+                given = self.kind(value) if value else {}
             except ValueError:
                 good = False
             expect(good, f"`{self.name}` has to be {form} but is {text!r}.")
@@ -94,81 +90,64 @@ _TABLE = """
 @video path! <VIDEO>: Video, GIF, image, or folder of images; or a list of edits (.jsonl).
 instruction/-i str: What to edit, in words. Only a list may do without.
 reference/-r paths: Image of what it should look like; may be given several times.
-model str: Bundled name, folder or hub id. [the settings' checkpoint]
-cache.model str: The model that the run starts from: bundled name, folder or hub id. [the preset's checkpoint]
-out/-o path: File for the result, or folder for those of a list. [VIDEO's name with -edited, in the settings'
-    output_dir]
-evaluate.out/-o path: File for the report, .json, where targets are known; else folder of videos, scores and report.
-    [report.json or evaluation-BENCH in the settings' output_dir]
+model str: Bundled name, folder or hub id. [the settings' checkpoint; of a cache, the preset's]
+out/-o path: File for the result; of a list, folder. [VIDEO's name with -edited, in the settings' output_dir]
+evaluate.out/-o path: .json where targets are known, else a folder. [report.json or evaluation-BENCH in output_dir]
 train.out/-o path=runs: Folder of the run: every stage finds there what the stages before it have made.
 cache.out/-o path!: Folder of the caches: what `kiwi-edit train` takes as --cache.
 synthesize.out/-o path!: Folder for shards, data card and report; a run that was stopped goes on there.
 compare flag: Also write source and result side by side.
-overwrite flag: Replace files that exist.
-evaluate.overwrite flag: Replace a report that exists.
+overwrite flag: Replace what exists.
 synthesize.overwrite flag: Throw an earlier run with other settings away.
-convert.overwrite flag: Replace DESTINATION if it exists.
 seed int: Of the noise that the edit starts from. [the settings' seed]
 train.seed int>=0: Of data order, noise and random weights. [the settings' seed]
 steps int: Denoising steps. [the model's own number]
 evaluate.steps int>=1: Denoising steps. [50 for a published bench, else the model's own number]
 train.steps int>0: End each stage after so many steps. [the stage's own number]
-frames int: Edit at most so many frames, 4k+1, in windows where the model takes fewer at once. [as many as the model
-    takes]
+frames int: Edit at most so many frames, 4k+1, in windows if need be. [as many as the model takes at once]
 whole flag: Edit all frames, in windows.
 size str <WIDTHxHEIGHT>: Size at which the model works; the result has the source's. [as large as the model takes]
-device str: auto, cpu, cuda, cuda:1 or mps. [the settings' device]
-synthesize.device str: Of models: auto, cpu, cuda, cuda:1 or mps. [the settings' device]
+device str: Of models: auto, cpu, cuda, cuda:1 or mps. [the settings' device]
 strength float=1.0: Below 1: start from the source under noise, and stay closer to it.
 guidance_scale float=1.0: Above 1: follow the instruction more closely, at twice the time.
 workers int=1: Of a list: processes that edit, each with the model.
 cache.workers int>=0=0: Processes that read samples ahead.
 synthesize.workers int=0: Processes. [0: this one]
 skip_bad flag: Of a list: do the good rows where there are bad ones.
-approximate jsons <NAME[=OPTIONS]>: Of one edit: nearly the same result in less time or memory, such as 'fewer steps'
-    or 'fewer steps={"steps": 8}'; may be given several times.
+approximate jsons <NAME[=OPTIONS]>: Of one edit: nearly the same in less time or memory, such as 'fewer steps' or
+    'fewer steps={"steps": 8}'; may be given several times.
 host str: Address to listen at; 0.0.0.0 lets other machines in. [the settings' demo_host]
 port int: [the settings' demo_port]
 share flag: Also at a public address, through Gradio's servers.
 bench str(kit|refvie|openve|imgedit)=kit: kit, refvie, openve or imgedit.
 data path: Of a published bench: its own file, YAML of refvie, CSV of openve, JSON of imgedit.
-train.data paths(image|video|ref) <MODE=METADATA>: Samples of a mode (image, video or ref): .csv, .json,
-    .jsonl, .parquet, or a folder of such shards; once for each mode of the stages.
-@cache.data strs <[MODE=METADATA]...>: Samples of a mode (image, video or ref): .csv, .json, .jsonl, .parquet, or a
-    folder of such shards. [the kit's own world, for a stage of tiny]
-root path: Of a published bench: folder in which the paths of that file start. [the file's]
-synthesize.root path: Folder that the table's paths start from. [the table's own]
+train.data paths(image|video|ref) <MODE=METADATA>: Samples of a mode (image, video or ref): .csv, .json, .jsonl,
+    .parquet, or a folder of such shards; once for each mode of the stages.
+@cache.data strs <[MODE=METADATA]...>: Tables of modes (image, video, ref). [the kit's own world, for a stage of tiny]
+root path: Folder in which the paths of the table or bench start. [its own]
 videos path: Folder of finished videos that are scored instead of a model's.
-judge str: metrics, gemini[:MODEL], openai:MODEL[@URL] or transformers:PATH. [the settings' judge; the kit's bench is
-    measured against its targets]
-parameter jsons <NAME=VALUE>: Further parameter of each request to an openai judge, such as temperature=1 or
-    max_completion_tokens=4096; null leaves one out. May be given several times.
-synthesize.parameter jsons <NAME=VALUE>: Further parameter of each request to an openai model, such as temperature=1 or
+judge str: metrics, gemini[:MODEL], openai:MODEL[@URL] or transformers:PATH. [the settings'; none for the kit's bench]
+parameter jsons <NAME=VALUE>: Further parameter of requests to openai:MODEL, such as temperature=1 or
     max_completion_tokens=4096; null leaves one out. May be given several times.
 samples int>=1=32: Of the kit's bench: clips for each task.
 difficulty str(easy|full): Of the kit's bench: easy or full. [full]
 tasks str: Of the kit's bench: tasks, separated by commas. [all that it has]
 limit int>=1: Only the first so many rows of a published bench.
 concat flag: Also write source and result side by side.
-parts str=1/1 <I/N>: Only make the videos of part I of N; a last run without it scores all.
-cache.parts str=1/1 <I/N>: Compute only part I of N; a last run without it completes the cache.
+parts str=1/1 <I/N>: Do only part I of N; a last run without it does the rest.
 preset str: Sizes and curriculum: tiny, wan2.2-5b or wan2.1-14b. [the settings' preset]
-cache.preset str: tiny, wan2.2-5b or wan2.1-14b. [the settings' preset]
 stage strs: Stage of the curriculum; may be given several times. [all of tiny's, in their order]
 cache.stage str: Stage that is going to learn from it and says how rows are made.
-cache path: Folder of caches, as `kiwi-edit cache` makes them. [computed on the way; those of tiny are kept in the
-    run's folder]
+cache path: Folder that `kiwi-edit cache` has filled. [computed on the way; those of tiny stay in the run's folder]
 minutes float>0: End each stage after so many minutes. [the stage's own time]
 resume flag: Continue the run in that folder.
-start str: Model to begin with: bundled name, folder, hub id, released repository, or a trainer's step-N.safetensors.
-    [a random one, for tiny]
-base strs(transformer|vae|mllm) <PART=SOURCE>: What a trainer's checkpoint builds on: vae and mllm, and transformer
+start str: Model to begin with: bundled name, folder, hub id or a trainer's step-N.safetensors. [a random one, for tiny]
+base strs(transformer|vae|mllm) <PART=SOURCE>: What a trainer's checkpoint builds on: vae, mllm, and transformer
     if it holds no whole denoiser; file, folder or hub id.
 keep int>0=2: Checkpoints of each stage that stay.
-score int>0: Held-out samples of each task that the kit's benchmark scores after every checkpoint, for tiny. [none]
+score int>0: Held-out samples of each task that the kit's bench scores after every checkpoint, for tiny. [none]
 track str(tensorboard|wandb|none): tensorboard, wandb or none. [tensorboard, where it is installed]
 official_defects flag: With the defects of the official trainer, to compare with it.
-cache.official_defects flag: As in `kiwi-edit train`.
 dry_run flag: Say what each stage would need; load and write nothing.
 seconds_per_step float>0: Measured, for the hours of a dry run. [as fast as plain matrix products are on the device]
 options flag: A dry run also says what other choices would need; it takes about twice as long.
@@ -177,15 +156,13 @@ max_pixels int: Without a stage: most pixels of a frame. [the preset's]
 dtype str: Without a stage: float32, bfloat16 or float16. [bfloat16]
 convert.dtype str: Number format of the written weights: float32, bfloat16 or float16. [the source's]
 prune flag: Delete what this model and these files do not use any more.
-@pairs str! <PAIRS>: .csv, .json, .jsonl, .parquet; folder of shards or clips; data set of the hub as
-    owner/name[:split]; or world:2000.
+@pairs str! <PAIRS>: .csv, .json, .jsonl, .parquet; folder of shards or clips; hub's owner/name[:split]; or world:2000.
 column strs <WHAT=COLUMN>: Where the table has other names: source, edited, instruction, reference, task, id, licence.
 engine str=local: local, or ray for many machines.
 actors strs <STAGE=NUMBERxGPUS>: With ray: actors of a stage and GPUs of each, such as segment=2x0.5.
-vlm str: Model that scores, grounds and verifies: hub id, openai:MODEL[@URL] or gemini:MODEL. [embedded, without
-    weights]
+vlm str: Model that scores, grounds and verifies: hub id, openai:MODEL[@URL] or gemini:MODEL. [embedded, no weights]
 sam str: SAM that segments: hub id or folder. [embedded]
-editor str: Image editor that draws references: hub id or folder of diffusers, or kiwi[:MODEL]. [cut out of the clip]
+editor str: Draws references: hub id or folder of diffusers, or kiwi[:MODEL]. [cut out of the clip]
 embedder str: DINOv2 or CLIP that finds doubles: hub id or folder. [embedded]
 thresholds/--threshold floats <STAGE.SCORE=NUMBER>: Such as verify.quality=8; may be given several times.
 inspect.thresholds/--threshold floats <STAGE.SCORE=NUMBER>: How many would be left with a stricter threshold.
@@ -196,18 +173,14 @@ batch int: Pairs that a stage sees at once. [8 with models, else 1]
 max_failures float=0.5: Share of rows that may be unreadable or unanswered before the run stops.
 @folder path! <DIR>: Folder that `synthesize` has made.
 row str: Id of a pair: what every stage said of it.
-@source str! <SOURCE>: Bundled name, folder or hub id, in the kit's or a released layout; or a trainer's
-    step-N.safetensors.
+@source str! <SOURCE>: Bundled name, folder or hub id, in any layout; or a trainer's step-N.safetensors.
 @destination path! <DESTINATION>: Folder to write.
 to str(kit|official|trainer)=kit: Layout: kit, official or trainer.
-transformer str: Base denoiser of a trainer checkpoint: file, folder or hub id. [none, where the checkpoint has all of
-    it]
+transformer str: Base denoiser of a trainer checkpoint: file, folder or hub id. [none, where the checkpoint has it all]
 vae str: Autoencoder of a trainer checkpoint: file, folder or hub id.
 mllm str: Qwen2.5-VL of a trainer checkpoint: folder or hub id.
-heads int: Attention heads of a trainer checkpoint's denoiser, where they are not of 128 channels and no config.json
-    says so.
-ref_pad_first/--ref-pad-first/--ref-pad-last flag?: Where a trainer checkpoint expects reference tokens. [as it
-    records or is named, else last]
+heads int: Attention heads of a trainer checkpoint's denoiser, if not of 128 channels and not said by a config.json.
+ref_pad_first/--ref-pad-first/--ref-pad-last flag?: Where a trainer checkpoint has references. [as it says, else last]
 """
 
 # %% ../../nbs/library/49_options.ipynb #62714935
@@ -230,41 +203,32 @@ convert: source destination to dtype overwrite transformer vae mllm heads ref_pa
 _ROW = re.compile(
     r"(?P<argument>@?)(?:(?P<command>\w+)\.)?(?P<name>\w+)(?P<flags>/\S+)? "
     rf"(?P<kind>{'|'.join(_TYPES)})(?P<many>s?)(?:\((?P<choices>\S+)\))?(?P<required>!?)(?P<maybe>\??)"
-    r"(?:>(?P<closed>=?)(?P<least>\d+))?(?:=(?P<default>\S+?))?"
-    r"(?: <(?P<metavar>.*)>)?: (?P<help>.*)"
+    r"(?:(?P<bound>>=?)(?P<least>\d+))?(?:=(?P<default>\S+?))?(?: <(?P<metavar>.*)>)?: (?P<help>.*)"
 )
 
 
-def _read_rows(text):
-    "The options of the table, by name or command.name."
-    found = {}
-    for line in re.sub(r"\n +", " ", text.strip()).splitlines():
-        row = _ROW.fullmatch(line)
-        name, default = row["name"], row["default"]
-        flags = (row["flags"] or "")[1:]
-        if not row["argument"] and not flags.startswith("--"):
-            flags = f"--{name.replace('_', '-')} {flags}"
-        default = default and _TYPES[row["kind"]](default)
-        if row["kind"] == "flag" and not row["maybe"]:
-            default = False
-        found[f"{row['command']}.{name}" if row["command"] else name] = _Option(
-            name,
-            row["kind"],
-            bool(row["many"]),
-            tuple(filter(None, (row["choices"] or "").split("|"))),
-            bool(row["required"]),
-            default,
-            row["help"],
-            tuple(flags.split()),
-            row["metavar"],
-            row["least"] and float(row["least"]),
-            bool(row["least"]) and not row["closed"],
-        )
-    return found
+def _lines(text):
+    "Lines of a table; one that begins with blanks goes on with the line before it."
+    return re.sub(r"\n +", " ", text.strip()).splitlines()
 
 
-OPTIONS = _read_rows(_TABLE)  # name, or command.name -> `_Option`
+def _read_row(line):
+    "A row as (name or command.name, option)."
+    row = _ROW.fullmatch(line).groupdict()
+    argument, command, maybe = (row.pop(name) for name in ("argument", "command", "maybe"))
+    kind, flags = _TYPES[row["kind"]], (row["flags"] or "")[1:].split()
+    if not argument and not [flag for flag in flags if flag.startswith("--")]:
+        flags = [f"--{row['name'].replace('_', '-')}", *flags]
+    default = kind(row["default"]) if row["default"] else False if kind is bool and not maybe else None
+    read = dict(kind=kind, flags=flags, default=default, least=row["least"] and float(row["least"]))
+    read |= dict(
+        many=bool(row["many"]), required=bool(row["required"]), choices=re.findall(r"\w+", row["choices"] or "")
+    )
+    return f"{command}.{row['name']}" if command else row["name"], _Option(**row | read)
+
+
+OPTIONS = dict(map(_read_row, _lines(_TABLE)))  # name, or command.name -> `_Option`
 COMMANDS = {  # command -> its options
     name: [OPTIONS.get(f"{name}.{option}") or OPTIONS[option] for option in names.split()]
-    for name, names in (line.split(": ") for line in re.sub(r"\n +", " ", _COMMANDS.strip()).splitlines())
+    for name, names in (line.split(": ") for line in _lines(_COMMANDS))
 }

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import math
@@ -17,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path, PureWindowsPath
 
@@ -31,7 +30,7 @@ import PIL.Image
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from ..core import InputError, InputTypeError, MissingPackage, check_instruction, choose_device
+from ..core import InputError, InputTypeError, MissingPackage, check_instruction, check_local, choose_device
 from ..core import choose_dtype, expect, settings, shortened
 from ..records import Table, Workers, digest, read_lines, run_rows, unique_names, write_text
 from ..video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoInfo, check_frame_count, compare, fit_size
@@ -184,11 +183,11 @@ class EditPlan:
             expect(good, f"`size` has to have sides from 1 to 8192 but is {self.size[0]}x{self.size[1]}.")
         expect(0 < strength <= 1, f"`strength` has to lie above 0 and up to 1 but is {strength}.")
         expect(1 <= scale < math.inf, f"`guidance_scale` has to be a number from 1, which is off, but is {scale}.")
-        suffix, most = self.out.suffix.lower(), min(self.info.frames, self.frames or self.info.frames)
+        most = min(self.info.frames, self.frames or self.info.frames)
         kinds = VIDEO_SUFFIXES if nearest_frame_count(most) > 1 else (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
-        if suffix not in kinds:
-            what = f"a source of {self.info.frames} frames" if self.info.frames > 1 else "an image"
-            raise InputError(f"`out` has to end in {', '.join(kinds)} for {what} but is {str(self.out)!r}.")
+        what = f"a source of {self.info.frames} frames" if self.info.frames > 1 else "an image"
+        form = f"{', '.join(kinds)} for {what}"
+        expect(self.out.suffix.lower() in kinds, f"`out` has to end in {form} but is {str(self.out)!r}.")
 
     @property
     def strip(self) -> Path:
@@ -223,6 +222,7 @@ class EditPlan:
 # %% ../../nbs/library/13_files.ipynb #13279530
 def _planned(video, instruction, references, out, **options):
     "A plan of which everything is checked but the place of its files, and the files that it reads."
+    check_local(video, "video")
     video = Path(video).expanduser()
     if isinstance(references, (str, Path, PIL.Image.Image, np.ndarray)):
         references = [references]
@@ -231,7 +231,7 @@ def _planned(video, instruction, references, out, **options):
     with renamed("`path`", "`video`"):
         info = video_info(video)
     with renamed("`path`", "`reference`"):
-        images = tuple(map(read_image, references))
+        images = tuple(read_image(reference, "reference") for reference in references)
     if out is None:
         name = _file_name(video.stem, f"-edited{_suffix(video, info)}")
         out = _make_folder(settings().output_dir, "output_dir") / name
@@ -344,7 +344,6 @@ def _write_edit(plan, source, edited, picks=(), progress=None):
     from kiwi_edit.pipeline import fit_reference
 
     streamed, shown = not isinstance(edited, np.ndarray), []
-    sound = plan.video if streamed else source
 
     def watched(pieces, what, wanted=()):  # what the film strip will show is picked out of what passes
         done = 0
@@ -359,7 +358,7 @@ def _write_edit(plan, source, edited, picks=(), progress=None):
         fresh = {path: stack.enter_context(replacing(path, plan.overwrite)) for path in plan.files}
         for path, temporary in fresh.items():
             stack.enter_context(renamed(str(temporary), str(path)))
-        write = partial(write_video, fps=source.fps, audio_from=sound, overwrite=True)
+        write = partial(write_video, fps=source.fps, audio_from=plan.video, overwrite=True)
         write(fresh[plan.out], watched(edited, "writing", picks) if streamed else edited)
         if plan.comparison and streamed:  # the result is read back: it is not kept
             pairs = zip(stream_video(plan.video), stream_video(fresh[plan.out]))
@@ -367,9 +366,8 @@ def _write_edit(plan, source, edited, picks=(), progress=None):
         elif plan.comparison:
             write(fresh[plan.comparison], compare(source, edited))
         result = np.stack(shown) if streamed else edited
-        height, width = source.frames.shape[1:3]
-        scale = min(1, 440 / max(width, height))
-        small = max(1, round(width * scale)), max(1, round(height * scale))
+        scale = min(1, 440 / max(source.width, source.height))
+        small = [max(1, round(side * scale)) for side in (source.width, source.height)]
         references = {"reference": [fit_reference(r, *small) for r in plan.references]} if plan.references else {}
         rows = {"source": source.frames[: len(result)], **references, "result": result}
         film_strip(rows, title=_title(plan, min(6, len(rows["source"])))).save(fresh[plan.strip])
@@ -423,20 +421,10 @@ def run_edit(
         written[what] = frames
         report(frames, count, what)
 
-    edited = pipe(
-        plan.instruction,
-        video=video,
-        reference=list(plan.references) or None,
-        height=height,
-        width=width,
-        num_frames=count,
-        num_inference_steps=steps,
-        strength=plan.strength,
-        guidance_scale=plan.guidance_scale,
-        generator=torch.Generator().manual_seed(plan.seed),
-        output_type="stream" if streamed else "pil",
-        callback_on_step_end=stepped,
-    ).frames[0]
+    given = dict(video=video, reference=list(plan.references) or None, height=height, width=width, num_frames=count)
+    given |= dict(num_inference_steps=steps, strength=plan.strength, guidance_scale=plan.guidance_scale)
+    given |= dict(generator=torch.Generator().manual_seed(plan.seed), output_type="stream" if streamed else "pil")
+    edited = pipe(plan.instruction, **given, callback_on_step_end=stepped).frames[0]
     report(total, total, "writing")
     if streamed:
         source = (frame for part in stream_video(plan.video, count) for frame in part.frames)
@@ -489,22 +477,22 @@ def parse_size(
 
 def _value(name, value):
     "A value of a line as `plan_edit` takes it."
-    kind = name if name in _WORDS else _KINDS[name]
-    if name == "reference" and isinstance(value, (str, list)):
-        value = value if isinstance(value, list) else [value] if value else []
-        if all(isinstance(path, str) and path for path in value):
-            return value
-    elif name == "instruction" or kind == name and isinstance(value, str) and value:
-        return value  # what is wrong with an instruction, its own check says
-    elif kind == "tuple" and isinstance(value, str):
+    kind, form = name if name in _WORDS else _KINDS[name], type(value)
+    if name == "instruction":
+        return value  # what is wrong with it, its own check says
+    if kind == "tuple" and form is str:
         return parse_size(value)
-    elif kind == "tuple" and isinstance(value, list) and [type(side) for side in value] == [int, int]:
-        return tuple(value)
-    elif kind == "float" and type(value) is int and abs(value) < 2**63:
-        return float(value)
-    elif type(value).__name__ == kind:
-        return value  # `True` is no whole number
-    raise InputError(f"`{name}` has to be {_WORDS[kind]} but is {value!r}.")
+    if name == "reference" and form is str:
+        form, value = list, [value] if value else []
+    good = {
+        "reference": form is list and all(isinstance(path, str) and path for path in value),
+        "tuple": form is list and [type(side) for side in value] == [int, int],
+        "float": form is float or form is int and abs(value) < 2**63,
+        "int": form is int,  # `True` is none
+        "bool": form is bool,
+    }
+    expect(good.get(kind, form is str and value), f"`{name}` has to be {_WORDS[kind]} but is {value!r}.")
+    return tuple(value) if kind == "tuple" else float(value) if kind == "float" else value
 
 
 def _parse_row(line):
@@ -532,7 +520,7 @@ def _model_digest(folder):
     return digest({f.relative_to(folder).as_posix(): f for f in files})
 
 # %% ../../nbs/library/13_files.ipynb #b17e0008
-@dataclass(frozen=True)
+@dataclass
 class _Row:
     "A line of a list; it can be done, as far as anybody can tell without the model, unless `reason` says why not."
 
@@ -553,12 +541,9 @@ class BadEdits(InputError):
     "Rows of a list that keep it from being started: `bad`, out of `total`."
 
     def __init__(self, bad: list, total: int):
-        super().__init__(bad, total)
-        self.bad, self.total = bad, total
-
-    def __str__(self):
-        few = f"{len(self.bad)} of {self.total} rows are bad, the first is {self.bad[0]}"
-        return f"`path` has to be a list of edits that can be done, unless `skip_bad` is set, but {few}"
+        few = f"{len(bad)} of {total} rows are bad, the first is {bad[0]}"
+        super().__init__(f"`path` has to be a list of edits that can be done, unless `skip_bad` is set, but {few}")
+        self.bad = bad
 
 
 @dataclass(repr=False)
@@ -586,10 +571,6 @@ class _EditList:
         if self.bad and not skip_bad:
             raise BadEdits(self.bad, len(self.lines))
 
-    def refuse(self, row: _Row, reason: str):
-        "Count a row among the bad ones."
-        self.lines = [replace(r, reason=reason) if r is row else r for r in self.lines]
-
     def _repr_markdown_(self):
         rows = [[r.number, "bad" if r.reason else r.name, r.reason or r.plan.instruction] for r in self.lines]
         more = f"and {len(rows) - 24} more" if len(rows) > 24 else ""
@@ -602,8 +583,7 @@ def _check_row(number, row, path, folder):
         expect(what in row, f"`{what}` has to be given, by the row or for the whole list.")
     video = path.parent / Path(row["video"]).expanduser()
     references = tuple(path.parent / Path(r).expanduser() for r in row.get("reference", ()))
-    options = {option: row[option] for option in _ROW_OPTIONS if option in row}
-    name = row.get("out")
+    options, name = {option: row[option] for option in _ROW_OPTIONS if option in row}, row.get("out")
     if name is None:
         with renamed("`path`", "`video`"):
             name = _file_name(f"{number:04d}-{video.stem}", _suffix(video, video_info(video)))
@@ -615,9 +595,8 @@ def _check_row(number, row, path, folder):
     defaults = {f.name: f.default for f in fields(EditPlan) if f.name in _ROW_OPTIONS}
     asked = {o: value for o, value in options.items() if value != defaults[o]}
     asked |= dict(instruction=plan.instruction, seed=plan.seed)
-    said = dict(video=row["video"], reference=list(row.get("reference", ())))
-    given, inputs = said | defaults | asked, digest(asked, read)
-    return _Row(number, name, "", replace(plan, references=()), references, given, inputs)
+    given = dict(video=row["video"], reference=list(row.get("reference", ()))) | defaults | asked
+    return _Row(number, name, "", replace(plan, references=()), references, given, digest(asked, read))
 
 
 def _checked(number, line, path, folder, defaults, taken):
@@ -649,8 +628,7 @@ def read_edits(
     if wrong := [name for name in defaults if name not in known]:
         raise InputTypeError(f"`defaults` have to be of {', '.join(known)} but hold {wrong[0]}.")
     path = Path(path).expanduser().absolute()
-    folder = Path(out).expanduser() if out is not None else settings().output_dir / _file_name(path.stem, "-edited")
-    folder = folder.absolute()
+    folder = Path(out or settings().output_dir / _file_name(path.stem, "-edited")).expanduser().absolute()
     defaults = {name: value for name, value in defaults.items() if value is not None}
     if reference := defaults.pop("reference", None):
         paths = [reference] if isinstance(reference, (str, Path)) else reference
@@ -671,7 +649,7 @@ def read_edits(
     for row in found.rows:
         if own := [file for file in row.plan.files if {file.resolve(), folder.resolve()} & read]:
             rule = "`out` has to be another file than those that are read, and not among them"
-            found.refuse(row, f"{rule}, but {str(own[0])!r} is.")
+            row.reason = f"{rule}, but {str(own[0])!r} is."
     return found
 
 # %% ../../nbs/library/13_files.ipynb #b17e0017
@@ -691,8 +669,8 @@ def _write_records(path, records):
 
 def _record(row, error, status="bad", key=None, settings=None):
     "The line of an edit that is about to be done, or cannot be done; the lines that follow say more."
-    said = dict(key=key, row=row.number, status=status, out=row.name, seconds=None, error=error)
-    return said | dict(note="", settings=settings)
+    about = dict(key=key, row=row.number, status=status, out=row.name)
+    return about | dict(seconds=None, error=error, note="", settings=settings)
 
 
 def _survey(edits, last, overwrite):
@@ -712,9 +690,9 @@ def _survey(edits, last, overwrite):
             changed = [name for name in now if was.get(name) != now[name]]
             how = f"with another {' and '.join(changed)}" if changed else "from other files or by another model"
             rule = "`out` has to be a new file or the same edit's unless `overwrite` is set"
-            edits.refuse(row, f"{rule} but {row.name!r} was made {how}.")
+            row.reason = f"{rule} but {row.name!r} was made {how}."
         else:
-            edits.refuse(row, f"`out` has to be a new file unless `overwrite` is set but {taken[0]!r} exists.")
+            row.reason = f"`out` has to be a new file unless `overwrite` is set but {taken[0]!r} exists."
     return todo
 
 # %% ../../nbs/library/13_files.ipynb #b17e0020
@@ -726,7 +704,7 @@ def _edit_row(row, model, pipe, progress=None):
     return dict(row=row.number, status="done", out=row.name, note=note, settings=row.settings | dict(model=model))
 
 
-@functools.cache
+@cache
 def _worker_model(folder, devices):
     "The model of this process; processes take turns at the devices."
     turn = int(re.findall(r"\d+", multiprocessing.current_process().name)[-1])
@@ -849,7 +827,8 @@ def run_edits(
 ) -> _EditRun:
     "Do a list of edits. What earlier runs have done is kept."
     expect(workers >= 1, f"`workers` has to be at least 1 but is {workers}.")
-    began, edits, path = time.perf_counter(), replace(edits), edits.folder / "results.jsonl"
+    began, path = time.perf_counter(), edits.folder / "results.jsonl"
+    edits = replace(edits, lines=[replace(row) for row in edits.lines])  # what is found now is of this run alone
     edits.check(skip_bad)
     where, model = choose_device(device or settings().device), str(model or settings().checkpoint)
     folder = find_model(model)
@@ -858,12 +837,12 @@ def run_edits(
         try:
             row.plan.check(limits)
         except InputError as error:
-            edits.refuse(row, str(error))
+            row.reason = str(error)
     edits.check(skip_bad)
     with _alone(edits.folder):
         last, weights = _last_records(path), _model_digest(folder)
-        keyed = lambda row: replace(row, key=f"{digest(row.inputs, weights)[:16]} {row.name}")
-        edits.lines = [row if row.reason else keyed(row) for row in edits.lines]
+        for row in edits.rows:
+            row.key = f"{digest(row.inputs, weights)[:16]} {row.name}"
         todo = _survey(edits, last, overwrite)
         edits.check(skip_bad)
         again = {row.name for row in todo.values()}
