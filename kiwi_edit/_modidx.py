@@ -608,6 +608,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'kiwi_edit.data.embedded._verify_pixels': ( 'library/embedded.html#_verify_pixels',
                                                                                      'kiwi_edit/data/embedded.py'),
                                          'kiwi_edit.data.embedded._voted': ('library/embedded.html#_voted', 'kiwi_edit/data/embedded.py'),
+                                         'kiwi_edit.data.embedded._was_there': ( 'library/embedded.html#_was_there',
+                                                                                 'kiwi_edit/data/embedded.py'),
                                          'kiwi_edit.data.embedded.changed_region': ( 'library/embedded.html#changed_region',
                                                                                      'kiwi_edit/data/embedded.py'),
                                          'kiwi_edit.data.embedded.color_distance': ( 'library/embedded.html#color_distance',

@@ -25,6 +25,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import NamedTuple
 
@@ -236,18 +237,19 @@ class Workers(ProcessPoolExecutor):
         start: Callable,  # what each of them calls first; a worker has to be able to import it
         *arguments,  # of `start`
     ):
+        resource_tracker.ensure_running()  # beginning later, it would undo what `submit` blocks
         context = multiprocessing.get_context("spawn")
         super().__init__(number, context, initializer=_begin, initargs=(start, arguments))
 
     def submit(self, *args, **kwargs):
-        "As ever; a process that begins here does not hear Ctrl-C before its first call either."
-        if threading.current_thread() is not threading.main_thread():
+        "As ever; a process that begins here inherits that Ctrl-C is blocked, which waits here until it has begun."
+        if not hasattr(signal, "pthread_sigmask"):  # Windows
             return super().submit(*args, **kwargs)
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             return super().submit(*args, **kwargs)
         finally:
-            signal.signal(signal.SIGINT, before)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 # %% ../nbs/library/02_records.ipynb #2ec00013
 class Value(NamedTuple):

@@ -32,6 +32,7 @@ class _Request(NamedTuple):
     task: str  # of `world.TASKS`; "" where no verb is known
     subject: str  # what comes, or for a removal what goes
     place: str  # of `world.PLACES`; "" where none is said
+    old: str  # what it takes the place of; "" where nothing is named
 
 
 _SHADES = COLORS | dict(brown=(120, 75, 45), gray=(128, 128, 128), grey=(128, 128, 128), golden=(212, 170, 70))
@@ -98,7 +99,7 @@ def _parse_instruction(text, task=""):
             new = _thing(found[1])
     if task == "background":
         new = re.sub(r"^(?:a|an|the) ", "", new if old else "") or "new background"
-    return _Request(task, new or words, place)
+    return _Request(task, new or words, place, old)
 
 # %% ../../nbs/library/09_embedded.ipynb #q11b0006
 def _lab(frames):
@@ -202,7 +203,7 @@ def _score_change(record):
         aligned=_aligned(source, edited),
         steady=_steady(source, edited, distance, want.task),
         kept=1.0 if wide else float(np.clip((0.9 - share) / 0.3, 0, 1)),
-        fits=_fits(want, edited, mask),
+        fits=_fits(want, record, distance, mask),
     )
     return scores | dict(edit=min(scores[k] for k in ("change", "aligned", "steady", "kept", "fits")))
 
@@ -243,13 +244,22 @@ def _steady(source, edited, distance, task):
     return 0.0 if frozen or dark else min(1.0, 1 / max(jump, 1e-6) ** 2)
 
 
-def _fits(want, edited, mask):
-    "Whether colours, place and extent are those that the words ask for; 1 where they say nothing of them."
-    fits = [1.0]
+def _fits(want, record, distance, mask):
+    "Whether colours, place, extent and what came or went are those that the words ask for; 1 where they say nothing."
+    edited, fits = record.edited, [1.0]
     if not mask.any():
         return 0.0
     if want.task in ("background", "style"):
         fits.append(min(1.0, float(mask.mean()) / 0.5))
+    if want.task == "background":  # something stays in front of it
+        fits.append(min(1.0, float(_stayed(record, distance).mean()) / 0.02))
+    if want.task == "style":  # nothing is left out
+        fits.append(min(1.0, 0.06 / max(float((distance < 2).mean()), 1e-6)))
+    if want.task in ("add", "remove", "change", "subject"):
+        was = _was_there(record.source, edited, mask)
+        comes = want.task == "add" or want.task == "subject" and not want.old
+        sure = was - 0.5 if want.task == "remove" else 0.5 - was if comes else 0.28 - abs(was - 0.49)
+        fits.append(float(np.clip(sure / 0.1, 0, 1)))
     if want.task in ("add", "change"):
         fits += [min(1.0, _color_share(edited[mask], c) / 0.08) for c in _colors_in(want.subject)]
     if want.place and want.task in ("add", "subject"):
@@ -257,6 +267,22 @@ def _fits(want, edited, mask):
         off = math.dist(PLACES[want.place], (x.mean() / mask.shape[2], y.mean() / mask.shape[1]))
         fits.append(float(np.clip(2 - off / 0.12, 0, 1)))
     return min(fits)
+
+
+def _was_there(source, edited, mask):
+    "Of the contrast across the border of what changed, the share that the source has: near 0 a thing came, near 1 it went."
+    sigma = max(1.0, min(mask.shape[1:]) / 96)
+    smooth = lambda frame: cv2.GaussianBlur(frame.astype(np.float32), (0, 0), sigma)
+    shares = []
+    for before, after, inside in zip(_lab(source), _lab(edited), mask):
+        if inside.all() or not inside.any():
+            continue
+        normal = np.stack(np.gradient(smooth(inside)))
+        weight = np.linalg.norm(normal, axis=0)
+        normal = (normal / (weight + 1e-6))[..., None]
+        across = [np.linalg.norm(sum(normal * np.gradient(smooth(x), axis=(0, 1))), axis=-1) for x in (before, after)]
+        shares.append(np.average(across[0] / (sum(across) + 0.25 / sigma), weights=weight))
+    return float(np.mean(shares)) if shares else 0.5
 
 # %% ../../nbs/library/09_embedded.ipynb #9a110018
 def _same_look(source, edited):
