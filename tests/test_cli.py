@@ -700,6 +700,15 @@ def test_interrupt_leaves_nothing(apart, clip, tmp_path, random_model, moment):
     assert (tmp_path / "new.mp4").read_text() == "mine"
 
 
+def test_the_error_that_a_library_makes_of_a_signal_ends_as_the_signal():
+    with pytest.raises(SystemExit) as stop, cli._tidy_signals():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except SystemExit as asked:
+            raise RuntimeError("the weights could not be read") from asked
+    assert stop.value.code == 130
+
+
 def test_a_lost_signal_stops_at_the_next_step():
     class Deaf:
         def __del__(self):

@@ -1,5 +1,6 @@
 """Lists of edits: what is refused, what is kept, and what a run that was stopped in the middle leaves behind."""
 
+import concurrent.futures
 import json
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ from kiwi_edit.apps import cli
 from kiwi_edit.data import files
 from kiwi_edit.core import asset
 from kiwi_edit.data.files import _enlarged, read_edits, run_edits
+from kiwi_edit.records import Workers
 from kiwi_edit.video import read_video, resize_frames, video_info
 
 MODEL = "kiwi-edit-tiny"
@@ -329,6 +331,13 @@ def test_a_list_that_is_stopped_twice_ends_with_the_same_results(folder, capfd, 
     for name in visible(out) - {"results.jsonl"}:
         assert (out / name).read_bytes() == (folder / "alone" / name).read_bytes(), name
     assert [r["key"] for r in records(out)] == [r["key"] for r in records(folder / "alone")]
+
+
+def test_ctrl_c_waits_while_a_process_begins(monkeypatch):
+    begin = lambda self, *arguments: signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(concurrent.futures.ProcessPoolExecutor, "submit", begin)
+    with Workers(1, print) as workers, pytest.raises(KeyboardInterrupt):
+        workers.submit(print)
 
 
 START = files._start_worker  # before it is replaced

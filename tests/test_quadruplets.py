@@ -152,3 +152,31 @@ def test_inpaint_fills_a_flat_hole():
     hole[20:40, 30:50] = True
     spoiled = np.where(hole[..., None], np.uint8(0), image)
     assert abs(_fill_patches(spoiled, hole).astype(int) - 120).max() <= 4
+
+
+@pytest.mark.parametrize(
+    "task, turned, words, least",
+    [
+        ("add", True, None, 10),  # what came has gone
+        ("add", False, "Remove the thing.", 10),
+        ("remove", True, None, 10),
+        ("remove", False, "Add a thing.", 10),
+        (
+            "background",
+            False,
+            "Make the video look like a pencil drawing.",
+            8,
+        ),  # where what stands in front has a colour
+        ("style", False, "Replace the background with a beach.", 9),
+    ],
+)
+def test_what_came_went_or_stayed_is_held_against_the_words(task, turned, words, least):
+    caught = 0
+    for seed in range(10):
+        good = pair(seed, task)
+        clips = dict(source=good.edited, edited=good.source) if turned else {}
+        wrong = replace(good, instruction=words or good.instruction, **clips)
+        right, said = (embedded_stages()[0]([load_record(p)])[0].verdicts[-1] for p in (good, wrong))
+        assert right.passed, (seed, right)
+        caught += said.reason == "not what the words say"
+    assert caught >= least

@@ -253,8 +253,9 @@ def _fits(want, record, distance, mask):
         fits.append(min(1.0, float(mask.mean()) / 0.5))
     if want.task == "background":  # something stays in front of it
         fits.append(min(1.0, float(_stayed(record, distance).mean()) / 0.02))
-    if want.task == "style":  # nothing is left out
-        fits.append(min(1.0, 0.06 / max(float((distance < 2).mean()), 1e-6)))
+    if want.task == "style":  # nothing that has a colour stays as it was
+        stays = (distance < 2) & (np.linalg.norm(_lab(record.source)[..., 1:], axis=-1) > 6)
+        fits.append(min(1.0, 0.01 / max(float(stays.mean()), 1e-6)))
     if want.task in ("add", "remove", "change", "subject"):
         was = _was_there(record.source, edited, mask)
         comes = want.task == "add" or want.task == "subject" and not want.old
@@ -267,6 +268,7 @@ def _fits(want, record, distance, mask):
         off = math.dist(PLACES[want.place], (x.mean() / mask.shape[2], y.mean() / mask.shape[1]))
         fits.append(float(np.clip(2 - off / 0.12, 0, 1)))
     return min(fits)
+
 
 
 def _was_there(source, edited, mask):

@@ -783,7 +783,7 @@ def _alone(folder):
 
 def _sweep(folder):
     "Delete the temporary files of processes that were killed."
-    for file in folder.glob(".????????.*"):
+    for file in folder.glob("." + "[0-9a-f]" * 32 + ".*"):  # as `video.replacing` names them
         if file.suffix.lower() in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES, ".jsonl"):
             file.unlink(missing_ok=True)
 
