@@ -61,16 +61,19 @@ class Looks:
     tokens: np.ndarray  # (steps, layers, N) share that each token of the context gets, on average
     num_features: int  # how many of the N are features of references; the queries follow
 
-    @property
-    def queries(self) -> np.ndarray:  # (Q,) mean over steps and layers
-        "The share that each query gets."
-        return self.tokens.mean((0, 1))[self.num_features :]
+# %% ../nbs/07_where_it_looks.ipynb #07c00006
+@patch(as_prop=True)
+def queries(self: Looks) -> np.ndarray:  # (Q,) mean over steps and layers
+    "The share that each query gets."
+    return self.tokens.mean((0, 1))[self.num_features :]
 
-    def summary(self) -> dict:  # of shares in 0..1, means over the whole edit
-        "The edit in three numbers; `even` is what the references would get if nobody preferred anything."
-        r, f = self.reference.shape[2], self.features.shape[2]
-        looked = float(self.reference.sum(2).mean()) if r else 0.0
-        return dict(reference=looked, even=r / (r + f), features=float(self.features.mean()))
+# %% ../nbs/07_where_it_looks.ipynb #07c00007
+@patch
+def summary(self: Looks) -> dict:  # of shares in 0..1, means over the whole edit
+    "The edit in three numbers; `even` is what the references would get if nobody preferred anything."
+    r, f = self.reference.shape[2], self.features.shape[2]
+    looked = float(self.reference.sum(2).mean()) if r else 0.0
+    return dict(reference=looked, even=r / (r + f), features=float(self.features.mean()))
 
 # %% ../nbs/07_where_it_looks.ipynb #a270000d
 class WatchingProcessor(KiwiAttnProcessor):

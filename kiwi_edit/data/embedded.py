@@ -270,7 +270,6 @@ def _fits(want, record, distance, mask):
     return min(fits)
 
 
-
 def _was_there(source, edited, mask):
     "Of the contrast across the border of what changed, the share that the source has: near 0 a thing came, near 1 it went."
     sigma = max(1.0, min(mask.shape[1:]) / 96)
