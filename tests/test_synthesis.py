@@ -398,8 +398,20 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(undisturbed, tmp_path,
         pytest.importorskip("ray")
     out, said, kept = tmp_path / "out", tmp_path / "said", {}
     start = partial(common.start, job, out, workers, engine, said=said, OMP_NUM_THREADS="1")
+
+    def late():
+        "Whether Ray's node did not start in its 30 s, which it has however busy the machine is."
+        err = Path(f"{said}.err")
+        found = "timed out during startup" in err.read_text()
+        if found:
+            err.write_text("")
+        return found
+
     for parts in moments:  # killed once so many parts are there
-        common.kill_when(start(), lambda: len(list((out / "parts").glob("part_*"))) >= parts)
+        for _ in range(3):
+            common.kill_when(start(), lambda: len(list((out / "parts").glob("part_*"))) >= parts)
+            if not late():
+                break
         if not (out / "parts").is_dir() or (out / "SHA256SUMS").exists():
             break  # it was faster than the kill
         for name, stamp in kept.items():
@@ -408,8 +420,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(undisturbed, tmp_path,
         assert len(kept) >= parts
     process = start()
     process.join(300)
-    # Ray gives its node 30 s to start, however busy the machine is
-    if process.exitcode and "timed out during startup" in Path(f"{said}.err").read_text():
+    if process.exitcode and late():
         process = start()
         process.join(300)
     assert process.exitcode == 0, Path(f"{said}.err").read_text()[-2000:]
