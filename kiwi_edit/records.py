@@ -237,7 +237,6 @@ class Workers(ProcessPoolExecutor):
         start: Callable,  # what each of them calls first; a worker has to be able to import it
         *arguments,  # of `start`
     ):
-        resource_tracker.ensure_running()  # beginning later, it would undo what `submit` blocks
         context = multiprocessing.get_context("spawn")
         super().__init__(number, context, initializer=_begin, initargs=(start, arguments))
 
@@ -245,6 +244,7 @@ class Workers(ProcessPoolExecutor):
         "As ever; a process that begins here inherits that Ctrl-C is blocked, which waits here until it has begun."
         if not hasattr(signal, "pthread_sigmask"):  # Windows
             return super().submit(*args, **kwargs)
+        resource_tracker.ensure_running()  # beginning later, it would undo what is blocked here
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             return super().submit(*args, **kwargs)
