@@ -259,7 +259,7 @@ def _fits(want, record, distance, mask):
     if want.task in ("add", "remove", "change", "subject"):
         was = _was_there(record.source, edited, mask)
         comes = want.task == "add" or want.task == "subject" and not want.old
-        sure = was - 0.5 if want.task == "remove" else 0.5 - was if comes else 0.28 - abs(was - 0.49)
+        sure = was - 0.5 if want.task == "remove" else 0.5 - was if comes else 0.3 - abs(was - 0.49)
         fits.append(float(np.clip(sure / 0.1, 0, 1)))
     if want.task in ("add", "change"):
         fits += [min(1.0, _color_share(edited[mask], c) / 0.08) for c in _colors_in(want.subject)]
