@@ -256,10 +256,11 @@ def _fits(want, record, distance, mask):
     if want.task == "style":  # nothing that has a colour stays as it was
         stays = (distance < 2) & (np.linalg.norm(_lab(record.source)[..., 1:], axis=-1) > 6)
         fits.append(min(1.0, 0.01 / max(float(stays.mean()), 1e-6)))
-    if want.task in ("add", "remove", "change", "subject"):
+    grows = re.match("larger|smaller|bigger", want.subject)  # the same thing, whose border moves
+    if want.task in ("add", "remove", "change", "subject") and not grows:
         was = _was_there(record.source, edited, mask)
         comes = want.task == "add" or want.task == "subject" and not want.old
-        sure = was - 0.5 if want.task == "remove" else 0.5 - was if comes else 0.3 - abs(was - 0.49)
+        sure = was - 0.5 if want.task == "remove" else 0.5 - was if comes else 0.29 - abs(was - 0.49)
         fits.append(float(np.clip(sure / 0.1, 0, 1)))
     if want.task in ("add", "change"):
         fits += [min(1.0, _color_share(edited[mask], c) / 0.08) for c in _colors_in(want.subject)]
