@@ -286,7 +286,8 @@ def set_distance(
     order = rng.permutation(len(b))
     drawn = [(a[rng.integers(len(a), size=len(a))], b[rng.integers(len(b), size=len(b))]) for _ in range(resamples)]
     for name, distance in _DISTANCES.items():
-        low, high = np.quantile([distance(*pair) for pair in drawn], (0.025, 0.975))
-        values[name] = (distance(a, b), float(low), float(high))
+        value, draws = distance(a, b), np.array([distance(*pair) for pair in drawn])
+        low, high = value + np.quantile(draws - draws.mean(), (0.025, 0.975))
+        values[name] = (value, float(low), float(high))
         floor[name] = distance(b[order[: len(b) // 2]], b[order[len(b) // 2 :]])
     return SetDistance(tuple(names), (len(a), len(b)), features, a.shape[1], values, floor)
