@@ -32,7 +32,7 @@ __all__ = ['Footage', 'prepare_footage', 'follow_mask', 'Memory']
 class Footage:
     "The frames of an edit's source: in memory, or in a file that is read when it is their turn."
 
-    count: int  # frames, 4k+1
+    count: int | None  # frames, 4k+1; None where nobody knows yet
     width: int  # pixels at which they are edited
     height: int
     frames: np.ndarray | None = None  # (count, height, width, 3) uint8, where they are in memory
@@ -147,7 +147,7 @@ def mask(
     fits = abs(width * high - height * wide) <= max(width, height, wide, high)  # but for a rounded side
     expect(fits, f"`mask` has to have the shape of the source, which is {wide}x{high}, but is {width}x{height}.")
     rule = f"be one image or have the {self.count} frames that are edited"
-    expect(count in (1, self.count), f"`mask` has to {rule} but has {count}.")
+    expect(count in (1, self.count or count), f"`mask` has to {rule} but has {count}.")
     if (height, width) != (self.height, self.width):
         sized = (resize_frames(f * np.uint8(255), self.width, self.height, self.mode) for f in marked)
         marked = np.concatenate([frames[..., 0] > 127 for frames in sized])

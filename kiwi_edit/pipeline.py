@@ -491,7 +491,8 @@ def _keeper(mask, source_latents, noise):
     if mask is None:
         return lambda latents, sigma: latents
     shape = source_latents.shape[2:]
-    places = F.adaptive_max_pool2d(torch.from_numpy(mask).float()[:, None], shape[1:])
+    pooled = (F.adaptive_max_pool2d(torch.from_numpy(frame)[None].float(), shape[1:]) for frame in mask)
+    places = torch.stack(list(pooled))  # (1 or T, 1, h, w)
     if len(places) > 1:  # all frames that a latent frame stands for
         places = torch.cat([places[:1], places[1:].unflatten(0, (shape[0] - 1, -1)).amax(1)])
     inside = places.transpose(0, 1)[None].to(noise.device) > 0
@@ -502,7 +503,7 @@ def walk(
     pipe: KiwiEditPipeline,
     scheduler: FlowMatchEulerDiscreteScheduler,  # its timesteps set
     latents: torch.Tensor,  # (B, z, f, h, w) float32, noise
-    context: torch.Tensor,  # (B, N, dim); of a guided clip with the negative prompt, or the one without references, first
+    context: torch.Tensor,  # (B, N, dim); of a guided clip what it is led away from comes first
     context_mask: torch.Tensor | None,  # (B, N) bool
     source_latents: torch.Tensor,  # (B, z, f, h, w)
     reference_latents: torch.Tensor | None = None,  # (B, z, R, h, w)
@@ -581,7 +582,7 @@ def __call__(
     reference_scale: float = 1.0,  # other than 1: so much of what the reference changes, at one more call a step
     negative_prompt: str = "",
     strength: float = 1.0,  # below 1: start from the source under noise instead of from noise
-    mask=None,  # white where the edit may go: an image, a clip of images, or a box (x0, y0, x1, y1) in shares of a frame
+    mask=None,  # where the edit may go: white pixels of an image or clip, or a box (x0, y0, x1, y1) in shares of a frame
     generator: torch.Generator | None = None,  # of the noise
     latents: torch.Tensor | None = None,  # (1, z, f, h, w) the noise itself
     output_type: str = "pil",  # or "np" (T, H, W, 3) in [0, 1], "pt" (T, 3, H, W), "latent", "stream" (n, H, W, 3)

@@ -215,6 +215,7 @@ def _edit(o):
     from kiwi_edit.data.files import parse_size, plan_edit, run_edit
 
     names = "instruction", "reference", "compare", "seed", "steps", "frames", "whole", "strength", "guidance_scale"
+    names += "reference_scale", "mask", "follow"
     options = dict(size=parse_size(o.size)) | {name: getattr(o, name) for name in names}
     if o.video.suffix.lower() == ".jsonl" and not o.video.is_dir():
         _left_out(o, "approximate", "where VIDEO is a list (.jsonl)")
