@@ -11,7 +11,6 @@ import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 
 import cv2
@@ -96,64 +95,54 @@ def prepare_footage(
     return Footage(len(frames), *size, frames, own=own)
 
 # %% ../nbs/library/03_footage.ipynb #f0a50003
-def _box(mask):
-    "The numbers of a box, which may be a text of them; None where a mask is something else."
-    if isinstance(mask, str) and "," in mask:
+def _in_box(box, width, height):  # (1, height, width) bool
+    "The pixels of a box, which may be a text of four numbers; None where a mask is something else."
+    if isinstance(box, str) and "," in box:
         with contextlib.suppress(ValueError):
-            mask = [float(part) for part in mask.split(",")]
-    numbers = isinstance(mask, (list, tuple)) and mask and all(isinstance(share, Real) for share in mask)
-    return tuple(mask) if numbers else None
-
-
-def _of_box(box, width, height):  # (1, height, width) bool
+            box = tuple(float(share) for share in box.split(","))
+    if not isinstance(box, (list, tuple)) or not all(isinstance(share, (int, float)) for share in box):
+        return None
     good = len(box) == 4 and 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1
-    rule = "(x0, y0, x1, y1) with x0 < x1 and y0 < y1, shares of the frame from 0 to 1,"
-    expect(good, f"`mask` has to be a box {rule} but is {box}.")
-    marked = np.zeros((1, height, width), bool)
+    rule = "images, or a box (x0, y0, x1, y1) with x0 < x1 and y0 < y1, shares of the frame from 0 to 1,"
+    expect(good, f"`mask` has to be {rule} but is {box}.")
     left, top, right, bottom = (round(share * side) for share, side in zip(box, (width, height) * 2))
+    marked = np.zeros((1, height, width), bool)
     marked[:, top:bottom, left:right] = True
     return marked
 
 # %% ../nbs/library/03_footage.ipynb #f0a50004
 def _white(mask, most):  # (T, H, W) bool
     "The white pixels of an image or of a clip of images, of at most so many frames."
-    check_local(mask, "mask")
-    if isinstance(mask, (list, tuple)):
-        parts = [_white(image, 1) for image in mask[:most]]
-        sizes = {f"{part.shape[2]}x{part.shape[1]}" for part in parts}
-        expect(len(sizes) == 1, f"`mask` has to hold images of one size but has {', '.join(sorted(sizes)) or 'none'}.")
-        return np.concatenate(parts)
-    if str(getattr(mask, "dtype", "")).endswith("bool"):
-        mask = np.asarray(mask) * np.uint8(255)
+    if str(getattr(mask, "dtype", "")).endswith("bool") and mask.ndim in (2, 3):
+        return np.asarray(mask).reshape(-1, *mask.shape[-2:])[:most]
     if isinstance(mask, (str, Path)) and Path(mask).expanduser().exists() and not video_info(mask).still:
         clips = stream_video(mask, most)
     elif hasattr(mask, "frames") or hasattr(mask, "ndim") and mask.shape[-1] != 4:
         clips = [as_frames(mask, "mask")[:most]]
     else:
-        clips = [as_frames(read_image(mask, "mask", ground="black"))]
-    frames = (frame for clip in clips for frame in as_frames(clip))
-    return np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) > 127 for frame in frames])
+        images = mask[:most] if isinstance(mask, (list, tuple)) else [mask]
+        clips = [as_frames([read_image(image, "mask", ground="black") for image in images], "mask")]
+    return np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) > 127 for clip in clips for frame in as_frames(clip)])
 
 # %% ../nbs/library/03_footage.ipynb #f0a50005
 @patch
 def mask(
     self: Footage,
     mask,  # image, clip of images, or box (x0, y0, x1, y1) in shares of the frame, also as a text with commas
-) -> np.ndarray:  # (1 or count, height, width) bool
+) -> np.ndarray:  # (count, height, width) bool
     "Where an edit of this footage may go, at the size of the edit."
-    (wide, high), box = self.own or (self.width, self.height), _box(mask)
-    marked = _white(mask, self.count) if box is None else _of_box(box, wide, high)
+    wide, high = self.own or (self.width, self.height)
+    marked = _in_box(mask, wide, high)
+    marked = _white(mask, self.count) if marked is None else marked
     count, height, width = marked.shape
     fits = abs(width * high - height * wide) <= max(width, height, wide, high)  # but for a rounded side
     expect(fits, f"`mask` has to have the shape of the source, which is {wide}x{high}, but is {width}x{height}.")
-    rule = f"be one image or have the {self.count} frames that are edited"
-    expect(count in (1, self.count or count), f"`mask` has to {rule} but has {count}.")
+    expect(count in (1, self.count or count), f"`mask` has to hold 1 or {self.count} images but holds {count}.")
     if (height, width) != (self.height, self.width):
         sized = (resize_frames(f * np.uint8(255), self.width, self.height, self.mode) for f in marked)
         marked = np.concatenate([frames[..., 0] > 127 for frames in sized])
-    what = f"is black all over at {self.width}x{self.height}"
-    expect(marked.any(), f"`mask` has to be white where the edit may go but {what}.")
-    return marked
+    expect(marked.any(), f"`mask` has to be white where the edit may go but is black at {self.width}x{self.height}.")
+    return np.broadcast_to(marked, (self.count or count, self.height, self.width))
 
 # %% ../nbs/library/03_footage.ipynb #f0a50008
 def follow_mask(
@@ -165,9 +154,9 @@ def follow_mask(
     grid = np.stack(np.meshgrid(*map(np.arange, mask.shape[::-1])), axis=-1).astype(np.float32)
     place, before, found = grid, None, []
     for frame in frames:
-        size = f"{mask.shape[1]}x{mask.shape[0]}"
-        fits = frame.shape[:2] == mask.shape
-        expect(fits, f"`frames` have to have the mask's {size} but are {frame.shape[1]}x{frame.shape[0]}.")
+        expect(
+            frame.shape[:2] == mask.shape, f"`mask` has to be {frame.shape[:2]}, as the frames, but is {mask.shape}."
+        )
         now = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
         if before is not None:  # where each pixel was a frame earlier, and so where it was in the first
             step = grid + flow.calc(now, before, None)

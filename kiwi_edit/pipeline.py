@@ -132,7 +132,6 @@ class KiwiEditPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 _OF_AN_EDIT = dict(  # of the edit under way, as diffusers' pipelines name them
     interrupt="Whether a callback has set `_interrupt`: no more steps are done, and what is there is decoded.",
     guidance_scale="Of the edit under way; a callback may change `_guidance_scale`.",
-    reference_scale="Of the edit under way; a callback may change `_reference_scale`.",
     num_timesteps="Steps of the edit under way.",
     current_timestep="Of the edit under way; None where none is.",
 )
@@ -329,9 +328,11 @@ def encode_prompt(
     return encode_context(self.mllm, self.guidance, collate_inputs(inputs).to(device), vision)
 
 # %% ../nbs/06_pipeline.ipynb #06m00001
-def _contexts(pipe, prompts, frames, references, device):
+def _contexts(pipe, prompt, negative_prompt, source, references, device):
     "Contexts of an edit and their mask; where references have a scale, also those without, and which have them."
-    if not references or pipe.reference_scale == 1:
+    prompts = [negative_prompt, prompt] if pipe.do_classifier_free_guidance else [prompt]
+    frames = source.some(sample_frames(source.count))
+    if not references or pipe._reference_scale == 1:
         return *pipe.encode_prompt(prompts, frames, references, device), None
     without = pipe.encode_prompt(prompts, frames, [], device)
     pairs = zip(without, pipe.encode_prompt(prompts[-1:], frames, references, device))
@@ -418,14 +419,13 @@ def composite(
     frames: np.ndarray,  # (B, T, H, W, 3) uint8, the edit as decoded
     source: np.ndarray,  # (B, T, H, W, 3) uint8
     matte: torch.Tensor | None,  # (B, n, f, h, w) logits: which of n pixels at a place of the latents the edit changes
-    mask: np.ndarray | None = None,  # (1 or T, H, W) bool, where it may change any
+    mask: np.ndarray | None = None,  # (T, H, W) bool, where it may change any
 ) -> np.ndarray:  # (B, T, H, W, 3) uint8
     "The edit where matte and mask are 1, the source where one is 0; without both the edit."
-    share = None if matte is None or not matte.shape[1] else _matte_share(matte, frames)
+    share = np.float32(1) if matte is None or not matte.shape[1] else _matte_share(matte, frames)
     if mask is not None:
-        inside = _soft(mask)[None, ..., None]
-        share = inside if share is None else share * inside
-    if share is None:
+        share = share * _soft(mask)[None, ..., None]
+    if not share.ndim:
         return frames
     return (source + share * (frames.astype(np.float32) - source) + 0.5).astype(np.uint8)
 
@@ -442,7 +442,7 @@ def _matte_share(matte, frames):  # (B, T, H, W, 1) in 0..1
     return np.repeat(share.cpu().numpy(), lengths, axis=1)
 
 # %% ../nbs/06_pipeline.ipynb #06m00003
-def _soft(mask):  # (1 or T, H, W) float32
+def _soft(mask):  # (T, H, W) float32
     "A mask that rises from its border to 1 over some pixels, all of them inside."
     width = 1 + max(1, round(min(mask.shape[1:]) / 64))
     away = (cv2.distanceTransform(frame.astype(np.uint8), cv2.DIST_L2, 5) for frame in mask)
@@ -455,7 +455,7 @@ def _stream_composite(vae, latents, matte, source, mask=None):
     if not matte.shape[1] and mask is None:
         return pieces
     before = regroup(source.chunks(), group, drop_rest=True)
-    masks = repeat(mask) if mask is None or len(mask) == 1 else regroup([mask], group, drop_rest=True)
+    masks = repeat(None) if mask is None else regroup([mask], group, drop_rest=True)
     parts = zip(pieces, before, matte.split(1, dim=2), masks)
     return (composite(new[None], old[None], *part)[0] for new, old, *part in parts)
 
@@ -468,7 +468,7 @@ def decode(
     source: Footage,
     output_type: str,  # as in a call
     in_pieces: bool = False,  # memory does not grow with the clip
-    mask: np.ndarray | None = None,  # (1 or T, H, W) bool, see `composite`
+    mask: np.ndarray | None = None,  # (T, H, W) bool, see `composite`
 ):
     "Latents in the form that a call asks for."
     if output_type == "latent":
@@ -486,16 +486,13 @@ def decode(
     return [[PIL.Image.fromarray(frame) for frame in clip] for clip in frames]
 
 # %% ../nbs/06_pipeline.ipynb #06m00005
-def _keeper(mask, source_latents, noise):
+def _keeper(mask, group, source_latents, noise):
     "What puts the source, under the noise of a level, back into latents outside a mask."
     if mask is None:
         return lambda latents, sigma: latents
-    shape = source_latents.shape[2:]
-    pooled = (F.adaptive_max_pool2d(torch.from_numpy(frame)[None].float(), shape[1:]) for frame in mask)
-    places = torch.stack(list(pooled))  # (1 or T, 1, h, w)
-    if len(places) > 1:  # all frames that a latent frame stands for
-        places = torch.cat([places[:1], places[1:].unflatten(0, (shape[0] - 1, -1)).amax(1)])
-    inside = places.transpose(0, 1)[None].to(noise.device) > 0
+    frames, *sides = source_latents.shape[2:]
+    groups = np.logical_or.reduceat(mask, [0, *range(1, len(mask), group)])[:frames]  # more, where a file is damaged
+    inside = F.adaptive_max_pool2d(torch.from_numpy(groups).to(noise), sides)[None, None] > 0
     return lambda latents, sigma: torch.where(inside, latents, sigma * noise + (1 - sigma) * source_latents)
 
 # %% ../nbs/06_pipeline.ipynb #06a1b2c3
@@ -525,7 +522,7 @@ def walk(
     for i, t in enumerate(timesteps[begin:]):
         pipe._current_timestep = t
         scales = [pipe.guidance_scale] * pipe.do_classifier_free_guidance
-        scales += [pipe.reference_scale] * (reference_mask is not None)
+        scales += [pipe._reference_scale] * (reference_mask is not None)
         if len(latents) < len(context) > 1 + len(scales):  # a callback has turned it off
             context, context_mask = context[-1 - len(scales) :], context_mask[-1 - len(scales) :]
         if seen is not context:  # the first step, or a callback has changed it
@@ -556,14 +553,6 @@ def walk(
 def _as_many(x, context, dtype):
     return None if x is None else x.to(dtype).expand(len(context), -1, -1, -1, -1)
 
-# %% ../nbs/06_pipeline.ipynb #06m00006
-def _told(pipe, callback, tensors, i, t, here):
-    "Latents and context after a step, as a callback leaves them."
-    changed = callback(pipe, i, t, {name: here[name] for name in tensors}) if callback else None
-    here, context = here | (changed or {}), here["context"]
-    new = [x for x in (here["prompt_embeds"], here["context"]) if x is not None and x is not context]
-    return here["latents"], (new or [context])[0]
-
 # %% ../nbs/06_pipeline.ipynb #f16a78c2
 @patch_to(KiwiEditPipeline)
 @torch.no_grad()
@@ -582,7 +571,7 @@ def __call__(
     reference_scale: float = 1.0,  # other than 1: so much of what the reference changes, at one more call a step
     negative_prompt: str = "",
     strength: float = 1.0,  # below 1: start from the source under noise instead of from noise
-    mask=None,  # where the edit may go: white pixels of an image or clip, or a box (x0, y0, x1, y1) in shares of a frame
+    mask=None,  # where the edit may go: white of an image or a clip, or a box (x0, y0, x1, y1) in shares of the frame
     generator: torch.Generator | None = None,  # of the noise
     latents: torch.Tensor | None = None,  # (1, z, f, h, w) the noise itself
     output_type: str = "pil",  # or "np" (T, H, W, 3) in [0, 1], "pt" (T, 3, H, W), "latent", "stream" (n, H, W, 3)
@@ -603,9 +592,8 @@ def __call__(
     # 2. Encode
     device, self._interrupt = self._execution_device, False
     self._guidance_scale, self._reference_scale = guidance_scale, reference_scale
-    prompts = [negative_prompt, prompt] if self.do_classifier_free_guidance else [prompt]
-    looked_at = source.some(sample_frames(source.count))
-    context, context_mask, reference_mask = _contexts(self, prompts, looked_at, references, device)
+    told = (prompt, negative_prompt, source, references, device)
+    context, context_mask, reference_mask = _contexts(self, *told)
     source_latents, vae = self.encode_source(source, device), self.vae.config
     frames, sides = (source_latents.shape[2] - 1) * vae.scale_factor_temporal + 1, (source.height, source.width)
     windows = self.windows(frames, *sides, window_overlap)
@@ -620,15 +608,17 @@ def __call__(
     # 4. Latents
     noise, sigmas = self.prepare_latents(source_latents, generator, latents), self.scheduler.sigmas.to(device)
     latents = noise if strength == 1 else sigmas[start] * noise + (1 - sigmas[start]) * source_latents
-    inside = inside if inside is None else inside[:frames]  # a damaged file holds fewer than it says
-    kept = _keeper(inside, source_latents, noise)
+    kept = _keeper(inside, vae.scale_factor_temporal, source_latents, noise)
 
     # 5. Denoise
     def each(i, t, latents, context):
         progress.update()
         here = dict(latents=kept(latents, sigmas[start + i + 1]), prompt_embeds=context, context=context)
         here |= dict(source_latents=source_latents, reference_latents=reference_latents)
-        return _told(self, callback_on_step_end, tensors, i, t, here)
+        told = {name: here[name] for name in tensors}
+        here |= callback_on_step_end(self, i, t, told) or {} if callback_on_step_end else {}
+        new = [x for x in (here["prompt_embeds"], here["context"]) if x is not None and x is not context]
+        return here["latents"], (new or [context])[0]
 
     with self.progress_bar(total=self._num_timesteps) as progress:
         given = (latents, context, context_mask, source_latents, reference_latents, reference_mask)

@@ -98,7 +98,7 @@ def _as_array(array):
 
 
 def as_frames(
-    frames,  # `Clip`, list of images, or array or tensor (T,H,W,3), (T,H,W) or (H,W,3), uint8 or float in [0,1]
+    frames,  # `Clip`, list of images, or array or tensor (T,H,W,3), (T,H,W) or (H,W,3), uint8, bool or float in [0,1]
     name: str = "frames",  # what errors call them
 ) -> np.ndarray:  # (T,H,W,3) uint8
     "Any common form of frames as one uint8 RGB array. Three axes that end in 3 are one frame in colour."
@@ -115,6 +115,7 @@ def as_frames(
         if frames.ndim == 3:
             frames = frames[..., None]
     frames = np.asarray(_as_array(frames) if hasattr(frames, "ndim") else frames)
+    frames = frames * np.uint8(255) if frames.dtype == bool else frames
     rule = "be without transparency, which `read_image` lays on white,"
     expect(frames.ndim < 3 or frames.shape[-1] != 4, f"`{name}` has to {rule} but is {frames.shape}.")
     if frames.ndim == 2 or frames.ndim == 3 and frames.shape[-1] == 3:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
-from itertools import chain, islice, repeat
+from itertools import islice
 from pathlib import Path, PureWindowsPath
 
 # %% auto #0
@@ -212,7 +212,7 @@ class EditPlan:
         "All that is written."
         return [path for path in (self.out, self.strip, self.comparison) if path]
 
-    def masks(self, count: int | None) -> np.ndarray:  # (1 or count, H, W) bool
+    def masks(self, count: int | None) -> np.ndarray:  # (count, H, W) bool
         "Where so many frames of the source may change, at their own size; without a number all that a mask has."
         from kiwi_edit.footage import Footage, follow_mask
 
@@ -220,8 +220,7 @@ class EditPlan:
             mask = Footage(1 if self.follow else count, self.info.width, self.info.height).mask(self.mask)
         if not self.follow or count == 1:
             return mask
-        clips = stream_video(self.video, count)
-        return follow_mask((frame for clip in clips for frame in clip.frames), mask[0])
+        return follow_mask((frame for clip in stream_video(self.video, count) for frame in clip.frames), mask[0])
 
     def count(self, limits: Limits) -> int:
         "How many frames are edited, if all can be decoded."
@@ -396,9 +395,7 @@ def _write_edit(plan, source, edited, mask, picks=(), progress=None):
         scale = min(1, 440 / max(source.width, source.height))
         small = [max(1, round(side * scale)) for side in (source.width, source.height)]
         references = {"reference": [fit_reference(r, *small) for r in plan.references]} if plan.references else {}
-        if mask is not None:
-            white = mask[list(picks)] if picks and len(mask) > 1 else mask
-            references["mask"] = resize_frames(white * np.uint8(255), *small, mode="stretch")
+        references |= {} if mask is None else {"mask": mask[sample_indices(len(mask), 6)]}
         rows = {"source": source.frames[: len(result)], **references, "result": result}
         film_strip(rows, title=_title(plan, min(6, len(rows["source"])))).save(fresh[plan.strip])
 
@@ -408,20 +405,18 @@ def _enlarged(pipe, pieces, source, width, height, mask=None):
     from kiwi_edit.pipeline import composite
 
     frames, has_matte = iter(source), pipe.transformer.config.out_channels > pipe.vae.config.z_dim
-    masks = repeat(None) if mask is None else chain.from_iterable(repeat(mask) if len(mask) == 1 else [mask])
+    masks = None if mask is None else iter(mask)
     for piece in pieces:
         sized = resize_frames(piece, width, height, mode="stretch")
-        if sized.shape == piece.shape or not has_matte and mask is None:
-            yield sized
-            continue
-        large = np.stack(list(islice(frames, len(piece))))
-        if has_matte:
-            small = resize_frames(large, piece.shape[2], piece.shape[1], mode="stretch")
-            changed = np.uint8(255) * (np.abs(piece.astype(np.int16) - small).max(-1, keepdims=True) > 1)
-            share = resize_frames(changed.repeat(3, -1), width, height, mode="stretch") / np.float32(255)
-            sized = (large + share * (sized.astype(np.float32) - large) + 0.5).astype(np.uint8)
-        inside = None if mask is None else np.stack(list(islice(masks, len(piece))))
-        yield composite(sized[None], large[None], None, inside)[0]
+        if sized.shape != piece.shape and (has_matte or masks):
+            large = np.stack(list(islice(frames, len(piece))))
+            if has_matte:
+                small = resize_frames(large, piece.shape[2], piece.shape[1], mode="stretch")
+                changed = np.abs(piece.astype(np.int16) - small).max(-1) > 1
+                share = resize_frames(changed, width, height, mode="stretch") / np.float32(255)
+                sized = (large + share * (sized.astype(np.float32) - large) + 0.5).astype(np.uint8)
+            sized = composite(sized[None], large[None], None, masks and np.stack(list(islice(masks, len(piece)))))[0]
+        yield sized
 
 # %% ../../nbs/library/13_files.ipynb #7f438d12
 def run_edit(
@@ -447,11 +442,10 @@ def run_edit(
     else:
         clip = clip[: nearest_frame_count(len(clip))]  # a damaged file holds fewer than it says
         count, frames = len(clip), resize_frames(clip.frames, width, height, mode="stretch")
-    video = Footage(count, width, height, frames, plan.video, "stretch", (clip.width, clip.height))
-    if plan.follow:
-        report(0, total, "following")
+    size = clip.width, clip.height
+    video = Footage(count, width, height, frames, plan.video, "stretch", size)
+    report(0, total, "following" if plan.follow else "looking")
     mask = None if plan.mask is None else plan.masks(count)
-    report(0, total, "looking")
 
     def stepped(pipe, step, timestep, tensors):
         report(step + 1, total, "editing" if step + 1 < total else "decoding")
@@ -461,21 +455,18 @@ def run_edit(
         written[what] = frames
         report(frames, count, what)
 
-    given = dict(video=video, reference=list(plan.references) or None, height=height, width=width, num_frames=count)
+    given = dict(video=video, reference=list(plan.references) or None, reference_scale=plan.reference_scale, mask=mask)
     given |= dict(num_inference_steps=steps, strength=plan.strength, guidance_scale=plan.guidance_scale)
-    given |= dict(reference_scale=plan.reference_scale, mask=mask)
     given |= dict(generator=torch.Generator().manual_seed(plan.seed), output_type="stream" if streamed else "pil")
     edited = pipe(plan.instruction, **given, callback_on_step_end=stepped).frames[0]
     report(total, total, "writing")
     if streamed:
         source = (frame for part in stream_video(plan.video, count) for frame in part.frames)
-        edited = _enlarged(pipe, edited, source, clip.width, clip.height, mask)
-        _write_edit(plan, clip, edited, mask, picks, passed)
+        _write_edit(plan, clip, _enlarged(pipe, edited, source, *size, mask), mask, picks, passed)
         count = written["writing"]
     else:
-        edited = next(_enlarged(pipe, [as_frames(edited)], clip.frames, clip.width, clip.height, mask))
-        _write_edit(plan, clip, edited, mask)
-    size, note, seconds = (clip.width, clip.height), _edited_span(plan, count, limits), time.perf_counter() - began
+        _write_edit(plan, clip, next(_enlarged(pipe, [as_frames(edited)], clip.frames, *size, mask)), mask)
+    note, seconds = _edited_span(plan, count, limits), time.perf_counter() - began
     return _EditedFile(plan.out, plan.strip, plan.comparison, count, size, (width, height), note, seconds)
 
 # %% ../../nbs/library/13_files.ipynb #4e1dc629
@@ -493,8 +484,7 @@ def edit_file(
 
 # %% ../../nbs/library/13_files.ipynb #b17e0002
 _ROW_NAMES = {"src_video": "video", "prompt": "instruction", "ref_image": "reference"}  # of published tables
-_ROW_OPTIONS = ("compare", "seed", "steps", "frames", "whole", "size", "strength", "guidance_scale")
-_ROW_OPTIONS += ("reference_scale", "mask", "follow")
+_ROW_OPTIONS = "compare seed steps frames whole size strength guidance_scale reference_scale mask follow".split()
 _ROW_NOTES = ("iid", "tgt_video", "task")  # columns of published tables that say nothing about an edit
 _KINDS = {f.name: f.type.removesuffix(" | None") for f in fields(EditPlan)}
 _WORDS = {
@@ -694,8 +684,7 @@ def read_edits(
         found.lines.append(_checked(number, line, path, folder, defaults, taken))
         if progress:
             progress(done, len(lines), "checking")
-    given = [file for row in found.rows for file in (row.plan.video, *row.references, row.plan.mask)]
-    read = {file.resolve() for file in given if isinstance(file, Path)}
+    read = {f.resolve() for r in found.rows for f in (r.plan.video, *r.references, r.plan.mask) if isinstance(f, Path)}
     for row in found.rows:
         if own := [file for file in row.plan.files if {file.resolve(), folder.resolve()} & read]:
             rule = "`out` has to be another file than those that are read, and not among them"
