@@ -365,7 +365,7 @@ def _title(plan, columns):
     return (text if len(text) <= room else text[: room - 1] + "…").replace("$", r"\$")
 
 
-def _write_edit(plan, source, edited, mask, picks=(), progress=None):
+def _write_edit(plan, source, edited, mask=None, picks=(), progress=None):
     "Write result, film strip and comparison, all of them or none. Of a stream `source` holds only the frames `picks`."
     from kiwi_edit.pipeline import fit_reference
 
