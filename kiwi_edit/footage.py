@@ -5,70 +5,39 @@
 # %% ../nbs/library/03_footage.ipynb #f0070004
 from __future__ import annotations
 
+import contextlib
 import logging
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
+from fastcore.basics import patch
 
-from .core import check_local
+from .core import check_local, expect
 from .records import digest
 from .video import as_frames, fit_size, nearest_frame_count, read_video
-from .video import resize_frames, stream_video, video_info
+from .video import read_image, resize_frames, stream_video, video_info
 
 # %% auto #0
-__all__ = ['prepare_frames', 'Footage', 'Memory']
-
-# %% ../nbs/library/03_footage.ipynb #06a1b2c1
-def prepare_frames(
-    video,  # path, bytes or file object of a video, `Clip`, array or tensor, or list of images in any form
-    max_pixels: int,  # of a frame
-    multiple: int,  # of pixels, that width and height have to be
-    num_frames: int,  # at most
-    size: tuple[int, int] | None = None,  # (width, height); None: the source's, within `max_pixels`
-) -> np.ndarray:  # (T, H, W, 3) uint8
-    "The frames that are edited: the first ones, 4k+1 of them, at a size that the model takes."
-    check_local(video, "video")
-    if hasattr(video, "read"):
-        video = video.read()
-    if isinstance(video, (bytes, bytearray)):
-        with tempfile.TemporaryDirectory() as folder:
-            (file := Path(folder) / "video").write_bytes(video)
-            return prepare_frames(file, max_pixels, multiple, num_frames, size)
-    in_file = isinstance(video, (str, Path))
-    if in_file:
-        info = video_info(video)
-        own, there = (info.width, info.height), info.frames
-    else:
-        frames = as_frames(video, "video")
-        own, there = frames.shape[2:0:-1], len(frames)
-    size = size or fit_size(*own, max_pixels, multiple)
-    count = nearest_frame_count(min(there, num_frames))
-    if in_file:
-        frames = read_video(video, num_frames=count, size=size, mode="inference").frames
-        frames = frames[: nearest_frame_count(len(frames))]  # a damaged file holds fewer than it says
-    else:
-        frames = resize_frames(frames[:count], *size, mode="inference")
-    if len(frames) < there or own != size:
-        words = "Editing frames 1 to %d of %d at %dx%d; the source is %dx%d."
-        logging.getLogger(__name__).info(words, len(frames), there, *size, *own)
-    return frames
+__all__ = ['Footage', 'prepare_footage', 'follow_mask', 'Memory']
 
 # %% ../nbs/library/03_footage.ipynb #f7c65a03
 @dataclass
 class Footage:
     "The frames of an edit's source: in memory, or in a file that is read when it is their turn."
 
-    count: int  # frames, 4k+1
+    count: int | None  # frames, 4k+1; None where nobody knows yet
     width: int  # pixels at which they are edited
     height: int
     frames: np.ndarray | None = None  # (count, height, width, 3) uint8, where they are in memory
     path: Path | None = None  # video, where they are not
     mode: str = "inference"  # how frames of a file get their size, see `resize_frames`
+    own: tuple[int, int] | None = None  # (width, height) of the source; None: those at which it is edited
 
     def some(
         self, indices: list[int]
@@ -89,6 +58,112 @@ class Footage:
         "Another one for other content."
         content = Path(self.path) if self.frames is None else self.frames
         return digest(content, self.count, self.width, self.height, self.mode)
+
+# %% ../nbs/library/03_footage.ipynb #06a1b2c1
+def prepare_footage(
+    video,  # path, bytes or file object of a video, `Clip`, array or tensor, or list of images in any form
+    max_pixels: int,  # of a frame
+    multiple: int,  # of pixels, that width and height have to be
+    num_frames: int,  # at most
+    size: tuple[int, int] | None = None,  # (width, height); None: the source's, within `max_pixels`
+) -> Footage:  # its frames in memory
+    "The frames that are edited: the first ones, 4k+1 of them, at a size that the model takes."
+    check_local(video, "video")
+    if hasattr(video, "read"):
+        video = video.read()
+    if isinstance(video, (bytes, bytearray)):
+        with tempfile.TemporaryDirectory() as folder:
+            (file := Path(folder) / "video").write_bytes(video)
+            return prepare_footage(file, max_pixels, multiple, num_frames, size)
+    in_file = isinstance(video, (str, Path))
+    if in_file:
+        info = video_info(video)
+        own, there = (info.width, info.height), info.frames
+    else:
+        frames = as_frames(video, "video")
+        own, there = frames.shape[2:0:-1], len(frames)
+    size = size or fit_size(*own, max_pixels, multiple)
+    count = nearest_frame_count(min(there, num_frames))
+    if in_file:
+        frames = read_video(video, num_frames=count, size=size, mode="inference").frames
+        frames = frames[: nearest_frame_count(len(frames))]  # a damaged file holds fewer than it says
+    else:
+        frames = resize_frames(frames[:count], *size, mode="inference")
+    if len(frames) < there or own != size:
+        words = "Editing frames 1 to %d of %d at %dx%d; the source is %dx%d."
+        logging.getLogger(__name__).info(words, len(frames), there, *size, *own)
+    return Footage(len(frames), *size, frames, own=own)
+
+# %% ../nbs/library/03_footage.ipynb #f0a50003
+def _in_box(box, width, height):  # (1, height, width) bool
+    "The pixels of a box, which may be a text of four numbers; None where a mask is something else."
+    if isinstance(box, str) and "," in box:
+        with contextlib.suppress(ValueError):
+            box = tuple(float(share) for share in box.split(","))
+    if not isinstance(box, (list, tuple)) or not all(isinstance(share, (int, float)) for share in box):
+        return None
+    good = len(box) == 4 and 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1
+    rule = "images, or a box (x0, y0, x1, y1) with x0 < x1 and y0 < y1, shares of the frame from 0 to 1,"
+    expect(good, f"`mask` has to be {rule} but is {box}.")
+    left, top, right, bottom = (round(share * side) for share, side in zip(box, (width, height) * 2))
+    marked = np.zeros((1, height, width), bool)
+    marked[:, top:bottom, left:right] = True
+    return marked
+
+# %% ../nbs/library/03_footage.ipynb #f0a50004
+def _white(mask, most):  # (T, H, W) bool
+    "The white pixels of an image or of a clip of images, of at most so many frames."
+    if str(getattr(mask, "dtype", "")).endswith("bool") and mask.ndim in (2, 3):
+        return np.asarray(mask).reshape(-1, *mask.shape[-2:])[:most]
+    if isinstance(mask, (str, Path)) and Path(mask).expanduser().exists() and not video_info(mask).still:
+        clips = stream_video(mask, most)
+    elif hasattr(mask, "frames") or hasattr(mask, "ndim") and mask.shape[-1] != 4:
+        clips = [as_frames(mask, "mask")[:most]]
+    else:
+        images = mask[:most] if isinstance(mask, (list, tuple)) else [mask]
+        clips = [as_frames([read_image(image, "mask", ground="black") for image in images], "mask")]
+    return np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) > 127 for clip in clips for frame in as_frames(clip)])
+
+# %% ../nbs/library/03_footage.ipynb #f0a50005
+@patch
+def mask(
+    self: Footage,
+    mask,  # image, clip of images, or box (x0, y0, x1, y1) in shares of the frame, also as a text with commas
+) -> np.ndarray:  # (count, height, width) bool
+    "Where an edit of this footage may go, at the size of the edit."
+    wide, high = self.own or (self.width, self.height)
+    marked = _in_box(mask, wide, high)
+    marked = _white(mask, self.count) if marked is None else marked
+    count, height, width = marked.shape
+    fits = abs(width * high - height * wide) <= max(width, height, wide, high)  # but for a rounded side
+    expect(fits, f"`mask` has to have the shape of the source, which is {wide}x{high}, but is {width}x{height}.")
+    expect(count in (1, self.count or count), f"`mask` has to hold 1 or {self.count} images but holds {count}.")
+    if (height, width) != (self.height, self.width):
+        sized = (resize_frames(f * np.uint8(255), self.width, self.height, self.mode) for f in marked)
+        marked = np.concatenate([frames[..., 0] > 127 for frames in sized])
+    expect(marked.any(), f"`mask` has to be white where the edit may go but is black at {self.width}x{self.height}.")
+    return np.broadcast_to(marked, (self.count or count, self.height, self.width))
+
+# %% ../nbs/library/03_footage.ipynb #f0a50008
+def follow_mask(
+    frames: Iterable[np.ndarray],  # (H, W, 3) uint8 each, one frame after the other
+    mask: np.ndarray,  # (H, W) bool, of the first frame
+) -> np.ndarray:  # (T, H, W) bool
+    "A mask that was drawn on the first frame of a clip, carried through the clip by optical flow."
+    flow, mask = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM), np.asarray(mask)
+    grid = np.stack(np.meshgrid(*map(np.arange, mask.shape[::-1])), axis=-1).astype(np.float32)
+    place, before, found = grid, None, []
+    for frame in frames:
+        expect(
+            frame.shape[:2] == mask.shape, f"`mask` has to be {frame.shape[:2]}, as the frames, but is {mask.shape}."
+        )
+        now = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
+        if before is not None:  # where each pixel was a frame earlier, and so where it was in the first
+            step = grid + flow.calc(now, before, None)
+            place = cv2.remap(place, step, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        found.append(cv2.remap(mask.astype(np.float32), place, None, cv2.INTER_LINEAR) > 0.5)
+        before = now
+    return np.stack(found)
 
 # %% ../nbs/library/03_footage.ipynb #02b20002
 class Memory:

@@ -9,9 +9,11 @@ import pkgutil
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import repeat
 from operator import attrgetter
 from pathlib import Path
 
+import cv2
 import numpy as np
 import PIL.Image
 import torch
@@ -21,13 +23,14 @@ from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from fastcore.basics import patch_to
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from .core import InputError, InputTypeError, Preset, asset, check_instruction, expect
 from .core import preset as get_preset
 from .encoder import KiwiProcessor, collate_inputs, encode_context
 from .encoder import prepare_inputs, sample_frames, vision_features
-from .footage import Footage, Memory, prepare_frames
+from .footage import Footage, Memory, prepare_footage
 from .guidance import EditCache, KiwiGuidance, denoise, rounded_sigma, window_caches
 from .latents import decode_latents, encode_frames, regroup, stream_frames, stream_latents
 from .records import digest
@@ -122,7 +125,8 @@ class KiwiEditPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         sizes = dict(max_pixels=max_pixels, max_frames=max_frames, window_frames=window_frames)
         self.register_to_config(**sizes, default_steps=default_steps, schedule=schedule)
         self.memory = Memory()
-        self._interrupt, self._guidance_scale, self._num_timesteps, self._current_timestep = False, 1.0, 0, None
+        self._interrupt, self._num_timesteps, self._current_timestep = False, 0, None
+        self._guidance_scale = self._reference_scale = 1.0
 
 # %% ../nbs/06_pipeline.ipynb #06n00001
 _OF_AN_EDIT = dict(  # of the edit under way, as diffusers' pipelines name them
@@ -238,8 +242,8 @@ def _check(holds, name, rule, value, kind=InputError):
         raise kind(f"`{name}` has to {rule} but is {reprlib.repr(value)}.")
 
 # %% ../nbs/06_pipeline.ipynb #4754c7be
-def _check_call(pipe, prompt, negative_prompt, height, width, num_frames, steps, sigmas, guidance_scale, strength,
-                generator, output_type, tensors, window_overlap, video):  # fmt: skip
+def _check_call(pipe, prompt, negative_prompt, height, width, num_frames, steps, sigmas, guidance_scale,
+                reference_scale, strength, generator, output_type, tensors, window_overlap, video):  # fmt: skip
     "Raise before anything is computed where an argument of an edit cannot be right."
     check_instruction(prompt, "prompt")
     _check(isinstance(negative_prompt, str), "negative_prompt", "be a string", negative_prompt, InputTypeError)
@@ -253,6 +257,7 @@ def _check_call(pipe, prompt, negative_prompt, height, width, num_frames, steps,
     levels = sigmas is None or len(sigmas) and min(sigmas) > 0 and max(sigmas) <= 1
     _check(levels, "sigmas", "hold noise levels above 0 and up to 1", sigmas)
     _check(guidance_scale >= 1, "guidance_scale", "be at least 1, which is off,", guidance_scale)
+    _check(0 <= reference_scale < np.inf, "reference_scale", "be a number from 0; 1 is off,", reference_scale)
     _check(0 < strength <= 1, "strength", "lie above 0 and up to 1", strength)
     one = generator[0] if isinstance(generator, list) and len(generator) == 1 else generator
     rule = "be a torch.Generator, such as torch.Generator().manual_seed(seed),"
@@ -275,8 +280,7 @@ def prepare_video(
     num_frames: int | None = None,  # None: as many as the model takes
 ) -> np.ndarray:  # (T, H, W, 3) uint8
     "The frames that are edited: the first ones, 4k+1 of them, at a size that the model takes."
-    size, most = None if height is None else (width, height), num_frames or self.config.max_frames
-    return prepare_frames(video, self.config.max_pixels, self.size_multiple, most, size)
+    return self.check_footage(video, height, width, num_frames).frames
 
 # %% ../nbs/06_pipeline.ipynb #06a1b2c5
 @patch_to(KiwiEditPipeline)
@@ -295,8 +299,8 @@ def check_references(self, reference) -> list[PIL.Image.Image]:
 def check_footage(self, video, height, width, num_frames) -> Footage:
     "The source of an edit as it will be edited."
     if not isinstance(video, Footage):
-        frames = self.prepare_video(video, height, width, num_frames)
-        return Footage(len(frames), frames.shape[2], frames.shape[1], frames)
+        size, most = None if height is None else (width, height), num_frames or self.config.max_frames
+        return prepare_footage(video, self.config.max_pixels, self.size_multiple, most, size)
     own = dict(height=video.height, width=video.width, num_frames=video.count)
     for name, value in dict(height=height, width=width, num_frames=num_frames).items():
         _check(value in (None, own[name]), name, f"be None or the footage's {own[name]}", value)
@@ -322,6 +326,18 @@ def encode_prompt(
         features.append(self.memory.get(self.mllm.model.visual, (digest(one.pixel_values), grid), look).to(device))
     vision = [torch.cat(features)] * len(prompts)
     return encode_context(self.mllm, self.guidance, collate_inputs(inputs).to(device), vision)
+
+# %% ../nbs/06_pipeline.ipynb #06m00001
+def _contexts(pipe, prompt, negative_prompt, source, references, device):
+    "Contexts of an edit and their mask; where references have a scale, also those without, and which have them."
+    prompts = [negative_prompt, prompt] if pipe.do_classifier_free_guidance else [prompt]
+    frames = source.some(sample_frames(source.count))
+    if not references or pipe._reference_scale == 1:
+        return *pipe.encode_prompt(prompts, frames, references, device), None
+    without = pipe.encode_prompt(prompts, frames, [], device)
+    pairs = zip(without, pipe.encode_prompt(prompts[-1:], frames, references, device))
+    context, mask = (pad_sequence([*a, *b], batch_first=True) for a, b in pairs)
+    return context, mask, torch.tensor([[False]] * len(prompts) + [[True]], device=device).repeat(1, len(references))
 
 # %% ../nbs/06_pipeline.ipynb #f6e58b7d
 def _latents_of(pipe, content, make, device):
@@ -381,24 +397,40 @@ def windows(
 
 # %% ../nbs/06_pipeline.ipynb #f730182f
 @patch_to(KiwiEditPipeline)
-def prepare_latents(self, source_latents, sigma, strength, generator, latents):
-    "Noise, or with a `strength` below 1 the source under as much noise as the first step expects."
+def prepare_latents(self, source_latents, generator, latents):
+    "The noise of an edit."
     shape, device = source_latents.shape, source_latents.device
     if latents is None:
         latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
     expect(latents.shape == shape, f"`latents` has to be {tuple(shape)} for this clip but is {tuple(latents.shape)}.")
-    latents = latents.to(device, torch.float32)
-    return latents if strength == 1 else sigma * latents + (1 - sigma) * source_latents
+    return latents.to(device, torch.float32)
+
+# %% ../nbs/06_pipeline.ipynb #06m00002
+def _start(pipe, levels, strength, device):
+    "Set the schedule, from which a `strength` below 1 leaves out the beginning; the first step that is done."
+    pipe.scheduler.set_timesteps(sigmas=levels, device=device)
+    start = len(levels) - max(1, int(len(levels) * strength))
+    pipe.scheduler.set_begin_index(start)
+    pipe._num_timesteps = len(levels) - start
+    return start
 
 # %% ../nbs/06_pipeline.ipynb #06matte1
 def composite(
     frames: np.ndarray,  # (B, T, H, W, 3) uint8, the edit as decoded
     source: np.ndarray,  # (B, T, H, W, 3) uint8
-    matte: torch.Tensor,  # (B, n, f, h, w) logits: which of the n pixels at a place of the latents the edit changes
+    matte: torch.Tensor | None,  # (B, n, f, h, w) logits: which of n pixels at a place of the latents the edit changes
+    mask: np.ndarray | None = None,  # (T, H, W) bool, where it may change any
 ) -> np.ndarray:  # (B, T, H, W, 3) uint8
-    "The edit where the matte is 1, the source where it is 0; without one the edit."
-    if not matte.shape[1]:
+    "The edit where matte and mask are 1, the source where one is 0; without both the edit."
+    share = np.float32(1) if matte is None or not matte.shape[1] else _matte_share(matte, frames)
+    if mask is not None:
+        share = share * _soft(mask)[None, ..., None]
+    if not share.ndim:
         return frames
+    return (source + share * (frames.astype(np.float32) - source) + 0.5).astype(np.uint8)
+
+
+def _matte_share(matte, frames):  # (B, T, H, W, 1) in 0..1
     _, n, latent_frames, h, w = matte.shape
     side = frames.shape[2] // h  # of a place, in pixels
     rule = f"`matte` has to have {side}x{side} channels for frames of {frames.shape[3]}x{frames.shape[2]} pixels"
@@ -407,17 +439,25 @@ def composite(
     share = F.pixel_shuffle(matte.float().sigmoid().transpose(1, 2), side)[:, :, 0, ..., None]  # (B, f, H, W, 1)
     group = (frames.shape[1] - 1) // max(latent_frames - 1, 1)  # frames to a latent frame after the first
     lengths = [frames.shape[1] - (latent_frames - 1) * group] + [group] * (latent_frames - 1)
-    share = np.repeat(share.cpu().numpy(), lengths, axis=1)
-    return (source + share * (frames.astype(np.float32) - source) + 0.5).astype(np.uint8)
+    return np.repeat(share.cpu().numpy(), lengths, axis=1)
+
+# %% ../nbs/06_pipeline.ipynb #06m00003
+def _soft(mask):  # (T, H, W) float32
+    "A mask that rises from its border to 1 over some pixels, all of them inside."
+    width = 1 + max(1, round(min(mask.shape[1:]) / 64))
+    away = (cv2.distanceTransform(frame.astype(np.uint8), cv2.DIST_L2, 5) for frame in mask)
+    return np.stack([np.minimum(distance / np.float32(width), 1) for distance in away])
 
 
-def _stream_composite(vae, latents, matte, source):
-    "Frames of an edit, piece by piece, each under its piece of the matte."
-    pieces = stream_frames(vae, latents)
-    if not matte.shape[1]:
+def _stream_composite(vae, latents, matte, source, mask=None):
+    "Frames of an edit, piece by piece, each under its piece of matte and mask."
+    pieces, group = stream_frames(vae, latents), vae.config.scale_factor_temporal
+    if not matte.shape[1] and mask is None:
         return pieces
-    before = regroup(source.chunks(), vae.config.scale_factor_temporal, drop_rest=True)
-    return (composite(new[None], old[None], part)[0] for new, old, part in zip(pieces, before, matte.split(1, dim=2)))
+    before = regroup(source.chunks(), group, drop_rest=True)
+    masks = repeat(None) if mask is None else regroup([mask], group, drop_rest=True)
+    parts = zip(pieces, before, matte.split(1, dim=2), masks)
+    return (composite(new[None], old[None], *part)[0] for new, old, *part in parts)
 
 # %% ../nbs/06_pipeline.ipynb #06a1b2c4
 @patch_to(KiwiEditPipeline)
@@ -428,28 +468,39 @@ def decode(
     source: Footage,
     output_type: str,  # as in a call
     in_pieces: bool = False,  # memory does not grow with the clip
+    mask: np.ndarray | None = None,  # (T, H, W) bool, see `composite`
 ):
     "Latents in the form that a call asks for."
     if output_type == "latent":
         return latents
     if output_type == "stream":
-        return [_stream_composite(self.vae, latents, matte, source)]
+        return [_stream_composite(self.vae, latents, matte, source, mask)]
     if in_pieces:
-        frames = np.concatenate(list(_stream_composite(self.vae, latents, matte, source)))[None]
+        frames = np.concatenate(list(_stream_composite(self.vae, latents, matte, source, mask)))[None]
     else:
-        frames = composite(decode_latents(self.vae, latents), source.some(range(source.count))[None], matte)
+        frames = composite(decode_latents(self.vae, latents), source.some(range(source.count))[None], matte, mask)
     if output_type == "np":
         return frames.astype(np.float32) / 255
     if output_type == "pt":
         return torch.from_numpy(frames).permute(0, 1, 4, 2, 3).float() / 255
     return [[PIL.Image.fromarray(frame) for frame in clip] for clip in frames]
 
+# %% ../nbs/06_pipeline.ipynb #06m00005
+def _keeper(mask, group, source_latents, noise):
+    "What puts the source, under the noise of a level, back into latents outside a mask."
+    if mask is None:
+        return lambda latents, sigma: latents
+    frames, *sides = source_latents.shape[2:]
+    groups = np.logical_or.reduceat(mask, [0, *range(1, len(mask), group)])[:frames]  # more, where a file is damaged
+    inside = F.adaptive_max_pool2d(torch.from_numpy(groups).to(noise), sides)[None, None] > 0
+    return lambda latents, sigma: torch.where(inside, latents, sigma * noise + (1 - sigma) * source_latents)
+
 # %% ../nbs/06_pipeline.ipynb #06a1b2c3
 def walk(
     pipe: KiwiEditPipeline,
     scheduler: FlowMatchEulerDiscreteScheduler,  # its timesteps set
     latents: torch.Tensor,  # (B, z, f, h, w) float32, noise
-    context: torch.Tensor,  # (B, N, dim); (2, N, dim) with a negative prompt in front
+    context: torch.Tensor,  # (B, N, dim); of a guided clip what it is led away from comes first
     context_mask: torch.Tensor | None,  # (B, N) bool
     source_latents: torch.Tensor,  # (B, z, f, h, w)
     reference_latents: torch.Tensor | None = None,  # (B, z, R, h, w)
@@ -463,14 +514,17 @@ def walk(
 
     def call(latents, source, cache):
         step, text = (t.expand(len(context)), sigma.expand(len(context))), context.to(dtype)
-        given = (latents, *step, text, context_mask, source, reference, reference_mask)
+        known = None if reference_mask is None else reference_mask[-len(context) :]
+        given = (latents, *step, text, context_mask, source, reference, known)
         velocity = denoise(pipe.transformer, pipe.guidance, *given, cache=cache)
         return torch.cat([velocity, cache.matte], dim=1)
 
     for i, t in enumerate(timesteps[begin:]):
         pipe._current_timestep = t
-        if len(context) > len(latents) and not pipe.do_classifier_free_guidance:  # a callback has turned it off
-            context, context_mask = context[-1:], context_mask[-1:]
+        scales = [pipe.guidance_scale] * pipe.do_classifier_free_guidance
+        scales += [pipe._reference_scale] * (reference_mask is not None)
+        if len(latents) < len(context) > 1 + len(scales):  # a callback has turned it off
+            context, context_mask = context[-1 - len(scales) :], context_mask[-1 - len(scales) :]
         if seen is not context:  # the first step, or a callback has changed it
             seen, left = context, len(timesteps) - begin - i
             cache = EditCache(num_steps=left) if windows is None else window_caches(windows, left)
@@ -485,8 +539,8 @@ def walk(
             named = denoise_windows(windows, call, noisy, source, cache).float()
         velocity, matte = named.tensor_split([latents.shape[1]], dim=1)
         if len(velocity) > len(latents):
-            without, velocity = velocity.chunk(2)
-            velocity = without + pipe.guidance_scale * (velocity - without)
+            parts = velocity.chunk(len(context))
+            velocity = parts[0] + sum(s * (more - less) for s, less, more in zip(scales, parts, parts[1:]))
         latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
         if each is not None:
             latents, context = each(i, t, latents, context)
@@ -514,8 +568,10 @@ def __call__(
     num_inference_steps: int | None = None,  # None takes the model's own
     sigmas: list[float] | None = None,  # noise levels before the shift; None spaces them evenly from 1 to 0
     guidance_scale: float = 1.0,  # above 1: away from what `negative_prompt` gives, at twice the time
+    reference_scale: float = 1.0,  # other than 1: so much of what the reference changes, at one more call a step
     negative_prompt: str = "",
     strength: float = 1.0,  # below 1: start from the source under noise instead of from noise
+    mask=None,  # where the edit may go: white of an image or a clip, or a box (x0, y0, x1, y1) in shares of the frame
     generator: torch.Generator | None = None,  # of the noise
     latents: torch.Tensor | None = None,  # (1, z, f, h, w) the noise itself
     output_type: str = "pil",  # or "np" (T, H, W, 3) in [0, 1], "pt" (T, 3, H, W), "latent", "stream" (n, H, W, 3)
@@ -527,15 +583,17 @@ def __call__(
     # 1. Check
     tensors = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
     steps = self.config.default_steps if num_inference_steps is None else num_inference_steps
-    _check_call(self, prompt, negative_prompt, height, width, num_frames, steps, sigmas, guidance_scale, strength,
-                generator, output_type, tensors, window_overlap, video)  # fmt: skip
+    _check_call(self, prompt, negative_prompt, height, width, num_frames, steps, sigmas, guidance_scale,
+                reference_scale, strength, generator, output_type, tensors, window_overlap, video)  # fmt: skip
     references = self.check_references(reference)
     source = self.check_footage(video, height, width, num_frames)
+    inside = None if mask is None else source.mask(mask)
 
     # 2. Encode
-    device, self._guidance_scale, self._interrupt = self._execution_device, guidance_scale, False
-    prompts = [negative_prompt, prompt] if self.do_classifier_free_guidance else [prompt]
-    context, context_mask = self.encode_prompt(prompts, source.some(sample_frames(source.count)), references, device)
+    device, self._interrupt = self._execution_device, False
+    self._guidance_scale, self._reference_scale = guidance_scale, reference_scale
+    told = (prompt, negative_prompt, source, references, device)
+    context, context_mask, reference_mask = _contexts(self, *told)
     source_latents, vae = self.encode_source(source, device), self.vae.config
     frames, sides = (source_latents.shape[2] - 1) * vae.scale_factor_temporal + 1, (source.height, source.width)
     windows = self.windows(frames, *sides, window_overlap)
@@ -545,33 +603,29 @@ def __call__(
 
     # 3. Schedule
     levels = flow_sigmas(steps, self.config.schedule) if sigmas is None else list(sigmas)
-    self.scheduler.set_timesteps(sigmas=levels, device=device)
-    start = len(levels) - max(1, int(len(levels) * strength))
-    self.scheduler.set_begin_index(start)
-    self._num_timesteps = len(levels) - start
+    start = _start(self, levels, strength, device)
 
     # 4. Latents
-    sigma = self.scheduler.sigmas.to(device)[start]
-    latents = self.prepare_latents(source_latents, sigma, strength, generator, latents)
+    noise, sigmas = self.prepare_latents(source_latents, generator, latents), self.scheduler.sigmas.to(device)
+    latents = noise if strength == 1 else sigmas[start] * noise + (1 - sigmas[start]) * source_latents
+    kept = _keeper(inside, vae.scale_factor_temporal, source_latents, noise)
 
     # 5. Denoise
     def each(i, t, latents, context):
         progress.update()
-        if callback_on_step_end is None:
-            return latents, context
-        here = dict(latents=latents, prompt_embeds=context, context=context)
+        here = dict(latents=kept(latents, sigmas[start + i + 1]), prompt_embeds=context, context=context)
         here |= dict(source_latents=source_latents, reference_latents=reference_latents)
-        changed = callback_on_step_end(self, i, t, {name: here[name] for name in tensors}) or {}
-        contexts = [changed.get(name) for name in ("prompt_embeds", "context")]
-        new = [x for x in contexts if x is not None and x is not context]
-        return changed.get("latents", latents), (new or [context])[0]
+        told = {name: here[name] for name in tensors}
+        here |= callback_on_step_end(self, i, t, told) or {} if callback_on_step_end else {}
+        new = [x for x in (here["prompt_embeds"], here["context"]) if x is not None and x is not context]
+        return here["latents"], (new or [context])[0]
 
     with self.progress_bar(total=self._num_timesteps) as progress:
-        given = (latents, context, context_mask, source_latents, reference_latents)
+        given = (latents, context, context_mask, source_latents, reference_latents, reference_mask)
         latents, matte = walk(self, self.scheduler, *given, windows=windows, each=each)
 
     # 6. Decode
-    edited = self.decode(latents, matte, source, output_type, windows is not None)
+    edited = self.decode(latents, matte, source, output_type, windows is not None, inside)
     self._current_timestep = None
     self.maybe_free_model_hooks()
     return KiwiEditOutput(frames=edited) if return_dict else (edited,)

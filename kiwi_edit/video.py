@@ -60,8 +60,8 @@ def _to_srgb(image, profile):
         return image.convert("RGB")
 
 
-def _flatten(image):
-    "An upright RGB image: EXIF rotation applied, colours in sRGB, transparency on white, 16 bits scaled to 8."
+def _flatten(image, ground="white"):
+    "An upright RGB image: EXIF rotation applied, colours in sRGB, no transparency, 16 bits scaled to 8."
     turn, profile, clear = _TURNS.get(_orientation(image)), image.info.get("icc_profile"), image.has_transparency_data
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
@@ -78,7 +78,7 @@ def _flatten(image):
     image = _to_srgb(image, profile) if profile else image.convert("RGB")
     if clear:
         image.putalpha(alpha)
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image).convert("RGB")
     if turn is not None:
         image = image.transpose(turn)
     image.info = {}  # what it said has been done
@@ -98,7 +98,7 @@ def _as_array(array):
 
 
 def as_frames(
-    frames,  # `Clip`, list of images, or array or tensor (T,H,W,3), (T,H,W) or (H,W,3), uint8 or float in [0,1]
+    frames,  # `Clip`, list of images, or array or tensor (T,H,W,3), (T,H,W) or (H,W,3), uint8, bool or float in [0,1]
     name: str = "frames",  # what errors call them
 ) -> np.ndarray:  # (T,H,W,3) uint8
     "Any common form of frames as one uint8 RGB array. Three axes that end in 3 are one frame in colour."
@@ -115,6 +115,7 @@ def as_frames(
         if frames.ndim == 3:
             frames = frames[..., None]
     frames = np.asarray(_as_array(frames) if hasattr(frames, "ndim") else frames)
+    frames = frames * np.uint8(255) if frames.dtype == bool else frames
     rule = "be without transparency, which `read_image` lays on white,"
     expect(frames.ndim < 3 or frames.shape[-1] != 4, f"`{name}` has to {rule} but is {frames.shape}.")
     if frames.ndim == 2 or frames.ndim == 3 and frames.shape[-1] == 3:
@@ -174,13 +175,14 @@ def _named(source):
 def read_image(
     image,  # path, bytes, file object, PIL image, array or tensor (H,W), (H,W,1), (H,W,3) or (H,W,4)
     name: str = "path",  # what errors call it
+    ground: str = "white",  # on which what is transparent is laid
 ) -> Image.Image:  # mode RGB, upright
     "One picture from any of its common forms."
     check_local(image, name)
     if isinstance(image, Image.Image):
-        return _flatten(image)
+        return _flatten(image, ground)
     if hasattr(image, "ndim"):
-        return _from_array(_as_array(image), name)
+        return _from_array(_as_array(image), name, ground)
     if isinstance(image, (bytes, bytearray)):
         image = io.BytesIO(image)
     elif isinstance(image, Path) or isinstance(image, str) and image:
@@ -191,11 +193,11 @@ def read_image(
         raise InputTypeError(f"`{name}` has to be an image: {kinds}, but is {reprlib.repr(image)}.")
     with _open_image(image, name) as opened:
         expect(opened, f"`{name}` has to be an image ({', '.join(_FORMATS)}) but {_named(image)} is none.")
-        return _flatten(opened)
+        return _flatten(opened, ground)
 
 
-def _from_array(array, name):
-    "The picture in an array, transparency on white."
+def _from_array(array, name, ground):
+    "The picture in an array, transparency on a ground."
     if array.ndim == 4 and len(array) == 1:
         array = array[0]
     if array.ndim == 2:
@@ -203,7 +205,7 @@ def _from_array(array, name):
     if array.ndim != 3 or array.shape[-1] != 4:
         return Image.fromarray(as_frames(array[None], name)[0])
     channels = as_frames(array.transpose(2, 0, 1)[..., None], name)[..., 0]  # each as a gray frame
-    return _flatten(Image.fromarray(np.ascontiguousarray(channels.transpose(1, 2, 0))))
+    return _flatten(Image.fromarray(np.ascontiguousarray(channels.transpose(1, 2, 0))), ground)
 
 # %% ../nbs/library/01_video.ipynb #d4e5db85
 def fit_size(

@@ -147,6 +147,7 @@ def test_same_seed_same_result_other_seed_another(edit, clip, tmp_path):
 def test_references_and_options_reach_the_model(edit, clip, tmp_path):
     for i, color in enumerate(("red", "blue")):
         Image.new("RGB", (20, 30), color).save(tmp_path / f"{color}.png")
+    Image.fromarray(np.uint8(255) * (np.mgrid[:32, :40][1] < 20)).save(tmp_path / "mask.png")
     results = {}
     for name, options in dict(
         plain=(),
@@ -155,6 +156,9 @@ def test_references_and_options_reach_the_model(edit, clip, tmp_path):
         weak=("--strength", 0.5, "--steps", 4),
         guided=("--guidance-scale", 3),
         small=("--size", "16x16"),
+        fond=("-r", tmp_path / "red.png", "--reference-scale", 2),
+        masked=("--mask", "0.2,0.1,0.8,0.9"),
+        drawn=("--mask", tmp_path / "mask.png"),
     ).items():
         status, out, err = edit(clip, "--out", tmp_path / f"{name}.mp4", *options)
         assert status == 0, err
@@ -533,6 +537,11 @@ def test_what_is_left_of_a_cut_video_is_edited(edit, tmp_path):
         (["-i", "x", "--strength", "0"], ["--strength has to lie above 0", "0.0"]),
         (["-i", "x", "--strength", "nan"], ["--strength has to lie above 0", "nan"]),
         (["-i", "x", "--guidance-scale", "0.5"], ["--guidance-scale has to be", "0.5"]),
+        (["-i", "x", "--reference-scale", "-1"], ["--reference-scale has to be a number from 0", "-1"]),
+        (["-i", "x", "--mask", "0.5,0,0.2,1"], ["--mask has to be images, or a box", "(0.5, 0.0, 0.2, 1.0)"]),
+        (["-i", "x", "--mask", "nowhere.png"], ["--mask has to be an existing file", "nowhere.png"]),
+        (["-i", "x", "--mask", "{folder}"], ["--mask has to be a folder with at least one image"]),
+        (["-i", "x", "--follow"], ["--follow has to be left out where there is no --mask"]),
         (["-i", "x", "--seed", "-1"], ["--seed has to be from 0", "-1"]),
         (["-i", "x", "--out", "{clip}"], ["--out has to be another file", "clip.mp4"]),
         (["-i", "x", "--out", "{clip}", "--overwrite"], ["--out has to be another file", "clip.mp4"]),

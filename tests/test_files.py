@@ -1,6 +1,7 @@
 """Lists of edits: what is refused, what is kept, and what a run that was stopped in the middle leaves behind."""
 
 import concurrent.futures
+import contextlib
 import json
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from filelock import FileLock
+from PIL import Image
 from test_video import encode, gradient
 
 import common
@@ -21,8 +23,9 @@ from kiwi_edit.apps import cli
 from kiwi_edit.data import files
 from kiwi_edit.core import asset
 from kiwi_edit.data.files import _enlarged, read_edits, run_edits
+from kiwi_edit.footage import follow_mask
 from kiwi_edit.records import Workers
-from kiwi_edit.video import read_video, resize_frames, video_info
+from kiwi_edit.video import read_video, resize_frames, video_info, write_video
 
 MODEL = "kiwi-edit-tiny"
 SNOW = "Make everything look snowy."
@@ -99,6 +102,11 @@ def left_behind(out):
         ('{"video": "clip.mp4", "instruction": "x", "strength": NaN}', "`strength` has to lie above 0"),
         (dict(video="clip.mp4", instruction=SNOW, size=[64]), '`size` has to be "WIDTHxHEIGHT" or [width, height]'),
         (dict(video="clip.mp4", instruction=SNOW, compare="yes"), "`compare` has to be true or false"),
+        (dict(video="clip.mp4", instruction=SNOW, mask=""), "`mask` has to be a path, or a box"),
+        (dict(video="clip.mp4", instruction=SNOW, mask=[0, 0, 2, 1]), "`mask` has to be images, or a box"),
+        (dict(video="clip.mp4", instruction=SNOW, mask="lost.png"), "`mask` has to be an existing file"),
+        (dict(video="clip.mp4", instruction=SNOW, follow=True), "`follow` has to be left out where there is no"),
+        (dict(video="clip.mp4", instruction=SNOW, reference_scale=-1), "`reference_scale` has to be a number from 0"),
     ],
 )
 def test_a_bad_row_is_named_and_nothing_is_made(folder, row, words):
@@ -275,6 +283,19 @@ def test_what_a_matte_leaves_alone_keeps_its_own_pixels():
     assert np.array_equal(same, source)
 
 
+def test_what_a_mask_leaves_alone_keeps_its_own_pixels():
+    rng = np.random.default_rng(0)
+    source, edited = (rng.integers(0, 256, (6, *size, 3), dtype=np.uint8) for size in ((64, 96), (16, 24)))
+    mask = rng.random((6, 64, 96)) > 0.5
+    mask[:, :, :48] = True
+    same = SimpleNamespace(config=SimpleNamespace(out_channels=32, z_dim=32))
+    pipe = SimpleNamespace(transformer=same, vae=same)
+    pieces = [edited[:1], edited[1:5], edited[5:]]
+    found = np.concatenate(list(_enlarged(pipe, pieces, source, 96, 64, mask)))
+    assert np.array_equal(found[~mask], source[~mask])
+    assert np.array_equal(found[:, :, :40], resize_frames(edited, 96, 64, mode="stretch")[:, :, :40])
+
+
 def stopped(folder, until, stop):
     "Run it, and send it a signal when it has got somewhere; its exit code and what it said."
     said = folder / "said"
@@ -434,6 +455,66 @@ def test_a_long_clip_flows_from_file_to_file(tmp_path, pipe, monkeypatch):
     # the first five frames alone are the model's own business
     short = files.edit_file(pipe, source, SNOW, out=tmp_path / "short.mp4", steps=1)
     assert short.frames == 5 and "`whole` edits all" in short.note
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_mask_holds_at_the_sources_size(tmp_path, pipe, whole):
+    count, frames = 13 if whole else 5, gradient(14)
+    for t in range(14):
+        Image.fromarray(frames[t]).save(tmp_path / f"{t:02}.png")
+    seen, made = [], []
+    write = lambda path, frames, *args, **options: made.append(frames if isinstance(frames, np.ndarray) else [*frames])
+    with pytest.MonkeyPatch.context() as patch:  # before a file format rounds it
+        patch.setattr(files, "write_video", write)
+        patch.setattr(files, "film_strip", lambda rows, **options: seen.append(rows) or SimpleNamespace(save=print))
+        patch.setattr(files, "replacing", lambda path, overwrite: contextlib.nullcontext(path))
+        files.edit_file(pipe, tmp_path, SNOW, out=tmp_path.parent / "o.mp4", whole=whole, mask="0.25,0,1,0.5", steps=1)
+    made = np.concatenate(made[0]) if whole else made[0]
+    height, width = frames.shape[1:3]
+    inside = np.zeros((height, width), bool)
+    inside[: round(height / 2), round(width / 4) :] = True
+    assert made.shape == frames[:count].shape and np.array_equal(made[:, ~inside], frames[:count, ~inside])
+    assert (made[:, inside] != frames[:count, inside]).mean() > 0.3
+    assert list(seen[0]) == ["source", "mask", "result"] and np.array_equal(seen[0]["mask"][0], inside)
+
+
+def test_a_mask_follows_in_files_and_lists(folder, pipe):
+    info = video_info(folder / "clip.mp4")
+    mask = np.zeros((info.height, info.width), np.uint8)
+    mask[info.height // 4 : info.height // 2, info.width // 4 : info.width // 2] = 255
+    (folder / "masks").mkdir()
+    Image.fromarray(mask).save(folder / "masks/mask.png")
+    plan = files.plan_edit(folder / "clip.mp4", SNOW, out=folder / "o.mp4", mask=folder / "masks/mask.png", follow=True)
+    expected = follow_mask(read_video(folder / "clip.mp4", num_frames=5).frames, mask > 0)
+    assert np.array_equal(plan.masks(5), expected)
+    row = dict(video="clip.mp4", instruction=SNOW, mask="masks/mask.png", follow=True, reference_scale=0.5)
+    [found] = read_edits(write(folder, row), folder / "out").rows
+    assert found.plan.mask == folder / "masks/mask.png" and found.plan.follow and found.plan.reference_scale == 0.5
+    [other] = read_edits(write(folder, row | dict(mask=[0, 0, 0.5, 1], follow=False)), folder / "out").rows
+    assert other.inputs != found.inputs and other.plan.masks(5).mean() == pytest.approx(0.5, abs=0.01)
+    Image.fromarray(255 - mask).save(folder / "masks/mask.png")
+    assert read_edits(write(folder, row), folder / "out").rows[0].inputs != found.inputs
+    bad = read_edits(write(folder, row | dict(out="mask.png", video="one.png")), folder / "masks")
+    assert bad.bad, "a result does not take the place of a mask"
+    assert run_edits(read_edits(write(folder, row), folder / "out"), MODEL, "cpu").counts["done"] == 1
+    with pytest.raises(ValueError, match="`out` has to be another file than those that are read"):
+        files.plan_edit(
+            folder / "clip.mp4", SNOW, out=folder / "o.mp4", mask=shutil.copy(folder / "clip.mp4", folder / "o.mp4")
+        )
+
+
+def test_a_clip_of_masks_has_as_many_frames_as_are_edited(folder):
+    info = video_info(folder / "clip.mp4")
+    frames = np.zeros((3, info.height, info.width, 3), np.uint8)
+    frames[1] = 255
+    write_video(folder / "masks.mp4", frames, 8)
+    plan = files.plan_edit(folder / "clip.mp4", SNOW, out=folder / "o.mp4", mask=folder / "masks.mp4")
+    with pytest.raises(ValueError, match="`mask` has to hold 1 or 5 images but holds 3"):
+        plan.check(files.Limits(5, 96 * 96, 8, 1))
+    with pytest.raises(ValueError, match="`mask` has to have the shape of the source, which is"):
+        files.plan_edit(folder / "clip.mp4", SNOW, out=folder / "o.mp4", mask=np.ones((20, 90), bool))
+    with pytest.raises(ValueError, match="`mask` has to be white where the edit may go"):
+        files.plan_edit(folder / "clip.mp4", SNOW, out=folder / "o.mp4", mask=np.zeros((info.height, info.width), bool))
 
 
 def test_a_long_clip_that_fails_on_the_way_leaves_nothing(tmp_path, pipe, monkeypatch):

@@ -360,6 +360,161 @@ def test_footage_in_a_file_is_edited_as_in_memory(pipe, tmp_path):
             edit(pipe, video=Footage(9, 64, 64, path=tmp_path / "clip.mp4"), **change)
 
 
+# masks
+
+
+def marked(frames=5, top=8, left=8, bottom=40, right=32, side=64):
+    "A mask that moves a pixel down and to the right with each frame."
+    mask = np.zeros((frames, side, side), bool)
+    for t in range(frames):
+        mask[t, top + t : bottom + t, left + t : right + t] = True
+    return mask
+
+
+@pytest.mark.parametrize("names", ["edit", "velocity"])
+@pytest.mark.parametrize("output", ["np", "pt", "pil", "stream"])
+def test_a_mask_keeps_what_lies_outside(pipe, names, output):
+    guidance = copy.deepcopy(pipe.guidance)
+    guidance.register_to_config(names=names)
+    masked = KiwiEditPipeline(**pipe.components | dict(guidance=guidance), max_frames=5, window_frames=13)
+    masked.set_progress_bar_config(disable=True)
+    for frames in (5, 21):  # of which the longer ones are denoised in windows
+        source, mask = clip(frames), marked(frames)
+        made = edit(masked, video=source, num_frames=frames, mask=mask, output_type=output)[0]
+        made = np.concatenate(list(made)) if output == "stream" else as_frames(made)
+        assert np.array_equal(made[~mask], source[~mask]) and (made[mask] != source[mask]).mean() > 0.5
+        border = mask & ~np.roll(mask, 1, axis=1)  # its first row: the paint is thin there
+        paint = [np.abs(made[m].astype(int) - source[m]).mean() for m in (border, mask)]
+        assert paint[0] < 0.8 * paint[1]
+
+
+def test_a_mask_of_all_is_no_mask(pipe):
+    for extra in (dict(), dict(strength=0.5, num_inference_steps=4), dict(video=clip(21), num_frames=21)):
+        for output in ("np", "latent"):
+            given = dict(output_type=output) | extra
+            assert np.array_equal(edit(pipe, **given), edit(pipe, **given, mask=(0, 0, 1, 1)))
+
+
+def test_latents_outside_a_mask_are_the_sources_under_the_noise_of_each_step(pipe):
+    source, noise, seen = encode_frames(pipe.vae, clip()), torch.randn(1, pipe.vae.config.z_dim, 5, 8, 8), []
+    mask = np.zeros((5, 64, 64), bool)
+    mask[0, 0, 0] = mask[3, 63, 8] = True  # a pixel in the first frame, and one in the fourth
+    inside = torch.zeros(5, 8, 8, dtype=torch.bool)
+    inside[0, 0, 0] = inside[3, 7, 1] = True
+    watch = lambda p, i, t, tensors: seen.append(tensors["latents"]) or {}
+    for strength in (1.0, 0.5):
+        seen.clear()
+        given = dict(mask=mask, latents=noise, num_inference_steps=4, strength=strength)
+        made = edit(pipe, **given, callback_on_step_end=watch)
+        sigmas = pipe.scheduler.sigmas[-len(seen) :]
+        for latents, sigma in zip(seen, sigmas):
+            kept = sigma * noise + (1 - sigma) * source
+            assert torch.equal(latents[..., ~inside], kept[..., ~inside])
+            assert (latents - kept)[..., inside].abs().min() > 0
+        assert torch.equal(made, seen[-1]) and sigmas[-1] == 0
+
+
+def test_a_place_of_a_latent_frame_is_inside_where_any_of_its_frames_is():
+    source, mask = torch.zeros(1, 2, 3, 2, 2), np.zeros((9, 8, 8), bool)
+    mask[0, 0, 0] = mask[3, 7, 7] = mask[8, 0, 7] = True
+    kept = module._keeper(mask, 4, source, source)(torch.ones_like(source), 1.0)
+    assert np.argwhere(kept[0, 0].numpy() == 1).tolist() == [[0, 0, 0], [1, 1, 1], [2, 0, 1]]
+
+
+def test_forms_of_a_mask(pipe, tmp_path):
+    drawn = np.zeros((64, 64), np.uint8)
+    drawn[16:48, 0:32] = 255
+    clear = np.dstack([np.full((64, 64, 3), 255, np.uint8), drawn])  # white paint on nothing
+    Image.fromarray(drawn).save(tmp_path / "mask.png")
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    write_video(tmp_path / "mask.mp4", np.repeat(drawn[None, ..., None], 7, 0), 8, crf=0)
+    wanted = edit(pipe, mask=(0, 0.25, 0.5, 0.75))
+    forms = [
+        *("0,0.25,0.5,0.75", [0, 0.25, 0.5, 0.75], drawn, drawn > 0, Image.fromarray(drawn), clear),
+        *(Image.fromarray(clear), np.stack([drawn // 2 + 100] * 3, -1), torch.from_numpy(drawn), drawn[::2, ::2]),
+        *(tmp_path / "mask.png", str(tmp_path / "clear.png"), tmp_path / "mask.mp4", [Image.fromarray(drawn)] * 5),
+        *([drawn > 0] * 6, np.repeat(drawn[None], 5, 0), np.kron(drawn, np.ones((2, 2), np.uint8))),
+    ]
+    for form in forms:
+        assert torch.equal(edit(pipe, mask=form), wanted), str(form)[:60]
+
+
+def test_a_mask_is_cropped_as_the_source_is(pipe):
+    source, mask = clip(5, 64, 96), np.zeros((64, 96), bool)
+    mask[:, :48] = True
+    made = as_frames(edit(pipe, video=source, height=64, width=64, mask=mask, output_type="np")[0])
+    centre = source[:, :, 16:80]
+    assert np.array_equal(made[:, :, 32:], centre[:, :, 32:]) and (made[:, :, :32] != centre[:, :, :32]).any()
+
+
+@pytest.mark.parametrize(
+    "mask, message",
+    [
+        ((0.5, 0, 0.5, 1), r"`mask` has to be images, or a box \(x0, y0, x1, y1\) .* but is \(0.5, 0, 0.5, 1\)"),
+        ((0, 0, 1, 1.1), "`mask` has to be images, or a box"),
+        ((0, float("nan"), 1, 1), "`mask` has to be images, or a box"),
+        ([0, 0, 1], "`mask` has to be images, or a box"),
+        ("0.2,0.1,0.8", "`mask` has to be images, or a box"),
+        ((0, 0, 0.001, 1), "`mask` has to be white where the edit may go but is black at 64x64"),
+        (np.zeros((64, 64), np.uint8), "`mask` has to be white where"),
+        (np.ones((64, 48), bool), "`mask` has to have the shape of the source, which is 64x64, but is 48x64"),
+        (np.ones((3, 64, 64), bool), "`mask` has to hold 1 or 5 images but holds 3"),
+        (
+            [np.ones((64, 64), bool), np.ones((32, 32), bool)],
+            r"`mask` has to hold frames of one shape but has \(32, 32, 3\), \(64, 64, 3\)",
+        ),
+        ([], r"`mask` has to be images, or a box .* but is \[\]"),
+        ("lost.png", "`mask` has to be an existing file or folder but 'lost.png' does not exist"),
+        ("https://example.com/a.png", "`mask` has to be a file .* address"),
+        (3, "`mask` has to be an image"),
+    ],
+)
+def test_a_mask_that_cannot_be_is_refused(pipe, monkeypatch, mask, message):
+    monkeypatch.setattr(module, "_contexts", None)  # nothing is computed by then
+    with pytest.raises((ValueError, TypeError, OSError), match=message) as error:
+        edit(pipe, mask=mask)
+    assert "\n" not in str(error.value)
+
+
+# a scale for the reference
+
+
+def test_the_scale_of_the_reference(pipe):
+    both, alone = edit(pipe, reference=picture(), num_inference_steps=1), edit(pipe, num_inference_steps=1)
+    one = dict(num_inference_steps=1, reference=picture())
+    assert torch.equal(edit(pipe, **one, reference_scale=1.0), both)
+    assert torch.equal(edit(pipe, num_inference_steps=1, reference_scale=3.0), alone), "nothing to scale"
+    assert torch.allclose(edit(pipe, **one, reference_scale=0.0), alone, atol=1e-4)
+    assert torch.allclose(edit(pipe, **one, reference_scale=1.5), alone + 1.5 * (both - alone), atol=1e-4)
+    # with both: v_neg + g (v_text - v_neg) + r (v_full - v_text), which is linear in one step
+    against = edit(pipe, "no", num_inference_steps=1)
+    found = edit(pipe, **one, guidance_scale=3.0, negative_prompt="no", reference_scale=0.5)
+    assert torch.allclose(found, against + 3 * (alone - against) + 0.5 * (both - alone), atol=1e-3)
+    two = edit(pipe, reference=[picture(), picture(seed=2)], num_inference_steps=1)
+    found = edit(pipe, reference=[picture(), picture(seed=2)], num_inference_steps=1, reference_scale=2.0)
+    assert torch.allclose(found, 2 * two - alone, atol=1e-3)
+
+
+def test_the_scale_of_the_reference_in_windows_and_off_again(pipe):
+    given = dict(video=clip(21), num_frames=21, num_inference_steps=1)
+    alone, both = edit(pipe, **given), edit(pipe, **given, reference=picture())
+    found = edit(pipe, **given, reference=picture(), reference_scale=2.0)
+    assert torch.allclose(found, 2 * both - alone, atol=1e-3)
+
+    def off(pipe, i, t, tensors):
+        pipe._guidance_scale = 1.0
+        return {}
+
+    given = dict(reference=picture(), guidance_scale=2.0, reference_scale=2.0, num_inference_steps=3)
+    assert (edit(pipe, **given, callback_on_step_end=off) - edit(pipe, **given)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("scale", [-0.1, float("nan"), float("inf")])
+def test_a_scale_that_cannot_be_is_refused(pipe, scale):
+    with pytest.raises(InputError, match="`reference_scale` has to be a number from 0; 1 is off, but is"):
+        edit(pipe, reference=picture(), reference_scale=scale)
+
+
 # sizes
 
 

@@ -214,8 +214,8 @@ def _edit(o):
     "Edit a clip, an image, or a list of them."
     from kiwi_edit.data.files import parse_size, plan_edit, run_edit
 
-    names = "instruction", "reference", "compare", "seed", "steps", "frames", "whole", "strength", "guidance_scale"
-    options = dict(size=parse_size(o.size)) | {name: getattr(o, name) for name in names}
+    names = "instruction reference compare seed steps frames whole strength guidance_scale reference_scale mask follow"
+    options = dict(size=parse_size(o.size)) | {name: getattr(o, name) for name in names.split()}
     if o.video.suffix.lower() == ".jsonl" and not o.video.is_dir():
         _left_out(o, "approximate", "where VIDEO is a list (.jsonl)")
         return _edit_list(o, options)

@@ -110,6 +110,9 @@ size str <WIDTHxHEIGHT>: Size at which the model works; the result has the sourc
 device str: Of models: auto, cpu, cuda, cuda:1 or mps. [the settings' device]
 strength float=1.0: Below 1: start from the source under noise, and stay closer to it.
 guidance_scale float=1.0: Above 1: follow the instruction more closely, at twice the time.
+reference_scale float=1.0: Above 1: follow the reference more closely, below 1 less, at twice the time.
+mask str <FILE|BOX>: Where the edit may go: white of an image or a clip, or a box such as 0.2,0.1,0.8,0.9 (x0,y0,x1,y1).
+follow flag: The mask was drawn on the first frame, and moves with what it lies on.
 workers int=1: Of a list: processes that edit, each with the model.
 cache.workers int>=0=0: Processes that read samples ahead.
 synthesize.workers int=0: Processes. [0: this one]
@@ -186,7 +189,7 @@ ref_pad_first/--ref-pad-first/--ref-pad-last flag?: Where a trainer checkpoint h
 # %% ../../nbs/library/49_options.ipynb #62714935
 _COMMANDS = """
 edit: video instruction reference model out compare overwrite seed steps frames whole size device strength
-    guidance_scale workers skip_bad approximate
+    guidance_scale reference_scale mask follow workers skip_bad approximate
 demo: host port model share
 evaluate: bench data root model videos judge parameter samples difficulty tasks limit steps concat parts out overwrite
     device

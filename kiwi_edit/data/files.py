@@ -168,6 +168,9 @@ class EditPlan:
     size: tuple | None = None  # (width, height) at which the model works
     strength: float = 1.0  # below 1: start from the source under noise
     guidance_scale: float = 1.0  # above 1: follow the instruction more closely, at twice the time
+    reference_scale: float = 1.0  # above 1: follow the reference more closely, below 1 less
+    mask: object = None  # where the edit may go, as the pipeline takes it
+    follow: bool = False  # whether a mask was drawn on the first frame, and moves with what it lies on
 
     def __post_init__(self):
         if self.seed is None:
@@ -183,6 +186,11 @@ class EditPlan:
             expect(good, f"`size` has to have sides from 1 to 8192 but is {self.size[0]}x{self.size[1]}.")
         expect(0 < strength <= 1, f"`strength` has to lie above 0 and up to 1 but is {strength}.")
         expect(1 <= scale < math.inf, f"`guidance_scale` has to be a number from 1, which is off, but is {scale}.")
+        good = 0 <= self.reference_scale < math.inf
+        expect(good, f"`reference_scale` has to be a number from 0; 1 is off, but is {self.reference_scale}.")
+        expect(self.mask is not None or not self.follow, "`follow` has to be left out where there is no `mask`.")
+        if self.mask is not None:
+            self.masks(1 if self.follow else None)
         most = min(self.info.frames, self.frames or self.info.frames)
         kinds = VIDEO_SUFFIXES if nearest_frame_count(most) > 1 else (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
         what = f"a source of {self.info.frames} frames" if self.info.frames > 1 else "an image"
@@ -204,6 +212,16 @@ class EditPlan:
         "All that is written."
         return [path for path in (self.out, self.strip, self.comparison) if path]
 
+    def masks(self, count: int | None) -> np.ndarray:  # (count, H, W) bool
+        "Where so many frames of the source may change, at their own size; without a number all that a mask has."
+        from kiwi_edit.footage import Footage, follow_mask
+
+        with renamed("`path`", "`mask`"):
+            mask = Footage(1 if self.follow else count, self.info.width, self.info.height).mask(self.mask)
+        if not self.follow or count == 1:
+            return mask
+        return follow_mask((frame for clip in stream_video(self.video, count) for frame in clip.frames), mask[0])
+
     def count(self, limits: Limits) -> int:
         "How many frames are edited, if all can be decoded."
         most = self.info.frames if self.whole else self.frames or limits.max_frames
@@ -218,9 +236,17 @@ class EditPlan:
         if self.size and any(side % limits.size_multiple for side in self.size):
             rule = f"`size` has to be multiples of {limits.size_multiple} for this model"
             raise InputError(f"{rule} but is {self.size[0]}x{self.size[1]}.")
+        if self.mask is not None and not self.follow:
+            self.masks(self.count(limits))
 
 # %% ../../nbs/library/13_files.ipynb #13279530
-def _planned(video, instruction, references, out, **options):
+def _mask_file(mask, folder=Path()):
+    "A text that names a file in a folder as its path; a mask of any other form as it is."
+    file = folder / Path(mask).expanduser() if isinstance(mask, str) else None
+    return file if file and file.exists() else mask
+
+
+def _planned(video, instruction, references, out, mask=None, **options):
     "A plan of which everything is checked but the place of its files, and the files that it reads."
     check_local(video, "video")
     video = Path(video).expanduser()
@@ -235,8 +261,8 @@ def _planned(video, instruction, references, out, **options):
     if out is None:
         name = _file_name(video.stem, f"-edited{_suffix(video, info)}")
         out = _make_folder(settings().output_dir, "output_dir") / name
-    plan = EditPlan(video, info, instruction, images, Path(out).expanduser(), **options)
-    return plan, [video, *(r for r in references if isinstance(r, Path))]
+    plan = EditPlan(video, info, instruction, images, Path(out).expanduser(), mask=_mask_file(mask), **options)
+    return plan, [video, *(r for r in (*references, plan.mask) if isinstance(r, Path))]
 
 
 def plan_edit(
@@ -339,7 +365,7 @@ def _title(plan, columns):
     return (text if len(text) <= room else text[: room - 1] + "…").replace("$", r"\$")
 
 
-def _write_edit(plan, source, edited, picks=(), progress=None):
+def _write_edit(plan, source, edited, mask=None, picks=(), progress=None):
     "Write result, film strip and comparison, all of them or none. Of a stream `source` holds only the frames `picks`."
     from kiwi_edit.pipeline import fit_reference
 
@@ -369,21 +395,27 @@ def _write_edit(plan, source, edited, picks=(), progress=None):
         scale = min(1, 440 / max(source.width, source.height))
         small = [max(1, round(side * scale)) for side in (source.width, source.height)]
         references = {"reference": [fit_reference(r, *small) for r in plan.references]} if plan.references else {}
+        references |= {} if mask is None else {"mask": mask[sample_indices(len(mask), 6)]}
         rows = {"source": source.frames[: len(result)], **references, "result": result}
         film_strip(rows, title=_title(plan, min(6, len(rows["source"])))).save(fresh[plan.strip])
 
 # %% ../../nbs/library/13_files.ipynb #7f438d13
-def _enlarged(pipe, pieces, source, width, height):
-    "Pieces of an edit at the source's size; under a matte, what is unchanged keeps the pixels of the source's frames."
+def _enlarged(pipe, pieces, source, width, height, mask=None):
+    "Pieces of an edit at the source's size; what matte or mask leaves alone keeps the pixels of the source's frames."
+    from kiwi_edit.pipeline import composite
+
     frames, has_matte = iter(source), pipe.transformer.config.out_channels > pipe.vae.config.z_dim
+    masks = None if mask is None else iter(mask)
     for piece in pieces:
         sized = resize_frames(piece, width, height, mode="stretch")
-        if has_matte and sized.shape != piece.shape:
+        if sized.shape != piece.shape and (has_matte or masks):
             large = np.stack(list(islice(frames, len(piece))))
-            small = resize_frames(large, piece.shape[2], piece.shape[1], mode="stretch")
-            changed = np.uint8(255) * (np.abs(piece.astype(np.int16) - small).max(-1, keepdims=True) > 1)
-            share = resize_frames(changed.repeat(3, -1), width, height, mode="stretch") / np.float32(255)
-            sized = (large + share * (sized.astype(np.float32) - large) + 0.5).astype(np.uint8)
+            if has_matte:
+                small = resize_frames(large, piece.shape[2], piece.shape[1], mode="stretch")
+                changed = np.abs(piece.astype(np.int16) - small).max(-1) > 1
+                share = resize_frames(changed, width, height, mode="stretch") / np.float32(255)
+                sized = (large + share * (sized.astype(np.float32) - large) + 0.5).astype(np.uint8)
+            sized = composite(sized[None], large[None], None, masks and np.stack(list(islice(masks, len(piece)))))[0]
         yield sized
 
 # %% ../../nbs/library/13_files.ipynb #7f438d12
@@ -406,12 +438,14 @@ def run_edit(
     with renamed("`path`", "`video`"):
         clip = read_video(plan.video, indices=picks) if streamed else read_video(plan.video, num_frames=count)
     if streamed:
-        clip = replace(clip, fps=plan.info.fps)
-        video = Footage(count, width, height, path=plan.video, mode="stretch")
+        clip, frames = replace(clip, fps=plan.info.fps), None
     else:
         clip = clip[: nearest_frame_count(len(clip))]  # a damaged file holds fewer than it says
-        count, video = len(clip), resize_frames(clip.frames, width, height, mode="stretch")
-    report(0, total, "looking")
+        count, frames = len(clip), resize_frames(clip.frames, width, height, mode="stretch")
+    size = clip.width, clip.height
+    video = Footage(count, width, height, frames, plan.video, "stretch", size)
+    report(0, total, "following" if plan.follow else "looking")
+    mask = None if plan.mask is None else plan.masks(count)
 
     def stepped(pipe, step, timestep, tensors):
         report(step + 1, total, "editing" if step + 1 < total else "decoding")
@@ -421,18 +455,18 @@ def run_edit(
         written[what] = frames
         report(frames, count, what)
 
-    given = dict(video=video, reference=list(plan.references) or None, height=height, width=width, num_frames=count)
+    given = dict(video=video, reference=list(plan.references) or None, reference_scale=plan.reference_scale, mask=mask)
     given |= dict(num_inference_steps=steps, strength=plan.strength, guidance_scale=plan.guidance_scale)
     given |= dict(generator=torch.Generator().manual_seed(plan.seed), output_type="stream" if streamed else "pil")
     edited = pipe(plan.instruction, **given, callback_on_step_end=stepped).frames[0]
     report(total, total, "writing")
     if streamed:
         source = (frame for part in stream_video(plan.video, count) for frame in part.frames)
-        _write_edit(plan, clip, _enlarged(pipe, edited, source, clip.width, clip.height), picks, passed)
+        _write_edit(plan, clip, _enlarged(pipe, edited, source, *size, mask), mask, picks, passed)
         count = written["writing"]
     else:
-        _write_edit(plan, clip, next(_enlarged(pipe, [as_frames(edited)], clip.frames, clip.width, clip.height)))
-    size, note, seconds = (clip.width, clip.height), _edited_span(plan, count, limits), time.perf_counter() - began
+        _write_edit(plan, clip, next(_enlarged(pipe, [as_frames(edited)], clip.frames, *size, mask)), mask)
+    note, seconds = _edited_span(plan, count, limits), time.perf_counter() - began
     return _EditedFile(plan.out, plan.strip, plan.comparison, count, size, (width, height), note, seconds)
 
 # %% ../../nbs/library/13_files.ipynb #4e1dc629
@@ -450,13 +484,14 @@ def edit_file(
 
 # %% ../../nbs/library/13_files.ipynb #b17e0002
 _ROW_NAMES = {"src_video": "video", "prompt": "instruction", "ref_image": "reference"}  # of published tables
-_ROW_OPTIONS = ("compare", "seed", "steps", "frames", "whole", "size", "strength", "guidance_scale")
+_ROW_OPTIONS = "compare seed steps frames whole size strength guidance_scale reference_scale mask follow".split()
 _ROW_NOTES = ("iid", "tgt_video", "task")  # columns of published tables that say nothing about an edit
 _KINDS = {f.name: f.type.removesuffix(" | None") for f in fields(EditPlan)}
 _WORDS = {
     "video": "a path",
     "out": "a name",
     "reference": "a path or a list of paths",
+    "mask": 'a path, or a box: "X0,Y0,X1,Y1" or [x0, y0, x1, y1]',
     "tuple": '"WIDTHxHEIGHT" or [width, height]',
     "float": "a number",
     "int": "a whole number",
@@ -486,6 +521,7 @@ def _value(name, value):
         form, value = list, [value] if value else []
     good = {
         "reference": form is list and all(isinstance(path, str) and path for path in value),
+        "mask": form is list or form is str and value,
         "tuple": form is list and [type(side) for side in value] == [int, int],
         "float": form is float or form is int and abs(value) < 2**63,
         "int": form is int,  # `True` is none
@@ -589,11 +625,12 @@ def _check_row(number, row, path, folder):
             name = _file_name(f"{number:04d}-{video.stem}", _suffix(video, video_info(video)))
     elif {Path(name).name, PureWindowsPath(name).name} != {name} or name.startswith(".") or not name.isprintable():
         raise InputError(f"`out` has to be the name of a file in the folder of results but is {name!r}.")
-    plan, read = _planned(video, row["instruction"], references, folder / name, **options)
+    mask = _mask_file(options.pop("mask", None), path.parent)
+    plan, read = _planned(video, row["instruction"], references, folder / name, mask, **options)
     if long := [file.name for file in plan.files if len(os.fsencode(file.name)) > 255]:
         raise InputError(f"`out` has to be a name that file systems take but {long[0]!r} is too long.")
     defaults = {f.name: f.default for f in fields(EditPlan) if f.name in _ROW_OPTIONS}
-    asked = {o: value for o, value in options.items() if value != defaults[o]}
+    asked = {o: row[o] for o in _ROW_OPTIONS if o in row and row[o] != defaults[o]}
     asked |= dict(instruction=plan.instruction, seed=plan.seed)
     given = dict(video=row["video"], reference=list(row.get("reference", ()))) | defaults | asked
     return _Row(number, name, "", replace(plan, references=()), references, given, digest(asked, read))
@@ -633,6 +670,8 @@ def read_edits(
     if reference := defaults.pop("reference", None):
         paths = [reference] if isinstance(reference, (str, Path)) else reference
         defaults["reference"] = [str(Path(r).expanduser().absolute()) for r in paths]
+    if isinstance(mask := _mask_file(defaults.get("mask")), Path):
+        defaults["mask"] = str(mask.absolute())
     if not path.is_file():
         raise FileNotFoundError(f"`path` has to be an existing list of edits but {str(path)!r} is none.")
     lines = [(number, line) for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
@@ -645,7 +684,7 @@ def read_edits(
         found.lines.append(_checked(number, line, path, folder, defaults, taken))
         if progress:
             progress(done, len(lines), "checking")
-    read = {file.resolve() for row in found.rows for file in (row.plan.video, *row.references)}
+    read = {f.resolve() for r in found.rows for f in (r.plan.video, *r.references, r.plan.mask) if isinstance(f, Path)}
     for row in found.rows:
         if own := [file for file in row.plan.files if {file.resolve(), folder.resolve()} & read]:
             rule = "`out` has to be another file than those that are read, and not among them"
