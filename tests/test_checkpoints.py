@@ -861,7 +861,7 @@ def test_presets_are_told_by_names_and_shapes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, content", [("half.safetensors", None), ("page.safetensors", b"<html>"), ("a.pth", b"x")]
+    "name, content", [("half.safetensors", None), ("page.safetensors", b"<html>"), ("a.pth", b"PK\x03\x04")]
 )
 def test_files_that_are_no_weights_are_said(tmp_path, name, content):
     file = tmp_path / name
@@ -869,5 +869,7 @@ def test_files_that_are_no_weights_are_said(tmp_path, name, content):
     with pytest.raises(ValueError, match=f"`{name}` has to be a whole ") as caught:
         describe_weights(file)
     one_clear_error(caught)
-    with pytest.raises(ValueError, match="`path` has to be a file of weights or a folder of them"):
+    with pytest.raises(
+        ValueError, match="`path` has to be a file of weights or a folder of them but .* does not exist"
+    ):
         describe_weights(tmp_path / "nowhere")

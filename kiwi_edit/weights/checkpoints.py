@@ -781,7 +781,7 @@ def _describe(header):
         formats[kind] += math.prod(shape)
     scaled = " with scales" * any(name.endswith((".scale_weight", ".weight_scale")) for name in shapes)
     count = f"{formats.total() / 1e6:,.2f}M numbers in {', '.join(kind for kind, _ in formats.most_common())}{scaled}"
-    plain = {name: shape for name, shape in shapes.items() if not re.search(r"\.lora_|^lora_unet_|\.diff", name)}
+    plain = {name: shape for name, shape in shapes.items() if not re.search(r"\.lora_|^lora_unet_|\.diff(_b)?$", name)}
     down = {name: shape for name, shape in shapes.items() if re.search(r"\.lora_(A|down)\.", name)}
     rank, known = f"LoRA of rank {_some(sorted({shape[0] for shape in down.values()}))}", map(_trainer_name, plain)
     parts = {part for part, _ in known}
@@ -808,6 +808,7 @@ def describe_weights(
 ) -> dict[str, str]:  # file or part -> a sentence
     "What weights are and what they fit, from the headers of files, so it takes a second whatever their size."
     path, found = Path(path), {}
+    expect(path.exists(), f"`path` has to be a file of weights or a folder of them but {str(path)!r} does not exist.")
     if path.is_file():
         return {path.name: _describe(_header(path))}
     index = _read_config(path, "model_index.json") if (path / "model_index.json").is_file() else {}
