@@ -812,7 +812,8 @@ def describe_weights(
     if path.is_file():
         return {path.name: _describe(_header(path))}
     index = _read_config(path, "model_index.json") if (path / "model_index.json").is_file() else {}
-    layout = next((part for part in LAYOUTS if part in index), None)
+    layouts = dict(guidance="the kit's", mllm_encoder="the released")
+    layout = next((layouts[part] for part in layouts if part in index), None)
     for place in [path / part for part in index if (path / part).is_dir()] or [path]:
         if wrong := list(faults(place)):
             raise FileNotFoundError(f"`path` has to be whole but {min(wrong)}.")
@@ -820,8 +821,7 @@ def describe_weights(
             name = re.sub(r"-\d{5}-of-\d{5}", "", file.relative_to(path).as_posix())
             found.setdefault(name, {}).update(_header(file))
     expect(found, f"`path` has to be a file of weights or a folder of them but {str(path)!r} is none.")
-    layouts = dict(guidance="the kit's", mllm_encoder="the released")
-    whole = {"model": f"Kiwi-Edit, whole, in {layouts[layout]} layout"} if layout else {}
+    whole = {"model": f"Kiwi-Edit, whole, in {layout} layout"} if layout else {}
     return whole | {name: _describe(header) for name, header in found.items()}
 
 # %% ../../nbs/library/20_checkpoints.ipynb #3daf76f0
