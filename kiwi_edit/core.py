@@ -53,6 +53,7 @@ _EXTRAS = {  # module -> the extra of the kit that brings it
     "datasets": "scale",
     "ray": "scale",
     "tensorboard": "train",
+    "gguf": "gguf",
 }
 
 

@@ -102,7 +102,7 @@ class KiwiEditPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     model_cpu_offload_seq = "mllm->transformer->vae"
     _exclude_from_cpu_offload = ["guidance"]  # small, and its parts are called one by one
-    _lora_loadable_modules = ["transformer"]
+    _lora_loadable_modules = ["transformer", "mllm"]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "context", "source_latents", "reference_latents"]
 
     def __init__(
@@ -213,8 +213,20 @@ def load_lora_weights(
     adapter_name: str | None = None,
     **kwargs,  # of diffusers' `load_lora_weights`: weight_name, subfolder, revision, token, ...
 ) -> None:
-    "Put a LoRA beside the denoiser's weights; `fuse_lora`, `set_adapters` and the like are diffusers' own."
+    "Put a LoRA beside weights of denoiser and encoder; `set_adapters` and the like are diffusers' own."
     _library("hub:load_lora")(self, pretrained_model_name_or_path_or_dict, adapter_name, **kwargs)
+
+
+@patch_to(KiwiEditPipeline)
+def fuse_lora(self, components: list[str] = ("transformer", "mllm"), **kwargs) -> None:
+    "Add LoRA matrices to the weights that they stand beside."
+    WanLoraLoaderMixin.fuse_lora(self, list(components), **kwargs)
+
+
+@patch_to(KiwiEditPipeline)
+def unfuse_lora(self, components: list[str] = ("transformer", "mllm"), **kwargs) -> None:
+    "Take them off again."
+    WanLoraLoaderMixin.unfuse_lora(self, list(components), **kwargs)
 
 # %% ../nbs/06_pipeline.ipynb #06n00008
 @patch_to(KiwiEditPipeline)

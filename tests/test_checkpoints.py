@@ -9,19 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from kiwi_edit.weights import checkpoints
 from kiwi_edit.weights.checkpoints import (
     convert,
+    describe_weights,
     load_any,
     load_trainer_checkpoint,
     _load_transformer,
     _native_wan_name,
     _open_weights,
 )
-from kiwi_edit.core import asset
+from kiwi_edit.core import PRESETS, asset
 from kiwi_edit.latents import decode_latents, in_tiles, latent_statistics
 from kiwi_edit.pipeline import KiwiEditPipeline
 from kiwi_edit.world import EVAL_SEED, World
@@ -642,6 +644,232 @@ def test_a_denoiser_in_other_programs_files(tmp_path):
     assert {name: list(value) if name == "patch_size" else value for name, value in read.items()} == {
         name: list(value) if name == "patch_size" else value for name, value in tiny.config.items()
     } | {name: value for name, value in read.items() if name.startswith("_")}
-    (tmp_path / "wan-Q4.gguf").write_bytes(b"GGUF" + bytes(60))
-    with pytest.raises(ValueError, match="GGUF, whose weights are quantised"):
-        _load_transformer(tmp_path / "wan-Q4.gguf", config)
+
+
+def packed(transformer, file, scale="scale_weight", rows=False):
+    "A denoiser as ComfyUI writes it: a prefix, float8, a scale for each matrix or each of its rows; what it stands for."
+    tensors, meant = {"scaled_fp8": torch.empty(2, dtype=torch.float8_e4m3fn)}, {}
+    for name, tensor in transformer.state_dict().items():
+        theirs = "model.diffusion_model." + _native_wan_name(name)
+        meant[name] = tensor
+        if tensor.ndim == 2 and name.endswith(".weight"):
+            most = tensor.abs().amax(1, keepdim=True) if rows else tensor.abs().amax()
+            tensor = (tensor / (most / 448)).to(torch.float8_e4m3fn)
+            meant[name] = tensor.float() * (most / 448)
+            tensors[theirs.replace(".weight", f".{scale}")] = most / 448
+            tensors[theirs.replace(".weight", ".scale_input" if scale == "scale_weight" else ".input_scale")] = (
+                torch.ones(())
+            )
+        tensors[theirs] = tensor.contiguous()
+    save_file(tensors, file)
+    return meant
+
+
+@pytest.mark.parametrize("scale, rows", [("scale_weight", False), ("weight_scale", False), ("weight_scale", True)])
+def test_eight_bits_are_multiplied_by_their_scale(tmp_path, scale, rows):
+    tiny, file = KiwiEditPipeline.from_pretrained("kiwi-edit-tiny").transformer, tmp_path / "fp8.safetensors"
+    meant = packed(tiny, file, scale, rows)
+    found = KiwiEditPipeline.from_pretrained("kiwi-edit-tiny", transformer=file).transformer.state_dict()
+    assert all(torch.allclose(found[name], tensor, rtol=1e-6, atol=0) for name, tensor in meant.items())
+    auto = KiwiEditPipeline.from_pretrained("kiwi-edit-tiny", "auto", transformer=file).transformer
+    assert auto.dtype == torch.bfloat16
+    what = describe_weights(file)["fp8.safetensors"]
+    assert "Wan denoiser, 6 layers of width 256, native names behind 'model.diffusion_model.'" in what
+    assert "F8_E4M3, F32 with scales; fits tiny" in what
+
+
+def test_lora_is_added_to_eight_bits_times_their_scale(tmp_path):
+    "The trainer's checkpoint of wan21 has LoRA alone of the denoiser; its base comes in eight bits."
+    base = load_file(GOLDEN / "wan21/base/Wan_DiT.safetensors")
+    given = bases("wan21")
+    config = given["transformer_config"]
+    meant = packed(_load_transformer(given["transformer"], config), tmp_path / "fp8.safetensors")
+    save_file({_native_wan_name(name): x.contiguous() for name, x in meant.items()}, tmp_path / "plain.safetensors")
+    step = GOLDEN / "wan21/trainer/step-1.safetensors"
+    both = [
+        load_trainer_checkpoint(step, **given | dict(transformer=tmp_path / f"{name}.safetensors")).transformer
+        for name in ("fp8", "plain")
+    ]
+    a, b = (model.state_dict() for model in both)
+    assert len(a) == len(base) and all(torch.allclose(a[name], b[name], atol=1e-6) for name in b)
+
+
+def lose_scale(tensors):
+    tensors.pop(next(name for name in tensors if name.endswith("weight_scale")))
+
+
+def block_scales(tensors):
+    name = next(name for name in tensors if name.endswith("weight_scale"))
+    tensors[name] = torch.ones(3, 5, dtype=torch.uint8)
+
+
+def four_bits(tensors):
+    name = next(name for name in tensors if name.endswith("ffn.0.weight"))
+    tensors[name] = tensors[name].view(torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [(lose_scale, "have none"), (block_scales, "scales of torch.uint8"), (four_bits, "is torch.uint8 with")],
+)
+def test_other_ways_to_quantise_are_refused(tmp_path, change, reason):
+    tiny, file = KiwiEditPipeline.from_pretrained("kiwi-edit-tiny").transformer, tmp_path / "q.safetensors"
+    packed(tiny, file, "weight_scale")
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=reason) as caught:
+        KiwiEditPipeline.from_pretrained("kiwi-edit-tiny", transformer=file)
+    one_clear_error(caught)
+
+
+def write_gguf(transformer, file, kind="Q8_0", prefix=""):
+    "A denoiser as GGUF in native names: matrices in that kind, the rest in half precision."
+    gguf = pytest.importorskip("gguf")
+    kind, writer = gguf.GGMLQuantizationType[kind], gguf.GGUFWriter(file, "wan")
+    for name, tensor in transformer.state_dict().items():
+        values = tensor.float().numpy()
+        if tensor.ndim == 2 and tensor.shape[1] % 32 == 0 and name.endswith(".weight"):
+            writer.add_tensor(prefix + _native_wan_name(name), gguf.quants.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(prefix + _native_wan_name(name), values.astype(np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+@pytest.mark.parametrize("kind, most", [("F16", 1e-3), ("Q8_0", 1e-2)])
+def test_gguf_edits_as_the_plain_weights_do_nearly(tmp_path, kind, most):
+    plain = KiwiEditPipeline.from_pretrained("kiwi-edit-tiny")
+    file = write_gguf(plain.transformer, tmp_path / "wan.gguf", kind, "model.diffusion_model.")
+    stored = f"{kind}, F16" if kind != "F16" else "F16"
+    assert (
+        f"6 layers of width 256, native names behind 'model.diffusion_model.'; 6.13M numbers in {stored}; fits tiny"
+        in (describe_weights(file)["wan.gguf"])
+    )
+    quantised = KiwiEditPipeline.from_pretrained("kiwi-edit-tiny", transformer=file)
+    sample = World(split="eval", difficulty="easy").sample(EVAL_SEED, task="background")
+    results = []
+    for pipe in (plain, quantised):
+        pipe.set_progress_bar_config(disable=True)
+        given = dict(generator=torch.Generator().manual_seed(0), output_type="np")
+        results.append(pipe(sample.instruction, sample.source[:5], **given).frames[0])
+    assert np.abs(results[0] - results[1]).mean() < most
+    convert_to = tmp_path / "whole"
+    convert("kiwi-edit-tiny", convert_to, torch_dtype=torch.float32, transformer=file)
+    again = KiwiEditPipeline.from_pretrained(convert_to).transformer.state_dict()
+    assert all(
+        (again[n] - x).abs().max() < 0.01 * x.abs().max() + 1e-6 for n, x in plain.transformer.state_dict().items()
+    )
+
+
+def test_gguf_as_the_base_of_a_trainers_lora(tmp_path):
+    given = bases("wan21")
+    base = _load_transformer(given["transformer"], given["transformer_config"])
+    given["transformer"] = write_gguf(base, tmp_path / "base.gguf", "F16")
+    step = GOLDEN / "wan21/trainer/step-1.safetensors"
+    a, b = (load_trainer_checkpoint(step, **x).transformer.state_dict() for x in (bases("wan21"), given))
+    assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=2e-3) for name in a)
+
+
+def test_gguf_that_is_no_denoiser_or_not_whole_is_said(tmp_path):
+    tiny = KiwiEditPipeline.from_pretrained("kiwi-edit-tiny")
+    whole = write_gguf(tiny.transformer, tmp_path / "wan.gguf").read_bytes()
+    for name, content in dict(half=whole[: len(whole) // 2], begun=whole[:900], empty=b"GGUF" + bytes(60)).items():
+        file = tmp_path / f"{name}.gguf"
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="has to be a whole GGUF file") as caught:
+            KiwiEditPipeline.from_pretrained("kiwi-edit-tiny", transformer=file)
+        one_clear_error(caught)
+    with pytest.raises(ValueError, match="GGUF, which is read as a denoiser"):
+        checkpoints._load_vae(tmp_path / "wan.gguf", None, torch.float32)
+    other = write_gguf(tiny.vae, tmp_path / "vae.gguf", "F16")
+    with pytest.raises(ValueError, match="`weights` of WanTransformer3DModel have to match") as caught:
+        KiwiEditPipeline.from_pretrained("kiwi-edit-tiny", transformer=other)
+
+
+def test_a_trainers_file_goes_by_any_name(tmp_path):
+    "As Kiwi-Sparkle's model.safetensors: the whole denoiser in it, base models named beside it."
+    step = GOLDEN / "wan22/trainer/step-1.safetensors"
+    shutil.copy(step, tmp_path / "model.safetensors")
+    for found in (
+        KiwiEditPipeline.from_pretrained(tmp_path / "model.safetensors", **bases()),
+        load_any(tmp_path, **bases()),
+    ):
+        expected = load_trainer_checkpoint(step, **bases())
+        a, b = found.transformer.state_dict(), expected.transformer.state_dict()
+        assert all(torch.equal(a[name], b[name]) for name in b)
+    with pytest.raises(ValueError, match="`vae` has to name the base model, since a trainer checkpoint has no vae"):
+        KiwiEditPipeline.from_pretrained(tmp_path / "model.safetensors")
+    with pytest.raises(
+        ValueError, match="checkpoint of the trainer but Wan_DiT.safetensors is a Wan denoiser, 2 layers"
+    ):
+        KiwiEditPipeline.from_pretrained(GOLDEN / "wan21/base/Wan_DiT.safetensors", **bases())
+
+
+WHAT = {  # a file or folder -> what is said of its parts
+    "trainer/step-1.safetensors": {
+        "step-1.safetensors": "checkpoint of the trainer with a whole denoiser, LoRA of rank 4"
+    },
+    "base/Wan_VAE.safetensors": {
+        "Wan_VAE.safetensors": "Wan autoencoder, 48 channels of latents, base width 2, native"
+    },
+    "base/Qwen2.5-VL-tiny": {"model.safetensors": "Qwen2.5-VL encoder, 2 layers of width 32"},
+    "diffusers": {
+        "model": "whole, in the released layout",
+        "transformer/diffusion_pytorch_model.safetensors": "usual names",
+    },
+    "diffusers/vae": {"diffusion_pytorch_model.safetensors": "Wan autoencoder, 48 channels of latents"},
+}
+
+
+@pytest.mark.parametrize("path", WHAT)
+def test_what_weights_are_is_said_from_headers(path, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("a tensor was read")
+
+    monkeypatch.setattr(checkpoints, "load_file", never)
+    found = describe_weights(GOLDEN / "wan22" / path)
+    for name, words in WHAT[path].items():
+        assert words in found[name]
+
+
+def test_presets_are_told_by_names_and_shapes(tmp_path):
+    "Headers of the published sizes: what is in the file is zeros that take no place on the disk."
+    with torch.device("meta"):
+        for name, wan in (("wan2.2-5b", 3072), ("wan2.1-14b", 5120)):
+            sizes = PRESETS[name].transformer
+            model = WanTransformer3DModel(**sizes)
+            names = {_native_wan_name(key): (tuple(x.shape), "BF16") for key, x in model.state_dict().items()}
+            layers = sizes["num_layers"]
+            assert f"{layers} layers of width {wan}, native" in (said := checkpoints._describe(names))
+            assert said.endswith(f"fits {name}")
+            lora = {
+                f"diffusion_model.blocks.{n}.self_attn.q.lora_{side}.weight": (shape, "BF16")
+                for n in range(layers)
+                for side, shape in (("down", (64, wan)), ("up", (wan, 64)))
+            }
+            said = checkpoints._describe(lora)
+            assert said.startswith(f"LoRA of rank 64 for {layers} layers of a denoiser, width {wan}, ComfyUI's")
+            assert said.endswith(f"fits {name}")
+    torch.save(load_file(GOLDEN / "wan22/base/Wan_VAE.safetensors"), tmp_path / "Wan2.2_VAE.pth")
+    assert "Wan autoencoder, 48 channels" in describe_weights(tmp_path / "Wan2.2_VAE.pth")["Wan2.2_VAE.pth"]
+    save_file({"conv.weight": torch.zeros(2)}, tmp_path / "x.safetensors")
+    assert "nothing that the kit knows" in describe_weights(tmp_path / "x.safetensors")["x.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "name, content", [("half.safetensors", None), ("page.safetensors", b"<html>"), ("a.pth", b"PK\x03\x04")]
+)
+def test_files_that_are_no_weights_are_said(tmp_path, name, content):
+    file = tmp_path / name
+    file.write_bytes(content or (GOLDEN / "wan22/base/Wan_VAE.safetensors").read_bytes()[:9000])
+    with pytest.raises(ValueError, match=f"`{name}` has to be a whole ") as caught:
+        describe_weights(file)
+    one_clear_error(caught)
+    with pytest.raises(
+        ValueError, match="`path` has to be a file of weights or a folder of them but .* does not exist"
+    ):
+        describe_weights(tmp_path / "nowhere")

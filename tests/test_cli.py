@@ -1273,3 +1273,113 @@ def test_addresses_are_refused(kiwi, clip):
         "--reference has to be a file",
         "is the address",
     )
+
+
+# weights and LoRAs of others
+
+
+@pytest.fixture
+def lora(random_model, tmp_path):
+    "A file of a LoRA that the random model takes."
+    import torch
+    from safetensors.torch import save_file
+
+    width = json.loads((random_model / "transformer/config.json").read_text())
+    width = width["num_attention_heads"] * width["attention_head_dim"]
+    torch.manual_seed(0)
+    name = "diffusion_model.blocks.0.self_attn.q.lora_{}.weight"
+    weights = {name.format("down"): torch.randn(2, width), name.format("up"): torch.randn(width, 2)}
+    save_file(weights, tmp_path / "style.safetensors")
+    return tmp_path / "style.safetensors"
+
+
+def test_inspect_says_what_weights_are(kiwi, random_model, lora, clip, tmp_path):
+    status, out, err = kiwi("inspect", random_model)
+    assert status == 0 and out.startswith("model: Kiwi-Edit, whole, in the kit's layout\n")
+    assert {line.split("/")[0] for line in out.splitlines()[1:]} == {"transformer", "vae", "mllm", "guidance"}
+    status, out, err = kiwi("inspect", lora)
+    assert status == 0 and out.startswith("style.safetensors: LoRA of rank 2 for 1 layers of a denoiser, width ")
+    refused(kiwi("inspect", clip), "clip", "safetensors")
+    refused(kiwi("inspect", tmp_path / "gone"), "gone")
+    refused(kiwi("inspect", lora, "--row", "x"), "--row has to be left out where PATH is weights")
+
+
+@pytest.mark.parametrize(
+    "text, source, scale",
+    [
+        ("a.safetensors", "a.safetensors", 1.0),
+        ("a.safetensors:0.5", "a.safetensors", 0.5),
+        (r"C:\loras\a.safetensors", r"C:\loras\a.safetensors", 1.0),
+        (r"C:\loras\a.safetensors:2", r"C:\loras\a.safetensors", 2.0),
+        ("owner/name", "owner/name", 1.0),
+        ("owner/name:v2", "owner/name:v2", 1.0),
+        ("a:b:.25", "a:b", 0.25),
+        ("a:0", "a", 0.0),
+    ],
+)
+def test_a_scale_is_the_number_behind_the_last_colon(text, source, scale):
+    assert cli._parse_lora(text) == (source, scale)
+
+
+def test_edit_with_loras(edit, clip, lora, tmp_path):
+    results = {}
+    for name, given in dict(none=[], zero=[0], one=[1], halves=[0.5, 0.5]).items():
+        more = [part for scale in given for part in ("--lora", f"{lora}:{scale}")]
+        status, out, err = edit(clip, "--out", tmp_path / f"{name}.mp4", *more)
+        assert status == 0, err
+        results[name] = read_video(tmp_path / f"{name}.mp4").frames.astype(int)
+    assert np.array_equal(results["none"], results["zero"])
+    assert (results["none"] != results["one"]).any()
+    assert np.abs(results["one"] - results["halves"]).mean() < np.abs(results["one"] - results["none"]).mean() / 4
+
+
+def test_a_list_of_edits_takes_loras_in_all_rows(kiwi, random_model, clip, lora, tmp_path):
+    (tmp_path / "edits.jsonl").write_text("\n".join(json.dumps(dict(video=str(clip), instruction=x)) for x in "ab"))
+    run = lambda *more: kiwi(
+        "edit", tmp_path / "edits.jsonl", "--model", random_model, "--steps", 1, "--out", tmp_path / "out", *more
+    )
+    assert run()[0] == 0
+    plain = [read_video(path).frames for path in sorted((tmp_path / "out").glob("*.mp4"))]
+    status, out, err = run("--lora", lora)
+    assert status == 1 and "was made from other files or by another model" in err
+    assert run("--lora", lora, "--overwrite")[0] == 0
+    styled = [read_video(path).frames for path in sorted((tmp_path / "out").glob("*.mp4"))]
+    assert len(plain) == len(styled) == 2 and all((a != b).any() for a, b in zip(plain, styled))
+    status, out, err = run("--lora", lora)
+    assert status == 0 and "2 of them before" in out
+
+
+def test_loras_that_do_not_fit_are_said_before_weights_are_read(edit, clip, lora, tmp_path, monkeypatch):
+    import torch
+    from safetensors.torch import save_file
+    from kiwi_edit.pipeline import KiwiEditPipeline
+
+    monkeypatch.setattr(KiwiEditPipeline, "from_pretrained", lambda *a, **k: pytest.fail("weights were read"))
+    refused(edit(clip, "--lora", tmp_path / "gone.safetensors"), "--lora has to be an existing file", "gone")
+    refused(edit(clip, "--lora", f"{lora}:-1"), "--lora has to have a scale of 0 or more", ":-1")
+    name = "diffusion_model.blocks.0.self_attn.q.lora_{}.weight"
+    large = {name.format("down"): torch.zeros(4, 5120), name.format("up"): torch.zeros(5120, 4)}
+    save_file(large, tmp_path / "14b.safetensors")
+    words = "--lora has to be a LoRA of this model", "2 tensors", "[5120, 4] times [4, 5120] for ["
+    refused(edit(clip, "--lora", tmp_path / "14b.safetensors"), *words)
+    (tmp_path / "half.safetensors").write_bytes(lora.read_bytes()[:200])
+    refused(edit(clip, "--lora", tmp_path / "half.safetensors"), "whole safetensors file")
+
+
+def test_a_file_of_weights_as_model_says_what_to_do(kiwi, clip, lora):
+    words = "--model has to be a model folder or a hub id", "LoRA of rank 2", "kiwi-edit convert"
+    refused(kiwi("edit", clip, "--instruction", "x", "--model", lora), *words)
+
+
+def test_convert_takes_another_programs_denoiser(kiwi, random_model, tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+    from kiwi_edit.weights.checkpoints import _native_wan_name
+
+    own = load_file(random_model / "transformer/diffusion_pytorch_model.safetensors")
+    other = {f"model.diffusion_model.{_native_wan_name(name)}": (x * 2).contiguous() for name, x in own.items()}
+    save_file(other, tmp_path / "wan.safetensors")
+    status, out, err = kiwi("convert", random_model, tmp_path / "made", "--transformer", tmp_path / "wan.safetensors")
+    assert status == 0, err
+    made = load_file(tmp_path / "made/transformer/diffusion_pytorch_model.safetensors")
+    assert all(torch.allclose(made[name].float(), 2 * x.float()) for name, x in own.items())

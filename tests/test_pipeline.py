@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -665,6 +666,7 @@ LORA_NAMES = {  # a layer, as others call it -> which it is: the first block's q
     "pipe.dit.blocks.0.self_attn.q": 0,
     "diffusion_model.blocks.0.self_attn.q": 0,
     "model.diffusion_model.blocks.0.self_attn.q": 0,
+    "base_model.model.blocks.0.self_attn.q": 0,
     "diffusion_model.blocks.0.ffn.0": 1,
     "diffusion_model.blocks.0.cross_attn.o": 2,
     "lora_unet_blocks_0_self_attn_q": 0,
@@ -720,15 +722,13 @@ def test_lora_files_of_others(pipe, name, style, alpha, tmp_path):
                 "diffusion_model.blocks.0.self_attn.q.lora_B.weight",
                 "diffusion_model.foo.lora_A.weight",
             ],
-            "none of it",
+            "of the 3 tensors of the given dict 1 do not fit: transformer.foo.lora_A.weight has no place there",
         ),
         (
-            [
-                "base_model.model.blocks.0.attn1.to_q.lora_A.weight",
-                "base_model.model.blocks.0.attn1.to_q.lora_B.weight",
-            ],
-            "no place there",
+            ["transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight"] * 2 + [f"x{i}" for i in range(9)],
+            "of the 10 tensors of the given dict 10 do not fit: .* and 7 more",
         ),
+        (["diffusion_model.blocks.0.self_attn.q.diff"], "difference of another size"),
         (["text_encoder.layers.0.q.lora_A.weight", "text_encoder.layers.0.q.lora_B.weight"], "no place there"),
         (["diffusion_model.blocks.0.self_attn.q.dora_scale"], "plain LoRA"),
     ],
@@ -740,6 +740,105 @@ def test_a_lora_that_does_not_belong_is_refused(pipe, names, why):
             {name: torch.zeros(2, width) if "lora_A" in name else torch.zeros(width, 2) for name in names}
         )
     assert not hasattr(pipe.transformer.blocks[0].attn1.to_q, "lora_A")
+
+
+@pytest.fixture
+def bare(pipe):
+    "A pipeline whose denoiser and encoder are copies, to put LoRA into."
+    parts = pipe.components | dict(transformer=copy.deepcopy(pipe.transformer), mllm=copy.deepcopy(pipe.mllm))
+    made = KiwiEditPipeline(**parts, default_steps=1)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def random_lora(layers, style="diffusion_model.{}.lora_{}.weight", rank=2, seed=0):
+    "Matrices under the names that others have for layers (theirs -> module), and what they add to each weight."
+    rng, weights, added = torch.Generator().manual_seed(seed), {}, {}
+    for name, layer in layers.items():
+        A, B = torch.randn(rank, layer.in_features, generator=rng), torch.randn(layer.out_features, rank, generator=rng)
+        weights |= {style.format(name, "A"): A, style.format(name, "B"): B}
+        added[name] = B @ A
+    return weights, added
+
+
+def test_differences_and_biases_of_distilled_loras_are_exact(bare):
+    sizes = dict(patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, num_layers=2, ffn_dim=32)
+    wan = WanTransformer3DModel(in_channels=4, out_channels=4, text_dim=16, freq_dim=8, rope_max_seq_len=32, **sizes)
+    bare.register_modules(transformer=wan)
+    rng = torch.Generator().manual_seed(0)
+    native = {  # as lightx2v, CausVid and AccVideo name them -> the parameter that changes
+        "blocks.0.self_attn.q.diff_b": "blocks.0.attn1.to_q.bias",
+        "blocks.1.ffn.0.diff_b": "blocks.1.ffn.net.0.proj.bias",
+        "head.head.diff": "proj_out.weight",
+        "head.head.diff_b": "proj_out.bias",
+        "patch_embedding.diff": "patch_embedding.weight",
+        "patch_embedding.diff_b": "patch_embedding.bias",
+        "time_projection.1.diff_b": "condition_embedder.time_proj.bias",
+    }
+    before = {name: wan.get_parameter(ours).detach().clone() for name, ours in native.items()}
+    added = {name: torch.randn(tensor.shape, generator=rng) for name, tensor in before.items()}
+    weights, matrices = random_lora({"blocks.0.self_attn.q": wan.blocks[0].attn1.to_q})
+    query = wan.blocks[0].attn1.to_q.weight.detach().clone()
+    zero = {"diffusion_model.blocks.0.self_attn.norm_q.diff": torch.zeros_like(wan.blocks[0].attn1.norm_q.weight)}
+    given = weights | {f"diffusion_model.{name}": tensor for name, tensor in added.items()} | zero
+    bare.load_lora_weights(given, "style")
+    bare.set_adapters("style", 0.5)
+    bare.fuse_lora()
+    bare.unload_lora_weights()
+    now = dict(wan.named_parameters())
+    for name in native:
+        assert torch.allclose(now[native[name]] - before[name], 0.5 * added[name], atol=1e-4), name
+    assert torch.allclose(wan.blocks[0].attn1.to_q.weight - query, 0.5 * matrices["blocks.0.self_attn.q"], atol=1e-4)
+    key = next(iter(zero))
+    with pytest.raises(InputError, match="has a difference for transformer.blocks.0.attn1.norm_q, which is none"):
+        bare.load_lora_weights(weights | {key: torch.ones_like(zero[key])})
+
+
+def test_a_lora_of_the_language_model_goes_with_the_others(bare):
+    "Trainer names: beside the encoder's weights, at a scale, fused, taken off again and deleted."
+    text, wan = bare.mllm.model.language_model, bare.transformer
+    layers = {"mllm.model.model.language_model.layers.0.self_attn.q_proj": text.layers[0].self_attn.q_proj}
+    style = "{}.lora_{}.default.weight"
+    words, added = random_lora(layers, style)
+    dit, _ = random_lora({"dit.blocks.0.self_attn.q": wan.blocks[0].attn1.to_q}, style, seed=1)
+    edit = lambda: np.stack(bare(PROMPT, clip(), generator=torch.Generator().manual_seed(0)).frames[0]).astype(int)
+    plain, weight = edit(), text.layers[0].self_attn.q_proj.weight.detach().clone()
+    bare.load_lora_weights(words | dit, "both")
+    bare.load_lora_weights(dit, "wan")
+    assert bare.get_list_adapters() == dict(transformer=["both", "wan"], mllm=["both"])
+    with pytest.raises(InputError, match="`adapter_name` has to be a new one but 'wan'"):
+        bare.load_lora_weights(dit, "wan")
+    bare.set_adapters(["both", "wan"], [0.0, 0.0])
+    assert np.array_equal(edit(), plain)
+    bare.set_adapters(["both", "wan"], [0.5, 1.0])
+    changed = edit()
+    assert not np.array_equal(changed, plain)
+    bare.fuse_lora()
+    assert np.abs(edit() - changed).max() <= 2
+    fused = text.layers[0].self_attn.q_proj.base_layer.weight
+    assert torch.allclose(fused - weight, 0.5 * next(iter(added.values())), atol=1e-4)
+    bare.unfuse_lora()
+    assert torch.allclose(text.layers[0].self_attn.q_proj.base_layer.weight, weight, atol=1e-5)
+    bare.delete_adapters("wan")
+    assert bare.get_list_adapters() == dict(transformer=["both"], mllm=["both"])
+    bare.unload_lora_weights()
+    assert np.abs(edit() - plain).max() <= 1 and not bare.get_list_adapters().get("mllm")
+
+
+def test_alpha_of_pefts_own_configuration_counts(bare, tmp_path):
+    layer = bare.transformer.blocks[0].attn1.to_q
+    before = layer.weight.detach().clone()
+    weights, added = random_lora({"blocks.0.attn1.to_q": layer}, "base_model.model.{}.lora_{}.weight")
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    settings = tmp_path / "adapter_config.json"
+    settings.write_text('{"r": 2, "lora_alpha": 6, "use_rslora": true}')
+    with pytest.raises(InputError, match="adapter_config.json` beside a LoRA has to leave use_rslora out"):
+        bare.load_lora_weights(tmp_path)
+    settings.write_text('{"r": 2, "lora_alpha": 6}')
+    bare.load_lora_weights(tmp_path)
+    bare.fuse_lora()
+    now = bare.transformer.blocks[0].attn1.to_q.base_layer.weight
+    assert torch.allclose(now - before, 3 * added["blocks.0.attn1.to_q"], atol=1e-4)
 
 
 def test_a_lora_that_is_not_there_is_said(pipe, tmp_path):

@@ -86,7 +86,7 @@ def _left_out(o, names, where):
 # what modules of the kit call it, and the command's option
 _ALIASES = """
 checkpoint source, chosen approximate, columns column, dataset data, extra parameter, folder out, metadata data,
-name model, prompt instruction, trackers track, transformer_config heads
+name model, pretrained_model_name_or_path_or_dict lora, prompt instruction, trackers track, transformer_config heads
 """
 
 
@@ -176,7 +176,7 @@ def _load(o, check=None):
     from kiwi_edit.data.files import load_model
 
     _hush_bars()
-    return load_model(o.model, o.device, check, say=_say)
+    return load_model(o.model, o.device, check, _say, getattr(o, "loras", ()))
 
 # %% ../../nbs/library/52_cli.ipynb #04157cce
 @contextlib.contextmanager
@@ -209,6 +209,14 @@ def _parse_parts(text):
     return int(match[1]) - 1, int(match[2])
 
 # %% ../../nbs/library/52_cli.ipynb #50180eaf
+def _parse_lora(text):
+    "(source, scale) of such as style.safetensors:0.8; the scale is what follows the last colon, if that is a number."
+    found = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+))", text)
+    scale = float(found[2]) if found else 1.0
+    expect(scale >= 0, f"`lora` has to have a scale of 0 or more but is {text!r}.")
+    return (found[1] if found else text), scale
+
+
 @_command
 def _edit(o):
     "Edit a clip, an image, or a list of them."
@@ -216,6 +224,7 @@ def _edit(o):
 
     names = "instruction reference compare seed steps frames whole strength guidance_scale reference_scale mask follow"
     options = dict(size=parse_size(o.size)) | {name: getattr(o, name) for name in names.split()}
+    o.loras = tuple(map(_parse_lora, o.lora or ()))
     if o.video.suffix.lower() == ".jsonl" and not o.video.is_dir():
         _left_out(o, "approximate", "where VIDEO is a list (.jsonl)")
         return _edit_list(o, options)
@@ -263,7 +272,7 @@ def _edit_list(o, defaults):
         _hush_bars()
         with _bar("rows") as report:
             say = partial(tqdm.write, file=sys.stderr)
-            run = run_edits(edits, o.model, o.device, o.workers, o.overwrite, o.skip_bad, watched, say)
+            run = run_edits(edits, o.model, o.device, o.workers, o.overwrite, o.skip_bad, watched, say, o.loras)
     except BadEdits as error:
         _some([str(bad).replace("`overwrite`", "--overwrite") for bad in error.bad])
         raise
@@ -735,7 +744,10 @@ def _synthesize(o):
 # %% ../../nbs/library/52_cli.ipynb #82d8d575
 @_command
 def _inspect(o):
-    "Show what is in a data set of quadruplets, and whether it is whole."
+    "Show what is in a data set of quadruplets, and whether it is whole; or what weights are, and what they fit."
+    weights = re.compile(r"^model_index\.json$|\.(safetensors|gguf|pth)$")
+    if o.folder.is_file() or o.folder.is_dir() and any(weights.search(file.name) for file in o.folder.iterdir()):
+        return _inspect_weights(o)
     from kiwi_edit.data.synthesis import inspect_folder
 
     result = inspect_folder(o.folder)
@@ -747,6 +759,15 @@ def _inspect(o):
         left = result.funnel(o.thresholds)
         typer.echo("with these thresholds: " + ", ".join(f"{stage} {n}" for stage, n in left.items()))
     typer.echo(f"report: {o.folder / 'report.html'}")
+
+
+def _inspect_weights(o):
+    "Say what a file of weights or a folder of a model is."
+    from kiwi_edit.weights.checkpoints import describe_weights
+
+    _left_out(o, "row thresholds", "where PATH is weights")
+    for name, what in describe_weights(o.folder).items():
+        typer.echo(f"{name}: {what}")
 
 
 def _show_row(rows, iid):
@@ -772,9 +793,9 @@ def _convert(o):
     given = {name: getattr(o, name) for name in ("transformer", "vae", "mllm", "ref_pad_first")}
     given["transformer_config"] = None if o.heads is None else dict(num_attention_heads=o.heads)
     given = {name: value for name, value in given.items() if value is not None}
-    if not (o.source.endswith(".safetensors") or any(Path(o.source).glob("step-*.safetensors"))):
+    if not (o.source.endswith(".safetensors") or any(Path(o.source).glob("[sm][to]*.safetensors"))):
         where = f"unless SOURCE is a trainer checkpoint, which {o.source!r} is not,"
-        _left_out(o, "transformer vae mllm heads ref_pad_first", where)
+        _left_out(o, "vae mllm heads ref_pad_first", where)
     _say("reading and writing the weights")
     _hush_bars()
     convert(o.source, o.destination, o.to, o.dtype and choose_dtype(o.dtype), o.overwrite, **given)

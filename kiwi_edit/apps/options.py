@@ -91,6 +91,7 @@ _TABLE = """
 instruction/-i str: What to edit, in words. Only a list may do without.
 reference/-r paths: Image of what it should look like; may be given several times.
 model str: Bundled name, folder or hub id. [the settings' checkpoint; of a cache, the preset's]
+lora strs <FILE[:SCALE]>: LoRA to edit with, at a scale of 0 or more [1]; may be given several times.
 out/-o path: File for the result; of a list, folder. [VIDEO's name with -edited, in the settings' output_dir]
 evaluate.out/-o path: .json where targets are known, else a folder. [report.json or evaluation-BENCH in output_dir]
 train.out/-o path=runs: Folder of the run: every stage finds there what the stages before it have made.
@@ -174,12 +175,13 @@ authentic flag: Keep references that came with the pairs.
 shard int=256: Pairs that are finished together.
 batch int: Pairs that a stage sees at once. [8 with models, else 1]
 max_failures float=0.5: Share of rows that may be unreadable or unanswered before the run stops.
-@folder path! <DIR>: Folder that `synthesize` has made.
-row str: Id of a pair: what every stage said of it.
+@folder path! <PATH>: Folder that `synthesize` has made; or a file of weights, or a folder of a model.
+row str: Of `synthesize`'s folder: id of a pair: what every stage said of it.
 @source str! <SOURCE>: Bundled name, folder or hub id, in any layout; or a trainer's step-N.safetensors.
 @destination path! <DESTINATION>: Folder to write.
 to str(kit|official|trainer)=kit: Layout: kit, official or trainer.
-transformer str: Base denoiser of a trainer checkpoint: file, folder or hub id. [none, where the checkpoint has it all]
+transformer str: Denoiser in place of a model's own, or base of a trainer checkpoint: file (.safetensors, .gguf), folder
+    or hub id. [none, where SOURCE has it all]
 vae str: Autoencoder of a trainer checkpoint: file, folder or hub id.
 mllm str: Qwen2.5-VL of a trainer checkpoint: folder or hub id.
 heads int: Attention heads of a trainer checkpoint's denoiser, if not of 128 channels and not said by a config.json.
@@ -188,7 +190,7 @@ ref_pad_first/--ref-pad-first/--ref-pad-last flag?: Where a trainer checkpoint h
 
 # %% ../../nbs/library/49_options.ipynb #62714935
 _COMMANDS = """
-edit: video instruction reference model out compare overwrite seed steps frames whole size device strength
+edit: video instruction reference model lora out compare overwrite seed steps frames whole size device strength
     guidance_scale reference_scale mask follow workers skip_bad approximate
 demo: host port model share
 evaluate: bench data root model videos judge parameter samples difficulty tasks limit steps concat parts out overwrite

@@ -295,6 +295,7 @@ def load_model(
     device: str | None = None,  # None takes the settings'
     check: Callable | None = None,  # called with the model's `Limits` before its weights are read
     say: Callable | None = None,  # called with a line when the weights are read
+    loras=(),  # of (file, folder or hub id; scale)
 ):
     "A `KiwiEditPipeline` on its device, without a progress bar of its own."
     where = choose_device(device or settings().device)
@@ -304,11 +305,26 @@ def load_model(
     folder = find_model(model)
     if check and (limits := Limits.read(folder)):
         check(limits)
+    _check_loras(loras, folder)
     if say:
         say(f"loading {model or settings().checkpoint} ({where}, {str(dtype).removeprefix('torch.')})")
     pipe = KiwiEditPipeline.from_pretrained(folder, torch_dtype=dtype).to(where)
     pipe.set_progress_bar_config(disable=True)
+    names = [f"lora_{n}" for n in range(len(loras))]
+    for name, (source, _) in zip(names, loras):
+        pipe.load_lora_weights(source, name)
+    if names:
+        pipe.set_adapters(names, [scale for _, scale in loras])
     return pipe
+
+
+def _check_loras(loras, folder):
+    "Raise where one cannot fit the model of a folder, before weights are read."
+    if loras:
+        from kiwi_edit.weights.hub import check_lora
+
+        for source, _ in loras:
+            check_lora(source, folder)
 
 # %% ../../nbs/library/13_files.ipynb #044867e1
 @dataclass(frozen=True)
@@ -549,11 +565,13 @@ def _parse_row(line):
     return found
 
 # %% ../../nbs/library/13_files.ipynb #b17e0005
-def _model_digest(folder):
-    "Of what makes a model: its index, configs, weights and vocabulary."
+def _model_digest(folder, loras=()):
+    "Of what makes a model: its index, configs, weights and vocabulary; and LoRA files with their scales."
     kinds = (".json", ".safetensors", ".txt", ".jinja")
     files = [folder / "model_index.json", *(f for f in folder.glob("*/*") if f.suffix in kinds)]
-    return digest({f.relative_to(folder).as_posix(): f for f in files})
+    own = {f.relative_to(folder).as_posix(): f for f in files}
+    beside = [(Path(source) if Path(source).is_file() else str(source), scale) for source, scale in loras]
+    return digest(own | dict(loras=beside) if loras else own)
 
 # %% ../../nbs/library/13_files.ipynb #b17e0008
 @dataclass
@@ -744,14 +762,14 @@ def _edit_row(row, model, pipe, progress=None):
 
 
 @cache
-def _worker_model(folder, devices):
+def _worker_model(folder, devices, loras):
     "The model of this process; processes take turns at the devices."
     turn = int(re.findall(r"\d+", multiprocessing.current_process().name)[-1])
-    return load_model(folder, devices[turn % len(devices)])
+    return load_model(folder, devices[turn % len(devices)], loras=loras)
 
 
-def _edit_in_worker(row, model, folder, devices):
-    return _edit_row(row, model, _worker_model(folder, devices))
+def _edit_in_worker(row, model, folder, devices, loras):
+    return _edit_row(row, model, _worker_model(folder, devices, loras))
 
 
 def _start_worker(threads):
@@ -827,7 +845,7 @@ def _sweep(folder):
             file.unlink(missing_ok=True)
 
 
-def _do_rows(todo, path, model, where, workers, stage, say):
+def _do_rows(todo, path, model, where, workers, stage, say, loras):
     "The outcomes of rows, by this process or by several."
     import torch
 
@@ -836,7 +854,7 @@ def _do_rows(todo, path, model, where, workers, stage, say):
     if number == 0:
         return {}
     if number == 1:
-        pipe = load_model(model, where, say=say)
+        pipe = load_model(model, where, say=say, loras=loras)
         work = lambda row: _edit_row(row, model, pipe, lambda done, total, what: stage(f"row {row.number}: {what}"))
         return run_rows(todo, work, path, label="", each=each)
     several = where.type == "cuda" and where.index is None
@@ -846,7 +864,7 @@ def _do_rows(todo, path, model, where, workers, stage, say):
         say(f"loading {model} in {number} processes ({where})")
     others = multiprocessing.active_children()
     try:
-        work = partial(_edit_in_worker, model=model, folder=find_model(model), devices=devices)
+        work = partial(_edit_in_worker, model=model, folder=find_model(model), devices=devices, loras=loras)
         return run_rows(todo, work, path, pool, ahead=number, label="", each=each)
     finally:
         for process in set(multiprocessing.active_children()).difference(others):
@@ -863,6 +881,7 @@ def run_edits(
     skip_bad: bool = False,  # whether the good rows are done where there are bad ones
     progress: Callable | None = None,  # called as (rows done, rows, what) along the way
     say: Callable | None = None,  # called with a line when the weights are read
+    loras: tuple = (),  # see `load_model`
 ) -> _EditRun:
     "Do a list of edits. What earlier runs have done is kept."
     expect(workers >= 1, f"`workers` has to be at least 1 but is {workers}.")
@@ -878,8 +897,9 @@ def run_edits(
         except InputError as error:
             row.reason = str(error)
     edits.check(skip_bad)
+    _check_loras(loras, folder)
     with _alone(edits.folder):
-        last, weights = _last_records(path), _model_digest(folder)
+        last, weights = _last_records(path), _model_digest(folder, loras)
         for row in edits.rows:
             row.key = f"{digest(row.inputs, weights)[:16]} {row.name}"
         todo = _survey(edits, last, overwrite)
@@ -898,7 +918,7 @@ def run_edits(
                 progress(done, total, what)
 
         stage("loading")
-        outcomes = _do_rows(todo, path, model, where, workers, stage, say)
+        outcomes = _do_rows(todo, path, model, where, workers, stage, say, loras)
         for row in edits.rows:
             last[row.name] = begin(row) | outcomes.get(row.key, last.get(row.name)) | {"row": row.number}
         records = [_record(row, row.reason) if row.reason else last[row.name] for row in edits.lines]

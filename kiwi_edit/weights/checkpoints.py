@@ -12,6 +12,7 @@ import math
 import pickle
 import re
 import reprlib
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,14 +27,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from ..core import InputError, InputTypeError, PRESETS, expect
+from ..core import InputError, InputTypeError, PRESETS, expect, require
 from ..encoder import KiwiProcessor
 from ..guidance import KiwiGuidance
 from ..pipeline import KiwiEditPipeline, find_checkpoint
 from ..records import replacing_folder
 
 # %% auto #0
-__all__ = ['LAYOUTS', 'faults', 'find_base', 'merge_lora', 'load_trainer_checkpoint', 'load_model', 'load_any', 'convert']
+__all__ = ['LAYOUTS', 'faults', 'find_base', 'merge_lora', 'describe_weights', 'load_trainer_checkpoint', 'load_model',
+           'load_any', 'convert']
 
 # %% ../../nbs/library/20_checkpoints.ipynb #7f8dc21b
 _logger = logging.getLogger(__name__)
@@ -63,6 +65,7 @@ def _public(config):
 
 # %% ../../nbs/library/20_checkpoints.ipynb #6fc43a96
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)  # in which others store weights, often with a scale beside each
 
 # %% ../../nbs/library/20_checkpoints.ipynb #6b6a3e64
 def _open_safetensors(file):
@@ -74,10 +77,10 @@ def _open_safetensors(file):
         raise InputError(f"`{file.name}` has to be a whole safetensors file but {short}.") from None
 
 
-def _open_pickle(file):
+def _open_pickle(file, device="cpu"):
     "Tensors of a file of torch by name."
     try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
+        tensors = torch.load(file, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         harm = f"holds other objects, which are not loaded because that may run code: {str(error).splitlines()[0]}"
         raise InputError(f"`{file.name}` has to hold tensors alone but {harm}") from None
@@ -108,7 +111,7 @@ def _weight_files(folder, variant=None):
     return found.get(variant) or found.get("") or next(iter(found.values()), [])
 
 
-def _open_weights(source, variant=None):
+def _open_weights(source, variant=None, gguf=False):
     "All tensors by name of files or of a folder's .safetensors files; nothing but tensors is ever unpickled."
     files = source if isinstance(source, (list, tuple)) else [source]
     if len(files) == 1 and Path(files[0]).is_dir():
@@ -120,9 +123,10 @@ def _open_weights(source, variant=None):
     for file in map(Path, files):
         if not file.is_file():
             raise FileNotFoundError(f"`source` has to be a file or folder but {str(file)!r} is none.")
-        mend = "GGUF, whose weights are quantised; take the file that it was made of"
-        expect(file.suffix.lower() != ".gguf", f"`source` has to be .safetensors or .pth but {file.name} is {mend}.")
-        new = _open_pickle(file) if file.suffix in (".pth", ".pt", ".ckpt", ".bin") else _open_safetensors(file)
+        quantised, mend = file.suffix.lower() == ".gguf", "GGUF, which is read as a denoiser (`transformer`) alone"
+        expect(gguf or not quantised, f"`source` has to be .safetensors or .pth but {file.name} is {mend}.")
+        plain = _open_pickle if file.suffix in _PICKLES else _open_safetensors
+        new = _open_gguf(file) if quantised else plain(file)
         twice = sorted(set(new) & set(found))
         expect(not twice, f"`source` has to name each tensor once but {file.name} repeats {_some(twice)}.")
         found |= new
@@ -151,6 +155,42 @@ def faults(
         except SafetensorError:
             yield f"{folder.name}/{file} is cut off or damaged"
     yield from (f"{folder.name}/{file} is missing" for file in wanted - there)
+
+
+def _open_gguf(file):
+    "Tensors of a GGUF file by name, as diffusers' loader holds them."
+    _header(file)  # says in a line what is wrong with it
+    from diffusers.models.model_loading_utils import load_gguf_checkpoint
+
+    try:
+        return load_gguf_checkpoint(str(file))
+    except ValueError as error:  # a way to quantise that diffusers does not know
+        reason = str(error).splitlines()[0]
+        raise InputError(f"`{file.name}` has to be GGUF that diffusers reads but {reason}") from None
+
+
+def _header(file):
+    "Name -> (shape, number format) of a file's tensors, none of which is read."
+    if file.suffix in _PICKLES:
+        return {name: (tuple(x.shape), str(x.dtype)[6:]) for name, x in _open_pickle(file, "meta").items()}
+    if file.suffix.lower() != ".gguf":
+        try:
+            with safe_open(file, framework="pt") as held:
+                slices = {name: held.get_slice(name) for name in held.keys()}
+                return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+        except (SafetensorError, OSError):
+            return dict(_open_safetensors(file))  # raises, and says what is wrong
+    require("gguf")
+    from gguf import GGUFReader
+
+    try:
+        found = GGUFReader(file).tensors
+    except (ValueError, LookupError, OSError) as error:
+        raise InputError(f"`{file.name}` has to be a whole GGUF file but cannot be read: {error}.") from None
+    return {x.name: (tuple(map(int, reversed(x.shape))), x.tensor_type.name) for x in found}
+
+
+_PICKLES = (".pth", ".pt", ".ckpt", ".bin")
 
 
 def _some(names, most=20):
@@ -189,6 +229,7 @@ def _dtype_of(torch_dtype, part, weights):
     for tensor in weights.values():
         counts[tensor.dtype] += tensor.numel()
     most = max(counts, key=counts.get, default=None)
+    most = torch.bfloat16 if most in (*_EIGHT_BITS, torch.uint8) else most  # of GGUF these are the bytes
     return most if most in (torch.bfloat16, torch.float16) else torch.float32
 
 # %% ../../nbs/library/20_checkpoints.ipynb #5487dcce
@@ -200,19 +241,45 @@ def _compare(model, weights, ignore=()):
         "are missing": [n for n in expected if n not in weights and not n.startswith(tuple(ignore))],
         "are left over": [n for n in weights if n not in expected],
         "have another shape": [f"{n} {list(weights[n].shape)} instead of {list(expected[n])}" for n in both],
-        "are no floating-point numbers": [f"{n} {w.dtype}" for n, w in weights.items() if w.dtype not in _FLOATS],
+        "are no floating-point numbers": [
+            f"{n} {w.dtype}" for n, w in weights.items() if w.dtype not in _FLOATS + _EIGHT_BITS
+        ],
     }
     wrong = [f"{len(names)} {what} ({_some(names)})" for what, names in faults.items() if names]
     expect(not wrong, f"`weights` of {type(model).__name__} have to match its tensors, but {', '.join(wrong)}.")
 
 
+def _split_scales(weights):
+    "Weights alone, and what those in eight bits are to be multiplied by, as ComfyUI writes it beside them."
+    scales, plain = {}, {}
+    for name, tensor in weights.items():
+        if found := re.fullmatch(r"(.+)\.(?:scale_weight|weight_scale)", name):
+            scales[f"{found[1]}.weight"] = tensor
+        elif not re.search(r"\.(scale_input|input_scale|comfy_quant)$|(^|\.)scaled_fp8$", name):
+            plain[name] = tensor
+    for name, scale in scales.items():
+        weight = plain.get(name, scale)
+        good = weight.dtype in _EIGHT_BITS and scale.dtype in _FLOATS and scale.numel() in (1, weight.shape[0])
+        found = f"{name} is {weight.dtype} with {list(scale.shape)} scales of {scale.dtype}"
+        expect(good, f"`weights` with scales have to be float8 with a scale for each tensor or row, but {found}.")
+    bare = [name for name, tensor in plain.items() if scales and tensor.dtype in _EIGHT_BITS and name not in scales]
+    expect(not bare, f"`weights` in eight bits have to have scales, all or none of them, but {_some(bare)} have none.")
+    return plain, scales
+
+
+def _scaled(tensor, scale):
+    "A weight times its scale, in float32; without a scale, the weight."
+    return tensor if scale is None else tensor.float() * scale.float().reshape(-1, *[1] * (tensor.ndim - 1))
+
+
 def _fill(model, weights, ignore=(), dtype=torch.float32):
     "A model, on the meta device or not, with these weights on the CPU, after a look at all their names and shapes."
+    weights, scales = _split_scales(weights)
     _compare(model, weights, ignore)
     exact = set(getattr(model, "_keep_in_fp32_modules", None) or ())  # diffusers keeps these whatever the rest is
     for name, tensor in weights.items():
         to = torch.float32 if exact & set(name.split(".")) else dtype
-        value = _finite(model, name, tensor.to(to, copy=True))
+        value = _finite(model, name, _scaled(tensor, scales.get(name)).to(to, copy=True))
         set_module_tensor_to_device(model, name, "cpu", value=value, dtype=to)
     return model.eval()
 
@@ -409,7 +476,9 @@ def _make_guidance(config, weights, dtype, optional=()):
     return guidance
 
 
-def _load_official(folder, torch_dtype=torch.float32, variant=None, schedule="diffusers", **overrides):
+def _load_official(
+    folder, torch_dtype=torch.float32, variant=None, schedule="diffusers", transformer=None, **overrides
+):
     "A released repository, whose own code is not run; overrides are fields of `KiwiGuidance`."
     # `schedule` is that of the pipeline that lies in such repositories, or "native"
     folder = Path(folder)
@@ -425,11 +494,13 @@ def _load_official(folder, torch_dtype=torch.float32, variant=None, schedule="di
     guidance = _make_guidance(config, weights, dtype, optional)
 
     vae_known = _read_config(folder, "vae", "config.json", having=("dim", "z_dim"))
-    vae_weights, dit_weights = _open_weights(folder / "vae", variant), _open_weights(folder / "transformer", variant)
+    vae_weights = _open_weights(folder / "vae", variant)
     vae = _fill_vae(vae_known, vae_weights, "vae/config.json", _dtype_of(torch_dtype, "vae", vae_weights))
-    dit_known = _read_config(folder, "transformer", "config.json")
-    transformer = _build(WanTransformer3DModel, dit_known, "transformer/config.json")
-    _fill(transformer, dit_weights, dtype=_dtype_of(torch_dtype, "transformer", dit_weights))
+    if transformer is None:
+        dit_known = _read_config(folder, "transformer", "config.json")
+        weights = _open_weights(folder / "transformer", variant)
+        transformer = _build(WanTransformer3DModel, dit_known, "transformer/config.json")
+        _fill(transformer, weights, dtype=_dtype_of(torch_dtype, "transformer", weights))
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(_read_config(folder, "scheduler", "scheduler_config.json"))
     processor = KiwiProcessor.from_pretrained(folder / "processor")
     return KiwiEditPipeline(transformer, vae, scheduler, mllm, processor, guidance, schedule=schedule)
@@ -498,9 +569,13 @@ def _fetched_base(part, source):
     return Path(folder).joinpath(*inside)
 
 # %% ../../nbs/library/20_checkpoints.ipynb #6ef8b1f3
+def _shape(tensor):
+    return getattr(tensor, "quant_shape", tensor.shape)  # of GGUF: as it will be, not as its bytes are
+
+
 def _infer_transformer(weights, given):
     "The configuration of a `WanTransformer3DModel` from the shapes of its tensors, and what else is `given`."
-    embedder, shapes = "condition_embedder", {name: tensor.shape for name, tensor in weights.items()}
+    embedder, shapes = "condition_embedder", {name: _shape(tensor) for name, tensor in weights.items()}
     try:
         dim, channels, *patch = shapes["patch_embedding.weight"]
         config = dict(
@@ -557,8 +632,9 @@ def _with_lora(model, weights, lora, merge):
     strangers = [name for name in lora if f"{name}.weight" not in weights]
     rule = "`weights` have to hold the layers that LoRA matrices belong to"
     expect(not strangers, f"{rule} but lack {_some(strangers)}.")
+    weights, scales = _split_scales(weights)
     for name, (A, B) in lora.items():
-        base = weights[f"{name}.weight"]
+        base = _scaled(weights[f"{name}.weight"], scales.get(f"{name}.weight"))
         fits = (B.shape[0], A.shape[1]) == base.shape and A.shape[0] == B.shape[1]
         sizes = f"{list(B.shape)} times {list(A.shape)} is added to {list(base.shape)}"
         expect(fits, f"`weights` have to match their LoRA matrices but {sizes}.")
@@ -566,14 +642,19 @@ def _with_lora(model, weights, lora, merge):
             layer, added = model.get_submodule(name), base.float() + B.float() @ A.float()
             layer.weight.data = _finite(model, name, added.to(layer.weight.dtype))
     if not merge and lora:
-        from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-
-        ranks = {name: A.shape[0] for name, (A, _) in lora.items()}
-        config = LoraConfig(target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=ranks)
-        inject_adapter_in_model(config, model)
-        sides = {f"{name}.lora_{side}.weight": x for name, pair in lora.items() for side, x in zip("AB", pair)}
-        set_peft_model_state_dict(model, sides)
+        _add_lora(model, lora)
     return model.requires_grad_(False).eval()
+
+
+def _add_lora(model, lora, adapter_name="default"):
+    "Put LoRA matrices, layer -> (A, B), beside the weights of a model as a PEFT adapter."
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    ranks = {name: A.shape[0] for name, (A, _) in lora.items()}
+    config = LoraConfig(target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=ranks)
+    inject_adapter_in_model(config, model, adapter_name)
+    sides = {f"{name}.lora_{side}.weight": x for name, pair in lora.items() for side, x in zip("AB", pair)}
+    set_peft_model_state_dict(model, sides, adapter_name)
 
 
 def merge_lora(
@@ -594,7 +675,7 @@ def _base(part, source, config):
     "Tensors of a base model, and what is known of its configuration."
     files, file = find_base(part, source) if source is not None else ([], None)
     known = _read_config(file.parent, file.name) if file else {}
-    return _open_weights(files), known | (config or {})
+    return _open_weights(files, gguf=part == "transformer"), known | (config or {})
 
 
 def _load_transformer(source, config, trained=None, merge=True, dtype=torch.float32):
@@ -603,11 +684,31 @@ def _load_transformer(source, config, trained=None, merge=True, dtype=torch.floa
     plain, lora = _split_lora(trained or {})
     # before which other programs put this
     bare = {re.sub(r"^(model\.)?diffusion_model\.", "", name): tensor for name, tensor in base.items()}
-    weights = {_wan_name(name): tensor for name, tensor in bare.items()} | plain
+    weights, dtype = {_wan_name(name): tensor for name, tensor in bare.items()}, _dtype_of(dtype, "transformer", base)
+    quantised = any(hasattr(tensor, "quant_type") for tensor in weights.values())
+    if quantised and trained:
+        from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor as dequantised
+
+        weights = {n: dequantised(x).to(dtype) if hasattr(x, "quant_type") else x for n, x in weights.items()}
+    weights |= plain
     if "num_layers" not in given or "num_heads" in given:  # no configuration, or the original release's
         given = _infer_transformer(weights, given)
-    model = _fill(_build(WanTransformer3DModel, given, "transformer"), weights, dtype=dtype)
-    return _with_lora(model, weights, lora, merge)
+    model = _build(WanTransformer3DModel, given, "transformer")
+    if quantised and not trained:
+        return _fill_quantised(model, weights, dtype)
+    return _with_lora(_fill(model, weights, dtype=dtype), weights, lora, merge)
+
+
+def _fill_quantised(model, weights, dtype):
+    "A denoiser of diffusers' GGUF loader: its weights stay quantised, and are multiplied in `dtype`."
+    from diffusers import GGUFQuantizationConfig
+
+    _compare(model, {name: torch.empty(_shape(x), device="meta") for name, x in weights.items()})
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_config(folder)
+        quantisation = GGUFQuantizationConfig(compute_dtype=dtype)
+        options = dict(config=folder, quantization_config=quantisation, torch_dtype=dtype)
+        return WanTransformer3DModel.from_single_file(weights, **options).requires_grad_(False)
 
 
 def _load_vae(source, config, dtype):
@@ -633,6 +734,96 @@ def _load_mllm(source, trained, merge, dtype):
     model = _with_lora(_load_qwen(config, weights, dtype), weights, lora, merge)
     return model, KiwiProcessor.from_pretrained(file.parent)
 
+# %% ../../nbs/library/20_checkpoints.ipynb #20d00002
+_PREFIX = re.compile(r"^(?:base_model\.model\.|pipe\.|transformer\.|model\.diffusion_model\.|diffusion_model\.|dit\.)+")
+_TELLING = {  # tensor that only this part has -> the part, and what its two numbers are
+    r"(^|\.)embed_tokens\.weight$": ("mllm", "Qwen2.5-VL encoder, {} layers of width {}"),
+    r"(^|\.)connec?tor\.0\.weight$": ("guidance", "Kiwi-Edit connectors, from width {} of the encoder to {}"),
+    r"(^|\.)encoder\.conv(1|_in)\.weight$": ("vae", "Wan autoencoder, {} channels of latents, base width {}"),
+    r"blocks\.0\..*attn.*\.(to_)?q\.weight$": ("transformer", "Wan denoiser, {} layers of width {}"),
+}
+_WHOSE = {r"^lora_unet_": "kohya's", r"^base_model\.": "PEFT's", r"diffusion_model\.": "ComfyUI's"}
+_WHOSE |= {r"^transformer\.": "diffusers'", r"": "the trainer's or DiffSynth's"}
+
+
+def _recognised(shapes):
+    "Part of a model, the two numbers that tell its sizes apart, and both in words; None for other tensors."
+    for pattern, (part, words) in _TELLING.items():
+        first = next((shape for name, shape in shapes.items() if re.search(pattern, name)), None)
+        if first:
+            latents = next((shapes[n][0] for n in ("conv2.weight", "post_quant_conv.weight") if n in shapes), 0)
+            numbers = dict(vae=(latents, first[0]), guidance=(first[1], first[0]))
+            numbers = numbers.get(part, (_depth(shapes, "layers" if part == "mllm" else "blocks"), first[1]))
+            return part, numbers, words.format(*numbers)
+    return None, (0, 0), ""
+
+
+def _depth(names, layers="(?:blocks|layers)"):
+    return 1 + max((int(m[1]) for m in (re.search(rf"\b{layers}[._](\d+)[._]", n) for n in names) if m), default=-1)
+
+
+def _fits(part, numbers):
+    "Which presets a part of these two numbers fits; a LoRA may have fewer layers."
+    fits = []
+    for p in PRESETS.values():
+        wan, text, ours = p.transformer, p.mllm["text_config"], p.guidance
+        sizes = dict(transformer=(wan["num_layers"], wan["num_attention_heads"] * wan["attention_head_dim"]))
+        sizes |= dict(mllm=(text["num_hidden_layers"], text["hidden_size"]), vae=(p.vae["z_dim"], p.vae["base_dim"]))
+        most, width = (sizes | dict(guidance=(ours["hidden_size"], ours["dim"])))[part]
+        fits += [p.name] * (numbers[0] <= most and numbers[1] == width)
+    return f"fits {', '.join(fits) or 'no preset'}"
+
+
+def _describe(header):
+    "What tensors of these shapes and number formats are, in a sentence."
+    formats, shapes = Counter(), {name: shape for name, (shape, _) in header.items()}
+    for shape, kind in header.values():
+        formats[kind] += math.prod(shape)
+    scaled = " with scales" * any(name.endswith((".scale_weight", ".weight_scale")) for name in shapes)
+    count = f"{formats.total() / 1e6:,.2f}M numbers in {', '.join(kind for kind, _ in formats.most_common())}{scaled}"
+    plain = {name: shape for name, shape in shapes.items() if not re.search(r"\.lora_|^lora_unet_|\.diff(_b)?$", name)}
+    down = {name: shape for name, shape in shapes.items() if re.search(r"\.lora_(A|down)\.", name)}
+    rank, known = f"LoRA of rank {_some(sorted({shape[0] for shape in down.values()}))}", map(_trainer_name, plain)
+    parts = {part for part, _ in known}
+    part, numbers, what = _recognised(plain)
+    if "guidance" in parts:
+        has = f"{'with' if 'transformer' in parts else 'without'} a whole denoiser{f', {rank}' * bool(down)}"
+        connectors = {name: shape for name, shape in plain.items() if "connec" in name or "connet" in name}
+        return f"checkpoint of the trainer {has}; {count}; {_fits('guidance', _recognised(connectors)[1])}"
+    if len(plain) < len(shapes):
+        whose = next(who for form, who in _WHOSE.items() if any(re.search(form, name) for name in shapes))
+        part = "mllm" if any("language_model." in name for name in down) else "transformer"
+        width = next((shape[1] for name, shape in down.items() if re.search(r"attn.*[._]q(_proj)?\.", name)), 0)
+        of = f"{len(down)} layers of {'an encoder' if part == 'mllm' else 'a denoiser'}, width {width or 'unknown'}"
+        return f"{rank} for {of}, {whose} names; {count}; {_fits(part, (_depth(down), width))}"
+    if not part:
+        return f"file of nothing that the kit knows alone, with tensors such as {_some(header, 3)}; {count}"
+    native = any(re.search(r"blocks\.0\.self_attn|encoder\.conv1\.", name) for name in plain)
+    prefix = next((f" behind {m[0]!r}" for m in map(_PREFIX.match, plain) if m), "")
+    return f"{what}, {'native' if native else 'the usual'} names{prefix}; {count}; {_fits(part, numbers)}"
+
+
+def describe_weights(
+    path: str | Path,  # file of weights, or folder of a model or of a part of one
+) -> dict[str, str]:  # file or part -> a sentence
+    "What weights are and what they fit, from the headers of files, so it takes a second whatever their size."
+    path, found = Path(path), {}
+    expect(path.exists(), f"`path` has to be a file of weights or a folder of them but {str(path)!r} does not exist.")
+    if path.is_file():
+        return {path.name: _describe(_header(path))}
+    index = _read_config(path, "model_index.json") if (path / "model_index.json").is_file() else {}
+    layouts = dict(guidance="the kit's", mllm_encoder="the released")
+    layout = next((layouts[part] for part in layouts if part in index), None)
+    for place in [path / part for part in index if (path / part).is_dir()] or [path]:
+        if wrong := list(faults(place)):
+            raise FileNotFoundError(f"`path` has to be whole but {min(wrong)}.")
+        for file in sorted(file for file in place.glob("*") if file.suffix in (".safetensors", ".gguf", *_PICKLES)):
+            name = re.sub(r"-\d{5}-of-\d{5}", "", file.relative_to(path).as_posix())
+            found.setdefault(name, {}).update(_header(file))
+    expect(found, f"`path` has to be a file of weights or a folder of them but {str(path)!r} is none.")
+    whole = {"model": f"Kiwi-Edit, whole, in {layout} layout"} if layout else {}
+    return whole | {name: _describe(header) for name, header in found.items()}
+
 # %% ../../nbs/library/20_checkpoints.ipynb #3daf76f0
 def load_trainer_checkpoint(
     checkpoint: str | Path,  # step-N.safetensors, saved with any of the trainer's prefixes
@@ -650,6 +841,8 @@ def load_trainer_checkpoint(
     "A checkpoint of the official trainer on its base models; strangers and gaps are errors."
     _check_dtype(torch_dtype)
     checkpoint, bases = Path(checkpoint), dict(transformer=transformer, vae=vae, mllm=mllm)
+    what = next(iter(describe_weights(checkpoint).values()))
+    expect("trainer" in what, f"`checkpoint` has to be a checkpoint of the trainer but {checkpoint.name} is a {what}.")
     for part, given in bases.items():
         beside = checkpoint.parent / "base" / part
         bases[part] = beside if given is None and beside.is_dir() else given
@@ -758,6 +951,8 @@ LAYOUTS = {"mllm_encoder": (_load_official, KiwiGuidance), "guidance": (_load_ki
 def load_model(name, torch_dtype, variant, hub, **options):
     "What `KiwiEditPipeline.from_pretrained` does, in either layout; an argument that nobody takes is refused."
     _check_dtype(torch_dtype)
+    if Path(name).is_file():
+        return load_trainer_checkpoint(name, torch_dtype=torch_dtype, **options)
     folder = find_checkpoint(name, variant, **hub)
     index = _read_config(folder, "model_index.json")
     layout = next(part for part in LAYOUTS if part in index)
@@ -770,6 +965,9 @@ def load_model(name, torch_dtype, variant, hub, **options):
         raise InputTypeError(f"`{unknown[0]}` has to be left out: {given}.")
     if variant:
         options["variant"] = variant
+    if isinstance(options.get("transformer"), (str, Path)):  # a file of another program in place of the model's own
+        config = _read_config(folder, "transformer", "config.json")
+        options["transformer"] = _load_transformer(options["transformer"], config, dtype=torch_dtype)
     return loader(folder, torch_dtype=torch_dtype, **options)
 
 # %% ../../nbs/library/20_checkpoints.ipynb #5c1478c8
@@ -938,7 +1136,9 @@ def load_any(
     "A model from any layout."
     if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():
         steps = Path(source).glob("step-*.safetensors")
-        source = max(steps, key=lambda path: int(re.sub(r"\D", "", path.stem) or 0), default=source)
+        newest = max(steps, key=lambda path: int(re.sub(r"\D", "", path.stem) or 0), default=source)
+        alone = Path(source) / "model.safetensors"
+        source = alone if alone.is_file() else newest
     trainer = str(source).endswith(".safetensors")
     load = load_trainer_checkpoint if trainer else KiwiEditPipeline.from_pretrained
     return load(source, torch_dtype=torch_dtype, **options)
@@ -962,6 +1162,8 @@ def convert(
         mend = f"{str(destination)!r} is not; `overwrite` replaces it"
         raise FileExistsError(f"`destination` has to be new or empty but {mend}.")
     pipe = load_any(source, torch_dtype or "auto", **options)
+    if getattr(pipe.transformer, "hf_quantizer", None):
+        pipe.transformer.dequantize()  # no layout holds weights as GGUF does
     with replacing_folder(destination) as fresh:
         _WRITERS[to](pipe, fresh, max_shard_size)
     return destination

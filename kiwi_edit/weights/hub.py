@@ -7,30 +7,30 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
-import reprlib
 import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.loaders import WanLoraLoaderMixin
+from diffusers import DiffusionPipeline, WanTransformer3DModel
 from diffusers.loaders.lora_base import _fetch_state_dict
 from huggingface_hub import HfApi, ModelCard, ModelCardData, constants, snapshot_download
 from huggingface_hub import errors as hub_faults
 from huggingface_hub.utils import httpx
 from safetensors import SafetensorError
 
-from ..core import PRESETS, InputError, InputTypeError, asset, check_local
+from ..core import PRESETS, InputError, InputTypeError, asset, check_local, expect
 from ..pipeline import KiwiEditPipeline, bundled_models
-from .checkpoints import LAYOUTS, faults
+from .checkpoints import LAYOUTS, _PREFIX, _add_lora, _build, _header, _read_config, _some, _split_lora
+from .checkpoints import _trainer_name, describe_weights, faults
 
 _logger = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['fetch', 'load_lora', 'save_model', 'push']
+__all__ = ['fetch', 'check_lora', 'load_lora', 'save_model', 'push']
 
 # %% ../../nbs/library/21_hub.ipynb #21b00007
 def _hub_reason(error, name, revision):
@@ -122,6 +122,9 @@ def fetch(
         return Path(name)
     if not isinstance(name, str) or name.count("/") != 1 or name.startswith((".", "/", "~")):
         published = [p.checkpoint for p in PRESETS.values() if "/" in p.checkpoint]
+        if Path(name).is_file():
+            what, mend = describe_weights(name)[Path(name).name], "`kiwi-edit convert` makes one of it and other files"
+            raise InputError(f"`name` has to be a model folder or a hub id but {str(name)!r} is a {what}; {mend}.")
         kinds = "a model that ships with the kit, a folder or a hub id such as owner/model"
         known = ", ".join(dict.fromkeys([*bundled_models(), *published]))
         raise FileNotFoundError(f"`name` has to be {kinds} but is {str(name)!r}; known are: {known}.")
@@ -136,47 +139,82 @@ def fetch(
     return folder
 
 # %% ../../nbs/library/21_hub.ipynb #21b00011
-_LORA_PREFIX = re.compile(r"^(?:pipe\.)?(?:transformer|(?:model\.)?diffusion_model|dit)\.")
-_NATIVE = re.compile(r"\.(self|cross)_attn\.|\.ffn\.[02]\.|^(head\.head|(time|text)_(projection|embedding))\.")
-
-
 def _lora_names(weights):
-    "LoRA tensors under names that diffusers' converters know, each `alpha` multiplied in."
-    spellings = ((".lora_down.", ".lora_A."), (".lora_up.", ".lora_B."), (".default.weight", ".weight"))
+    "LoRA tensors under part and name in the pipeline, whoever has named them."
+    spellings = ((".lora_down.", ".lora_A."), (".lora_up.", ".lora_B."), (".default.", "."))
     named = {}
     for name, tensor in weights.items():
         for theirs, ours in spellings:
             name = name.replace(theirs, ours)
-        # of musubi-tuner
+        # of kohya's musubi-tuner
         name = re.sub(r"^lora_unet_blocks_(\d+)_(self_attn|cross_attn|ffn)_(\w+)\.", r"blocks.\1.\2.\3.", name)
-        named[_LORA_PREFIX.sub("", name)] = tensor
-    for name in [name for name in named if name.endswith(".alpha")]:
-        down = f"{name.removesuffix('.alpha')}.lora_A.weight"
-        if down in named:
-            named[down] = named[down] * (float(named.pop(name)) / named[down].shape[0])
-    prefix = "diffusion_model." if any(map(_NATIVE.search, named)) else "transformer."
-    return {prefix + name: tensor for name, tensor in named.items()}
+        name = re.sub(r"^lora_unet_(head|\w+_embedding|time_projection)_(\w+)\.", r"\1.\2.", name)
+        name = _PREFIX.sub("", name)
+        part, place = _trainer_name(re.sub(r"^(model\.)?language_model\.", "mllm.model.language_model.", name))
+        named[f"{part}.{place}"] = tensor
+    return named
 
 # %% ../../nbs/library/21_hub.ipynb #21b00013
-def _misfits(transformer, weights):
-    "What of a LoRA, in diffusers' names, has no place in a denoiser."
-    layers, pairs = dict(transformer.named_modules()), {}
+_TENSOR = re.compile(r"((?:transformer|mllm)\..+)\.(lora_[AB]\.weight|lora_B\.bias|alpha|diff|diff_b)")
+
+
+def _layers(parts):
+    "Modules by part and name; under a LoRA that is there already, the layer itself."
+    found = {f"{part}.{name}": layer for part, model in parts.items() for name, layer in model.named_modules()}
+    return {name: getattr(layer, "base_layer", layer) for name, layer in found.items()}
+
+
+def _misfits(layers, weights):
+    "What of a LoRA has no place in these layers, in words."
+    groups = {}
     for key, tensor in weights.items():
-        found = re.fullmatch(r"transformer\.(.+)\.lora_([AB])\.(weight|bias)", key)
-        layer = layers.get(found[1]) if found else None
-        layer = getattr(layer, "base_layer", layer)
-        if not isinstance(layer, torch.nn.Linear):
+        found = _TENSOR.fullmatch(key)
+        if found and hasattr(layers.get(found[1]), "weight"):
+            groups.setdefault(found[1], {})[found[2]] = tuple(tensor.shape)
+        else:
             yield f"{key} has no place there"
-        elif found[3] == "weight":
-            pairs.setdefault(found[1], (layer, {}))[1][found[2]] = tuple(tensor.shape)
-    for name, (layer, pair) in pairs.items():
-        rank = pair.get("A", (0,))[0]
-        if len(pair) < 2:
+    for name, given in groups.items():
+        weight = tuple(layers[name].weight.shape)
+        pair = given.get("lora_A.weight"), given.get("lora_B.weight")
+        if all(pair):
+            rank, (high, *_), (_, *low) = pair[0][0], weight, pair[0]
+            if "diff" in given or pair[1] != (high, rank, *[1] * (len(weight) - 2)) or tuple(low) != weight[1:]:
+                sizes = f"{list(pair[1])} times {list(pair[0])} for {list(weight)}"
+                yield f"{name} has matrices of two ranks or of another size, {sizes}"
+        elif any(pair) or not any(kind.startswith("diff") for kind in given):
             yield f"{name} is without one of its two matrices"
-        elif pair != {"A": (rank, layer.in_features), "B": (layer.out_features, rank)}:
-            yield f"{name} has matrices of two ranks or of another size, {pair['B']} times {pair['A']}"
-    if not pairs:
+        elif given.get("diff", weight) != weight:
+            yield f"{name} has a difference of another size, {list(given['diff'])} for {list(weight)}"
+    if not weights:
         yield "it holds no LoRA matrices"
+
+
+def _lora_matrices(layers, weights):
+    "LoRA matrices and biases alone: each `alpha` is multiplied in, and differences become matrices."
+    found = dict(weights)
+    for key in [key for key in found if key.endswith(".alpha")]:
+        down = f"{key.removesuffix('.alpha')}.lora_A.weight"
+        found[down] = found[down].float() * (float(found.pop(key)) / found[down].shape[0])
+    for name in {key.rpartition(".diff")[0] for key in found if ".diff" in key}:
+        layer, diff, bias = layers[name], found.pop(f"{name}.diff", None), found.pop(f"{name}.diff_b", None)
+        if not isinstance(layer, (torch.nn.Linear, torch.nn.Conv3d)):  # a norm has no place for LoRA
+            used = any(bool(x.any()) for x in (diff, bias) if x is not None)
+            expect(not used, f"{_SOURCE} has to change linear layers but has a difference for {name}, which is none.")
+            continue
+        high, *low = layer.weight.shape
+        if diff is not None:  # exactly, times an identity
+            eye = torch.eye(math.prod(low), dtype=diff.dtype)
+            pair = eye.reshape(-1, *low), diff.reshape(high, -1, *[1] * (len(low) - 1))
+        else:
+            pair = torch.zeros(1, *low), torch.zeros(high, 1, *[1] * (len(low) - 1))
+        for side, tensor in zip("AB", pair):
+            found.setdefault(f"{name}.lora_{side}.weight", tensor)
+        if bias is not None:
+            found[f"{name}.lora_B.bias"] = bias
+    if any(key.endswith(".bias") for key in found):  # then PEFT has one in every layer
+        for key in [key for key in found if key.endswith(".lora_B.weight")]:
+            found.setdefault(key.replace(".weight", ".bias"), torch.zeros(len(found[key])))
+    return found
 
 
 # where a hub has a LoRA
@@ -195,31 +233,72 @@ def _raw_lora(source, options):
         raise OSError("it holds no file that diffusers takes for a LoRA") from None
 
 
+def _peft_scale(path):
+    "What PEFT's own configuration beside a LoRA file multiplies its matrices by."
+    config = (path if path.is_dir() else path.parent) / "adapter_config.json"
+    given = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else dict(lora_alpha=1, r=1)
+    odd = [n for n in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save") if given.get(n)]
+    expect(not odd, f"`{config.name}` beside a LoRA has to leave {', '.join(odd)} out but gives it.")
+    return given["lora_alpha"] / given["r"]
+
+
+_SOURCE = "`pretrained_model_name_or_path_or_dict`"
+
+
+def _fitting(weights, parts, name):
+    "Layers of parts of the pipeline, and a LoRA's tensors under the names there; raises where some have no place."
+    odd = [key for key in weights if re.search(r"dora_scale|\.lokr_|\.hada_|lora_magnitude", key)]
+    expect(not odd, f"{_SOURCE} has to be a plain LoRA but {name} has {_some(odd, 3)}.")
+    layers, named = _layers(parts), _lora_names(weights)
+    wrong = list(_misfits(layers, named))
+    found = f"of the {len(named)} tensors of {name} {len(wrong)} do not fit: {_some(wrong, 3)}"
+    expect(not wrong, f"{_SOURCE} has to be a LoRA of this model but {found}.")
+    return layers, named
+
+
+def check_lora(
+    source,  # file, folder, hub id or dict
+    folder: Path | None = None,  # of the model
+) -> str:  # what to call it
+    "Raise where a LoRA is not there, or its file cannot fit a model, before weights of either are read."
+    name, path = "the given dict" if isinstance(source, dict) else repr(str(source)), Path(str(source)[:999])
+    check_local(source, _SOURCE.strip("`"))
+    is_id = str(source).count("/") == 1 and not str(source).endswith(".safetensors")
+    if not isinstance(source, dict) and not path.exists() and not is_id:
+        kinds = "an existing file or folder, a hub id or a dict"
+        raise FileNotFoundError(f"{_SOURCE} has to be {kinds} but {name} is none.")
+    if folder and path.is_file():
+        transformer = _build(WanTransformer3DModel, _read_config(folder, "transformer", "config.json"), "transformer")
+        header = {n: torch.empty(x[0], device="meta") for n, x in _header(path).items() if "language_model." not in n}
+        if header:
+            _fitting(header, dict(transformer=transformer), name)
+    return name
+
+
 def load_lora(pipe, source, adapter_name=None, **options):
     "What `KiwiEditPipeline.load_lora_weights` does, whoever has named the tensors; what does not belong is refused."
-    argument = "`pretrained_model_name_or_path_or_dict`"
-    name = "the given dict" if isinstance(source, dict) else repr(str(source))
-    check_local(source, argument.strip("`"))
-    is_id = str(source).count("/") == 1 and not str(source).endswith(".safetensors")
-    if not isinstance(source, dict) and not Path(source).exists() and not is_id:
-        kinds = "an existing file or folder, a hub id or a dict"
-        raise FileNotFoundError(f"{argument} has to be {kinds} but {name} is none.")
+    name, scale = check_lora(source), 1.0
     loading = {key: options.pop(key) for key in ("low_cpu_mem_usage", "hotswap") if key in options}
     if unknown := options.keys() - _WHERE:
         raise InputTypeError(f"`{min(unknown)}` has to be left out: `load_lora_weights` has no such argument.")
-    with _told_in_a_line(f"{argument} has to be a LoRA that can be read but {name} cannot", name):
-        weights, metadata = (dict(source), None) if isinstance(source, dict) else _raw_lora(source, options)
-    if scaled := [key for key in weights if "dora_scale" in key or key.endswith(".diff")]:
-        raise InputError(f"{argument} has to be a plain LoRA but {name} has {scaled[0]}.")
-    rule = f"{argument} has to be a LoRA of this model's denoiser but of {name}"
-    try:
-        weights = WanLoraLoaderMixin.lora_state_dict(_lora_names(weights))
-    except (ValueError, LookupError, AttributeError) as error:
-        raise InputError(f"{rule} some names are none of it: {reprlib.repr(str(error))}.") from None
-    if wrong := list(_misfits(pipe.transformer, weights)):
-        raise InputError(f"{rule} {wrong[0]}{f', and {len(wrong) - 1} more' * (len(wrong) > 1)}.")
-    loading |= dict(adapter_name=adapter_name, metadata=metadata, _pipeline=pipe)
-    pipe.load_lora_into_transformer(weights, pipe.transformer, **loading)
+    there = {adapter for adapters in pipe.get_list_adapters().values() for adapter in adapters}
+    adapter_name = adapter_name or next(f"default_{n}" for n in range(99) if f"default_{n}" not in there)
+    taken = adapter_name in there and not loading.get("hotswap")
+    expect(not taken, f"`adapter_name` has to be a new one but {adapter_name!r} is loaded already.")
+    weights, metadata = source, None
+    if not isinstance(source, dict):
+        with _told_in_a_line(f"{_SOURCE} has to be a LoRA that can be read but {name} cannot", name):
+            weights, metadata = _raw_lora(source, options)
+        scale = _peft_scale(Path(source))
+    found = _lora_matrices(*_fitting(weights, dict(transformer=pipe.transformer, mllm=pipe.mllm), name))
+    found = {key: tensor * scale if scale != 1 and ".lora_B." in key else tensor for key, tensor in found.items()}
+    if wan := {key: tensor for key, tensor in found.items() if key.startswith("transformer.")}:
+        loading |= dict(adapter_name=adapter_name, metadata=metadata, _pipeline=pipe)
+        pipe.load_lora_into_transformer(wan, pipe.transformer, **loading)
+    _, lora = _split_lora({key.removeprefix("mllm."): x for key, x in found.items() if key.startswith("mllm.")})
+    if lora:
+        _add_lora(pipe.mllm, lora, adapter_name)
+        pipe.mllm.requires_grad_(False)
 
 # %% ../../nbs/library/21_hub.ipynb #21b00021
 def _check_saveable(pipe):
