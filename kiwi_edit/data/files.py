@@ -22,7 +22,7 @@ from pathlib import Path, PureWindowsPath
 
 # %% auto #0
 __all__ = ['Limits', 'renamed', 'one_line', 'check_outputs', 'EditPlan', 'plan_edit', 'find_model', 'load_model', 'run_edit',
-           'edit_file', 'parse_size', 'BadEdits', 'read_edits', 'run_edits']
+           'edit_file', 'parse_size', 'BadEdits', 'read_edits', 'run_edits', 'suggest']
 
 # %% ../../nbs/library/13_files.ipynb #d05f5ccf
 import numpy as np
@@ -30,7 +30,8 @@ import PIL.Image
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from ..core import InputError, InputTypeError, MissingPackage, check_instruction, check_local, choose_device
+from ..core import InputError, InputTypeError, MissingPackage, asset, check_instruction, check_local
+from ..core import choose_device
 from ..core import choose_dtype, expect, settings, shortened
 from ..records import Table, Workers, digest, read_lines, run_rows, unique_names, write_text
 from ..video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoInfo, check_frame_count, compare, fit_size
@@ -149,6 +150,31 @@ def _make_folder(folder, name):
         raise PermissionError(f"`{name}` has to be a folder that can be made but {words}") from error
     return folder
 
+# %% ../../nbs/library/13_files.ipynb #13rec002
+_RECIPES = {  # noise levels before the shift, the shift, and whether fresh noise comes in between two levels
+    "fastwan": dict(sigmas=(1.0, 0.757, 0.522), shift=1.0, fresh=True),
+    "turbo": dict(sigmas=(1.0, 0.75, 0.5, 0.25), shift=5.0, fresh=False),
+}
+
+
+@contextlib.contextmanager
+def _following(pipe, plan):
+    "The arguments of a call that follows a plan's recipe, which has the pipeline's scheduler until then."
+    if plan.recipe is None:
+        yield dict(num_inference_steps=plan.steps)
+        return
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    recipe, before, device = _RECIPES[plan.recipe], pipe.scheduler, pipe._execution_device
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=recipe["shift"], stochastic_sampling=recipe["fresh"])
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(~plan.seed)  # of the fresh noise, which has to be another than the first
+            yield dict(sigmas=list(recipe["sigmas"]))
+    finally:
+        pipe.scheduler = before
+
 # %% ../../nbs/library/13_files.ipynb #e17494b2
 @dataclass(frozen=True)
 class EditPlan:
@@ -168,6 +194,8 @@ class EditPlan:
     size: tuple | None = None  # (width, height) at which the model works
     strength: float = 1.0  # below 1: start from the source under noise
     guidance_scale: float = 1.0  # above 1: follow the instruction more closely, at twice the time
+    recipe: str | None = None  # noise levels of a model distilled to few steps: "fastwan" or "turbo"
+    seeds: int = 1  # so many tries, with seeds from `seed` on; `eval.judge.edit_seeds` does several
 
     def __post_init__(self):
         if self.seed is None:
@@ -175,6 +203,11 @@ class EditPlan:
         steps, frames, strength, scale = self.steps, self.frames, self.strength, self.guidance_scale
         expect(0 <= self.seed < 2**63, f"`seed` has to be from 0 to 2**63 - 1 but is {self.seed}.")
         expect(steps is None or 1 <= steps <= 1000, f"`steps` has to be from 1 to 1000 but is {steps}.")
+        expect(1 <= self.seeds <= 64, f"`seeds` has to be from 1 to 64 but is {self.seeds}.")
+        last = self.seed + self.seeds - 1
+        expect(last < 2**63, f"`seed` has to be below 2**63 for the last of `seeds`, too, but that is {last}.")
+        if self.recipe is not None:
+            self._check_recipe()
         if frames is not None:
             check_frame_count(frames, "frames")
             expect(not self.whole, f"`frames` has to be left out where `whole` is set but is {frames}.")
@@ -189,6 +222,35 @@ class EditPlan:
         form = f"{', '.join(kinds)} for {what}"
         expect(self.out.suffix.lower() in kinds, f"`out` has to end in {form} but is {str(self.out)!r}.")
 
+    def _check_recipe(self):
+        known, steps = ", ".join(_RECIPES), self.steps
+        expect(self.recipe in _RECIPES, f"`recipe` has to be of {known} but is {self.recipe!r}.")
+        expect(steps is None, f"`steps` has to be left out where `recipe` names them but is {steps}.")
+        off = f"`guidance_scale` has to be 1, which is off, where `recipe` is given but is {self.guidance_scale}."
+        expect(self.guidance_scale == 1, off)
+
+    @property
+    def warning(self) -> str:
+        "What to know beforehand; empty where there is nothing."
+        if self.recipe is None:
+            return ""
+        rest = "untried here on published weights, and references are said to suffer below 15 steps"
+        return f"recipe {self.recipe}: for weights distilled to its noise levels, it brings none; {rest}"
+
+    @property
+    def tries(self) -> list[EditPlan]:
+        "A plan for each seed, with a result of its own; where there is one seed, this plan."
+        if self.seeds == 1:
+            return [self]
+        seeds, ending = range(self.seed, self.seed + self.seeds), self.out.suffix
+        outs = [self.out.with_name(_file_name(self.out.stem, f"-{seed}{ending}")) for seed in seeds]
+        return [replace(self, seed=seed, seeds=1, out=out) for seed, out in zip(seeds, outs)]
+
+    @property
+    def sheet(self) -> Path:
+        "Contact sheet of several tries."
+        return self.out.with_name(_file_name(self.out.stem, "-sheet.png"))
+
     @property
     def strip(self) -> Path:
         "Film strip of source, references and result."
@@ -202,6 +264,8 @@ class EditPlan:
     @property
     def files(self) -> list[Path]:
         "All that is written."
+        if self.seeds > 1:
+            return [self.sheet, *(file for plan in self.tries for file in plan.files)]
         return [path for path in (self.out, self.strip, self.comparison) if path]
 
     def count(self, limits: Limits) -> int:
@@ -387,30 +451,39 @@ def _enlarged(pipe, pieces, source, width, height):
         yield sized
 
 # %% ../../nbs/library/13_files.ipynb #7f438d12
+def _read_source(plan, limits):
+    "The source at its own size and as it is edited; of one that flows through, six frames and its footage."
+    from kiwi_edit.pipeline import Footage
+
+    (width, height), count = plan.work_size(limits), plan.count(limits)
+    with renamed("`path`", "`video`"):
+        if count > limits.max_frames:
+            clip = replace(read_video(plan.video, indices=sample_indices(count, 6)), fps=plan.info.fps)
+            return clip, Footage(count, width, height, path=plan.video, mode="stretch")
+        clip = read_video(plan.video, num_frames=count)
+    clip = clip[: nearest_frame_count(len(clip))]  # a damaged file holds fewer than it says
+    frames = resize_frames(clip.frames, width, height, mode="stretch")
+    return clip, Footage(len(clip), width, height, frames)
+
+
 def run_edit(
     pipe,  # `KiwiEditPipeline`
     plan: EditPlan,  # from `plan_edit`
     progress: Callable | None = None,  # called as (done, total, what) along the way
+    source: tuple | None = None,  # what an edit of the same frames at the same size has read; None reads it
 ) -> _EditedFile:
     "Do what a plan says. A clip that is longer than the model takes is read, edited and written piece by piece."
     import torch
-    from kiwi_edit.pipeline import Footage
 
     report, began, limits = progress or (lambda done, total, what: None), time.perf_counter(), Limits.of(pipe)
+    expect(plan.seeds == 1, f"`seeds` has to be 1 for `run_edit` but is {plan.seeds}; `edit_seeds` does several.")
     plan.check(limits)
-    width, height = plan.work_size(limits)
-    steps, count = plan.steps or limits.steps, plan.count(limits)
-    total, streamed = max(1, int(steps * plan.strength)), count > limits.max_frames
-    picks, written = sample_indices(count, 6), {}
+    plan = plan if plan.steps or plan.recipe else replace(plan, steps=limits.steps)
+    steps = plan.steps or len(_RECIPES[plan.recipe]["sigmas"])
+    total, written = max(1, int(steps * plan.strength)), {}
     report(0, total, "reading")
-    with renamed("`path`", "`video`"):
-        clip = read_video(plan.video, indices=picks) if streamed else read_video(plan.video, num_frames=count)
-    if streamed:
-        clip = replace(clip, fps=plan.info.fps)
-        video = Footage(count, width, height, path=plan.video, mode="stretch")
-    else:
-        clip = clip[: nearest_frame_count(len(clip))]  # a damaged file holds fewer than it says
-        count, video = len(clip), resize_frames(clip.frames, width, height, mode="stretch")
+    clip, video = source or _read_source(plan, limits)
+    count, streamed = video.count, video.count > limits.max_frames
     report(0, total, "looking")
 
     def stepped(pipe, step, timestep, tensors):
@@ -421,19 +494,22 @@ def run_edit(
         written[what] = frames
         report(frames, count, what)
 
-    given = dict(video=video, reference=list(plan.references) or None, height=height, width=width, num_frames=count)
-    given |= dict(num_inference_steps=steps, strength=plan.strength, guidance_scale=plan.guidance_scale)
+    given = dict(video=video, reference=list(plan.references) or None, callback_on_step_end=stepped)
+    given |= dict(strength=plan.strength, guidance_scale=plan.guidance_scale)
     given |= dict(generator=torch.Generator().manual_seed(plan.seed), output_type="stream" if streamed else "pil")
-    edited = pipe(plan.instruction, **given, callback_on_step_end=stepped).frames[0]
+    with _following(pipe, plan) as levels:
+        edited = pipe(plan.instruction, **given, **levels).frames[0]
     report(total, total, "writing")
     if streamed:
-        source = (frame for part in stream_video(plan.video, count) for frame in part.frames)
-        _write_edit(plan, clip, _enlarged(pipe, edited, source, clip.width, clip.height), picks, passed)
+        frames = (frame for part in stream_video(plan.video, count) for frame in part.frames)
+        pieces = _enlarged(pipe, edited, frames, clip.width, clip.height)
+        _write_edit(plan, clip, pieces, sample_indices(count, 6), passed)
         count = written["writing"]
     else:
         _write_edit(plan, clip, next(_enlarged(pipe, [as_frames(edited)], clip.frames, clip.width, clip.height)))
     size, note, seconds = (clip.width, clip.height), _edited_span(plan, count, limits), time.perf_counter() - began
-    return _EditedFile(plan.out, plan.strip, plan.comparison, count, size, (width, height), note, seconds)
+    sides = video.width, video.height
+    return _EditedFile(plan.out, plan.strip, plan.comparison, count, size, sides, note, seconds)
 
 # %% ../../nbs/library/13_files.ipynb #4e1dc629
 def edit_file(
@@ -866,3 +942,53 @@ def run_edits(
         bad = [record for record in records if record["status"] == "bad" and record["out"] not in last]
         _write_records(path, sorted([*last.values(), *bad], key=lambda record: record.get("row", 0)))
     return _EditRun(edits, records, before, time.perf_counter() - began)
+
+# %% ../../nbs/library/13_files.ipynb #13sug002
+@cache
+def _ways():
+    "What `suggest` knows, by kind of edit."
+    import yaml
+
+    return yaml.safe_load(asset("suggestions.yaml").read_text(encoding="utf-8"))
+
+
+def _heard(words):
+    "The kind of edit that is meant, and what is named; None where no kind is found."
+    said = re.sub(r"^please\s+|[\s,.!?]+please$|[\s.!?]+$", "", " ".join(words.split()), flags=re.I)
+    for kind, about in _ways().items():
+        for pattern in about["heard"] if kind != "rewrite" else ():
+            if found := re.fullmatch(pattern, said, re.I):
+                return kind, found.groupdict()
+    return None
+
+
+def suggest(
+    words: str = "",  # an edit in somebody's words, a kind of edit for all its ways, or nothing for one of each
+    reference: bool = False,  # whether a reference image goes with it
+    chat=None,  # a `Chat` that words it anew, too
+) -> list[tuple[str, str]]:  # (kind of edit, instruction)
+    "Ways to say an edit as the training data says it. Nothing is edited."
+    words, ways = words.strip().rstrip("."), {kind: way for kind, way in _ways().items() if kind != "rewrite"}
+    if reference:
+        ways = {kind: way | dict(forms=way["reference"]) for kind, way in ways.items() if "reference" in way}
+    kind, named = (words, None) if words in ways else _heard(words) or (None, None)
+    expect(words or not chat, "`words` have to be given where a model words them anew but are ''.")
+    if kind is None or kind not in ways:
+        found = [(kind, way["forms"][0].format(**way["example"])) for kind, way in ways.items()]
+    elif named is None:
+        found = [(kind, form.format(**ways[kind]["example"])) for form in ways[kind]["forms"]]
+    else:
+        fits = [form for form in ways[kind]["forms"] if set(re.findall(r"{(\w)}", form)) <= named.keys()]
+        fits.sort(key=lambda form: -form.count("{"))  # what says most of it comes first
+        found = [(kind, form.format(**named)) for form in fits[:3]]
+    return found + ([("rewritten", _reworded(words, reference, chat))] if chat else [])
+
+
+def _reworded(words, reference, chat):
+    from kiwi_edit.data.backends import Question
+    from kiwi_edit.quadruplets import BackendError
+
+    image = "A reference image is given; call it that." if reference else "There is no reference image."
+    (answer,) = chat.answer([Question((f"{image} The edit: {words}",), _ways()["rewrite"], max_tokens=1024)])
+    expect(not isinstance(answer, BackendError), f"`rewrite` has to be a model that answers but there is: {answer}.")
+    return " ".join(answer.split())
