@@ -152,26 +152,27 @@ def _make_folder(folder, name):
 
 # %% ../../nbs/library/13_files.ipynb #13rec002
 _RECIPES = {  # noise levels before the shift, the shift, and whether fresh noise comes in between two levels
-    "fastwan": dict(sigmas=(1.0, 0.757, 0.522), shift=1.0, fresh=True),
-    "turbo": dict(sigmas=(1.0, 0.75, 0.5, 0.25), shift=5.0, fresh=False),
+    "fastwan": ([1.0, 0.757, 0.522], 1.0, True),
+    "turbo": ([1.0, 0.75, 0.5, 0.25], 5.0, False),
 }
 
 
 @contextlib.contextmanager
-def _following(pipe, plan):
+def _following(pipe, plan, steps):
     "The arguments of a call that follows a plan's recipe, which has the pipeline's scheduler until then."
     if plan.recipe is None:
-        yield dict(num_inference_steps=plan.steps)
+        yield dict(num_inference_steps=steps)
         return
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    recipe, before, device = _RECIPES[plan.recipe], pipe.scheduler, pipe._execution_device
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=recipe["shift"], stochastic_sampling=recipe["fresh"])
+    levels, shift, fresh = _RECIPES[plan.recipe]
+    before, device = pipe.scheduler, pipe._execution_device
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=fresh)
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(~plan.seed)  # of the fresh noise, which has to be another than the first
-            yield dict(sigmas=list(recipe["sigmas"]))
+            yield dict(sigmas=levels)
     finally:
         pipe.scheduler = before
 
@@ -201,13 +202,13 @@ class EditPlan:
         if self.seed is None:
             object.__setattr__(self, "seed", settings().seed)
         steps, frames, strength, scale = self.steps, self.frames, self.strength, self.guidance_scale
+        expect(1 <= self.seeds <= 64, f"`seeds` has to be from 1 to 64 but is {self.seeds}.")
         expect(0 <= self.seed < 2**63, f"`seed` has to be from 0 to 2**63 - 1 but is {self.seed}.")
         expect(steps is None or 1 <= steps <= 1000, f"`steps` has to be from 1 to 1000 but is {steps}.")
-        expect(1 <= self.seeds <= 64, f"`seeds` has to be from 1 to 64 but is {self.seeds}.")
-        last = self.seed + self.seeds - 1
-        expect(last < 2**63, f"`seed` has to be below 2**63 for the last of `seeds`, too, but that is {last}.")
         if self.recipe is not None:
-            self._check_recipe()
+            expect(self.recipe in _RECIPES, f"`recipe` has to be of {', '.join(_RECIPES)} but is {self.recipe!r}.")
+            expect(steps is None, f"`steps` has to be left out where `recipe` names them but is {steps}.")
+            expect(scale == 1, f"`guidance_scale` has to be 1, which is off, with a `recipe` but is {scale}.")
         if frames is not None:
             check_frame_count(frames, "frames")
             expect(not self.whole, f"`frames` has to be left out where `whole` is set but is {frames}.")
@@ -222,38 +223,15 @@ class EditPlan:
         form = f"{', '.join(kinds)} for {what}"
         expect(self.out.suffix.lower() in kinds, f"`out` has to end in {form} but is {str(self.out)!r}.")
 
-    def _check_recipe(self):
-        known, steps = ", ".join(_RECIPES), self.steps
-        expect(self.recipe in _RECIPES, f"`recipe` has to be of {known} but is {self.recipe!r}.")
-        expect(steps is None, f"`steps` has to be left out where `recipe` names them but is {steps}.")
-        off = f"`guidance_scale` has to be 1, which is off, where `recipe` is given but is {self.guidance_scale}."
-        expect(self.guidance_scale == 1, off)
-
-    @property
-    def warning(self) -> str:
-        "What to know beforehand; empty where there is nothing."
-        if self.recipe is None:
-            return ""
-        rest = "untried here on published weights, and references are said to suffer below 15 steps"
-        return f"recipe {self.recipe}: for weights distilled to its noise levels, it brings none; {rest}"
-
     @property
     def tries(self) -> list[EditPlan]:
-        "A plan for each seed, with a result of its own; where there is one seed, this plan."
-        if self.seeds == 1:
-            return [self]
-        seeds, ending = range(self.seed, self.seed + self.seeds), self.out.suffix
-        outs = [self.out.with_name(_file_name(self.out.stem, f"-{seed}{ending}")) for seed in seeds]
-        return [replace(self, seed=seed, seeds=1, out=out) for seed, out in zip(seeds, outs)]
-
-    @property
-    def sheet(self) -> Path:
-        "Contact sheet of several tries."
-        return self.out.with_name(_file_name(self.out.stem, "-sheet.png"))
+        "A plan for each seed, with a result of its own."
+        named = lambda seed: self.out.with_name(_file_name(self.out.stem, f"-{seed}{self.out.suffix}"))
+        return [replace(self, seed=s, seeds=1, out=named(s)) for s in range(self.seed, self.seed + self.seeds)]
 
     @property
     def strip(self) -> Path:
-        "Film strip of source, references and result."
+        "Film strip of source, references and result; of several tries, the contact sheet."
         return self.out.with_name(f"{self.out.stem}-strip.png")
 
     @property
@@ -265,7 +243,7 @@ class EditPlan:
     def files(self) -> list[Path]:
         "All that is written."
         if self.seeds > 1:
-            return [self.sheet, *(file for plan in self.tries for file in plan.files)]
+            return [self.strip, *(file for plan in self.tries for file in plan.files)]
         return [path for path in (self.out, self.strip, self.comparison) if path]
 
     def count(self, limits: Limits) -> int:
@@ -478,12 +456,12 @@ def run_edit(
     report, began, limits = progress or (lambda done, total, what: None), time.perf_counter(), Limits.of(pipe)
     expect(plan.seeds == 1, f"`seeds` has to be 1 for `run_edit` but is {plan.seeds}; `edit_seeds` does several.")
     plan.check(limits)
-    plan = plan if plan.steps or plan.recipe else replace(plan, steps=limits.steps)
-    steps = plan.steps or len(_RECIPES[plan.recipe]["sigmas"])
+    steps = len(_RECIPES[plan.recipe][0]) if plan.recipe else plan.steps or limits.steps
     total, written = max(1, int(steps * plan.strength)), {}
     report(0, total, "reading")
     clip, video = source or _read_source(plan, limits)
     count, streamed = video.count, video.count > limits.max_frames
+    size, work_size = (clip.width, clip.height), (video.width, video.height)
     report(0, total, "looking")
 
     def stepped(pipe, step, timestep, tensors):
@@ -497,19 +475,17 @@ def run_edit(
     given = dict(video=video, reference=list(plan.references) or None, callback_on_step_end=stepped)
     given |= dict(strength=plan.strength, guidance_scale=plan.guidance_scale)
     given |= dict(generator=torch.Generator().manual_seed(plan.seed), output_type="stream" if streamed else "pil")
-    with _following(pipe, plan) as levels:
+    with _following(pipe, plan, steps) as levels:
         edited = pipe(plan.instruction, **given, **levels).frames[0]
     report(total, total, "writing")
     if streamed:
         frames = (frame for part in stream_video(plan.video, count) for frame in part.frames)
-        pieces = _enlarged(pipe, edited, frames, clip.width, clip.height)
-        _write_edit(plan, clip, pieces, sample_indices(count, 6), passed)
+        _write_edit(plan, clip, _enlarged(pipe, edited, frames, *size), sample_indices(count, 6), passed)
         count = written["writing"]
     else:
-        _write_edit(plan, clip, next(_enlarged(pipe, [as_frames(edited)], clip.frames, clip.width, clip.height)))
-    size, note, seconds = (clip.width, clip.height), _edited_span(plan, count, limits), time.perf_counter() - began
-    sides = video.width, video.height
-    return _EditedFile(plan.out, plan.strip, plan.comparison, count, size, sides, note, seconds)
+        _write_edit(plan, clip, next(_enlarged(pipe, [as_frames(edited)], clip.frames, *size)))
+    note, seconds = _edited_span(plan, count, limits), time.perf_counter() - began
+    return _EditedFile(plan.out, plan.strip, plan.comparison, count, size, work_size, note, seconds)
 
 # %% ../../nbs/library/13_files.ipynb #4e1dc629
 def edit_file(
@@ -944,51 +920,37 @@ def run_edits(
     return _EditRun(edits, records, before, time.perf_counter() - began)
 
 # %% ../../nbs/library/13_files.ipynb #13sug002
-@cache
-def _ways():
-    "What `suggest` knows, by kind of edit."
-    import yaml
-
-    return yaml.safe_load(asset("suggestions.yaml").read_text(encoding="utf-8"))
-
-
-def _heard(words):
-    "The kind of edit that is meant, and what is named; None where no kind is found."
+def _heard(words, ways):
+    "The kind of edit that is meant, and what is named; of a kind alone nothing is."
     said = re.sub(r"^please\s+|[\s,.!?]+please$|[\s.!?]+$", "", " ".join(words.split()), flags=re.I)
-    for kind, about in _ways().items():
-        for pattern in about["heard"] if kind != "rewrite" else ():
-            if found := re.fullmatch(pattern, said, re.I):
-                return kind, found.groupdict()
-    return None
+    found = ((kind, re.fullmatch(p, said, re.I)) for kind, way in ways.items() for p in (kind, *way["heard"]))
+    return next(((kind, match.groupdict()) for kind, match in found if match), (None, {}))
 
 
 def suggest(
     words: str = "",  # an edit in somebody's words, a kind of edit for all its ways, or nothing for one of each
     reference: bool = False,  # whether a reference image goes with it
     chat=None,  # a `Chat` that words it anew, too
-) -> list[tuple[str, str]]:  # (kind of edit, instruction)
+) -> tuple[list[tuple[str, str]], str]:  # (kind of edit, instruction) each, and hints
     "Ways to say an edit as the training data says it. Nothing is edited."
-    words, ways = words.strip().rstrip("."), {kind: way for kind, way in _ways().items() if kind != "rewrite"}
-    if reference:
-        ways = {kind: way | dict(forms=way["reference"]) for kind, way in ways.items() if "reference" in way}
-    kind, named = (words, None) if words in ways else _heard(words) or (None, None)
-    expect(words or not chat, "`words` have to be given where a model words them anew but are ''.")
-    if kind is None or kind not in ways:
-        found = [(kind, way["forms"][0].format(**way["example"])) for kind, way in ways.items()]
-    elif named is None:
-        found = [(kind, form.format(**ways[kind]["example"])) for form in ways[kind]["forms"]]
-    else:
-        fits = [form for form in ways[kind]["forms"] if set(re.findall(r"{(\w)}", form)) <= named.keys()]
-        fits.sort(key=lambda form: -form.count("{"))  # what says most of it comes first
-        found = [(kind, form.format(**named)) for form in fits[:3]]
-    return found + ([("rewritten", _reworded(words, reference, chat))] if chat else [])
-
-
-def _reworded(words, reference, chat):
+    import yaml
     from kiwi_edit.data.backends import Question
-    from kiwi_edit.quadruplets import BackendError
 
-    image = "A reference image is given; call it that." if reference else "There is no reference image."
-    (answer,) = chat.answer([Question((f"{image} The edit: {words}",), _ways()["rewrite"], max_tokens=1024)])
-    expect(not isinstance(answer, BackendError), f"`rewrite` has to be a model that answers but there is: {answer}.")
-    return " ".join(answer.split())
+    about = yaml.safe_load(asset("suggestions.yaml").read_text(encoding="utf-8"))
+    ways, form = about["kinds"], "reference" if reference else "forms"
+    forms = {kind: way[form] for kind, way in ways.items() if form in way}
+    kind, named = _heard(words, ways)
+    found = [(k, listed[0].format(**ways[k]["example"])) for k, listed in forms.items()]
+    if kind in forms:
+        given = named or ways[kind]["example"]
+        fits = [form for form in forms[kind] if set(re.findall(r"{(\w)}", form)) <= given.keys()]
+        fits.sort(key=lambda form: -form.count("{"))  # what says most of it comes first
+        found = [(kind, form.format(**given)) for form in (fits[:3] if named else fits)]
+    hints = [about["unknown"]] * (kind not in forms and bool(words.strip())) + [about["hints"]]
+    if chat:
+        expect(words.strip(), "`words` have to be given for a model that words them anew but are ''.")
+        asked = f"{'With' if reference else 'Without'} a reference image: {words}"
+        (said,) = chat.answer([Question((asked,), about["rewrite"], max_tokens=1024)])
+        expect(isinstance(said, str), f"`chat` has to be a model that answers but there is: {said}.")
+        found.append(("rewritten", " ".join(said.split())))
+    return found, "\n".join([*hints, *[about["reference"]] * reference])
