@@ -683,7 +683,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'kiwi_edit.data.files._enlarged': ('library/files.html#_enlarged', 'kiwi_edit/data/files.py'),
                                       'kiwi_edit.data.files._file_name': ('library/files.html#_file_name', 'kiwi_edit/data/files.py'),
                                       'kiwi_edit.data.files._following': ('library/files.html#_following', 'kiwi_edit/data/files.py'),
-                                      'kiwi_edit.data.files._heard': ('library/files.html#_heard', 'kiwi_edit/data/files.py'),
                                       'kiwi_edit.data.files._last_records': ('library/files.html#_last_records', 'kiwi_edit/data/files.py'),
                                       'kiwi_edit.data.files._make_folder': ('library/files.html#_make_folder', 'kiwi_edit/data/files.py'),
                                       'kiwi_edit.data.files._model_digest': ('library/files.html#_model_digest', 'kiwi_edit/data/files.py'),

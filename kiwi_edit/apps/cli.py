@@ -226,15 +226,17 @@ def _edit(o):
         from kiwi_edit.apps.approximations import approximately, check_approximations
 
         check_approximations(o.approximate)
-        both = "`recipe` has to be left out where `approximate` has 'fewer steps', which are other ones,"
-        expect(not o.recipe or "fewer steps" not in o.approximate, f"{both} but is {o.recipe!r}.")
+        clash = o.recipe and "fewer steps" in o.approximate
+        expect(not clash, f"`recipe` has to be left out with 'fewer steps', which are others, but is {o.recipe!r}.")
     if o.seeds == 1:
         _left_out(o, "judge parameter", "unless `seeds` is above 1")
     options |= dict(recipe=o.recipe, seeds=o.seeds)
     plan = plan_edit(o.video, references=options.pop("reference"), out=o.out, overwrite=o.overwrite, **options)
     work = _trying(o) if plan.seeds > 1 else run_edit
     if o.recipe:
-        _say(f"{o.recipe} is for weights that are distilled to its steps; see --recipe in `kiwi-edit edit --help`")
+        _say(
+            f"{o.recipe}: for weights distilled to it; untried on published ones; references may suffer below 15 steps"
+        )
     pipe = _load(o, plan.check)
     if o.approximate:
         approximately(pipe, o.approximate)

@@ -31,8 +31,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from ..core import InputError, InputTypeError, MissingPackage, asset, check_instruction, check_local
-from ..core import choose_device
-from ..core import choose_dtype, expect, settings, shortened
+from ..core import choose_device, choose_dtype, expect, settings, shortened
 from ..records import Table, Workers, digest, read_lines, run_rows, unique_names, write_text
 from ..video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoInfo, check_frame_count, compare, fit_size
 from ..video import nearest_frame_count, read_image, read_video, replacing, resize_frames, sample_indices
@@ -151,18 +150,13 @@ def _make_folder(folder, name):
     return folder
 
 # %% ../../nbs/library/13_files.ipynb #13rec002
-_RECIPES = {  # noise levels before the shift, the shift, and whether fresh noise comes in between two levels
-    "fastwan": ([1.0, 0.757, 0.522], 1.0, True),
-    "turbo": ([1.0, 0.75, 0.5, 0.25], 5.0, False),
-}
+# noise levels before the shift, the shift, and whether fresh noise comes in between two levels
+_RECIPES = {"fastwan": ([1.0, 0.757, 0.522], 1.0, True), "turbo": ([1.0, 0.75, 0.5, 0.25], 5.0, False)}
 
 
 @contextlib.contextmanager
-def _following(pipe, plan, steps):
+def _following(pipe, plan):
     "The arguments of a call that follows a plan's recipe, which has the pipeline's scheduler until then."
-    if plan.recipe is None:
-        yield dict(num_inference_steps=steps)
-        return
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -440,8 +434,7 @@ def _read_source(plan, limits):
             return clip, Footage(count, width, height, path=plan.video, mode="stretch")
         clip = read_video(plan.video, num_frames=count)
     clip = clip[: nearest_frame_count(len(clip))]  # a damaged file holds fewer than it says
-    frames = resize_frames(clip.frames, width, height, mode="stretch")
-    return clip, Footage(len(clip), width, height, frames)
+    return clip, Footage(len(clip), width, height, resize_frames(clip.frames, width, height, mode="stretch"))
 
 
 def run_edit(
@@ -475,7 +468,8 @@ def run_edit(
     given = dict(video=video, reference=list(plan.references) or None, callback_on_step_end=stepped)
     given |= dict(strength=plan.strength, guidance_scale=plan.guidance_scale)
     given |= dict(generator=torch.Generator().manual_seed(plan.seed), output_type="stream" if streamed else "pil")
-    with _following(pipe, plan, steps) as levels:
+    as_usual = contextlib.nullcontext(dict(num_inference_steps=steps))
+    with _following(pipe, plan) if plan.recipe else as_usual as levels:
         edited = pipe(plan.instruction, **given, **levels).frames[0]
     report(total, total, "writing")
     if streamed:
@@ -920,13 +914,6 @@ def run_edits(
     return _EditRun(edits, records, before, time.perf_counter() - began)
 
 # %% ../../nbs/library/13_files.ipynb #13sug002
-def _heard(words, ways):
-    "The kind of edit that is meant, and what is named; of a kind alone nothing is."
-    said = re.sub(r"^please\s+|[\s,.!?]+please$|[\s.!?]+$", "", " ".join(words.split()), flags=re.I)
-    found = ((kind, re.fullmatch(p, said, re.I)) for kind, way in ways.items() for p in (kind, *way["heard"]))
-    return next(((kind, match.groupdict()) for kind, match in found if match), (None, {}))
-
-
 def suggest(
     words: str = "",  # an edit in somebody's words, a kind of edit for all its ways, or nothing for one of each
     reference: bool = False,  # whether a reference image goes with it
@@ -939,7 +926,11 @@ def suggest(
     about = yaml.safe_load(asset("suggestions.yaml").read_text(encoding="utf-8"))
     ways, form = about["kinds"], "reference" if reference else "forms"
     forms = {kind: way[form] for kind, way in ways.items() if form in way}
-    kind, named = _heard(words, ways)
+    said = re.sub(r"^please\s+|[\s,.!?]+please$|[\s.!?]+$", "", " ".join(words.split()), flags=re.I)
+    heard = ((k, re.fullmatch(p, said, re.I)) for k, way in ways.items() for p in (k, *way["heard"]))
+    kind, named = next(
+        ((k, match.groupdict()) for k, match in heard if match), (None, {})
+    )  # a kind alone names nothing
     found = [(k, listed[0].format(**ways[k]["example"])) for k, listed in forms.items()]
     if kind in forms:
         given = named or ways[kind]["example"]
@@ -949,8 +940,8 @@ def suggest(
     hints = [about["unknown"]] * (kind not in forms and bool(words.strip())) + [about["hints"]]
     if chat:
         expect(words.strip(), "`words` have to be given for a model that words them anew but are ''.")
-        asked = f"{'With' if reference else 'Without'} a reference image: {words}"
-        (said,) = chat.answer([Question((asked,), about["rewrite"], max_tokens=1024)])
+        asked = Question((words + " (There is a reference image.)" * reference,), about["rewrite"], max_tokens=1024)
+        (said,) = chat.answer([asked])
         expect(isinstance(said, str), f"`chat` has to be a model that answers but there is: {said}.")
         found.append(("rewritten", " ".join(said.split())))
     return found, "\n".join([*hints, *[about["reference"]] * reference])

@@ -829,11 +829,9 @@ def _pick(judgements, judge):
     if len(order) == 0:
         return None, f"no pick: {judgements[0].error if judgements else 'nobody judges'}; look at the contact sheet"
     near = (means == means[order[-1]]).sum() > 1 or not judge.is_model and np.ptp(means[order]) < 1
-    doubt = "no instruction is read, and the order among edits of one model is no better than chance; "
-    about = f"by {judge.name}: {'' if judge.is_model else doubt}look at the contact sheet"
-    return None if near else int(order[-1]), (
-        "no pick, the scores lie too close together, " if near else "pick "
-    ) + about
+    doubt = "" if judge.is_model else "it reads no instruction, and orders edits of one model no better than chance; "
+    how = "no pick, the scores lie too close together," if near else "picked"
+    return None if near else int(order[-1]), f"{how} by {judge.name}: {doubt}look at the contact sheet"
 
 
 def edit_seeds(
