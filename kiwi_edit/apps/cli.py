@@ -226,8 +226,7 @@ def _edit(o):
         from kiwi_edit.apps.approximations import approximately, check_approximations
 
         check_approximations(o.approximate)
-        clash = o.recipe and "fewer steps" in o.approximate
-        expect(not clash, f"`recipe` has to be left out with 'fewer steps', which are others, but is {o.recipe!r}.")
+        expect(not (o.recipe and "fewer steps" in o.approximate), "`recipe` has to be left out with 'fewer steps'.")
     if o.seeds == 1:
         _left_out(o, "judge parameter", "unless `seeds` is above 1")
     options |= dict(recipe=o.recipe, seeds=o.seeds)

@@ -156,7 +156,7 @@ _RECIPES = {"fastwan": ([1.0, 0.757, 0.522], 1.0, True), "turbo": ([1.0, 0.75, 0
 
 @contextlib.contextmanager
 def _following(pipe, plan):
-    "The arguments of a call that follows a plan's recipe, which has the pipeline's scheduler until then."
+    "The noise levels of a plan's recipe; until the end of the block the pipeline has the recipe's scheduler."
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -166,7 +166,7 @@ def _following(pipe, plan):
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(~plan.seed)  # of the fresh noise, which has to be another than the first
-            yield dict(sigmas=levels)
+            yield levels
     finally:
         pipe.scheduler = before
 
@@ -466,11 +466,10 @@ def run_edit(
         report(frames, count, what)
 
     given = dict(video=video, reference=list(plan.references) or None, callback_on_step_end=stepped)
-    given |= dict(strength=plan.strength, guidance_scale=plan.guidance_scale)
+    given |= dict(num_inference_steps=steps, strength=plan.strength, guidance_scale=plan.guidance_scale)
     given |= dict(generator=torch.Generator().manual_seed(plan.seed), output_type="stream" if streamed else "pil")
-    as_usual = contextlib.nullcontext(dict(num_inference_steps=steps))
-    with _following(pipe, plan) if plan.recipe else as_usual as levels:
-        edited = pipe(plan.instruction, **given, **levels).frames[0]
+    with _following(pipe, plan) if plan.recipe else contextlib.nullcontext() as levels:
+        edited = pipe(plan.instruction, sigmas=levels, **given).frames[0]
     report(total, total, "writing")
     if streamed:
         frames = (frame for part in stream_video(plan.video, count) for frame in part.frames)
