@@ -85,8 +85,9 @@ def _left_out(o, names, where):
 # %% ../../nbs/library/52_cli.ipynb #8cf7d720
 # what modules of the kit call it, and the command's option
 _ALIASES = """
-checkpoint source, chosen approximate, columns column, dataset data, extra parameter, folder out, metadata data,
-name model, pretrained_model_name_or_path_or_dict lora, prompt instruction, trackers track, transformer_config heads
+chat rewrite, checkpoint source, chosen approximate, columns column, dataset data, extra parameter, folder out,
+metadata data, name model, pretrained_model_name_or_path_or_dict lora, prompt instruction, trackers track,
+transformer_config heads
 """
 
 
@@ -226,7 +227,7 @@ def _edit(o):
     options = dict(size=parse_size(o.size)) | {name: getattr(o, name) for name in names.split()}
     o.loras = tuple(map(_parse_lora, o.lora or ()))
     if o.video.suffix.lower() == ".jsonl" and not o.video.is_dir():
-        _left_out(o, "approximate", "where VIDEO is a list (.jsonl)")
+        _left_out(o, "approximate recipe seeds judge parameter", "where VIDEO is a list (.jsonl)")
         return _edit_list(o, options)
     if o.instruction is None:
         raise typer.BadParameter("has to be given unless VIDEO is a list.", param_hint="'--instruction' / '-i'")
@@ -235,17 +236,52 @@ def _edit(o):
         from kiwi_edit.apps.approximations import approximately, check_approximations
 
         check_approximations(o.approximate)
+        expect(not (o.recipe and "fewer steps" in o.approximate), "`recipe` has to be left out with 'fewer steps'.")
+    if o.seeds == 1:
+        _left_out(o, "judge parameter", "unless `seeds` is above 1")
+    options |= dict(recipe=o.recipe, seeds=o.seeds)
     plan = plan_edit(o.video, references=options.pop("reference"), out=o.out, overwrite=o.overwrite, **options)
+    work = _trying(o) if plan.seeds > 1 else run_edit
+    if o.recipe:
+        _say(
+            f"{o.recipe}: for weights distilled to it; untried on published ones; references may suffer below 15 steps"
+        )
     pipe = _load(o, plan.check)
     if o.approximate:
         approximately(pipe, o.approximate)
     with _bar() as report:
-        done = run_edit(pipe, plan, report)
-    if done.note:
-        typer.echo(re.sub(r"`(\w+)`", lambda match: _flags("edit")[match[1]], done.note))
+        done = work(pipe, plan, progress=report)
+    note = done.edited[0].note if plan.seeds > 1 else done.note
+    if note:
+        typer.echo(re.sub(r"`(\w+)`", lambda match: _flags("edit")[match[1]], note))
+    if plan.seeds > 1:
+        return typer.echo(done.about)
     typer.echo(f"result:     {done.path}  ({done.about})\nfilm strip: {done.strip}")
     if done.comparison:
         typer.echo(f"comparison: {done.comparison}")
+
+
+def _trying(o):
+    "`edit_seeds` with the judge that is asked for, or with none."
+    from kiwi_edit.eval.judge import edit_seeds
+    from kiwi_edit.eval.published import judge_of
+
+    if o.judge == "none":
+        _left_out(o, "parameter", "where `judge` is none")
+        return edit_seeds
+    return partial(edit_seeds, judge=judge_of(o.judge, device=o.device or settings().device, extra=o.parameter))
+
+# %% ../../nbs/library/52_cli.ipynb #sug52001
+@_command
+def _suggest(o):
+    "Ways to say an edit as training data says it. Nothing is edited."
+    from kiwi_edit.data.backends import chat_of
+    from kiwi_edit.data.files import suggest
+
+    good = o.rewrite is None or re.fullmatch("openai:[^@]+(@.+)?", o.rewrite)
+    expect(good, f"`rewrite` has to be openai:MODEL or openai:MODEL@URL but is {o.rewrite!r}.")
+    found, hints = suggest(" ".join(o.words or ()), o.reference, o.rewrite and chat_of(o.rewrite))
+    typer.echo("\n".join([f"{kind + ':':11} {text}" for kind, text in found] + ["", hints]))
 
 # %% ../../nbs/library/52_cli.ipynb #b17ec001
 def _some(lines, most=20):

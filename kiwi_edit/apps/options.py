@@ -103,6 +103,9 @@ synthesize.overwrite flag: Throw an earlier run with other settings away.
 seed int: Of the noise that the edit starts from. [the settings' seed]
 train.seed int>=0: Of data order, noise and random weights. [the settings' seed]
 steps int: Denoising steps. [the model's own number]
+recipe str(fastwan|turbo): For weights distilled to few steps: 3 as FastWan2.2-5B, 4 as LightX2V. Untried here on
+    published weights; references are said to suffer below 15 steps.
+seeds int=1: Of one edit: so many tries, with seeds from --seed on, a contact sheet, and a pick.
 evaluate.steps int>=1: Denoising steps. [50 for a published bench, else the model's own number]
 train.steps int>0: End each stage after so many steps. [the stage's own number]
 frames int: Edit at most so many frames, 4k+1, in windows if need be. [as many as the model takes at once]
@@ -131,6 +134,8 @@ train.data paths(image|video|ref) <MODE=METADATA>: Samples of a mode (image, vid
 root path: Folder in which the paths of the table or bench start. [its own]
 videos path: Folder of finished videos that are scored instead of a model's.
 judge str: metrics, gemini[:MODEL], openai:MODEL[@URL] or transformers:PATH. [the settings'; none for the kit's bench]
+edit.judge str=metrics: Picks one of --seeds: metrics, none, gemini[:MODEL], openai:MODEL[@URL] or transformers:PATH.
+    Among edits of one model metrics is no better than chance: it picks only where scores lie a point apart.
 parameter jsons <NAME=VALUE>: Further parameter of requests to openai:MODEL, such as temperature=1 or
     max_completion_tokens=4096; null leaves one out. May be given several times.
 samples int>=1=32: Of the kit's bench: clips for each task.
@@ -175,6 +180,9 @@ authentic flag: Keep references that came with the pairs.
 shard int=256: Pairs that are finished together.
 batch int: Pairs that a stage sees at once. [8 with models, else 1]
 max_failures float=0.5: Share of rows that may be unreadable or unanswered before the run stops.
+@words strs <[WORDS]...>: An edit in your words; or a kind of edit, for all its ways. [an example of each kind]
+suggest.reference flag: A reference image goes with it.
+rewrite str: Language model that words it anew, too: openai:MODEL[@URL]. It is shown, not used.
 @folder path! <PATH>: Folder that `synthesize` has made; or a file of weights, or a folder of a model.
 row str: Of `synthesize`'s folder: id of a pair: what every stage said of it.
 @source str! <SOURCE>: Bundled name, folder or hub id, in any layout; or a trainer's step-N.safetensors.
@@ -191,7 +199,8 @@ ref_pad_first/--ref-pad-first/--ref-pad-last flag?: Where a trainer checkpoint h
 # %% ../../nbs/library/49_options.ipynb #62714935
 _COMMANDS = """
 edit: video instruction reference model lora out compare overwrite seed steps frames whole size device strength
-    guidance_scale reference_scale mask follow workers skip_bad approximate
+    guidance_scale reference_scale mask follow recipe seeds judge parameter workers skip_bad approximate
+suggest: words reference rewrite
 demo: host port model share
 evaluate: bench data root model videos judge parameter samples difficulty tasks limit steps concat parts out overwrite
     device

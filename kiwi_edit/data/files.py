@@ -22,7 +22,7 @@ from pathlib import Path, PureWindowsPath
 
 # %% auto #0
 __all__ = ['Limits', 'renamed', 'one_line', 'check_outputs', 'EditPlan', 'plan_edit', 'find_model', 'load_model', 'run_edit',
-           'edit_file', 'parse_size', 'BadEdits', 'read_edits', 'run_edits']
+           'edit_file', 'parse_size', 'BadEdits', 'read_edits', 'run_edits', 'suggest']
 
 # %% ../../nbs/library/13_files.ipynb #d05f5ccf
 import numpy as np
@@ -30,8 +30,8 @@ import PIL.Image
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from ..core import InputError, InputTypeError, MissingPackage, check_instruction, check_local, choose_device
-from ..core import choose_dtype, expect, settings, shortened
+from ..core import InputError, InputTypeError, MissingPackage, asset, check_instruction, check_local
+from ..core import choose_device, choose_dtype, expect, settings, shortened
 from ..records import Table, Workers, digest, read_lines, run_rows, unique_names, write_text
 from ..video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoInfo, check_frame_count, compare, fit_size
 from ..video import nearest_frame_count, read_image, read_video, replacing, resize_frames, sample_indices
@@ -149,6 +149,27 @@ def _make_folder(folder, name):
         raise PermissionError(f"`{name}` has to be a folder that can be made but {words}") from error
     return folder
 
+# %% ../../nbs/library/13_files.ipynb #13rec002
+# noise levels before the shift, the shift, and whether fresh noise comes in between two levels
+_RECIPES = {"fastwan": ([1.0, 0.757, 0.522], 1.0, True), "turbo": ([1.0, 0.75, 0.5, 0.25], 5.0, False)}
+
+
+@contextlib.contextmanager
+def _following(pipe, plan):
+    "The noise levels of a plan's recipe; until the end of the block the pipeline has the recipe's scheduler."
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    levels, shift, fresh = _RECIPES[plan.recipe]
+    before, device = pipe.scheduler, pipe._execution_device
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=fresh)
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(~plan.seed)  # of the fresh noise, which has to be another than the first
+            yield levels
+    finally:
+        pipe.scheduler = before
+
 # %% ../../nbs/library/13_files.ipynb #e17494b2
 @dataclass(frozen=True)
 class EditPlan:
@@ -171,13 +192,20 @@ class EditPlan:
     reference_scale: float = 1.0  # above 1: follow the reference more closely, below 1 less
     mask: object = None  # where the edit may go, as the pipeline takes it
     follow: bool = False  # whether a mask was drawn on the first frame, and moves with what it lies on
+    recipe: str | None = None  # noise levels of a model distilled to few steps: "fastwan" or "turbo"
+    seeds: int = 1  # so many tries, with seeds from `seed` on; `eval.judge.edit_seeds` does several
 
     def __post_init__(self):
         if self.seed is None:
             object.__setattr__(self, "seed", settings().seed)
         steps, frames, strength, scale = self.steps, self.frames, self.strength, self.guidance_scale
+        expect(1 <= self.seeds <= 64, f"`seeds` has to be from 1 to 64 but is {self.seeds}.")
         expect(0 <= self.seed < 2**63, f"`seed` has to be from 0 to 2**63 - 1 but is {self.seed}.")
         expect(steps is None or 1 <= steps <= 1000, f"`steps` has to be from 1 to 1000 but is {steps}.")
+        if self.recipe is not None:
+            expect(self.recipe in _RECIPES, f"`recipe` has to be of {', '.join(_RECIPES)} but is {self.recipe!r}.")
+            expect(steps is None, f"`steps` has to be left out where `recipe` names them but is {steps}.")
+            expect(scale == 1, f"`guidance_scale` has to be 1, which is off, with a `recipe` but is {scale}.")
         if frames is not None:
             check_frame_count(frames, "frames")
             expect(not self.whole, f"`frames` has to be left out where `whole` is set but is {frames}.")
@@ -198,8 +226,14 @@ class EditPlan:
         expect(self.out.suffix.lower() in kinds, f"`out` has to end in {form} but is {str(self.out)!r}.")
 
     @property
+    def tries(self) -> list[EditPlan]:
+        "A plan for each seed, with a result of its own."
+        named = lambda seed: self.out.with_name(_file_name(self.out.stem, f"-{seed}{self.out.suffix}"))
+        return [replace(self, seed=s, seeds=1, out=named(s)) for s in range(self.seed, self.seed + self.seeds)]
+
+    @property
     def strip(self) -> Path:
-        "Film strip of source, references and result."
+        "Film strip of source, references and result; of several tries, the contact sheet."
         return self.out.with_name(f"{self.out.stem}-strip.png")
 
     @property
@@ -210,6 +244,8 @@ class EditPlan:
     @property
     def files(self) -> list[Path]:
         "All that is written."
+        if self.seeds > 1:
+            return [self.strip, *(file for plan in self.tries for file in plan.files)]
         return [path for path in (self.out, self.strip, self.comparison) if path]
 
     def masks(self, count: int | None) -> np.ndarray:  # (count, H, W) bool
@@ -435,31 +471,39 @@ def _enlarged(pipe, pieces, source, width, height, mask=None):
         yield sized
 
 # %% ../../nbs/library/13_files.ipynb #7f438d12
+def _read_source(plan, limits):
+    "The source at its own size and as it is edited; of one that flows through, six frames and its footage."
+    from kiwi_edit.pipeline import Footage
+
+    (width, height), count = plan.work_size(limits), plan.count(limits)
+    with renamed("`path`", "`video`"):
+        if count > limits.max_frames:
+            clip = replace(read_video(plan.video, indices=sample_indices(count, 6)), fps=plan.info.fps)
+            return clip, Footage(count, width, height, path=plan.video, mode="stretch", own=(clip.width, clip.height))
+        clip = read_video(plan.video, num_frames=count)
+    clip = clip[: nearest_frame_count(len(clip))]  # a damaged file holds fewer than it says
+    frames = resize_frames(clip.frames, width, height, mode="stretch")
+    return clip, Footage(len(clip), width, height, frames, own=(clip.width, clip.height))
+
+
 def run_edit(
     pipe,  # `KiwiEditPipeline`
     plan: EditPlan,  # from `plan_edit`
     progress: Callable | None = None,  # called as (done, total, what) along the way
+    source: tuple | None = None,  # what an edit of the same frames at the same size has read; None reads it
 ) -> _EditedFile:
     "Do what a plan says. A clip that is longer than the model takes is read, edited and written piece by piece."
     import torch
-    from kiwi_edit.pipeline import Footage
 
     report, began, limits = progress or (lambda done, total, what: None), time.perf_counter(), Limits.of(pipe)
+    expect(plan.seeds == 1, f"`seeds` has to be 1 for `run_edit` but is {plan.seeds}; `edit_seeds` does several.")
     plan.check(limits)
-    width, height = plan.work_size(limits)
-    steps, count = plan.steps or limits.steps, plan.count(limits)
-    total, streamed = max(1, int(steps * plan.strength)), count > limits.max_frames
-    picks, written = sample_indices(count, 6), {}
+    steps = len(_RECIPES[plan.recipe][0]) if plan.recipe else plan.steps or limits.steps
+    total, written = max(1, int(steps * plan.strength)), {}
     report(0, total, "reading")
-    with renamed("`path`", "`video`"):
-        clip = read_video(plan.video, indices=picks) if streamed else read_video(plan.video, num_frames=count)
-    if streamed:
-        clip, frames = replace(clip, fps=plan.info.fps), None
-    else:
-        clip = clip[: nearest_frame_count(len(clip))]  # a damaged file holds fewer than it says
-        count, frames = len(clip), resize_frames(clip.frames, width, height, mode="stretch")
-    size = clip.width, clip.height
-    video = Footage(count, width, height, frames, plan.video, "stretch", size)
+    clip, video = source or _read_source(plan, limits)
+    count, streamed = video.count, video.count > limits.max_frames
+    size, work_size = (clip.width, clip.height), (video.width, video.height)
     report(0, total, "following" if plan.follow else "looking")
     mask = None if plan.mask is None else plan.masks(count)
 
@@ -472,18 +516,21 @@ def run_edit(
         report(frames, count, what)
 
     given = dict(video=video, reference=list(plan.references) or None, reference_scale=plan.reference_scale, mask=mask)
+    given |= dict(callback_on_step_end=stepped)
     given |= dict(num_inference_steps=steps, strength=plan.strength, guidance_scale=plan.guidance_scale)
     given |= dict(generator=torch.Generator().manual_seed(plan.seed), output_type="stream" if streamed else "pil")
-    edited = pipe(plan.instruction, **given, callback_on_step_end=stepped).frames[0]
+    with _following(pipe, plan) if plan.recipe else contextlib.nullcontext() as levels:
+        edited = pipe(plan.instruction, sigmas=levels, **given).frames[0]
     report(total, total, "writing")
     if streamed:
-        source = (frame for part in stream_video(plan.video, count) for frame in part.frames)
-        _write_edit(plan, clip, _enlarged(pipe, edited, source, *size, mask), mask, picks, passed)
+        frames = (frame for part in stream_video(plan.video, count) for frame in part.frames)
+        edited = _enlarged(pipe, edited, frames, *size, mask)
+        _write_edit(plan, clip, edited, mask, sample_indices(count, 6), passed)
         count = written["writing"]
     else:
         _write_edit(plan, clip, next(_enlarged(pipe, [as_frames(edited)], clip.frames, *size, mask)), mask)
     note, seconds = _edited_span(plan, count, limits), time.perf_counter() - began
-    return _EditedFile(plan.out, plan.strip, plan.comparison, count, size, (width, height), note, seconds)
+    return _EditedFile(plan.out, plan.strip, plan.comparison, count, size, work_size, note, seconds)
 
 # %% ../../nbs/library/13_files.ipynb #4e1dc629
 def edit_file(
@@ -925,3 +972,36 @@ def run_edits(
         bad = [record for record in records if record["status"] == "bad" and record["out"] not in last]
         _write_records(path, sorted([*last.values(), *bad], key=lambda record: record.get("row", 0)))
     return _EditRun(edits, records, before, time.perf_counter() - began)
+
+# %% ../../nbs/library/13_files.ipynb #13sug002
+def suggest(
+    words: str = "",  # an edit in somebody's words, a kind of edit for all its ways, or nothing for one of each
+    reference: bool = False,  # whether a reference image goes with it
+    chat=None,  # a `Chat` that words it anew, too
+) -> tuple[list[tuple[str, str]], str]:  # (kind of edit, instruction) each, and hints
+    "Ways to say an edit as the training data says it. Nothing is edited."
+    import yaml
+    from kiwi_edit.data.backends import Question
+
+    about = yaml.safe_load(asset("suggestions.yaml").read_text(encoding="utf-8"))
+    ways, form = about["kinds"], "reference" if reference else "forms"
+    forms = {kind: way[form] for kind, way in ways.items() if form in way}
+    said = re.sub(r"^please\s+|[\s,.!?]+please$|[\s.!?]+$", "", " ".join(words.split()), flags=re.I)
+    heard = ((k, re.fullmatch(p, said, re.I)) for k, way in ways.items() for p in (k, *way["heard"]))
+    kind, named = next(
+        ((k, match.groupdict()) for k, match in heard if match), (None, {})
+    )  # a kind alone names nothing
+    found = [(k, listed[0].format(**ways[k]["example"])) for k, listed in forms.items()]
+    if kind in forms:
+        given = named or ways[kind]["example"]
+        fits = [form for form in forms[kind] if set(re.findall(r"{(\w)}", form)) <= given.keys()]
+        fits.sort(key=lambda form: -form.count("{"))  # what says most of it comes first
+        found = [(kind, form.format(**given)) for form in (fits[:3] if named else fits)]
+    hints = [about["unknown"]] * (kind not in forms and bool(words.strip())) + [about["hints"]]
+    if chat:
+        expect(words.strip(), "`words` have to be given for a model that words them anew but are ''.")
+        asked = Question((words + " (There is a reference image.)" * reference,), about["rewrite"], max_tokens=1024)
+        (said,) = chat.answer([asked])
+        expect(isinstance(said, str), f"`chat` has to be a model that answers but there is: {said}.")
+        found.append(("rewritten", " ".join(said.split())))
+    return found, "\n".join([*hints, *[about["reference"]] * reference])

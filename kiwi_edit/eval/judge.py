@@ -14,7 +14,7 @@ import random
 import re
 import tempfile
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from urllib.parse import quote
 # %% auto #0
 __all__ = ['RUBRICS', 'PUBLISHED', 'Criterion', 'Rubric', 'load_rubric', 'rubric_for', 'Case', 'Judgement', 'ChatJudge',
            'lay_beside', 'measure_case', 'MetricJudge', 'Summary', 'beside_published', 'agreement', 'save_score_page',
-           'read_scores_file']
+           'read_scores_file', 'edit_seeds']
 
 # %% ../../nbs/library/41_judge.ipynb #41a00004
 import numpy as np
@@ -32,13 +32,13 @@ from tqdm.auto import tqdm
 
 from ..core import InputError, asset, expect, shortened
 from ..data.backends import Chat, GeminiChat, Question, VideoPart, parse_json, shrunk, without_thoughts
-from ..data.files import renamed
+from ..data.files import EditPlan, Limits, _read_source, _title, renamed, run_edit
 from .clips import measure_clip
 from ..metrics import bootstrap
 from ..quadruplets import BackendError
 from ..records import Table, Value, digest, png_bytes, read_lines, run_rows, write_text
 from ..video import Clip, nearest_frame_count, read_image, read_video, replacing
-from ..video import resize_frames, sample_indices, video_info, write_video
+from ..video import film_strip, resize_frames, sample_indices, video_info, write_video
 
 # %% ../../nbs/library/41_judge.ipynb #41a00007
 _OPENING = """You judge edits of videos. You are shown a clip before an edit, the clip after it, and the instruction \
@@ -806,3 +806,57 @@ def read_scores_file(
             what = f"line {number} of {path.name} is {line[:80]!r}: {error}"
             raise InputError(f"`path` has to hold what the page saved but {what}.") from None
     return found
+
+# %% ../../nbs/library/41_judge.ipynb #41tri002
+@dataclass(frozen=True)
+class _Tries:
+    "What several seeds have made of one edit."
+
+    edited: list  # what `run_edit` says of each
+    judgements: list[Judgement]  # of each; none where nobody judges
+    best: int | None  # which of them is picked
+    about: str  # what was made and how it was picked, or why none was, in lines
+    sheet: Path  # contact sheet
+
+    def _repr_png_(self):
+        return self.sheet.read_bytes()
+
+
+def _pick(judgements, judge):
+    "Which of them is best, and how that is known."
+    means = np.array([j.mean for j in judgements])
+    order = np.argsort(means)[: np.isfinite(means).sum()]  # NaN comes last
+    if len(order) == 0:
+        return None, f"no pick: {judgements[0].error if judgements else 'nobody judges'}; look at the contact sheet"
+    near = (means == means[order[-1]]).sum() > 1 or not judge.is_model and np.ptp(means[order]) < 1
+    doubt = "" if judge.is_model else "it reads no instruction, and orders edits of one model no better than chance; "
+    how = "no pick, the scores lie too close together," if near else "picked"
+    return None if near else int(order[-1]), f"{how} by {judge.name}: {doubt}look at the contact sheet"
+
+
+def edit_seeds(
+    pipe,  # `KiwiEditPipeline`
+    plan: EditPlan,  # from `plan_edit`, with `seeds`
+    judge=None,  # `ChatJudge`, `MetricJudge` or what has their `judge`; None leaves it to whoever looks
+    progress: Callable | None = None,  # called as (done, total, what) along the way
+) -> _Tries:
+    "Try an edit with several seeds, and lay the results on a contact sheet."
+    (clip, footage), edited = _read_source(plan, Limits.of(pipe)), []
+    for k, one in enumerate(plan.tries):
+        report = lambda done, total, what, k=k: progress(k * total + done, plan.seeds * total, what)
+        edited.append(run_edit(pipe, one, progress and report, (clip, footage)))
+    reference = next(map(np.asarray, plan.references), None)  # the judges know of one
+    shown = plan.video if footage.frames is None else clip.frames
+    case = lambda done: Case(done.path.name, plan.instruction, shown, done.path, reference, RUBRICS["openve"])
+    judgements = judge.judge(list(map(case, edited)), progress=False) if judge else []
+    best, reason = _pick(judgements, judge)
+    scores = [f"{j.mean:.2f} of 5" if j.ok else "no score" for j in judgements] or ["not judged"] * len(edited)
+    picks, rows, lines = sample_indices(edited[0].frames, 6), {"source": clip.frames}, []
+    small = dict(size=(max(1, 220 * clip.width // clip.height), 220), mode="stretch")
+    for k, (one, done, score) in enumerate(zip(plan.tries, edited, scores)):
+        label = [f"seed {one.seed}", score, *["picked"] * (k == best)]
+        rows["\n".join(label)] = read_video(done.path, indices=picks, **small).frames
+        lines.append(f"{', '.join(label)}: {done.path}  ({done.about})")
+    with replacing(plan.strip, plan.overwrite) as fresh:
+        film_strip(rows, title=_title(plan, 6)).save(fresh)
+    return _Tries(edited, judgements, best, "\n".join([*lines, reason, f"contact sheet: {plan.strip}"]), plan.strip)
