@@ -1224,6 +1224,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'kiwi_edit.latents': { 'kiwi_edit.latents._Unclamped': ('latents.html#_unclamped', 'kiwi_edit/latents.py'),
                                    'kiwi_edit.latents._Unclamped.__torch_function__': ( 'latents.html#_unclamped.__torch_function__',
                                                                                         'kiwi_edit/latents.py'),
+                                   'kiwi_edit.latents._blended': ('latents.html#_blended', 'kiwi_edit/latents.py'),
                                    'kiwi_edit.latents._forward_flat': ('latents.html#_forward_flat', 'kiwi_edit/latents.py'),
                                    'kiwi_edit.latents._forward_summed': ('latents.html#_forward_summed', 'kiwi_edit/latents.py'),
                                    'kiwi_edit.latents._forward_where_it_helps': ( 'latents.html#_forward_where_it_helps',
