@@ -144,7 +144,7 @@ def saw(self: Recorder, layer, alone, query, key, mask):
     maps = shares.view(-1, f - r, h, w)
     self.seen[-1][layer, alone] = (maps.float().cpu().numpy(), kept.float().cpu().numpy())
 
-
+# %% ../nbs/07_where_it_looks.ipynb #07c00011
 @patch
 def num_queries(self: Recorder, frames):
     mode = "ref" if self.features else "image" if frames == 1 else "video"
@@ -257,7 +257,7 @@ def _draw_frames(grid, rows):
         for j, at in enumerate(sample_indices(len(frames), 5)):
             _picture(grid.figure.add_subplot(grid[i, j]), frames[at], label="" if j else name)
 
-
+# %% ../nbs/07_where_it_looks.ipynb #07c00012
 def _draw_references(grid, looks, references):
     for i, image in enumerate(references):
         heat = spread(looks.places.mean((0, 1))[i][None], (1, *image.shape[:2]))
@@ -299,7 +299,7 @@ PARTS = dict(
     queries="the queries in the context",
 )
 
-
+# %% ../nbs/07_where_it_looks.ipynb #07c00014
 def without(
     pipe: KiwiEditPipeline,
     *parts: str | int,  # of `PARTS`, or numbers of queries

@@ -14,12 +14,12 @@ import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
+from fastcore.basics import patch, patch_to
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import ProcessorMixin, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from .core import InputError, InputTypeError
+from .core import InputError, InputTypeError, expect
 from .latents import fire_hooks
 
 # %% auto #0
@@ -44,6 +44,8 @@ _SPECIAL_TOKENS = (
     "<|image_pad|> <|video_pad|> <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> "
     "<|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>"
 ).split()
+
+# %% ../nbs/04_encoder.ipynb #04e00002
 _CHAT_TEMPLATE = """{%- macro part(item) -%}
 {%- if item['type'] in ('image', 'video') -%}<|vision_start|><|{{ item['type'] }}_pad|><|vision_end|>
 {%- else -%}{{ item['text'] }}{%- endif -%}
@@ -74,8 +76,8 @@ def make_tokenizer(
 ) -> Qwen2Tokenizer:
     "A byte-level BPE tokenizer like Qwen2's, trained on `texts`, with Qwen2.5-VL's special tokens and chat layout."
     smallest = 256 + len(_SPECIAL_TOKENS)
-    if vocab_size < smallest:
-        raise InputError(f"`vocab_size` has to be at least {smallest} (bytes and special tokens) but is {vocab_size}.")
+    rule = f"be at least {smallest} (bytes and special tokens)"
+    expect(vocab_size >= smallest, f"`vocab_size` has to {rule} but is {vocab_size}.")
     frame = [SYSTEM_PROMPT, REFERENCE_SUFFIX, "system\n", "user\n"]  # in every conversation, so they should be short
     often = [*texts, *frame * max(8, len(texts) // 8)]
     vocab, merges = _learn_pairs(often, vocab_size - len(_SPECIAL_TOKENS))
@@ -155,24 +157,6 @@ class KiwiProcessor(ProcessorMixin):
     def __repr__(self):
         return f"KiwiProcessor({len(self.tokenizer)} tokens, patch {self.image_processor.patch_size})"
 
-    @property
-    def query_token_id(self) -> int:
-        "Id of the placeholder that a learnable query replaces."
-        return self.tokenizer.convert_tokens_to_ids(QUERY_TOKEN)
-
-    def save_pretrained(self, save_directory: str | Path, **kwargs):
-        "Write tokenizer, chat template and image processor into `save_directory`."
-        self.tokenizer.save_pretrained(save_directory)
-        self.image_processor.save_pretrained(save_directory)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, **kwargs) -> KiwiProcessor:
-        "Read what `save_pretrained` wrote, or the `processor` folder of a released repository."
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"`folder` has to be an existing processor folder but is {str(folder)!r}.")
-        return cls(Qwen2Tokenizer.from_pretrained(folder), Qwen2VLImageProcessorPil.from_pretrained(folder))
-
 # %% ../nbs/04_encoder.ipynb #ad572f88
 @patch
 def image_patches(self: KiwiProcessor, image: PIL.Image.Image, min_pixels: int, max_pixels: int):
@@ -190,6 +174,22 @@ def video_patches(self: KiwiProcessor, frames: np.ndarray, min_pixels: int, max_
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) * (1 / p.rescale_factor) for x in (p.image_mean, p.image_std))
     return patchify_frames((pixels - mean) / std, p.patch_size, p.merge_size, p.temporal_patch_size)
 
+# %% ../nbs/04_encoder.ipynb #04e00005
+@patch
+def save_pretrained(self: KiwiProcessor, save_directory: str | Path, **kwargs):
+    "Write tokenizer, chat template and image processor into `save_directory`."
+    self.tokenizer.save_pretrained(save_directory)
+    self.image_processor.save_pretrained(save_directory)
+
+# %% ../nbs/04_encoder.ipynb #04e00006
+@patch_to(KiwiProcessor, cls_method=True)
+def from_pretrained(cls, folder: str | Path, **kwargs) -> KiwiProcessor:
+    "Read what `save_pretrained` wrote, or the `processor` folder of a released repository."
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"`folder` has to be an existing processor folder but is {str(folder)!r}.")
+    return cls(Qwen2Tokenizer.from_pretrained(folder), Qwen2VLImageProcessorPil.from_pretrained(folder))
+
 # %% ../nbs/04_encoder.ipynb #b747a46a
 def chat_text(
     processor: KiwiProcessor,
@@ -206,6 +206,19 @@ def chat_text(
     messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": content}]
     return processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
 
+# %% ../nbs/04_encoder.ipynb #04e00007
+@patch(as_prop=True)
+def query_token_id(self: KiwiProcessor) -> int:
+    "Id of the placeholder that a learnable query replaces."
+    return self.tokenizer.convert_tokens_to_ids(QUERY_TOKEN)
+
+# %% ../nbs/04_encoder.ipynb #04e00009
+def _box(grid, merge_size, temporal_step):
+    "Positions (3, tokens) of a picture, from 0 on."
+    t, gh, gw = grid
+    sides = (torch.arange(t) * temporal_step, torch.arange(gh // merge_size), torch.arange(gw // merge_size))
+    return torch.stack(torch.meshgrid(*sides, indexing="ij")).flatten(1)
+
 # %% ../nbs/04_encoder.ipynb #7c334d17
 def mrope_positions(
     is_vision: torch.Tensor,  # (L,) bool, where picture tokens stand
@@ -216,16 +229,14 @@ def mrope_positions(
     "Positions of Qwen2.5-VL: text counts on, a picture spans a box, text after it starts beyond its largest side."
     length, flags = len(is_vision), is_vision.tolist()
     positions, here, start = torch.zeros(3, length, dtype=torch.long), 0, 0
-    for t, gh, gw in grids:
+    for grid in grids:
         first = flags.index(True, here)
         positions[:, here:first] = torch.arange(start, start + first - here)
         start += first - here
-        sides = (torch.arange(t) * temporal_step, torch.arange(gh // merge_size), torch.arange(gw // merge_size))
-        box = torch.stack(torch.meshgrid(*sides, indexing="ij")).flatten(1)
+        box = _box(grid, merge_size, temporal_step)
         here = first + box.shape[1]
-        if not all(flags[first:here]):
-            rule = f"`is_vision` has to mark {box.shape[1]} tokens from position {first} on"
-            raise InputError(f"{rule} for the grid {(t, gh, gw)}.")
+        rule = f"`is_vision` has to mark {box.shape[1]} tokens from position {first} on"
+        expect(all(flags[first:here]), f"{rule} for the grid {tuple(grid)}.")
         positions[:, first:here] = box + start
         start += int(box.max()) + 1
     positions[:, here:] = torch.arange(start, start + length - here)
@@ -244,11 +255,15 @@ class EncoderInputs:
     pixel_values: torch.Tensor | None  # (P, 1176) patch rows of all pictures in order; None where features are cached
     token_ids: dict[str, int]  # ids of "query", "image", "video", "pad"
 
-    def __len__(self):
-        return len(self.input_ids)
+# %% ../nbs/04_encoder.ipynb #04e0000d
+@patch
+def __len__(self: EncoderInputs):
+    return len(self.input_ids)
 
-    def __repr__(self):
-        return f"EncoderInputs({', '.join(f'{m} of {n} tokens' for m, n in zip(self.modes, self.lengths.tolist()))})"
+
+@patch
+def __repr__(self: EncoderInputs):
+    return f"EncoderInputs({', '.join(f'{m} of {n} tokens' for m, n in zip(self.modes, self.lengths.tolist()))})"
 
 # %% ../nbs/04_encoder.ipynb #e2726f14
 @patch
@@ -282,8 +297,7 @@ def collate_inputs(
     inputs: list[EncoderInputs],  # of one or more samples each
 ) -> EncoderInputs:
     "One right-padded batch out of several; lists of features from `vision_features` are joined with `+`."
-    if not inputs:
-        raise InputError("`inputs` has to hold at least one sample but is empty.")
+    expect(inputs, "`inputs` has to hold at least one sample but is empty.")
     pad = inputs[0].token_ids["pad"]
     longest = max(x.input_ids.shape[1] for x in inputs)
     missing = [(0, longest - x.input_ids.shape[1]) for x in inputs]
@@ -301,13 +315,12 @@ def collate_inputs(
 # %% ../nbs/04_encoder.ipynb #24d5b598
 def _pictures(processor, c, mode, source, references):
     "Placeholder -> (patch rows, grid) of the pictures of an edit, in the order of the text."
+    look, low = processor.image_patches, c.min_image_pixels
     if mode == "image":
-        image = PIL.Image.fromarray(source[0])
-        return {IMAGE_TOKEN: processor.image_patches(image, c.min_image_pixels, c.max_image_pixels)}
+        return {IMAGE_TOKEN: look(PIL.Image.fromarray(source[0]), low, c.max_image_pixels)}
     pictures = {VIDEO_TOKEN: processor.video_patches(source, c.min_pixels_per_frame, c.max_pixels_per_frame)}
     if mode == "ref":
-        image, limit = references[0].convert("RGB"), 28 * 28 * c.max_object_token
-        pictures[IMAGE_TOKEN] = processor.image_patches(image, c.min_image_pixels, limit)
+        pictures[IMAGE_TOKEN] = look(references[0].convert("RGB"), low, 28 * 28 * c.max_object_token)
     return pictures
 
 # %% ../nbs/04_encoder.ipynb #b528d502
@@ -394,13 +407,23 @@ def encode_hidden(
     queries = torch.cat([guidance.queries(mode).to(embeds.dtype) for mode in inputs.modes])
     is_vision = (ids == tokens["image"]) | (ids == tokens["video"])
     for name, mask, values in (("vision", is_vision, features), ("queries", ids == tokens["query"], queries)):
-        if int(mask.sum()) != len(values):
-            rule = f"hold one row for each placeholder, {int(mask.sum())},"
-            raise InputError(f"`{name}` has to {rule} but holds {len(values)}.")
+        wanted, found = int(mask.sum()), len(values)
+        expect(wanted == found, f"`{name}` has to hold one row for each placeholder, {wanted}, but holds {found}.")
         embeds = embeds.masked_scatter(mask[..., None], values)
     # Attention is causal and the padding is on the right: no real token sees it, so no mask is needed.
     reader = mllm.model.language_model
     return reader(inputs_embeds=embeds, position_ids=inputs.position_ids, use_cache=False).last_hidden_state
+
+# %% ../nbs/04_encoder.ipynb #04e0000e
+def _read_out(guidance, inputs):
+    "Which hidden states are read, and which of these are the reference's: (B, L) bool each."
+    ids, tokens = inputs.input_ids, inputs.token_ids
+    is_ref_row = torch.tensor([[mode == "ref"] for mode in inputs.modes], device=ids.device)
+    is_ref = (ids == tokens["image"]) & is_ref_row
+    read = ids == tokens["query"]
+    if guidance.config.query_read_out == "last_positions":  # the released models read two positions too late
+        read = F.pad(read[:, :-2], (2, 0))
+    return is_ref | read, is_ref
 
 # %% ../nbs/04_encoder.ipynb #9a447143
 def encode_context(
@@ -411,14 +434,8 @@ def encode_context(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # context (B, N, dim), mask (B, N) bool that is False where a row is padded
     "The denoiser's context: the reference's features first, then the queries."
     hidden = encode_hidden(mllm, guidance, inputs, vision)
-    ids, tokens, device = inputs.input_ids, inputs.token_ids, hidden.device
-    is_ref_row = torch.tensor([[mode == "ref"] for mode in inputs.modes], device=device)
-    is_ref = (ids == tokens["image"]) & is_ref_row
-    read = ids == tokens["query"]
-    if guidance.config.query_read_out == "last_positions":  # the released models read two positions too late
-        read = F.pad(read[:, :-2], (2, 0))
-    chosen = is_ref | read
-    mask = chosen.sum(1, keepdim=True) > torch.arange(int(chosen.sum(1).max()), device=device)
+    chosen, is_ref = _read_out(guidance, inputs)
+    mask = chosen.sum(1, keepdim=True) > torch.arange(int(chosen.sum(1).max()), device=hidden.device)
     order = (~chosen).int().argsort(dim=1, stable=True)[:, : mask.shape[1]]
     hidden = hidden.gather(1, order[..., None].expand(-1, -1, hidden.shape[-1]))
     context = guidance.connector(hidden)

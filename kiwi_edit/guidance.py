@@ -17,7 +17,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from fastcore.basics import patch
 from torch import nn
 
-from .core import InputError, InputTypeError
+from .core import InputError, InputTypeError, expect
 
 # %% auto #0
 __all__ = ['to_velocity', 'KiwiGuidance', 'Rope', 'EditCache', 'Context', 'rotate', 'halve', 'attend', 'KiwiAttnProcessor',
@@ -61,6 +61,7 @@ def to_velocity(
     return (latents - clean) / sigma.float().clamp(min=0.05).view(-1, 1, 1, 1, 1)
 
 # %% ../nbs/05_guidance.ipynb #9da93aac
+# fmt: off
 class KiwiGuidance(ModelMixin, ConfigMixin):
     "All that Kiwi-Edit adds to its backbones: learnable queries, two connectors, source and reference embedders."
 
@@ -71,9 +72,7 @@ class KiwiGuidance(ModelMixin, ConfigMixin):
         dim: int = 3072,  # width of the denoiser
         in_channels: int = 48,  # channels of the latents
         patch_size: tuple[int, int, int] = (1, 2, 2),  # of the denoiser
-        num_image_queries: int = 256,
-        num_video_queries: int = 512,
-        num_ref_queries: int = 768,
+        num_image_queries: int = 256, num_video_queries: int = 512, num_ref_queries: int = 768,  # by kind of edit
         max_object_token: int = 768,  # merged tokens that a reference may take in the encoder
         max_pixels_per_frame: int | None = 262144,  # of a video frame in the encoder
         min_pixels_per_frame: int = 100352,
@@ -89,18 +88,29 @@ class KiwiGuidance(ModelMixin, ConfigMixin):
         names: str = "velocity",  # what the denoiser's output is, one of `_NAMES`
     ):
         super().__init__()
-        if query_read_out not in ("queries", "last_positions"):
-            raise InputError(f'`query_read_out` has to be "queries" or "last_positions" but is {query_read_out!r}.')
-        if names not in _NAMES:
-            raise InputError(f"`names` has to be one of {', '.join(_NAMES)} but is {names!r}.")
-        for mode, number in dict(image=num_image_queries, video=num_video_queries, ref=num_ref_queries).items():
-            self.register_parameter(f"{mode}_queries", nn.Parameter(torch.randn(number, hidden_size) * 0.02))
-        self.connector, self.ref_connector = (_connector(hidden_size, dim, zero_init) for _ in range(2))
-        self.source_embedder, self.ref_embedder = (_embedder(in_channels, dim, patch_size, zero_init) for _ in range(2))
+        self._build(self.config)
+# fmt: on
 
-    def queries(self, mode: str) -> torch.Tensor:  # (N, hidden_size)
-        'The learnable queries of a mode: "image", "video" or "ref".'
-        return getattr(self, f"{mode}_queries")
+# %% ../nbs/05_guidance.ipynb #05l00003
+@patch
+def _build(self: KiwiGuidance, c):
+    "Make the weights that a configuration asks for."
+    read_outs = ("queries", "last_positions")
+    rule = '`query_read_out` has to be "queries" or "last_positions"'
+    expect(c.query_read_out in read_outs, f"{rule} but is {c.query_read_out!r}.")
+    expect(c.names in _NAMES, f"`names` has to be one of {', '.join(_NAMES)} but is {c.names!r}.")
+    for mode in ("image", "video", "ref"):
+        start = torch.randn(c[f"num_{mode}_queries"], c.hidden_size) * 0.02
+        self.register_parameter(f"{mode}_queries", nn.Parameter(start))
+    self.connector, self.ref_connector = (_connector(c.hidden_size, c.dim, c.zero_init) for _ in range(2))
+    shape = (c.in_channels, c.dim, c.patch_size, c.zero_init)
+    self.source_embedder, self.ref_embedder = (_embedder(*shape) for _ in range(2))
+
+# %% ../nbs/05_guidance.ipynb #05l00004
+@patch
+def queries(self: KiwiGuidance, mode: str) -> torch.Tensor:  # (N, hidden_size)
+    'The learnable queries of a mode: "image", "video" or "ref".'
+    return getattr(self, f"{mode}_queries")
 
 # %% ../nbs/05_guidance.ipynb #d7775306
 class Rope(NamedTuple):
@@ -294,14 +304,30 @@ class _Call:
         if kept.reference is None and self.extra:
             kept.reference = guidance.ref_embedder(reference_latents)
 
-    def beside(self, video, others, dim):
-        "A clip and what belongs to its references, in front of it or behind it."
-        return torch.cat([others, video] if self.first else [video, others], dim=dim)
+# %% ../nbs/05_guidance.ipynb #05l00006
+@patch
+def beside(self: _Call, video, others, dim):
+    "A clip and what belongs to its references, in front of it or behind it."
+    return torch.cat([others, video] if self.first else [video, others], dim=dim)
 
-    def of_video(self, x, dim):
-        "The clip's part, in frames or in tokens."
-        unit = x.shape[dim] // (self.frames + self.extra)
-        return x.narrow(dim, self.extra * unit if self.first else 0, self.frames * unit)
+
+@patch
+def of_video(self: _Call, x, dim):
+    "The clip's part, in frames or in tokens."
+    unit = x.shape[dim] // (self.frames + self.extra)
+    return x.narrow(dim, self.extra * unit if self.first else 0, self.frames * unit)
+
+# %% ../nbs/05_guidance.ipynb #05l00008
+@patch
+def given(self: _Call, wan, guidance, latents, timestep):
+    "What the denoiser's own `forward` is called with."
+    batch, channels, _, height, width = latents.shape
+    blank = latents.new_zeros(batch, channels, self.extra, height, width)
+    text = latents.new_zeros(batch, 1, wan.config.text_dim)  # the stock text embedder runs on one blank token
+    timestep = timestep.to(latents.device).expand(batch)
+    if guidance.config.round_timestep:
+        timestep = timestep.to(torch.bfloat16).float()
+    return dict(hidden_states=self.beside(latents, blank, 2), timestep=timestep, encoder_hidden_states=text)
 
 # %% ../nbs/05_guidance.ipynb #19773a22
 @patch
@@ -371,17 +397,11 @@ def denoise(
     call = _Call(guidance, latents, sigma, source_latents, reference_latents, reference_mask, kept)
     mask = None if context_mask is None or context_mask.all() else context_mask[:, None, None]
     after, before = call.hooks(wan, Context(context, mask, None if cache is None else cache.key_values))
-    batch, channels, _, height, width = latents.shape
-    blank = latents.new_zeros(batch, channels, call.extra, height, width)
-    text = latents.new_zeros(batch, 1, wan.config.text_dim)  # the stock text embedder runs on one blank token
-    timestep = timestep.to(latents.device).expand(batch)
-    if guidance.config.round_timestep:
-        timestep = timestep.to(torch.bfloat16).float()
-    given = dict(hidden_states=call.beside(latents, blank, 2), timestep=timestep, encoder_hidden_states=text)
-    with _step_context(wan, cache, timestep, sigma), hooked(*after, before=before):
+    given = call.given(wan, guidance, latents, timestep)
+    with _step_context(wan, cache, given["timestep"], sigma), hooked(*after, before=before):
         predicted = transformer(**given, return_dict=False)[0]
     kept.steps += 1
-    named, kept.matte = call.of_video(predicted, 2).tensor_split([channels], 1)
+    named, kept.matte = call.of_video(predicted, 2).tensor_split([latents.shape[1]], 1)
     return to_velocity(named, guidance.config.names, latents, sigma, source_latents)
 
 # %% ../nbs/05_guidance.ipynb #75a45d4b

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm, patchify, unpatchify
 from torch.overrides import TorchFunctionMode
 
-from .core import InputError
+from .core import InputError, expect
 from .windows import ramp
 
 # %% auto #0
@@ -70,6 +70,8 @@ def _forward_summed(self, x):
 
 # %% ../nbs/03_latents.ipynb #84ad1329
 _FORWARDS = {WanCausalConv3d: _forward_where_it_helps, WanRMS_norm: _forward_summed}
+
+# %% ../nbs/03_latents.ipynb #84ad132a
 _fast_lock = threading.Lock()
 
 
@@ -116,29 +118,13 @@ def _starts(length, tile, stride):
     "Where tiles begin: at multiples of the stride, as long as the one before does not reach the border."
     return [start for start in range(0, length, stride) if start == 0 or start - stride + tile < length]
 
-# %% ../nbs/03_latents.ipynb #9c560aed
-def in_tiles(
-    vae: AutoencoderKLWan,
-    x: torch.Tensor,  # (B, 3, T, H, W) pixels in -1..1, or (B, z, f, h, w) latents as the autoencoder has them
-    way: str,  # "encode" or "decode"
-    run: Callable | None = None,  # called as run(part of x, number of the tile); None calls the autoencoder
-) -> torch.Tensor:  # latents (B, z, f, h, w), or pixels (B, 3, T, H, W) in -1..1
-    "A pass of the autoencoder; in overlapping tiles after `vae.enable_tiling(...)`, if the picture is larger than one."
-    encodes, factor = way == "encode", vae.config.scale_factor_spatial
-    if run is None:
-        run = lambda part, _: vae.encode(part).latent_dist.mode() if encodes else vae.decode(part).sample
-    scale, unit = (1 / factor, 1) if encodes else (factor, factor)  # of the result; pixels in a unit of `x`
-    tile = [size // unit for size in (vae.tile_sample_min_height, vae.tile_sample_min_width)]
-    stride = [size // unit for size in (vae.tile_sample_stride_height, vae.tile_sample_stride_width)]
-    if not vae.use_tiling or all(side <= size for side, size in zip(x.shape[-2:], tile)):
-        return run(x, 0)
-    if encodes and any(size % factor for size in tile + stride) or any(s > t for s, t in zip(stride, tile)):
-        rule = f"sides and strides in multiples of {factor} pixels, strides no longer than sides"
-        raise InputError(f"tiles of the autoencoder have to have {rule}, but are {tile} and {stride}.")
+# %% ../nbs/03_latents.ipynb #03b00014
+def _blended(x, run, tile, stride, scale):
+    "Results of tiles of `x`, each `scale` times as large as its tile, laid over each other."
     rows, columns = (_starts(*sizes) for sizes in zip(x.shape[-2:], tile, stride))
     overlap, total = [round((t - s) * scale) for t, s in zip(tile, stride)], None
     for i, (top, left) in enumerate(itertools.product(rows, columns)):
-        with nullcontext() if encodes else _Unclamped():  # no part is larger than a tile: diffusers cuts none further
+        with nullcontext() if scale < 1 else _Unclamped():  # no part is larger than a tile: diffusers cuts none further
             part = run(x[..., top : top + tile[0], left : left + tile[1]], i)
         tall = ramp(part.shape[-2], overlap[0], top == rows[0], top == rows[-1])
         wide = ramp(part.shape[-1], overlap[1], left == columns[0], left == columns[-1])
@@ -150,7 +136,29 @@ def in_tiles(
         place = (..., slice(y, y + part.shape[-2]), slice(x0, x0 + part.shape[-1]))
         total[place] += part * weight
         weights[place] += weight
-    return total / weights if encodes else (total / weights).clamp(-1, 1)
+    return total / weights
+
+# %% ../nbs/03_latents.ipynb #9c560aed
+def in_tiles(
+    vae: AutoencoderKLWan,
+    x: torch.Tensor,  # (B, 3, T, H, W) pixels in -1..1, or (B, z, f, h, w) latents as the autoencoder has them
+    way: str,  # "encode" or "decode"
+    run: Callable | None = None,  # called as run(part of x, number of the tile); None calls the autoencoder
+) -> torch.Tensor:  # latents (B, z, f, h, w), or pixels (B, 3, T, H, W) in -1..1
+    "A pass of the autoencoder; in overlapping tiles after `vae.enable_tiling(...)`, if the picture is larger than one."
+    encodes, factor = way == "encode", vae.config.scale_factor_spatial
+    if run is None:
+        run = lambda part, _: vae.encode(part).latent_dist.mode() if encodes else vae.decode(part).sample
+    unit = 1 if encodes else factor  # pixels in a unit of `x`
+    tile = [size // unit for size in (vae.tile_sample_min_height, vae.tile_sample_min_width)]
+    stride = [size // unit for size in (vae.tile_sample_stride_height, vae.tile_sample_stride_width)]
+    if not vae.use_tiling or all(side <= size for side, size in zip(x.shape[-2:], tile)):
+        return run(x, 0)
+    if encodes and any(size % factor for size in tile + stride) or any(s > t for s, t in zip(stride, tile)):
+        rule = f"sides and strides in multiples of {factor} pixels, strides no longer than sides"
+        raise InputError(f"tiles of the autoencoder have to have {rule}, but are {tile} and {stride}.")
+    result = _blended(x, run, tile, stride, 1 / factor if encodes else factor)
+    return result if encodes else result.clamp(-1, 1)
 
 # %% ../nbs/03_latents.ipynb #1803d172
 def _to_pixels(vae, frames, device):
@@ -172,8 +180,8 @@ def encode_frames(
         frames = frames[None]
     if frames.ndim != 5 or frames.shape[-1] != 3 or frames.dtype != torch.uint8:
         raise InputError(f"`frames` has to be (B, T, H, W, 3) uint8 but is {tuple(frames.shape)} {frames.dtype}.")
-    if frames.shape[1] % 4 != 1:  # diffusers encodes one frame, then groups of four, whether time is compressed or not
-        raise InputError(f"`frames` has to hold 4k+1 frames but holds {frames.shape[1]}.")
+    # diffusers encodes one frame, then groups of four, whether time is compressed or not
+    expect(frames.shape[1] % 4 == 1, f"`frames` has to hold 4k+1 frames but holds {frames.shape[1]}.")
     pixels = _to_pixels(vae, frames, device)
     mean, std = latent_statistics(vae, pixels.device)
     with fast_layers(vae):
@@ -228,9 +236,9 @@ def regroup(
             if sum(map(len, kept)) == wanted:
                 yield kept[0] if len(kept) == 1 else np.concatenate(kept)
                 kept, wanted = [], group
-    if kept and not drop_rest:
-        rest = sum(map(len, kept))
-        raise InputError(f"`chunks` has to hold {group}k+1 frames for this autoencoder but {rest} are left over.")
+    rest = sum(map(len, kept))
+    rule = f"`chunks` has to hold {group}k+1 frames for this autoencoder"
+    expect(drop_rest or not rest, f"{rule} but {rest} are left over.")
 
 # %% ../nbs/03_latents.ipynb #35eaf973
 def stream_latents(

@@ -125,8 +125,6 @@ class KiwiEditPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         sizes = dict(max_pixels=max_pixels, max_frames=max_frames, window_frames=window_frames)
         self.register_to_config(**sizes, default_steps=default_steps, schedule=schedule)
         self.memory = Memory()
-        self._interrupt, self._num_timesteps, self._current_timestep = False, 0, None
-        self._guidance_scale = self._reference_scale = 1.0
 
 # %% ../nbs/06_pipeline.ipynb #06n00001
 _OF_AN_EDIT = dict(  # of the edit under way, as diffusers' pipelines name them
@@ -135,10 +133,14 @@ _OF_AN_EDIT = dict(  # of the edit under way, as diffusers' pipelines name them
     num_timesteps="Steps of the edit under way.",
     current_timestep="Of the edit under way; None where none is.",
 )
+
+# %% ../nbs/06_pipeline.ipynb #06l00002
+KiwiEditPipeline._interrupt, KiwiEditPipeline._num_timesteps, KiwiEditPipeline._current_timestep = False, 0, None
+KiwiEditPipeline._guidance_scale = KiwiEditPipeline._reference_scale = 1.0
 for _name, _words in _OF_AN_EDIT.items():
     setattr(KiwiEditPipeline, _name, property(attrgetter(f"_{_name}"), doc=_words))
 
-
+# %% ../nbs/06_pipeline.ipynb #06l00003
 @patch_to(KiwiEditPipeline, as_prop=True)
 def do_classifier_free_guidance(self) -> bool:
     "Whether the edit under way is guided by a negative prompt."
@@ -150,11 +152,22 @@ def size_multiple(self) -> int:
     "Width and height of an edit are multiples of this many pixels."
     return self.vae.config.scale_factor_spatial * self.transformer.config.patch_size[-1]
 
-
+# %% ../nbs/06_pipeline.ipynb #06l00004
 @patch_to(KiwiEditPipeline, as_prop=True)
 def window_frames(self) -> int:
     "Frames that are denoised at once of a clip that is longer than `max_frames`."
     return max(self.config.max_frames, self.config.window_frames or 0)
+
+# %% ../nbs/06_pipeline.ipynb #06l00005
+def _mllm_config(preset, tokenizer):
+    "The language model's configuration, its special tokens numbered as the tokenizer has them."
+    config = Qwen2_5_VLConfig(**preset.mllm)
+    for token in ("image_pad", "video_pad", "vision_start", "vision_end"):
+        name = token.replace("pad", "token") + ("" if "pad" in token else "_token")
+        setattr(config, f"{name}_id", tokenizer.convert_tokens_to_ids(f"<|{token}|>"))
+    config.text_config.bos_token_id = config.text_config.pad_token_id = tokenizer.pad_token_id
+    config.text_config.eos_token_id = tokenizer.eos_token_id
+    return config
 
 # %% ../nbs/06_pipeline.ipynb #06n00004
 @patch_to(KiwiEditPipeline, cls_method=True)
@@ -165,15 +178,10 @@ def from_preset(
 ) -> KiwiEditPipeline:
     "A model of a preset's sizes with random weights, ready to be trained."
     preset = get_preset(preset)
-    config = Qwen2_5_VLConfig(**preset.mllm)
-    for token in ("image_pad", "video_pad", "vision_start", "vision_end"):
-        name = token.replace("pad", "token") + ("" if "pad" in token else "_token")
-        setattr(config, f"{name}_id", tokenizer.convert_tokens_to_ids(f"<|{token}|>"))
-    text = config.text_config
-    size = f"the {text.vocab_size} tokens of the preset"
-    expect(len(tokenizer) <= text.vocab_size, f"`tokenizer` has to have at most {size} but has {len(tokenizer)}.")
-    text.bos_token_id = text.pad_token_id = tokenizer.pad_token_id
-    text.eos_token_id = tokenizer.eos_token_id
+    config = _mllm_config(preset, tokenizer)
+    most = config.text_config.vocab_size
+    size = f"the {most} tokens of the preset"
+    expect(len(tokenizer) <= most, f"`tokenizer` has to have at most {size} but has {len(tokenizer)}.")
     sizes = dict(max_pixels=preset.max_pixels, max_frames=preset.num_frames, window_frames=preset.window_frames)
     return cls(
         WanTransformer3DModel(**preset.transformer).eval(),
