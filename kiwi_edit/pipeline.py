@@ -284,9 +284,8 @@ def _check_call(pipe, prompt, negative_prompt, height, width, num_frames, steps,
     _check(one is None or isinstance(one, torch.Generator), "generator", rule, generator, InputTypeError)
     forms = ("pil", "np", "pt", "latent", "stream")
     _check(output_type in forms, "output_type", f"be one of {', '.join(forms)}", output_type)
-    known = set(tensors) <= set(pipe._callback_tensor_inputs)
-    rule = f"be of {', '.join(pipe._callback_tensor_inputs)}"
-    _check(known, "callback_on_step_end_tensor_inputs", rule, tensors)
+    known = pipe._callback_tensor_inputs
+    _check(set(tensors) <= set(known), "callback_on_step_end_tensor_inputs", f"be of {', '.join(known)}", tensors)
     _check(0 <= window_overlap < 1, "window_overlap", "be from 0 to below 1", window_overlap)
     _check(video is not None, "video", "be a clip or an image", video)
 
