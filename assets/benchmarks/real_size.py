@@ -7,7 +7,6 @@ turn comes, and what comes out is rounded to bfloat16: weights and activations t
 
 import argparse
 import json
-import math
 import multiprocessing
 import shutil
 import signal
@@ -75,7 +74,8 @@ class Float32Products(TorchFunctionMode):
 
 @contextmanager
 def phase(name, found):
-    "Seconds and most memory of a block, into a dict; a line of progress meanwhile."
+    """Seconds of a block, the most memory that only it can give back (`bytes`), and the most with pages of mapped files,
+    which the system drops where memory is short (`resident`), into a dict; a line of progress meanwhile."""
     status, most, done = Path("/proc/self/status"), 0, threading.Event()
     kilobytes = lambda key: int(status.read_text().split(f"{key}:")[1].split()[0])
 
@@ -112,8 +112,10 @@ def write_random(tensors, folder, size, name="diffusion_pytorch_model"):
     def numbers(key, shape):
         if key.endswith("gamma") or key.endswith("weight") and len(shape) == 1:
             return torch.ones(shape, dtype=torch.bfloat16)
-        count = math.prod(shape)
-        return block.repeat(count // len(block) + 1)[:count].view(shape).clone()
+        values = torch.empty(shape, dtype=torch.bfloat16)
+        for piece in values.view(-1).split(len(block)):
+            piece.copy_(block[: len(piece)])
+        return values
 
     for file, names in tqdm(plan.filename_to_tensors.items(), desc=f"{folder.name}/{name}"):
         save_file({key: numbers(key, tensors[key].shape) for key in names}, folder / file, metadata={"format": "pt"})
@@ -148,19 +150,19 @@ def offload(pipe, folder):
     cpu, parts = torch.device("cpu"), {"transformer": pipe.transformer, "vae": pipe.vae}
     parts |= dict(language=pipe.mllm.model.language_model, vision=pipe.mllm.model.visual)
     for name, part in parts.items():
-        # the kit calls layers of the last three by themselves
+        # the kit calls layers of the last three by themselves, which groups by blocks do not see
         how = dict(offload_type="block_level", num_blocks_per_group=1) if name == "transformer" else {}
-        how = how or dict(offload_type="leaf_level")
+        how = dict(offload_type="leaf_level") | how
         apply_group_offloading(part, onload_device=cpu, offload_to_disk_path=str(folder / name), **how)
 
 
 def load_and_edit(case, folder, clip):
     "Seconds and memory of a case, in a process of its own, and how much its result varies."
     found, times = {}, []
+    with phase("begin", found):
+        pass  # the process with its libraries
     with phase("load", found):
-        # diffusers' loader leaves weights in mapped files, where they take no memory that could not be given back
-        mapped = dict(low_cpu_mem_usage=True) if case == "offload" else {}
-        pipe = KiwiEditPipeline.from_pretrained(folder, torch_dtype="auto", **mapped)
+        pipe = KiwiEditPipeline.from_pretrained(folder, torch_dtype="auto")
     if case == "float8":
         with phase("cast", found):
             pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
@@ -205,9 +207,11 @@ def in_child(function, *arguments):
         child.join()
 
 
-def try_size(sizes, cases=tuple(CASES), clip=CLIP):
+def try_size(sizes, cases=tuple(CASES), clip=None):
     "All cases of a size: what was measured, and what the dry run says of it."
     from kiwi_edit.train import estimate
+
+    clip = clip or CLIP
 
     known = {name: value for name, value in vars(estimate).items() if not name.startswith("__")}
     said, found = read_cells("34_estimate", "costs", **known).edit_cost(sizes, *clip), {}
