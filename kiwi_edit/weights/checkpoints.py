@@ -279,7 +279,9 @@ def _fill(model, weights, ignore=(), dtype=torch.float32):
     exact = set(getattr(model, "_keep_in_fp32_modules", None) or ())  # diffusers keeps these whatever the rest is
     for name, tensor in weights.items():
         to = torch.float32 if exact & set(name.split(".")) else dtype
-        value = _finite(model, name, _scaled(tensor, scales.get(name)).to(to, copy=True))
+        # float32 is moved to where computing on a CPU gives the same bits whatever file it came from
+        value = _scaled(tensor, scales.get(name)).to(to, copy=to == torch.float32)
+        value = _finite(model, name, value)
         set_module_tensor_to_device(model, name, "cpu", value=value, dtype=to)
     return model.eval()
 
