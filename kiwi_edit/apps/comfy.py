@@ -35,8 +35,7 @@ class _Model(NamedTuple):
                 for i, (file, _) in enumerate(self.loras):
                     self.pipe.load_lora_weights(file, adapter_name=f"lora{i}")
             if self.loras:
-                strengths = {f"lora{i}": strength for i, (_, strength) in enumerate(self.loras)}
-                self.pipe.set_adapters(list(strengths), list(strengths.values()))
+                self.pipe.set_adapters([f"lora{i}" for i in range(len(self.loras))], [s for _, s in self.loras])
             self.pipe._loras = self.loras
         return self.pipe
 
@@ -45,9 +44,7 @@ class _Model(NamedTuple):
 @torch.inference_mode(False)
 def _pipeline(model, offload):
     where = choose_device(settings().device)
-    dtype = choose_dtype(settings().dtype, where)
-    pipe = KiwiEditPipeline.from_pretrained(find_model(model), torch_dtype=dtype)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = KiwiEditPipeline.from_pretrained(find_model(model), torch_dtype=choose_dtype(settings().dtype, where))
     if offload and where.type != "cpu":
         pipe.enable_model_cpu_offload(device=where)
     else:
@@ -76,8 +73,7 @@ def _node(title, gives, required, optional=()):
 
 def _number(default, least, most, step=0.05, **more):
     "A widget of a number, whole where its default is."
-    kind = "INT" if isinstance(default, int) else "FLOAT"
-    return kind, dict(default=default, min=least, max=most, step=step, **more)
+    return "INT" if isinstance(default, int) else "FLOAT", dict(default=default, min=least, max=most, step=step, **more)
 
 
 _MODEL, _OFF = ("KIWI_MODEL",), ("BOOLEAN", dict(default=False))
