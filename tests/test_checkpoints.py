@@ -75,6 +75,27 @@ def weights_of(folder):
     return {str(file.relative_to(folder)): load_file(file) for file in sorted(Path(folder).rglob("*.safetensors"))}
 
 
+# places
+
+
+def test_parts_of_a_released_model_are_read_to_the_devices_that_are_named():
+    pipe = KiwiEditPipeline.from_pretrained(
+        RELEASED, device_map=dict(transformer="meta", guidance=torch.device("meta"))
+    )
+    where = {part: {p.device.type for p in getattr(pipe, part).parameters()} for part in ("mllm", "vae")}
+    assert where == dict(mllm={"cpu"}, vae={"cpu"})
+    for part in (pipe.transformer, pipe.guidance):
+        assert {x.device.type for x in (*part.parameters(), *part.buffers())} == {"meta"}
+    assert np.array_equal(edit(KiwiEditPipeline.from_pretrained(RELEASED, device_map="cpu"), name="ref"), original())
+
+
+@pytest.mark.parametrize("device_map", [dict(denoiser="cpu"), "gpu", dict(vae="cuda:99")])
+def test_places_that_are_none_are_refused(device_map):
+    with pytest.raises(ValueError, match="`device") as caught:
+        KiwiEditPipeline.from_pretrained(RELEASED, device_map=device_map)
+    assert "\n" not in str(caught.value)
+
+
 # round trips
 
 

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from ..core import InputError, InputTypeError, PRESETS, expect, require
+from ..core import InputError, InputTypeError, PRESETS, choose_device, expect, require
 from ..encoder import KiwiProcessor
 from ..guidance import KiwiGuidance
 from ..pipeline import KiwiEditPipeline, find_checkpoint
@@ -273,7 +273,7 @@ def _scaled(tensor, scale):
 
 
 def _fill(model, weights, ignore=(), dtype=torch.float32):
-    "A model, on the meta device or not, with these weights on the CPU, after a look at all their names and shapes."
+    "A model, on the meta device or not, with these weights on torch's default device, after a look at all their names."
     weights, scales = _split_scales(weights)
     _compare(model, weights, ignore)
     exact = set(getattr(model, "_keep_in_fp32_modules", None) or ())  # diffusers keeps these whatever the rest is
@@ -282,7 +282,7 @@ def _fill(model, weights, ignore=(), dtype=torch.float32):
         # float32 is moved to where computing on a CPU gives the same bits whatever file it came from
         value = _scaled(tensor, scales.get(name)).to(to, copy=to == torch.float32)
         value = _finite(model, name, value)
-        set_module_tensor_to_device(model, name, "cpu", value=value, dtype=to)
+        set_module_tensor_to_device(model, name, torch.get_default_device(), value=value, dtype=to)
     return model.eval()
 
 
@@ -479,30 +479,45 @@ def _make_guidance(config, weights, dtype, optional=()):
 
 
 def _load_official(
-    folder, torch_dtype=torch.float32, variant=None, schedule="diffusers", transformer=None, **overrides
+    folder,
+    torch_dtype=torch.float32,
+    variant=None,
+    schedule="diffusers",
+    transformer=None,
+    device_map="cpu",
+    **overrides,
 ):
     "A released repository, whose own code is not run; overrides are fields of `KiwiGuidance`."
     # `schedule` is that of the pipeline that lies in such repositories, or "native"
+    # `device_map` is a device or a dict of these by part: weights go there one by one, and never lie here as a whole
+    places = device_map if isinstance(device_map, dict) else dict.fromkeys(_KINDS, device_map)
+    rule = f"`device_map` has to be a device or to name one for parts of {', '.join(_KINDS)}"
+    expect(places.keys() <= _KINDS.keys(), f"{rule} but names {_some(places)}.")
+    at = lambda part: choose_device(places.get(part, "cpu"))
     folder = Path(folder)
     found = f"the model_index.json of {str(folder)!r} names no mllm_encoder"
     released = "mllm_encoder" in _read_config(folder, "model_index.json")
     expect(released, f"`folder` has to be a released Kiwi-Edit repository but {found}.")
-    mllm, weights = _load_official_mllm(folder, torch_dtype, variant)
+    with at("mllm"):
+        mllm, weights = _load_official_mllm(folder, torch_dtype, variant)
     takes_reference = any((folder / "ref_embedder").glob("*.safetensors"))
     for part in ("source_embedder", "ref_embedder")[: 1 + takes_reference]:
         weights |= {k.replace("patch_embedding", part): v for k, v in _open_weights(folder / part, variant).items()}
     config = _official_guidance(folder, mllm, takes_reference) | overrides
     dtype, optional = _dtype_of(torch_dtype, "guidance", weights), () if takes_reference else _REFERENCE_PARTS
-    guidance = _make_guidance(config, weights, dtype, optional)
+    with at("guidance"):
+        guidance = _make_guidance(config, weights, dtype, optional)
 
     vae_known = _read_config(folder, "vae", "config.json", having=("dim", "z_dim"))
     vae_weights = _open_weights(folder / "vae", variant)
-    vae = _fill_vae(vae_known, vae_weights, "vae/config.json", _dtype_of(torch_dtype, "vae", vae_weights))
+    with at("vae"):
+        vae = _fill_vae(vae_known, vae_weights, "vae/config.json", _dtype_of(torch_dtype, "vae", vae_weights))
     if transformer is None:
         dit_known = _read_config(folder, "transformer", "config.json")
         weights = _open_weights(folder / "transformer", variant)
-        transformer = _build(WanTransformer3DModel, dit_known, "transformer/config.json")
-        _fill(transformer, weights, dtype=_dtype_of(torch_dtype, "transformer", weights))
+        with at("transformer"):
+            transformer = _build(WanTransformer3DModel, dit_known, "transformer/config.json")
+            _fill(transformer, weights, dtype=_dtype_of(torch_dtype, "transformer", weights))
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(_read_config(folder, "scheduler", "scheduler_config.json"))
     processor = KiwiProcessor.from_pretrained(folder / "processor")
     return KiwiEditPipeline(transformer, vae, scheduler, mllm, processor, guidance, schedule=schedule)
