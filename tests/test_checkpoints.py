@@ -890,7 +890,5 @@ def test_files_that_are_no_weights_are_said(tmp_path, name, content):
     with pytest.raises(ValueError, match=f"`{name}` has to be a whole ") as caught:
         describe_weights(file)
     one_clear_error(caught)
-    with pytest.raises(
-        ValueError, match="`path` has to be a file of weights or a folder of them but .* does not exist"
-    ):
+    with pytest.raises(FileNotFoundError, match="`path` has to be a file of weights or a folder but .* does not exist"):
         describe_weights(tmp_path / "nowhere")

@@ -357,10 +357,10 @@ def load_model(
 def _check_loras(loras, folder):
     "Raise where one cannot fit the model of a folder, before weights are read."
     if loras:
-        from kiwi_edit.weights.hub import check_lora
+        from kiwi_edit.pipeline import _library
 
         for source, _ in loras:
-            check_lora(source, folder)
+            _library("hub:check_lora")(source, folder)
 
 # %% ../../nbs/library/13_files.ipynb #044867e1
 @dataclass(frozen=True)

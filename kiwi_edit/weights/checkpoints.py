@@ -825,7 +825,8 @@ def describe_weights(
 ) -> dict[str, str]:  # file or part -> a sentence
     "What weights are and what they fit, from the headers of files, so it takes a second whatever their size."
     path, found = Path(path), {}
-    expect(path.exists(), f"`path` has to be a file of weights or a folder of them but {str(path)!r} does not exist.")
+    if not path.exists():
+        raise FileNotFoundError(f"`path` has to be a file of weights or a folder but {str(path)!r} does not exist.")
     if path.is_file():
         return {path.name: _describe(_header(path))}
     index = _read_config(path, "model_index.json") if (path / "model_index.json").is_file() else {}
