@@ -1,8 +1,11 @@
-"""`python assets/benchmarks/real_size.py`: a model of the published size with random weights is written, loaded and edits a clip on this
-CPU, beside what `edit_cost` of nbs/library/34_estimate.ipynb says. TMPDIR is where its folder lies, twice as large as its weights.
+"""A model of the published size with random weights is written, loaded and edits a clip on this CPU.
 
-A CPU without circuits for bfloat16 multiplies it ten times slower than float32. There each layer's weights are made float32 when their
-turn comes, and what comes out is rounded to bfloat16: weights and activations take the memory of bfloat16, and an edit minutes.
+    python assets/benchmarks/real_size.py
+
+What it takes is measured beside what `edit_cost` of nbs/library/34_estimate.ipynb says. TMPDIR is where the model lies, in
+twice the space of its weights. A CPU without circuits for bfloat16 multiplies it ten times slower than float32. There each
+layer's weights are made float32 when their turn comes, and what comes out is rounded to bfloat16: weights and activations
+take the memory of bfloat16, and an edit takes minutes.
 """
 
 import argparse
@@ -75,8 +78,8 @@ class Float32Products(TorchFunctionMode):
 
 @contextmanager
 def phase(name, found):
-    """Seconds of a block, the most memory that only it can give back (`bytes`), and the most with pages of mapped files,
-    which the system drops where memory is short (`resident`), into a dict; a line of progress meanwhile."""
+    "Seconds and most memory of a block, into a dict; a line of progress meanwhile."
+    # `bytes` only the process can give back; `resident` has pages of mapped files too, which the system may drop
     status, most, done = Path("/proc/self/status"), 0, threading.Event()
     kilobytes = lambda key: int(status.read_text().split(f"{key}:")[1].split()[0])
 
