@@ -2,10 +2,10 @@
 
     python assets/benchmarks/real_size.py
 
-What it takes is measured beside what `edit_cost` of nbs/library/34_estimate.ipynb says. TMPDIR is where the model lies, in
-twice the space of its weights. A CPU without circuits for bfloat16 multiplies it ten times slower than float32. There each
-layer's weights are made float32 when their turn comes, and what comes out is rounded to bfloat16: weights and activations
-take the memory of bfloat16, and an edit takes minutes.
+What it takes is measured beside what `edit_cost` of nbs/library/34_estimate.ipynb says. TMPDIR is where the model
+lies, in twice the space of its weights. A CPU without circuits for bfloat16 multiplies it ten times slower than
+float32. There each layer's weights are made float32 when their turn comes, and what comes out is rounded to bfloat16:
+weights and activations take the memory of bfloat16, and an edit takes minutes.
 """
 
 import argparse
