@@ -1,8 +1,11 @@
-"""`python assets/benchmarks/real_size.py`: a model of the published size with random weights is written, loaded and edits a clip on this
-CPU, beside what `edit_cost` of nbs/library/34_estimate.ipynb says. TMPDIR is where its folder lies, twice as large as its weights.
+"""A model of the published size with random weights is written, loaded and edits a clip on this CPU.
 
-A CPU without circuits for bfloat16 multiplies it ten times slower than float32. There each layer's weights are made float32 when their
-turn comes, and what comes out is rounded to bfloat16: weights and activations take the memory of bfloat16, and an edit minutes.
+    python assets/benchmarks/real_size.py
+
+What it takes is measured beside what `edit_cost` of nbs/library/34_estimate.ipynb says. TMPDIR is where the model
+lies, in twice the space of its weights. A CPU without circuits for bfloat16 multiplies it ten times slower than
+float32. There each layer's weights are made float32 when their turn comes, and what comes out is rounded to bfloat16:
+weights and activations take the memory of bfloat16, and an edit takes minutes.
 """
 
 import argparse
@@ -36,6 +39,7 @@ from kiwi_edit.core import PRESETS, expect, multiplies_bfloat16, preset
 from kiwi_edit.encoder import make_tokenizer
 from kiwi_edit.eval.benchmark import describe_hardware
 from kiwi_edit.pipeline import KiwiEditPipeline
+from kiwi_edit.train import estimate
 from kiwi_edit.train.engine import measure_flops
 from kiwi_edit.weights import checkpoints
 
@@ -74,8 +78,8 @@ class Float32Products(TorchFunctionMode):
 
 @contextmanager
 def phase(name, found):
-    """Seconds of a block, the most memory that only it can give back (`bytes`), and the most with pages of mapped files,
-    which the system drops where memory is short (`resident`), into a dict; a line of progress meanwhile."""
+    "Seconds and most memory of a block, into a dict; a line of progress meanwhile."
+    # `bytes` only the process can give back; `resident` has pages of mapped files too, which the system may drop
     status, most, done = Path("/proc/self/status"), 0, threading.Event()
     kilobytes = lambda key: int(status.read_text().split(f"{key}:")[1].split()[0])
 
@@ -203,16 +207,14 @@ def in_child(function, *arguments):
         child.join()
         return dict(failed=f"its process ended with {child.exitcode}")
     finally:
+        child.join(5)
         child.kill()
         child.join()
 
 
 def try_size(sizes, cases=tuple(CASES), clip=None):
     "All cases of a size: what was measured, and what the dry run says of it."
-    from kiwi_edit.train import estimate
-
     clip = clip or CLIP
-
     known = {name: value for name, value in vars(estimate).items() if not name.startswith("__")}
     said, found = read_cells("34_estimate", "costs", **known).edit_cost(sizes, *clip), {}
     weights = sum(said.weights.values())
@@ -241,10 +243,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("real_size.py", description="Try a size with random weights on this CPU.")
     parser.add_argument("--preset", choices=PRESETS, default="wan2.2-5b", help="the size [wan2.2-5b]")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="which of the cases [all]")
-    parser.add_argument("--out", type=Path, default=Path("real_size.json"), help="for the numbers [real_size.json]")
+    parser.add_argument(
+        "--out", type=Path, default=Path("real_size.json"), help="for the numbers, beside those there [real_size.json]"
+    )
     given = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the folder is removed then too
     found = try_size(preset(given.preset), given.cases)
+    before = json.loads(given.out.read_text()) if given.out.is_file() else {}
+    if before.get("preset") == given.preset:  # cases may be tried one by one
+        found["cases"] = before["cases"] | found["cases"]
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(found, indent=1) + "\n")
     for case, numbers in found["cases"].items():
