@@ -244,9 +244,9 @@ def _all_at_once(pipe):
             ]
         yield latents.encode_frames(vae, frames, device)
 
-    def to_frames(vae, latents, matte, source):
+    def to_frames(vae, latents, matte, source, mask=None):
         frames = np.concatenate(list(source.chunks()))[None]
-        yield pipeline.composite(pipeline.decode_latents(vae, latents), frames, matte)[0]
+        yield pipeline.composite(pipeline.decode_latents(vae, latents), frames, matte, mask)[0]
 
     return patched((pipeline, "stream_latents", to_latents), (pipeline, "_stream_composite", to_frames))
 
