@@ -221,7 +221,7 @@ def test_widgets_and_inputs_arrive_as_arguments_of_the_pipeline(images, referenc
 def test_a_mask_follows(images, monkeypatch):
     given = []
     follow = lambda frames, first: given.append((frames, first)) or np.repeat(first[None], len(frames), axis=0)
-    monkeypatch.setattr(footage, "follow_mask", follow, raising=False)
+    monkeypatch.setattr(footage, "follow_mask", follow)
     drawn = torch.zeros(1, 96, 96)
     drawn[:, :8] = 0.8
     box = dict(left=0.0, top=0.0, right=1.0, bottom=0.5)
