@@ -60,6 +60,9 @@ def files(tmp_path_factory):
     return folder
 
 
+REST = None, False, None, 1, 1, 1, 1  # mask, LoRA, tries and scales that are off
+
+
 def arguments(video=None, image=None, instruction="make it snow", references=(), steps=1, seed=0, **more):
     handle = gradio_client.handle_file
     return dict(
@@ -218,7 +221,9 @@ def test_an_edit_can_be_cancelled_and_others_wait_for_their_turn(server, client,
     def join(k):
         return httpx.post(
             f"{server.local_api_url}queue/join",
-            json=dict(data=[None, None, "x", [], 1, 0, "", None, None], fn_index=number, session_hash=f"stranger{k}"),
+            json=dict(
+                data=[None, None, "x", [], 1, 0, "", None, None, *REST], fn_index=number, session_hash=f"stranger{k}"
+            ),
             timeout=60,
         ).status_code
 
@@ -265,6 +270,134 @@ def test_what_is_taken_home(client, predict, files, tmp_path, monkeypatch, rando
     with zipfile.ZipFile(made[2]) as archive, archive.open("frame-0004.png") as frame:
         assert np.array_equal(np.asarray(Image.open(frame)), read_video(result).frames[4])
     assert read_video(made[1]).frames.shape == (5, 32, 40, 3)
+
+
+# what else an edit may be told
+
+
+def drawing(box=None, size=(40, 32), folder=None):
+    "What the editor sends: the frame, and a layer that is painted in a box."
+    layer = Image.new("RGBA", size)
+    if box:
+        layer.paste((240, 83, 45, 255), box)
+    paths = folder / "frame.png", folder / "layer.png"
+    Image.new("RGB", size).save(paths[0])
+    layer.save(paths[1])
+    frame, painted = (gradio_client.handle_file(str(path)) for path in paths)
+    return dict(background=frame, layers=[painted], composite=frame)
+
+
+def test_what_is_painted_may_change(predict, files, tmp_path, monkeypatch):
+    clip, frame = files / "clip.mp4", tmp_path / "source.png"
+    Image.fromarray(picture(40, 32)[0]).save(frame)
+    made = []
+    monkeypatch.setattr(demo, "_call_as_python", lambda *a, **k: made.append(k) or "")
+    size, painted = Image.open(frame).size, drawing((0, 0, 20, 32), Image.open(frame).size, tmp_path)
+    edited = np.asarray(Image.open(predict(image=frame, mask=painted)[0]).convert("RGB"))
+    apart = np.abs(edited.astype(int) - np.asarray(Image.open(frame).convert("RGB"))).max(-1)
+    assert edited.shape[1::-1] == size and apart[:, 20:].max() == 0 < apart[:, :20].mean()
+    predict(video=clip, mask=drawing((0, 0, 20, 32), folder=tmp_path), follow=True)
+    assert [k["mask"].name for k in made] == ["mask.png"] * 2 and [k["follow"] for k in made] == [False, True]
+    plain = read_video(predict(video=clip)[0]).frames
+    empty = read_video(predict(video=clip, mask=drawing(folder=tmp_path))[0]).frames
+    assert np.array_equal(plain, empty), "nothing painted is no mask"
+    refused(predict, "The mask has to be painted before it can be followed", video=clip, follow=True)
+    given = dict(video=clip, mask=drawing((0, 0, 9, 9), (32, 64), folder=tmp_path))
+    refused(predict, "The mask has to have the shape of the source, which is 40x32", **given)
+    given["mask"] = dict(background=None, layers=[], composite=None)
+    refused(predict, "The mask has to be painted anew", **given)
+
+
+def test_drawings_in_memory_are_few_and_moderate(server):
+    editor = next(block for block in server.blocks.values() if isinstance(block, gr.ImageEditor))
+
+    def send(name, index="0", picture=b"x"):
+        data = dict(session_hash="s", component_id=editor._id, fn_name="accept_blobs", id=name, type="layer")
+        sent = dict(data=data | dict(index=index), files=dict(file=("layer.png", picture)))
+        return httpx.post(f"{server.local_api_url}component_server", **sent).status_code
+
+    assert {send(f"drawing {n}") for n in range(40)} == {200} and len(editor.blob_storage) == 32
+    assert send("enormous", picture=b"x" * (demo._UPLOAD_SIZE == "2mb" and 2**22)) >= 400 <= send("many", "99999999999")
+    assert len(editor.blob_storage) == 32
+    editor.blob_storage.clear()
+
+
+@pytest.fixture(scope="module")
+def lora(random_model, files):
+    "A LoRA that PEFT has made for the random model."
+    from peft import LoraConfig, get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    from kiwi_edit.data.files import load_model
+
+    wan = load_model(random_model, "cpu").transformer
+    wan.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    weights = get_peft_model_state_dict(wan)
+    save_file({f"transformer.{name}": tensor for name, tensor in weights.items()}, files / "style.safetensors")
+    return files / "style.safetensors"
+
+
+def test_a_lora_is_there_for_one_edit(predict, files, lora):
+    from safetensors.torch import load_file, save_file
+
+    handle, clip = (lambda path: gradio_client.handle_file(str(path))), files / "clip.mp4"
+    edited = lambda **given: read_video(predict(video=clip, **given)[0]).frames
+    plain, styled = edited(), edited(lora=handle(lora))
+    assert not np.array_equal(plain, styled)
+    assert np.array_equal(edited(), plain) and np.array_equal(edited(lora=handle(lora), lora_scale=0), plain)
+    weights = load_file(lora)
+    first = next(name for name in weights if "lora_A" in name)
+    save_file(weights | {first: weights[first][:1].contiguous()}, files / "rank.safetensors")
+    refused(predict, "The LoRA has to be a LoRA of this model", video=clip, lora=handle(files / "rank.safetensors"))
+    (files / "half.safetensors").write_bytes(lora.read_bytes()[:-100])
+    refused(predict, "The LoRA has to be", "'half.safetensors'", video=clip, lora=handle(files / "half.safetensors"))
+    refused(predict, "The LoRA has to have a scale of 0 or more", video=clip, lora=handle(lora), lora_scale=-1)
+    refused(predict, "Invalid file type", video=clip, lora=handle(clip))
+    assert np.array_equal(edited(), plain), "and the model is as it was"
+
+
+def test_several_tries_and_a_pick(server, predict, random_model, files):
+    clip, _, sheet, note = predict(video=files / "clip.mp4", seeds=3, seed=5)
+    assert "of 5" in note and "ontact sheet" in note and Image.open(sheet).height > 400
+    listen = {fn.name: fn.fn for fn in server.fns.values()}
+    edits = list(
+        demo._make_editor(demo._LazyPipeline(None, str(random_model)), server.visitors)(
+            str(files / "clip.mp4"), None, "make it snow", [], 1, 5, seeds=3
+        )
+    )
+    last = edits[-1][-1]
+    assert [one.label.split(",")[0] for one in last.tries] == ["seed 5", "seed 6", "seed 7"]
+    *_, picked = listen["pick"](last, type("Event", (), dict(index=2)))
+    assert "seed=7" in picked.call and picked.tries == last.tries and picked.edited.endswith("edited-7.mp4")
+    alone = predict(video=files / "clip.mp4", seed=7)[0]
+    assert np.array_equal(read_video(picked.edited).frames, read_video(alone).frames)
+    refused(predict, "maximum value", video=files / "clip.mp4", seeds=9)
+
+
+def test_scales(predict, files):
+    clip, red = files / "clip.mp4", files / "red.png"
+    plain, same, less, more = (
+        read_video(predict(video=clip, references=[red], **scales)[0]).frames
+        for scales in ({}, dict(reference_scale=None), dict(reference_scale=0), dict(guidance_scale=2))
+    )
+    assert np.array_equal(plain, same) and not np.array_equal(plain, less) and not np.array_equal(plain, more)
+    refused(predict, "The reference scale has to be a number from 0", "is -1", video=clip, reference_scale=-1)
+    refused(predict, "The guidance scale has to be a number from 1", "is 0.5", video=clip, guidance_scale=0.5)
+
+
+def test_ways_to_say_it(server):
+    ways = next(fn.fn for fn in server.fns.values() if fn.name == "ways")
+    shown, hints = ways("make the car red", [])
+    assert shown.raw_samples[0] == ["Make the car red."] and "One sentence" in hints
+    assert len(ways("", None)[0].raw_samples) == 6 and "the reference image" in ways("", ["x.png"])[0].raw_samples[0][0]
+
+
+def test_the_call_tells_what_is_not_as_usual():
+    options = dict(steps=4, seed=0, size=None, mask=Path("/tmp/x/mask.png"), follow=True, guidance_scale=1)
+    files = "clip.mp4", "make it snow", [], "edited.mp4"
+    call = demo._call_as_python("m", *files, loras=[("/tmp/x/a.safetensors", 0.5)], reference_scale=0.5, **options)
+    assert "load_model('m', loras=[('a.safetensors', 0.5)])" in call
+    assert "out='edited.mp4', reference_scale=0.5, steps=4, seed=0, mask='mask.png', follow=True)" in call
 
 
 # what it opens with
@@ -430,7 +563,7 @@ def test_no_file_outside_is_served_or_read(server, files):
         httpx.post(
             f"{url}queue/join",
             json=dict(
-                data=[value, None, "x", [], 1, 0, False, "", None, None], fn_index=number, session_hash="../../stranger"
+                data=[value, None, "x", [], 1, 0, "", None, None, *REST], fn_index=number, session_hash="../../stranger"
             ),
             timeout=60,
         ).raise_for_status()
@@ -495,13 +628,13 @@ def test_a_worker_that_fails_leaves_a_message_and_the_page_goes_on(server, clien
     def full(*args, **kwargs):
         raise MemoryError("no memory")
 
-    monkeypatch.setattr(demo, "edit_file", full)
+    monkeypatch.setattr(demo, "run_edit", full)
     refused(predict, "which is full", video=files / "clip.mp4")
 
     def broken(*args, **kwargs):
         raise RuntimeError("secret detail")
 
-    monkeypatch.setattr(demo, "edit_file", broken)
+    monkeypatch.setattr(demo, "run_edit", broken)
     refused(predict, "There is a fault in the kit (RuntimeError)", video=files / "clip.mp4")
     monkeypatch.undo()
     assert "edited at" in predict(video=files / "clip.mp4")[3]

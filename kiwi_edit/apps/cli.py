@@ -213,9 +213,7 @@ def _parse_parts(text):
 def _parse_lora(text):
     "(source, scale) of such as style.safetensors:0.8; the scale is what follows the last colon, if that is a number."
     found = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+))", text)
-    scale = float(found[2]) if found else 1.0
-    expect(scale >= 0, f"`lora` has to have a scale of 0 or more but is {text!r}.")
-    return (found[1] if found else text), scale
+    return (found[1], float(found[2])) if found else (text, 1.0)
 
 
 @_command

@@ -23,8 +23,8 @@ import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial, wraps
 from pathlib import Path
 
 # %% auto #0
@@ -44,11 +44,12 @@ import psutil
 
 from .options import OPTIONS
 from ..core import PRESETS, InputError, asset, check_instruction, expect, settings
-from ..data.files import Limits, edit_file, find_model, load_model, one_line, parse_size, renamed
+from ..data.files import EditPlan, Limits, _add_loras, _check_loras, find_model, load_model, one_line
+from ..data.files import parse_size, plan_edit, renamed, run_edit, suggest
 from ..eval.clips import CLIP_METRICS
 from ..records import Table, image_tag, read_lines, write_text
-from ..video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, as_frames, film_strip, read_image, read_video
-from ..video import replacing, video_info, write_video
+from ..video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, as_frames, film_strip, fit_size, read_image, read_video
+from ..video import replacing, resize_frames, video_info, write_video
 
 _logger = logging.getLogger(__name__)
 
@@ -256,6 +257,8 @@ video: The clip, instruction: The instruction, seed: The seed, steps: The number
 name: The model, prompt: The instruction, out: The result, size: The size, device: The device, judge: The judge,
 number: The number of pairs, which: The number of the reference, first_seed: The first seed, folder: The data set,
 references: The references, reference: A reference, chosen: The approximations, frames: the number of frames
+mask: The mask, lora: The LoRA, pretrained_model_name_or_path_or_dict: The LoRA, seeds: The number of tries
+guidance_scale: The guidance scale, reference_scale: The reference scale
 """
 _LABELS = dict(re.findall(r"(\w+): ([^,\n]+)", _LABELS))
 
@@ -296,6 +299,40 @@ def _crop(image, left, right, top, bottom):
     x, y = int(left * w), int(top * h)
     return image.crop((x, y, max(math.ceil(right * w), x + 1), max(math.ceil(bottom * h), y + 1)))
 
+# %% ../../nbs/library/51_demo.ipynb #d0000042
+def _canvas(video, image):
+    "What a mask is painted on: the first frame, with nothing over it; None where there is none that can be read."
+    with contextlib.suppress(ValueError, OSError):
+        _check_source(source := video or image)
+        frames = read_video(source, indices=[0]).frames
+        small = resize_frames(frames, *fit_size(*frames.shape[2:0:-1], 640 * 640, 1), mode="stretch")
+        return dict(background=small[0], layers=[], composite=None)
+
+
+def _painted(drawing, follow, folder):
+    "Path of a mask, white where the editor's picture is painted over; None where it isn't."
+    kept = not drawing or drawing["layers"] or drawing["background"] is not None
+    expect(kept, "`mask` has to be painted anew: the page has kept too many since.")
+    covered = [layer[..., 3] > 127 for layer in drawing["layers"]] if drawing else []
+    if not np.any(covered):
+        expect(not follow, "`mask` has to be painted before it can be followed but is empty.")
+        return None
+    PIL.Image.fromarray(np.any(covered, axis=0) * np.uint8(255)).save(folder / "mask.png")
+    return folder / "mask.png"
+
+# %% ../../nbs/library/51_demo.ipynb #d0000045
+@contextlib.contextmanager
+def _with_loras(pipe, loras):
+    "In the block the model has these LoRAs, see `load_model`; behind it, and where one doesn't fit, it is as it was."
+    alone = not (loras and pipe.get_list_adapters())
+    expect(alone, "`lora` has to be left out where the page's model comes with one, but is given.")
+    try:
+        _add_loras(pipe, loras)
+        yield
+    finally:
+        if loras:
+            pipe.unload_lora_weights()
+
 # %% ../../nbs/library/51_demo.ipynb #d0000012
 def _clean_guess(before, after, noise_before, noise_after):
     "Where the line of a step between two latents ends when the noise is gone."
@@ -318,6 +355,7 @@ class _Watched:
             return callback_on_step_end(pipe, step, timestep, tensors)
 
         self._go_on()
+        self.before = None  # of an earlier try
         return self.pipe(*args, callback_on_step_end=stepped, **kwargs)
 
     def _go_on(self):
@@ -377,6 +415,10 @@ class _Edit:
     instruction: str
     frames: int
     call: str  # the same edit in Python
+    strip: str = ""  # path; of several tries, the contact sheet, until one of them is picked
+    note: str = ""
+    label: str = ""  # of one among several tries: seed and score
+    tries: tuple = ()  # all of them, where they are several
 
 
 def _opening_edit():
@@ -401,33 +443,36 @@ def _difference_map(before, after):
     return lay_over(after[None], apart[None], max(float(apart.max()), 32.0))[0], float(apart.max())
 
 # %% ../../nbs/library/51_demo.ipynb #d000001e
-def _call_as_python(model, source, instruction, references, out, approximate=(), **options):
-    "An edit as a program; of files the names are used."
-    given = "".join(f", {name}={value!r}" for name, value in options.items() if value is not None)
+def _call_as_python(model, source, instruction, references, out, approximate=(), loras=(), **options):
+    "An edit as a program, with the options that are not as usual; of files the names are used."
+    told = {name: value.name if isinstance(value, Path) else value for name, value in options.items()}
+    given = "".join(f", {name}={value!r}" for name, value in told.items() if value != getattr(EditPlan, name))
+    beside = f", loras={[(Path(lora).name, scale) for lora, scale in loras]!r}" if loras else ""
     files = Path(source).name, instruction, [Path(r).name for r in references or ()]
     ways = "from kiwi_edit.apps.approximations import approximately\n" if approximate else ""
     chosen = f"approximately(pipe, {dict.fromkeys(approximate, {})!r})\n" if approximate else ""
     return f"""{ways}from kiwi_edit.data.files import edit_file, load_model
 
-pipe = load_model({model!r})
+pipe = load_model({model!r}{beside})
 {chosen}edit_file(pipe, {", ".join(map(repr, files))}, out={out!r}{given})
 """
 
 
 def _make_downloads(edit):
-    "Paths of the files that a visitor may take: the result, where it moves a GIF and all frames, the call as Python."
+    "Paths of the files that a visitor may take: the result, as GIF and frames if it moves, the call and its mask."
     result = Path(edit.edited)
+    mask = [str(file) for file in [result.with_name("mask.png")] if file.exists()]
     program, gif, frames = (result.with_name(name) for name in ("edit.py", f"{result.stem}.gif", "frames.zip"))
     write_text(program, edit.call)
     if edit.frames == 1:
-        return [str(result), str(program)]
+        return [str(result), str(program), *mask]
     clip = read_video(result)
     write_video(gif, clip, overwrite=True)
     with replacing(frames, overwrite=True) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for i, frame in enumerate(clip.frames):
             with archive.open(f"frame-{i:04d}.png", "w") as entry:
                 PIL.Image.fromarray(frame).save(entry, format="PNG")
-    return [str(file) for file in (result, gif, frames, program)]
+    return [*map(str, (result, gif, frames, program)), *mask]
 
 # %% ../../nbs/library/51_demo.ipynb #d0000021
 def _given_files(video, image, references):
@@ -438,6 +483,28 @@ def _given_files(video, image, references):
     _check_source(source)
     _check_references(paths)
     return source, paths
+
+
+def _shown(edit):
+    "What the page shows of an edit, and what it remembers: clip or image, film strip, note."
+    moving = edit.edited.endswith(".mp4")
+    results = [gr.update(value=edit.edited if here else None, visible=here) for here in (moving, not moving)]
+    return *results, edit.strip, edit.note, edit
+
+
+def _remembered(plan, done, references, calls):
+    "An edit as the page remembers it: what `run_edit` has made of a plan, or `edit_seeds`; a call in Python for each."
+
+    def one(done, call, label=""):
+        note = f"{label.capitalize()}{label and ': '}{done.about}. {done.note[:1].upper()}{done.note[1:]}".strip()
+        told = plan.instruction, done.frames, call, str(done.strip), note, label
+        return _Edit(str(plan.video), str(done.path), references, *told)
+
+    if plan.seeds == 1:
+        return one(done, *calls)
+    tries = tuple(map(one, done.edited, calls, done.labels))
+    best, reason = tries[done.best or 0], f"{done.reason[:1].upper()}{done.reason[1:]}."
+    return replace(best, strip=str(done.sheet), note=f"{best.note} {reason}", tries=tries)
 
 
 def _make_editor(load, visitors):
@@ -453,40 +520,57 @@ def _make_editor(load, visitors):
         size="",
         model=None,
         approximate=None,
+        mask=None,
+        follow=False,
+        lora=None,
+        lora_scale=1,
+        seeds=1,
+        guidance_scale=1,
+        reference_scale=1,
         request: gr.Request = None,
     ):
         """Edit a clip, or an image, by an instruction and reference pictures.
         video: the clip; image: instead of a clip; instruction: what to change, in words; references: none, one or
         several pictures; steps: of denoising; seed: of the noise; size: WIDTHxHEIGHT at which the model works, empty
-        for what fits; model: of the page's list; approximate: names of approximations, none for the exact edit.
+        for what fits; model: of the page's list; approximate: names of approximations, none for the exact edit;
+        mask: first frame and layers, what they cover may change, none for all; follow: the mask goes with what it lies
+        on; lora: a file, lora_scale: 0 or more; seeds: number of tries, the best comes back, with a contact sheet;
+        guidance_scale, reference_scale: of instruction and reference, 1 is off.
         What comes back: the edited clip or the edited image, a film strip, and a line about what was done."""
         from kiwi_edit.apps.approximations import approximately
+        from kiwi_edit.eval.judge import MetricJudge, edit_seeds
 
         session, quiet = getattr(request, "session_hash", None) or "local", [gr.skip()] * 5
         with _messages("Not edited"), visitors.editing(session) as stop, visitors.results(session) as folder:
             source, paths = _given_files(video, image, references)
             options = dict(steps=_whole(steps, "steps", 1, 1000), seed=_whole(seed, "seed", 0, _MOST))
-            options["size"] = parse_size(size or None)
-            out = folder / f"edited{'.mp4' if video else '.png'}"
+            options |= dict(size=parse_size(size or None), mask=_painted(mask, follow, folder), follow=bool(follow))
+            scales = dict(guidance_scale=guidance_scale, reference_scale=reference_scale, lora_scale=lora_scale)
+            scales = {name: 1 if scale is None else scale for name, scale in scales.items()}  # an emptied field is off
+            loras = [(lora, scales.pop("lora_scale"))][: bool(lora)]
+            _check_loras(loras)
+            options |= scales
+            out, tries = folder / f"edited{'.mp4' if video else '.png'}", _whole(seeds, "seeds", 1, 8)
+            plan = plan_edit(source, instruction or "", paths, out, overwrite=True, seeds=tries, **options)
             yield *quiet[:3], "Loading the model …", gr.skip()
             pipe = load(model)
 
             def job(tell):
                 watched = _Watched(pipe, lambda picture: tell((picture, gr.skip())), stop)
-                told = dict(options, progress=lambda *stage: tell((gr.skip(), pace(*stage))))
-                near = approximately(pipe, dict.fromkeys(approximate, {})) if approximate else contextlib.nullcontext()
-                with near:
-                    return edit_file(watched, source, instruction or "", paths, out=out, overwrite=True, **told)
+                work = partial(edit_seeds, judge=MetricJudge()) if plan.seeds > 1 else run_edit
+                with _with_loras(pipe, loras), approximately(pipe, dict.fromkeys(approximate or (), {})):
+                    return work(watched, plan, progress=lambda *stage: tell((gr.skip(), pace(*stage))))
 
             pace = _Pace()
             for value in _running(job, stop):
                 if isinstance(value, tuple):
                     yield *quiet[:2], *value, gr.skip()
-        path, moving = str(value.path), bool(video)
-        results = [gr.update(value=path if here else None, visible=here) for here in (moving, not moving)]
-        note = f"{value.about}. {value.note[:1].upper()}{value.note[1:]}".strip()
-        call = _call_as_python(str(load.model), source, instruction, paths, out.name, approximate or (), **options)
-        yield *results, str(value.strip), note, _Edit(str(source), path, paths, instruction, value.frames, call)
+        call = partial(
+            _call_as_python, str(load.model), source, instruction, paths, approximate=approximate, loras=loras
+        )
+        plans = plan.tries if plan.seeds > 1 else [plan]
+        calls = [call(out=one.out.name, **options | dict(seed=one.seed)) for one in plans]
+        yield _shown(_remembered(plan, value, paths, calls))
 
     return edit
 
@@ -703,6 +787,65 @@ def _crop_fields(references):
     gr.on([slider.release for slider in given[2:]], part, given, preview, **_GLUE)
     button.click(put, given, references, **_GLUE)
 
+# %% ../../nbs/library/51_demo.ipynb #d0000046
+_DRAWINGS = 32  # that are kept until an edit takes them
+
+
+def _few(editor, accept):
+    "Gradio's way of a drawing into memory, for a few drawings of moderate size: it takes any number of any size."
+
+    @wraps(accept)
+    def accepted(data):
+        layer, kept = str(data.data["index"]), editor.blob_storage
+        good = layer in ("null", "0", "") and len(data.files[0][1]) < 2**22
+        expect(good, "`mask` has to be one layer of moderate size.")
+        while len(kept) >= _DRAWINGS:
+            kept.pop(next(iter(kept)))
+        return accept(data)
+
+    return accepted
+
+
+def _mask_fields(video, image, opening):
+    "Fields that say where an edit may go."
+    paint = dict(brush=gr.Brush(colors=["#f0532d"], color_mode="fixed", default_size=60), layers=False, transforms=())
+    with gr.Accordion("A part of the picture", open=False, elem_id="mask-section"):
+        look = dict(label="Paint what may change", height=320, elem_id="mask", buttons=[], sources=())
+        mask = gr.ImageEditor(_canvas(opening.source, None), type="numpy", format="png", **paint, **look)
+        follow = gr.Checkbox(False, **_about("follow") | dict(label="Follow it through the clip"))
+    mask.accept_blobs = _few(mask, mask.accept_blobs)
+    gr.on([video.change, image.change], _canvas, [video, image], mask, **_PLAIN)
+    return mask, follow
+
+
+def _more_fields():
+    "Fields for a LoRA, the number of tries, and the scales."
+    one = lambda name, **look: gr.Number(1, step=0.1, min_width=130, **_about(name) | look)
+    with gr.Accordion("A LoRA", open=False, elem_id="lora-section"):
+        lora = gr.File(file_types=[".safetensors"], label="LoRA (.safetensors)", height=110, elem_id="lora")
+        scale = one("lora", label="Scale of the LoRA", elem_id="lora-scale")
+    with gr.Accordion("Several tries", open=False, elem_id="seeds-section"):
+        seeds = gr.Slider(1, 8, 1, step=1, **_about("seeds") | dict(label="Tries"))
+    with gr.Accordion("More or less of instruction and reference", open=False, elem_id="scales-section"), gr.Row():
+        scales = one("guidance_scale"), one("reference_scale")
+    return lora, scale, seeds, *scales
+
+
+def _hint_fields(instruction, references):
+    "Ways to say an edit, of which a click puts one into the box."
+
+    def ways(words, references):
+        found, hints = suggest(words or "", bool(references))
+        return gr.Dataset(samples=[[text] for _, text in found]), hints
+
+    with gr.Accordion("Ways to say it", open=False, elem_id="hints-section") as section:
+        look = dict(label="Click one", show_label=False, elem_id="hints")
+        samples = gr.Dataset(components=[instruction], samples=[[text] for _, text in suggest()[0]], **look)
+        hints = gr.Markdown()
+    when = [section.expand, instruction.input, references.change]
+    gr.on(when, ways, [instruction, references], [samples, hints], trigger_mode="always_last", **_QUICK, **_GLUE)
+    samples.click(lambda row: row[0], samples, instruction, **_QUICK, **_GLUE)
+
 # %% ../../nbs/library/51_demo.ipynb #d0000033
 def _result_fields():
     "Fields for what comes out."
@@ -712,7 +855,9 @@ def _result_fields():
     note = gr.Markdown(_opening("note"), elem_id="note", container=True)
     look = dict(label="Film strip", interactive=False, buttons=["download", "fullscreen"])
     strip = gr.Image(_opening("strip.png"), elem_id="strip", **look)
-    return video, image, strip, note
+    look = dict(columns=4, height="auto", object_fit="contain", allow_preview=False, interactive=False, buttons=[])
+    tries = gr.Gallery(label="Tries: click one to take it", visible=False, elem_id="tries", **look)
+    return [video, image, strip, note], tries
 
 
 def _compare_fields(last):
@@ -772,9 +917,12 @@ def _given_fields(opening):
     video.upload(lambda: None, outputs=image, **_GLUE)  # there is one source
     image.upload(lambda: None, outputs=video, **_GLUE)
     instruction = gr.Textbox(opening.instruction, lines=1, max_length=2000, **_about("instruction"))
+    ways = gr.Column(min_width=0)
     look = dict(columns=3, fit_columns=False, height=140, object_fit="contain", elem_id="references")
     kinds = dict(file_types=["image"], type="filepath", format="png", interactive=True)
     references = gr.Gallery(opening.references, label="References (none, one or several)", **kinds, **look)
+    with ways:
+        _hint_fields(instruction, references)
     with gr.Row():
         button = gr.Button("Edit", variant="primary", min_width=120, elem_id="edit")
         halt = gr.Button("Cancel", interactive=False, min_width=120, elem_id="cancel")
@@ -792,17 +940,26 @@ def _edit_tab(load, visitors, about):
         "Stop this session's edit at its next step; one that waits for its turn gives it up."
         visitors.stop(request.session_hash)
 
+    def tried(edit):
+        many = [(one.edited, one.label) for one in edit.tries]
+        return gr.update(value=many, visible=bool(many), selected_index=None)
+
+    def pick(edit, event: gr.SelectData):
+        return _shown(replace(edit.tries[event.index], tries=edit.tries))
+
     last, column = gr.State(_opening_edit()), partial(gr.Column, min_width=320)
     above = gr.Column()
     with gr.Row():
         with column():
             tabs, given, button, halt = _given_fields(last.value)
         with column():
-            results = _result_fields()
+            results, tries = _result_fields()
     with gr.Row():  # on a telephone, below the result
         with column():
             numbers = _model_fields(load, load.limits(), about)
+            numbers += _mask_fields(*given[:2], last.value)
             _crop_fields(given[3])
+            numbers += _more_fields()
         with column():
             first, compared = _compare_fields(last)
             look = dict(file_count="multiple", interactive=False, elem_id="downloads")
@@ -818,7 +975,9 @@ def _edit_tab(load, visitors, about):
     done = done.then(editor, given, [*results, last], **look, **_DEVICE)
     done.then(lambda: gr.update(interactive=False), outputs=halt, **_QUICK, **_GLUE)
     done.failure(lambda: "Nothing was edited. What is shown is from before.", outputs=note, **_QUICK, **_GLUE)
-    done.success(first, last, compared, **_PLAIN).success(_make_downloads, last, files, **_PLAIN)
+    done.success(tried, last, tries, **_PLAIN)
+    for shows in done, tries.select(pick, last, [*results, last], **_PLAIN):
+        shows.success(first, last, compared, **_PLAIN).success(_make_downloads, last, files, **_PLAIN)
     halt.click(cancel, api_name="cancel", **_QUICK)
     return [*given[:6], given[7]], last
 
@@ -1045,7 +1204,7 @@ def make_demo(
     for block in page.blocks.values():
         if hasattr(block, "async_move_resource_to_block_cache"):
             block.async_move_resource_to_block_cache = _uploaded(block.async_move_resource_to_block_cache)
-        if isinstance(block, gr.Image):
+        if isinstance(block, (gr.Image, gr.ImageEditor)):
             block.preprocess = _readable(block.preprocess)
     page.queue(max_size=16, default_concurrency_limit=4)
     visitors.kept = {path for block in page.blocks.values() for path in getattr(block, "keep_in_cache", ())}

@@ -105,7 +105,7 @@ train.seed int>=0: Of data order, noise and random weights. [the settings' seed]
 steps int: Denoising steps. [the model's own number]
 recipe str(fastwan|turbo): For weights distilled to few steps: 3 as FastWan2.2-5B, 4 as LightX2V. Untried here on
     published weights; references are said to suffer below 15 steps.
-seeds int=1: Of one edit: so many tries, with seeds from --seed on, a contact sheet, and a pick.
+seeds int=1: Tries of one edit, with seeds from the given one on; a contact sheet, and a pick.
 evaluate.steps int>=1: Denoising steps. [50 for a published bench, else the model's own number]
 train.steps int>0: End each stage after so many steps. [the stage's own number]
 frames int: Edit at most so many frames, 4k+1, in windows if need be. [as many as the model takes at once]

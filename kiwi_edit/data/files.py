@@ -346,20 +346,27 @@ def load_model(
         say(f"loading {model or settings().checkpoint} ({where}, {str(dtype).removeprefix('torch.')})")
     pipe = KiwiEditPipeline.from_pretrained(folder, torch_dtype=dtype).to(where)
     pipe.set_progress_bar_config(disable=True)
+    _add_loras(pipe, loras)
+    return pipe
+
+
+def _add_loras(pipe, loras):
+    "Put LoRAs beside the weights of a pipeline, see `load_model`."
     names = [f"lora_{n}" for n in range(len(loras))]
     for name, (source, _) in zip(names, loras):
         pipe.load_lora_weights(source, name)
     if names:
         pipe.set_adapters(names, [scale for _, scale in loras])
-    return pipe
 
 
-def _check_loras(loras, folder):
-    "Raise where one cannot fit the model of a folder, before weights are read."
+def _check_loras(loras, folder=None):
+    "Raise where one cannot be used, or cannot fit the model of a folder, before weights are read."
     if loras:
         from kiwi_edit.pipeline import _library
 
-        for source, _ in loras:
+        for source, scale in loras:
+            given = f"{source}:{scale:g}"
+            expect(0 <= scale < math.inf, f"`lora` has to have a scale of 0 or more but is {given!r}.")
             _library("hub:check_lora")(source, folder)
 
 # %% ../../nbs/library/13_files.ipynb #044867e1

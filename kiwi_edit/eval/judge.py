@@ -815,8 +815,15 @@ class _Tries:
     edited: list  # what `run_edit` says of each
     judgements: list[Judgement]  # of each; none where nobody judges
     best: int | None  # which of them is picked
-    about: str  # what was made and how it was picked, or why none was, in lines
+    labels: list  # of each: its seed, its score, and whether it is picked
+    reason: str  # how it was picked, or why none was
     sheet: Path  # contact sheet
+
+    @property
+    def about(self) -> str:
+        "What was made and how it was picked, in lines."
+        lines = [f"{label}: {done.path}  ({done.about})" for label, done in zip(self.labels, self.edited)]
+        return "\n".join([*lines, self.reason, f"contact sheet: {self.sheet}"])
 
     def _repr_png_(self):
         return self.sheet.read_bytes()
@@ -851,12 +858,12 @@ def edit_seeds(
     judgements = judge.judge(list(map(case, edited)), progress=False) if judge else []
     best, reason = _pick(judgements, judge)
     scores = [f"{j.mean:.2f} of 5" if j.ok else "no score" for j in judgements] or ["not judged"] * len(edited)
-    picks, rows, lines = sample_indices(edited[0].frames, 6), {"source": clip.frames}, []
+    picks, rows, labels = sample_indices(edited[0].frames, 6), {"source": clip.frames}, []
     small = dict(size=(max(1, 220 * clip.width // clip.height), 220), mode="stretch")
     for k, (one, done, score) in enumerate(zip(plan.tries, edited, scores)):
         label = [f"seed {one.seed}", score, *["picked"] * (k == best)]
         rows["\n".join(label)] = read_video(done.path, indices=picks, **small).frames
-        lines.append(f"{', '.join(label)}: {done.path}  ({done.about})")
+        labels.append(", ".join(label))
     with replacing(plan.strip, plan.overwrite) as fresh:
         film_strip(rows, title=_title(plan, 6)).save(fresh)
-    return _Tries(edited, judgements, best, "\n".join([*lines, reason, f"contact sheet: {plan.strip}"]), plan.strip)
+    return _Tries(edited, judgements, best, labels, reason, plan.strip)
