@@ -312,7 +312,7 @@ def _canvas(video, image):
 def _painted(drawing, follow, folder):
     "Path of a mask, white where the editor's picture is painted over; None where it isn't."
     kept = not drawing or drawing["layers"] or drawing["background"] is not None
-    expect(kept, "`mask` has to be painted anew: the page has kept too many since.")
+    expect(kept, "`mask` has to be painted anew: the page has forgotten it.")
     covered = [layer[..., 3] > 127 for layer in drawing["layers"]] if drawing else []
     if not np.any(covered):
         expect(not follow, "`mask` has to be painted before it can be followed but is empty.")
@@ -808,8 +808,12 @@ def _few(editor, accept):
 
 def _mask_fields(video, image, opening):
     "Fields that say where an edit may go."
-    paint = dict(brush=gr.Brush(colors=["#f0532d"], color_mode="fixed", default_size=60), layers=False, transforms=())
-    with gr.Accordion("A part of the picture", open=False, elem_id="mask-section"):
+    paint = dict(
+        brush=gr.Brush(colors=["rgba(240, 83, 45, 0.7)"], color_mode="fixed", default_size=60),
+        layers=False,
+        transforms=(),
+    )
+    with gr.Accordion("Mask: change only a part", open=False, elem_id="mask-section"):
         look = dict(label="Paint what may change", height=320, elem_id="mask", buttons=[], sources=())
         mask = gr.ImageEditor(_canvas(opening.source, None), type="numpy", format="png", **paint, **look)
         follow = gr.Checkbox(False, **_about("follow") | dict(label="Follow it through the clip"))
@@ -821,7 +825,7 @@ def _mask_fields(video, image, opening):
 def _more_fields():
     "Fields for a LoRA, the number of tries, and the scales."
     one = lambda name, **look: gr.Number(1, step=0.1, min_width=130, **_about(name) | look)
-    with gr.Accordion("A LoRA", open=False, elem_id="lora-section"):
+    with gr.Accordion("LoRA", open=False, elem_id="lora-section"):
         lora = gr.File(file_types=[".safetensors"], label="LoRA (.safetensors)", height=110, elem_id="lora")
         scale = one("lora", label="Scale of the LoRA", elem_id="lora-scale")
     with gr.Accordion("Several tries", open=False, elem_id="seeds-section"):
@@ -855,7 +859,7 @@ def _result_fields():
     note = gr.Markdown(_opening("note"), elem_id="note", container=True)
     look = dict(label="Film strip", interactive=False, buttons=["download", "fullscreen"])
     strip = gr.Image(_opening("strip.png"), elem_id="strip", **look)
-    look = dict(columns=4, height="auto", object_fit="contain", allow_preview=False, interactive=False, buttons=[])
+    look = dict(columns=4, height=190, object_fit="contain", allow_preview=False, interactive=False, buttons=[])
     tries = gr.Gallery(label="Tries: click one to take it", visible=False, elem_id="tries", **look)
     return [video, image, strip, note], tries
 
@@ -974,7 +978,8 @@ def _edit_tab(load, visitors, about):
     done = gr.on([button.click, given[2].submit], begin, outputs=halt, **_QUICK, **_GLUE)
     done = done.then(editor, given, [*results, last], **look, **_DEVICE)
     done.then(lambda: gr.update(interactive=False), outputs=halt, **_QUICK, **_GLUE)
-    done.failure(lambda: "Nothing was edited. What is shown is from before.", outputs=note, **_QUICK, **_GLUE)
+    failed = "Nothing was edited. What is shown is from before.", gr.update(interactive=False)
+    done.failure(lambda: failed, outputs=[note, halt], **_QUICK, **_GLUE)
     done.success(tried, last, tries, **_PLAIN)
     for shows in done, tries.select(pick, last, [*results, last], **_PLAIN):
         shows.success(first, last, compared, **_PLAIN).success(_make_downloads, last, files, **_PLAIN)
@@ -1143,6 +1148,7 @@ _STYLE = """
 .nav-holder {display: none}
 #judgement table {display: block; overflow-x: auto; border: 0}
 #judgement :is(td, th) {overflow-wrap: normal; word-break: normal; padding: .3em .6em}
+#tries .caption-label {white-space: normal; max-width: 100%}
 #sheets figure {margin: 0 0 1.2em}
 #sheets img {max-width: 100%; max-height: 160px}
 """
