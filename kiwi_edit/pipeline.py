@@ -39,7 +39,7 @@ from .windows import Window, denoise_windows, latent_windows
 
 # %% auto #0
 __all__ = ['fit_reference', 'flow_sigmas', 'bundled_models', 'find_checkpoint', 'KiwiEditOutput', 'KiwiEditPipeline', 'composite',
-           'walk']
+           'Conditions']
 
 # %% ../nbs/06_pipeline.ipynb #50d25ce7
 def fit_reference(
@@ -426,12 +426,12 @@ def prepare_latents(self, source_latents, generator, latents):
 
 # %% ../nbs/06_pipeline.ipynb #06m00002
 def _start(pipe, levels, strength, device):
-    "Set the schedule, from which a `strength` below 1 leaves out the beginning; the first step that is done."
+    "Set the schedule, from which a `strength` below 1 leaves out the beginning; its noise levels from there on."
     pipe.scheduler.set_timesteps(sigmas=levels, device=device)
     start = len(levels) - max(1, int(len(levels) * strength))
     pipe.scheduler.set_begin_index(start)
     pipe._num_timesteps = len(levels) - start
-    return start
+    return pipe.scheduler.sigmas[start:].to(device)
 
 # %% ../nbs/06_pipeline.ipynb #06matte1
 def composite(
@@ -514,63 +514,111 @@ def _keeper(mask, group, source_latents, noise):
     inside = F.adaptive_max_pool2d(torch.from_numpy(groups).to(noise), sides)[None, None] > 0
     return lambda latents, sigma: torch.where(inside, latents, sigma * noise + (1 - sigma) * source_latents)
 
+# %% ../nbs/06_pipeline.ipynb #06w00001
+@dataclass
+class Conditions:
+    "What the denoiser is told besides the noisy clip, the same at every step of an edit."
+
+    context: torch.Tensor  # (B, N, dim); of a guided clip what it is led away from comes first
+    context_mask: torch.Tensor | None  # (B, N) bool
+    source_latents: torch.Tensor  # (B, z, f, h, w)
+    reference_latents: torch.Tensor | None = None  # (B, z, R, h, w)
+    reference_mask: torch.Tensor | None = None  # (B, R) bool, False where a sample has fewer references
+    windows: list[Window] | None = None  # of one clip that is longer or larger than the model takes
+
+# %% ../nbs/06_pipeline.ipynb #06w00002
+@patch_to(KiwiEditPipeline)
+def encode_conditions(self, prompt, negative_prompt, source, references, window_overlap=0.25) -> Conditions:
+    "Words and pictures of an edit, encoded once for all of its steps."
+    vae, device = self.vae.config, self._execution_device
+    context, context_mask, reference_mask = _contexts(self, prompt, negative_prompt, source, references, device)
+    source_latents = self.encode_source(source, device)
+    frames, sides = (source_latents.shape[2] - 1) * vae.scale_factor_temporal + 1, (source.height, source.width)
+    windows = self.windows(frames, *sides, window_overlap)
+    if windows:  # a reference is as large as what the denoiser sees at once
+        sides = [vae.scale_factor_spatial * side for side in windows[0].weight.shape[1:]]
+    reference_latents = self.encode_references(references, *sides, device)
+    return Conditions(context, context_mask, source_latents, reference_latents, reference_mask, windows)
+
+# %% ../nbs/06_pipeline.ipynb #06w00006
+def _as_many(x, count, dtype):
+    return None if x is None else x.to(dtype).expand(count, -1, -1, -1, -1)
+
+# %% ../nbs/06_pipeline.ipynb #06w00015
+def _ask(pipe, told, latents, timestep, sigma, cache):
+    "Velocity (B, z, f, h, w) and matte (B, n, f, h, w), a row for each context."
+    count, dtype = len(told.context), pipe.transformer.dtype
+    said = timestep.expand(count), sigma.expand(count), told.context.to(dtype), told.context_mask
+    pictures = latents, told.source_latents, told.reference_latents
+    noisy, source, reference = (_as_many(x, count, dtype) for x in pictures)
+    known = None if told.reference_mask is None else told.reference_mask[-count:]
+
+    def call(noisy, source, cache):
+        velocity = denoise(pipe.transformer, pipe.guidance, noisy, *said, source, reference, known, cache=cache)
+        return torch.cat([velocity, cache.matte], dim=1)
+
+    given = (call, noisy, source, cache)
+    named = call(*given[1:]) if told.windows is None else denoise_windows(told.windows, *given)
+    return named.float().tensor_split([latents.shape[1]], dim=1)
+
+# %% ../nbs/06_pipeline.ipynb #06w00009
+def _scales(pipe, told):
+    "How far to go along the differences between one answer and the next."
+    guided, scaled = pipe.do_classifier_free_guidance, told.reference_mask is not None
+    return [pipe.guidance_scale] * guided + [pipe._reference_scale] * scaled
+
+# %% ../nbs/06_pipeline.ipynb #06w00016
+def _mixed(answers, scales):
+    "The first answer, and of each difference to the next as much as its scale says."
+    return answers[0] + sum(s * (more - less) for s, less, more in zip(scales, answers, answers[1:]))
+
+# %% ../nbs/06_pipeline.ipynb #06w0000d
+def _told_next(pipe, told, context, clips):
+    "What is told from now on: the context that a callback left, in as many rows as the scales still need."
+    rows = 1 + len(_scales(pipe, told))
+    if clips < len(context) > rows:
+        context = context[-rows:]
+    return replace(told, context=context, context_mask=told.context_mask[-len(context) :])
+
 # %% ../nbs/06_pipeline.ipynb #06a1b2c3
+@patch_to(KiwiEditPipeline)
 def walk(
-    pipe: KiwiEditPipeline,
+    self,
     scheduler: FlowMatchEulerDiscreteScheduler,  # its timesteps set
     latents: torch.Tensor,  # (B, z, f, h, w) float32, noise
-    context: torch.Tensor,  # (B, N, dim); of a guided clip what it is led away from comes first
-    context_mask: torch.Tensor | None,  # (B, N) bool
-    source_latents: torch.Tensor,  # (B, z, f, h, w)
-    reference_latents: torch.Tensor | None = None,  # (B, z, R, h, w)
-    reference_mask: torch.Tensor | None = None,  # (B, R) bool, False where a sample has fewer references
-    windows: list[Window] | None = None,  # of one clip that is longer or larger than the model takes
+    told: Conditions,
     each: Callable | None = None,  # called as (step, timestep, latents, context), gives the last two as they go on
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, z, f, h, w) latents of the edited clips, and (B, n, f, h, w) their matte
     "From noise to clips: one call of the denoiser after the other, and Euler's step after each."
-    dtype, begin, seen = pipe.transformer.dtype, scheduler.begin_index or 0, None
-    levels, timesteps = scheduler.sigmas.to(latents.device), scheduler.timesteps
-
-    def call(latents, source, cache):
-        step, text = (t.expand(len(context)), sigma.expand(len(context))), context.to(dtype)
-        known = None if reference_mask is None else reference_mask[-len(context) :]
-        given = (latents, *step, text, context_mask, source, reference, known)
-        velocity = denoise(pipe.transformer, pipe.guidance, *given, cache=cache)
-        return torch.cat([velocity, cache.matte], dim=1)
-
-    for i, t in enumerate(timesteps[begin:]):
-        pipe._current_timestep = t
-        scales = [pipe.guidance_scale] * pipe.do_classifier_free_guidance
-        scales += [pipe._reference_scale] * (reference_mask is not None)
-        if len(latents) < len(context) > 1 + len(scales):  # a callback has turned it off
-            context, context_mask = context[-1 - len(scales) :], context_mask[-1 - len(scales) :]
-        if seen is not context:  # the first step, or a callback has changed it
-            seen, left = context, len(timesteps) - begin - i
-            cache = EditCache(num_steps=left) if windows is None else window_caches(windows, left)
-            source, reference = (_as_many(x, seen, dtype) for x in (source_latents, reference_latents))
-        sigma = levels[begin + i]
-        if pipe.guidance.config.round_timestep:
-            sigma = rounded_sigma(t[None], timesteps, levels)
-        noisy = _as_many(latents, context, dtype)
-        if windows is None:
-            named = call(noisy, source, cache).float()
-        else:
-            named = denoise_windows(windows, call, noisy, source, cache).float()
-        velocity, matte = named.tensor_split([latents.shape[1]], dim=1)
-        if len(velocity) > len(latents):
-            parts = velocity.chunk(len(context))
-            velocity = parts[0] + sum(s * (more - less) for s, less, more in zip(scales, parts, parts[1:]))
+    begin, steps, levels = scheduler.begin_index or 0, scheduler.timesteps, scheduler.sigmas.to(latents.device)
+    levels = rounded_sigma(steps, steps, levels) if self.guidance.config.round_timestep else levels
+    seen = None
+    for i, t in enumerate(steps[begin:]):
+        self._current_timestep = t
+        if told.context is not seen:
+            seen, left = told.context, len(steps) - begin - i
+            cache = EditCache(num_steps=left) if told.windows is None else window_caches(told.windows, left)
+        velocity, matte = _ask(self, told, latents, t, levels[begin + i], cache)
+        velocity = _mixed(velocity.chunk(len(velocity) // len(latents)), _scales(self, told))
         latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
         if each is not None:
-            latents, context = each(i, t, latents, context)
-            context_mask = context_mask[-len(context) :]
-            if pipe.interrupt:
+            latents, context = each(i, t, latents, told.context)
+            told = _told_next(self, told, context, len(latents))
+            if self.interrupt:
                 break
     return latents, matte[-len(latents) :]
 
-# %% ../nbs/06_pipeline.ipynb #dbb450fc
-def _as_many(x, context, dtype):
-    return None if x is None else x.to(dtype).expand(len(context), -1, -1, -1, -1)
+# %% ../nbs/06_pipeline.ipynb #06w00013
+def _after_step(pipe, told, keep, levels, callback, names, progress):
+    def each(i, t, latents, context):
+        progress.update()
+        here = dict(latents=keep(latents, levels[i + 1]), prompt_embeds=context, context=context)
+        here |= dict(source_latents=told.source_latents, reference_latents=told.reference_latents)
+        here |= callback(pipe, i, t, {name: here[name] for name in names}) or {} if callback else {}
+        new = [x for x in (here["prompt_embeds"], here["context"]) if x is not None and x is not context]
+        return here["latents"], (new or [context])[0]
+
+    return each
 
 # %% ../nbs/06_pipeline.ipynb #f16a78c2
 @patch_to(KiwiEditPipeline)
@@ -600,51 +648,33 @@ def __call__(
 ) -> KiwiEditOutput | tuple:
     "Edit a clip."
     # 1. Check
-    tensors = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+    names = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
     steps = self.config.default_steps if num_inference_steps is None else num_inference_steps
     _check_call(self, prompt, negative_prompt, height, width, num_frames, steps, sigmas, guidance_scale,
-                reference_scale, strength, generator, output_type, tensors, window_overlap, video)  # fmt: skip
-    references = self.check_references(reference)
-    source = self.check_footage(video, height, width, num_frames)
+                reference_scale, strength, generator, output_type, names, window_overlap, video)  # fmt: skip
+    references, source = self.check_references(reference), self.check_footage(video, height, width, num_frames)
     inside = None if mask is None else source.mask(mask)
 
     # 2. Encode
-    device, self._interrupt = self._execution_device, False
-    self._guidance_scale, self._reference_scale = guidance_scale, reference_scale
-    told = (prompt, negative_prompt, source, references, device)
-    context, context_mask, reference_mask = _contexts(self, *told)
-    source_latents, vae = self.encode_source(source, device), self.vae.config
-    frames, sides = (source_latents.shape[2] - 1) * vae.scale_factor_temporal + 1, (source.height, source.width)
-    windows = self.windows(frames, *sides, window_overlap)
-    if windows:
-        sides = [vae.scale_factor_spatial * side for side in windows[0].weight.shape[1:]]
-    reference_latents = self.encode_references(references, *sides, device)
+    self._interrupt, self._guidance_scale, self._reference_scale = False, guidance_scale, reference_scale
+    told = self.encode_conditions(prompt, negative_prompt, source, references, window_overlap)
 
     # 3. Schedule
     levels = flow_sigmas(steps, self.config.schedule) if sigmas is None else list(sigmas)
-    start = _start(self, levels, strength, device)
+    levels = _start(self, levels, strength, told.source_latents.device)
 
     # 4. Latents
-    noise, sigmas = self.prepare_latents(source_latents, generator, latents), self.scheduler.sigmas.to(device)
-    latents = noise if strength == 1 else sigmas[start] * noise + (1 - sigmas[start]) * source_latents
-    kept = _keeper(inside, vae.scale_factor_temporal, source_latents, noise)
+    noise = self.prepare_latents(told.source_latents, generator, latents)
+    latents = noise if strength == 1 else levels[0] * noise + (1 - levels[0]) * told.source_latents
+    keep = _keeper(inside, self.vae.config.scale_factor_temporal, told.source_latents, noise)
 
     # 5. Denoise
-    def each(i, t, latents, context):
-        progress.update()
-        here = dict(latents=kept(latents, sigmas[start + i + 1]), prompt_embeds=context, context=context)
-        here |= dict(source_latents=source_latents, reference_latents=reference_latents)
-        told = {name: here[name] for name in tensors}
-        here |= callback_on_step_end(self, i, t, told) or {} if callback_on_step_end else {}
-        new = [x for x in (here["prompt_embeds"], here["context"]) if x is not None and x is not context]
-        return here["latents"], (new or [context])[0]
-
     with self.progress_bar(total=self._num_timesteps) as progress:
-        given = (latents, context, context_mask, source_latents, reference_latents, reference_mask)
-        latents, matte = walk(self, self.scheduler, *given, windows=windows, each=each)
+        each = _after_step(self, told, keep, levels, callback_on_step_end, names, progress)
+        latents, matte = self.walk(self.scheduler, latents, told, each)
 
     # 6. Decode
-    edited = self.decode(latents, matte, source, output_type, windows is not None, inside)
+    edited = self.decode(latents, matte, source, output_type, told.windows is not None, inside)
     self._current_timestep = None
     self.maybe_free_model_hooks()
     return KiwiEditOutput(frames=edited) if return_dict else (edited,)

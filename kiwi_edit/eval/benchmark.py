@@ -26,8 +26,8 @@ from ..core import InputError, expect, peak_memory
 from ..encoder import encode_context, prepare_inputs
 from ..metrics import PerceptualFeatures, bootstrap, edit_box, feature_distance, mean_inside, pooled_share
 from ..metrics import perceptual_features, psnr_from_error, share_interval, sharpness_share, squared_error
-from ..pipeline import KiwiEditPipeline, composite, decode_latents, encode_frames, fit_reference, flow_sigmas
-from ..pipeline import walk
+from ..pipeline import Conditions, KiwiEditPipeline, composite, decode_latents, encode_frames
+from ..pipeline import fit_reference, flow_sigmas
 from ..records import Outcome, Table, Value, digest
 from ..video import Strip
 from ..world import EVAL_SEED, TASKS, Quadruplet, World
@@ -150,8 +150,8 @@ def denoise_batch(
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     scheduler.set_timesteps(sigmas=flow_sigmas(steps, pipe.config.schedule), device=device)
     noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(device)
-    given = dict(source_latents=source_latents, reference_latents=reference_latents, reference_mask=reference_mask)
-    latents, matte = walk(pipe, scheduler, noise, context, context_mask, **given)
+    told = Conditions(context, context_mask, source_latents, reference_latents, reference_mask)
+    latents, matte = pipe.walk(scheduler, noise, told)
     return composite(decode_latents(pipe.vae, latents), sources, matte)
 
 # %% ../../nbs/library/40_benchmark.ipynb #a813c997
