@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMITS = {"code lines": 14_500, "public names": 368, "longest function": 60, "wide lines": 0, "unused names": 0}
+LIMITS = {"code lines": 14_640, "public names": 350, "longest function": 60, "wide lines": 0, "unused names": 0}
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 

@@ -21,8 +21,7 @@ from .pipeline import KiwiEditPipeline
 from .video import as_frames, sample_indices
 
 # %% auto #0
-__all__ = ['PARTS', 'attention_shares', 'Looks', 'WatchingProcessor', 'Recorder', 'watch_edit', 'spread', 'lay_over',
-           'draw_looks', 'without', 'apart']
+__all__ = ['PARTS', 'attention_shares', 'Looks', 'watch_edit', 'spread', 'lay_over', 'draw_looks', 'without', 'apart']
 
 # %% ../nbs/07_where_it_looks.ipynb #a2700007
 def attention_shares(
@@ -76,7 +75,7 @@ def summary(self: Looks) -> dict:  # of shares in 0..1, means over the whole edi
     return dict(reference=looked, even=r / (r + f), features=float(self.features.mean()))
 
 # %% ../nbs/07_where_it_looks.ipynb #a270000d
-class WatchingProcessor(KiwiAttnProcessor):
+class _WatchingProcessor(KiwiAttnProcessor):
     "The kit's attention, with somebody looking on."
 
     def __init__(
@@ -94,7 +93,7 @@ class WatchingProcessor(KiwiAttnProcessor):
         return query, key, value, mask
 
 # %% ../nbs/07_where_it_looks.ipynb #a270000f
-class Recorder:
+class _Recorder:
     "Collects what the processors see during one edit."
 
     def __init__(
@@ -117,7 +116,7 @@ class Recorder:
 
 # %% ../nbs/07_where_it_looks.ipynb #07c00009
 @patch
-def begin(self: Recorder, module, args):  # before the denoiser embeds the time
+def begin(self: _Recorder, module, args):  # before the denoiser embeds the time
     "A step begins. A layer that a step cache leaves out has its shares of the step before."
     at = self.scheduler.step_index  # None until the first step of an edit is done
     once, rule = not self.timesteps or at not in (None, self.at), "be edited once and as a whole"
@@ -128,7 +127,7 @@ def begin(self: Recorder, module, args):  # before the denoiser embeds the time
 
 # %% ../nbs/07_where_it_looks.ipynb #07c0000b
 @patch
-def saw(self: Recorder, layer, alone, query, key, mask):
+def saw(self: _Recorder, layer, alone, query, key, mask):
     "Attention is about to do its work."
     (f, h, w), r = self.grid, self.references
     area, first = h * w, self.guidance.config.ref_pad_first
@@ -146,13 +145,13 @@ def saw(self: Recorder, layer, alone, query, key, mask):
 
 # %% ../nbs/07_where_it_looks.ipynb #07c00011
 @patch
-def num_queries(self: Recorder, frames):
+def num_queries(self: _Recorder, frames):
     mode = "ref" if self.features else "image" if frames == 1 else "video"
     return getattr(self.guidance.config, f"num_{mode}_queries")
 
 # %% ../nbs/07_where_it_looks.ipynb #07c0000c
 @patch
-def looks(self: Recorder) -> Looks:
+def looks(self: _Recorder) -> Looks:
     "What was seen of the whole edit."
     expect(self.timesteps, "`recorder` has to have seen an edit but has seen none.")
     layers = range(1 + max(layer for layer, _ in self.seen[0]))
@@ -163,14 +162,14 @@ def looks(self: Recorder) -> Looks:
 
 # %% ../nbs/07_where_it_looks.ipynb #a2700010
 @contextmanager
-def _recording(pipe: KiwiEditPipeline) -> Iterator[Recorder]:
+def _recording(pipe: KiwiEditPipeline) -> Iterator[_Recorder]:
     "Watch the edit that is made in the block; the pipeline is as before when it ends."
-    wan, recorder = find_wan(pipe.transformer), Recorder(pipe.guidance, pipe.scheduler)
+    wan, recorder = find_wan(pipe.transformer), _Recorder(pipe.guidance, pipe.scheduler)
     attentions = [attn for block in wan.blocks for attn in (block.attn1, block.attn2)]
     usual = [attn.processor for attn in attentions]
     try:
         for attn in attentions:
-            attn.set_processor(WatchingProcessor(attn.processor, recorder.saw))
+            attn.set_processor(_WatchingProcessor(attn.processor, recorder.saw))
         with hooked(
             (pipe.guidance.connector, recorder.connected),
             (pipe.guidance.ref_connector, recorder.connected),

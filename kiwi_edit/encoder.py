@@ -24,9 +24,8 @@ from .latents import fire_hooks
 
 # %% auto #0
 __all__ = ['SYSTEM_PROMPT', 'REFERENCE_SUFFIX', 'QUERY_TOKEN', 'IMAGE_TOKEN', 'VIDEO_TOKEN', 'make_tokenizer', 'sample_frames',
-           'video_sizes', 'resize_for_encoder', 'patchify_frames', 'KiwiProcessor', 'chat_text', 'mrope_positions',
-           'EncoderInputs', 'collate_inputs', 'prepare_sample', 'prepare_inputs', 'vision_features', 'encode_hidden',
-           'encode_context']
+           'video_sizes', 'resize_for_encoder', 'KiwiProcessor', 'EncoderInputs', 'collate_inputs', 'prepare_sample',
+           'prepare_inputs', 'vision_features', 'encode_hidden', 'encode_context']
 
 # %% ../nbs/04_encoder.ipynb #e04d1ef3
 SYSTEM_PROMPT = (
@@ -129,7 +128,7 @@ def resize_for_encoder(
     return pixels.round().clamp(0, 255).to(torch.uint8)
 
 # %% ../nbs/04_encoder.ipynb #5295a908
-def patchify_frames(
+def _patchify_frames(
     pixels: torch.Tensor,  # (T, 3, h, w) float, h and w multiples of patch_size * merge_size
     patch_size: int = 14,  # pixels
     merge_size: int = 2,  # patches that the encoder merges to one token, per axis
@@ -172,7 +171,7 @@ def video_patches(self: KiwiProcessor, frames: np.ndarray, min_pixels: int, max_
     p = self.image_processor
     pixels = resize_for_encoder(frames[sample_frames(len(frames))], max_pixels, min_pixels).float()
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) * (1 / p.rescale_factor) for x in (p.image_mean, p.image_std))
-    return patchify_frames((pixels - mean) / std, p.patch_size, p.merge_size, p.temporal_patch_size)
+    return _patchify_frames((pixels - mean) / std, p.patch_size, p.merge_size, p.temporal_patch_size)
 
 # %% ../nbs/04_encoder.ipynb #04e00005
 @patch
@@ -191,7 +190,7 @@ def from_pretrained(cls, folder: str | Path, **kwargs) -> KiwiProcessor:
     return cls(Qwen2Tokenizer.from_pretrained(folder), Qwen2VLImageProcessorPil.from_pretrained(folder))
 
 # %% ../nbs/04_encoder.ipynb #b747a46a
-def chat_text(
+def _chat_text(
     processor: KiwiProcessor,
     mode: str,  # "image", "video" or "ref"
     prompt: str,  # the instruction
@@ -220,7 +219,7 @@ def _box(grid, merge_size, temporal_step):
     return torch.stack(torch.meshgrid(*sides, indexing="ij")).flatten(1)
 
 # %% ../nbs/04_encoder.ipynb #7c334d17
-def mrope_positions(
+def _mrope_positions(
     is_vision: torch.Tensor,  # (L,) bool, where picture tokens stand
     grids: list[tuple[int, int, int]],  # (t, gh, gw) in patches of each picture, in order
     merge_size: int = 2,
@@ -346,7 +345,7 @@ def prepare_sample(
     _check_sample(prompt, source)
     mode = "ref" if len(references) else "image" if len(source) == 1 else "video"
     pictures = _pictures(processor, c, mode, source, references)
-    text, grids = chat_text(processor, mode, prompt, getattr(c, f"num_{mode}_queries")), []
+    text, grids = _chat_text(processor, mode, prompt, getattr(c, f"num_{mode}_queries")), []
     for token, (_, grid) in pictures.items():  # its placeholder becomes as many as the picture has merged tokens
         text = text.replace(token, token * (math.prod(grid) // p.merge_size**2))
         grids.append(grid)
@@ -354,7 +353,7 @@ def prepare_sample(
     names = dict(query=QUERY_TOKEN, image=IMAGE_TOKEN, video=VIDEO_TOKEN, pad=tokenizer.pad_token)
     token_ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
     is_vision = (ids[0] == token_ids["image"]) | (ids[0] == token_ids["video"])
-    positions = mrope_positions(is_vision, grids, p.merge_size, c.temporal_step)
+    positions = _mrope_positions(is_vision, grids, p.merge_size, c.temporal_step)
     pixels = torch.cat([rows for rows, _ in pictures.values()])
     pixels = pixels.bfloat16().float() if c.round_pixels else pixels
     return EncoderInputs(ids, positions[:, None], torch.tensor([ids.shape[1]]), [mode], [grids], pixels, token_ids)

@@ -16,9 +16,9 @@ from fastcore.basics import patch
 from .core import InputError
 
 # %% auto #0
-__all__ = ['FINE_GRAIN', 'mean_inside', 'squared_error', 'done_share', 'edit_done', 'nearest', 'PerceptualFeatures',
-           'perceptual_features', 'feature_distance', 'edit_box', 'gradient_energy', 'sharpness_share',
-           'psnr_from_error', 'psnr', 'pooled_share', 'bootstrap', 'share_interval']
+__all__ = ['mean_inside', 'squared_error', 'done_share', 'edit_done', 'nearest', 'PerceptualFeatures', 'perceptual_features',
+           'feature_distance', 'edit_box', 'sharpness_share', 'psnr_from_error', 'psnr', 'pooled_share', 'bootstrap',
+           'share_interval']
 
 # %% ../nbs/09_metrics.ipynb #c23421d7
 def mean_inside(
@@ -197,10 +197,10 @@ def edit_box(
     return around(spans[0], mask.shape[1]), around(spans[1], mask.shape[2])
 
 # %% ../nbs/09_metrics.ipynb #4e70000b
-FINE_GRAIN = 3.0  # levels: noise of this deviation is hard to see, and none is too much of it
+_FINE_GRAIN = 3.0  # levels: noise of this deviation is hard to see, and none is too much of it
 
 
-def gradient_energy(
+def _gradient_energy(
     frames: np.ndarray,  # (..., H, W, 3), 0 to 255
 ) -> np.ndarray:  # (..., H - 1, W - 1)
     "Squared differences to the pixels on the right and below, the mean of the channels."
@@ -223,9 +223,9 @@ def sharpness_share(
         return uniform_filter(values, [1] * (values.ndim - 2) + [window] * 2, mode="constant")
 
     region = (mask[..., :-1, :-1] & mask[..., :-1, 1:] & mask[..., 1:, :-1]).astype(np.float32)
-    have, wanted = (local(gradient_energy(frames) * region) for frames in (output, target))
+    have, wanted = (local(_gradient_energy(frames) * region) for frames in (output, target))
     kept = np.minimum(have, wanted).sum((-3, -2, -1), dtype=np.float64)
-    either = np.maximum(have - 4 * FINE_GRAIN**2 * local(region), wanted).sum((-3, -2, -1), dtype=np.float64)
+    either = np.maximum(have - 4 * _FINE_GRAIN**2 * local(region), wanted).sum((-3, -2, -1), dtype=np.float64)
     return np.divide(kept, either, out=np.ones(np.shape(kept)), where=either > 0)[()]
 
 # %% ../nbs/09_metrics.ipynb #b22e709d

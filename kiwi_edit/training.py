@@ -17,7 +17,7 @@ from .encoder import REFERENCE_SUFFIX, EncoderInputs, KiwiProcessor, collate_inp
 from .guidance import EditCache, denoise, rounded_sigma
 
 # %% auto #0
-__all__ = ['training_table', 'draw_noise_levels', 'Dice', 'draw_noise', 'edit_weights', 'drop_instructions', 'flow_matching_loss']
+__all__ = ['draw_noise_levels', 'Dice', 'draw_noise', 'drop_instructions', 'flow_matching_loss']
 
 # %% ../nbs/08_training.ipynb #0800000b
 def _bell(timestep):
@@ -28,7 +28,7 @@ def _shifted(uniform, shift):
     return shift * uniform / (1 + (shift - 1) * uniform)
 
 # %% ../nbs/08_training.ipynb #002e791c
-def training_table(
+def _training_table(
     shift: float = 5.0,  # as the scheduler's
     steps: int = 1000,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # noise level in 0..1, timestep in 0..1000, weight with mean 1
@@ -54,7 +54,7 @@ def draw_noise_levels(
     round_timestep: bool = False,  # as the model's guidance has it
 ) -> tuple[torch.Tensor, torch.Tensor]:  # noise levels and weights, (size,) each
     "Noise levels of a batch, and how much the loss at each counts."
-    sigmas, timesteps, _ = training_table(shift)
+    sigmas, timesteps, _ = _training_table(shift)
     if options.few:
         sigma = torch.from_numpy(_shifted(1 - rng.integers(options.few, size=size) / options.few, shift)).float()
     elif options.sampling == "table":
@@ -107,7 +107,7 @@ def draw_noise(
 
 # %% ../nbs/08_training.ipynb #08000013
 @torch.no_grad()
-def edit_weights(
+def _edit_weights(
     kept: torch.Tensor,  # (B, 1, f, h, w) share of each latent's pixels that the edit leaves alone
     balance: float,  # the most by which the rarer of touched and kept is raised
 ) -> torch.Tensor:  # (B, 1, f, h, w), mean 1 in each sample
@@ -163,7 +163,7 @@ def flow_matching_loss(
     with torch.autocast(noisy.device.type, enabled=False):
         error = velocity.float() - (dice.noise - batch.target)
         seen = error if factor is None else torch.einsum("ij,bifhw->bjfhw", factor.float(), error)
-        loss = (seen.square() * edit_weights(batch.kept, balance)).mean((1, 2, 3, 4)) * dice.weight
+        loss = (seen.square() * _edit_weights(batch.kept, balance)).mean((1, 2, 3, 4)) * dice.weight
         if matte and step.matte.shape[1]:
             guessed = F.binary_cross_entropy_with_logits(step.matte.float(), batch.changed, reduction="none")
             loss = loss + matte * guessed.mean((1, 2, 3, 4))

@@ -14,7 +14,7 @@ from kiwi_edit.eval.benchmark import (
     Report,
     Scene,
     benchmark_samples,
-    candidate_targets,
+    _candidate_targets,
     _edit_batch,
     _flicker_error,
     measure,
@@ -290,7 +290,7 @@ def test_the_oracle_is_the_ceiling(pipe):
 def test_candidates_are_distinct_edits_of_one_source(task):
     for seed in range(EVAL_SEED, EVAL_SEED + 4):
         sample = WORLD.sample(seed, task)
-        targets, own = candidate_targets(WORLD, sample)
+        targets, own = _candidate_targets(WORLD, sample)
         assert len(targets) == 8 and own == seed % 8 and (targets[own] == sample.target).all()
         assert min(squared_error(targets[i], targets[j]) for i in range(8) for j in range(i)) > 1
         assert [nearest(t, targets) for t in targets] == list(range(8))
@@ -315,7 +315,7 @@ def test_candidates_of_a_reference_task_share_the_words():
     for task in ("subject", "background"):
         edits = [WORLD.sample(EVAL_SEED + 3, task, edit=k) for k in range(8)]
         assert len({e.instruction for e in edits}) == 1 and all((e.source == edits[0].source).all() for e in edits)
-        targets, own = candidate_targets(WORLD, edits[0])
+        targets, own = _candidate_targets(WORLD, edits[0])
         known = [any((t == e.target).all() for e in edits) for t in targets]
         assert sum(known) >= 7
 
@@ -323,7 +323,7 @@ def test_candidates_of_a_reference_task_share_the_words():
 def test_too_many_candidates_are_refused():
     plain = World(16, 16, 1, split="eval", difficulty="easy")
     with pytest.raises(ValueError, match="has to be at most the"):
-        candidate_targets(_OnlyOneEdit(plain), plain.sample(EVAL_SEED, "style"), 8)
+        _candidate_targets(_OnlyOneEdit(plain), plain.sample(EVAL_SEED, "style"), 8)
 
 
 class _OnlyOneEdit:
@@ -439,7 +439,7 @@ def test_every_report_names_its_difficulty(difficulty, tmp_path):
 def test_easy_scenes_have_eight_candidates_too(task):
     world = World(32, 32, split="eval", difficulty="easy")
     for sample in benchmark_samples(world, task, 4):
-        targets, own = candidate_targets(world, sample)
+        targets, own = _candidate_targets(world, sample)
         assert len(targets) == 8 and (targets[own] == sample.target).all() and sample.meta["difficulty"] == "easy"
 
 

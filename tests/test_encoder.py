@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import common
 from kiwi_edit.core import preset
 from kiwi_edit.encoder import *
+from kiwi_edit.encoder import _chat_text, _mrope_positions, _patchify_frames
 from kiwi_edit.encoder import _SPECIAL_TOKENS
 from kiwi_edit.pipeline import KiwiEditPipeline
 
@@ -73,7 +74,7 @@ def test_own_chat_layout_is_that_of_released_tokenizers():
     ours = KiwiProcessor(make_tokenizer(TEXTS, 400))
     theirs = KiwiProcessor.from_pretrained(GOLDEN / "diffusers/processor")
     for mode in ("image", "video", "ref"):
-        assert chat_text(ours, mode, "Remove the cat.", 3) == chat_text(theirs, mode, "Remove the cat.", 3)
+        assert _chat_text(ours, mode, "Remove the cat.", 3) == _chat_text(theirs, mode, "Remove the cat.", 3)
 
 
 def test_processor_round_trip(pipe, tmp_path):
@@ -114,7 +115,7 @@ def test_pixels_of_a_video_frame():
 
 def test_patches_hold_every_pixel_once_and_neighbours_together():
     pixels = torch.arange(3 * 3 * 28 * 56, dtype=torch.float32).reshape(3, 3, 28, 56)
-    rows, grid = patchify_frames(pixels)
+    rows, grid = _patchify_frames(pixels)
     assert grid == (2, 2, 4) and rows.shape == (16, 3 * 2 * 14 * 14)
     assert torch.equal(rows[0].view(3, 2, 14, 14)[:, 1], pixels[1, :, :14, :14])
     # the third patch of the first merged token
@@ -125,13 +126,13 @@ def test_patches_hold_every_pixel_once_and_neighbours_together():
 
 def test_positions():
     flags = torch.tensor([0, 0] + [1] * 12 + [0, 0, 0], dtype=torch.bool)
-    positions = mrope_positions(flags, [(3, 4, 4)])
+    positions = _mrope_positions(flags, [(3, 4, 4)])
     assert positions[:, :2].tolist() == [[0, 1]] * 3
     assert positions[0, 2:14].tolist() == [2] * 4 + [4] * 4 + [6] * 4
     assert positions[2, 2:6].tolist() == [2, 3, 2, 3]
     assert positions[:, 14:].tolist() == [[7, 8, 9]] * 3  # beyond the largest, which is time here
     with pytest.raises(ValueError, match="has to mark 16 tokens"):
-        mrope_positions(flags, [(4, 4, 4)])
+        _mrope_positions(flags, [(4, 4, 4)])
 
 
 # batches

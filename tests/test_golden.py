@@ -18,7 +18,7 @@ from kiwi_edit.encoder import encode_context, encode_hidden, prepare_inputs
 from kiwi_edit.guidance import EditCache, denoise, rounded_sigma
 from kiwi_edit.latents import decode_latents, encode_frames, in_tiles, latent_statistics
 from kiwi_edit.pipeline import fit_reference, flow_sigmas
-from kiwi_edit.training import training_table
+from kiwi_edit.training import _training_table
 
 HOMES = [folder for folder in sorted(GOLDEN.iterdir()) if (folder / "cases/cases.json").is_file()]
 
@@ -299,7 +299,7 @@ def test_schedule(family):
 @pytest.mark.parametrize("family", SCHEDULES)
 def test_training_table(family):
     theirs = table(family, "schedule")["training"]
-    sigmas, timesteps, weights = training_table(theirs["shift"], theirs["num_train_timesteps"])
+    sigmas, timesteps, weights = _training_table(theirs["shift"], theirs["num_train_timesteps"])
     for row in theirs["rows"]:
         for values, key in ((sigmas, "sigma"), (timesteps, "timestep"), (weights, "weight")):
             assert float(values[row["index"]]) == pytest.approx(row[key], rel=1e-5, abs=1e-6)

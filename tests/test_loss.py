@@ -26,9 +26,9 @@ from kiwi_edit.training import (
     draw_noise,
     draw_noise_levels,
     drop_instructions,
-    edit_weights,
+    _edit_weights,
     flow_matching_loss,
-    training_table,
+    _training_table,
 )
 from kiwi_edit.world import World
 
@@ -58,7 +58,7 @@ class Picks:
 
 
 def test_table():
-    rows, (sigmas, timesteps, weights) = TABLE["rows"], training_table(TABLE["shift"], TABLE["num_train_timesteps"])
+    rows, (sigmas, timesteps, weights) = TABLE["rows"], _training_table(TABLE["shift"], TABLE["num_train_timesteps"])
     index = [row["index"] for row in rows]
     for ours, name in ((sigmas, "sigma"), (timesteps, "timestep"), (weights, "weight")):
         assert np.allclose(ours[index], [row[name] for row in rows], rtol=1e-5, atol=0), name
@@ -77,14 +77,14 @@ def test_table_draws(rounded):
     assert np.allclose(weight, [row["weight"] for row in theirs], rtol=1e-5, atol=0)
     if rounded:  # the timestep that `denoise` makes of such a level is the official one
         assert (1000 * sigma).bfloat16().tolist() == [row["timestep"] for row in theirs]
-        sigmas, timesteps, _ = training_table()
+        sigmas, timesteps, _ = _training_table()
         levels = rounded_sigma(timesteps, timesteps, sigmas)
         assert len(levels.unique()) == 294
         assert torch.equal((1000 * levels).bfloat16(), timesteps.bfloat16())
 
 
 def test_rounding_acts_on_every_sampling():
-    sigmas = training_table(3.0)[0]
+    sigmas = _training_table(3.0)[0]
     for sampling in ("table", "uniform", "logit_normal"):
         drawn = [
             draw_noise_levels(Loss(sampling=sampling), 4000, np.random.default_rng(0), 3.0, rounded)[0]
@@ -123,7 +123,7 @@ def _loss(**wrong):
 
 def test_bell_between_the_entries_of_the_table():
     sigma, weight = draw_noise_levels(Loss(sampling="uniform", weighting="gaussian"), 5000, np.random.default_rng(0))
-    sigmas, _, weights = (np.append(x.numpy(), 0.0)[::-1] for x in training_table())  # the bell is as low at 0 as at 1
+    sigmas, _, weights = (np.append(x.numpy(), 0.0)[::-1] for x in _training_table())  # the bell is as low at 0 as at 1
     assert np.allclose(weight, np.interp(sigma, sigmas, weights), atol=1e-4)
     assert abs(weight.mean() - 1) < 2e-3 and (weight >= 0).all()
     assert (draw_noise_levels(Loss(), 5, np.random.default_rng(0))[1] == 1).all()
@@ -426,14 +426,14 @@ def test_balance():
     kept = torch.ones(3, 1, 1, 4, 4)
     kept[0, 0, 0, 0, :3] = 0.0  # 3 of 16 places are touched
     kept[2] = 0.0
-    plain, balanced = edit_weights(kept, 1.0), edit_weights(kept, 4.0)
+    plain, balanced = _edit_weights(kept, 1.0), _edit_weights(kept, 4.0)
     assert torch.equal(plain, torch.ones(3, 1, 1, 4, 4))
     first = balanced[0, 0, 0]
     assert torch.allclose(first[0, :3].sum(), first.sum() / 2) and torch.allclose(first.mean(), torch.tensor(1.0))
     assert torch.allclose(balanced[1:], plain[1:])
-    half = edit_weights(torch.full((1, 1, 1, 2, 2), 0.5), 4.0)
+    half = _edit_weights(torch.full((1, 1, 1, 2, 2), 0.5), 4.0)
     assert torch.equal(half, torch.ones(1, 1, 1, 2, 2))
-    capped = edit_weights(kept, 2.0)[0, 0, 0]
+    capped = _edit_weights(kept, 2.0)[0, 0, 0]
     assert torch.allclose(capped[0, 0] / capped[3, 3], torch.tensor(2 / (0.5 / (13 / 16))))
 
 

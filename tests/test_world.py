@@ -11,9 +11,10 @@ import pytest
 
 import kiwi_edit.world
 from kiwi_edit.world import *
+from kiwi_edit.world import _NAMED, _PATHS, _SIZES, _SPLITS, _STYLES, _with_article
 
 MOVING = World()
-WORLDS = {split: World(split=split) for split in SPLITS}
+WORLDS = {split: World(split=split) for split in _SPLITS}
 OBJECTS = read_table("objects")
 GRAY = np.full((122, 122, 3), 170, np.float32)
 
@@ -88,7 +89,7 @@ def test_a_seed_without_a_task_has_one_of_six():
     assert {World(16, 16, 1).sample(seed).task for seed in range(60)} == set(TASKS[:6])
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", _SPLITS)
 @pytest.mark.parametrize("size", ((96, 96, 5), (40, 100, 3), (64, 48, 1)))
 @pytest.mark.parametrize("task", TASKS[:6])
 def test_nothing_changes_outside_the_mask_and_something_inside(task, size, split):
@@ -146,7 +147,7 @@ def test_splits_share_no_seed(split, side, wrong):
 
 @pytest.mark.parametrize("kind", ("objects", "scenes"))
 def test_splits_share_no_row_and_no_name(kind):
-    rows = {split: set(ids_of(kind, split)) for split in SPLITS}
+    rows = {split: set(ids_of(kind, split)) for split in _SPLITS}
     assert not rows["train"] & rows["eval"]
     assert rows["train"] | rows["eval"] == set(range(len(read_table(kind))))
     assert not names_of(kind, "train") & names_of(kind, "eval")
@@ -158,7 +159,7 @@ def test_splits_share_no_wording():
 
 
 def test_words_of_evaluation_are_all_known_from_training():
-    texts = [" ".join(" ".join(lines[split]) for lines in WORDINGS.values()) for split in SPLITS]
+    texts = [" ".join(" ".join(lines[split]) for lines in WORDINGS.values()) for split in _SPLITS]
     known, met = ({word.strip(".,").lower() for word in text.split()} for text in texts)
     assert met <= known, met - known
 
@@ -205,7 +206,7 @@ def sentences(kind, split, **words):
     return [line.format(**words) for line in WORDINGS[kind][split]]
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", _SPLITS)
 @pytest.mark.parametrize("task", ("subject", "remove", "isolate"))
 def test_the_instruction_names_the_thing_it_acts_on(task, split):
     acted = 0
@@ -217,7 +218,7 @@ def test_the_instruction_names_the_thing_it_acts_on(task, split):
     assert acted > 20
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", _SPLITS)
 def test_what_is_added_by_reference_is_at_the_place_that_is_named(split):
     places = {center: place for place, center in PLACES.items()}
     added = [done for seed in seeds(split, 40) if (done := edited(WORLDS[split], seed, "subject")[1]).before is None]
@@ -226,29 +227,29 @@ def test_what_is_added_by_reference_is_at_the_place_that_is_named(split):
     assert 4 < len(added) < 20
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", _SPLITS)
 def test_what_is_added_by_name_is_the_one_picture_of_that_name(split):
-    places, paths = ({value: words for words, value in table.items()} for table in (PLACES, PATHS))
+    places, paths = ({value: words for words, value in table.items()} for table in (PLACES, _PATHS))
     moving = 0
     for seed in seeds(split, 40):
         scene, done = edited(WORLDS[split], seed, "add")
         new = done.scene.things[-1]
         assert done.scene.things[:-1] == scene.things
-        assert new.name in NAMED and new.index == named_objects()[new.name]
-        what = with_article(new.name) + paths[new.path]
+        assert new.name in _NAMED and new.index == named_objects()[new.name]
+        what = _with_article(new.name) + paths[new.path]
         assert done.instruction in sentences("add", split, a=what, place=places[new.center])
         moving += new.path != (0.0, 0.0)
     assert 6 < moving < 26
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", _SPLITS)
 def test_a_change_does_what_it_says_and_no_more(split):
     kinds = Counter()
     for seed in seeds(split, 60):
         scene, done = edited(WORLDS[split], seed, "change")
         old, new = scene.things[done.before], done.scene.things[done.after]
         if new.index != old.index:
-            kind, wanted = "thing", dict(a=with_article(new.name))
+            kind, wanted = "thing", dict(a=_with_article(new.name))
             assert new.index == named_objects()[new.name]
             assert replace(new, index=old.index, mirrored=old.mirrored) == old
         elif new.color:
@@ -257,7 +258,7 @@ def test_a_change_does_what_it_says_and_no_more(split):
         else:
             word = "larger" if new.size > old.size else "smaller"
             kind, wanted = "size", dict(size=word)
-            assert replace(new, size=old.size) == old and math.isclose(new.size / old.size, SIZES[word])
+            assert replace(new, size=old.size) == old and math.isclose(new.size / old.size, _SIZES[word])
         assert done.instruction in sentences(f"change {kind}", split, x=f"the {old.name}", **wanted)
         kinds[kind] += 1
     assert min(kinds["thing"], kinds["color"]) > 12 and kinds["size"] > 4
@@ -268,7 +269,7 @@ def test_style_words_say_the_style():
         _, done = edited(MOVING, seed, "style")
         said = [sentences("style", "train", style=word) for word in STYLE_WORDS[done.scene.style]]
         assert done.instruction in sum(said, [])
-    assert set(STYLE_WORDS) == set(STYLES)
+    assert set(STYLE_WORDS) == set(_STYLES)
 
 
 def test_a_removed_thing_is_gone_and_the_rest_is_as_it_was():
@@ -278,9 +279,9 @@ def test_a_removed_thing_is_gone_and_the_rest_is_as_it_was():
 
 
 def test_named_objects_have_one_picture_each():
-    assert sorted(named_objects()) == sorted(NAMED)
+    assert sorted(named_objects()) == sorted(_NAMED)
     counts = Counter(OBJECTS[i]["name"] for i in ids_of("objects", "train"))
-    assert {counts[name] for name in NAMED} == {1}
+    assert {counts[name] for name in _NAMED} == {1}
     assert all(OBJECTS[i]["name"] == name and OBJECTS[i]["split"] == "train" for name, i in named_objects().items())
 
 
@@ -289,7 +290,7 @@ def test_named_objects_have_one_picture_each():
     ["a fox", "an owl", "an Easter egg", "scissors", "hedge scissors", "a unicorn", "an umbrella", "a European bison"],
 )
 def test_articles(words):
-    assert with_article(words.removeprefix("an ").removeprefix("a ")) == words
+    assert _with_article(words.removeprefix("an ").removeprefix("a ")) == words
 
 
 def test_captions():
@@ -388,10 +389,10 @@ def test_light_falls_from_a_side():
     assert np.ptp(lit, 0).max() == 0
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", _STYLES)
 def test_styles_stay_in_range_and_change_the_picture(style):
     frames = np.random.default_rng(0).uniform(0, 255, (2, 16, 16, 3)).astype(np.float32)
-    styled = STYLES[style](frames)
+    styled = _STYLES[style](frames)
     assert styled.shape == frames.shape and styled.min() >= -1 and styled.max() <= 256
     assert np.abs(styled - frames).mean() > 10
 

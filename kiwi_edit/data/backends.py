@@ -24,9 +24,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 # %% auto #0
-__all__ = ['VideoPart', 'Question', 'Attempt', 'without_thoughts', 'parse_json', 'Chat', 'OpenAIChat', 'GeminiChat',
-           'TransformersChat', 'chat_of', 'shrunk', 'ChatBackend', 'SamSegmenter', 'EditorSynthesizer',
-           'KiwiSynthesizer', 'ImageEmbedder']
+__all__ = ['VideoPart', 'Question', 'without_thoughts', 'parse_json', 'Chat', 'OpenAIChat', 'GeminiChat', 'TransformersChat',
+           'chat_of', 'shrunk', 'ChatBackend', 'SamSegmenter', 'EditorSynthesizer', 'KiwiSynthesizer', 'ImageEmbedder']
 
 # %% ../../nbs/library/11_backends.ipynb #b1300004
 import cv2
@@ -61,7 +60,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Attempt:
+class _Attempt:
     "One try at a question: what came back, what it cost, and why it could not be used."
 
     text: str = ""  # as the model wrote it
@@ -75,7 +74,7 @@ class _Exchange(NamedTuple):
     "A question's answer and every try that it took."
 
     answer: object  # or a `BackendError` that begins with time-out, refused, rubbish, quota or endpoint
-    attempts: tuple[Attempt, ...] = ()
+    attempts: tuple[_Attempt, ...] = ()
 
 # %% ../../nbs/library/11_backends.ipynb #b1300009
 _DECODER = json.JSONDecoder(object_pairs_hook=unique_names)
@@ -134,7 +133,7 @@ _COMPLAINT = "Your last reply could not be used: {why}. Answer again, in exactly
 class _Failure(Exception):
     "Why a server gave no answer, and what it said instead."
 
-    def __init__(self, kind, why, said=Attempt()):
+    def __init__(self, kind, why, said=_Attempt()):
         self.said = replace(said, failure=f"{kind}: {why}")
 
 
@@ -319,7 +318,7 @@ def _openai_attempt(reply):
     try:
         choice, usage = reply.choices[0], reply.usage
         tokens = (usage and usage.prompt_tokens) or 0, (usage and usage.completion_tokens) or 0
-        said = Attempt(_words(choice.message.content), *tokens, choice.finish_reason == "length")
+        said = _Attempt(_words(choice.message.content), *tokens, choice.finish_reason == "length")
         refusal = getattr(choice.message, "refusal", None)
     except (AttributeError, TypeError, LookupError) as error:
         raise _Failure("rubbish", f"the reply is no chat completion: {error}") from None
@@ -432,7 +431,7 @@ def _gemini_attempt(reply):
     "What a reply of Gemini says."
     usage = reply.usage_metadata
     counts = [getattr(usage, f"{name}_token_count", None) or 0 for name in ("prompt", "candidates", "thoughts")]
-    said = Attempt("", counts[0], counts[1] + counts[2])
+    said = _Attempt("", counts[0], counts[1] + counts[2])
     if reply.prompt_feedback and reply.prompt_feedback.block_reason:
         raise _Failure("refused", reply.prompt_feedback.block_reason.name, said)
     if not reply.candidates:
@@ -534,7 +533,7 @@ class TransformersChat(Chat):
         new = tokens[:, inputs["input_ids"].shape[1] :]
         words, spoken = tokenizer.batch_decode(new, skip_special_tokens=True), new.ne(blank).sum(1).tolist()
         shown = inputs["attention_mask"].sum(1).tolist()
-        return [Attempt(*facts, facts[2] == room) for facts in zip(words, shown, spoken)]
+        return [_Attempt(*facts, facts[2] == room) for facts in zip(words, shown, spoken)]
 
 # %% ../../nbs/library/11_backends.ipynb #11da0001
 def chat_of(

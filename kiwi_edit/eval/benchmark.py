@@ -33,9 +33,8 @@ from ..video import Strip
 from ..world import EVAL_SEED, TASKS, Quadruplet, World
 
 # %% auto #0
-__all__ = ['BENCH_SAMPLES', 'benchmark_samples', 'candidate_targets', 'denoise_batch', 'Editor', 'reconstruct', 'Scene',
-           'measure', 'known_mean', 'by_task', 'in_words', 'Report', 'describe_hardware', 'run_editors',
-           'run_benchmark', 'provenance']
+__all__ = ['BENCH_SAMPLES', 'benchmark_samples', 'denoise_batch', 'Editor', 'reconstruct', 'Scene', 'measure', 'known_mean',
+           'by_task', 'in_words', 'Report', 'describe_hardware', 'run_editors', 'run_benchmark', 'provenance']
 
 # %% ../../nbs/library/40_benchmark.ipynb #e237106b
 _VISIBLE = 1.0  # squared levels: a smaller distance from source to target is no edit that anybody could see
@@ -60,7 +59,7 @@ def benchmark_samples(
 BENCH_SAMPLES = 48  # of each task, 5 frames of 96x96
 
 # %% ../../nbs/library/40_benchmark.ipynb #81df1457
-def candidate_targets(
+def _candidate_targets(
     world: World,
     sample: Quadruplet,  # of `world`
     number: int = 8,
@@ -213,7 +212,7 @@ class Scene:
         self.frames = np.unique(edited[[0, len(edited) // 2, -1]])  # three of them say how a clip looks
         self.rows, self.columns = edit_box(sample.mask)
         self.mask = sample.mask[self.frames][:, self.rows, self.columns]
-        targets, self.own = candidate_targets(world, sample)
+        targets, self.own = _candidate_targets(world, sample)
         self.candidates = self._seen(targets)
         self.distance = float(self._distances(sample.source)[self.own])
 
