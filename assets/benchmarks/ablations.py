@@ -22,8 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("experiment", choices=(*experiment.EXPERIMENTS, "all"))
     add("--folder", type=Path, default=Path("outputs/ablations"), help="for the runs; a stopped command goes on there")
-    add("--seeds", type=int, default=experiment.Plan.seeds, help="runs of each cell")
-    add("--steps", type=int, default=experiment.Plan.steps, help="training steps of each cell")
+    add("--seeds", type=int, default=experiment.Plan.seeds, help="runs of each arm")
+    add("--steps", type=int, default=experiment.Plan.steps, help="training steps of each arm, behind the common ones")
     add("--out", type=Path, help="results, .json [results-EXPERIMENT.json in the folder]")
     given = parser.parse_args(arguments)
     out = given.out or given.folder / f"results-{given.experiment}.json"
@@ -33,12 +33,12 @@ def main(arguments: list[str] | None = None) -> int:
         plan = experiment.Plan(steps=given.steps, seeds=given.seeds)
     except ValueError as error:
         parser.error(str(error))
-    result = experiment.run_experiment(given.experiment, given.folder, plan)
-    result.save(out)
-    tables = [result.transfer_table()]
-    if given.experiment != "b":
-        tables = [result.guidance_table(), result.difference_table()]
-    print("\n\n".join([*tables, f"results: {out}"]))
+    found = experiment.run_experiment(given.experiment, given.folder, plan)
+    found.save(out)
+    tables = [] if given.experiment == "b" else [found.arms_table()]
+    if given.experiment != "a":
+        tables += [*map(found.transfer_table, experiment.WITH_REFERENCE), found.lost_table(), found.distance_table()]
+    print("\n\n".join(map(str, [*tables, f"results: {out}"])))
     return 0
 
 
