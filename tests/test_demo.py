@@ -393,9 +393,9 @@ def test_ways_to_say_it(server):
 
 
 def test_the_call_tells_what_is_not_as_usual():
-    options = dict(steps=4, seed=0, size=None, mask=Path("/tmp/x/mask.png"), follow=True, guidance_scale=1)
+    options = dict(steps=4, seed=0, size=None, mask=Path("x/mask.png"), follow=True, guidance_scale=1)
     files = "clip.mp4", "make it snow", [], "edited.mp4"
-    call = demo._call_as_python("m", *files, loras=[("/tmp/x/a.safetensors", 0.5)], reference_scale=0.5, **options)
+    call = demo._call_as_python("m", *files, loras=[("x/a.safetensors", 0.5)], reference_scale=0.5, **options)
     assert "load_model('m', loras=[('a.safetensors', 0.5)])" in call
     assert "out='edited.mp4', reference_scale=0.5, steps=4, seed=0, mask='mask.png', follow=True)" in call
 

@@ -37,7 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
     found.save(out)
     tables = [] if given.experiment == "b" else [found.arms_table()]
     if given.experiment != "a":
-        tables += [*map(found.transfer_table, experiment.WITH_REFERENCE), found.lost_table(), found.distance_table()]
+        tables += [
+            table(task) for task in experiment.WITH_REFERENCE for table in (found.user_table, found.transfer_table)
+        ]
+        tables.append(found.distance_table())
     print("\n\n".join(map(str, [*tables, f"results: {out}"])))
     return 0
 
