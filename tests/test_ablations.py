@@ -31,9 +31,9 @@ def data():
 
     def pairs(tasks, number, *more):
         fit = lambda image: np.asarray(PIL.Image.fromarray(image).resize((96, 96)))
-        found = scenes(tasks, number, *more)
-        references = [dict.fromkeys(REFERENCES, fit(q.reference)) for q in found]
-        pictures = {f"{kind} picture": torch.from_numpy(np.stack([r[kind] for r in references])) for kind in REFERENCES}
+        found, kinds = scenes(tasks, number, *more), (*REFERENCES, WHITE)
+        references = [dict.fromkeys(kinds, fit(q.reference)) for q in found]
+        pictures = {f"{kind} picture": torch.from_numpy(np.stack([r[kind] for r in references])) for kind in kinds}
         return found, make_rows(pipe, found, references) | pictures
 
     world = World(num_frames=1, split="eval", difficulty=SAME_VIEW)
@@ -135,7 +135,7 @@ def test_an_arm_is_run_once_and_goes_on_after_a_stop(data, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(experiment, "batches_of", lambda *args: stop)  # no batch is asked for again
         result = run_arm("both", 1, PLAN, tmp_path, data, progress=False)
-    assert set(result["scores"]) == {f"{task} / {kind}" for task in WITH_REFERENCE for kind in REFERENCES}
+    assert set(result["scores"]) == {f"{task} / {kind}" for task in WITH_REFERENCE for kind in kinds_of(task)}
     assert run_arm("both", 1, PLAN, tmp_path, data) == result
     with pytest.raises(ValueError, match="`name` has to be one of both"):
         run_arm("all", 1, PLAN, tmp_path, data)
@@ -157,7 +157,7 @@ def runs(done, seeds=3, scenes=40):
         column: [int(i < done * scenes) for i in range(scenes)] for column in ("success", "told_apart", "sharpness")
     }
     scores |= dict(distance=[100.0] * scenes, error=list(100 * (1 - done) + rng.normal(0, 3, scenes)))
-    names = [f"{task} / {kind}" for task in WITH_REFERENCE for kind in REFERENCES] + list(WITHOUT)
+    names = [f"{task} / {kind}" for task in WITH_REFERENCE for kind in kinds_of(task)] + list(WITHOUT)
     return [dict(seconds=3.6, curve=[[300, 0.5], [600, 0.4]], scores=dict.fromkeys(names, scores))] * seeds
 
 
