@@ -73,7 +73,7 @@ def shrink_figures(
         if flat.getcolors(4096):
             kind, best = "image/png", saved(flat.quantize(256), "PNG", optimize=True)
         else:
-            kind, best = "image/jpeg", saved(flat, "JPEG", quality=88, subsampling=0, optimize=True)
+            kind, best = "image/jpeg", saved(flat, "JPEG", quality=80, optimize=True)
         if len(best) < 0.95 * len(raw):
             del data["image/png"]
             data[kind], smaller = base64.b64encode(best).decode(), True

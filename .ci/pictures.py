@@ -144,7 +144,7 @@ def measure(pipe, share=1.0):
     easy.strips(2).savefig(MODEL / "benchmark.png")
     ranking = ranked.Ranking([easy, *others], ranked.provenance(pipe.device, MODEL))
     ranking.save(bench / "baselines.json")
-    ranking.strips("subject", 2).savefig(bench / "baselines.png")
+    ranking.strips("subject", 2).savefig(bench / "baselines.jpg", pil_kwargs=dict(quality=85))
     for found in (easy, full, ranking):
         print(found._repr_markdown_(), "\n")
 
