@@ -781,7 +781,7 @@ def test_an_example_is_edited_and_plays(page):
 def test_cancel_and_bad_files_in_a_browser(page, tmp_path):
     page.set_steps(100)
     page.edit()
-    page.wait_for_text("note", "step 2 of 100")
+    page.wait_for_text("note", " of 100")  # any step: a fast machine does not tell of each
     page.click("cancel")
     page.wait_for_text("note", "Nothing was edited")
     (tmp_path / "bad.png").write_bytes(b"no picture")
