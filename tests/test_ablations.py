@@ -128,6 +128,7 @@ def test_an_arm_is_run_once_and_goes_on_after_a_stop(data, tmp_path, monkeypatch
     def stop(*args):
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(experiment, "LOOKS", 2)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(experiment, "measure", stop)  # trained, not tested
         run_arm("both", 1, PLAN, tmp_path, data, progress=False)
@@ -136,7 +137,8 @@ def test_an_arm_is_run_once_and_goes_on_after_a_stop(data, tmp_path, monkeypatch
         patch.setattr(experiment, "batches_of", lambda *args: stop)  # no batch is asked for again
         result = run_arm("both", 1, PLAN, tmp_path, data, progress=False)
     assert set(result["scores"]) == {f"{task} / {kind}" for task in WITH_REFERENCE for kind in kinds_of(task)}
-    assert run_arm("both", 1, PLAN, tmp_path, data) == result
+    assert [step for step, _ in result["curve"]] == [2, 4, 6]  # what was seen before the stop is known
+    assert run_arm("both", 1, PLAN, tmp_path, data) == json.loads(json.dumps(result))
     with pytest.raises(ValueError, match="`name` has to be one of both"):
         run_arm("all", 1, PLAN, tmp_path, data)
 
